@@ -1,0 +1,63 @@
+# Every target makes the virtual environment that it needs; a second run finds it ready.
+# Wanted on the machine: Python 3.11 or newer with pip. With g++ or clang++ the C++ extension is built too.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The first of these that runs and is new enough; say PYTHON=... to choose another.
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+# The home of builds of torch for the CPU alone: for Linux, PyPI's bring gigabytes of CUDA. It is passed over where it
+# cannot be reached; TORCH_INDEX= (empty) asks for PyPI's.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL := $(PIP) install --constraint constraints.txt
+INSTALL_CPU = $(INSTALL) --no-deps --retries 2 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: help demo test lint bench docs clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/package.stamp  ## quantize the embedded network and write a file and a picture to demo-out/
+	$(BIN)/dsconv demo --out demo-out
+
+test: $(VENV)/dev.stamp  ## run all tests and examples, with coverage; ARGS="-n 2 -k pack" goes to pytest
+	$(BIN)/pytest $(ARGS) --cov
+
+lint: $(VENV)/dev.stamp  ## check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/dev.stamp  ## measure the accuracy of real networks; ARGS goes to the script
+	$(BIN)/python benchmarks/accuracy.py $(ARGS)
+
+docs: $(VENV)/dev.stamp  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+
+clean:  ## remove everything that these targets made
+	rm -rf $(VENV) build dist site demo-out .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests benchmarks scripts -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# Debian's Python comes without ensurepip: there the environment borrows the pip that is already on the machine.
+$(VENV)/torch.stamp: constraints.txt
+	@test -n "$(PYTHON)" || { echo "dsconv needs Python 3.11 or newer, and none is on the PATH: install one," \
+		"or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV) 2>/dev/null \
+		|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(INSTALL_CPU) torch
+	@touch $@
+
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	$(INSTALL) --editable '.[report]'
+	@$(BIN)/python -c 'from dsconv.cpu import cpu_info; print(cpu_info())'
+	@touch $@
+
+# torchvision has to match the build of torch, so it comes from the same place.
+$(VENV)/dev.stamp: $(VENV)/package.stamp
+	$(INSTALL_CPU) torchvision
+	$(INSTALL) --editable '.[dev,docs]'
+	@touch $@

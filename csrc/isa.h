@@ -1,0 +1,12 @@
+#pragma once
+
+#include <string_view>
+#include <vector>
+
+namespace dsconv {
+
+// The instruction sets that this processor has and the operating system lets this process use, weakest first.
+// x86-64: scalar, avx2, avxvnni, avx512vnni, amx. AArch64: scalar, neon, neondotprod.
+std::vector<std::string_view> isa_found();
+
+}  // namespace dsconv

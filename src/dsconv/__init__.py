@@ -1,0 +1,34 @@
+"""DSConv: convolutional networks in low-bit integers, without labelled data.
+
+>>> import torch, dsconv
+>>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3))
+>>> qnet = dsconv.quantize(net)
+>>> qnet(torch.zeros(1, 3, 8, 8)).shape
+torch.Size([1, 64, 4, 4])
+"""
+
+from importlib import metadata
+
+from dsconv import nn, numerics
+from dsconv.config import LayerConfig, QuantConfig
+from dsconv.conversion import quantize, summary
+from dsconv.cpu import cpu_info
+from dsconv.evaluation import compare, evaluate
+from dsconv.io import load, save
+
+__version__ = metadata.version("dsconv")
+
+__all__ = [
+    "LayerConfig",
+    "QuantConfig",
+    "__version__",
+    "compare",
+    "cpu_info",
+    "evaluate",
+    "load",
+    "nn",
+    "numerics",
+    "quantize",
+    "save",
+    "summary",
+]

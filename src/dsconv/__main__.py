@@ -1,0 +1,5 @@
+"""``python -m dsconv``."""
+
+from dsconv.cli import main
+
+main()

@@ -1,0 +1,269 @@
+"""What to quantize and how: :class:`QuantConfig` for a model, :class:`LayerConfig` for one layer of it."""
+
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dsconv.errors import ConfigError
+from dsconv.numerics import ActivationSign, WeightRule, WeightScale
+
+Bits = Annotated[int, Field(ge=2, le=8, strict=True)]
+KdsDtype = Literal["float32", "float16", "bfloat16"]
+LayerKind = Literal["conv", "linear"]
+
+FLOAT = "float"
+"""Setting of a layer that stays as it is."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **data: Any):
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(_one_paragraph(type(self).__name__, error)) from None
+
+    def __repr_args__(self) -> Any:
+        return [
+            (name, value)
+            for name, value in super().__repr_args__()
+            if name is None or value != type(self).model_fields[name].default
+        ]
+
+
+class LayerConfig(_Strict):
+    """Settings of one layer.
+
+    Attributes:
+        weight_bits: 2..8.
+        activation_bits: 2..8, or None: the input stays float, the layer is then quantized in its weights only.
+        block_size: values that share a KDS and an exponent, >= 1.
+        weight_rule: ``paper``, ``refined`` or ``balanced``, see :func:`dsconv.numerics.quantize_weight`.
+        weight_scale: ``l2`` or ``kl``.
+        weight_shift: whether a block has a shift beside its scale.
+        activation_sign: ``adaptive``, ``extra`` or ``included``, see :func:`dsconv.numerics.quantize_activation`.
+        kds_dtype: ``float32``, ``float16`` or ``bfloat16``. A layer whose KDS do not fit float16 keeps float32.
+        blocks: ``tap``: blocks of input channels at each kernel position; ``flat``: blocks of the flattened
+            ``C/groups * K`` values that one output reads, which suits convolutions of few input channels.
+
+    >>> LayerConfig(weight_bits=3, block_size=64)
+    LayerConfig(weight_bits=3, block_size=64)
+    """
+
+    weight_bits: Bits = 4
+    activation_bits: Bits | None = 4
+    block_size: Annotated[int, Field(ge=1, strict=True)] = 32
+    weight_rule: WeightRule = "paper"
+    weight_scale: WeightScale = "l2"
+    weight_shift: bool = False
+    activation_sign: ActivationSign = "adaptive"
+    kds_dtype: KdsDtype = "float32"
+    blocks: Literal["tap", "flat"] = "tap"
+
+    @model_validator(mode="after")
+    def _one_fit(self) -> Self:
+        if self.weight_shift and self.weight_scale != "l2":
+            raise ValueError("weight_shift is fitted by least squares: use weight_scale='l2' with it")
+        return self
+
+    @property
+    def torch_kds_dtype(self) -> torch.dtype:
+        """``kds_dtype`` as a torch dtype."""
+        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[self.kds_dtype]
+
+
+Settings = dict[str, Any] | Literal["float"] | None
+"""Fields of LayerConfig that differ, or ``"float"`` to leave the layer as it is, or None for no difference."""
+
+_EDGE: dict[str, Any] = {
+    "weight_bits": 8,
+    "activation_bits": 8,
+    "block_size": 32,
+    "weight_rule": "paper",
+    "weight_shift": False,
+    "kds_dtype": "float32",
+    "blocks": "flat",
+}
+
+
+class QuantConfig(LayerConfig):
+    """Settings of a model: those of every layer, and what is different where.
+
+    The fields of :class:`LayerConfig` hold for every convolution and linear layer. On top of them come, each winning
+    over those before it, ``linear`` (linear layers), ``depthwise`` (convolutions of one input channel per group),
+    ``first_layer`` (the first convolution), ``last_layer`` (the last convolution or linear layer) and ``overrides``.
+    First and last go by the order in which the model registers its layers, since a model is not run to be converted.
+    Each is a dictionary of the fields that differ, or ``"float"`` to leave the layers as they are, or None.
+
+    Attributes:
+        first_layer: by default 8 bits over flattened blocks, since three channels do not fill a block.
+        depthwise: by default 8 bits and one block per filter.
+        last_layer, linear: by default None, as every other layer.
+        overrides: pattern of layer names (as in ``fnmatch``) to settings; all that match apply, in order. A pattern
+            that matches no layer of the model is an error.
+
+    Raises:
+        ConfigError: a value is out of range or a name is unknown.
+
+    >>> config = QuantConfig(weight_bits=4, activation_bits=8, overrides={"layer4.*": {"weight_bits": 3}})
+    >>> config.layer("layer4.0.conv1").weight_bits
+    3
+    >>> QuantConfig.from_json(config.to_json()) == config
+    True
+    """
+
+    first_layer: Settings = _EDGE
+    depthwise: Settings = _EDGE
+    last_layer: Settings = None
+    linear: Settings = None
+    overrides: dict[str, Settings] = {}
+
+    @field_validator("first_layer", "depthwise", "last_layer", "linear")
+    @classmethod
+    def _known_settings(cls, settings: Settings) -> Settings:
+        if isinstance(settings, dict):
+            try:
+                # Whether the shift and the scale go together is known only once all settings are merged.
+                LayerConfig(**{field: value for field, value in settings.items() if field != "weight_shift"})
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return settings
+
+    @field_validator("overrides")
+    @classmethod
+    def _known_overrides(cls, overrides: dict[str, Settings]) -> dict[str, Settings]:
+        for settings in overrides.values():
+            cls._known_settings(settings)
+        return overrides
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """Config of a name, with ``changes`` to its fields.
+
+        ``paper``
+            The published method: 4-bit weights and activations in blocks of 32, every convolution incl. the first,
+            ``extra`` sign, float32 KDS, image input and linear layers left in float32.
+        ``default``
+            For today's processors: 4-bit weights in blocks of 64 with float16 scale and shift (4.5 bits a weight),
+            ``balanced`` rounding, 8-bit mantissas; first and depthwise convolutions at 8 bits.
+        ``w4a4``
+            ``default`` with 4-bit mantissas.
+        ``w8a8``
+            8-bit weights and mantissas in blocks of 64.
+
+        >>> QuantConfig.preset("default", weight_bits=3).weight_bits
+        3
+        """
+        if name not in _PRESETS:
+            raise ConfigError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
+        return cls(**{**_PRESETS[name], **changes})
+
+    def layer(
+        self,
+        name: str = "",
+        *,
+        kind: LayerKind = "conv",
+        first: bool = False,
+        last: bool = False,
+        depthwise: bool = False,
+    ) -> LayerConfig | None:
+        """Settings of the layer called ``name``, or None where it is left in float.
+
+        Raises:
+            ConfigError: the settings that apply contradict one another.
+        """
+        layers: list[Settings] = [
+            self.linear if kind == "linear" else None,
+            self.depthwise if depthwise else None,
+            self.first_layer if first else None,
+            self.last_layer if last else None,
+            *(settings for pattern, settings in self.overrides.items() if fnmatchcase(name, pattern)),
+        ]
+        merged: dict[str, Any] = {field: getattr(self, field) for field in LayerConfig.model_fields}
+        in_float = False
+        for settings in layers:
+            if settings is not None:
+                in_float = settings == FLOAT
+            if isinstance(settings, dict):
+                merged.update(settings)
+        try:
+            return None if in_float else LayerConfig(**merged)
+        except ConfigError as error:
+            raise ConfigError(f"layer {name!r}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON; inverse of ``QuantConfig(**data)``."""
+        return self.model_dump(mode="json")
+
+    def to_json(self) -> str:
+        """JSON text; inverse of :meth:`from_json`."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Config from the text of :meth:`to_json`.
+
+        Raises:
+            ConfigError: the text is not a config.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"config: expected JSON, got {text[:40]!r} ({error})") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"config: expected a JSON object, got {text[:40]!r}")
+        return cls(**data)
+
+
+_PAPER: dict[str, Any] = {
+    "activation_sign": "extra",
+    "first_layer": {"activation_bits": None},
+    "depthwise": None,
+    "linear": FLOAT,
+}
+_DEFAULT: dict[str, Any] = {
+    "activation_bits": 8,
+    "block_size": 64,
+    "weight_rule": "balanced",
+    "weight_shift": True,
+    "kds_dtype": "float16",
+}
+_PRESETS = {
+    "default": _DEFAULT,
+    "paper": _PAPER,
+    "w4a4": _DEFAULT | {"activation_bits": 4},
+    "w8a8": _DEFAULT | {"weight_bits": 8, "weight_rule": "refined", "weight_shift": False},
+}
+PRESETS = tuple(_PRESETS)
+
+
+def as_config(config: "QuantConfig | Mapping[str, Any] | str | None") -> QuantConfig:
+    """A config from what users pass: one, a dictionary of fields, the name of a preset, or None for ``default``."""
+    if isinstance(config, QuantConfig):
+        return config
+    if config is None or isinstance(config, str):
+        return QuantConfig.preset(config or "default")
+    if isinstance(config, Mapping):
+        return QuantConfig(**config)
+    raise ConfigError(
+        f"config: expected a QuantConfig, a dictionary or the name of a preset, got {type(config).__name__}"
+    )
+
+
+def _one_paragraph(name: str, error: ValidationError) -> str:
+    """Pydantic's findings as ``field: what is wrong, got value`` in a row."""
+    found = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"]) or name
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(QuantConfig.model_fields if name == "QuantConfig" else LayerConfig.model_fields)
+            found.append(f"{where}: unknown setting; known are {known}")
+        else:
+            got = "" if item["type"] == "value_error" else f", got {item['input']!r}"
+            found.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{got}")
+    return "; ".join(found)

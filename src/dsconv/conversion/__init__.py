@@ -1,0 +1,6 @@
+"""From a float model to a quantized one, and what became of each layer."""
+
+from dsconv.conversion.convert import ModelInfo, model_info, quantize
+from dsconv.conversion.summary import LayerSummary, Summary, summary
+
+__all__ = ["LayerSummary", "ModelInfo", "Summary", "model_info", "quantize", "summary"]

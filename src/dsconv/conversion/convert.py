@@ -1,0 +1,298 @@
+"""Swaps the layers of a model for quantized ones, without running the model."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+
+from dsconv import nn as dsnn
+from dsconv.config import LayerConfig, QuantConfig, as_config
+from dsconv.errors import ModelError
+
+QUANTIZED_TYPES: tuple[type[dsnn.DSLayer], ...] = (
+    dsnn.DSConv1d,
+    dsnn.DSConv2d,
+    dsnn.DSConv3d,
+    dsnn.DSConvTranspose1d,
+    dsnn.DSConvTranspose2d,
+    dsnn.DSConvTranspose3d,
+    dsnn.DSLinear,
+)
+# Hooks that compute a layer's weight before it runs.
+_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+FLOAT_TYPES = tuple(quantized.float_type for quantized in QUANTIZED_TYPES)
+
+
+@dataclass
+class ModelInfo:
+    """What a quantized model carries about itself.
+
+    Attributes:
+        config: the settings it was made with.
+        architecture: name by which :func:`dsconv.zoo.build` makes its float model, None where unknown.
+        in_float: name of each layer that was left in float, to the reason.
+        preprocess: how its images are prepared, as plain data, None where unknown.
+    """
+
+    config: QuantConfig
+    architecture: str | None = None
+    in_float: dict[str, str] = field(default_factory=dict)
+    preprocess: dict[str, Any] | None = None
+
+
+def model_info(model: nn.Module) -> ModelInfo | None:
+    """The :class:`ModelInfo` of a model that :func:`quantize` or :func:`dsconv.load` returned, else None."""
+    info = getattr(model, "dsconv_info", None)
+    return info if isinstance(info, ModelInfo) else None
+
+
+def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | None = None) -> nn.Module:
+    """A copy of ``model`` whose convolutions and linear layers are quantized. ``model`` itself is left as it is.
+
+    No data is needed and the model is not run. A layer that appears at several places stays one layer. Weight and
+    spectral normalization, pruning, parametrizations and subclasses that compute their weight are resolved: the weight
+    they make now is quantized. Layers that are quantized already stay as they are. What is left in float is listed,
+    with the reason, by :func:`dsconv.summary`.
+
+    Args:
+        model: a trained float model.
+        config: a :class:`QuantConfig`, a dictionary of its fields, or the name of a preset; None is ``default``.
+
+    Returns:
+        A model of the same classes otherwise, in the same training mode.
+
+    Raises:
+        ConfigError: the config is not valid, or an override matches no layer.
+        ModelError: there is nothing to quantize, or a weight holds a NaN or an infinity.
+
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3))
+    >>> quantize(net, "paper")[2].vqk.shape
+    torch.Size([64, 32, 3, 3])
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("model: TorchScript cannot be converted: pass the Python model it was made from")
+    config = as_config(config)
+    layers = _find_layers(model)
+    _check_overrides(config, layers)
+    preprocess = getattr(model, "dsconv_preprocess", None)
+    info = ModelInfo(
+        config,
+        architecture=getattr(model, "dsconv_architecture", None),
+        preprocess=preprocess.model_dump(mode="json") if preprocess is not None else None,
+    )
+    swaps: dict[nn.Module, dsnn.DSLayer] = {}
+    for found in layers:
+        if isinstance(found.layer, dsnn.DSLayer):
+            continue
+        reason = found.reason
+        settings = None if reason else layer_config(config, found, layers)
+        weight = None
+        if settings is not None:
+            weight, reason = _effective_weight(found.layer)
+        elif not reason:
+            reason = "the config leaves it in float"
+        if weight is None or settings is None:
+            info.in_float[found.name] = reason
+            continue
+        try:
+            swaps[found.layer] = quantized_type(found.layer).from_float(found.layer, settings, weight=weight)
+        except ValueError as error:
+            raise ModelError(f"layer {found.name!r}: {error}") from None
+    if not swaps and not any(isinstance(module, dsnn.DSLayer) for module in model.modules()):
+        if not layers:
+            raise ModelError(
+                f"model {type(model).__name__} has no convolution or linear layer to quantize; "
+                "convolutions called as functions are not seen"
+            )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(info.in_float.items())[:5])
+        raise ModelError(f"model {type(model).__name__}: no layer is left to quantize ({reasons})")
+    return swapped(model, swaps, info)
+
+
+def swapped(model: nn.Module, swaps: Mapping[nn.Module, dsnn.DSLayer], info: ModelInfo) -> nn.Module:
+    """A deep copy of ``model`` with each layer of ``swaps`` replaced wherever it is referred to."""
+    # Deep copy looks here for what it has copied already: so it puts the new layers in and never copies the old ones.
+    memo: dict[int, Any] = {id(layer): quantized for layer, quantized in swaps.items()}
+    for layer, quantized in swaps.items():
+        _keep_hooks(layer, quantized)
+    result: nn.Module = copy.deepcopy(model, memo)
+    result.dsconv_info = info  # type: ignore[assignment]
+    return result
+
+
+@dataclass
+class FoundLayer:
+    """A convolution or linear layer of a model: every name it has, and why it must stay in float, if so."""
+
+    layer: nn.Module
+    names: list[str]
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+
+def _find_layers(model: nn.Module) -> list[FoundLayer]:
+    found: dict[int, FoundLayer] = {}
+    for name, module, parent in _walk(model):
+        if not isinstance(module, (*FLOAT_TYPES, dsnn.DSLayer)):
+            continue
+        if id(module) in found:
+            found[id(module)].names.append(name)
+        else:
+            found[id(module)] = FoundLayer(module, [name], _why_float(module, parent))
+    return list(found.values())
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """Name, module and parent of all that a model is made of, in the order it was registered."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        if "parametrizations" not in name.split("."):
+            yield name, module, modules.get(name.rpartition(".")[0]) if name else None
+
+
+def _why_float(layer: nn.Module, parent: nn.Module | None) -> str:
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        return f"its weight is read by {type(parent).__name__} directly, the layer is not called"
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+        return "its size is not known yet: run the model once before converting it"
+    return ""
+
+
+def quantized_type(layer: nn.Module) -> type[dsnn.DSLayer]:
+    """The quantized class that takes the place of a float layer."""
+    return next(quantized for quantized in QUANTIZED_TYPES if isinstance(layer, quantized.float_type))
+
+
+def layer_config(config: QuantConfig, found: FoundLayer, layers: list[FoundLayer]) -> LayerConfig | None:
+    """Settings of a layer among all ``layers`` of its model, in order; None where it is left in float."""
+    layer: Any = found.layer
+    convolutions = [other.layer for other in layers if not _is_linear(other.layer)]
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    depthwise = not _is_linear(layer) and not transposed and layer.groups == layer.in_channels > 1
+    # Of several names that one counts which an override matches.
+    overridden = [name for name in found.names if any(fnmatchcase(name, pattern) for pattern in config.overrides)]
+    settings = config.layer(
+        (overridden or found.names)[0],
+        kind="linear" if _is_linear(layer) else "conv",
+        first=layer in convolutions[:1],
+        last=layer is layers[-1].layer,
+        depthwise=depthwise,
+    )
+    if settings is not None and depthwise and settings.blocks == "flat":
+        # One block per filter.
+        settings = settings.model_copy(update={"block_size": layer.weight[0].numel()})
+    return settings
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear | dsnn.DSLinear)
+
+
+def _check_overrides(config: QuantConfig, layers: list[FoundLayer]) -> None:
+    names = [name for found in layers for name in found.names]
+    for pattern in config.overrides:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ModelError(
+                f"overrides: {pattern!r} matches no convolution or linear layer; the model has {', '.join(names[:8])}"
+                + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            )
+
+
+def _effective_weight(layer: Any) -> tuple[Tensor | None, str]:
+    """The weight that ``layer`` convolves with, or None and the reason why it cannot be told."""
+    with torch.no_grad():
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm) and hook.name == "weight":
+                return hook.compute_weight(layer).detach(), ""
+            if isinstance(hook, SpectralNorm) and hook.name == "weight":
+                return hook.compute_weight(layer, do_power_iteration=False).detach(), ""
+            if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+                return hook.apply_mask(layer).detach(), ""  # type: ignore[no-untyped-call]
+        weight = layer.weight.detach()
+        if weight.is_meta:
+            return None, "its weight is on the meta device and has no values"
+        base = next(base for base in FLOAT_TYPES if isinstance(layer, base))
+        own = type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)
+        if all(getattr(own, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward")):
+            return weight, ""
+        return _probe(layer, base)
+
+
+class _CaptureWeight(TorchFunctionMode):
+    """Notes the weight of every convolution or linear function that is called."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+        self.weights: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is self.function:
+            self.weights.append(kwargs["weight"] if "weight" in kwargs else args[1])
+        return func(*args, **kwargs)
+
+
+def _probe(layer: Any, base: type[nn.Module]) -> tuple[Tensor | None, str]:
+    """Weight of a subclass with a forward of its own, if that amounts to the plain layer with another weight.
+
+    The layer is run on random inputs of two sizes, and compared with the plain function of the weight it used.
+    """
+    functions: dict[type[nn.Module], Callable[..., Any]] = {
+        nn.Conv1d: nn.functional.conv1d,
+        nn.Conv2d: nn.functional.conv2d,
+        nn.Conv3d: nn.functional.conv3d,
+        nn.Linear: nn.functional.linear,
+    }
+    kind = type(layer).__name__
+    if base not in functions:
+        return None, f"its class {kind} has a forward of its own, which is not known to be a plain layer"
+    weight: Tensor | None = None
+    for extra in (4, 5):
+        generator = torch.Generator().manual_seed(extra)
+        if base is nn.Linear:
+            shape: tuple[int, ...] = (2, layer.in_features)
+        else:
+            size = [d * (k - 1) + extra for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+            shape = (2, layer.in_channels, *size)
+        x = torch.randn(shape, generator=generator).to(layer.weight)
+        try:
+            with _CaptureWeight(functions[base]) as capture:
+                y = layer(x)
+            (weight,) = capture.weights
+            plain = copy.copy(layer)
+            plain._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": layer.bias}
+            expected = base.forward(plain, x)
+            same = weight.shape == layer.weight.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
+        except Exception:
+            same = False
+        if not same:
+            return None, f"its class {kind} has a forward of its own, which is not a plain layer of another weight"
+    assert weight is not None
+    return weight.detach(), ""
+
+
+def _keep_hooks(layer: nn.Module, quantized: nn.Module) -> None:
+    """Hooks of the user go on being called; those that compute the weight have done their work."""
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        for key, hook in getattr(layer, hooks).items():
+            if not isinstance(hook, _WEIGHT_HOOKS):
+                getattr(quantized, hooks)[key] = hook

@@ -1,0 +1,230 @@
+"""What became of each layer of a model: sizes, bits, what is left in float and why, and what executes it."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from dsconv import ops
+from dsconv.conversion.convert import FLOAT_TYPES, model_info
+from dsconv.nn import DSLayer
+from dsconv.numerics import packed_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer. Fields of a layer in float that only a quantized one has are None.
+
+    Attributes:
+        name: name in the model.
+        kind: class of the layer.
+        shape: of its weight; ``(O, C/groups, *K)`` for a quantized layer.
+        weight_bits, activation_bits, activation_sign, block_size, blocks, kds_dtype, weight_shift: its settings;
+            ``activation_bits`` is None also where the input stays float.
+        effective_bits: bits a weight takes, its part of the KDS and shifts included.
+        bytes_before: of the weight in float32.
+        bytes_after: of the weight now: VQK packed at their width, KDS and shifts.
+        weight_sqnr_db: signal to quantization noise of the weight.
+        reason: why it was left in float, else None.
+        backend: what executes it.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    effective_bits: float
+    bytes_before: int
+    bytes_after: int
+    backend: str
+    reason: str | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    activation_sign: str | None = None
+    block_size: int | None = None
+    blocks: str | None = None
+    kds_dtype: str | None = None
+    weight_shift: bool | None = None
+    weight_sqnr_db: float | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the layer is quantized."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All layers of a model; prints as a table.
+
+    Attributes:
+        layers: in the order of the model.
+        other_bytes: of everything that is no layer's weight: biases, BatchNorm, buffers.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    other_bytes: int
+
+    @property
+    def bytes_before(self) -> int:
+        """Of the float model."""
+        return sum(layer.bytes_before for layer in self.layers) + self.other_bytes
+
+    @property
+    def bytes_after(self) -> int:
+        """Of the quantized model, which is the size of its file but for the header."""
+        return sum(layer.bytes_after for layer in self.layers) + self.other_bytes
+
+    @property
+    def effective_bits(self) -> float:
+        """Mean over the weights of all layers, those left in float included."""
+        weights = sum(layer.bytes_before for layer in self.layers) / 4
+        return sum(layer.bytes_after for layer in self.layers) * 8 / max(1.0, weights)
+
+    @property
+    def effective_bits_quantized(self) -> float:
+        """Mean over the weights of the quantized layers."""
+        layers = [layer for layer in self.layers if layer.quantized]
+        weights = sum(layer.bytes_before for layer in layers) / 4
+        return sum(layer.bytes_after for layer in layers) * 8 / max(1.0, weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "other_bytes": self.other_bytes,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "effective_bits": self.effective_bits,
+            "effective_bits_quantized": self.effective_bits_quantized,
+        }
+
+    def __rich__(self) -> "Table":
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table
+
+        quantized = sum(layer.quantized for layer in self.layers)
+        backends = ", ".join(sorted({layer.backend for layer in self.layers if layer.quantized})) or "none"
+        caption = (
+            f"{quantized} layers quantized, {len(self.layers) - quantized} in float; "
+            f"{self.effective_bits:.2f} bits a weight ({self.effective_bits_quantized:.2f} in quantized layers); "
+            f"{_megabytes(self.bytes_before)} -> {_megabytes(self.bytes_after)} MB, "
+            f"{_megabytes(self.other_bytes)} of it biases, BatchNorm and buffers.\nExecuted by: {backends}."
+        )
+        table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+        table.add_column("layer", overflow="fold")
+        table.add_column("weight", overflow="fold")
+        for column in ("W", "A", "block", "bits/weight", "kB before", "kB after", "SQNR dB"):
+            table.add_column(column, justify="right")
+        table.add_column("left in float because", overflow="fold")
+        for layer in self.layers:
+            cells = ["", "", ""]
+            if layer.quantized:
+                activation = (
+                    "float" if layer.activation_bits is None else f"{layer.activation_bits} {layer.activation_sign}"
+                )
+                block = str(layer.block_size)
+                block += " flat" if layer.blocks == "flat" else ""
+                block += " +shift" if layer.weight_shift else ""
+                cells = [str(layer.weight_bits), activation, block]
+            table.add_row(
+                escape(layer.name),
+                "x".join(map(str, layer.shape)),
+                *cells,
+                f"{layer.effective_bits:.2f}",
+                f"{layer.bytes_before / 1e3:.1f}",
+                f"{layer.bytes_after / 1e3:.1f}",
+                "" if layer.weight_sqnr_db is None else f"{layer.weight_sqnr_db:.1f}",
+                escape(layer.reason or ""),
+                style=None if layer.quantized else "yellow",
+            )
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=140, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def summary(model: nn.Module) -> Summary:
+    """Table of the layers of a quantized model, or of a float one before its conversion.
+
+    Every convolution and linear layer has a row, and so has everything else that holds a weight of two or more
+    dimensions, such as an embedding.
+
+    >>> import dsconv
+    >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3))
+    >>> [layer.effective_bits for layer in dsconv.summary(dsconv.quantize(net, "paper")).layers]
+    [14.666666666666666, 5.0]
+    """
+    info = model_info(model)
+    rows: list[LayerSummary] = []
+    counted: set[int] = set()
+    total = sum(_bytes(t) for t in _unique([*model.parameters(), *_saved_buffers(model)]))
+    for name, module in model.named_modules():
+        if isinstance(module, DSLayer):
+            rows.append(_quantized_row(name, module))
+            counted.update(id(t) for t in module.buffers(recurse=False))
+        elif "parametrizations" not in name.split("."):
+            is_layer = isinstance(module, FLOAT_TYPES)
+            unknown = "not converted" if is_layer else "neither a convolution nor a linear layer"
+            reason = (info.in_float.get(name) if info else None) or unknown
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() < 2 or id(parameter) in counted:
+                    continue
+                counted.add(id(parameter))
+                full_name = name if is_layer else ".".join(filter(None, (name, parameter_name)))
+                kind, size = type(module).__name__, _bytes(parameter)
+                bits = 8.0 * parameter.element_size()
+                shape = tuple(parameter.shape)
+                rows.append(LayerSummary(full_name, kind, shape, bits, size, size, "PyTorch float", reason))
+    unpacked = sum(_bytes(t) for m in model.modules() if isinstance(m, DSLayer) for t in m.buffers(recurse=False))
+    in_float = sum(row.bytes_after for row in rows if not row.quantized)
+    return Summary(tuple(rows), total - unpacked - in_float)
+
+
+def _quantized_row(name: str, layer: DSLayer) -> LayerSummary:
+    config = layer.config
+    scales = [scale for scale in (layer.kds, layer.kds_shift) if scale is not None]
+    weights = layer.vqk.numel()
+    size = packed_bytes(weights, config.weight_bits) + sum(map(_bytes, scales))
+    return LayerSummary(
+        name=name,
+        kind=type(layer).__name__,
+        shape=tuple(layer.vqk.shape),
+        effective_bits=8 * size / max(1, weights),
+        bytes_before=4 * weights,
+        bytes_after=size,
+        backend=ops.SIMULATION,
+        weight_bits=config.weight_bits,
+        activation_bits=config.activation_bits,
+        activation_sign=None if config.activation_bits is None else config.activation_sign,
+        block_size=config.block_size,
+        blocks=config.blocks,
+        kds_dtype=config.kds_dtype,
+        weight_shift=config.weight_shift,
+        weight_sqnr_db=layer.weight_sqnr_db,
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _unique(tensors: list[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _saved_buffers(model: nn.Module) -> list[Tensor]:
+    names = set(model.state_dict())
+    return [buffer for name, buffer in model.named_buffers() if name in names]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f}"

@@ -1,0 +1,337 @@
+"""Image folders, and the one place that knows what ``images`` may be wherever a function takes them."""
+
+import csv
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dsconv.data.preprocess import Preprocess
+from dsconv.errors import ConfigError, DataError
+
+EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+class BrokenImage(NamedTuple):
+    """A file that could not be read as an image, and why."""
+
+    path: str
+    reason: str
+
+
+class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
+    """The images of a folder, preprocessed one by one; a torch ``Dataset``.
+
+    Three layouts are recognised, in this order:
+
+    * ``labels.csv`` (header ``file,class_index``): the files it lists, relative to the folder, and no others;
+    * class folders: every image below ``CLASS/``; the class index is the place of ``CLASS`` among the sorted names,
+      empty ones included, or in ``classes``;
+    * images without class folders: unlabelled.
+
+    Images are the files that end, in any case, in one of ``EXTENSIONS``; hidden files and folders are skipped.
+
+    Args:
+        path: the folder.
+        preprocess: applied to every image.
+        classes: names of the class folders in the order of the network's outputs; only for class folders.
+
+    Attributes:
+        files, labels, classes: every image in a fixed order; int64 class indices ``(len(files),)`` or None; the names
+            of the class folders or None.
+
+    Raises:
+        DataError: no such folder, no images in it, or labels that cannot be used.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("cat", "dog"):
+    ...     (folder / name).mkdir()
+    ...     Image.new("RGB", (48, 32)).save(folder / name / "1.png")
+    >>> dataset = ImageFolder(folder, Preprocess(crop=32))
+    >>> image, label = dataset[1]
+    >>> image.shape, label, dataset.classes
+    (torch.Size([3, 32, 32]), 1, ['cat', 'dog'])
+    """
+
+    def __init__(self, path: str | os.PathLike[str], preprocess: Preprocess, classes: Sequence[str] | None = None):
+        if not isinstance(preprocess, Preprocess):
+            raise ConfigError(
+                f"preprocess must be a dsconv.data.Preprocess, got {type(preprocess).__name__}; "
+                "Preprocess.from_torchvision and Preprocess.from_timm make one."
+            )
+        self.path, self.preprocess = Path(path), preprocess
+        self.classes: list[str] | None = None
+        self.labels: Tensor | None = None
+        if not self.path.is_dir():
+            what = "is a file, not a folder" if self.path.exists() else "does not exist"
+            raise DataError(f"The image folder {self.path} {what}.")
+        try:
+            entries = sorted(entry for entry in self.path.iterdir() if not entry.name.startswith("."))
+            folders = {entry.name: _images_below(entry) for entry in entries if entry.is_dir()}
+        except OSError as error:
+            raise DataError(f"The image folder {self.path} cannot be read: {error}.") from error
+        if (self.path / "labels.csv").is_file():
+            self.files, labels = _read_labels(self.path / "labels.csv")
+            self.labels = torch.tensor(labels)
+            return
+        self.files = [entry for entry in entries if _is_image(entry)]
+        if any(folders.values()):
+            self._use_class_folders(folders, classes)
+        elif not self.files:
+            raise DataError(
+                f"The folder {self.path} holds no images: looked for {', '.join(sorted(EXTENSIONS))} in it and in "
+                "sub-folders (one per class), and for a labels.csv."
+            )
+
+    def _use_class_folders(self, folders: dict[str, list[Path]], classes: Sequence[str] | None) -> None:
+        if self.files:
+            raise DataError(
+                f"The folder {self.path} holds images ({self.files[0].name}, ...) beside sub-folders with images "
+                f"({', '.join(list(folders)[:3])}, ...): move them apart, or list them in labels.csv."
+            )
+        self.classes = list(folders) if classes is None else list(classes)
+        if unknown := sorted(set(folders) - set(self.classes)):
+            raise DataError(
+                f"The sub-folder {unknown[0]} of {self.path} is not one of the {len(self.classes)} classes."
+            )
+        self.files = [file for files in folders.values() for file in files]
+        self.labels = torch.tensor([self.classes.index(name) for name, files in folders.items() for _ in files])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor | tuple[Tensor, int]:
+        image = self.read(index)
+        if isinstance(image, BrokenImage):
+            raise DataError(f"The image {image.path} cannot be read: {image.reason}.")
+        return image if self.labels is None else (image, int(self.labels[index]))
+
+    def read(self, index: int) -> Tensor | BrokenImage:
+        """Image ``index``, float32 ``(C, H, W)``, or what is wrong with its file."""
+        path = self.files[index]
+        try:
+            with Image.open(path) as image:
+                return self.preprocess(image)
+        except Exception as error:  # on damaged files the decoders raise nearly anything
+            return BrokenImage(str(path), " ".join(str(error).split()) or type(error).__name__)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+
+
+def _images_below(folder: Path) -> list[Path]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [path for name in names if _is_image(path := Path(root, name))]
+    return sorted(found)
+
+
+def _read_labels(path: Path) -> tuple[list[Path], list[int]]:
+    labels: dict[Path, int] = {}
+    line = 1
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
+            rows = csv.DictReader(lines, skipinitialspace=True)
+            if not {"file", "class_index"} <= set(rows.fieldnames or ()):
+                raise DataError(f"{path}, line 1: expected the header file,class_index, got {rows.fieldnames}.")
+            for row in rows:
+                line = rows.line_num
+                file = path.parent / (row["file"] or "")
+                if not file.is_file():
+                    raise DataError(f"{path}, line {line}: there is no file {row['file']!r} in {path.parent}.")
+                if file in labels:
+                    raise DataError(f"{path}, line {line}: the file {row['file']!r} is listed a second time.")
+                if not re.fullmatch(r"\s*[0-9]{1,9}\s*", row["class_index"] or ""):
+                    raise DataError(
+                        f"{path}, line {line}: class_index must be a whole number from 0, got {row['class_index']!r}."
+                    )
+                labels[file] = int(row["class_index"])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read after line {line}: {error}.") from error
+    if not labels:
+        raise DataError(f"{path} lists no images.")
+    return list(labels), list(labels.values())
+
+
+Labelled: TypeAlias = tuple[Tensor, Tensor | None]
+Images: TypeAlias = Tensor | str | os.PathLike[str] | ImageFolder | Iterable[Any]
+
+
+class Batches:
+    """Batches ``(images, labels)`` of any kind of ``images``: see `batches`.
+
+    Attributes:
+        total: number of images, broken ones included, or None where it is not known beforehand.
+        broken: the files that the latest pass could not read.
+        folder: the `ImageFolder` that the images come from, or None.
+    """
+
+    def __init__(self, images: Images, batch_size: int, workers: int, limit: int | None):
+        self._images, self._batch_size, self._workers, self._limit = images, batch_size, workers, limit
+        self.folder = images if isinstance(images, ImageFolder) else None
+        self.broken: list[BrokenImage] = []
+        known = _count(images)
+        self.total = min(known, limit) if known is not None and limit is not None else known
+
+    def __iter__(self) -> Iterator[Labelled]:
+        self.broken = []
+        seen, labelled = 0, None
+        for item in self._items():
+            images, labels = _check(item)
+            if self._limit is not None:
+                images = images[: self._limit - seen]
+                labels = None if labels is None else labels[: len(images)]
+            if labelled not in (None, labels is not None):
+                raise DataError("Some batches have labels and others have none: give labels for all or for none.")
+            labelled = labels is not None
+            seen += len(images)
+            if len(images):
+                yield images, labels
+            if seen == self._limit:
+                return
+
+    def _items(self) -> Iterable[Any]:
+        if isinstance(self._images, Tensor):
+            return torch.split(self._images, self._batch_size)
+        if self.folder is not None:
+            return self._read(self.folder)
+        return self._images  # type: ignore[return-value]  # a path has become a folder in `batches`
+
+    def _read(self, folder: ImageFolder) -> Iterator[Labelled]:
+        count = self.total or 0
+        # Folders and label files are sorted by class more often than not: spread a limit over all of them.
+        chosen = [i * len(folder) // count for i in range(count)]
+        loader: DataLoader[Any] = DataLoader(
+            chosen,  # type: ignore[arg-type]  # the data set is the list of indices, read by the collating worker
+            self._batch_size,
+            num_workers=self._workers,
+            collate_fn=partial(_load, folder),
+            generator=torch.Generator(),  # the user's random state stays as it is
+        )
+        first: tuple[int, torch.Size] | None = None
+        for images, indices, broken in loader:
+            self.broken += broken
+            for index, image in zip(indices, images, strict=True):
+                first = first or (index, image.shape)
+                if image.shape != first[1] and self._batch_size > 1:
+                    raise DataError(
+                        f"After preprocessing, {folder.files[index]} has the shape {tuple(image.shape)}, but "
+                        f"{folder.files[first[0]]} {tuple(first[1])}: add a crop, as in "
+                        "Preprocess(resize=256, crop=224), or use batch_size=1."
+                    )
+            if isinstance(images, Tensor):
+                yield images, None if folder.labels is None else folder.labels[indices]
+
+
+def _load(folder: ImageFolder, indices: list[int]) -> tuple[Tensor | list[Tensor], list[int], list[BrokenImage]]:
+    entries = [(index, folder.read(index)) for index in indices]
+    images = [entry for _, entry in entries if isinstance(entry, Tensor)]
+    broken = [entry for _, entry in entries if isinstance(entry, BrokenImage)]
+    # Stacked here, a batch crosses from a worker process as one tensor.
+    same_size = len({image.shape for image in images}) == 1
+    good = [index for index, entry in entries if isinstance(entry, Tensor)]
+    return torch.stack(images) if same_size else images, good, broken
+
+
+def _count(images: Images) -> int | None:
+    try:
+        if isinstance(images, Tensor | ImageFolder):
+            return len(images)
+        if isinstance(images, DataLoader):
+            return len(images.sampler)  # type: ignore[arg-type]
+        if isinstance(images, list | tuple):
+            return sum(len(item if isinstance(item, Tensor) else item[0]) for item in images)
+    except (TypeError, IndexError, KeyError):
+        pass  # unsized, or not batches at all, which the pass itself reports
+    return None
+
+
+def _check(item: Any) -> Labelled:
+    images, labels = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        got = f"a {images.dtype} tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise DataError(
+            "images must be preprocessed floating-point batches (N, C, H, W), alone or as pairs (batch, labels); got "
+            f"{got}. A single image needs .unsqueeze(0), one pair a list around it, a Dataset a DataLoader."
+        )
+    if labels is None:
+        return images, None
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"labels must be integers, one per image, got {type(labels).__name__}: {error}.") from error
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex():
+        raise DataError(
+            f"labels must be {len(images)} integers, one per image of the batch; got a {labels.dtype} tensor "
+            f"{tuple(labels.shape)}."
+        )
+    return images, labels.long()
+
+
+def batches(
+    images: Images,
+    *,
+    preprocess: Preprocess | None = None,
+    batch_size: int = 32,
+    workers: int = 0,
+    limit: int | None = None,
+) -> Batches:
+    """Batches of whatever the library accepts as ``images``.
+
+    Args:
+        images: a preprocessed floating-point tensor ``(N, C, H, W)``; an iterable of such batches or of
+            ``(batch, labels)``, whose batches are used as they come; the path of a folder (see `ImageFolder`), or an
+            `ImageFolder`.
+        preprocess: how to read a folder given by its path; needed there and nowhere else.
+        batch_size: images per batch, for a tensor or a folder.
+        workers: processes that read a folder; 0 reads in this one.
+        limit: use this many images at most: the first ones, or, of a folder, evenly spaced ones.
+
+    Returns:
+        Pairs ``(images, labels)``; labels are int64 ``(N,)``, or None. It can be passed over again wherever ``images``
+        can.
+
+    Raises:
+        ConfigError: a number out of range.
+        DataError: ``images`` is none of the above; a path without ``preprocess``; while passing over it, a batch of
+            another shape, or images of a folder that differ in size. Broken files are skipped and noted in ``.broken``.
+
+    >>> [(tuple(x.shape), labels) for x, labels in batches(torch.zeros(5, 3, 8, 8), batch_size=4)]
+    [((4, 3, 8, 8), None), ((1, 3, 8, 8), None)]
+    """
+    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("limit", limit, 1)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ConfigError(f"{name} must be a whole number from {least}, got {value!r}.")
+    if isinstance(images, str | os.PathLike):
+        if preprocess is None:
+            raise DataError(
+                f"images is a folder ({os.fspath(images)}), so preprocess must say how to read it: "
+                "Preprocess.from_torchvision(...), Preprocess.from_timm(...), Preprocess.imagenet() or your own."
+            )
+        images = ImageFolder(images, preprocess)
+    elif preprocess is not None:
+        raise DataError(
+            "preprocess applies to a folder given by its path only; these images are "
+            f"{'an ImageFolder with a preprocess' if isinstance(images, ImageFolder) else 'preprocessed already'}."
+        )
+    elif isinstance(images, Tensor):
+        _check(images)
+    elif not isinstance(images, Iterable | ImageFolder):
+        raise DataError(
+            "images must be a tensor (N, C, H, W), an iterable of batches or of (batch, labels), or the path of a "
+            f"folder; got {type(images).__name__}."
+        )
+    return Batches(images, batch_size, workers, limit)

@@ -1,0 +1,195 @@
+"""From a picture to a network's input: the transforms of torchvision and timm as one small, serialisable record."""
+
+import importlib
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import Tensor, nn
+
+from dsconv.errors import ConfigError, DataError, MissingExtraError
+
+Pixels = Annotated[int, Field(ge=1, le=65536)]
+PerChannel = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Preprocess(BaseModel):
+    """What is done to a picture before a network sees it: convert, resize, crop the centre, scale, normalise.
+
+    The steps and their rounding are those of torchvision's ``ImageClassification`` preset on PIL images, so a crop
+    larger than the picture pads it with black. The record is immutable and survives ``model_dump_json``.
+
+    Args:
+        resize: length of the shorter side in pixels, the aspect ratio kept; a pair ``(height, width)`` ignores the
+            aspect ratio; None leaves the size alone.
+        crop: ``(height, width)`` in pixels of the centre crop, an int for a square, None for no crop.
+        mean, std: subtracted, then divided by, in the units of ``scale`` and the order of ``channels``: one number for
+            all channels or one per channel.
+        interpolation: Pillow's filter for ``resize``.
+        scale: the value of white before mean and std: 1.0, or 255.0 for networks in the tradition of Caffe.
+        channels: ``"rgb"``, ``"bgr"`` or ``"gray"`` (one channel).
+
+    Raises:
+        ConfigError: an unknown setting, or a value out of range (from ``model_validate``: pydantic's ValidationError).
+
+    >>> from PIL import Image
+    >>> preprocess = Preprocess.imagenet(size=224)
+    >>> preprocess(Image.new("RGB", (640, 480))).shape
+    torch.Size([3, 224, 224])
+    >>> Preprocess.model_validate_json(preprocess.model_dump_json()) == preprocess
+    True
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    resize: Pixels | tuple[Pixels, Pixels] | None = None
+    crop: tuple[Pixels, Pixels] | None = None
+    mean: PerChannel = (0.0,)
+    std: PerChannel = (1.0,)
+    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bilinear"
+    scale: float = Field(default=1.0, gt=0)
+    channels: Literal["rgb", "bgr", "gray"] = "rgb"
+
+    def __init__(self, **settings: Any):
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            # A place inside a union or tuple means nothing to a user: the setting's name does.
+            faults = {": ".join([*map(str, fault["loc"][:1]), fault["msg"]]) for fault in error.errors()}
+            what = "; ".join(sorted(faults)).replace("Value error, ", "")
+            raise ConfigError(f"Preprocess cannot use these settings: {what}.") from None
+
+    @field_validator("crop", mode="before")
+    @classmethod
+    def _square(cls, crop: Any) -> Any:
+        return (crop, crop) if isinstance(crop, int) else crop
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _one_for_all(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Preprocess":
+        allowed = (1,) if self.channels == "gray" else (1, 3)
+        for name in ("mean", "std"):
+            if (got := len(getattr(self, name))) not in allowed:
+                wanted = " or ".join(map(str, allowed))
+                raise ValueError(f"{name} must hold {wanted} numbers for {self.channels} images, got {got}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        return self
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Network input of one picture: float32 ``(C, H, W)``, C = 1 for gray and 3 otherwise.
+
+        Raises:
+            DataError: a picture with 16 or 32 bits per channel, whose white is not known.
+        """
+        if image.mode == "F" or image.mode.startswith("I"):
+            raise DataError(
+                f"the image has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits first"
+            )
+        image = image.convert("L" if self.channels == "gray" else "RGB")
+        if (size := self._resized(*image.size)) != image.size:
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        if self.crop:
+            image = _crop_centre(image, *self.crop)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        x = pixels.view(image.height, image.width, -1).permute(2, 0, 1).float().contiguous()
+        if self.channels == "bgr":
+            x = x.flip(0)
+        x.div_(255 / self.scale)
+        return x.sub_(torch.tensor(self.mean).view(-1, 1, 1)).div_(torch.tensor(self.std).view(-1, 1, 1))
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        match self.resize:
+            case None:
+                return width, height
+            case (new_height, new_width):
+                return new_width, new_height
+            case int(side) if width <= height:
+                return side, int(side * height / width)
+            case int(side):
+                return int(side * width / height), side
+
+    @classmethod
+    def imagenet(cls, size: int = 224) -> "Preprocess":
+        """The usual evaluation transform of ImageNet networks: shorter side to ``size / 0.875``, crop, normalise.
+
+        >>> Preprocess.imagenet(224).resize
+        256
+        """
+        return cls(resize=math.floor(size / 0.875), crop=size, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+    @classmethod
+    def from_torchvision(cls, source: Any) -> "Preprocess":
+        """The transform of torchvision weights (``ResNet50_Weights.DEFAULT``), or such a transform itself.
+
+        Raises:
+            ConfigError: ``source`` is neither, or a transform for another task than image classification.
+        """
+        transforms = getattr(source, "transforms", None)
+        preset = transforms() if callable(transforms) and not isinstance(transforms, nn.Module) else source
+        try:
+            settings = {
+                "resize": preset.resize_size[0],
+                "crop": preset.crop_size[0],
+                "mean": preset.mean,
+                "std": preset.std,
+                "interpolation": preset.interpolation.value.removesuffix("-exact"),
+            }
+        except (AttributeError, TypeError, IndexError):
+            raise ConfigError(
+                "Preprocess.from_torchvision expects weights for classification such as ResNet50_Weights.DEFAULT, or "
+                f"their transforms(), got {source!r}. Give the settings one by one: Preprocess(resize=, crop=, ...)."
+            ) from None
+        return cls(**settings)
+
+    @classmethod
+    def from_timm(cls, model: nn.Module) -> "Preprocess":
+        """The evaluation transform in the pretrained configuration that a timm model carries.
+
+        Raises:
+            MissingExtraError: timm is not installed.
+            ConfigError: the model has no such configuration, or one that this class cannot express.
+        """
+        try:
+            timm_data = importlib.import_module("timm.data")
+        except ImportError:
+            raise MissingExtraError("zoo", "timm") from None
+        if not getattr(model, "pretrained_cfg", None):
+            raise ConfigError(
+                f"{type(model).__name__} carries no timm configuration (pretrained_cfg). "
+                "Give the settings one by one instead: Preprocess(resize=, crop=, mean=, std=)."
+            )
+        config = timm_data.resolve_model_data_config(model)
+        channels, *crop = config["input_size"]
+        resize = [math.floor(side / config["crop_pct"]) for side in crop]
+        squash = config["crop_mode"] == "squash"
+        if config["crop_mode"] == "border" or (resize[0] != resize[1] and not squash) or channels not in (1, 3):
+            raise ConfigError(
+                f"timm's crop mode {config['crop_mode']!r} with input size {config['input_size']} is not supported. "
+                "Preprocess the images with timm and pass the batches instead of a folder."
+            )
+        return cls(
+            resize=tuple(resize) if squash else resize[0],
+            crop=tuple(crop),
+            mean=config["mean"],
+            std=config["std"],
+            interpolation=config["interpolation"],
+            channels="gray" if channels == 1 else "rgb",
+        )
+
+
+def _crop_centre(image: Image.Image, height: int, width: int) -> Image.Image:
+    left, top = image.width - width, image.height - height
+    # torchvision pads the short sides first, the odd pixel to the right and below, and then crops the long ones with
+    # Python's rounding of halves to even. Pillow's crop fills with black outside the image, so one call does both.
+    x, y = (int(gap / 2) if gap < 0 else round(gap / 2) for gap in (left, top))
+    return image.crop((x, y, x + width, y + height))

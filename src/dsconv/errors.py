@@ -1,0 +1,34 @@
+"""Errors that a user can mend. Each says what was expected, what was got and what to do."""
+
+
+class DSConvError(Exception):
+    """A mistake the user can mend; the command line prints it as one paragraph, without a traceback."""
+
+
+class ConfigError(DSConvError, ValueError):
+    """A quantization setting or an argument has an unusable value."""
+
+
+class ModelError(DSConvError, ValueError):
+    """A model cannot be built, converted or run as asked."""
+
+
+class FileFormatError(DSConvError, ValueError):
+    """A file is not a readable dsconv file, or does not belong to the model it is loaded into."""
+
+
+class DataError(DSConvError, ValueError):
+    """Images or labels cannot be used as given."""
+
+
+class MissingExtraError(DSConvError, ImportError):
+    """An optional part of the package is not installed.
+
+    >>> raise MissingExtraError("zoo", "torchvision")
+    Traceback (most recent call last):
+    ...
+    dsconv.errors.MissingExtraError: torchvision is not installed: pip install 'dsconv[zoo]'
+    """
+
+    def __init__(self, extra: str, package: str):
+        super().__init__(f"{package} is not installed: pip install 'dsconv[{extra}]'")

@@ -1,0 +1,337 @@
+"""One safetensors file per quantized model; its layout is specified in docs/format.md."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dsconv.config import LayerConfig, QuantConfig
+from dsconv.conversion.convert import FLOAT_TYPES, ModelInfo, model_info, quantized_type, swapped
+from dsconv.errors import ConfigError, FileFormatError, ModelError
+from dsconv.nn import DSLayer
+from dsconv.numerics import pack, unpack
+
+FORMAT_VERSION = 1
+_MAGIC = "dsconv"
+_SHOWN = 5
+
+
+class LayerRecord(BaseModel):
+    """A quantized layer as the header describes it: class, shape of VQK, which of the settings, and its SQNR."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: str
+    shape: list[int]
+    settings: int
+    sqnr_db: float | None = None
+
+
+class Header(BaseModel):
+    """All that a file says about itself beside its tensors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    dsconv_version: str
+    model_class: str
+    architecture: str | None
+    config: dict[str, Any]
+    settings: list[dict[str, Any]]
+    layers: dict[str, LayerRecord]
+    in_float: dict[str, str]
+    aliases: dict[str, str]
+    preprocess: dict[str, Any] | None
+
+
+def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str | None = None) -> Path:
+    """Write a quantized model to one safetensors file; an existing file is replaced when the new one is complete.
+
+    Integers are packed at their width, KDS and all other tensors keep their dtype. Nothing is pickled.
+
+    Args:
+        qmodel: from :func:`dsconv.quantize`, or any model that holds quantized layers.
+        path: of the file, usually ``*.safetensors``, in an existing folder.
+        architecture: name by which :func:`dsconv.zoo.build` makes the float model, so that the file can be loaded
+            without one; known by itself for models that came from there.
+
+    Returns:
+        The path.
+
+    Raises:
+        ModelError: the model holds no quantized layer, or state that is not a tensor.
+        OSError: the file cannot be written.
+
+    >>> import dsconv, tempfile
+    >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3))
+    >>> qnet = dsconv.quantize(net)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     again = dsconv.load(dsconv.save(qnet, folder + "/net.safetensors"), net)
+    >>> x = torch.randn(1, 3, 8, 8)
+    >>> torch.equal(again(x), qnet(x))
+    True
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: its folder {path.parent} does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected the name of a file, it is a folder")
+    tensors, aliases = _stored_tensors(qmodel)
+    header = _header(qmodel, aliases, architecture)
+    entries = {"format": _MAGIC, "format_version": str(FORMAT_VERSION)}
+    entries |= {name: json.dumps(value, sort_keys=True) for name, value in header.model_dump().items()}
+    entries["checksum"] = _checksum(entries, tensors)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, beside, entries)
+        os.replace(beside, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from None
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+    return path
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Read a quantized model; it computes bitwise what the saved one did.
+
+    Args:
+        path: of a file that :func:`save` wrote.
+        model: the float model of the same architecture, whose weights do not matter and which is left as it is. None
+            builds it by the name in the file; only models of torchvision, timm and dsconv are built that way, no code
+            that a file names is ever run.
+
+    Raises:
+        FileFormatError: the file is truncated, was changed, is from a newer version, or is of another architecture.
+        ModelError: the file does not say how to build its model.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    header, tensors = _read(path)
+    if model is None:
+        model = _build(path, header)
+    settings = [_layer_settings(path, data) for data in header.settings]
+    swaps: dict[nn.Module, DSLayer] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    wrong: list[str] = []
+    for name, record in header.layers.items():
+        layer = modules.get(name)
+        if not 0 <= record.settings < len(settings):
+            raise FileFormatError(f"{path}: layer {name!r} refers to settings {record.settings} of {len(settings)}")
+        if layer is None or not isinstance(layer, FLOAT_TYPES):
+            got = "none" if layer is None else f"a {type(layer).__name__}"
+            wrong.append(f"layer {name!r}: the file has a {record.type}, the model has {got} there")
+            continue
+        if quantized_type(layer).__name__ != record.type:
+            wrong.append(f"layer {name!r}: the file has a {record.type}, the model a {type(layer).__name__}")
+            continue
+        quantized = quantized_type(layer).like(layer, settings[record.settings])
+        if list(quantized.vqk.shape) != record.shape:
+            shapes = f"{record.shape}, the model {list(quantized.vqk.shape)}"
+            wrong.append(f"layer {name!r}: the file has weights of shape {shapes}")
+            continue
+        quantized.weight_sqnr_db = record.sqnr_db
+        swaps[layer] = quantized
+    _refuse(path, header, model, wrong)
+    info = ModelInfo(_config(path, header.config), header.architecture, header.in_float, header.preprocess)
+    result = swapped(model, swaps, info)
+    _fill(path, header, result, tensors)
+    return result
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """What a file says about itself, after its checksum was verified.
+
+    Raises:
+        FileFormatError, OSError: as :func:`load`.
+    """
+    return _read(Path(path))[0]
+
+
+def _stored_tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of the file by name, and the names of those that stand under another name already."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    bits = {f"{name}.vqk".lstrip("."): m.config.weight_bits for name, m in _quantized_layers(qmodel, duplicates=True)}
+    for name, value in qmodel.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ModelError(f"state {name!r} is a {type(value).__name__}: only tensors can be saved")
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        value = value.detach().cpu()
+        packed = pack(value, bits[name]) if name in bits else value
+        tensors[name] = packed.clone(memory_format=torch.contiguous_format)
+    return tensors, aliases
+
+
+def _quantized_layers(model: nn.Module, *, duplicates: bool = False) -> list[tuple[str, DSLayer]]:
+    modules = model.named_modules(remove_duplicate=not duplicates)
+    return [(name, module) for name, module in modules if isinstance(module, DSLayer)]
+
+
+def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None) -> Header:
+    settings: list[LayerConfig] = []
+    layers: dict[str, LayerRecord] = {}
+    for name, layer in _quantized_layers(qmodel):
+        if layer.config not in settings:
+            settings.append(layer.config)
+        sqnr = layer.weight_sqnr_db
+        layers[name] = LayerRecord(
+            type=type(layer).__name__,
+            shape=list(layer.vqk.shape),
+            settings=settings.index(layer.config),
+            # JSON has no infinity; three digits are all that a report shows.
+            sqnr_db=round(sqnr, 3) if sqnr is not None and abs(sqnr) < 1e3 else None,
+        )
+    if not layers:
+        raise ModelError(
+            f"model {type(qmodel).__name__} holds no quantized layer: convert it with dsconv.quantize first"
+        )
+    info = model_info(qmodel) or ModelInfo(QuantConfig())
+    return Header(
+        dsconv_version=metadata.version("dsconv"),
+        model_class=_class_name(qmodel),
+        architecture=architecture or info.architecture,
+        config=info.config.to_dict(),
+        settings=[config.model_dump(mode="json") for config in settings],
+        layers=layers,
+        in_float=info.in_float,
+        aliases=aliases,
+        preprocess=info.preprocess,
+    )
+
+
+def _class_name(model: nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def _checksum(entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over all entries but the checksum, and over name, dtype, shape and bytes of all tensors, in order."""
+    digest = hashlib.sha256()
+    described: list[Any] = [[name, entries[name]] for name in sorted(entries) if name != "checksum"]
+    described += [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
+    digest.update(json.dumps(described).encode())
+    for name in sorted(tensors):
+        if tensors[name].numel():
+            digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a file written by dsconv, there is none")
+    # Reading one byte first tells a file that cannot be read from one that is broken.
+    with path.open("rb") as file:
+        file.read(1)
+    try:
+        with safe_open(path, framework="pt") as file:
+            entries: dict[str, str] = file.metadata() or {}
+            if entries.get("format") != _MAGIC:
+                raise FileFormatError(f"{path}: a safetensors file, but not one written by dsconv")
+            version = entries.get("format_version", "")
+            if not version.isdecimal() or int(version) > FORMAT_VERSION:
+                raise FileFormatError(
+                    f"{path}: has format version {version!r}, this dsconv reads up to {FORMAT_VERSION}: update dsconv"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileFormatError:
+        raise
+    except (SafetensorError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        raise FileFormatError(f"{path}: not a complete safetensors file ({error}): get or write it again") from None
+    if _checksum(entries, tensors) != entries.get("checksum"):
+        raise FileFormatError(f"{path}: its contents do not match its checksum, it was changed: get or write it again")
+    fields = {name: text for name, text in entries.items() if name in Header.model_fields}
+    try:
+        return Header.model_validate({name: json.loads(text) for name, text in fields.items()}), tensors
+    except (ValidationError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileFormatError(f"{path}: its header is not valid ({reason}): write it again") from None
+
+
+def _layer_settings(path: Path, data: dict[str, Any]) -> LayerConfig:
+    try:
+        return LayerConfig(**data)
+    except (ConfigError, TypeError) as error:
+        raise FileFormatError(f"{path}: the settings of its layers are not valid: {error}") from None
+
+
+def _config(path: Path, data: dict[str, Any]) -> QuantConfig:
+    try:
+        return QuantConfig(**data)
+    except (ConfigError, TypeError) as error:
+        raise FileFormatError(f"{path}: its config is not valid: {error}") from None
+
+
+def _build(path: Path, header: Header) -> nn.Module:
+    from dsconv import zoo
+
+    if header.architecture is None or not zoo.is_registered(header.architecture):
+        name = f", which {header.architecture!r} made" if header.architecture else ""
+        raise ModelError(
+            f"{path}: pass the float model ({header.model_class}{name}) to load it into: "
+            "only models of torchvision, timm and dsconv are built from the file"
+        )
+    return zoo.build(header.architecture, weights="random")
+
+
+def _refuse(path: Path, header: Header, model: nn.Module, wrong: list[str]) -> None:
+    if wrong:
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise FileFormatError(
+            f"{path}: holds a {header.model_class}, which does not fit the model {_class_name(model)}: "
+            f"{'; '.join(wrong[:_SHOWN])}{more}"
+        )
+
+
+def _fill(path: Path, header: Header, model: nn.Module, stored: dict[str, Tensor]) -> None:
+    """Put the tensors of a file into the model of the right structure, in the dtypes of the file."""
+    quantized = {f"{name}.vqk".lstrip("."): layer for name, layer in _quantized_layers(model)}
+    expected = model.state_dict(keep_vars=True)
+    tensors = dict(stored)
+    wrong: list[str] = []
+    for alias, name in header.aliases.items():
+        if name not in stored or alias in stored:
+            wrong.append(f"tensor {alias!r}: stands for {name!r}, which the file does not have alone")
+        else:
+            tensors[alias] = stored[name]
+    for name in sorted(set(expected) ^ set(tensors)):
+        wrong.append(f"tensor {name!r}: only in the {'model' if name in expected else 'file'}")
+    state: dict[str, Tensor] = {}
+    for name, layer in quantized.items():
+        if name in tensors:
+            try:
+                state[name] = unpack(tensors[name], layer.config.weight_bits, layer.vqk.shape)
+            except ValueError as error:
+                wrong.append(f"tensor {name!r}: {error}")
+    for name in expected.keys() & tensors.keys():
+        target = header.aliases.get(name, name)
+        if target in quantized:
+            state[name] = state.get(target, expected[name])
+            continue
+        value = state[name] = tensors[name]
+        if value.shape != expected[name].shape:
+            shapes = f"{list(value.shape)} in the file, {list(expected[name].shape)} in the model"
+            wrong.append(f"tensor {name!r}: shape {shapes}")
+        elif value.is_floating_point() != expected[name].is_floating_point():
+            wrong.append(f"tensor {name!r}: {value.dtype} in the file, {expected[name].dtype} in the model")
+        elif name.rpartition(".")[2] in ("kds", "kds_shift") and not torch.isfinite(value).all():
+            wrong.append(f"tensor {name!r}: holds a NaN or an infinity")
+    _refuse(path, header, model, wrong)
+    for name, value in state.items():
+        if expected[name].dtype != value.dtype:
+            expected[name].data = expected[name].data.to(value.dtype)
+    model.load_state_dict(state)

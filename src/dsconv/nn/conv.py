@@ -1,0 +1,216 @@
+"""Quantized convolutions and transposed convolutions of one to three dimensions."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dsconv import ops
+from dsconv.config import LayerConfig
+from dsconv.nn.layer import DSLayer
+
+Size = int | Sequence[int]
+
+
+class _DSConvNd(DSLayer):
+    """What convolutions of all dimensions share. The arguments are those of ``torch.nn.Conv2d``, and ``config``."""
+
+    dims: ClassVar[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        config: LayerConfig | None = None,
+    ):
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if groups < 1 or channels % groups:
+                raise ValueError(f"groups: expected a divisor of {name} {channels}, got {groups}")
+        kernel = self._per_dim(kernel_size)
+        super().__init__((out_channels, in_channels // groups, *kernel), bias, self._layer_config(config))
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = kernel, self._per_dim(stride), self._per_dim(dilation)
+        self.padding_mode = padding_mode
+        self.padding = padding if isinstance(padding, str) else self._per_dim(padding)
+        before, after = self._pads()
+        # Padding that the convolution itself cannot do goes in front of it.
+        self._in_front = padding_mode != "zeros" or before != after
+        self._border = [p for pair in reversed(list(zip(before, after, strict=True))) for p in pair]
+        self._zeros = (0,) * self.dims if self._in_front else before
+
+    def _per_dim(self, value: Size) -> tuple[int, ...]:
+        return (value,) * self.dims if isinstance(value, int) else tuple(value)
+
+    def _pads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Padding before and after each dimension; ``same`` puts the odd one after, as PyTorch does."""
+        if self.padding == "valid":
+            return (0,) * self.dims, (0,) * self.dims
+        if self.padding == "same":
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+        if isinstance(self.padding, str):
+            raise ValueError(f"padding: expected 'same', 'valid' or whole numbers, got {self.padding!r}")
+        return self.padding, self.padding
+
+    @classmethod
+    def _geometry(cls, layer: Any) -> tuple[Any, ...]:
+        where = layer.stride, layer.padding, layer.dilation, layer.groups
+        size = layer.in_channels, layer.out_channels, layer.kernel_size
+        return *size, *where, layer.bias is not None, layer.padding_mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output ``(N, O, *S_out)``, or ``(O, *S_out)`` for ``x (C, *S)``, in the dtype of ``x``."""
+        batched = _batched(self, x)
+        if self._in_front:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            batched = F.pad(batched, self._border, mode=mode)
+        y = ops.conv(
+            batched,
+            self.dequantized_weight(),
+            self.bias,
+            self.config,
+            stride=self.stride,
+            padding=self._zeros,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        return y if x.dim() == batched.dim() else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        for name, default in (("padding", (0,) * self.dims), ("dilation", (1,) * self.dims), ("groups", 1)):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return f"{text}, {self._settings_repr()}"
+
+
+class _DSConvTransposeNd(_DSConvNd):
+    """What transposed convolutions share. ``vqk`` is in the layout of a convolution; blocks are always per tap."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size = 1,
+        padding_mode: str = "zeros",
+        *,
+        config: LayerConfig | None = None,
+    ):
+        if padding_mode != "zeros" or isinstance(padding, str):
+            raise ValueError(
+                "padding, padding_mode: expected whole numbers and 'zeros' for a transposed convolution, "
+                f"got {padding!r} and {padding_mode!r}"
+            )
+        config = self._layer_config(config).model_copy(update={"blocks": "tap"})
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, config=config)
+        self.output_padding = self._per_dim(output_padding)
+
+    @classmethod
+    def _geometry(cls, layer: Any) -> tuple[Any, ...]:
+        where = layer.stride, layer.padding, layer.output_padding, layer.groups
+        size = layer.in_channels, layer.out_channels, layer.kernel_size
+        return *size, *where, layer.bias is not None, layer.dilation
+
+    def _conv_layout(self, weight: Tensor) -> Tensor:
+        return ops.transposed_layout(weight, self.groups)
+
+    def dequantized_weight(self) -> Tensor:
+        """Float32 weight ``(C, O/groups, *K)`` that VQK and KDS stand for, the layout of the float layer."""
+        return ops.transposed_layout(super().dequantized_weight(), self.groups)
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Output ``(N, O, *S_out)``; ``output_size`` settles the size where the stride leaves it open."""
+        batched = _batched(self, x)
+        output_padding = self.output_padding
+        if output_size is not None:
+            output_padding = self._output_padding_for(batched, tuple(output_size)[-self.dims :])
+        y = ops.conv_transpose(
+            batched,
+            super().dequantized_weight(),
+            self.bias,
+            self.config,
+            stride=self.stride,
+            padding=self._zeros,
+            output_padding=output_padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        return y if x.dim() == batched.dim() else y.squeeze(0)
+
+    def _output_padding_for(self, x: Tensor, output_size: tuple[int, ...]) -> tuple[int, ...]:
+        smallest = [
+            (n - 1) * s - 2 * p + d * (k - 1) + 1
+            for n, s, p, d, k in zip(
+                x.shape[2:], self.stride, self._zeros, self.dilation, self.kernel_size, strict=True
+            )
+        ]
+        extra = tuple(want - least for want, least in zip(output_size, smallest, strict=True))
+        if not all(0 <= e < s for e, s in zip(extra, self.stride, strict=True)):
+            largest = [least + s - 1 for least, s in zip(smallest, self.stride, strict=True)]
+            raise ValueError(f"output_size: expected {smallest} to {largest}, got {list(output_size)}")
+        return extra
+
+
+def _batched(layer: _DSConvNd, x: Tensor) -> Tensor:
+    if x.dim() not in (layer.dims + 1, layer.dims + 2) or x.shape[-layer.dims - 1] != layer.in_channels:
+        raise ValueError(
+            f"{type(layer).__name__}: expected input (N, {layer.in_channels}, ...) of {layer.dims + 2} dimensions, "
+            f"got {tuple(x.shape)}"
+        )
+    return x.unsqueeze(0) if x.dim() == layer.dims + 1 else x
+
+
+class DSConv1d(_DSConvNd):
+    """Quantized ``torch.nn.Conv1d``: ``x (N, C, L)``; blocks of input channels, see :class:`DSLayer`."""
+
+    dims, float_type = 1, nn.Conv1d
+
+
+class DSConv2d(_DSConvNd):
+    """Quantized ``torch.nn.Conv2d``: ``x (N, C, H, W)``; blocks of input channels, see :class:`DSLayer`.
+
+    >>> layer = DSConv2d.from_float(nn.Conv2d(64, 8, 3, padding=1))
+    >>> layer(torch.zeros(1, 64, 5, 5)).shape
+    torch.Size([1, 8, 5, 5])
+    """
+
+    dims, float_type = 2, nn.Conv2d
+
+
+class DSConv3d(_DSConvNd):
+    """Quantized ``torch.nn.Conv3d``: ``x (N, C, D, H, W)``; blocks of input channels, see :class:`DSLayer`."""
+
+    dims, float_type = 3, nn.Conv3d
+
+
+class DSConvTranspose1d(_DSConvTransposeNd):
+    """Quantized ``torch.nn.ConvTranspose1d``: ``x (N, C, L)``."""
+
+    dims, float_type = 1, nn.ConvTranspose1d
+
+
+class DSConvTranspose2d(_DSConvTransposeNd):
+    """Quantized ``torch.nn.ConvTranspose2d``: ``x (N, C, H, W)``."""
+
+    dims, float_type = 2, nn.ConvTranspose2d
+
+
+class DSConvTranspose3d(_DSConvTransposeNd):
+    """Quantized ``torch.nn.ConvTranspose3d``: ``x (N, C, D, H, W)``."""
+
+    dims, float_type = 3, nn.ConvTranspose3d

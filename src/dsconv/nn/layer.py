@@ -1,0 +1,187 @@
+"""What all quantized layers share: VQK, KDS, bias and the settings they were made with."""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from dsconv.config import LayerConfig, LayerKind, QuantConfig
+from dsconv.numerics import block_count, dequantize_weight, quantize_weight, quantize_weight_shifted
+
+
+class DSLayer(nn.Module):
+    """Base of the quantized layers.
+
+    Attributes:
+        vqk: int8 buffer ``(O, C/groups, *K)``, the variable quantized kernel.
+        kds: buffer of ``config.kds_dtype``, the kernel distribution shift: ``(O, CB, *K)`` for blocks per tap,
+            ``(O, CB)`` for flattened blocks. Keeps its dtype when the layer is cast, since casting it to a narrower
+            one would change the weights.
+        kds_shift: as ``kds``, or None without a shift.
+        bias: parameter ``(O,)`` or None.
+        config: the settings of this layer.
+        weight_sqnr_db: ``10 log10(sum w^2 / sum (w - w_q)^2)`` of the weight it was made from, None where unknown.
+    """
+
+    kind: ClassVar[LayerKind] = "conv"
+    float_type: ClassVar[type[nn.Module]]
+    vqk: Tensor
+    kds: Tensor
+    kds_shift: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, vqk_shape: tuple[int, ...], bias: bool, config: LayerConfig):
+        super().__init__()
+        self.config = config
+        self.weight_sqnr_db: float | None = None
+        rows = self._rows(torch.zeros(vqk_shape, dtype=torch.int8))
+        kds = torch.zeros(
+            (rows.shape[0], block_count(rows.shape[1], config.block_size), *rows.shape[2:]),
+            dtype=config.torch_kds_dtype,
+        )
+        self.register_buffer("vqk", torch.zeros(vqk_shape, dtype=torch.int8))
+        self.register_buffer("kds", kds)
+        self.register_buffer("kds_shift", kds.clone() if config.weight_shift else None)
+        self.bias = nn.Parameter(torch.zeros(vqk_shape[0])) if bias else None
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        """``weight`` as the arithmetic sees it: flattened to ``(O, C/groups * K)`` where blocks are."""
+        return weight.flatten(1) if self.config.blocks == "flat" else weight
+
+    def dequantized_weight(self) -> Tensor:
+        """Float32 weight that VQK and KDS stand for, in the layout of the float layer."""
+        return dequantize_weight(self._rows(self.vqk), self.kds, self.config.block_size, self.kds_shift).view(
+            self.vqk.shape
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """:meth:`dequantized_weight`, for code that looks at a layer's ``weight``."""
+        return self.dequantized_weight()
+
+    @torch.no_grad()
+    def quantize_(self, weight: Tensor) -> Self:
+        """Set VQK, KDS and shift from a float ``weight`` ``(O, C/groups, *K)``; returns the layer.
+
+        KDS that float16 cannot hold, for being too large or so small that digits would be lost, are kept in float32.
+
+        Raises:
+            ValueError: the weight holds a NaN or an infinity.
+        """
+        config = self.config
+        rows = self._rows(weight.float())
+        if config.weight_shift:
+            vqk, kds, shift = quantize_weight_shifted(
+                rows, config.weight_bits, config.block_size, rule=config.weight_rule
+            )
+        else:
+            vqk, kds = quantize_weight(
+                rows, config.weight_bits, config.block_size, rule=config.weight_rule, scale=config.weight_scale
+            )
+            shift = None
+        if config.kds_dtype == "float16" and not _fits_float16(kds, shift):
+            self.config = config = config.model_copy(update={"kds_dtype": "float32"})
+        self.vqk = vqk.view(weight.shape)
+        self.kds = kds.to(config.torch_kds_dtype)
+        self.kds_shift = None if shift is None else shift.to(config.torch_kds_dtype)
+        rounded = dequantize_weight(vqk, self.kds, config.block_size, self.kds_shift)
+        self.weight_sqnr_db = sqnr_db(rows, rounded)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {name: value for name in ("kds", "kds_shift") if (value := getattr(self, name)) is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device))
+        return self
+
+    @classmethod
+    def like(cls, layer: Any, config: LayerConfig) -> Self:
+        """Layer of the geometry, device, bias dtype and training flag of the float ``layer``; all weights are zero."""
+        make: Callable[..., Self] = cls
+        made = make(*cls._geometry(layer), config=config)
+        made.to(layer.weight.device)
+        if layer.bias is not None:
+            made.bias = nn.Parameter(torch.zeros_like(layer.bias), requires_grad=layer.bias.requires_grad)
+        return made.train(layer.training)
+
+    @classmethod
+    def from_float(cls, layer: Any, config: LayerConfig | None = None, *, weight: Tensor | None = None) -> Self:
+        """Quantized layer of a float one, which is left as it is.
+
+        Args:
+            layer: the PyTorch layer of the same name, ``nn.Conv2d`` for ``DSConv2d``.
+            config: a LayerConfig; of a QuantConfig the general settings apply; None is the preset ``default``.
+            weight: weight to quantize in the place of ``layer.weight``, of the same shape.
+
+        Raises:
+            TypeError: ``layer`` is of another kind.
+            ValueError: the weight holds a NaN or an infinity.
+
+        >>> from dsconv.nn import DSConv2d
+        >>> DSConv2d.from_float(nn.Conv2d(64, 8, 3), LayerConfig(block_size=32)).kds.shape
+        torch.Size([8, 2, 3, 3])
+        """
+        if not isinstance(layer, cls.float_type):
+            raise TypeError(f"{cls.__name__}: expected a {cls.float_type.__name__}, got {type(layer).__name__}")
+        made = cls.like(layer, cls._layer_config(config))
+        made.quantize_(made._conv_layout((layer.weight if weight is None else weight).detach()))
+        if layer.bias is not None:
+            made.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
+        return made
+
+    @classmethod
+    def _geometry(cls, layer: Any) -> tuple[Any, ...]:
+        """Positional arguments that make a layer of this class of the same geometry as the float ``layer``."""
+        raise NotImplementedError(cls.__name__)
+
+    @classmethod
+    def _layer_config(cls, config: LayerConfig | None) -> LayerConfig:
+        if isinstance(config, QuantConfig) or config is None:
+            config = (config or QuantConfig.preset("default")).layer(kind=cls.kind)
+            if config is None:
+                raise ValueError(f"config leaves layers of kind {cls.kind!r} in float: pass a LayerConfig")
+        return config
+
+    def _conv_layout(self, weight: Tensor) -> Tensor:
+        """``weight`` of the float layer in the layout of ``vqk``."""
+        return weight
+
+    def _settings_repr(self) -> str:
+        config = self.config
+        activation = "float" if config.activation_bits is None else f"{config.activation_bits} {config.activation_sign}"
+        shift = "+shift" if config.weight_shift else ""
+        return (
+            f"weight_bits={config.weight_bits}, activation_bits={activation}, "
+            f"block_size={config.block_size} {config.blocks}, kds={config.kds_dtype}{shift}"
+        )
+
+
+def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
+    """``10 log10(sum signal^2 / sum (signal - approximation)^2)``, infinite where the two are equal.
+
+    >>> sqnr_db(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.5]))
+    13.010299956639813
+    """
+    power = signal.double().square().sum().item()
+    noise = (signal.double() - approximation.double()).square().sum().item()
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(power / noise) if power else -math.inf
+
+
+def _fits_float16(kds: Tensor, shift: Tensor | None) -> bool:
+    """Whether float16 changes no output channel by more than a small part of its quantization error."""
+    scales = kds.flatten(1)
+    largest = scales.abs().amax(1)
+    significant = largest > largest.max() * 2.0**-10
+    for value in (scales, None if shift is None else shift.flatten(1)):
+        if value is not None:
+            error = (value - value.half().float()).abs().amax(1)
+            if not (error <= largest * 2.0**-7)[significant].all():
+                return False
+    return True

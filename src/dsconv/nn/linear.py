@@ -1,0 +1,38 @@
+"""Quantized linear layer."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dsconv import ops
+from dsconv.config import LayerConfig
+from dsconv.nn.layer import DSLayer
+
+
+class DSLinear(DSLayer):
+    """Quantized ``torch.nn.Linear``: ``x (..., in_features)``; blocks of input features, see :class:`DSLayer`.
+
+    >>> import torch
+    >>> layer = DSLinear.from_float(nn.Linear(64, 10))
+    >>> layer(torch.zeros(2, 64)).shape, layer.kds.shape
+    (torch.Size([2, 10]), torch.Size([10, 1]))
+    """
+
+    kind, float_type = "linear", nn.Linear
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, config: LayerConfig | None = None):
+        super().__init__((out_features, in_features), bias, self._layer_config(config))
+        self.in_features, self.out_features = in_features, out_features
+
+    @classmethod
+    def _geometry(cls, layer: Any) -> tuple[Any, ...]:
+        return layer.in_features, layer.out_features, layer.bias is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output ``(..., out_features)`` in the dtype of ``x``."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"DSLinear: expected input (..., {self.in_features}), got {tuple(x.shape)}")
+        return ops.linear(x, self.dequantized_weight(), self.bias, self.config)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self._settings_repr()}"

@@ -1,0 +1,52 @@
+"""The arithmetic of DSConv in plain PyTorch: its one definition, which everything else is checked against."""
+
+from dsconv.numerics.activations import (
+    ACTIVATION_SIGNS,
+    NONFINITE,
+    SMALLEST,
+    ActivationSign,
+    dequantize_activation,
+    fake_quantize_activation,
+    quantize_activation,
+)
+from dsconv.numerics.packing import pack, packed_bytes, unpack
+from dsconv.numerics.reference import Reference, reference_conv
+from dsconv.numerics.weights import (
+    WEIGHT_RULES,
+    WEIGHT_SCALES,
+    QuantizedWeight,
+    WeightRule,
+    WeightScale,
+    block_count,
+    check_bits,
+    check_block_size,
+    dequantize_weight,
+    quantize_weight,
+    quantize_weight_shifted,
+)
+
+__all__ = [
+    "ACTIVATION_SIGNS",
+    "NONFINITE",
+    "SMALLEST",
+    "WEIGHT_RULES",
+    "WEIGHT_SCALES",
+    "ActivationSign",
+    "QuantizedWeight",
+    "Reference",
+    "WeightRule",
+    "WeightScale",
+    "block_count",
+    "check_bits",
+    "check_block_size",
+    "dequantize_activation",
+    "dequantize_weight",
+    "fake_quantize_activation",
+    "pack",
+    "packed_bytes",
+    "quantize_activation",
+    "quantize_weight",
+    "quantize_weight_shifted",
+    "reference_conv",
+    "unpack",
+]

@@ -1,0 +1,183 @@
+"""Activations to block floating point (BFP), and back: small integer mantissas, one shared exponent per block.
+
+``x (N, C, *S)`` is cut into blocks of ``block_size`` channels, per image and position ``S``; a block never spans two
+of ``groups`` equal parts of the channels, and the last block of a part is short where it must be. A value is
+``mantissa * 2^exponent``.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsconv.numerics.weights import block_count, check_bits, check_block_size
+
+ActivationSign = Literal["adaptive", "extra", "included"]
+ACTIVATION_SIGNS: tuple[str, ...] = get_args(ActivationSign)
+
+NONFINITE = -128
+"""Exponent of a block that holds a NaN or an infinity; no finite block has it. Its values dequantize to NaN."""
+
+SMALLEST = 2.0**-100
+"""A block whose largest magnitude is below this counts as all zero (mantissas 0, exponent 0)."""
+
+
+def quantize_activation(
+    x: Tensor, bits: int, block_size: int, *, sign: ActivationSign = "adaptive", groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Mantissas and exponents of ``x`` in block floating point.
+
+    Per block, ``E = floor(log2 max|x|)`` and ``mantissa = clamp(round_half_even(x / 2^e))`` with ``e = E - m + 1``.
+    ``sign`` says how many magnitude bits ``m`` the ``bits`` leave:
+
+    =============  ==================================  ===================================  ============
+    ``sign``       block without a negative value      other blocks                         bits a value
+    =============  ==================================  ===================================  ============
+    ``extra``      m = bits, ±(2^bits - 1)             the same                             bits + 1
+    ``included``   m = bits - 1, two's complement      the same                             bits
+    ``adaptive``   m = bits, [0, 2^bits - 1]           m = bits - 1, two's complement       bits
+    =============  ==================================  ===================================  ============
+
+    At 8 bits m is 7 in all three, since mantissas live in int8.
+
+    Args:
+        x: float tensor ``(N, C, *S)``, read as float32.
+        bits: 2..8.
+        block_size: channels that share an exponent, >= 1.
+        sign: the convention above.
+        groups: equal parts of the channels that blocks do not cross.
+
+    Returns:
+        Mantissas int8 ``(N, C, *S)`` and exponents int8 ``(N, groups * CB, *S)`` for ``CB`` blocks in a group.
+        A block with a NaN or an infinity has mantissas 0 and the exponent :data:`NONFINITE`.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: Gennari do Nascimento et al., ICCV 2019, section 3.3; ``adaptive`` is ours.
+
+    >>> x = torch.tensor([[0.5, 3.0, 6.1, 7.9], [-1.0, 0.25, 0.0, 0.0]])
+    >>> quantize_activation(x, bits=4, block_size=4)
+    (tensor([[ 1,  6, 12, 15],
+            [-4,  1,  0,  0]], dtype=torch.int8), tensor([[-1],
+            [-2]], dtype=torch.int8))
+    """
+    blocks = _to_blocks(x, bits, block_size, sign, groups)
+    mantissa = _from_blocks(blocks.mantissa.to(torch.int8), x.shape, groups)
+    return mantissa, blocks.exponent.to(torch.int8)
+
+
+def dequantize_activation(mantissa: Tensor, exponent: Tensor, block_size: int, *, groups: int = 1) -> Tensor:
+    """Float32 values ``mantissa * 2^exponent`` ``(N, C, *S)``; NaN where the exponent is :data:`NONFINITE`.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+
+    >>> mantissa, exponent = torch.tensor([[1, 6, 12, 15]], dtype=torch.int8), torch.tensor([[-1]], dtype=torch.int8)
+    >>> dequantize_activation(mantissa, exponent, block_size=4)
+    tensor([[0.5000, 3.0000, 6.0000, 7.5000]])
+    """
+    _check(mantissa, block_size, groups)
+    channels = mantissa.shape[1] // groups
+    expected = (mantissa.shape[0], groups * block_count(channels, block_size), *mantissa.shape[2:])
+    if exponent.shape != expected:
+        raise ValueError(f"exponent: expected shape {expected}, got {tuple(exponent.shape)}")
+    split = _split(mantissa.float(), block_size, groups)
+    value = _scaled(split, exponent.int().unsqueeze(2))
+    return _from_blocks(value, mantissa.shape, groups)
+
+
+def fake_quantize_activation(
+    x: Tensor, bits: int, block_size: int, *, sign: ActivationSign = "adaptive", groups: int = 1
+) -> Tensor:
+    """``dequantize_activation(quantize_activation(x))`` bit for bit, without the integers between, differentiable.
+
+    The gradient passes through rounding and clamping as if they were not there (straight-through estimator).
+
+    >>> x = torch.tensor([[0.5, 3.0, 6.1, 7.9]], requires_grad=True)
+    >>> fake_quantize_activation(x, bits=4, block_size=4)
+    tensor([[0.5000, 3.0000, 6.0000, 7.5000]], grad_fn=<AddBackward0>)
+    """
+    with torch.no_grad():
+        blocks = _to_blocks(x, bits, block_size, sign, groups)
+        value = _from_blocks(_scaled(blocks.mantissa, blocks.exponent.unsqueeze(2)), x.shape, groups)
+    # x - x is 0 and carries the gradient; in a block that is not finite it is NaN, as the value is.
+    return value + (x.float() - x.detach().float()) if torch.is_grad_enabled() and x.requires_grad else value
+
+
+class _Blocks(NamedTuple):
+    """``mantissa`` ``(N, groups * CB, size, *S)``, whole numbers in float; ``exponent`` int32 ``(N, groups * CB, *S)``."""
+
+    mantissa: Tensor
+    exponent: Tensor
+
+
+def _to_blocks(x: Tensor, bits: int, block_size: int, sign: str, groups: int) -> _Blocks:
+    check_bits("bits", bits)
+    if sign not in ACTIVATION_SIGNS:
+        raise ValueError(f"sign: expected one of {', '.join(ACTIVATION_SIGNS)}, got {sign!r}")
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected a float tensor, got {x.dtype}")
+    _check(x, block_size, groups)
+    split = _split(x.detach().float(), block_size, groups)
+    low, high = split.aminmax(dim=2)
+    largest = torch.maximum(high, -low)
+    finite = torch.isfinite(largest)
+    used = finite & (largest >= SMALLEST)
+    # frexp gives 0.5 <= |fraction| < 1, hence the 1: exact, where a floating-point log2 is not.
+    magnitude_exponent = torch.frexp(torch.where(used, largest, 1.0)).exponent - 1
+    if bits == 8 or sign == "included":
+        m = torch.full_like(magnitude_exponent, bits - 1)
+    elif sign == "extra":
+        m = torch.full_like(magnitude_exponent, bits)
+    else:
+        m = bits - (low < 0).to(magnitude_exponent.dtype)
+    exponent = torch.where(used, magnitude_exponent - m + 1, 0)
+    limit = ((1 << m) - 1).float().unsqueeze(2)
+    # Twice half the power of two, because 2^-127 would be subnormal and may be flushed to zero.
+    mantissa = (split * 0.5) * _power_of_two(1 - exponent).unsqueeze(2)
+    mantissa = torch.minimum(mantissa.round(), limit)
+    if sign == "extra":
+        mantissa = torch.maximum(mantissa, -limit)
+    mantissa = torch.where(used.unsqueeze(2), mantissa, 0.0)
+    return _Blocks(mantissa, torch.where(finite, exponent, NONFINITE))
+
+
+def _check(x: Tensor, block_size: int, groups: int) -> None:
+    check_block_size(block_size)
+    if x.dim() < 2:
+        raise ValueError(f"expected a tensor (N, C, ...), got shape {tuple(x.shape)}")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups: expected a divisor of the {x.shape[1]} channels, got {groups}")
+
+
+def _split(x: Tensor, block_size: int, groups: int) -> Tensor:
+    """``(N, C, *S)`` to ``(N, groups * CB, size, *S)``, zeros filling the last block of a group."""
+    channels = x.shape[1] // groups
+    size = max(1, min(block_size, channels))
+    blocks = block_count(channels, size)
+    if missing := blocks * size - channels:
+        x = torch.unflatten(x, 1, (groups, channels))
+        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing)).flatten(1, 2)
+    return torch.unflatten(x, 1, (groups * blocks, size))
+
+
+def _from_blocks(blocks: Tensor, shape: torch.Size, groups: int) -> Tensor:
+    """Inverse of :func:`_split`."""
+    channels = shape[1] // groups
+    if blocks.shape[1] * blocks.shape[2] == shape[1]:
+        return blocks.flatten(1, 2)
+    return torch.unflatten(blocks.flatten(1, 2), 1, (groups, -1))[:, :, :channels].flatten(1, 2)
+
+
+def _power_of_two(n: Tensor) -> Tensor:
+    """Float32 ``2^n`` for whole ``n`` in -126..127, from the bits."""
+    return ((n.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def _scaled(mantissa: Tensor, exponent: Tensor) -> Tensor:
+    """``mantissa * 2^exponent``, NaN where the exponent is NONFINITE."""
+    nonfinite = exponent == NONFINITE
+    value = mantissa * _power_of_two(torch.where(nonfinite, 0, exponent))
+    return torch.where(nonfinite, torch.nan, value)

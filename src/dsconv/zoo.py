@@ -1,0 +1,207 @@
+"""Float models by name: of torchvision and timm, of a Python file, and the small one that comes with dsconv.
+
+A name is ``torchvision/resnet50``, ``timm/resnet50``, ``dsconv/digits_resnet`` or ``path/to/file.py:factory``; the
+arguments of its factory may follow, as in ``torchvision/resnet18?num_classes=200``.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import torch
+from torch import Tensor, nn
+
+from dsconv.data import Preprocess
+from dsconv.errors import DSConvError, MissingExtraError, ModelError
+
+_SHOWN = 5
+# Trained without the auxiliary classifiers that these build by default, as the published weights are loaded.
+_AUXILIARY = ("googlenet", "inception_v3")
+
+
+def is_registered(name: str) -> bool:
+    """Whether ``name`` is of a library, so that building it runs no code of the user's."""
+    return name.partition("/")[0] in ("torchvision", "timm", "dsconv") and ".py:" not in name
+
+
+def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Module:
+    """Float model of a name, in evaluation mode.
+
+    Args:
+        name: see above.
+        weights: ``default``: the trained weights that come with the name, downloaded where they must be (a factory in
+            a file loads its own); ``random``: none; else the path of a state dictionary, ``.safetensors`` or what
+            ``torch.save`` wrote.
+
+    Raises:
+        ModelError: no such model, or its weights cannot be had or do not fit.
+        MissingExtraError: torchvision or timm is not installed.
+        FileNotFoundError: there is no such file.
+
+    >>> sum(p.numel() for p in build("dsconv/digits_resnet").parameters())
+    222570
+    """
+    library, _, rest = name.partition("/")
+    path = None if str(weights) in ("default", "random") else Path(weights)
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"weights: expected 'default', 'random' or a file, there is no {path}")
+    trained = str(weights) == "default"
+    base, _, query = (rest if is_registered(name) else name).partition("?")
+    arguments = _arguments(name, query)
+    builders: dict[str, Callable[..., tuple[nn.Module, Preprocess | None]]] = {
+        "torchvision": _torchvision,
+        "timm": _timm,
+        "dsconv": _own,
+    }
+    try:
+        if is_registered(name):
+            model, preprocess = builders[library](base, trained, arguments)
+        elif ".py:" in base:
+            model, preprocess = _from_file(base, arguments)
+        else:
+            raise ModelError(
+                f"model {name!r}: expected torchvision/NAME, timm/NAME, dsconv/NAME or path/to/file.py:factory"
+            )
+    except (DSConvError, FileNotFoundError):
+        raise
+    except TypeError as error:
+        raise ModelError(f"model {name!r}: its arguments do not fit: {error}") from None
+    except (OSError, RuntimeError) as error:
+        if not trained:
+            raise
+        raise ModelError(
+            f"model {name!r}: its trained weights cannot be had ({error}): pass a file of weights, or 'random'"
+        ) from None
+    if path is not None:
+        _load_weights(model, path)
+    model.dsconv_architecture = name  # type: ignore[assignment]
+    model.dsconv_preprocess = preprocess  # type: ignore[assignment]
+    return model.eval()
+
+
+def preprocess_of(model: nn.Module) -> Preprocess | None:
+    """How the images of a model are prepared, where the model came from :func:`build` or a file; else None."""
+    from dsconv.conversion import model_info
+
+    info = model_info(model)
+    if info is not None and info.preprocess is not None:
+        return Preprocess(**info.preprocess)
+    preprocess = getattr(model, "dsconv_preprocess", None)
+    return preprocess if isinstance(preprocess, Preprocess) else None
+
+
+def _arguments(name: str, query: str) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for key, value in parse_qsl(query, keep_blank_values=True):
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError:
+            arguments[key] = value
+    if query and not arguments:
+        raise ModelError(f"model {name!r}: expected arguments as NAME?key=value&key=value, got {query!r}")
+    return arguments
+
+
+def _import(extra: str, package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise MissingExtraError(extra, package) from None
+
+
+def _unknown(library: str, name: str, known: Iterable[str]) -> ModelError:
+    close = difflib.get_close_matches(name, list(known), n=_SHOWN)
+    hint = f": did you mean {', '.join(close)}?" if close else ""
+    return ModelError(f"{library} has no model {name!r}{hint}")
+
+
+def _torchvision(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
+    models = _import("zoo", "torchvision").models
+    if name not in models.list_models():
+        raise _unknown("torchvision", name, models.list_models())
+    if name in _AUXILIARY:
+        arguments = {"aux_logits": False, **({} if trained else {"init_weights": False}), **arguments}
+    default = models.get_model_weights(name).DEFAULT
+    model = models.get_model(name, weights=default if trained else None, **arguments)
+    return model, Preprocess.from_torchvision(default)
+
+
+def _timm(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
+    timm = _import("zoo", "timm")
+    if not timm.is_model(name):
+        raise _unknown("timm", name, timm.list_models())
+    model = timm.create_model(name, pretrained=trained, **arguments)
+    return model, Preprocess.from_timm(model)
+
+
+def _own(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
+    from dsconv import demo
+
+    if name != "digits_resnet":
+        raise _unknown("dsconv", name, ["digits_resnet"])
+    return demo.digits_resnet(pretrained=trained, **arguments), demo.PREPROCESS
+
+
+def _from_file(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
+    file, _, factory_name = name.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"model {name!r}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Classes of the file are looked up here when a model is copied.
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ModelError(f"model {name!r}: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value) or inspect.isclass(value)]
+        raise _unknown(str(path), factory_name, known)
+    try:
+        model = factory(**arguments)
+    except Exception as error:
+        raise ModelError(f"model {name!r}: {factory_name}() failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model {name!r}: expected a torch.nn.Module, {factory_name}() made a {type(model).__name__}")
+    return model, None
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dictionary into ``model``; half-precision values are widened to the dtype of the model."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            # Without this, a pickle may run any code.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ModelError(
+            f"weights {path}: expected safetensors, or a state dictionary that torch.save wrote: {error}"
+        ) from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"weights {path}: expected a dictionary of tensors, got {type(state).__name__}")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        differences = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ModelError(f"weights {path} do not fit {type(model).__name__}: {' '.join(differences)[:600]}") from None

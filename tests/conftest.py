@@ -1,0 +1,49 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torchvision_shim
+
+torchvision_shim.install()
+
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=200, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SUPPORT = REPOSITORY / "tests" / "support"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real networks and images (``nets.py`` and ``data/``), which most checkouts do not have."""
+    folder = Path(os.environ.get("DSCONV_SHARED") or REPOSITORY.parent / "shared")
+    if not (folder / "nets.py").is_file():
+        pytest.skip(f"needs the folder of real networks and images: no nets.py in {folder} (set DSCONV_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dsconv_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs ``dsconv ARGUMENTS`` in a process of its own, as a user does; never raises for its exit code."""
+
+    def run(
+        *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
+        # A wide terminal without colours: messages can be searched for without minding line breaks.
+        plain = {"PYTHONPATH": path, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+        return subprocess.run(
+            [sys.executable, "-m", "dsconv", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=os.environ | plain | (env or {}),
+            timeout=timeout,
+        )
+
+    return run

@@ -1,0 +1,18 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def modules_after_import() -> set[str]:
+    code = "import dsconv, json, sys; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("heavy", ["torchvision", "timm", "matplotlib", "rich", "typer", "PIL", "onnx", "sklearn"])
+def test_import_dsconv_does_not_import(heavy: str, modules_after_import: set[str]) -> None:
+    assert "dsconv" in modules_after_import
+    assert heavy not in modules_after_import
