@@ -24,8 +24,8 @@ help:  ## list the targets
 demo: $(VENV)/package.stamp  ## quantize the embedded network and write a file and a picture to demo-out/
 	$(BIN)/dsconv demo --out demo-out
 
-test: $(VENV)/dev.stamp  ## run all tests and examples, with coverage; ARGS="-n 2 -k pack" goes to pytest
-	$(BIN)/pytest $(ARGS) --cov
+test: $(VENV)/dev.stamp  ## run all tests and examples, with coverage; or some: ARGS="-k packing"
+	$(BIN)/pytest $(or $(ARGS),--cov)
 
 lint: $(VENV)/dev.stamp  ## check style, formatting and types
 	$(BIN)/ruff check

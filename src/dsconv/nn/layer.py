@@ -101,12 +101,12 @@ class DSLayer(nn.Module):
 
     @classmethod
     def like(cls, layer: Any, config: LayerConfig) -> Self:
-        """Layer of the geometry, device, bias dtype and training flag of the float ``layer``; all weights are zero."""
+        """Layer of the geometry, device, training flag and bias of the float ``layer``, whose weights are all zero."""
         make: Callable[..., Self] = cls
         made = make(*cls._geometry(layer), config=config)
         made.to(layer.weight.device)
         if layer.bias is not None:
-            made.bias = nn.Parameter(torch.zeros_like(layer.bias), requires_grad=layer.bias.requires_grad)
+            made.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
         return made.train(layer.training)
 
     @classmethod
@@ -129,10 +129,8 @@ class DSLayer(nn.Module):
         if not isinstance(layer, cls.float_type):
             raise TypeError(f"{cls.__name__}: expected a {cls.float_type.__name__}, got {type(layer).__name__}")
         made = cls.like(layer, cls._layer_config(config))
-        made.quantize_(made._conv_layout((layer.weight if weight is None else weight).detach()))
-        if layer.bias is not None:
-            made.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
-        return made
+        float_weight: Tensor = layer.weight if weight is None else weight  # type: ignore[assignment]
+        return made.quantize_(made._conv_layout(float_weight.detach()))
 
     @classmethod
     def _geometry(cls, layer: Any) -> tuple[Any, ...]:

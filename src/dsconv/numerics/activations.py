@@ -107,7 +107,7 @@ def fake_quantize_activation(
 
 
 class _Blocks(NamedTuple):
-    """``mantissa`` ``(N, groups * CB, size, *S)``, whole numbers in float; ``exponent`` int32 ``(N, groups * CB, *S)``."""
+    """``mantissa`` ``(N, groups * CB, size, *S)``, float; ``exponent`` ``(N, groups * CB, *S)``, int32."""
 
     mantissa: Tensor
     exponent: Tensor

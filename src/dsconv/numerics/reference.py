@@ -83,7 +83,8 @@ def reference_conv(
         )
         m_tap = torch.unflatten(mantissa[window], 1, (groups, channels))
         e_tap = torch.unflatten(exponent[window], 1, (groups, blocks))
-        w_tap = torch.unflatten(vqk[(slice(None), slice(None), *tap)].long(), 0, (groups, -1))
+        at_tap: tuple[slice | int, ...] = (slice(None), slice(None), *tap)
+        w_tap = torch.unflatten(vqk[at_tap].long(), 0, (groups, -1))
         for block in range(blocks):
             part = slice(block * block_size, (block + 1) * block_size)
             e = e_tap[:, :, block]
@@ -92,7 +93,7 @@ def reference_conv(
             if kds_shift is not None:
                 sums.append(m_tap[:, :, part].sum(2, keepdim=True))
             for scale, integer in zip(scales, sums, strict=True):
-                factor = scale[(slice(None), block, *tap)].double().view(1, groups, -1, *(1,) * dims)
+                factor = scale[at_tap][:, block].double().view(1, groups, -1, *(1,) * dims)
                 term = factor * power.unsqueeze(2) * integer.double()
                 output += term
                 total += term.abs()

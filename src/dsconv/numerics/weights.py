@@ -25,7 +25,7 @@ _MIN_BITS, _MAX_BITS = 2, 8
 
 
 class QuantizedWeight(NamedTuple):
-    """``vqk`` int8 ``(O, C/groups, *K)``; ``kds`` and ``kds_shift`` float32 ``(O, CB, *K)``, the shift zero if unused."""
+    """``vqk`` int8 ``(O, C/groups, *K)``; ``kds`` and ``kds_shift`` float32 ``(O, CB, *K)``."""
 
     vqk: Tensor
     kds: Tensor
