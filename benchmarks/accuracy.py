@@ -1,0 +1,203 @@
+"""Accuracy of real pretrained networks, float against quantized without any data; writes docs/results.md.
+
+    python benchmarks/accuracy.py                            # everything, about an hour on 2 cores
+    python benchmarks/accuracy.py --networks cifar_resnet20 --images 100 --out /tmp/results.md
+
+The networks and images are those of ``nets.py`` in the folder DSCONV_SHARED (default: ``../shared`` beside the
+repository). No step of the quantization sees an image; all images here are for evaluation.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dsconv
+import machine
+from dsconv import QuantConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORKS = ("cifar_resnet20", "cifar_resnet44", "resnet18_tiny", "squeezenet1_1", "tiny_darknet")
+TITLES = {
+    "cifar_resnet20": "ResNet-20, CIFAR-10",
+    "cifar_resnet44": "ResNet-44, CIFAR-10",
+    "resnet18_tiny": "ResNet-18, Tiny-ImageNet",
+    "squeezenet1_1": "SqueezeNet 1.1, ImageNet",
+    "tiny_darknet": "Tiny Darknet, ImageNet",
+}
+BATCH = 50
+HEAD = """\
+# Results
+
+Made by `python benchmarks/accuracy.py`: real pretrained networks, quantized with no data at all, evaluated on labelled
+images. Convolutions ran as the float simulation, whose rounding is that of the integers.
+
+Machine: {machine}.
+
+- **bits** are effective bits per weight over all convolution and linear weights, scales, shifts and layers left in
+  float32 included; in brackets those of the quantized layers alone. **MB** is the size of the file but for its header.
+- **agreement** is the share of images with the same top-1 class as the float network, **KL** the mean of
+  KL(softmax(float) || softmax(quantized)) in nats, **SQNR** that of the logits.
+- The standard error of a top-1 difference is about one point for 650 images: read KL and agreement first.
+- `paper` rows quantize every convolution per tap, the first too, with float32 KDS, and leave the image and the linear
+  layers in float32. Their activation convention is in the name (see [Choosing bits and blocks](choosing.md)).
+- `w4a4` and `default` use the `balanced` rule with a shift and float16 KDS, the `adaptive` convention, 8 bits in the
+  first convolution, and quantize linear layers too.
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the tables: its name, what is quantized, and in which table it stands."""
+
+    name: str
+    config: QuantConfig
+    table: str
+
+
+def settings() -> list[Setting]:
+    """All rows, each once."""
+    preset = QuantConfig.preset
+    rows = [
+        Setting(f"paper W4A4 {sign}", preset("paper", block_size=block, activation_sign=sign), "presets")
+        for block in (16, 32, 64, 128)
+        for sign in ("extra", "included", "adaptive")
+    ]
+    rows += [
+        Setting("paper W3A4 extra", preset("paper", weight_bits=3), "presets"),
+        Setting("paper W4A8 extra", preset("paper", activation_bits=8), "presets"),
+        Setting("w4a4", preset("w4a4"), "presets"),
+        Setting("default (W4A8)", preset("default"), "presets"),
+    ]
+    rules: list[tuple[str, int, bool, str]] = [
+        ("paper", 32, False, "float32"),
+        ("paper", 32, False, "float16"),
+        ("refined", 32, False, "float16"),
+        ("balanced", 32, False, "float16"),
+        ("paper", 64, True, "float16"),
+        ("refined", 64, True, "float16"),
+        ("balanced", 64, True, "float16"),
+        ("paper", 16, False, "float16"),
+        ("balanced", 16, False, "float16"),
+        ("balanced", 32, True, "float16"),
+    ]
+    for rule, block, shift, dtype in rules:
+        config = preset("default", weight_rule=rule, block_size=block, weight_shift=shift, kds_dtype=dtype)
+        rows.append(Setting(f"{rule}{' + shift' if shift else ''}, {dtype} KDS", config, "rules"))
+    return rows
+
+
+class Remembered(nn.Module):
+    """A reference network that computes each batch once; batches are known by where they lie in memory."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.outputs: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = x.data_ptr()
+        if key not in self.outputs:
+            self.outputs[key] = self.network(x)
+        return self.outputs[key]
+
+
+def measure(nets: Any, name: str, limit: int | None, rows: list[Setting]) -> dict[str, Any]:
+    """Figures of one network under all settings."""
+    network = nets.load(name)
+    pictures, labels = nets.images(nets.NETS[name][1])
+    inputs, targets = nets.preprocess(name, pictures[:limit]), torch.from_numpy(labels[:limit])
+    batches = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
+    reference = Remembered(network)
+    figures: dict[str, Any] = {"images": len(inputs), "rows": []}
+    for row in rows:
+        start = time.perf_counter()
+        qmodel = dsconv.quantize(network, row.config)
+        seconds = time.perf_counter() - start
+        result = dsconv.compare(reference, qmodel, batches, per_layer=False)
+        summary = dsconv.summary(qmodel)
+        figures["float_top1"] = result.reference.top1
+        figures["rows"].append(
+            {
+                "setting": row.name,
+                "table": row.table,
+                "block_size": row.config.block_size,
+                "activation_bits": row.config.activation_bits,
+                "activation_sign": row.config.activation_sign,
+                "effective_bits": summary.effective_bits,
+                "effective_bits_quantized": summary.effective_bits_quantized,
+                "megabytes": summary.bytes_after / 1e6,
+                "top1": result.top1,
+                "agreement": result.agreement,
+                "kl": result.kl,
+                "sqnr_db": result.logit_sqnr_db,
+                "quantize_seconds": seconds,
+            }
+        )
+        print(f"{name}: {row.name}, B = {row.config.block_size}: {result.top1:.1f} ({result.kl:.4f} nats)", flush=True)
+    return figures
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The page: a table of presets and one of weight rules for each network."""
+    lines = [HEAD.format(machine=results["machine"])]
+    heads = {
+        "presets": "| setting | B | bits | MB | top-1 | agreement | KL | SQNR dB |",
+        "rules": "| weight rule | B | bits | MB | top-1 | agreement | KL | SQNR dB |",
+    }
+    for name, figures in results["networks"].items():
+        lines += [
+            f"## {TITLES[name]}",
+            "",
+            f"{figures['images']} images, float32 top-1 {figures['float_top1']:.1f} %.",
+            "",
+        ]
+        for table, head in heads.items():
+            if table == "rules":
+                lines += ["Weight rules, everything else as in preset `default` (W4A8):", ""]
+            lines += [head, "|---|---|---|---|---|---|---|---|"]
+            for row in figures["rows"]:
+                if row["table"] == table:
+                    bits = f"{row['effective_bits']:.2f} ({row['effective_bits_quantized']:.2f})"
+                    lines.append(
+                        f"| {row['setting']} | {row['block_size']} | {bits} | {row['megabytes']:.2f} "
+                        f"| {row['top1']:.1f} | {row['agreement']:.1f} | {row['kl']:.4f} | {row['sqnr_db']:.1f} |"
+                    )
+            lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--images", type=int, help="use only the first so many of each set")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md", help="page to write")
+    parser.add_argument("--json", type=Path, help="file for the same figures as JSON")
+    arguments = parser.parse_args()
+    shared = Path(os.environ.get("DSCONV_SHARED") or ROOT.parent / "shared")
+    if not (shared / "nets.py").is_file():
+        sys.exit(f"no networks to measure: there is no {shared / 'nets.py'} (set DSCONV_SHARED)")
+    sys.path[:0] = [str(shared), str(ROOT / "tests" / "support")]
+    import nets
+    import torchvision_shim
+
+    torchvision_shim.install()
+    results: dict[str, Any] = {"machine": machine.describe(), "networks": {}}
+    for name in arguments.networks:
+        results["networks"][name] = measure(nets, name, arguments.images, settings())
+    for path, text in ((arguments.out, markdown(results)), (arguments.json, json.dumps(results, indent=1))):
+        if path is not None:
+            beside = path.with_name(path.name + ".part")
+            beside.write_text(text + "\n")
+            beside.replace(path)
+
+
+if __name__ == "__main__":
+    main()

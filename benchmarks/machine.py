@@ -1,0 +1,19 @@
+"""What every benchmark prints about where it ran."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def describe() -> str:
+    """One line: processor, threads and versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    processor = ", ".join(sorted(names)) if names else platform.processor() or platform.machine()
+    return (
+        f"{processor}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"PyTorch {torch.__version__}, dsconv {version('dsconv')}"
+    )
