@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import time
 import warnings
 from collections import defaultdict, deque
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from dsconv.data.folder import Batches, BrokenImage, ImageFolder, Images, batches
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, ModelError
+from dsconv.numerics import sqnr_db
+from dsconv.zoo import preprocess_of
 
 Sums = dict[str, float]
 Step = TypeVar("Step")
@@ -137,7 +140,8 @@ def evaluate(
 
     Args:
         model: returns logits ``(N, classes)``: as a tensor, or as the field ``logits`` or the first one of its output.
-        images, preprocess, batch_size, workers, limit: see `dsconv.data.batches`.
+        images, batch_size, workers, limit: see `dsconv.data.batches`.
+        preprocess: how to read a folder; None is what the model says of itself, as one of `dsconv.zoo` or timm does.
         device: where to run; None is where the model is.
         progress: show a progress bar with rate and remaining time on stderr.
         on_interrupt: what Ctrl-C does: ``"raise"`` KeyboardInterrupt, or end with the figures so far (``"partial"``),
@@ -154,6 +158,7 @@ def evaluate(
     >>> result.images, result.top1
     (8, 87.5)
     """
+    preprocess = _preprocess(images, preprocess, model)
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
     run = _Run(source, progress, on_interrupt)
 
@@ -200,6 +205,7 @@ def compare(
     >>> result.agreement, result.kl, result.logit_sqnr_db
     (100.0, 0.0, inf)
     """
+    preprocess = _preprocess(images, preprocess, qmodel, reference)
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
     run = _Run(source, progress, on_interrupt)
 
@@ -221,9 +227,16 @@ def compare(
         reference=Evaluation(**run.figures(f_scores)),
         agreement=100 * total["agreeing"] / figures["images"],
         kl=total["kl"] / total["finite"] if total["finite"] else math.nan,
-        logit_sqnr_db=_db(total["signal"], total["noise"]) if total["finite"] else math.nan,
-        layer_sqnr_db={name: _db(*sums.tolist()) for name, sums in _total(layers).items()},
+        logit_sqnr_db=sqnr_db(total["signal"], total["noise"]) if total["finite"] else math.nan,
+        layer_sqnr_db={name: sqnr_db(*sums.tolist()) for name, sums in _total(layers).items()},
     )
+
+
+def _preprocess(images: Images, given: Preprocess | None, *models: nn.Module) -> Preprocess | None:
+    """What was given, or for a folder what a model says of itself."""
+    if given is not None or not isinstance(images, str | os.PathLike):
+        return given
+    return next((found for model in models if (found := preprocess_of(model)) is not None), None)
 
 
 @dataclass
@@ -428,12 +441,6 @@ def _total(batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for name, value in sums.items():
             total[name] = total.get(name, 0) + value
     return total
-
-
-def _db(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * (math.log10(signal) - math.log10(noise)) if signal else -math.inf
 
 
 def _json(value: float | None) -> float | None:

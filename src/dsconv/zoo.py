@@ -88,13 +88,15 @@ def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Modul
 
 
 def preprocess_of(model: nn.Module) -> Preprocess | None:
-    """How the images of a model are prepared, where the model came from :func:`build` or a file; else None."""
+    """How a model says its images are prepared, as one of :func:`build`, of a file or of timm does; else None."""
     from dsconv.conversion import model_info
 
     info = model_info(model)
     if info is not None and info.preprocess is not None:
         return Preprocess(**info.preprocess)
     preprocess = getattr(model, "dsconv_preprocess", None)
+    if preprocess is None and hasattr(model, "pretrained_cfg"):
+        return Preprocess.from_timm(model)
     return preprocess if isinstance(preprocess, Preprocess) else None
 
 

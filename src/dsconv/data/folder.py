@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -51,6 +50,7 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
         DataError: no such folder, no images in it, or labels that cannot be used.
 
     >>> import tempfile
+    >>> from PIL import Image
     >>> folder = Path(tempfile.mkdtemp())
     >>> for name in ("cat", "dog"):
     ...     (folder / name).mkdir()
@@ -117,6 +117,8 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
     def read(self, index: int) -> Tensor | BrokenImage:
         """Image ``index``, float32 ``(C, H, W)``, or what is wrong with its file."""
         path = self.files[index]
+        from PIL import Image
+
         try:
             with Image.open(path) as image:
                 return self.preprocess(image)

@@ -2,14 +2,16 @@
 
 import importlib
 import math
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 from dsconv.errors import ConfigError, DataError, MissingExtraError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Pixels = Annotated[int, Field(ge=1, le=65536)]
 PerChannel = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
@@ -85,7 +87,7 @@ class Preprocess(BaseModel):
             raise ValueError(f"std must be positive, got {self.std}")
         return self
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: "Image.Image") -> Tensor:
         """Network input of one picture: float32 ``(C, H, W)``, C = 1 for gray and 3 otherwise.
 
         Raises:
@@ -97,7 +99,9 @@ class Preprocess(BaseModel):
             )
         image = image.convert("L" if self.channels == "gray" else "RGB")
         if (size := self._resized(*image.size)) != image.size:
-            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+            from PIL.Image import Resampling
+
+            image = image.resize(size, Resampling[self.interpolation.upper()])
         if self.crop:
             image = _crop_centre(image, *self.crop)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
@@ -187,7 +191,7 @@ class Preprocess(BaseModel):
         )
 
 
-def _crop_centre(image: Image.Image, height: int, width: int) -> Image.Image:
+def _crop_centre(image: "Image.Image", height: int, width: int) -> "Image.Image":
     left, top = image.width - width, image.height - height
     # torchvision pads the short sides first, the odd pixel to the right and below, and then crops the long ones with
     # Python's rounding of halves to even. Pillow's crop fills with black outside the image, so one call does both.

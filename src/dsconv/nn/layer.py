@@ -1,6 +1,5 @@
 """What all quantized layers share: VQK, KDS, bias and the settings they were made with."""
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.config import LayerConfig, LayerKind, QuantConfig
-from dsconv.numerics import block_count, dequantize_weight, quantize_weight, quantize_weight_shifted
+from dsconv.numerics import block_count, dequantize_weight, quantize_weight, quantize_weight_shifted, sqnr_db
 
 
 class DSLayer(nn.Module):
@@ -87,7 +86,8 @@ class DSLayer(nn.Module):
         self.kds = kds.to(config.torch_kds_dtype)
         self.kds_shift = None if shift is None else shift.to(config.torch_kds_dtype)
         rounded = dequantize_weight(vqk, self.kds, config.block_size, self.kds_shift)
-        self.weight_sqnr_db = sqnr_db(rows, rounded)
+        signal, noise = (t.double().square().sum().item() for t in (rows, rows - rounded))
+        self.weight_sqnr_db = sqnr_db(signal, noise)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -157,19 +157,6 @@ class DSLayer(nn.Module):
             f"weight_bits={config.weight_bits}, activation_bits={activation}, "
             f"block_size={config.block_size} {config.blocks}, kds={config.kds_dtype}{shift}"
         )
-
-
-def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
-    """``10 log10(sum signal^2 / sum (signal - approximation)^2)``, infinite where the two are equal.
-
-    >>> sqnr_db(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.5]))
-    13.010299956639813
-    """
-    power = signal.double().square().sum().item()
-    noise = (signal.double() - approximation.double()).square().sum().item()
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(power / noise) if power else -math.inf
 
 
 def _fits_float16(kds: Tensor, shift: Tensor | None) -> bool:

@@ -9,6 +9,7 @@ from dsconv.numerics.activations import (
     fake_quantize_activation,
     quantize_activation,
 )
+from dsconv.numerics.measures import sqnr_db
 from dsconv.numerics.packing import pack, packed_bytes, unpack
 from dsconv.numerics.reference import Reference, reference_conv
 from dsconv.numerics.weights import (
@@ -48,5 +49,6 @@ __all__ = [
     "quantize_weight",
     "quantize_weight_shifted",
     "reference_conv",
+    "sqnr_db",
     "unpack",
 ]

@@ -1,0 +1,14 @@
+"""Measures of how far numbers are from what they stand for."""
+
+import math
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal to quantization noise ratio in dB of two powers: ``10 log10(signal / noise)``; infinite without noise.
+
+    >>> sqnr_db(signal=5.0, noise=0.25)
+    13.010299956639813
+    """
+    if noise == 0:
+        return math.inf
+    return 10 * (math.log10(signal) - math.log10(noise)) if signal else -math.inf
