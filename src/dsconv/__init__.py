@@ -9,7 +9,7 @@ torch.Size([1, 64, 4, 4])
 
 from importlib import metadata
 
-from dsconv import nn, numerics
+from dsconv import nn, numerics, zoo
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion import quantize, summary
 from dsconv.cpu import cpu_info
@@ -31,4 +31,5 @@ __all__ = [
     "quantize",
     "save",
     "summary",
+    "zoo",
 ]

@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from dsconv.config import LayerConfig, LayerKind, QuantConfig
+from dsconv.config import LayerConfig, LayerKind, QuantConfig, as_config
+from dsconv.errors import ConfigError
 from dsconv.numerics import block_count, dequantize_weight, quantize_weight, quantize_weight_shifted, sqnr_db
 
 
@@ -110,12 +111,13 @@ class DSLayer(nn.Module):
         return made.train(layer.training)
 
     @classmethod
-    def from_float(cls, layer: Any, config: LayerConfig | None = None, *, weight: Tensor | None = None) -> Self:
+    def from_float(cls, layer: Any, config: LayerConfig | str | None = None, *, weight: Tensor | None = None) -> Self:
         """Quantized layer of a float one, which is left as it is.
 
         Args:
             layer: the PyTorch layer of the same name, ``nn.Conv2d`` for ``DSConv2d``.
-            config: a LayerConfig; of a QuantConfig the general settings apply; None is the preset ``default``.
+            config: a LayerConfig, or a QuantConfig or the name of a preset, of which the general settings apply; None
+                is the preset ``default``.
             weight: weight to quantize in the place of ``layer.weight``, of the same shape.
 
         Raises:
@@ -138,12 +140,13 @@ class DSLayer(nn.Module):
         raise NotImplementedError(cls.__name__)
 
     @classmethod
-    def _layer_config(cls, config: LayerConfig | None) -> LayerConfig:
-        if isinstance(config, QuantConfig) or config is None:
-            config = (config or QuantConfig.preset("default")).layer(kind=cls.kind)
-            if config is None:
-                raise ValueError(f"config leaves layers of kind {cls.kind!r} in float: pass a LayerConfig")
-        return config
+    def _layer_config(cls, config: LayerConfig | str | None) -> LayerConfig:
+        if isinstance(config, LayerConfig) and not isinstance(config, QuantConfig):
+            return config
+        settings = as_config(config).layer(kind=cls.kind)
+        if settings is None:
+            raise ConfigError(f"config: it leaves layers of kind {cls.kind!r} in float: pass a LayerConfig")
+        return settings
 
     def _conv_layout(self, weight: Tensor) -> Tensor:
         """``weight`` of the float layer in the layout of ``vqk``."""
