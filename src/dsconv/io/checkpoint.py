@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dsconv import ops
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion.convert import FLOAT_TYPES, ModelInfo, model_info, quantized_type, swapped
+from dsconv.conversion.summary import LayerSummary, Summary
 from dsconv.errors import ConfigError, FileFormatError, ModelError
 from dsconv.nn import DSLayer
 from dsconv.numerics import pack, unpack
@@ -88,11 +91,15 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     tensors, aliases = _stored_tensors(qmodel)
     header = _header(qmodel, aliases, architecture)
     entries = {"format": _MAGIC, "format_version": str(FORMAT_VERSION)}
-    entries |= {name: json.dumps(value, sort_keys=True) for name, value in header.model_dump().items()}
+    entries |= {name: json.dumps(value) for name, value in header.model_dump().items()}
     entries["checksum"] = _checksum(entries, tensors)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode
         save_file(tensors, beside, entries)
+        # safetensors makes files that nobody but their owner may read.
+        beside.chmod(mode)
         os.replace(beside, path)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from None
@@ -156,6 +163,50 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         FileFormatError, OSError: as :func:`load`.
     """
     return _read(Path(path))[0]
+
+
+def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
+    """What a file says about itself, and the summary of its layers: from the file alone, without the model.
+
+    Layers in float come last, since only the model knows their place.
+
+    Raises:
+        FileFormatError, OSError: as :func:`load`.
+    """
+    path = Path(path)
+    header, tensors = _read(path)
+    rows: list[LayerSummary] = []
+    for name, record in header.layers.items():
+        if not 0 <= record.settings < len(header.settings):
+            raise FileFormatError(f"{path}: layer {name!r} refers to settings that the file does not have")
+        settings = _layer_settings(path, header.settings[record.settings])
+        stated = settings.model_dump(exclude={"weight_rule", "weight_scale"})
+        if settings.activation_bits is None:
+            stated["activation_sign"] = None
+        parts = [f"{name}.{part}".lstrip(".") for part in ("vqk", "kds", "kds_shift")]
+        size = sum(tensors.pop(part).nbytes for part in parts if part in tensors)
+        weights = math.prod(record.shape)
+        rows.append(
+            LayerSummary(
+                name=name,
+                kind=record.type,
+                shape=tuple(record.shape),
+                effective_bits=8 * size / max(1, weights),
+                bytes_before=4 * weights,
+                bytes_after=size,
+                backend=ops.SIMULATION,
+                weight_sqnr_db=record.sqnr_db,
+                **stated,
+            )
+        )
+    for name, tensor in tensors.items():
+        if tensor.dim() >= 2 and tensor.is_floating_point():
+            layer = name.removesuffix(".weight")
+            reason = header.in_float.get(layer, "neither a convolution nor a linear layer")
+            size, bits = tensor.nbytes, 8.0 * tensor.element_size()
+            rows.append(LayerSummary(layer, "", tuple(tensor.shape), bits, size, size, "PyTorch float", reason))
+    in_float = sum(row.bytes_after for row in rows if not row.quantized)
+    return header, Summary(tuple(rows), sum(tensor.nbytes for tensor in tensors.values()) - in_float)
 
 
 def _stored_tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

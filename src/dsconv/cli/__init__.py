@@ -1,0 +1,70 @@
+"""The command line. Each command is a module here: it reads its options, calls the library and prints."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from dsconv import __version__
+from dsconv.cli.demo import demo
+from dsconv.cli.evaluate import evaluate
+from dsconv.cli.inspect import inspect
+from dsconv.cli.quantize import quantize
+from dsconv.errors import DSConvError
+
+app = typer.Typer(
+    name="dsconv",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_EXAMPLES: dict[Callable[..., None], str] = {
+    quantize: """dsconv quantize torchvision/resnet50 --out resnet50.safetensors
+
+dsconv quantize net.py:make --weights net.pt --preset paper --block-size 64 --out net.safetensors
+
+dsconv quantize timm/resnet18 --weight-bits 3 --override 'layer4.*=weight_bits:2' --out r18.safetensors""",
+    evaluate: """dsconv evaluate resnet50.safetensors --data imagenet/val
+
+dsconv evaluate resnet50.safetensors --reference torchvision/resnet50 --data photos --limit 1000
+
+dsconv evaluate net.py:make --weights net.pt --data images --resize 256 --crop 224""",
+    inspect: "dsconv inspect resnet50.safetensors",
+    demo: "dsconv demo --out demo-out",
+}
+for command, examples in _EXAMPLES.items():
+    app.command(epilog=f"Examples:\n\n{examples}")(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dsconv {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="See it work: dsconv demo. Help on a command: dsconv quantize --help.")
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Run trained convolutional networks in low-bit integers, without labelled data."""
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 a mistake to mend, 2 wrong usage, 130 interrupted."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {_one_paragraph(message)}", file=sys.stderr)
+    try:
+        app()
+    except (DSConvError, OSError) as error:
+        sys.exit(f"error: {_one_paragraph(error)}")
+
+
+def _one_paragraph(error: object) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        error = f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

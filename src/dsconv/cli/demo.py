@@ -1,0 +1,61 @@
+"""``dsconv demo``: the embedded network under several settings, a file and a picture."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from dsconv import report
+from dsconv.cli.common import Json, print_json, print_table, say
+from dsconv.demo.run import Demo, run
+from dsconv.errors import MissingExtraError
+
+_PICTURED = ("layer1.conv1", "layer2.conv2", "layer3.conv1")
+_OUT = Path("demo-out")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the file and the picture.")] = _OUT,
+    as_json: Json = False,
+) -> None:
+    """Quantize a small network for handwritten digits in several ways and show what each costs."""
+    done = run(out, lambda name: say(f"quantizing and measuring: {name}"))
+    picture, remark = None, "the weights before and after, and the SQNR of each layer."
+    try:
+        sqnr = {name: figures["layer_sqnr_db"] for name, figures in done.figures["settings"].items()}
+        picture = str(report.draw(out / "demo.png", done.network, done.quantized, sqnr, layers=_PICTURED))
+    except MissingExtraError as error:
+        remark = str(error)
+    if as_json:
+        print_json({**done.figures, "picture": picture})
+        return
+    print(f"A small ResNet on {done.figures['images']} handwritten digits that it has never seen:")
+    print_table(_table(done))
+    print(
+        "Agreement, KL divergence and logit SQNR are against float32. Convolutions run as a "
+        f"{done.figures['backend']} today: the accuracy is that of the integers, the speed is not.",
+        f"{done.figures['file']}: the default preset; read back, its outputs are bitwise "
+        f"{'the same' if done.figures['reloaded_equal'] else 'DIFFERENT'}.",
+        f"{picture or 'No picture'}: {remark}",
+        sep="\n",
+    )
+
+
+def _table(done: Demo) -> Table:
+    # Fits into 80 characters.
+    columns = "top-1,%|agreement,%|KL,nats|SQNR,dB|bits a,weight|block|sign,of A|file,kB|time,s"
+    table = Table("", box=box.SIMPLE_HEAD, padding=0)
+    for column in columns.split("|"):
+        table.add_column(column.replace(",", "\n", 1), justify="right", no_wrap=True)
+    original = done.figures["float32"]
+    size = f"{original['file_bytes'] / 1e3:.1f}"
+    table.add_row("float32", f"{original['top1']:.2f}", "-", "-", "-", "32.00", "-", "float", size, "-")
+    for name, figures in done.figures["settings"].items():
+        cells = (
+            "{top1:.2f}|{agreement:.2f}|{kl:.5f}|{logit_sqnr_db:.1f}|{effective_bits:.2f}|{block_size}{shift}|"
+            "{activation_sign}|{kilobytes:.1f}|{quantize_seconds:.1f}"
+        ).format(**figures, shift="+shift" * figures["weight_shift"], kilobytes=figures["file_bytes"] / 1e3)
+        table.add_row(name, *cells.split("|"))
+    return table

@@ -1,0 +1,32 @@
+"""``dsconv inspect``: what a file of a quantized model holds."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsconv.cli.common import Json, print_json, print_table
+from dsconv.io import describe
+
+
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file that dsconv quantize wrote.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show what a quantized file holds, from the file alone; its checksum is verified."""
+    header, summary = describe(file)
+    file_bytes = file.stat().st_size
+    if as_json:
+        facts = header.model_dump(mode="json", exclude={"layers", "in_float", "settings", "aliases"})
+        print_json({"file": str(file), "file_bytes": file_bytes, "checksum_ok": True, **facts, **summary.to_dict()})
+        return
+    print(
+        f"{file}: {file_bytes:,} bytes, written by dsconv {header.dsconv_version}, checksum correct",
+        f"architecture: {header.architecture or 'not named'}, a {header.model_class}",
+        f"config: {header.config}",
+        f"preparation of images: {header.preprocess or 'not stated'}",
+        sep="\n",
+    )
+    print_table(summary)

@@ -1,0 +1,90 @@
+"""What the demo computes: the embedded network under several settings, on digits that it has never seen."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from dsconv import ops, zoo
+from dsconv.config import QuantConfig
+from dsconv.conversion import quantize, summary
+from dsconv.demo.network import load_digits
+from dsconv.evaluation import compare
+from dsconv.io import load, save
+
+_WRITTEN = "default W4A8"
+SETTINGS = {
+    "paper W4A4": QuantConfig.preset("paper"),
+    _WRITTEN: QuantConfig.preset("default"),
+    "default W3A8": QuantConfig.preset("default", weight_bits=3),
+    "default W2A8": QuantConfig.preset("default", weight_bits=2),
+}
+FILE_NAME = "digits_resnet-w4a8.safetensors"
+_STATED = {"weight_bits", "activation_bits", "activation_sign", "block_size", "weight_shift"}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The float network, those made from it by name of the setting, and all figures as plain data."""
+
+    network: nn.Module
+    quantized: dict[str, nn.Module]
+    figures: dict[str, Any]
+
+
+def run(folder: Path, on_step: Callable[[str], None] = lambda name: None) -> Demo:
+    """Quantize the embedded network under all ``SETTINGS``, measure each, and write the preset ``default`` to a file.
+
+    Args:
+        folder: where ``FILE_NAME`` goes; made if it does not exist.
+        on_step: is called with the name of each setting before its turn.
+
+    Raises:
+        OSError: ``folder`` cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = TemporaryDirectory(prefix=".dsconv-", dir=folder)
+    except OSError as error:
+        raise OSError(f"{folder}: not a folder that can be written to ({error.strerror}): choose another") from None
+    network = zoo.build("dsconv/digits_resnet")
+    images, labels = load_digits("test")
+    quantized: dict[str, nn.Module] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    with scratch:
+        for name, config in SETTINGS.items():
+            on_step(name)
+            start = time.perf_counter()
+            quantized[name] = quantize(network, config)
+            seconds = time.perf_counter() - start
+            file = save(quantized[name], Path(scratch.name, name))
+            result = compare(network, quantized[name], [(images, labels)])
+            settings[name] = {
+                **{field: getattr(result, field) for field in ("top1", "agreement", "kl", "logit_sqnr_db")},
+                "layer_sqnr_db": result.layer_sqnr_db,
+                "effective_bits": summary(quantized[name]).effective_bits,
+                **config.model_dump(include=_STATED),
+                "file_bytes": file.stat().st_size,
+                "quantize_seconds": seconds,
+            }
+        file = folder / FILE_NAME
+        os.replace(Path(scratch.name, _WRITTEN), file)
+    with torch.inference_mode():
+        equal = torch.equal(load(file)(images), quantized[_WRITTEN](images))
+    float_bytes = len(safetensors.torch.save(network.state_dict()))
+    figures = {
+        "images": len(images),
+        "backend": ops.SIMULATION,
+        "float32": {"top1": result.reference.top1, "effective_bits": 32.0, "file_bytes": float_bytes},
+        "settings": settings,
+        "file": str(file),
+        "reloaded_equal": equal,
+    }
+    return Demo(network, quantized, figures)

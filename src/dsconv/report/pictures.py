@@ -1,0 +1,105 @@
+"""Weights before and after, and the error of each layer, in one picture."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsconv.errors import MissingExtraError
+
+# Okabe and Ito's, which the colour-blind can tell apart.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_FLOAT = "#BBBBBB"
+_BINS = 81
+_SHOWN = 2
+
+
+def draw(
+    path: str | os.PathLike[str],
+    network: nn.Module,
+    quantized: Mapping[str, nn.Module],
+    layer_sqnr_db: Mapping[str, Mapping[str, float]],
+    *,
+    layers: Sequence[str],
+) -> Path:
+    """Write a picture: histograms of weights before and after, and the output SQNR of every layer as bars.
+
+    Args:
+        path: of the file; its suffix is the format, such as ``.png`` or ``.svg``. Never left half written.
+        network: the float network.
+        quantized: the networks made from it, by the name of their settings. Histograms show the first two.
+        layer_sqnr_db: for each of these, the output SQNR in dB by layer, as :func:`dsconv.compare` measures it.
+        layers: names of the layers whose weights are shown.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise MissingExtraError("report", "matplotlib") from None
+    names = list(quantized)[:_SHOWN]
+    figure = Figure(figsize=(4 * len(layers), 2.4 * len(names) + 3.8), dpi=130, layout="constrained")
+    parts = figure.subfigures(2, 1, height_ratios=[2.4 * len(names), 3.8], squeeze=False)
+    above, below = parts[0][0], parts[1][0]
+    axes = above.subplots(len(names), len(layers), squeeze=False, sharex="col", sharey="col")
+    for row, (name, colour) in enumerate(zip(names, _COLOURS, strict=False)):
+        for column, layer in enumerate(layers):
+            axis = axes[row][column]
+            _histogram(axis, _weight(network, layer), _weight(quantized[name], layer), name, colour)
+            if row == 0:
+                axis.set_title(f"weights of {layer}", fontsize=11)
+            if column == 0:
+                axis.set_ylabel("number of weights")
+            if row == len(names) - 1:
+                axis.set_xlabel("value of the weight")
+    _bars(below.subplots(), layer_sqnr_db)
+    path = Path(path)
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        figure.savefig(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def _weight(network: nn.Module, layer: str) -> torch.Tensor:
+    weight: torch.Tensor = network.get_submodule(layer).weight  # type: ignore[assignment]
+    return weight.detach().float().flatten().cpu()
+
+
+def _histogram(axis: Any, before: torch.Tensor, after: torch.Tensor, name: str, colour: str) -> None:
+    edge = float(torch.maximum(before.abs().max(), after.abs().max()))
+    bins = torch.linspace(-edge, edge, _BINS + 1).tolist()
+    axis.hist(before.numpy(), bins, color=_FLOAT, label="float32")
+    axis.hist(after.numpy(), bins, histtype="step", color=colour, linewidth=1.3, label=name)
+    axis.legend(loc="upper right", frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _bars(axis: Any, layer_sqnr_db: Mapping[str, Mapping[str, float]]) -> None:
+    layers = list(dict.fromkeys(name for values in layer_sqnr_db.values() for name in values))
+    finite = [v for values in layer_sqnr_db.values() for v in values.values() if math.isfinite(v)]
+    top = max(finite, default=0.0) + 4
+    width = 0.84 / max(1, len(layer_sqnr_db))
+    for i, (name, values) in enumerate(layer_sqnr_db.items()):
+        places = [j - 0.42 + (i + 0.5) * width for j in range(len(layers))]
+        heights = [min(values.get(layer, math.nan), top) for layer in layers]
+        axis.bar(places, heights, 0.92 * width, color=_COLOURS[i % len(_COLOURS)], label=name)
+        for x, layer in zip(places, layers, strict=True):
+            if layer not in values:
+                axis.text(x, 0.5, "in float", rotation=90, ha="center", va="bottom", fontsize=9)
+            elif math.isinf(values[layer]):
+                axis.text(x, 0.5, "exact", rotation=90, ha="center", va="bottom", fontsize=9, color="white")
+    axis.set_xticks(range(len(layers)), layers, rotation=20, ha="right", rotation_mode="anchor")
+    axis.set_ylabel("SQNR of the output in dB\n(higher is better)")
+    axis.set_title("Each layer's output against float32, errors of the layers before it included", fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlim(-0.6, len(layers) - 0.4)
+    axis.legend(frameon=False, ncols=len(layer_sqnr_db), loc="upper right")

@@ -1,0 +1,234 @@
+"""What the commands do for a user who does everything right."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import dsconv
+from dsconv import zoo
+from dsconv.demo import load_digits, load_network
+
+GREY = ("--resize", "8x8", "--channels", "gray")
+
+
+def strict_json(text: str) -> Any:
+    """As most languages read it: NaN and Infinity are no JSON."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_help_and_version_in_a_process_of_its_own(dsconv_cli: Callable[..., Any]) -> None:
+    done = dsconv_cli("--help")
+    assert done.returncode == 0 and not done.stderr
+    assert all(command in done.stdout for command in ("quantize", "evaluate", "inspect", "demo"))
+    assert dsconv_cli("--version").stdout.strip() == f"dsconv {dsconv.__version__}"
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "inspect", "demo"])
+def test_every_command_has_help_with_an_example(command: str, cli: Callable[..., Any]) -> None:
+    done = cli(command, "--help")
+    assert done.code == 0
+    assert "--json" in done.stdout and f"dsconv {command}" in done.stdout.split("Examples:")[1]
+
+
+def test_no_command_shows_the_help(cli: Callable[..., Any]) -> None:
+    done = cli()
+    assert "quantize" in done.stdout + done.stderr
+
+
+def test_quantize_inspect_and_evaluate_in_processes_of_their_own(
+    dsconv_cli: Callable[..., Any], tmp_path: Path, digits: Path
+) -> None:
+    file = tmp_path / "net.safetensors"
+    done = dsconv_cli("quantize", "dsconv/digits_resnet", "--out", file, "--preset", "paper", "--json")
+    assert done.returncode == 0, done.stderr
+    made = strict_json(done.stdout)
+    assert made["file_bytes"] == file.stat().st_size
+    assert made["config"] == dsconv.QuantConfig.preset("paper").to_dict()
+    assert os.listdir(tmp_path) == [file.name]
+
+    done = dsconv_cli("inspect", file, "--json")
+    assert done.returncode == 0, done.stderr
+    seen = strict_json(done.stdout)
+    assert seen["checksum_ok"] and seen["architecture"] == "dsconv/digits_resnet"
+    for figure in (
+        "effective_bits",
+        "effective_bits_quantized",
+        "bytes_before",
+        "bytes_after",
+        "other_bytes",
+        "config",
+    ):
+        assert seen[figure] == made[figure], figure
+    # Of a layer in float (here the last) the file does not say of which class it was; SQNR are rounded.
+    assert [layer | {"kind": "", "weight_sqnr_db": 0} for layer in seen["layers"]] == [
+        layer | {"kind": "", "weight_sqnr_db": 0} for layer in made["layers"]
+    ]
+
+    done = dsconv_cli("evaluate", file, "--data", digits, "--reference", "dsconv/digits_resnet", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = strict_json(done.stdout)
+    images, labels = load_digits("test")
+    expected = dsconv.compare(load_network(), dsconv.load(file), [(images[:60], labels[:60])])
+    assert figures["images"] == 60
+    # The PNG files hold the images in steps of 1/255.
+    assert figures["quantized"]["top1"] == pytest.approx(expected.top1, abs=2)
+    assert figures["agreement"] == pytest.approx(expected.agreement, abs=2)
+    assert figures["logit_sqnr_db"] == pytest.approx(expected.logit_sqnr_db, abs=1)
+    assert figures["layer_sqnr_db"]["conv1"] is None  # exact, hence infinite
+    assert figures["quantization"]["activation_sign"] == "extra"
+    assert figures["quantization"]["effective_bits"] == pytest.approx(made["effective_bits"], abs=1e-3)
+
+
+def test_layer_options_reach_the_config(cli: Callable[..., Any], tmp_path: Path) -> None:
+    options = (
+        "--weight-bits 3 --activation-bits 5 --block-size 16 --weight-rule paper --weight-scale kl --no-weight-shift"
+    )
+    options += " --activation-sign included --kds-dtype bfloat16 --first-layer float --last-layer same"
+    options += ' --depthwise {"weight_bits":7} --linear weight_bits:6,kds_dtype:float32'
+    options += " --override layer3.*=weight_bits:2 --override fc=activation_bits:null"
+    done = cli("quantize", "dsconv/digits_resnet", "--out", tmp_path / "a", "--json", *options.split())
+    assert done.code == 0, done.stderr
+    config = dsconv.QuantConfig(
+        weight_bits=3,
+        activation_bits=5,
+        block_size=16,
+        weight_rule="paper",
+        weight_scale="kl",
+        weight_shift=False,
+        activation_sign="included",
+        kds_dtype="bfloat16",
+        first_layer="float",
+        last_layer=None,
+        depthwise={"weight_bits": 7},
+        linear={"weight_bits": 6, "kds_dtype": "float32"},
+        overrides={"layer3.*": {"weight_bits": 2}, "fc": {"activation_bits": None}},
+    )
+    made = strict_json(done.stdout)
+    assert made["config"] == config.to_dict()
+    layers = {layer["name"]: layer for layer in made["layers"]}
+    assert layers["layer3.conv1"]["weight_bits"] == 2
+    assert layers["conv1"]["reason"] == "the config leaves it in float"
+    assert layers["fc"]["activation_bits"] is None
+
+    (tmp_path / "config.json").write_text(json.dumps(made["config"]))
+    more = ("--config", tmp_path / "config.json", "--weights-only", "--override", "fc=weight_bits:4")
+    again = strict_json(cli("quantize", "dsconv/digits_resnet", "--out", tmp_path / "b", "--json", *more).stdout)
+    overrides = config.overrides | {"fc": {"weight_bits": 4}}
+    assert again["config"] == config.model_copy(update={"activation_bits": None, "overrides": overrides}).to_dict()
+
+
+def test_quantize_shows_a_table_and_force_replaces(cli: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "net.safetensors"
+    file.write_text("something else")
+    done = cli("quantize", "dsconv/digits_resnet", "--out", file, "--force", "--preset", "paper")
+    assert done.code == 0, done.stderr
+    assert "layer3.downsample.0" in done.stdout and "float simulation" in done.stdout
+    assert f"{file.stat().st_size:,} bytes" in done.stdout
+    assert "layer3.downsample.0" in cli("inspect", file).stdout
+
+
+def test_weights_from_a_file(cli: Callable[..., Any], tmp_path: Path, factory: Path) -> None:
+    network = zoo.build(f"{factory}:net?width=16")
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    model, file = f"{factory}:net?width=16", tmp_path / "net.safetensors"
+    assert cli("quantize", model, "--weights", tmp_path / "net.pt", "--out", file).code == 0
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(dsconv.load(file, network)(x), dsconv.quantize(network)(x))
+
+
+def test_a_file_of_a_users_own_model(cli: Callable[..., Any], tmp_path: Path, factory: Path, digits: Path) -> None:
+    file, model = tmp_path / "net.safetensors", f"{factory}:net"
+    assert cli("quantize", model, "--out", file).code == 0
+    done = cli("evaluate", file, "--data", digits)
+    assert done.code == 1 and "--model" in done.stderr
+    done = cli("evaluate", file, "--data", digits, "--model", model)
+    assert done.code == 1 and "--resize" in done.stderr
+    done = cli("evaluate", file, "--data", digits, "--model", model, "--limit", 7, *GREY, "--json")
+    assert done.code == 0, done.stderr
+    assert strict_json(done.stdout)["images"] == 7
+    # The file can be looked at without its model.
+    assert cli("inspect", file).code == 0
+
+
+def test_evaluate_a_float_model_in_words(cli: Callable[..., Any], digits: Path) -> None:
+    done = cli("evaluate", "dsconv/digits_resnet", "--data", digits, "--weights", "random")
+    assert done.code == 0, done.stderr
+    assert "top-1" in done.stdout and "weights: float" in done.stdout
+
+
+def test_preprocessing_flags_are_laid_over_the_models_own(cli: Callable[..., Any], digits: Path) -> None:
+    flags = ("--resize", "none", "--crop", "8", "--mean", "0.5", "--std", "0.25", "--scale", "2")
+    done = cli("evaluate", "dsconv/digits_resnet", "--data", digits, *flags, "--interpolation", "bicubic", "--json")
+    assert done.code == 0, done.stderr
+    expected = {"resize": None, "crop": [8, 8], "mean": [0.5], "std": [0.25], "scale": 2.0}
+    assert strict_json(done.stdout)["preprocess"] == {**expected, "interpolation": "bicubic", "channels": "gray"}
+
+
+def test_unlabelled_and_broken_images_are_told(cli: Callable[..., Any], quantized_file: Path, tmp_path: Path) -> None:
+    for i in range(3):
+        Image.new("L", (8, 8), 80 * i).save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    done = cli("evaluate", quantized_file, "--data", tmp_path)
+    assert done.code == 0, done.stderr
+    assert "1 files could not be read" in done.stdout and "bad.png" in done.stdout
+    figures = strict_json(cli("evaluate", quantized_file, "--data", tmp_path, "--json").stdout)
+    assert figures["images"] == 3 and figures["top1"] is None and len(figures["broken"]) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is no POSIX signal here")
+def test_ctrl_c_prints_the_figures_so_far(digits: Path, factory: Path) -> None:
+    command = [sys.executable, "-m", "dsconv", "evaluate", f"{factory}:Slow", "--data", str(digits), *GREY]
+    process = subprocess.Popen(
+        [*command, "--batch-size", "1", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, the shell makes their processes ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stderr is not None
+    seen = 0
+    while seen < 3:
+        line = process.stderr.readline()
+        assert line, "ended before it was interrupted"
+        seen += "one batch" in line
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    figures = strict_json(stdout)
+    assert figures["interrupted"] and 2 <= figures["images"] < 60
+
+
+def test_ctrl_c_while_writing_leaves_the_old_file_and_no_part(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    file = tmp_path / "net.safetensors"
+    file.write_text("old")
+    monkeypatch.setattr("dsconv.io.checkpoint.save_file", half)
+    assert cli("quantize", "dsconv/digits_resnet", "--preset", "paper", "--out", file, "--force").code == 130
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [(file.name, "old")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files have no modes here")
+def test_a_written_file_has_the_permissions_of_any_new_file(cli: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    assert cli("quantize", "dsconv/digits_resnet", "--preset", "paper", "--out", tmp_path / "net").code == 0
+    assert (tmp_path / "net").stat().st_mode == (tmp_path / "plain").stat().st_mode
