@@ -9,7 +9,7 @@ torch.Size([1, 64, 4, 4])
 
 from importlib import metadata
 
-from dsconv import nn, numerics, zoo
+from dsconv import demo, nn, numerics, zoo
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion import quantize, summary
 from dsconv.cpu import cpu_info
@@ -24,6 +24,7 @@ __all__ = [
     "__version__",
     "compare",
     "cpu_info",
+    "demo",
     "evaluate",
     "load",
     "nn",

@@ -72,14 +72,12 @@ def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Modul
             )
     except (DSConvError, FileNotFoundError):
         raise
-    except TypeError as error:
-        raise ModelError(f"model {name!r}: its arguments do not fit: {error}") from None
-    except (OSError, RuntimeError) as error:
-        if not trained:
-            raise
-        raise ModelError(
-            f"model {name!r}: its trained weights cannot be had ({error}): pass a file of weights, or 'random'"
-        ) from None
+    except Exception as error:
+        if trained and isinstance(error, OSError | RuntimeError):
+            raise ModelError(
+                f"model {name!r}: its trained weights cannot be had ({error}): pass a file of weights, or 'random'"
+            ) from None
+        raise ModelError(f"model {name!r}: its arguments do not fit: {error}") from error
     if path is not None:
         _load_weights(model, path)
     model.dsconv_architecture = name  # type: ignore[assignment]
@@ -142,6 +140,9 @@ def _timm(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Modul
     timm = _import("zoo", "timm")
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
+    if "checkpoint_path" in arguments:
+        # timm may unpickle it; and a name can come from a file that is not trusted.
+        raise ModelError(f"model {name!r}: checkpoint_path cannot be part of a name: pass the file as weights")
     model = timm.create_model(name, pretrained=trained, **arguments)
     return model, Preprocess.from_timm(model)
 
@@ -199,8 +200,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"weights {path}: expected a dictionary of tensors, got {type(state).__name__}")
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ModelError(f"weights {path}: expected a dictionary of names to tensors, got {type(state).__name__}")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     try:
         model.load_state_dict(state)

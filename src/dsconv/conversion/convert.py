@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from dsconv import nn as dsnn
 from dsconv.config import LayerConfig, QuantConfig, as_config
-from dsconv.errors import ModelError
+from dsconv.errors import ConfigError, ModelError
 
 QUANTIZED_TYPES: tuple[type[dsnn.DSLayer], ...] = (
     dsnn.DSConv1d,
@@ -125,8 +125,13 @@ def swapped(model: nn.Module, swaps: Mapping[nn.Module, dsnn.DSLayer], info: Mod
     """A deep copy of ``model`` with each layer of ``swaps`` replaced wherever it is referred to."""
     # Deep copy looks here for what it has copied already: so it puts the new layers in and never copies the old ones.
     memo: dict[int, Any] = {id(layer): quantized for layer, quantized in swaps.items()}
+    for module in model.modules():
+        for value in vars(module).values():
+            # Left behind by hooks that compute a weight, such as weight_norm; PyTorch refuses to copy these.
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     for layer, quantized in swaps.items():
-        _keep_hooks(layer, quantized)
+        _keep_hooks(layer, quantized, memo)
     result: nn.Module = copy.deepcopy(model, memo)
     result.dsconv_info = info  # type: ignore[assignment]
     return result
@@ -208,7 +213,7 @@ def _check_overrides(config: QuantConfig, layers: list[FoundLayer]) -> None:
     names = [name for found in layers for name in found.names]
     for pattern in config.overrides:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ModelError(
+            raise ConfigError(
                 f"overrides: {pattern!r} matches no convolution or linear layer; the model has {', '.join(names[:8])}"
                 + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             )
@@ -275,8 +280,10 @@ def _probe(layer: Any, base: type[nn.Module]) -> tuple[Tensor | None, str]:
             shape = (2, layer.in_channels, *size)
         x = torch.randn(shape, generator=generator).to(layer.weight)
         try:
+            # A copy, and without its hooks: finding the weight leaves no trace.
+            probed = copy.deepcopy(layer)
             with _CaptureWeight(functions[base]) as capture:
-                y = layer(x)
+                y = probed.forward(x)
             (weight,) = capture.weights
             plain = copy.copy(layer)
             plain._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": layer.bias}
@@ -290,9 +297,13 @@ def _probe(layer: Any, base: type[nn.Module]) -> tuple[Tensor | None, str]:
     return weight.detach(), ""
 
 
-def _keep_hooks(layer: nn.Module, quantized: nn.Module) -> None:
+def _keep_hooks(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) -> None:
     """Hooks of the user go on being called; those that compute the weight have done their work."""
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         for key, hook in getattr(layer, hooks).items():
             if not isinstance(hook, _WEIGHT_HOOKS):
-                getattr(quantized, hooks)[key] = hook
+                # A hook that is bound to a part of the model goes over to the copy of that part.
+                getattr(quantized, hooks)[key] = copy.deepcopy(hook, memo)
+                for flags in (f"{hooks}_with_kwargs", f"{hooks}_always_called"):
+                    if key in getattr(layer, flags, {}):
+                        getattr(quantized, flags)[key] = True

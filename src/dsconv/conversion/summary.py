@@ -1,9 +1,11 @@
 """What became of each layer of a model: sizes, bits, what is left in float and why, and what executes it."""
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from dsconv import ops
 from dsconv.conversion.convert import FLOAT_TYPES, model_info
@@ -175,14 +177,16 @@ def summary(model: nn.Module) -> Summary:
             is_layer = isinstance(module, FLOAT_TYPES)
             unknown = "not converted" if is_layer else "neither a convolution nor a linear layer"
             reason = (info.in_float.get(name) if info else None) or unknown
-            for parameter_name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() < 2 or id(parameter) in counted:
+            for parameter_name, parameter in _own_parameters(module):
+                shape = () if is_lazy(parameter) else tuple(parameter.shape)
+                is_weight = parameter_name == "weight" if is_lazy(parameter) else len(shape) > 1
+                shared = id(parameter) in counted
+                if not is_weight or (shared and not is_layer):
                     continue
                 counted.add(id(parameter))
                 full_name = name if is_layer else ".".join(filter(None, (name, parameter_name)))
-                kind, size = type(module).__name__, _bytes(parameter)
-                bits = 8.0 * parameter.element_size()
-                shape = tuple(parameter.shape)
+                kind, size = type(module).__name__, 0 if shared else _bytes(parameter)
+                bits = 8.0 * parameter.dtype.itemsize
                 rows.append(LayerSummary(full_name, kind, shape, bits, size, size, "PyTorch float", reason))
     unpacked = sum(_bytes(t) for m in model.modules() if isinstance(m, DSLayer) for t in m.buffers(recurse=False))
     in_float = sum(row.bytes_after for row in rows if not row.quantized)
@@ -213,8 +217,18 @@ def _quantized_row(name: str, layer: DSLayer) -> LayerSummary:
     )
 
 
+def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of the module itself, those that its parametrizations compute them from included."""
+    own = list(module.named_parameters(recurse=False))
+    if parametrize.is_parametrized(module):
+        parametrizations = cast(nn.Module, module.parametrizations)
+        own += parametrizations.named_parameters(prefix="parametrizations")
+    return own
+
+
 def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    # A lazy parameter has no size before its layer has run.
+    return 0 if is_lazy(tensor) else tensor.numel() * tensor.element_size()
 
 
 def _unique(tensors: list[Tensor]) -> list[Tensor]:

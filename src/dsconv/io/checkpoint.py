@@ -350,7 +350,9 @@ def _refuse(path: Path, header: Header, model: nn.Module, wrong: list[str]) -> N
 
 def _fill(path: Path, header: Header, model: nn.Module, stored: dict[str, Tensor]) -> None:
     """Put the tensors of a file into the model of the right structure, in the dtypes of the file."""
-    quantized = {f"{name}.vqk".lstrip("."): layer for name, layer in _quantized_layers(model)}
+    layers = _quantized_layers(model, duplicates=True)
+    quantized = {f"{name}.vqk".lstrip("."): layer for name, layer in layers}
+    scales = {f"{name}.{part}".lstrip(".") for name, _ in layers for part in ("kds", "kds_shift")}
     expected = model.state_dict(keep_vars=True)
     tensors = dict(stored)
     wrong: list[str] = []
@@ -368,21 +370,27 @@ def _fill(path: Path, header: Header, model: nn.Module, stored: dict[str, Tensor
                 state[name] = unpack(tensors[name], layer.config.weight_bits, layer.vqk.shape)
             except ValueError as error:
                 wrong.append(f"tensor {name!r}: {error}")
-    for name in expected.keys() & tensors.keys():
-        target = header.aliases.get(name, name)
-        if target in quantized:
-            state[name] = state.get(target, expected[name])
+    names: dict[int, str] = {}
+    for name in sorted(expected.keys() & tensors.keys()):
+        first = names.setdefault(id(expected[name]), name)
+        if header.aliases.get(name, name) != header.aliases.get(first, first):
+            wrong.append(f"tensor {name!r}: one with {first!r} in the model, apart from it in the file")
+        if name in quantized:
             continue
         value = state[name] = tensors[name]
         if value.shape != expected[name].shape:
             shapes = f"{list(value.shape)} in the file, {list(expected[name].shape)} in the model"
             wrong.append(f"tensor {name!r}: shape {shapes}")
-        elif value.is_floating_point() != expected[name].is_floating_point():
+        elif _kind(value) != _kind(expected[name]) or (name in scales and value.dtype != expected[name].dtype):
             wrong.append(f"tensor {name!r}: {value.dtype} in the file, {expected[name].dtype} in the model")
-        elif name.rpartition(".")[2] in ("kds", "kds_shift") and not torch.isfinite(value).all():
+        elif name in scales and not torch.isfinite(value).all():
             wrong.append(f"tensor {name!r}: holds a NaN or an infinity")
     _refuse(path, header, model, wrong)
     for name, value in state.items():
         if expected[name].dtype != value.dtype:
             expected[name].data = expected[name].data.to(value.dtype)
     model.load_state_dict(state)
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()

@@ -86,8 +86,14 @@ class DSLayer(nn.Module):
         self.vqk = vqk.view(weight.shape)
         self.kds = kds.to(config.torch_kds_dtype)
         self.kds_shift = None if shift is None else shift.to(config.torch_kds_dtype)
-        rounded = dequantize_weight(vqk, self.kds, config.block_size, self.kds_shift)
-        signal, noise = (t.double().square().sum().item() for t in (rows, rows - rounded))
+        signal = noise = 0.0
+        # A part at a time: float64 copies of a large weight would take several times its memory.
+        size = max(1, (1 << 20) // max(1, rows[:1].numel()))
+        for o in range(0, len(rows), size):
+            w, q, kds = rows[o : o + size], vqk[o : o + size], self.kds[o : o + size]
+            c = None if self.kds_shift is None else self.kds_shift[o : o + size]
+            signal += w.double().square().sum().item()
+            noise += (w - dequantize_weight(q, kds, config.block_size, c)).double().square().sum().item()
         self.weight_sqnr_db = sqnr_db(signal, noise)
         return self
 

@@ -158,7 +158,8 @@ def _quantize(
         )
     if groups < 1 or w.shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of the {w.shape[0]} output channels, got {groups}")
-    if not torch.isfinite(w).all():
+    # The extreme values tell without a temporary of the weight's size.
+    if w.numel() and not torch.isfinite(torch.stack(w.detach().aminmax())).all():
         bad = int((~torch.isfinite(w)).sum())
         raise ValueError(f"w: expected finite values, got {bad} NaN or infinite of {w.numel()}")
 
@@ -271,7 +272,8 @@ def _balance(w: Tensor, q: Tensor, scale: Tensor, shift: Tensor, half: int) -> T
     unit = torch.where(unit == 0, 1.0, unit)
     # One contiguous vector over the rows per coordinate: the loop below is sequential in taps * n, parallel in rows.
     step = (scale / unit).permute(1, 2, 0).contiguous()
-    error = ((w - q * scale - shift) / unit).permute(1, 2, 0).contiguous()
+    # Divided first: next to the largest float, q * scale would overflow.
+    error = (w / unit - q * (scale / unit) - shift / unit).permute(1, 2, 0).contiguous()
     q = q.permute(1, 2, 0).contiguous()
     channel_error = error.sum(0)
     block_error = channel_error.sum(0)

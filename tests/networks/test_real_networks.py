@@ -1,0 +1,142 @@
+"""Networks that people use: quantized, saved, loaded and run; and the accuracy of trained ones."""
+
+import gc
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dsconv
+from dsconv import zoo
+from dsconv.nn import DSLayer
+
+pytest.importorskip("torchvision", reason="needs the extra dsconv[zoo]")
+pytest.importorskip("timm", reason="needs the extra dsconv[zoo]")
+
+# Name and side of the images.
+NETWORKS = [
+    ("torchvision/resnet18", 64),
+    ("torchvision/resnet34", 64),
+    ("torchvision/resnet50", 64),
+    ("torchvision/densenet121", 64),
+    ("torchvision/googlenet", 64),
+    ("torchvision/alexnet", 64),
+    ("torchvision/vgg16", 32),
+    ("torchvision/vgg16_bn", 32),
+    ("torchvision/squeezenet1_1", 64),
+    ("torchvision/mobilenet_v2", 64),
+    ("torchvision/efficientnet_b0", 64),
+    ("torchvision/convnext_tiny", 64),
+    ("timm/nf_resnet26", 64),
+    ("timm/resnext26ts", 64),
+    ("timm/mobilenetv3_small_100", 64),
+    ("timm/vit_tiny_patch16_224", 224),
+]
+QUICK = ("resnet18", "squeezenet1_1", "mobilenet_v2", "mobilenetv3_small_100")
+# Above this many parameters `balanced` rounding takes its time, and a file with float classifiers is large.
+LARGE, HUGE = 10e6, 50e6
+
+
+@pytest.fixture(autouse=True)
+def two_threads_and_no_leftovers() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, 2))
+    yield
+    torch.set_num_threads(threads)
+    gc.collect()
+
+
+@torch.inference_mode()
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x)
+    assert isinstance(y, Tensor)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [pytest.param(*case, marks=() if case[0].endswith(QUICK) else pytest.mark.slow) for case in NETWORKS],
+)
+def test_network_is_quantized_saved_loaded_and_run(name: str, side: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = zoo.build(name, weights="random")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    x = torch.randn(1, 3, side, side)
+    expected = run(model, x)
+    layers = [module for module in model.modules() if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))]
+    linear = sum(isinstance(layer, nn.Linear) for layer in layers)
+    paper = dsconv.QuantConfig.preset("paper")
+    default = dsconv.QuantConfig.preset("default", **({"weight_rule": "paper"} if size > LARGE else {}))
+    for config, count in ((paper, len(layers) - linear), (default, len(layers))):
+        quantized = dsconv.quantize(model, config)
+        summary = dsconv.summary(quantized)
+        # What is left in float, and why, is stated.
+        kept = {row.name: row.reason for row in summary.layers if not row.quantized and row.kind != "Parameter"}
+        left = {row for row, reason in kept.items() if reason != "neither a convolution nor a linear layer"}
+        assert sum(isinstance(module, DSLayer) for module in quantized.modules()) == len(layers) - len(left)
+        unplanned = [reason for row, reason in kept.items() if row in left and "config leaves it" not in reason]
+        assert len(layers) - len(left) == count - len(unplanned)
+        assert all("forward of its own" in reason for reason in unplanned) and len(unplanned) < 4
+        y = run(quantized, x)
+        assert y.shape == expected.shape and torch.isfinite(y).all()
+        if config is paper and size > HUGE:
+            continue
+        path = dsconv.save(quantized, tmp_path / "net.safetensors")
+        header = int.from_bytes(path.read_bytes()[:8], "little") + 8
+        assert path.stat().st_size == summary.bytes_after + header
+        if name == "torchvision/resnet18":
+            assert path.stat().st_size == pytest.approx(summary.bytes_after, rel=0.02)
+        loaded = dsconv.load(path) if config is default else dsconv.load(path, model)
+        assert torch.equal(run(loaded, x), y)
+        del quantized, loaded
+        path.unlink()
+    assert torch.equal(run(model, x), expected)
+
+
+@pytest.fixture(scope="module")
+def nets(shared: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("shared_nets", shared / "nets.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["shared_nets"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_published_method_keeps_the_accuracy_of_a_cifar_resnet(nets: ModuleType) -> None:
+    model = nets.load("cifar_resnet20")
+    images, labels = nets.images("cifar10")
+    images, labels = images[:500], torch.from_numpy(labels[:500])
+    quantized = dsconv.quantize(model, dsconv.QuantConfig.preset("paper", block_size=32))
+    accuracies = [
+        100 * (nets.logits(net, "cifar_resnet20", images).argmax(1) == labels).float().mean()
+        for net in (model, quantized)
+    ]
+    assert accuracies[0] > 90
+    assert accuracies[1] >= accuracies[0] - 1.5
+
+
+@pytest.mark.slow
+def test_published_method_agrees_with_a_trained_resnet18(nets: ModuleType) -> None:
+    model = nets.load("resnet18_tiny")
+    images, _ = nets.images("tinyimagenet")
+    quantized = dsconv.quantize(model, "paper")
+    before, after = (nets.logits(net, "resnet18_tiny", images[:200]).argmax(1) for net in (model, quantized))
+    assert 100 * (before == after).float().mean() >= 85
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "squeezenet1_1"])
+def test_default_preset_is_closer_to_the_float_network_than_the_published_method(name: str, nets: ModuleType) -> None:
+    model = nets.load(name)
+    images, _ = nets.images(nets.NETS[name][1])
+    images = images[: 200 if name == "cifar_resnet20" else 24]
+    expected = nets.logits(model, name, images)
+    errors = [
+        float((nets.logits(dsconv.quantize(model, preset), name, images) - expected).square().sum())
+        for preset in ("paper", "default")
+    ]
+    assert errors[1] < 0.5 * errors[0]

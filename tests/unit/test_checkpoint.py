@@ -1,0 +1,607 @@
+"""Files: what is loaded computes what was saved, bit for bit; and nothing that is broken or crafted is ever loaded."""
+
+import json
+import os
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch import nn as tnn
+
+import dsconv
+from dsconv import nn, zoo
+from dsconv.conversion import model_info
+from dsconv.errors import DSConvError, FileFormatError, ModelError
+from dsconv.io import checkpoint, read_header
+
+X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Net(tnn.Module):
+    """Small, with a shared layer, tied parameters, BatchNorm, odd sizes and a buffer that is empty."""
+
+    def __init__(self, width: int = 9):
+        super().__init__()
+        self.conv = tnn.Conv2d(3, width, 3, padding=1)
+        self.norm = tnn.BatchNorm2d(width)
+        self.depthwise = tnn.Conv2d(width, width, 3, groups=width, bias=False)
+        self.up = tnn.ConvTranspose2d(width, 6, 2)
+        self.shared = tnn.Conv2d(6, 6, 1)
+        self.again = self.shared
+        self.scale = tnn.Parameter(torch.rand(6, 1, 1))
+        self.tied = self.scale
+        self.fc = tnn.Linear(6, 5)
+        self.register_buffer("nothing", torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.depthwise(self.norm(self.conv(x)).relu()))
+        return self.fc((self.again(self.shared(x)) * self.scale + self.tied).mean((2, 3)))
+
+
+def net(**options: Any) -> Net:
+    torch.manual_seed(0)
+    model = Net(**options)
+    model(torch.randn(8, 3, 6, 6))
+    return model.eval()
+
+
+def other() -> Net:
+    torch.manual_seed(99)
+    return Net().eval()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return dsconv.save(dsconv.quantize(net(), dsconv.QuantConfig(block_size=4)), tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_loaded_model_computes_the_same_bits(bits: int, shift: bool, tmp_path: Path) -> None:
+    config = dsconv.QuantConfig(
+        weight_bits=bits, weight_shift=shift, block_size=4, overrides={"fc": {"weight_bits": 5}}
+    )
+    quantized = dsconv.quantize(net(), config)
+    float_model = other()
+    before = {name: value.clone() for name, value in float_model.state_dict().items()}
+    loaded = dsconv.load(dsconv.save(quantized, tmp_path / "net.safetensors"), float_model)
+    with torch.no_grad():
+        assert torch.equal(loaded(X), quantized(X))
+    assert_same_state(loaded, quantized)
+    assert type(float_model.conv) is tnn.Conv2d
+    assert all(torch.equal(value, before[name]) for name, value in float_model.state_dict().items())
+    assert model_info(loaded).config == config
+    rows, expected = (dsconv.summary(model).to_dict() for model in (loaded, quantized))
+    for row in (*rows["layers"], *expected["layers"]):
+        row["weight_sqnr_db"] = row["weight_sqnr_db"] and round(row["weight_sqnr_db"], 3)
+    assert rows == expected
+
+
+def assert_same_state(loaded: tnn.Module, expected: tnn.Module) -> None:
+    states = loaded.state_dict(), expected.state_dict()
+    assert list(states[0]) == list(states[1])
+    for (name, a), b in zip(states[0].items(), states[1].values(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    for name, layer in loaded.named_modules():
+        if isinstance(layer, nn.DSLayer):
+            assert layer.config == expected.get_submodule(name).config
+
+
+@pytest.mark.parametrize("kds_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("cast", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_every_tensor_keeps_its_dtype(kds_dtype: str, cast: torch.dtype, tmp_path: Path) -> None:
+    config = dsconv.QuantConfig(kds_dtype=kds_dtype, weight_shift=True, linear="float")
+    quantized = dsconv.quantize(net(), config).to(cast)
+    loaded = dsconv.load(dsconv.save(quantized, tmp_path / "net.safetensors"), other())
+    assert_same_state(loaded, quantized)
+    assert loaded.shared.kds.dtype == config.torch_kds_dtype
+    assert loaded.norm.running_mean.dtype == loaded.fc.weight.dtype == cast
+    with torch.no_grad():
+        assert torch.equal(loaded(X.to(cast)), quantized(X.to(cast)))
+
+
+def test_a_file_loads_into_a_model_of_another_precision(saved: Path) -> None:
+    assert torch.equal(dsconv.load(saved, other().half())(X), dsconv.load(saved, other())(X))
+
+
+def test_shared_layers_and_tied_parameters_are_stored_once(saved: Path) -> None:
+    loaded = dsconv.load(saved, other())
+    assert loaded.shared is loaded.again and loaded.tied is loaded.scale
+    with safe_open(saved, "pt") as file:
+        assert "again.vqk" not in file.keys() and "tied" not in file.keys()  # noqa: SIM118
+    assert read_header(saved).aliases == {
+        "again.vqk": "shared.vqk",
+        "again.kds": "shared.kds",
+        "again.bias": "shared.bias",
+        "tied": "scale",
+    }
+
+
+def test_a_model_that_ties_what_the_file_keeps_apart_is_refused(tmp_path: Path) -> None:
+    apart = net()
+    apart.again = tnn.Conv2d(6, 6, 1)
+    path = dsconv.save(dsconv.quantize(apart), tmp_path / "layers.safetensors")
+    with pytest.raises(FileFormatError, match="again"):
+        dsconv.load(path, other())
+    apart = net()
+    apart.tied = tnn.Parameter(torch.rand(6, 1, 1))
+    path = dsconv.save(dsconv.quantize(apart), tmp_path / "parameters.safetensors")
+    with pytest.raises(FileFormatError, match="tied"):
+        dsconv.load(path, other())
+    loaded = dsconv.load(path, apart)
+    assert not torch.equal(loaded.tied, loaded.scale)
+
+
+def test_a_model_that_keeps_apart_what_the_file_ties_is_refused_or_equal(saved: Path) -> None:
+    apart = other()
+    apart.again = tnn.Conv2d(6, 6, 1)
+    with pytest.raises(FileFormatError, match="again"):
+        dsconv.load(saved, apart)
+    apart = other()
+    apart.tied = tnn.Parameter(torch.rand(6, 1, 1))
+    assert torch.equal(dsconv.load(saved, apart)(X), dsconv.load(saved, other())(X))
+
+
+def test_the_integers_take_their_true_width(tmp_path: Path) -> None:
+    for bits in range(2, 9):
+        quantized = dsconv.quantize(tnn.Linear(64, 33, bias=False), dsconv.QuantConfig(weight_bits=bits))
+        with safe_open(dsconv.save(quantized, tmp_path / f"{bits}.safetensors"), "pt") as file:
+            assert file.get_slice("vqk").get_shape() == [-(-64 * 33 * bits // 8)]
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_the_size_is_the_header_and_what_the_summary_states(preset: str, tmp_path: Path) -> None:
+    quantized = dsconv.quantize(net(), preset)
+    path = dsconv.save(quantized, tmp_path / "net.safetensors")
+    (header,) = struct.unpack("<Q", path.read_bytes()[:8])
+    assert path.stat().st_size == 8 + header + dsconv.summary(quantized).bytes_after
+
+
+def test_a_root_module_that_is_a_layer_itself(tmp_path: Path) -> None:
+    layer = tnn.Conv2d(8, 4, 3)
+    quantized = dsconv.quantize(layer)
+    loaded = dsconv.load(dsconv.save(quantized, tmp_path / "layer.safetensors"), layer)
+    assert isinstance(loaded, nn.DSConv2d) and torch.equal(loaded.vqk, quantized.vqk)
+
+
+def test_a_model_built_of_quantized_layers_can_be_saved(tmp_path: Path) -> None:
+    model = tnn.Sequential(nn.DSConv2d.from_float(tnn.Conv2d(3, 4, 3)))
+    loaded = dsconv.load(dsconv.save(model, tmp_path / "net.safetensors"), tnn.Sequential(tnn.Conv2d(3, 4, 3)))
+    assert torch.equal(loaded(X), model(X))
+
+
+def test_saving_what_was_loaded_gives_the_same_contents(saved: Path, tmp_path: Path) -> None:
+    again = dsconv.save(dsconv.load(saved, other()), tmp_path / "again.safetensors")
+    with safe_open(saved, "pt") as one, safe_open(again, "pt") as two:
+        assert one.metadata() == two.metadata()
+    assert again.stat().st_size == saved.stat().st_size
+
+
+# What is broken
+
+
+def refused(path: Path, model: tnn.Module | None = None, match: str | None = None) -> str:
+    with pytest.raises(FileFormatError, match=match) as caught:
+        dsconv.load(path, model or other())
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+def test_a_truncated_file_is_refused_at_every_length(saved: Path) -> None:
+    data = saved.read_bytes()
+    (header,) = struct.unpack("<Q", data[:8])
+    lengths = {*range(0, len(data), max(1, len(data) // 50)), 7, 8, 9, 8 + header, 9 + header, len(data) - 1}
+    model = other()
+    for length in sorted(lengths):
+        saved.write_bytes(data[:length])
+        refused(saved, model, "not a complete safetensors file")
+
+
+def test_bytes_at_the_end_are_refused(saved: Path) -> None:
+    data = saved.read_bytes()
+    for extra in (b"\0", data):
+        saved.write_bytes(data + extra)
+        refused(saved)
+
+
+def check_changed(path: Path, data: bytes, changed: bytes, model: tnn.Module) -> None:
+    """A changed file is refused, unless only blanks between the parts of its JSON have changed."""
+    path.write_bytes(changed)
+    (size,) = struct.unpack("<Q", data[:8])
+    if changed[:8] == data[:8] and changed[8 + size :] == data[8 + size :]:
+        try:
+            if json.loads(changed[8 : 8 + size]) == json.loads(data[8 : 8 + size]):
+                return
+        except ValueError:
+            pass
+    refused(path, model)
+
+
+def test_a_changed_byte_is_refused_anywhere(saved: Path) -> None:
+    data, model = saved.read_bytes(), other()
+    (header,) = struct.unpack("<Q", data[:8])
+    positions = [*range(8), *range(8, 8 + header, header // 120), *range(8 + header, len(data), 7), len(data) - 1]
+    for at in positions:
+        for flip in (1, 0x80):
+            changed = bytearray(data)
+            changed[at] ^= flip
+            check_changed(saved, data, bytes(changed), model)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_random_damage_is_refused(saved: Path, data: st.DataObject) -> None:
+    original = SAVED.setdefault("bytes", saved.read_bytes())
+    changed = bytearray(original)
+    kind = data.draw(st.sampled_from(["replace", "insert", "delete", "repeat", "swap"]))
+    at = data.draw(st.integers(0, len(original) - 1))
+    count = data.draw(st.integers(1, 16))
+    if kind == "replace":
+        changed[at : at + count] = data.draw(st.binary(min_size=count, max_size=count))
+    elif kind == "insert":
+        changed[at:at] = data.draw(st.binary(min_size=1, max_size=16))
+    elif kind == "delete":
+        del changed[at : at + count]
+    elif kind == "repeat":
+        changed[at:at] = changed[at : at + count]
+    else:
+        to = data.draw(st.integers(0, len(original) - 1))
+        changed[at], changed[to] = changed[to], changed[at]
+    if bytes(changed) != original:
+        check_changed(saved, original, bytes(changed), other())
+
+
+SAVED: dict[str, bytes] = {}
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "noise"
+    path.write_bytes(data)
+    refused(path)
+    path.write_bytes(struct.pack("<Q", len(data)) + data)
+    refused(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(3)}, path)
+    refused(path, match="a safetensors file, but not one written by dsconv")
+    torch.save({"a": torch.zeros(3)}, path)
+    refused(path, match="not a complete safetensors file")
+    path.write_text("import os")
+    refused(path)
+
+
+def test_a_path_without_a_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(OSError, match=str(path)):
+            dsconv.load(path, other())
+
+
+# What is crafted: a valid checksum over contents that make no sense
+
+
+def craft(
+    path: Path,
+    change: Callable[[dict[str, Any], dict[str, Tensor]], None] = lambda header, tensors: None,
+    entries: dict[str, str] | None = None,
+) -> None:
+    """Rewrite a file with a changed header and tensors, and a checksum that is right again."""
+    with safe_open(path, "pt") as file:
+        texts = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    plain = ("format", "format_version", "checksum")
+    header = {name: json.loads(text) for name, text in texts.items() if name not in plain}
+    change(header, tensors)
+    texts = {name: texts[name] for name in plain} | {name: json.dumps(value) for name, value in header.items()}
+    texts |= entries or {}
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    texts["checksum"] = checkpoint._checksum(texts, tensors)
+    save_file(tensors, path, texts)
+
+
+def test_crafting_without_a_change_loads(saved: Path) -> None:
+    expected = dsconv.load(saved, other())(X)
+    craft(saved)
+    assert torch.equal(dsconv.load(saved, other())(X), expected)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("2", "format version '2', this dsconv reads up to 1: update dsconv"), ("999", "999"), ("x", "'x'"), ("", "''")]
+    + [("-1", "-1"), ("1.5", "1.5"), ("9" * 5000, None), ("\u0662", None)],
+)
+def test_a_newer_version_is_refused(version: str, message: str | None, saved: Path) -> None:
+    craft(saved, entries={"format_version": version})
+    refused(saved, match=message)
+
+
+def set_in(*path: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    *keys, last, value = path
+
+    def change(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        at: Any = header
+        for key in keys:
+            at = at[key]
+        at[last] = value
+
+    return change
+
+
+def delete(*path: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    *keys, last = path
+
+    def change(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        at: Any = header
+        for key in keys:
+            at = at[key]
+        del at[last]
+
+    return change
+
+
+def tensor(name: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    def change(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors[name] = make(tensors[name])
+
+    return change
+
+
+CRAFTED = {
+    "weight bits": set_in("settings", 0, "weight_bits", 3),
+    "weight bits out of range": set_in("settings", 0, "weight_bits", 99),
+    "block size": set_in("settings", 1, "block_size", 2),
+    "block size of zero": set_in("settings", 1, "block_size", 0),
+    "huge block size": set_in("settings", 2, "block_size", 10**30),
+    "a shift that is not there": set_in("settings", 1, "weight_shift", True),
+    "blocks": set_in("settings", 0, "blocks", "tap"),
+    "unknown setting": set_in("settings", 0, "colour", "red"),
+    "setting called self": set_in("settings", 0, "self", 1),
+    "settings of another type": set_in("settings", 0, [1]),
+    "settings missing": delete("settings"),
+    "settings empty": set_in("settings", []),
+    "settings too far": set_in("layers", "conv", "settings", 99),
+    "settings negative": set_in("layers", "conv", "settings", -1),
+    "settings true": set_in("layers", "conv", "settings", True),
+    "settings of another layer": set_in("layers", "conv", "settings", 1),
+    "shape": set_in("layers", "conv", "shape", [9, 3, 3]),
+    "huge shape": set_in("layers", "conv", "shape", [2**62, 2**62, 3, 3]),
+    "negative shape": set_in("layers", "conv", "shape", [-9, -3, 3, 3]),
+    "type": set_in("layers", "conv", "type", "DSLinear"),
+    "unknown type": set_in("layers", "conv", "type", "os.system"),
+    "layer missing": delete("layers", "conv"),
+    "no layers": set_in("layers", {}),
+    "layer of another name": set_in("layers", "else", {"type": "DSConv2d", "shape": [1], "settings": 0}),
+    "layer that is not quantizable": set_in("layers", "norm", {"type": "DSConv2d", "shape": [9], "settings": 0}),
+    "layer that is a number": set_in("layers", "conv", 4),
+    "layers that are a list": set_in("layers", ["conv"]),
+    "sqnr": set_in("layers", "conv", "sqnr_db", "high"),
+    "config": set_in("config", {"weight_bits": 77}),
+    "config of another type": set_in("config", 4),
+    "config with an unknown name": set_in("config", "colour", 4),
+    "aliases to nowhere": set_in("aliases", "tied", "nowhere"),
+    "aliases to an alias": set_in("aliases", "tied", "again.bias"),
+    "aliases in a circle": set_in("aliases", "tied", "tied"),
+    "alias of what is stored": set_in("aliases", "fc.bias", "shared.bias"),
+    "alias of an unknown name": set_in("aliases", "unknown", "scale"),
+    "alias of other shape": set_in("aliases", "tied", "fc.bias"),
+    "alias of integers to floats": set_in("aliases", "again.vqk", "scale"),
+    "alias of floats to integers": set_in("aliases", "tied", "conv.vqk"),
+    "alias of a bias to integers": set_in("aliases", "again.bias", "shared.vqk"),
+    "alias of integers to other integers": set_in("aliases", "again.vqk", "fc.vqk"),
+    "alias of scales to other scales": set_in("aliases", "again.kds", "fc.kds"),
+    "aliases missing": delete("aliases"),
+    "model class": set_in("model_class", 4),
+    "in float": set_in("in_float", "fc", 4),
+    "architecture of another type": set_in("architecture", ["timm", "resnet18"]),
+    "KDS with a NaN": tensor("shared.kds", lambda t: t * torch.nan),
+    "KDS with an infinity": tensor("conv.kds", lambda t: t / 0),
+    "KDS of another dtype": tensor("shared.kds", lambda t: t.half()),
+    "KDS of wider dtype": tensor("shared.kds", lambda t: t.double()),
+    "KDS of whole numbers": tensor("shared.kds", lambda t: t.int()),
+    "KDS of another shape": tensor("shared.kds", lambda t: t.flatten()),
+    "KDS of one block less": tensor("shared.kds", lambda t: t[:, :1]),
+    "integers too short": tensor("conv.vqk", lambda t: t[:-1]),
+    "integers too long": tensor("conv.vqk", lambda t: torch.cat([t, t[:1]])),
+    "integers of another dtype": tensor("conv.vqk", lambda t: t.view(torch.int8)),
+    "integers that are floats": tensor("conv.vqk", lambda t: t.float()),
+    "bias of another shape": tensor("conv.bias", lambda t: t[:, None]),
+    "bias of whole numbers": tensor("conv.bias", lambda t: t.long()),
+    "bias that is complex": tensor("conv.bias", lambda t: t.to(torch.complex64)),
+    "counter that is complex": tensor("norm.num_batches_tracked", lambda t: t.to(torch.complex64)),
+    "counter that is a float": tensor("norm.num_batches_tracked", lambda t: t.float()),
+    "tensor missing": lambda header, tensors: tensors.pop("fc.bias"),
+    "tensor too many": lambda header, tensors: tensors.update(more=torch.zeros(1)),
+    "no tensors": lambda header, tensors: tensors.clear(),
+    "empty name": lambda header, tensors: tensors.update({"": torch.zeros(1)}),
+    "names swapped": lambda header, tensors: tensors.update(
+        {"norm.weight": tensors["fc.bias"], "fc.bias": tensors["norm.weight"]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_crafted_file_is_refused(name: str, saved: Path) -> None:
+    craft(saved, CRAFTED[name])
+    refused(saved)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "NaN", "[" * 100_000, '"' + "x" * 100, "1e999", "\ud7ff", '{"a": ' * 5000 + "1" + "}" * 5000]
+)
+@pytest.mark.parametrize("entry", ["layers", "settings", "config"])
+def test_a_header_that_is_no_json_of_the_kind_is_refused(entry: str, text: str, saved: Path) -> None:
+    craft(saved, entries={entry: text})
+    refused(saved)
+
+
+def test_preprocessing_that_makes_no_sense_never_loads_silently(saved: Path) -> None:
+    craft(saved, set_in("preprocess", {"resize": "large", "unknown": 1}))
+    with pytest.raises(DSConvError):
+        zoo.preprocess_of(dsconv.load(saved, other()))
+
+
+@pytest.mark.parametrize("name", ["wrong.py:factory", "torchvision/evil.py:factory", "timm/../evil.py:factory"])
+def test_no_code_that_a_file_names_is_run(name: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+    for folder in ("", "torchvision/", "timm/"):
+        Path(folder or ".").mkdir(exist_ok=True)
+        for file in ("wrong.py", "evil.py"):
+            Path(folder, file).write_text("open('was-run', 'w')\ndef factory(): pass\n")
+    craft(saved, set_in("architecture", name))
+    with pytest.raises(ModelError, match=r"pass the float model \(.*Net.*\) to load it into"):
+        dsconv.load(saved)
+    assert not Path("was-run").exists()
+    assert torch.equal(dsconv.load(saved, other())(X), dsconv.load(saved, other())(X))
+
+
+class Trap:
+    def __reduce__(self) -> Any:
+        return open, ("was-run", "w")
+
+
+def test_no_pickle_that_a_file_names_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm", reason="needs the extra dsconv[zoo]")
+    monkeypatch.chdir(saved.parent)
+    torch.save({"state_dict": Trap()}, "evil.pth")
+    for name in (
+        "timm/resnet18?checkpoint_path=evil.pth",
+        'timm/resnet18?pretrained_cfg_overlay={"file":"evil.pth"}&pretrained=true',
+        'timm/resnet18?pretrained_cfg={"file":"evil.pth"}&pretrained=true',
+    ):
+        craft(saved, set_in("architecture", name))
+        with pytest.raises(DSConvError):
+            dsconv.load(saved)
+        assert not Path("was-run").exists(), name
+
+
+def test_a_file_without_an_architecture_asks_for_the_model(saved: Path) -> None:
+    with pytest.raises(ModelError, match="pass the float model"):
+        dsconv.load(saved)
+
+
+def test_a_model_of_dsconv_is_built_from_the_file(tmp_path: Path) -> None:
+    model = zoo.build("dsconv/digits_resnet")
+    quantized = dsconv.quantize(model)
+    loaded = dsconv.load(dsconv.save(quantized, tmp_path / "digits.safetensors"))
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(loaded(x), quantized(x))
+    assert zoo.preprocess_of(loaded) == zoo.preprocess_of(model)
+    assert model_info(loaded).architecture == "dsconv/digits_resnet"
+
+
+# The wrong model
+
+
+def changed(**layers: tnn.Module) -> Net:
+    model = other()
+    for name, layer in layers.items():
+        setattr(model, name, layer)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "difference"),
+    [
+        (
+            lambda: net(width=10),
+            r"layer 'conv': the file has weights of shape \[9, 3, 3, 3\], the model \[10, 3, 3, 3\]",
+        ),
+        (lambda: changed(fc=tnn.Linear(6, 4)), r"layer 'fc': .*\[5, 6\], the model \[4, 6\]"),
+        (lambda: changed(fc=tnn.Conv2d(6, 5, 1)), "layer 'fc': the file has a DSLinear, the model a Conv2d"),
+        (lambda: changed(fc=tnn.ReLU()), "layer 'fc': the file has a DSLinear, the model has a ReLU there"),
+        (lambda: changed(fc=tnn.Linear(6, 5, bias=False)), "tensor 'fc.bias': only in the file"),
+        (lambda: changed(norm=tnn.BatchNorm2d(8)), r"tensor 'norm.bias': shape \[9\] in the file, \[8\] in the model"),
+        (lambda: changed(more=tnn.Linear(2, 2)), "tensor 'more.bias': only in the model"),
+        (
+            lambda: tnn.Sequential(tnn.Conv2d(3, 4, 3)),
+            "layer 'conv': the file has a DSConv2d, the model has none there",
+        ),
+        (lambda: dsconv.quantize(other()), "layer 'conv'"),
+    ],
+)
+def test_a_wrong_architecture_is_refused_and_the_difference_named(
+    model: Callable[[], tnn.Module], difference: str, saved: Path
+) -> None:
+    wrong = model()
+    before = {name: value.clone() for name, value in wrong.state_dict().items()}
+    message = refused(saved, wrong, difference)
+    assert "Net" in message
+    assert all(torch.equal(value, before[name]) for name, value in wrong.state_dict().items())
+
+
+# Writing
+
+
+def test_a_model_without_quantized_layers_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no quantized layer: convert it with dsconv.quantize first"):
+        dsconv.save(net(), tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt(), RuntimeError("x")])
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(
+    error: BaseException, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+
+    def fail(tensors: dict[str, Tensor], path: Path, *_: Any) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(type(error)):
+        dsconv.save(dsconv.quantize(other()), saved)
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_replaced_file_is_the_new_one(saved: Path) -> None:
+    model = dsconv.quantize(other())
+    dsconv.save(model, saved)
+    assert torch.equal(dsconv.load(saved, net())(X), model(X))
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_path_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+    model = dsconv.quantize(net())
+    for path in (tmp_path / "no" / "net.safetensors", tmp_path, tmp_path / ("x" * 300)):
+        with pytest.raises(OSError, match=str(path)):
+            dsconv.save(model, path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_keeps_its_file(saved: Path) -> None:
+    before = saved.read_bytes()
+    saved.parent.chmod(0o500)
+    try:
+        with pytest.raises(OSError, match=str(saved)):
+            dsconv.save(dsconv.quantize(other()), saved)
+    finally:
+        saved.parent.chmod(0o700)
+    assert saved.read_bytes() == before
+
+
+def test_names_with_other_characters(tmp_path: Path) -> None:
+    model = dsconv.quantize(net())
+    path = dsconv.save(model, str(tmp_path / "Größe 4 bit.safetensors"))
+    assert isinstance(path, Path) and torch.equal(dsconv.load(str(path), other())(X), model(X))
+
+
+def test_layers_with_other_characters_in_their_names(tmp_path: Path) -> None:
+    model = tnn.ModuleDict({'größe \n "{}"': tnn.Conv2d(3, 4, 3), "__metadata__": tnn.Conv2d(3, 4, 3)})
+    quantized = dsconv.quantize(model)
+    loaded = dsconv.load(dsconv.save(quantized, tmp_path / "net.safetensors"), model)
+    assert_same_state(loaded, quantized)

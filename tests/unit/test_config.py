@@ -1,0 +1,223 @@
+"""Settings: what is accepted, how they merge, and what the presets mean."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsconv.config import PRESETS, LayerConfig, QuantConfig, as_config
+from dsconv.errors import ConfigError
+
+plain = {
+    "weight_bits": st.integers(2, 8),
+    "activation_bits": st.none() | st.integers(2, 8),
+    "block_size": st.integers(1, 512),
+    "weight_rule": st.sampled_from(["paper", "refined", "balanced"]),
+    "weight_shift": st.booleans(),
+    "activation_sign": st.sampled_from(["adaptive", "extra", "included"]),
+    "kds_dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
+    "blocks": st.sampled_from(["tap", "flat"]),
+}
+fields = st.fixed_dictionaries({}, optional=plain)
+settings_ = st.none() | st.just("float") | fields
+configs = st.builds(
+    lambda general, special: {**general, **special},
+    fields,
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "first_layer": settings_,
+            "depthwise": settings_,
+            "last_layer": settings_,
+            "linear": settings_,
+            "overrides": st.dictionaries(st.text(max_size=8), settings_, max_size=3),
+        },
+    ),
+)
+
+
+@given(configs)
+def test_a_config_survives_serialization(data: dict[str, Any]) -> None:
+    config = QuantConfig(**data)
+    assert QuantConfig.from_json(config.to_json()) == config
+    assert QuantConfig(**config.to_dict()) == config
+    assert QuantConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert list(QuantConfig.from_json(config.to_json()).overrides) == list(config.overrides)
+    assert as_config(data) == config
+
+
+@given(configs, st.sampled_from(["conv", "linear"]), st.booleans(), st.booleans(), st.booleans())
+def test_later_settings_win(data: dict[str, Any], kind: str, first: bool, last: bool, depthwise: bool) -> None:
+    config = QuantConfig(**data)
+    expected: dict[str, Any] | None = {name: getattr(config, name) for name in LayerConfig.model_fields}
+    in_float = False
+    for applies, settings in (
+        (kind == "linear", config.linear),
+        (depthwise, config.depthwise),
+        (first, config.first_layer),
+        (last, config.last_layer),
+        *((pattern == "name", settings) for pattern, settings in config.overrides.items()),
+    ):
+        if applies and settings is not None:
+            in_float = settings == "float"
+            expected |= {} if in_float else settings
+    if any(character in pattern for pattern in config.overrides for character in "*?["):
+        return
+    layer = config.layer("name", kind=kind, first=first, last=last, depthwise=depthwise)
+    assert layer == (None if in_float else LayerConfig(**expected))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"weight_bits": 9}, "weight_bits: .*less than or equal to 8, got 9"),
+        ({"weight_bits": 1}, "weight_bits: .*greater than or equal to 2, got 1"),
+        ({"weight_bits": 4.0}, "weight_bits: .*valid integer, got 4.0"),
+        ({"weight_bits": "4"}, "weight_bits: .*valid integer, got '4'"),
+        ({"weight_bits": True}, "weight_bits: .*valid integer, got True"),
+        ({"weight_bits": None}, "weight_bits: .*valid integer, got None"),
+        ({"activation_bits": 1}, "activation_bits: .*got 1"),
+        ({"block_size": 0}, "block_size: .*greater than or equal to 1, got 0"),
+        ({"block_size": -32}, "block_size: .*got -32"),
+        ({"weight_rule": "best"}, "weight_rule: .*'paper', 'refined' or 'balanced', got 'best'"),
+        ({"weight_scale": "l1"}, "weight_scale: .*'l2' or 'kl', got 'l1'"),
+        ({"activation_sign": "both"}, "activation_sign: .*got 'both'"),
+        ({"kds_dtype": "float64"}, "kds_dtype: .*got 'float64'"),
+        ({"blocks": "row"}, "blocks: .*got 'row'"),
+        ({"weight_shift": True, "weight_scale": "kl"}, "weight_shift is fitted by least squares"),
+        ({"bits": 4}, "bits: unknown setting; known are weight_bits, activation_bits"),
+        ({"weight_bits": 1, "block_size": 0}, "weight_bits: .*; block_size: .*"),
+    ],
+)
+def test_an_unusable_value_is_named_in_one_paragraph(data: dict[str, Any], message: str) -> None:
+    for config_type in (LayerConfig, QuantConfig):
+        with pytest.raises(ConfigError, match=message) as caught:
+            config_type(**data)
+        assert "\n" not in str(caught.value)
+        assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"first_layer": {"weight_bits": 9}}, "first_layer.*weight_bits.*got 9"),
+        ({"last_layer": {"bits": 8}}, "last_layer.*bits: unknown setting"),
+        ({"depthwise": "none"}, "depthwise.*got 'none'"),
+        ({"linear": 8}, "linear.*got 8"),
+        ({"overrides": {"layer4.*": {"block_size": 0}}}, "overrides.*block_size.*got 0"),
+        ({"overrides": {"layer4.*": "off"}}, "overrides.*got 'off'"),
+        ({"overrides": ["layer4.*"]}, "overrides.*got"),
+    ],
+)
+def test_an_unusable_special_setting_says_where(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        QuantConfig(**data)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_contradict_after_merging_name_the_layer() -> None:
+    config = QuantConfig(weight_shift=True, overrides={"conv*": {"weight_scale": "kl"}})
+    assert config.layer("fc") is not None
+    with pytest.raises(ConfigError, match=r"layer 'conv1': .*weight_shift is fitted by least squares"):
+        config.layer("conv1")
+
+
+def test_overrides_are_patterns_that_apply_in_order() -> None:
+    config = QuantConfig(
+        overrides={
+            "layer4.*": {"weight_bits": 3, "block_size": 16},
+            "*.conv?": {"weight_bits": 5},
+            "layer4.1.*": "float",
+        }
+    )
+    assert (config.layer("layer4.0.conv1").weight_bits, config.layer("layer4.0.conv1").block_size) == (5, 16)
+    assert config.layer("layer4.0.downsample").weight_bits == 3
+    assert config.layer("layer4.1.conv1") is None
+    assert config.layer("layer3.0.conv1").weight_bits == 5
+    assert config.layer("Layer4.0").weight_bits == 4
+
+
+def test_a_later_setting_brings_a_layer_back_from_float() -> None:
+    config = QuantConfig(linear="float", last_layer={"weight_bits": 8})
+    assert config.layer("fc", kind="linear") is None
+    assert config.layer("fc", kind="linear", last=True).weight_bits == 8
+
+
+def test_paper_is_the_published_method_and_nothing_else() -> None:
+    config = QuantConfig.preset("paper")
+    published = LayerConfig(
+        weight_bits=4,
+        activation_bits=4,
+        block_size=32,
+        weight_rule="paper",
+        weight_scale="l2",
+        weight_shift=False,
+        activation_sign="extra",
+        kds_dtype="float32",
+        blocks="tap",
+    )
+    assert config.layer() == config.layer(depthwise=True) == config.layer(last=True) == published
+    assert config.layer(first=True) == published.model_copy(update={"activation_bits": None})
+    assert config.layer(kind="linear") is None and config.layer(kind="linear", last=True) is None
+
+
+def test_default_is_four_bit_weights_and_eight_bit_mantissas() -> None:
+    config = QuantConfig.preset("default")
+    assert as_config(None) == config
+    for layer in (config.layer(), config.layer(kind="linear", last=True)):
+        assert (layer.weight_bits, layer.activation_bits, layer.blocks) == (4, 8, "tap")
+    first, depthwise = config.layer(first=True), config.layer(depthwise=True)
+    assert (first.weight_bits, first.activation_bits, first.blocks, first.kds_dtype) == (8, 8, "flat", "float32")
+    assert (depthwise.weight_bits, depthwise.activation_bits, depthwise.blocks) == (8, 8, "flat")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_described_and_can_be_changed(name: str) -> None:
+    assert f"``{name}``" in QuantConfig.preset.__doc__
+    changed = QuantConfig.preset(name, weight_bits=3, overrides={"x": "float"})
+    assert changed.weight_bits == 3 and changed.overrides == {"x": "float"}
+    unchanged = QuantConfig.preset(name).to_dict()
+    assert changed.to_dict() == unchanged | {"weight_bits": 3, "overrides": {"x": "float"}}
+
+
+def test_an_unknown_preset_lists_those_there_are() -> None:
+    for attempt in (lambda: QuantConfig.preset("papper"), lambda: as_config("papper")):
+        with pytest.raises(ConfigError, match="preset: expected one of default, paper, .*, got 'papper'"):
+            attempt()
+
+
+@pytest.mark.parametrize("wrong", [4, ["paper"], object()])
+def test_something_else_than_a_config_is_an_error(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="config: expected a QuantConfig, a dictionary or the name of a preset"):
+        as_config(wrong)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "4", "null", '"paper"', '{"weight_bits": 99}'])
+def test_text_that_is_not_a_config_is_an_error(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        QuantConfig.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_configs_do_not_share_what_can_be_changed() -> None:
+    mine = QuantConfig(first_layer={"weight_bits": 8})
+    for config in (QuantConfig(), QuantConfig.preset("paper"), QuantConfig.preset("default"), mine):
+        config.first_layer["weight_bits"] = 2
+        config.overrides["x"] = "float"
+    assert QuantConfig().first_layer["weight_bits"] == 8 and not QuantConfig().overrides
+    assert "weight_bits" not in QuantConfig.preset("paper").first_layer
+    assert QuantConfig.preset("default").first_layer["weight_bits"] == 8
+
+
+def test_a_config_cannot_be_changed_by_accident() -> None:
+    config = QuantConfig()
+    with pytest.raises(Exception, match="frozen"):
+        config.weight_bits = 3
+
+
+def test_the_representation_shows_what_differs_and_can_be_evaluated() -> None:
+    config = QuantConfig(weight_bits=3, overrides={"fc": "float"})
+    assert repr(config) == "QuantConfig(weight_bits=3, overrides={'fc': 'float'})"
+    assert eval(repr(config)) == config
