@@ -25,8 +25,24 @@ MAX_FLOAT = 3.4028234663852886e38
 any_bits = st.integers(0, 2**32 - 1).map(lambda n: float(np.uint32(n).view(np.float32)))
 on_a_grid = st.tuples(st.integers(-1024, 1024), st.integers(-12, 12)).map(lambda p: p[0] * 2.0 ** p[1])
 edges = st.sampled_from(
-    [0.0, -0.0, 2.0**-100, 2.0**-101, -(2.0**-100), math.nextafter(2.0**-100, 0), 1e-45, 1e-40]
-    + [MAX_FLOAT, -MAX_FLOAT, 2.0**127, 1.0, -1.0, 2.0, 0.9999999403953552, 1.0000001192092896]
+    [
+        0.0,
+        -0.0,
+        2.0 ** (-100),
+        2.0 ** (-101),
+        -(2.0 ** (-100)),
+        math.nextafter(2.0 ** (-100), 0),
+        1e-45,
+        1e-40,
+        MAX_FLOAT,
+        -MAX_FLOAT,
+        2.0**127,
+        1.0,
+        -1.0,
+        2.0,
+        0.9999999403953552,
+        1.0000001192092896,
+    ]
 )
 values = st.one_of(
     st.lists(any_bits, min_size=1, max_size=12),

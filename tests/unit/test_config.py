@@ -184,7 +184,7 @@ def test_every_preset_is_described_and_can_be_changed(name: str) -> None:
 
 def test_an_unknown_preset_lists_those_there_are() -> None:
     for attempt in (lambda: QuantConfig.preset("papper"), lambda: as_config("papper")):
-        with pytest.raises(ConfigError, match="preset: expected one of default, paper, .*, got 'papper'"):
+        with pytest.raises(ConfigError, match=r"preset: expected one of default, paper, .*, got 'papper'"):
             attempt()
 
 

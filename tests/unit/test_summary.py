@@ -50,8 +50,8 @@ def test_bits_and_bytes_of_a_layer(bits: int, kds_dtype: str, size: int, shift: 
         (32, "float16", False, 4.5),
         (64, "float32", False, 4.5),
         (64, "float16", False, 4.25),
-    ]
-    + [(64, "float16", True, 4.5)],
+        (64, "float16", True, 4.5),
+    ],
 )
 def test_effective_bits_of_full_blocks_are_as_published(
     block_size: int, kds_dtype: str, shift: bool, effective: float
