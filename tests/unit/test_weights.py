@@ -441,7 +441,8 @@ def test_results_do_not_depend_on_the_chunks_worked_on(rule: str, chunk: int, mo
         ]
 
     expected, again = results(), results()
-    monkeypatch.setattr(weights, "_CHUNK", chunk)
+    for limit in ("_CHUNK", "_PART"):
+        monkeypatch.setattr(weights, limit, chunk)
     for a, b, c in zip(expected, again, results(), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
 

@@ -29,6 +29,13 @@ QUANTIZED_TYPES: tuple[type[dsnn.DSLayer], ...] = (
 )
 # Hooks that compute a layer's weight before it runs.
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+# Classes of PyTorch and torchvision that read the weights of their layers and never call them.
+_READ_WEIGHTS = {
+    "MultiheadAttention",
+    "TransformerEncoderLayer",
+    "ShiftedWindowAttention",
+    "ShiftedWindowAttentionV2",
+}
 FLOAT_TYPES = tuple(quantized.float_type for quantized in QUANTIZED_TYPES)
 
 
@@ -172,7 +179,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]
 
 
 def _why_float(layer: nn.Module, parent: nn.Module | None) -> str:
-    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+    if any(base.__name__ in _READ_WEIGHTS for base in type(parent).__mro__):
         return f"its weight is read by {type(parent).__name__} directly, the layer is not called"
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
         return "its size is not known yet: run the model once before converting it"

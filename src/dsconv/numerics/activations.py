@@ -91,7 +91,7 @@ def dequantize_activation(mantissa: Tensor, exponent: Tensor, block_size: int, *
 def fake_quantize_activation(
     x: Tensor, bits: int, block_size: int, *, sign: ActivationSign = "adaptive", groups: int = 1
 ) -> Tensor:
-    """``dequantize_activation(quantize_activation(x))`` bit for bit, without the integers between, differentiable.
+    """The values of ``dequantize_activation(quantize_activation(x))``, without the integers between, differentiable.
 
     The gradient passes through rounding and clamping as if they were not there (straight-through estimator).
 

@@ -14,8 +14,8 @@ WeightScale = Literal["l2", "kl"]
 WEIGHT_RULES: tuple[str, ...] = get_args(WeightRule)
 WEIGHT_SCALES: tuple[str, ...] = get_args(WeightScale)
 
-# Weights that are worked on at a time: bounds the extra memory.
-_CHUNK = 1 << 20
+# Weights that are worked on at a time: a chunk bounds the extra memory, a part of it stays in cache.
+_CHUNK, _PART = 1 << 19, 1 << 15
 # Start values of a refined scale, as fractions of the one that maps the extreme value onto the last level.
 _GRID = (1.0, 0.9, 0.8)
 # The model of a layer's inputs under which `balanced` rounds, see _balance.
@@ -192,6 +192,21 @@ def _quantize(
 
 def _solve(w: Tensor, bits: int, rule: str, scale: str, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
     half = 1 << (bits - 1)
+    # PyTorch runs operations this small on one thread. Larger ones gain little here, and where other programs use the
+    # processor too, each would wait for its slowest thread.
+    step = max(1, _PART // w[:1].numel()) if w.is_cpu else len(w)
+    parts = [_round_rows(part, half, rule, shift) for part in torch.split(w, step)]
+    q, a, c = (torch.cat(column) for column in zip(*parts, strict=True))
+    if rule == "balanced":
+        q = _balance(w, q, a, c, half)
+    if scale == "kl":
+        columns = (torch.split(column.double(), step) for column in (w, q, a))
+        a = torch.cat([_kl_scale(*part).float() for part in zip(*columns, strict=True)])
+    return q, a, c
+
+
+def _round_rows(w: Tensor, half: int, rule: str, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers, scale and shift of each row for itself, by rule ``paper`` or ``refined``."""
     # Divided by its extreme value a row stays within [-1, 1], be it subnormal or huge.
     extreme = w.gather(2, w.abs().argmax(2, keepdim=True))
     unit = torch.where(extreme == 0, 1.0, extreme.abs())
@@ -204,10 +219,6 @@ def _solve(w: Tensor, bits: int, rule: str, scale: str, shift: bool) -> tuple[Te
         a, c = _fit(ratio, q, shift)
         q = _round(ratio, a, c, half)
     a, c = _fit(w.double(), q.double(), shift)
-    if rule == "balanced":
-        q = _balance(w, q, a.float(), c.float(), half)
-    if scale == "kl":
-        a = _kl_scale(w.double(), q.double(), a)
     return q, a.float(), c.float()
 
 
