@@ -1,7 +1,10 @@
 """Accuracy of real pretrained networks, float against quantized without any data; writes docs/results.md.
 
     python benchmarks/accuracy.py                            # everything, about an hour on 2 cores
-    python benchmarks/accuracy.py --networks cifar_resnet20 --images 100 --out /tmp/results.md
+    python benchmarks/accuracy.py --networks cifar_resnet20 --images 100 --out part.md --json part.json
+
+Figures are kept in the JSON file as they are made; a row that stands there already, for the same configuration and
+images, is not measured again.
 
 The networks and images are those of ``nets.py`` in the folder DSCONV_SHARED (default: ``../shared`` beside the
 repository). No step of the quantization sees an image; all images here are for evaluation.
@@ -12,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +77,8 @@ def settings() -> list[Setting]:
     rows += [
         Setting("paper W3A4 extra", preset("paper", weight_bits=3), "presets"),
         Setting("paper W4A8 extra", preset("paper", activation_bits=8), "presets"),
-        Setting("w4a4", preset("w4a4"), "presets"),
+        Setting("w4a4 adaptive", preset("w4a4"), "presets"),
+        Setting("w4a4 extra", preset("w4a4", activation_sign="extra"), "presets"),
         Setting("default (W4A8)", preset("default"), "presets"),
     ]
     rules: list[tuple[str, int, bool, str]] = [
@@ -109,40 +114,35 @@ class Remembered(nn.Module):
         return self.outputs[key]
 
 
-def measure(nets: Any, name: str, limit: int | None, rows: list[Setting]) -> dict[str, Any]:
-    """Figures of one network under all settings."""
+def measure(nets: Any, name: str, limit: int | None, known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Figures of one network under all settings, as they are made; those of ``known`` again where they are the same."""
     network = nets.load(name)
     pictures, labels = nets.images(nets.NETS[name][1])
     inputs, targets = nets.preprocess(name, pictures[:limit]), torch.from_numpy(labels[:limit])
     batches = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
     reference = Remembered(network)
-    figures: dict[str, Any] = {"images": len(inputs), "rows": []}
-    for row in rows:
+    for row in settings():
+        identity = {"setting": row.name, "table": row.table, "images": len(inputs), "config": row.config.to_dict()}
+        again = [old for old in known if all(old.get(key) == value for key, value in identity.items())]
+        if again:
+            yield again[0]
+            continue
         start = time.perf_counter()
         qmodel = dsconv.quantize(network, row.config)
         seconds = time.perf_counter() - start
         result = dsconv.compare(reference, qmodel, batches, per_layer=False)
         summary = dsconv.summary(qmodel)
-        figures["float_top1"] = result.reference.top1
-        figures["rows"].append(
-            {
-                "setting": row.name,
-                "table": row.table,
-                "block_size": row.config.block_size,
-                "activation_bits": row.config.activation_bits,
-                "activation_sign": row.config.activation_sign,
-                "effective_bits": summary.effective_bits,
-                "effective_bits_quantized": summary.effective_bits_quantized,
-                "megabytes": summary.bytes_after / 1e6,
-                "top1": result.top1,
-                "agreement": result.agreement,
-                "kl": result.kl,
-                "sqnr_db": result.logit_sqnr_db,
-                "quantize_seconds": seconds,
-            }
-        )
-        print(f"{name}: {row.name}, B = {row.config.block_size}: {result.top1:.1f} ({result.kl:.4f} nats)", flush=True)
-    return figures
+        yield identity | {
+            "float_top1": result.reference.top1,
+            "effective_bits": summary.effective_bits,
+            "effective_bits_quantized": summary.effective_bits_quantized,
+            "megabytes": summary.bytes_after / 1e6,
+            "top1": result.top1,
+            "agreement": result.agreement,
+            "kl": result.kl,
+            "sqnr_db": result.logit_sqnr_db,
+            "quantize_seconds": seconds,
+        }
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -152,22 +152,18 @@ def markdown(results: dict[str, Any]) -> str:
         "presets": "| setting | B | bits | MB | top-1 | agreement | KL | SQNR dB |",
         "rules": "| weight rule | B | bits | MB | top-1 | agreement | KL | SQNR dB |",
     }
-    for name, figures in results["networks"].items():
-        lines += [
-            f"## {TITLES[name]}",
-            "",
-            f"{figures['images']} images, float32 top-1 {figures['float_top1']:.1f} %.",
-            "",
-        ]
+    for name, rows in results["networks"].items():
+        images, top1 = rows[0]["images"], rows[0]["float_top1"]
+        lines += [f"## {TITLES[name]}", "", f"{images} images, float32 top-1 {top1:.1f} %.", ""]
         for table, head in heads.items():
             if table == "rules":
                 lines += ["Weight rules, everything else as in preset `default` (W4A8):", ""]
             lines += [head, "|---|---|---|---|---|---|---|---|"]
-            for row in figures["rows"]:
+            for row in rows:
                 if row["table"] == table:
                     bits = f"{row['effective_bits']:.2f} ({row['effective_bits_quantized']:.2f})"
                     lines.append(
-                        f"| {row['setting']} | {row['block_size']} | {bits} | {row['megabytes']:.2f} "
+                        f"| {row['setting']} | {row['config']['block_size']} | {bits} | {row['megabytes']:.2f} "
                         f"| {row['top1']:.1f} | {row['agreement']:.1f} | {row['kl']:.4f} | {row['sqnr_db']:.1f} |"
                     )
             lines.append("")
@@ -179,7 +175,9 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--images", type=int, help="use only the first so many of each set")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md", help="page to write")
-    parser.add_argument("--json", type=Path, help="file for the same figures as JSON")
+    parser.add_argument(
+        "--json", type=Path, default=ROOT / "benchmarks" / "accuracy.json", help="file that keeps the figures"
+    )
     arguments = parser.parse_args()
     shared = Path(os.environ.get("DSCONV_SHARED") or ROOT.parent / "shared")
     if not (shared / "nets.py").is_file():
@@ -190,13 +188,27 @@ def main() -> None:
 
     torchvision_shim.install()
     results: dict[str, Any] = {"machine": machine.describe(), "networks": {}}
+    known = json.loads(arguments.json.read_text())["networks"] if arguments.json.exists() else {}
     for name in arguments.networks:
-        results["networks"][name] = measure(nets, name, arguments.images, settings())
-    for path, text in ((arguments.out, markdown(results)), (arguments.json, json.dumps(results, indent=1))):
-        if path is not None:
-            beside = path.with_name(path.name + ".part")
-            beside.write_text(text + "\n")
-            beside.replace(path)
+        rows: list[dict[str, Any]] = []
+        results["networks"][name] = rows
+        for row in measure(nets, name, arguments.images, known.get(name, [])):
+            rows.append(row)
+            print(
+                f"{name}: {row['setting']}, B = {row['config']['block_size']}: top-1 {row['top1']:.1f} of "
+                f"{row['float_top1']:.1f}, agreement {row['agreement']:.1f}, KL {row['kl']:.4f}",
+                flush=True,
+            )
+            # What is known of networks that have not had their turn is kept.
+            write(arguments.json, json.dumps(results | {"networks": known | results["networks"]}, indent=1))
+    write(arguments.out, markdown(results))
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file by a new one, whole or not at all."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text + "\n")
+    beside.replace(path)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ def test_default_preset_is_closer_to_the_float_network_than_the_published_method
 
 
 def test_layers_whose_weights_are_read_but_never_called_stay_in_float() -> None:
-    quantized = dsconv.quantize(zoo.build("torchvision/swin_t", weights="random"), "paper")
+    config = dsconv.QuantConfig.preset("default", weight_rule="paper")
+    quantized = dsconv.quantize(zoo.build("torchvision/swin_t", weights="random"), config)
     called: set[str] = set()
     for name, module in quantized.named_modules():
         if isinstance(module, DSLayer):
