@@ -134,7 +134,7 @@ def test_the_dictionary_is_plain_data() -> None:
 
 
 def test_the_table_shows_every_layer_and_its_reason() -> None:
-    text = str(dsconv.summary(dsconv.quantize(model(), "paper")))
+    text = " ".join(str(dsconv.summary(dsconv.quantize(model(), "paper"))).split())
     assert "8x1x3x3" in text and "the config leaves it in float" in text
     assert "4 layers quantized, 1 in float" in text and "Executed by: float simulation." in text
 

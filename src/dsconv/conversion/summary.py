@@ -108,26 +108,30 @@ class Summary:
         from rich.markup import escape
         from rich.table import Table
 
-        quantized = sum(layer.quantized for layer in self.layers)
-        backends = ", ".join(sorted({layer.backend for layer in self.layers if layer.quantized})) or "none"
-        caption = (
-            f"{quantized} layers quantized, {len(self.layers) - quantized} in float; "
-            f"{self.effective_bits:.2f} bits a weight ({self.effective_bits_quantized:.2f} in quantized layers); "
-            f"{_megabytes(self.bytes_before)} -> {_megabytes(self.bytes_after)} MB, "
-            f"{_megabytes(self.other_bytes)} of it biases, BatchNorm and buffers.\nExecuted by: {backends}."
-        )
-        table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-        table.add_column("layer", overflow="fold")
-        table.add_column("weight", overflow="fold")
-        for column in ("W", "A", "block", "bits/weight", "kB before", "kB after", "SQNR dB"):
-            table.add_column(column, justify="right")
-        table.add_column("left in float because", overflow="fold")
+        quantized = [layer for layer in self.layers if layer.quantized]
+        in_float: dict[str, list[str]] = {}
         for layer in self.layers:
-            cells = ["", "", ""]
+            if layer.reason is not None:
+                in_float.setdefault(layer.reason, []).append(layer.name)
+        backends = ", ".join(sorted({layer.backend for layer in quantized})) or "none"
+        notes = [
+            f"{len(quantized)} layers quantized, {len(self.layers) - len(quantized)} in float; "
+            f"{self.effective_bits:.2f} bits a weight ({self.effective_bits_quantized:.2f} in quantized layers); "
+            f"{self.bytes_before / 1e6:.2f} -> {self.bytes_after / 1e6:.2f} MB, "
+            f"{self.other_bytes / 1e6:.2f} of it biases, BatchNorm and buffers.",
+            f"dB: signal to quantization noise of the weight. Executed by: {backends}.",
+            *(f"In float, {reason}: {', '.join(names)}." for reason, names in in_float.items()),
+        ]
+        table = Table(
+            box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=escape("\n".join(notes)), caption_justify="left"
+        )
+        table.add_column("layer", overflow="fold")
+        for column in ("weight", "W", "A", "block", "bits", "float kB", "kB", "dB"):
+            table.add_column(column, justify="left" if column == "weight" else "right", overflow="fold")
+        for layer in self.layers:
+            cells = ["float", "float", ""]
             if layer.quantized:
-                activation = (
-                    "float" if layer.activation_bits is None else f"{layer.activation_bits} {layer.activation_sign}"
-                )
+                activation = f"{layer.activation_bits} {layer.activation_sign}" if layer.activation_bits else "float"
                 block = str(layer.block_size)
                 block += " flat" if layer.blocks == "flat" else ""
                 block += " +shift" if layer.weight_shift else ""
@@ -140,7 +144,6 @@ class Summary:
                 f"{layer.bytes_before / 1e3:.1f}",
                 f"{layer.bytes_after / 1e3:.1f}",
                 "" if layer.weight_sqnr_db is None else f"{layer.weight_sqnr_db:.1f}",
-                escape(layer.reason or ""),
                 style=None if layer.quantized else "yellow",
             )
         return table
@@ -238,7 +241,3 @@ def _unique(tensors: list[Tensor]) -> list[Tensor]:
 def _saved_buffers(model: nn.Module) -> list[Tensor]:
     names = set(model.state_dict())
     return [buffer for name, buffer in model.named_buffers() if name in names]
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f}"
