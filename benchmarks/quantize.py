@@ -3,7 +3,6 @@
 python benchmarks/quantize.py
 """
 
-import resource
 import statistics
 import sys
 import time
@@ -34,13 +33,14 @@ def main() -> None:
         ("default", QuantConfig.preset("default")),
     ):
         times = []
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        machine.reset_peak()
+        before = machine.kilobytes("VmRSS")
         for _ in range(RUNS):
             start = time.perf_counter()
             qmodel = dsconv.quantize(model, config)
             times.append(time.perf_counter() - start)
             del qmodel
-        more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        more = (machine.kilobytes("VmHWM") - before) * 1024
         print(
             f"{name:16} {statistics.median(times):5.2f} ({min(times):.2f} .. {max(times):.2f}), "
             f"peak memory grew by {more / 1e6:.0f} MB ({more / weights_bytes:.2f} of the weights)"

@@ -184,6 +184,7 @@ class DSConv1d(_DSConvNd):
 class DSConv2d(_DSConvNd):
     """Quantized ``torch.nn.Conv2d``: ``x (N, C, H, W)``; blocks of input channels, see :class:`DSLayer`.
 
+    >>> import torch
     >>> layer = DSConv2d.from_float(nn.Conv2d(64, 8, 3, padding=1))
     >>> layer(torch.zeros(1, 64, 5, 5)).shape
     torch.Size([1, 8, 5, 5])

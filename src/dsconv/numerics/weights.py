@@ -15,7 +15,7 @@ WEIGHT_RULES: tuple[str, ...] = get_args(WeightRule)
 WEIGHT_SCALES: tuple[str, ...] = get_args(WeightScale)
 
 # Weights that are worked on at a time: a chunk bounds the extra memory, a part of it stays in cache.
-_CHUNK, _PART = 1 << 19, 1 << 15
+_CHUNK, _PART = 1 << 20, 1 << 18
 # Start values of a refined scale, as fractions of the one that maps the extreme value onto the last level.
 _GRID = (1.0, 0.9, 0.8)
 # The model of a layer's inputs under which `balanced` rounds, see _balance.
@@ -192,8 +192,7 @@ def _quantize(
 
 def _solve(w: Tensor, bits: int, rule: str, scale: str, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
     half = 1 << (bits - 1)
-    # PyTorch runs operations this small on one thread. Larger ones gain little here, and where other programs use the
-    # processor too, each would wait for its slowest thread.
+    # Temporaries of the size of a part stay in cache; the descent below wants longer vectors.
     step = max(1, _PART // w[:1].numel()) if w.is_cpu else len(w)
     parts = [_round_rows(part, half, rule, shift) for part in torch.split(w, step)]
     q, a, c = (torch.cat(column) for column in zip(*parts, strict=True))
