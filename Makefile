@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --constraint constraints.txt
 INSTALL_CPU = $(INSTALL) --no-deps --retries 2 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test native lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -26,6 +26,12 @@ demo: $(VENV)/package.stamp  ## quantize the embedded network and write a file a
 
 test: $(VENV)/dev.stamp  ## run all tests and examples, with coverage; or some: ARGS="-k packing"
 	$(BIN)/pytest $(or $(ARGS),--cov)
+
+native: $(VENV)/dev.stamp  ## test the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/native -DDSCONV_NATIVE_TEST=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all"
+	$(BIN)/cmake --build build/native --parallel 2
+	build/native/kernels_test 300
 
 lint: $(VENV)/dev.stamp  ## check style, formatting and types
 	$(BIN)/ruff check

@@ -1,12 +1,119 @@
 // The only file that knows Python: everything else under csrc/ is plain C++20.
+//
+// Tensors cross as addresses, which Python has validated (shape, dtype, layout, device); sizes are checked here again.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "conv/conv.h"
+#include "conv/kernels.h"
 #include "isa.h"
+#include "parallel.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using namespace dsconv;
+using Address = std::uintptr_t;
+using Sizes = std::array<std::int64_t, 18>;
+
+// The order in which Python gives the sizes of a convolution: dsconv/ops/cpu.py.
+Geometry geometry(const Sizes& s) {
+  const Geometry g{s[0], s[1], s[2],  s[3],  s[4],  s[5],  s[6],  s[7],  s[8],
+                   s[9], s[10], s[11], s[12], s[13], s[14], s[15], s[16], s[17] != 0};
+  if (!g.valid()) throw std::invalid_argument("the sizes of the convolution do not agree");
+  return g;
+}
+
+const Kernels& kernels_of(std::string_view isa) {
+#define DSCONV_FIND(name) \
+  if (isa == #name) return name::kernels;
+  DSCONV_KERNELS(DSCONV_FIND)
+#undef DSCONV_FIND
+  throw std::invalid_argument("there are no kernels for " + std::string(isa));
+}
+
+std::vector<std::string_view> isa_with_kernels() {
+  std::vector<std::string_view> both;
+  for (const std::string_view found : isa_found())
+    for (const std::string_view built : {
+#define DSCONV_NAME(name) std::string_view(#name),
+             DSCONV_KERNELS(DSCONV_NAME)
+#undef DSCONV_NAME
+         })
+      if (found == built) both.push_back(found);
+  return both;
+}
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Strides strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
+
+bool is_wide(int bits) {
+  if (bits < 2 || bits > 8) throw std::invalid_argument("bits are 2 to 8");
+  return bits > 4;
+}
+
+}  // namespace
 
 NB_MODULE(_C, m) {
   m.doc() = "Compiled part of dsconv";
-  m.def("isa_found", &dsconv::isa_found,
+  m.def("isa_found", &isa_found,
         "Instruction sets that this processor has and the operating system lets this process use, weakest first.");
+  m.def("isa_with_kernels", &isa_with_kernels, "Those of isa_found that convolutions have kernels for.");
+  m.def(
+      "use_parallel_for", [](Address function) { parallel_for_of_host = reinterpret_cast<ParallelFor>(function); },
+      "Run tasks through the function at this address, of the signature of libtorch's torch_parallel_for.");
+  m.def(
+      "packed_sizes",
+      [](const Sizes& sizes, int weight_bits) {
+        const Geometry g = geometry(sizes);
+        return std::pair(g.packed_bytes(is_wide(weight_bits)), g.kds_count());
+      },
+      "Bytes of the packed weight, and number of packed KDS.");
+  m.def("pack_weight", [](const Sizes& sizes, Address vqk, int weight_bits, Address packed) {
+    is_wide(weight_bits);
+    pack_weight(geometry(sizes), at<const std::int8_t>(vqk), weight_bits, at<std::uint8_t>(packed));
+  });
+  m.def("pack_kds", [](const Sizes& sizes, Address kds, Address packed) {
+    pack_kds(geometry(sizes), at<const float>(kds), at<float>(packed));
+  });
+  m.def("convolve", [](std::string_view isa, const Sizes& sizes, Address input,
+                       const std::array<std::int64_t, 4>& input_strides, Address weight, Address kds, Address kds_shift,
+                       Address bias, Address output, const std::array<std::int64_t, 4>& output_strides, int weight_bits,
+                       int activation_bits, int sign) {
+    const bool wide = is_wide(weight_bits);
+    is_wide(activation_bits);
+    if (sign < 0 || sign > 2) throw std::invalid_argument("sign is 0, 1 or 2");
+    const Geometry g = geometry(sizes);
+    const Kernels& kernels = kernels_of(isa);
+    const Operands operands{at<const float>(input),
+                            strides(input_strides),
+                            at<const std::uint8_t>(weight),
+                            at<const float>(kds),
+                            at<const float>(kds_shift),
+                            at<const float>(bias),
+                            at<float>(output),
+                            strides(output_strides),
+                            wide ? 128 : 8,
+                            wide,
+                            activation_bits,
+                            sign};
+    nb::gil_scoped_release released;
+    convolve(g, operands, kernels);
+  });
 }

@@ -1,1 +1,23 @@
+from collections.abc import Sequence
+
 def isa_found() -> list[str]: ...
+def isa_with_kernels() -> list[str]: ...
+def use_parallel_for(function: int) -> None: ...
+def packed_sizes(sizes: Sequence[int], weight_bits: int) -> tuple[int, int]: ...
+def pack_weight(sizes: Sequence[int], vqk: int, weight_bits: int, packed: int) -> None: ...
+def pack_kds(sizes: Sequence[int], kds: int, packed: int) -> None: ...
+def convolve(
+    isa: str,
+    sizes: Sequence[int],
+    input: int,
+    input_strides: Sequence[int],
+    weight: int,
+    kds: int,
+    kds_shift: int,
+    bias: int,
+    output: int,
+    output_strides: Sequence[int],
+    weight_bits: int,
+    activation_bits: int,
+    sign: int,
+) -> None: ...

@@ -40,7 +40,7 @@ class CpuInfo:
 def cpu_info() -> CpuInfo:
     """Tell what this processor offers and what dsconv uses of it.
 
-    There are no integer kernels yet, so ``isa_used`` is ``None`` on every machine.
+    Layers do not use the integer kernels yet (:mod:`dsconv.ops.cpu`), so ``isa_used`` is ``None`` on every machine.
 
     Example:
         >>> info = cpu_info()

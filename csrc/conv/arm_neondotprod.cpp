@@ -1,0 +1,80 @@
+#include <arm_neon.h>
+
+#include "kernels.h"
+
+namespace dsconv::neondotprod {
+
+#include "quantize.inc"
+
+// Eight outputs at a time. The dot products are of signed bytes: a nibble is one as it stands, a wide weight becomes one
+// when its highest bit is flipped, and then stands for itself.
+template <int M, bool Wide, bool Shift>
+static void eight(const Tile& t, const std::uint8_t* w, const float* kds, const float* shift, float* output) {
+  const uint8x16_t low = vdupq_n_u8(15), flip = vdupq_n_u8(128);
+  float32x4_t y[M][2];
+  for (int m = 0; m < M; ++m) y[m][0] = y[m][1] = vdupq_n_f32(0.0f);
+  for (int k = 0; k < t.taps; ++k) {
+    const std::int8_t* x[M];
+    std::int64_t block[M];
+    for (int m = 0; m < M; ++m) {
+      const std::int64_t at = t.pixel[m] + t.tap[k];
+      x[m] = t.mantissa + at * t.row_bytes;
+      block[m] = at * t.blocks;
+    }
+    for (int b = 0; b < t.blocks; ++b) {
+      int32x4_t s[M][2];
+      for (int m = 0; m < M; ++m) s[m][0] = s[m][1] = vdupq_n_s32(Wide ? 0 : -t.zero * t.sum[block[m] + b]);
+      const int octets = b + 1 < t.blocks ? t.octets : t.last_octets;
+      for (int o = 0; o < octets; ++o, w += Wide ? 128 : 64) {
+        int8x16_t first[2], second[2];
+        for (int v = 0; v < 2; ++v) {
+          const uint8x16_t row = vld1q_u8(w + 16 * v);
+          if constexpr (Wide) {
+            first[v] = vreinterpretq_s8_u8(veorq_u8(row, flip));
+            second[v] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w + 64 + 16 * v), flip));
+          } else {
+            first[v] = vreinterpretq_s8_u8(vandq_u8(row, low));
+            second[v] = vreinterpretq_s8_u8(vshrq_n_u8(row, 4));
+          }
+        }
+        for (int m = 0; m < M; ++m) {
+          const int8x8_t q = vld1_s8(x[m] + 8 * o);
+          for (int v = 0; v < 2; ++v) {
+            s[m][v] = vdotq_lane_s32(s[m][v], first[v], q, 0);
+            s[m][v] = vdotq_lane_s32(s[m][v], second[v], q, 1);
+          }
+        }
+      }
+      for (int m = 0; m < M; ++m) {
+        x[m] += 8 * octets;
+        const float e = t.scale[block[m] + b];
+        for (int v = 0; v < 2; ++v) {
+          const float32x4_t term = vmulq_n_f32(vcvtq_f32_s32(s[m][v]), e);
+          y[m][v] = vfmaq_f32(y[m][v], vld1q_f32(kds + 4 * v), term);
+          if constexpr (Shift) {
+            const float32x4_t sum = vdupq_n_f32(static_cast<float>(t.sum[block[m] + b]) * e);
+            y[m][v] = vfmaq_f32(y[m][v], vld1q_f32(shift + 4 * v), sum);
+          }
+        }
+      }
+      kds += t.kds_stride;
+      if constexpr (Shift) shift += t.kds_stride;
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < 2; ++v) vst1q_f32(output + m * 2 * kPanel + 4 * v, y[m][v]);
+}
+
+template <int M, bool Wide, bool Shift>
+static void rows(const Tile& t) {
+  for (int n = 0; n < 2 * kPanel; n += 8)
+    eight<M, Wide, Shift>(t, t.weight + (n / kPanel) * t.panel_bytes + 4 * (n % kPanel), t.kds + n,
+                          Shift ? t.kds_shift + n : nullptr, t.output + n);
+}
+
+#include "tile_by_height.inc"
+
+extern const Kernels kernels;
+const Kernels kernels{"neondotprod", tile, quantize};
+
+}  // namespace dsconv::neondotprod

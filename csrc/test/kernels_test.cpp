@@ -1,0 +1,186 @@
+// Every instruction set of this processor against exact sums and, bit for bit, against the scalar kernels, over random
+// convolutions. Built with sanitizers and for other processors, where no Python is at hand.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string_view>
+#include <vector>
+
+#include "../conv/conv.h"
+#include "../conv/kernels.h"
+#include "../isa.h"
+
+using namespace dsconv;
+
+namespace {
+
+std::mt19937_64 random_bits(1);
+
+std::int64_t pick(std::int64_t low, std::int64_t high) {
+  return low + static_cast<std::int64_t>(random_bits() % static_cast<std::uint64_t>(high - low + 1));
+}
+
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+// Mantissas and 2^e of one block, from the definition.
+float quantize_block(const std::vector<float>& values, int bits, int sign, std::vector<int>& mantissa) {
+  float largest = 0;
+  bool negative = false;
+  mantissa.assign(values.size(), 0);
+  for (const float v : values) {
+    if (!std::isfinite(v)) return NAN;
+    largest = std::max(largest, std::fabs(v));
+    negative |= v < 0;
+  }
+  if (largest < std::ldexp(1.0f, -100)) return 1;
+  int exponent;
+  std::frexp(largest, &exponent);
+  const int m = bits == 8 || sign == 2 || (sign == 0 && negative) ? bits - 1 : bits, e = exponent - m;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const double q = std::nearbyint(std::ldexp(static_cast<double>(values[i]), -e)), limit = (1 << m) - 1;
+    mantissa[i] = static_cast<int>(std::min(std::max(q, sign == 1 ? -limit : -limit - 1), limit));
+  }
+  return std::ldexp(1.0f, e);
+}
+
+struct Case {
+  Geometry g{};
+  int weight_bits, activation_bits, sign;
+  bool shift, bias;
+  std::vector<float> input, kds, kds_shift, biases;
+  std::vector<std::int8_t> vqk;
+};
+
+Case random_case() {
+  Case c;
+  Geometry& g = c.g;
+  g.groups = pick(0, 3) ? 1 : pick(2, 3);
+  g.images = pick(0, 9) ? pick(1, 2) : 0;
+  g.channels = g.groups * pick(1, pick(0, 3) ? 40 : 257);
+  g.outputs = g.groups * pick(1, 40);
+  g.kernel_h = pick(1, 3), g.kernel_w = pick(1, 5);
+  g.stride_h = pick(1, 3), g.stride_w = pick(1, 3);
+  g.dilation_h = pick(1, 2), g.dilation_w = pick(1, 2);
+  g.pad_h = pick(0, 3), g.pad_w = pick(0, 3);
+  do {
+    g.height = pick(1, 9), g.width = pick(1, 20);
+    g.out_height = (g.height + 2 * g.pad_h - g.dilation_h * (g.kernel_h - 1) - 1) / g.stride_h + 1;
+    g.out_width = (g.width + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1) / g.stride_w + 1;
+  } while (g.height + 2 * g.pad_h < g.dilation_h * (g.kernel_h - 1) + 1 ||
+           g.width + 2 * g.pad_w < g.dilation_w * (g.kernel_w - 1) + 1);
+  g.block_size = 16 * pick(1, 8);
+  g.flat = pick(0, 3) == 0;
+  c.weight_bits = static_cast<int>(pick(2, 8));
+  c.activation_bits = static_cast<int>(pick(2, 8));
+  c.sign = static_cast<int>(pick(0, 2));
+  c.shift = pick(0, 1), c.bias = pick(0, 1);
+  const float magnitude = std::exp2(static_cast<float>(pick(-90, 90)));
+  const bool rectified = pick(0, 1);
+  for (std::int64_t i = 0; i < g.images * g.channels * g.height * g.width; ++i) {
+    const float v = normal() * magnitude;
+    c.input.push_back(rectified ? std::fmax(v, 0.0f) : v);
+  }
+  if (!c.input.empty() && pick(0, 4) == 0) c.input[pick(0, c.input.size() - 1)] = pick(0, 1) ? NAN : INFINITY;
+  const int half = 1 << (c.weight_bits - 1);
+  for (std::int64_t i = 0; i < g.outputs * g.taps() * g.depth(); ++i)
+    c.vqk.push_back(static_cast<std::int8_t>(pick(-half, half - 1)));
+  for (std::int64_t i = 0; i < g.outputs * g.blocks() * g.taps(); ++i) {
+    c.kds.push_back(normal());
+    c.kds_shift.push_back(normal());
+  }
+  for (std::int64_t i = 0; i < g.outputs; ++i) c.biases.push_back(normal());
+  return c;
+}
+
+std::vector<float> run(const Case& c, const Kernels& kernels) {
+  const Geometry& g = c.g;
+  const bool wide = c.weight_bits > 4;
+  std::vector<std::uint8_t> weight(c.g.packed_bytes(wide));
+  std::vector<float> kds(c.g.kds_count()), shift(c.g.kds_count());
+  pack_weight(c.g, c.vqk.data(), c.weight_bits, weight.data());
+  pack_kds(c.g, c.kds.data(), kds.data());
+  pack_kds(c.g, c.kds_shift.data(), shift.data());
+  std::vector<float> output(c.g.images * c.g.outputs * c.g.out_height * c.g.out_width, 7.0f);
+  convolve(c.g,
+           {c.input.data(), {g.channels * g.height * g.width, g.height * g.width, g.width, 1}, weight.data(), kds.data(), c.shift ? shift.data() : nullptr,
+            c.bias ? c.biases.data() : nullptr, output.data(),
+            {g.outputs * g.out_height * g.out_width, g.out_height * g.out_width, g.out_width, 1}, wide ? 128 : 8, wide, c.activation_bits, c.sign},
+           kernels);
+  return output;
+}
+
+// First place where `output` is further from the exact sums than float32 allows, or -1.
+std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
+  const Geometry& g = c.g;
+  const std::int64_t cg = g.channels / g.groups, og = g.outputs / g.groups, taps = g.kernel_h * g.kernel_w;
+  std::int64_t at = 0;
+  for (std::int64_t n = 0; n < g.images; ++n)
+    for (std::int64_t o = 0; o < g.outputs; ++o)
+      for (std::int64_t y = 0; y < g.out_height; ++y)
+        for (std::int64_t x = 0; x < g.out_width; ++x, ++at) {
+          const auto value = [&](std::int64_t channel, std::int64_t tap) {
+            const std::int64_t iy = y * g.stride_h - g.pad_h + tap / g.kernel_w * g.dilation_h;
+            const std::int64_t ix = x * g.stride_w - g.pad_w + tap % g.kernel_w * g.dilation_w;
+            if (iy < 0 || iy >= g.height || ix < 0 || ix >= g.width) return 0.0f;
+            return c.input[((n * g.channels + o / og * cg + channel) * g.height + iy) * g.width + ix];
+          };
+          double sum = c.bias ? c.biases[o] : 0.0, size = std::fabs(sum);
+          std::int64_t terms = 0;
+          for (std::int64_t tap = 0; tap < g.taps(); ++tap)
+            for (std::int64_t b = 0; b < g.blocks(); ++b) {
+              std::vector<float> values;
+              const std::int64_t first = b * g.block_size, end = std::min(g.depth(), first + g.block_size);
+              for (std::int64_t k = first; k < end; ++k)
+                values.push_back(g.flat ? value(k / taps, k % taps) : value(k, tap));
+              std::vector<int> mantissa;
+              const double scale = quantize_block(values, c.activation_bits, c.sign, mantissa);
+              std::int64_t s = 0, plain = 0;
+              for (std::int64_t k = first; k < end; ++k) {
+                s += mantissa[k - first] * c.vqk[(o * g.depth() + k) * g.taps() + tap];
+                plain += mantissa[k - first];
+              }
+              const std::int64_t where = (o * g.blocks() + b) * g.taps() + tap;
+              const double term = c.kds[where] * scale * static_cast<double>(s);
+              const double more = c.shift ? c.kds_shift[where] * scale * static_cast<double>(plain) : 0.0;
+              sum += term + more;
+              size += std::fabs(term) + std::fabs(more);
+              terms += c.shift ? 2 : 1;
+            }
+          const double bound = static_cast<double>(terms + 1) * std::ldexp(size, -24);
+          if (std::isnan(sum) ? !std::isnan(output[at]) : !(std::fabs(output[at] - sum) <= bound)) return at;
+        }
+  return -1;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int cases = count > 1 ? std::atoi(arguments[1]) : 300;
+  std::vector<const Kernels*> tested;
+#define DSCONV_LIST(isa) \
+  for (const std::string_view found : isa_found()) \
+    if (found == #isa) tested.push_back(&isa::kernels);
+  DSCONV_KERNELS(DSCONV_LIST)
+  for (int i = 0; i < cases; ++i) {
+    const Case c = random_case();
+    if (!c.g.valid()) return std::printf("case %d: a valid geometry is refused\n", i), 1;
+    const std::vector<float> reference = run(c, scalar::kernels);
+    if (const std::int64_t at = first_wrong(c, reference); at >= 0) {
+      std::printf("case %d: scalar is beyond the bound at %lld\n", i, static_cast<long long>(at));
+      return 1;
+    }
+    for (const Kernels* kernels : tested) {
+      const std::vector<float> output = run(c, *kernels);
+      for (std::size_t k = 0; k < output.size(); ++k)
+        if (std::memcmp(&output[k], &reference[k], 4) && !(std::isnan(output[k]) && std::isnan(reference[k]))) {
+          std::printf("case %d: %s differs from scalar first at %zu: %a, %a\n", i, kernels->isa, k, output[k], reference[k]);
+          return 1;
+        }
+    }
+  }
+  std::printf("%d convolutions alike on", cases);
+  for (const Kernels* kernels : tested) std::printf(" %s", kernels->isa);
+  std::printf("\n");
+}
