@@ -50,7 +50,7 @@ Machine: {machine}.
 - **agreement** is the share of images with the same top-1 class as the float network, **KL** the mean of
   KL(softmax(float) || softmax(quantized)) in nats, **SQNR** that of the logits.
 - No step of the quantization sees an image. But the two constants of the `balanced` rule were chosen, among a handful,
-  by trying them on SqueezeNet and Tiny Darknet with 250 of the 650 ImageNet images: on those two networks its figures may
+  by trying them on SqueezeNet and Tiny Darknet with 250 of the 650 ImageNet images: on those two its figures may
   flatter it a little. The other three networks and their images had no part in it.
 - The standard error of a top-1 difference is about one point for 650 images: read KL and agreement first.
 - `paper` rows quantize every convolution per tap, the first too, with float32 KDS, and leave the image and the linear
