@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsconv import ops
 from dsconv.config import LayerConfig
-from dsconv.nn.layer import DSLayer
+from dsconv.nn.layer import DSLayer, KernelWeights
 
 Size = int | Sequence[int]
 
@@ -73,8 +74,13 @@ class _DSConvNd(DSLayer):
         if self._in_front:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             batched = F.pad(batched, self._border, mode=mode)
-        y = ops.conv(
-            batched,
+        weights = self._weights_for_kernels(batched)
+        y = self._simulated(batched) if weights is None else self._in_integers(batched, weights)
+        return y if x.dim() == batched.dim() else y.squeeze(0)
+
+    def _simulated(self, x: Tensor) -> Tensor:
+        return ops.conv(
+            x,
             self.dequantized_weight(),
             self.bias,
             self.config,
@@ -83,7 +89,23 @@ class _DSConvNd(DSLayer):
             dilation=self.dilation,
             groups=self.groups,
         )
-        return y if x.dim() == batched.dim() else y.squeeze(0)
+
+    def _in_integers(self, x: Tensor, weights: KernelWeights) -> Tensor:
+        # The kernels know two dimensions: one more in front, of size 1, where there is but one.
+        missing = 2 - self.dims
+        y: Tensor = torch.ops.dsconv.conv2d(
+            x.float().unsqueeze(2) if missing else x.float(),
+            *weights.packed,
+            self._kernel_bias(),
+            [1] * missing + list(self.kernel_size),
+            [1] * missing + list(self.stride),
+            [0] * missing + list(self._zeros),
+            [1] * missing + list(self.dilation),
+            self.groups,
+            self.config.blocks == "flat",
+            *weights.settings,
+        )
+        return (y.squeeze(2) if missing else y).to(x.dtype)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -95,6 +117,8 @@ class _DSConvNd(DSLayer):
 
 class _DSConvTransposeNd(_DSConvNd):
     """What transposed convolutions share. ``vqk`` is in the layout of a convolution; blocks are always per tap."""
+
+    transposed = True
 
     def __init__(
         self,

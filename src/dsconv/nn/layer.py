@@ -1,18 +1,49 @@
-"""What all quantized layers share: VQK, KDS, bias and the settings they were made with."""
+"""What all quantized layers share: VQK, KDS, bias, the settings they were made with, and what executes them."""
 
+import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from functools import cache
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from dsconv import ops
 from dsconv.config import LayerConfig, LayerKind, QuantConfig, as_config
 from dsconv.errors import ConfigError
 from dsconv.numerics import block_count, dequantize_weight, quantize_weight, quantize_weight_shifted, sqnr_db
+from dsconv.ops import cpu
+
+# PyTorch 2.6 cannot tell.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+class KernelWeights(NamedTuple):
+    """What the integer kernels take of a layer: packed weights, and the settings that end their operators' arguments.
+
+    ``made_of`` are the buffers and the config these were made of, ``versions`` those of the buffers at that time.
+    """
+
+    packed: cpu.Packed
+    settings: tuple[int, int, int, str, int]
+    made_of: tuple[Tensor | LayerConfig | None, ...]
+    versions: tuple[int, ...]
 
 
 class DSLayer(nn.Module):
     """Base of the quantized layers.
+
+    A layer is executed in integers (:mod:`dsconv.ops.cpu`) where these hold, and simulated in float otherwise:
+
+    - the kernels cover it (:attr:`backend` says why, if they do not), and it is on the CPU;
+    - its input is float32, float16 or bfloat16 on the CPU; the halves are converted to float32, and the output back;
+    - no gradient is asked for: gradients are disabled (``torch.inference_mode``), or neither input nor bias requires
+      one. ``torch.export`` of a layer in eval mode asks for none;
+    - :func:`dsconv.ops.simulated` is not in effect.
+
+    The kernels read a packed copy of the weights, which is no part of the state. It follows the buffers when they are
+    loaded, moved, replaced or changed in place. What ``torch.compile`` made does not notice the last two: call
+    :meth:`pack_` after them.
 
     Attributes:
         vqk: int8 buffer ``(O, C/groups, *K)``, the variable quantized kernel.
@@ -27,10 +58,13 @@ class DSLayer(nn.Module):
 
     kind: ClassVar[LayerKind] = "conv"
     float_type: ClassVar[type[nn.Module]]
+    transposed: ClassVar[bool] = False
+    groups: int = 1
     vqk: Tensor
     kds: Tensor
     kds_shift: Tensor | None
     bias: nn.Parameter | None
+    _kernel_weights: KernelWeights | None = None
 
     def __init__(self, vqk_shape: tuple[int, ...], bias: bool, config: LayerConfig):
         super().__init__()
@@ -95,16 +129,91 @@ class DSLayer(nn.Module):
             signal += w.double().square().sum().item()
             noise += (w - dequantize_weight(q, kds, config.block_size, c)).double().square().sum().item()
         self.weight_sqnr_db = sqnr_db(signal, noise)
+        return self.pack_()
+
+    @property
+    def backend(self) -> ops.Backend:
+        """What executes the layer when no gradient is asked for, and if it is the simulation, why."""
+        return ops.backend(self.vqk.shape, self.config, transposed=self.transposed, device=self.vqk.device)
+
+    def pack_(self) -> Self:
+        """Make the kernels' copy of the weights anew, which is rarely needed (see above); returns the layer."""
+        self._kernel_weights = self._packed()
         return self
 
+    def _buffers_and_config(self) -> tuple[Tensor | LayerConfig | None, ...]:
+        return self.vqk, self.kds, self.kds_shift, self.config
+
+    def _packed(self) -> KernelWeights | None:
+        """None where the kernels do not cover the layer."""
+        config, shape = self.config, self.vqk.shape
+        # Other types of tensors have no values here: those of a compiler, those spread over machines.
+        here = type(self.vqk) is Tensor and self.vqk.is_cpu
+        if not here or cpu.why_not(shape, config, transposed=self.transposed):
+            return None
+        made_of = self._buffers_and_config()
+        versions = _versions(made_of)
+        # Tensors of inference mode could not be used outside it.
+        with torch.inference_mode(False):
+            packed = cpu.pack(self.vqk, self.kds, self.kds_shift, config, self.groups)
+        activation_bits, block_size = config.activation_bits, cpu.kernel_block_size(shape, config)
+        assert activation_bits is not None
+        assert block_size is not None
+        settings = (shape[0], config.weight_bits, activation_bits, config.activation_sign, block_size)
+        return KernelWeights(packed, settings, made_of, versions)
+
+    def _weights_for_kernels(self, x: Tensor) -> KernelWeights | None:
+        """None where ``x`` is to be simulated in float: see the rule above."""
+        if x.device.type != "cpu" or x.dtype not in _DTYPES or ops.is_simulated():
+            return None
+        # Several threads may find it out of date at once: they all make the same, and each uses its own.
+        weights = self._kernel_weights
+        # A compiler knows no values to make them of.
+        if not torch.compiler.is_compiling() and not self._is_current(weights):
+            weights = self._kernel_weights = self._packed()
+        if weights is not None and self._needs_gradient(x):
+            if not self.training and not torch.compiler.is_compiling():
+                _warn_of_gradients()
+            return None
+        return weights
+
+    def _is_current(self, weights: KernelWeights | None) -> bool:
+        now = self._buffers_and_config()
+        return (
+            weights is not None
+            and all(a is b for a, b in zip(weights.made_of, now, strict=True))
+            and weights.versions == _versions(now)
+        )
+
+    def _needs_gradient(self, x: Tensor) -> bool:
+        if not torch.is_grad_enabled() or (_is_exporting() and not self.training):
+            return False
+        return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def _kernel_bias(self) -> Tensor | None:
+        return None if self.bias is None else self.bias.float().contiguous()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        vqk = self.vqk
         kept = {name: value for name in ("kds", "kds_shift") if (value := getattr(self, name)) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in kept.items():
             moved = getattr(self, name)
             if moved.dtype != value.dtype:
                 setattr(self, name, value.to(moved.device))
-        return self
+        return self if self.vqk is vqk else self.pack_()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.pack_()
+
+    # A copy, or what was pickled, makes its own packed weights.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kernel_weights": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.pack_()
 
     @classmethod
     def like(cls, layer: Any, config: LayerConfig) -> Self:
@@ -166,6 +275,23 @@ class DSLayer(nn.Module):
             f"weight_bits={config.weight_bits}, activation_bits={activation}, "
             f"block_size={config.block_size} {config.blocks}, kds={config.kds_dtype}{shift}"
         )
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _versions(made_of: tuple[Tensor | LayerConfig | None, ...]) -> tuple[int, ...]:
+    """How often each tensor was changed in place; one made in inference mode does not count that."""
+    return tuple(t._version for t in made_of if isinstance(t, Tensor) and not t.is_inference())
+
+
+@cache
+def _warn_of_gradients() -> None:
+    warnings.warn(
+        "Gradients are enabled, so quantized layers are simulated in float: wrap the call in torch.inference_mode() "
+        "to run them in integers.",
+        stacklevel=2,
+    )
 
 
 def _fits_float16(kds: Tensor, shift: Tensor | None) -> bool:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dsconv import ops
@@ -32,7 +33,12 @@ class DSLinear(DSLayer):
         """Output ``(..., out_features)`` in the dtype of ``x``."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"DSLinear: expected input (..., {self.in_features}), got {tuple(x.shape)}")
-        return ops.linear(x, self.dequantized_weight(), self.bias, self.config)
+        weights = self._weights_for_kernels(x)
+        if weights is None:
+            return ops.linear(x, self.dequantized_weight(), self.bias, self.config)
+        rows = x.float().reshape(-1, self.in_features)
+        y: Tensor = torch.ops.dsconv.linear(rows, *weights.packed, self._kernel_bias(), *weights.settings)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._settings_repr()}"
