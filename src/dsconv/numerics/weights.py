@@ -125,7 +125,8 @@ def dequantize_weight(vqk: Tensor, kds: Tensor, block_size: int, kds_shift: Tens
     def spread(value: Tensor) -> Tensor:
         value = value.float()
         if expected[1] > 1:
-            value = value.repeat_interleave(block_size, dim=1)[:, :channels]
+            # Not a slice of repeat_interleave, which PyTorch 2.13 compiles to wrong machine code.
+            value = value[:, torch.arange(channels, device=value.device) // block_size]
         return value
 
     w = vqk.float() * spread(kds)
