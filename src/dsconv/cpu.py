@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from dsconv import ops
 
 
 @dataclass(frozen=True)
@@ -16,21 +21,26 @@ class CpuInfo:
         isa_found: instruction sets of this processor that the operating system allows, weakest first: of ``scalar``,
             ``avx2``, ``avxvnni``, ``avx512vnni`` and ``amx``, or ``scalar``, ``neon`` and ``neondotprod``. Empty
             without the extension, which does the asking.
-        isa_used: the instruction set that the integer convolutions use, or ``None`` where they are simulated in
-            float by PyTorch.
+        isa_used: the instruction set that the integer kernels use, or ``None`` without the extension: layers are then
+            simulated in float by PyTorch.
+        isa_reason: why that one.
+        parallel: whose threads the integer kernels run on, or ``None`` without the extension.
         torch_threads: threads that PyTorch uses within an operation.
     """
 
     extension: str | None
     isa_found: tuple[str, ...]
     isa_used: str | None
+    isa_reason: str
+    parallel: str | None
     torch_threads: int
 
     def __str__(self) -> str:
         rows = {
             "extension": "loaded" if self.extension is None else self.extension,
             "instruction sets found": ", ".join(self.isa_found) or "unknown without the extension",
-            "instruction set used": self.isa_used or "none: convolutions run as a float simulation in PyTorch",
+            "instruction set used": f"{self.isa_used or 'none'}: {self.isa_reason}",
+            "threads of the kernels": self.parallel or "none: there are no kernels",
             "PyTorch threads": str(self.torch_threads),
         }
         width = max(map(len, rows))
@@ -40,21 +50,46 @@ class CpuInfo:
 def cpu_info() -> CpuInfo:
     """Tell what this processor offers and what dsconv uses of it.
 
-    Layers do not use the integer kernels yet (:mod:`dsconv.ops.cpu`), so ``isa_used`` is ``None`` on every machine.
+    Raises:
+        ConfigError: ``DSCONV_MAX_ISA`` is not the name of an instruction set.
 
     Example:
         >>> info = cpu_info()
-        >>> info.isa_used is None
+        >>> info.isa_used is None or info.isa_used in info.isa_found
         True
     """
-    missing: str | None = None
-    found: tuple[str, ...] = ()
     try:
         import dsconv._C as extension  # `from dsconv import _C` could not tell an absent file from a broken one
     except ModuleNotFoundError:
-        missing = "not built: no C++20 compiler or Python headers at installation, or DSCONV_NO_EXTENSION was set"
+        return _without_extension(
+            "not built: no C++20 compiler or Python headers at installation, or DSCONV_NO_EXTENSION was set"
+        )
     except ImportError as error:
-        missing = f"built, but cannot be loaded: {error}"
-    else:
-        found = tuple(extension.isa_found())
-    return CpuInfo(extension=missing, isa_found=found, isa_used=None, torch_threads=torch.get_num_threads())
+        return _without_extension(f"built, but cannot be loaded: {error}")
+    used, best = ops.cpu.isa(), extension.isa_with_kernels()[-1]
+    return CpuInfo(
+        extension=None,
+        isa_found=tuple(extension.isa_found()),
+        isa_used=used,
+        isa_reason=(
+            "the best of these that has kernels"
+            if used == best
+            else f"DSCONV_MAX_ISA={os.environ.get('DSCONV_MAX_ISA')} keeps it from {best}"
+        ),
+        parallel=_parallel(),
+        torch_threads=torch.get_num_threads(),
+    )
+
+
+def _without_extension(why: str) -> CpuInfo:
+    reason = "layers run as a float simulation in PyTorch"
+    return CpuInfo(why, (), None, reason, None, torch.get_num_threads())
+
+
+def _parallel() -> str:
+    """Whose threads the kernels run on: what :func:`dsconv.ops.cpu.extension` arranges."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return "PyTorch's pool" if hasattr(ctypes.CDLL(str(library)), "torch_parallel_for") else "serial"
+    except OSError:
+        return "serial"

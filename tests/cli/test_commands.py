@@ -135,7 +135,7 @@ def test_quantize_shows_a_table_and_force_replaces(cli: Callable[..., Any], tmp_
     file.write_text("something else")
     done = cli("quantize", "dsconv/digits_resnet", "--out", file, "--force", "--preset", "paper")
     assert done.code == 0, done.stderr
-    assert "layer3.downsample.0" in done.stdout and "float simulation" in done.stdout
+    assert "layer3.downsample.0" in done.stdout and "its input stays float: conv1" in done.stdout
     assert f"{file.stat().st_size:,} bytes" in done.stdout
     assert "layer3.downsample.0" in cli("inspect", file).stdout
 

@@ -61,7 +61,7 @@ def test_demo_without_matplotlib(cli: Callable[..., Any], tmp_path: Path, monkey
     done = cli("demo", "--out", tmp_path)
     assert done.code == 0, done.stderr
     assert "No picture: matplotlib is not installed: pip install 'dsconv[report]'" in done.stdout
-    assert "540 handwritten digits" in done.stdout and "float simulation" in done.stdout
+    assert "540 handwritten digits" in done.stdout and "executed by: float simulation" in done.stdout
     assert "bitwise the same" in done.stdout and "float32" in done.stdout
     assert os.listdir(tmp_path) == ["digits_resnet-w4a8.safetensors"]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dsconv.cpu import cpu_info
+from dsconv.ops import cpu
 
 needs_extension = pytest.mark.skipif(
     importlib.util.find_spec("dsconv._C") is None, reason="dsconv was installed without its C++ extension"
@@ -62,6 +63,8 @@ def test_absent_extension_is_reported_and_no_error(monkeypatch: pytest.MonkeyPat
     assert "not built" in info.extension
     assert info.isa_found == ()
     assert "unknown without the extension" in str(info)
+    assert info.isa_used is info.parallel is None
+    assert "none: layers run as a float simulation in PyTorch" in str(info)
 
 
 def test_broken_extension_is_told_apart_from_an_absent_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +80,23 @@ def test_broken_extension_is_told_apart_from_an_absent_one(monkeypatch: pytest.M
     assert "cannot be loaded: undefined symbol: frobnicate" in extension
 
 
-def test_cpu_info_says_that_convolutions_are_simulated_and_follows_torchs_threads() -> None:
+@needs_extension
+def test_instruction_set_in_use_is_reported_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DSCONV_MAX_ISA", raising=False)
+    for cap in (None, "scalar"):
+        if cap:
+            monkeypatch.setenv("DSCONV_MAX_ISA", cap)
+        cpu.isa.cache_clear()
+        info = cpu_info()
+        assert info.isa_used == (cap or cpu.extension().isa_with_kernels()[-1])
+        capped = info.isa_used != cpu.extension().isa_with_kernels()[-1]
+        assert ("DSCONV_MAX_ISA=scalar" in info.isa_reason) is capped
+        assert f"instruction set used    {info.isa_used}: {info.isa_reason}" in str(info)
+        assert info.parallel and info.parallel in str(info)
+    cpu.isa.cache_clear()
+
+
+def test_cpu_info_follows_torchs_threads() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -85,7 +104,5 @@ def test_cpu_info_says_that_convolutions_are_simulated_and_follows_torchs_thread
     finally:
         torch.set_num_threads(threads)
     assert info.torch_threads == 1
-    assert info.isa_used is None
-    assert "float simulation" in str(info)
     with pytest.raises(dataclasses.FrozenInstanceError):
         info.torch_threads = 2  # type: ignore[misc]

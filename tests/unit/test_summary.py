@@ -1,6 +1,7 @@
 """The summary: sizes and bits against what the layers hold, and how it is shown."""
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch.nn.utils import parametrizations
 import dsconv
 from dsconv.conversion import LayerSummary
 from dsconv.numerics import packed_bytes
+from dsconv.ops import cpu
+
+needs_extension = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
 
 
 def model() -> tnn.Sequential:
@@ -29,6 +33,16 @@ def row(name: str, config: dsconv.QuantConfig) -> LayerSummary:
     return {row.name: row for row in dsconv.summary(dsconv.quantize(model(), config)).layers}[name]
 
 
+@pytest.fixture
+def scalar(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process that uses the one instruction set that every machine has."""
+    monkeypatch.setenv("DSCONV_MAX_ISA", "scalar")
+    cpu.isa.cache_clear()
+    yield
+    cpu.isa.cache_clear()
+
+
+@pytest.mark.usefixtures("scalar")
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(("kds_dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
 @pytest.mark.parametrize("shift", [False, True])
@@ -40,7 +54,8 @@ def test_bits_and_bytes_of_a_layer(bits: int, kds_dtype: str, size: int, shift: 
     assert found.bytes_after == packed_bytes(350, bits) + scales * size
     assert found.effective_bits == found.bytes_after * 8 / 350
     assert found.quantized and found.reason is None
-    assert found.backend == "float simulation"
+    assert found.backend == ("integers (scalar)" if cpu.extension() else "float simulation")
+    assert found.backend_reason == (None if cpu.extension() else "the extension dsconv._C is not built")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +151,28 @@ def test_the_dictionary_is_plain_data() -> None:
 def test_the_table_shows_every_layer_and_its_reason() -> None:
     text = " ".join(str(dsconv.summary(dsconv.quantize(model(), "paper"))).split())
     assert "8x1x3x3" in text and "the config leaves it in float" in text
-    assert "4 layers quantized, 1 in float" in text and "Executed by: float simulation." in text
+    assert "4 layers quantized, 1 in float" in text and "In float, the config leaves it in float: 6." in text
+
+
+@needs_extension
+def test_the_table_says_what_executes_the_layers_and_why_not_integers(scalar: None) -> None:
+    config = dsconv.QuantConfig.preset("paper", overrides={"4": {"block_size": 12}})
+    text = " ".join(str(dsconv.summary(dsconv.quantize(model(), config))).split())
+    assert "Executed in inference by: float simulation, integers (scalar)." in text
+    assert "By float simulation, its input stays float: 0." in text
+    assert "By float simulation, its blocks of 12 are not a multiple of 8 of at most 512: 4." in text
+    with dsconv.ops.simulated():
+        found = dsconv.summary(dsconv.quantize(model(), config))
+    assert found.backends == ("float simulation",)
+    assert {layer.backend_reason for layer in found.layers[:4]} == {"dsconv.ops.simulated() is in effect"}
+
+
+@needs_extension
+def test_a_layer_elsewhere_is_not_said_to_run_in_integers() -> None:
+    found = dsconv.summary(dsconv.quantize(model()).to("meta"))
+    assert {(layer.backend, layer.backend_reason) for layer in found.layers} == {
+        ("float simulation", "it is on the device meta")
+    }
 
 
 def test_names_that_look_like_markup_are_shown_as_they_are() -> None:

@@ -34,8 +34,8 @@ def demo(
     print(f"A small ResNet on {done.figures['images']} handwritten digits that it has never seen:")
     print_table(_table(done))
     print(
-        "Agreement, KL divergence and logit SQNR are against float32. Convolutions run as a "
-        f"{done.figures['backend']} today: the accuracy is that of the integers, the speed is not.",
+        "Agreement, KL divergence and logit SQNR are against float32. "
+        f"The default preset was executed by: {done.figures['backend']}.",
         f"{done.figures['file']}: the default preset; read back, its outputs are bitwise "
         f"{'the same' if done.figures['reloaded_equal'] else 'DIFFERENT'}.",
         f"{picture or 'No picture'}: {remark}",

@@ -9,7 +9,7 @@ import typer
 from torch import nn
 
 import dsconv
-from dsconv import ops, zoo
+from dsconv import zoo
 from dsconv.cli.common import MODEL_HELP, Json, Weights, print_json, print_table, say
 from dsconv.conversion import model_info
 from dsconv.data import Preprocess
@@ -74,7 +74,8 @@ def evaluate(
         result = dsconv.compare(zoo.build(reference, weights=weights), network, data, **options)
     else:
         result = dsconv.evaluate(network, data, **options)
-    quantization = _quantization(network)
+    # What executes a layer depends on where it is.
+    quantization = _quantization(network.to(device))
     if as_json:
         facts = {"model": file_or_model, "reference_model": reference, "data": str(data), "quantization": quantization}
         print_json({**facts, "preprocess": options["preprocess"].model_dump(mode="json"), **result.to_dict()})
@@ -109,8 +110,9 @@ def _quantization(network: nn.Module) -> dict[str, Any] | None:
     if info is None:
         return None
     names = ("weight_bits", "activation_bits", "activation_sign", "block_size", "weight_shift")
-    bits = round(dsconv.summary(network).effective_bits, 3)
-    return {"effective_bits": bits, **{name: getattr(info.config, name) for name in names}, "backend": ops.SIMULATION}
+    found = dsconv.summary(network)
+    settings = {name: getattr(info.config, name) for name in names}
+    return {"effective_bits": round(found.effective_bits, 3), **settings, "backend": ", ".join(found.backends)}
 
 
 def _value(text: str) -> Any:

@@ -1,5 +1,6 @@
 """What became of each layer of a model: sizes, bits, what is left in float and why, and what executes it."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -8,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dsconv import ops
+from dsconv.config import LayerConfig
 from dsconv.conversion.convert import FLOAT_TYPES, model_info
 from dsconv.nn import DSLayer
 from dsconv.numerics import packed_bytes
@@ -31,7 +33,8 @@ class LayerSummary:
         bytes_after: of the weight now: VQK packed at their width, KDS and shifts.
         weight_sqnr_db: signal to quantization noise of the weight.
         reason: why it was left in float, else None.
-        backend: what executes it.
+        backend: what executes it when no gradient is asked for.
+        backend_reason: why a quantized layer is not executed in integers, else None.
     """
 
     name: str
@@ -42,6 +45,7 @@ class LayerSummary:
     bytes_after: int
     backend: str
     reason: str | None = None
+    backend_reason: str | None = None
     weight_bits: int | None = None
     activation_bits: int | None = None
     activation_sign: str | None = None
@@ -92,6 +96,11 @@ class Summary:
         weights = sum(layer.bytes_before for layer in layers) / 4
         return sum(layer.bytes_after for layer in layers) * 8 / max(1.0, weights)
 
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """What executes the quantized layers, each once."""
+        return tuple(sorted({layer.backend for layer in self.layers if layer.quantized}))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return {
@@ -109,18 +118,20 @@ class Summary:
         from rich.table import Table
 
         quantized = [layer for layer in self.layers if layer.quantized]
-        in_float: dict[str, list[str]] = {}
+        explained: dict[str, list[str]] = {}
         for layer in self.layers:
             if layer.reason is not None:
-                in_float.setdefault(layer.reason, []).append(layer.name)
-        backends = ", ".join(sorted({layer.backend for layer in quantized})) or "none"
+                explained.setdefault(f"In float, {layer.reason}", []).append(layer.name)
+            elif layer.backend_reason is not None:
+                explained.setdefault(f"By {layer.backend}, {layer.backend_reason}", []).append(layer.name)
         notes = [
             f"{len(quantized)} layers quantized, {len(self.layers) - len(quantized)} in float; "
             f"{self.effective_bits:.2f} bits a weight ({self.effective_bits_quantized:.2f} in quantized layers); "
             f"{self.bytes_before / 1e6:.2f} -> {self.bytes_after / 1e6:.2f} MB, "
             f"{self.other_bytes / 1e6:.2f} of it biases, BatchNorm and buffers.",
-            f"dB: signal to quantization noise of the weight. Executed by: {backends}.",
-            *(f"In float, {reason}: {', '.join(names)}." for reason, names in in_float.items()),
+            "dB: signal to quantization noise of the weight. "
+            f"Executed in inference by: {', '.join(self.backends) or 'none'}.",
+            *(f"{reason}: {', '.join(names)}." for reason, names in explained.items()),
         ]
         table = Table(
             box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=escape("\n".join(notes)), caption_justify="left"
@@ -174,7 +185,10 @@ def summary(model: nn.Module) -> Summary:
     total = sum(_bytes(t) for t in _unique([*model.parameters(), *_saved_buffers(model)]))
     for name, module in model.named_modules():
         if isinstance(module, DSLayer):
-            rows.append(_quantized_row(name, module))
+            size = packed_bytes(module.vqk.numel(), module.config.weight_bits)
+            size += sum(_bytes(scale) for scale in (module.kds, module.kds_shift) if scale is not None)
+            shape, sqnr = tuple(module.vqk.shape), module.weight_sqnr_db
+            rows.append(quantized_row(name, type(module).__name__, shape, module.config, size, sqnr, module.backend))
             counted.update(id(t) for t in module.buffers(recurse=False))
         elif "parametrizations" not in name.split("."):
             is_layer = isinstance(module, FLOAT_TYPES)
@@ -190,33 +204,37 @@ def summary(model: nn.Module) -> Summary:
                 full_name = name if is_layer else ".".join(filter(None, (name, parameter_name)))
                 kind, size = type(module).__name__, 0 if shared else _bytes(parameter)
                 bits = 8.0 * parameter.dtype.itemsize
-                rows.append(LayerSummary(full_name, kind, shape, bits, size, size, "PyTorch float", reason))
+                rows.append(LayerSummary(full_name, kind, shape, bits, size, size, ops.IN_FLOAT, reason))
     unpacked = sum(_bytes(t) for m in model.modules() if isinstance(m, DSLayer) for t in m.buffers(recurse=False))
     in_float = sum(row.bytes_after for row in rows if not row.quantized)
     return Summary(tuple(rows), total - unpacked - in_float)
 
 
-def _quantized_row(name: str, layer: DSLayer) -> LayerSummary:
-    config = layer.config
-    scales = [scale for scale in (layer.kds, layer.kds_shift) if scale is not None]
-    weights = layer.vqk.numel()
-    size = packed_bytes(weights, config.weight_bits) + sum(map(_bytes, scales))
+def quantized_row(
+    name: str,
+    kind: str,
+    shape: tuple[int, ...],
+    config: LayerConfig,
+    size: int,
+    weight_sqnr_db: float | None,
+    backend: ops.Backend,
+) -> LayerSummary:
+    """Row of a quantized layer of class ``kind``, VQK ``shape`` and ``size`` in bytes."""
+    stated = config.model_dump(exclude={"weight_rule", "weight_scale"})
+    if config.activation_bits is None:
+        stated["activation_sign"] = None
+    weights = math.prod(shape)
     return LayerSummary(
         name=name,
-        kind=type(layer).__name__,
-        shape=tuple(layer.vqk.shape),
+        kind=kind,
+        shape=shape,
         effective_bits=8 * size / max(1, weights),
         bytes_before=4 * weights,
         bytes_after=size,
-        backend=ops.SIMULATION,
-        weight_bits=config.weight_bits,
-        activation_bits=config.activation_bits,
-        activation_sign=None if config.activation_bits is None else config.activation_sign,
-        block_size=config.block_size,
-        blocks=config.blocks,
-        kds_dtype=config.kds_dtype,
-        weight_shift=config.weight_shift,
-        weight_sqnr_db=layer.weight_sqnr_db,
+        backend=backend.name,
+        backend_reason=backend.reason,
+        weight_sqnr_db=weight_sqnr_db,
+        **stated,
     )
 
 

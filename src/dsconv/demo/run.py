@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from dsconv import ops, zoo
+from dsconv import zoo
 from dsconv.config import QuantConfig
 from dsconv.conversion import quantize, summary
 from dsconv.demo.network import load_digits
@@ -66,10 +66,12 @@ def run(folder: Path, on_step: Callable[[str], None] = lambda name: None) -> Dem
             seconds = time.perf_counter() - start
             file = save(quantized[name], Path(scratch.name, name))
             result = compare(network, quantized[name], [(images, labels)])
+            found = summary(quantized[name])
             settings[name] = {
                 **{field: getattr(result, field) for field in ("top1", "agreement", "kl", "logit_sqnr_db")},
                 "layer_sqnr_db": result.layer_sqnr_db,
-                "effective_bits": summary(quantized[name]).effective_bits,
+                "effective_bits": found.effective_bits,
+                "backend": ", ".join(found.backends),
                 **config.model_dump(include=_STATED),
                 "file_bytes": file.stat().st_size,
                 "quantize_seconds": seconds,
@@ -81,7 +83,7 @@ def run(folder: Path, on_step: Callable[[str], None] = lambda name: None) -> Dem
     float_bytes = len(safetensors.torch.save(network.state_dict()))
     figures = {
         "images": len(images),
-        "backend": ops.SIMULATION,
+        "backend": settings[_WRITTEN]["backend"],
         "float32": {"top1": result.reference.top1, "effective_bits": 32.0, "file_bytes": float_bytes},
         "settings": settings,
         "file": str(file),

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from dsconv import ops
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion.convert import FLOAT_TYPES, ModelInfo, model_info, quantized_type, swapped
-from dsconv.conversion.summary import LayerSummary, Summary
+from dsconv.conversion.summary import LayerSummary, Summary, quantized_row
 from dsconv.errors import ConfigError, FileFormatError, ModelError
 from dsconv.nn import DSLayer
 from dsconv.numerics import pack, unpack
@@ -180,31 +179,17 @@ def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
         if not 0 <= record.settings < len(header.settings):
             raise FileFormatError(f"{path}: layer {name!r} refers to settings that the file does not have")
         settings = _layer_settings(path, header.settings[record.settings])
-        stated = settings.model_dump(exclude={"weight_rule", "weight_scale"})
-        if settings.activation_bits is None:
-            stated["activation_sign"] = None
         parts = [f"{name}.{part}".lstrip(".") for part in ("vqk", "kds", "kds_shift")]
         size = sum(tensors.pop(part).nbytes for part in parts if part in tensors)
-        weights = math.prod(record.shape)
-        rows.append(
-            LayerSummary(
-                name=name,
-                kind=record.type,
-                shape=tuple(record.shape),
-                effective_bits=8 * size / max(1, weights),
-                bytes_before=4 * weights,
-                bytes_after=size,
-                backend=ops.SIMULATION,
-                weight_sqnr_db=record.sqnr_db,
-                **stated,
-            )
-        )
+        backend = ops.backend(record.shape, settings, transposed="Transpose" in record.type)
+        shape = tuple(record.shape)
+        rows.append(quantized_row(name, record.type, shape, settings, size, record.sqnr_db, backend))
     for name, tensor in tensors.items():
         if tensor.dim() >= 2 and tensor.is_floating_point():
             layer = name.removesuffix(".weight")
             reason = header.in_float.get(layer, "neither a convolution nor a linear layer")
             size, bits = tensor.nbytes, 8.0 * tensor.element_size()
-            rows.append(LayerSummary(layer, "", tuple(tensor.shape), bits, size, size, "PyTorch float", reason))
+            rows.append(LayerSummary(layer, "", tuple(tensor.shape), bits, size, size, ops.IN_FLOAT, reason))
     in_float = sum(row.bytes_after for row in rows if not row.quantized)
     return header, Summary(tuple(rows), sum(tensor.nbytes for tensor in tensors.values()) - in_float)
 
