@@ -1,9 +1,12 @@
 """Time of the integer kernels, layer by layer, beside PyTorch, ONNX Runtime and OpenVINO in the same run.
 
-    python benchmarks/kernels.py --json kernels.json --plot kernels.png     # everything: hours on 2 cores
-    python benchmarks/kernels.py --networks resnet50 --batches 1 --threads 1 --blocks 64
-    python benchmarks/kernels.py --quick                                    # the same in under a minute, roughly
+    python benchmarks/kernels.py --json kernels.json --plot kernels.png     # everything, half an hour on 2 cores
+    python benchmarks/kernels.py --networks resnet50 --batches 1 --threads 1 --blocks 64    # half a minute
+    python benchmarks/kernels.py --quick                                                    # the same in fewer turns
     DSCONV_MAX_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/kernels.py ...
+
+It needs torchvision, and onnx, onnxruntime, openvino and matplotlib for what they are used for; peers that are not
+installed are left out and named.
 
 The layers are the distinct convolutions of six torchvision networks at 224 x 224, and the large linear layers of
 AlexNet and VGG-16. Each counts once, however often networks repeat it.
@@ -653,7 +656,9 @@ def compare(results: Sequence[Result]) -> list[Comparison]:
 
 def print_layer(results: Sequence[Result]) -> None:
     first = results[0]
-    print(f"\n{first.layer}, batch {first.batch}, {plural(first.threads)}, {first.macs / 1e6:.0f} million MAC")
+    print(
+        f"\n{first.layer}, batch {first.batch}, {plural(first.threads)}, {first.macs / 1e6:.0f} million MAC", flush=True
+    )
     own = [result for result in results if result.contestant.startswith("ours")]
     for result in results:
         low, middle, high = (1000 * s for s in (result.first_quartile_s, result.median_s, result.third_quartile_s))
@@ -673,7 +678,7 @@ def print_comparisons(comparisons: Sequence[Comparison]) -> None:
         print(
             f"\n{own}, batch {batch}, {plural(threads)}: our time / theirs and GMAC/s, geometric means over the layers"
         )
-        print(f"{'':21} {' '.join(f'{kind:>10}' for kind in KINDS)}    faster on   ours  theirs  slowest beside it")
+        print(f"{'':21} {' '.join(f'{kind:>10}' for kind in KINDS)}    faster on   ours  theirs  worst layer")
         for row in rows:
             means = " ".join(" " * 9 + "-" if math.isnan(row.ratios[k]) else f"{row.ratios[k]:10.3f}" for k in KINDS)
             name, ratio = next(iter(row.worst.items()))
@@ -727,7 +732,11 @@ def plot_roofline(path: Path, results: Sequence[Result], ceilings: dict[int, Cei
             draw_points(axes, points)
             draw_ceilings(axes, points, ceilings[thread_count])
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    named = dict(zip(labels, handles, strict=True))
+    order = [name for name in by_contestant(results) if name in named]
+    figure.legend(
+        [named[name] for name in order], order, loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -764,7 +773,7 @@ def draw_points(axes: Any, results: Sequence[Result]) -> None:
     for name in [*(peer for peer in COLORS if peer in table), *reversed(own)]:
         found = list(table[name].values())
         x, y = [r.macs / r.moved_bytes for r in found], [r.gmacs for r in found]
-        marker, area = ("o", 30) if name in own else ("^" if name.endswith("int8") else "s", 16)
+        marker, area = ("o", 34) if name in own else ("^" if name.endswith("int8") else "s", 20)
         axes.scatter(x, y, s=area, marker=marker, color=colors[name], label=name, linewidths=0.4, edgecolors="white")
 
 
@@ -800,7 +809,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=(1, 8))
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--blocks", nargs="+", type=int, default=(32, 64, 128), help="block sizes of ours")
-    parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=tuple(PEERS), metavar="NAME")
+    parser.add_argument(
+        "--peers", nargs="*", choices=tuple(PEERS), default=tuple(PEERS), metavar="NAME", help=", ".join(PEERS)
+    )
     parser.add_argument("--only", default="", help="layers whose name holds this, as in '56x56' or 'k3'")
     parser.add_argument("--activation-bits", type=int, default=4, help="of ours")
     parser.add_argument("--shift", action="store_true", help="ours with a shift per block, as the presets have it")
@@ -890,6 +901,16 @@ class Bench:
         return found
 
 
+def write_json(path: Path, about: dict[str, Any], bench: Bench) -> None:
+    found = {
+        "comparisons": [asdict(comparison) for comparison in compare(bench.results)],
+        "not_run": bench.not_run,
+        "unsettled_turns": bench.unsettled,
+        "results": [asdict(result) | {"gmacs": result.gmacs} for result in bench.results],
+    }
+    path.write_text(json.dumps(about | found, indent=1) + "\n")
+
+
 def main() -> None:
     given = arguments()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
@@ -910,16 +931,13 @@ def main() -> None:
     bench = Bench(given)
     for layer, networks in layers.items():
         bench.layer(layer, networks)
-    comparisons = compare(bench.results)
-    print_comparisons(comparisons)
+        # A long run that is broken off leaves what it has measured.
+        if given.json:
+            write_json(given.json, about | {"ceilings": ceilings}, bench)
+    print_comparisons(compare(bench.results))
     print_executed(bench.results, bench.not_run)
     if bench.unsettled:
         print(f"{bench.unsettled} turns began while threads of another contestant may still have been spinning")
-    if given.json:
-        results = [asdict(result) | {"gmacs": result.gmacs} for result in bench.results]
-        whole = about | {"ceilings": ceilings, "results": results, "not_run": bench.not_run}
-        whole["comparisons"] = [asdict(comparison) for comparison in comparisons]
-        given.json.write_text(json.dumps(whole, indent=1) + "\n")
     if given.plot:
         plot_roofline(given.plot, bench.results, ceilings)
 
