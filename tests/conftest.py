@@ -1,8 +1,10 @@
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -25,6 +27,16 @@ def shared() -> Path:
     if not (folder / "nets.py").is_file():
         pytest.skip(f"needs the folder of real networks and images: no nets.py in {folder} (set DSCONV_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def nets(shared: Path) -> ModuleType:
+    """The real networks and images of that folder."""
+    spec = importlib.util.spec_from_file_location("shared_nets", shared / "nets.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["shared_nets"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

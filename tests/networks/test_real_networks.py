@@ -1,8 +1,6 @@
 """Networks that people use: quantized, saved, loaded and run; and the accuracy of trained ones."""
 
 import gc
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -97,15 +95,6 @@ def test_network_is_quantized_saved_loaded_and_run(name: str, side: int, tmp_pat
         del quantized, loaded
         path.unlink()
     assert torch.equal(run(model, x), expected)
-
-
-@pytest.fixture(scope="module")
-def nets(shared: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("shared_nets", shared / "nets.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["shared_nets"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_published_method_keeps_the_accuracy_of_a_cifar_resnet(nets: ModuleType) -> None:
