@@ -3,13 +3,14 @@
 >>> import torch, dsconv
 >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3))
 >>> qnet = dsconv.quantize(net)
->>> qnet(torch.zeros(1, 3, 8, 8)).shape
+>>> with torch.inference_mode():
+...     qnet(torch.zeros(1, 3, 8, 8)).shape
 torch.Size([1, 64, 4, 4])
 """
 
 from importlib import metadata
 
-from dsconv import demo, nn, numerics, zoo
+from dsconv import demo, nn, numerics, ops, zoo
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion import quantize, summary
 from dsconv.cpu import cpu_info
@@ -29,6 +30,7 @@ __all__ = [
     "load",
     "nn",
     "numerics",
+    "ops",
     "quantize",
     "save",
     "summary",

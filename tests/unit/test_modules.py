@@ -1,7 +1,11 @@
-"""The quantized layers: against the float layer of the dequantized weights, in every geometry of PyTorch."""
+"""The quantized layers: against the float layer of the dequantized weights, in every geometry of PyTorch.
+
+Where the integer kernels cover a layer, they and the float simulation are both checked.
+"""
 
 import copy
 import shutil
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch import nn as tnn
 
-from dsconv import nn
+from dsconv import nn, ops
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.numerics import fake_quantize_activation, quantize_weight
 
@@ -68,9 +72,15 @@ def assert_same_function(layer: tnn.Module, quantized: nn.DSLayer, x: Tensor, *a
         ).view(x.shape)
     else:
         x_q = x
-    y = quantized(x, *args)
-    assert y.shape == twin(x, *args).shape
-    torch.testing.assert_close(y, twin(x_q, *args), rtol=1e-4, atol=1e-5)
+    assert quantized(x, *args).shape == twin(x, *args).shape
+    assert_both_close(quantized, x, twin(x_q, *args), *args)
+
+
+@torch.no_grad()
+def assert_both_close(quantized: nn.DSLayer, x: Tensor, expected: Tensor, *args: Any) -> None:
+    torch.testing.assert_close(quantized(x, *args), expected, rtol=1e-4, atol=1e-5)
+    with ops.simulated():
+        torch.testing.assert_close(quantized(x, *args), expected, rtol=1e-4, atol=1e-5)
 
 
 options = st.fixed_dictionaries(
@@ -155,7 +165,7 @@ def test_linear_of_any_leading_shape(shape: tuple[int, ...], config: LayerConfig
         x_q = x
         if config.activation_bits is not None:
             x_q = fake_quantize_activation(x.view(-1, 20), config.activation_bits, 8).view(shape)
-        torch.testing.assert_close(made(x), in_float(layer, made)(x_q), rtol=1e-4, atol=1e-5)
+        assert_both_close(made, x, in_float(layer, made)(x_q))
 
 
 @settings(max_examples=50)
@@ -185,7 +195,7 @@ def test_flat_blocks_quantize_the_values_that_one_output_reads(
         if layer.bias is not None:
             expected = expected + layer.bias.view(-1, *(1,) * made.dims)
     assert y.shape == exact.shape
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert_both_close(made, x, expected)
 
 
 @pytest.mark.parametrize("quantized", FLOAT)
@@ -268,11 +278,15 @@ def test_what_is_not_finite_makes_every_output_that_reads_it_nan(config: LayerCo
     x[1, 13, 4, 4] = bad
     expected = torch.zeros(2, 6, 9, 8, dtype=torch.bool)
     expected[1, 3:, 3:6, 3:6] = True
-    assert torch.equal(made(x).isnan(), expected)
     linear = make(nn.DSLinear, W4)[1]
     rows = torch.ones(3, 20)
     rows[1, 19] = bad
-    assert linear(rows).isnan().any(1).tolist() == [False, True, False] and linear(rows)[1].isnan().all()
+    with torch.no_grad():
+        for backend in (nullcontext(), ops.simulated()):
+            with backend:
+                assert torch.equal(made(x).isnan(), expected)
+                y = linear(rows)
+                assert y.isnan().any(1).tolist() == [False, True, False] and y[1].isnan().all()
 
 
 @pytest.mark.parametrize("quantized", [*CONV, *TRANSPOSED])
@@ -409,5 +423,6 @@ def test_exported_model_computes_the_same_for_any_batch(config: LayerConfig) -> 
     module = program.module()
     for n in (1, 3, 7):
         x = torch.randn(n, 3, 9, 9)
-        torch.testing.assert_close(module(x), model(x), rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x), model(x), rtol=1e-5, atol=1e-6)
     assert {name for name in program.state_dict if name.endswith("vqk")} == {f"{i}.vqk" for i in (0, 2, 3, 4, 7)}
