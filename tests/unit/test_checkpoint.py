@@ -5,6 +5,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import dsconv
 from dsconv import nn, zoo
 from dsconv.conversion import model_info
 from dsconv.errors import DSConvError, FileFormatError, ModelError
-from dsconv.io import checkpoint, read_header
+from dsconv.io import checkpoint, describe, read_header
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -386,13 +387,14 @@ CRAFTED = {
     "settings of another layer": set_in("layers", "conv", "settings", 1),
     "shape": set_in("layers", "conv", "shape", [9, 3, 3]),
     "huge shape": set_in("layers", "conv", "shape", [2**62, 2**62, 3, 3]),
+    "shape of one dimension": set_in("layers", "conv", "shape", [9]),
     "negative shape": set_in("layers", "conv", "shape", [-9, -3, 3, 3]),
     "type": set_in("layers", "conv", "type", "DSLinear"),
     "unknown type": set_in("layers", "conv", "type", "os.system"),
     "layer missing": delete("layers", "conv"),
     "no layers": set_in("layers", {}),
-    "layer of another name": set_in("layers", "else", {"type": "DSConv2d", "shape": [1], "settings": 0}),
-    "layer that is not quantizable": set_in("layers", "norm", {"type": "DSConv2d", "shape": [9], "settings": 0}),
+    "layer of another name": set_in("layers", "else", {"type": "DSConv2d", "shape": [1, 1], "settings": 0}),
+    "layer that is not quantizable": set_in("layers", "norm", {"type": "DSConv2d", "shape": [9, 1], "settings": 0}),
     "layer that is a number": set_in("layers", "conv", 4),
     "layers that are a list": set_in("layers", ["conv"]),
     "sqnr": set_in("layers", "conv", "sqnr_db", "high"),
@@ -444,6 +446,13 @@ CRAFTED = {
 def test_a_crafted_file_is_refused(name: str, saved: Path) -> None:
     craft(saved, CRAFTED[name])
     refused(saved)
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_crafted_file_is_described_or_refused(name: str, saved: Path) -> None:
+    craft(saved, CRAFTED[name])
+    with suppress(FileFormatError):
+        str(describe(saved)[1])
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class LayerRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: str
-    shape: list[int]
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
     settings: int
     sqnr_db: float | None = None
 

@@ -42,8 +42,8 @@ class DSLayer(nn.Module):
     - :func:`dsconv.ops.simulated` is not in effect.
 
     The kernels read a packed copy of the weights, which is no part of the state. It follows the buffers when they are
-    loaded, moved, replaced or changed in place. What ``torch.compile`` made does not notice the last two: call
-    :meth:`pack_` after them.
+    loaded, moved, replaced or changed in place. ``torch.compile`` and ``torch.export`` take the copy as they find it: call
+    :meth:`pack_` after replacing or changing buffers by hand.
 
     Attributes:
         vqk: int8 buffer ``(O, C/groups, *K)``, the variable quantized kernel.
