@@ -63,9 +63,17 @@ T* at(Address address) {
 
 Strides strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 
-bool is_wide(int bits) {
+int checked_bits(int bits) {
   if (bits < 2 || bits > 8) throw std::invalid_argument("bits are 2 to 8");
-  return bits > 4;
+  return bits;
+}
+
+bool is_wide(int weight_bits) { return checked_bits(weight_bits) > 4; }
+
+template <class Enum>
+Enum one_of(const char* what, int value, int count) {
+  if (value < 0 || value >= count) throw std::invalid_argument(std::string(what) + " is out of range");
+  return static_cast<Enum>(value);
 }
 
 }  // namespace
@@ -76,8 +84,15 @@ NB_MODULE(_C, m) {
         "Instruction sets that this processor has and the operating system lets this process use, weakest first.");
   m.def("isa_with_kernels", &isa_with_kernels, "Those of isa_found that convolutions have kernels for.");
   m.def(
-      "use_parallel_for", [](Address function) { parallel_for_of_host = reinterpret_cast<ParallelFor>(function); },
-      "Run tasks through the function at this address, of the signature of libtorch's torch_parallel_for.");
+      "use_parallel_for", [](Address function) { parallel_for = reinterpret_cast<ParallelFor>(function); },
+      "Run tasks through the function at this address, of the signature of libtorch's torch_parallel_for; 0: serially.");
+  m.def(
+      "use_pool",
+      [](int threads) {
+        pool_threads(threads);
+        parallel_for = parallel_for_of_pool;
+      },
+      "Run tasks on so many threads of our own.");
   m.def(
       "packed_sizes",
       [](const Sizes& sizes, int weight_bits) {
@@ -94,26 +109,40 @@ NB_MODULE(_C, m) {
   });
   m.def("convolve", [](std::string_view isa, const Sizes& sizes, Address input,
                        const std::array<std::int64_t, 4>& input_strides, Address weight, Address kds, Address kds_shift,
-                       Address bias, Address output, const std::array<std::int64_t, 4>& output_strides, int weight_bits,
-                       int activation_bits, int sign) {
-    const bool wide = is_wide(weight_bits);
-    is_wide(activation_bits);
-    if (sign < 0 || sign > 2) throw std::invalid_argument("sign is 0, 1 or 2");
+                       Address bias, Address residual, Address output,
+                       const std::array<std::int64_t, 4>& output_strides, int weight_bits, int activation_bits, int sign,
+                       int activation, float slope) {
     const Geometry g = geometry(sizes);
     const Kernels& kernels = kernels_of(isa);
-    const Operands operands{at<const float>(input),
-                            strides(input_strides),
-                            at<const std::uint8_t>(weight),
-                            at<const float>(kds),
-                            at<const float>(kds_shift),
-                            at<const float>(bias),
-                            at<float>(output),
-                            strides(output_strides),
-                            wide ? 128 : 8,
-                            wide,
-                            activation_bits,
-                            sign};
+    const Operands operands{.input = at<const float>(input),
+                            .input_strides = strides(input_strides),
+                            .weight = at<const std::uint8_t>(weight),
+                            .kds = at<const float>(kds),
+                            .kds_shift = at<const float>(kds_shift),
+                            .bias = at<const float>(bias),
+                            .residual = at<const float>(residual),
+                            .output = at<float>(output),
+                            .output_strides = strides(output_strides),
+                            .wide = is_wide(weight_bits),
+                            .activation_bits = checked_bits(activation_bits),
+                            .sign = one_of<Sign>("sign", sign, 3),
+                            .activation = one_of<Activation>("activation", activation, 4),
+                            .slope = slope};
     nb::gil_scoped_release released;
     convolve(g, operands, kernels);
+  });
+  m.def("quantize_activation", [](std::string_view isa, const Sizes& sizes, Address input,
+                                  const std::array<std::int64_t, 4>& input_strides, int bits, int sign,
+                                  Address mantissa, Address exponent) {
+    const Geometry g = geometry(sizes);
+    if (g.positions() != 1 || g.pad_h || g.pad_w || g.flat) throw std::invalid_argument("expected a 1x1 convolution");
+    const Kernels& kernels = kernels_of(isa);
+    Operands operands{};
+    operands.input = at<const float>(input);
+    operands.input_strides = strides(input_strides);
+    operands.activation_bits = checked_bits(bits);
+    operands.sign = one_of<Sign>("sign", sign, 3);
+    nb::gil_scoped_release released;
+    quantize_activation(g, operands, kernels, at<std::int8_t>(mantissa), at<std::int8_t>(exponent));
   });
 }

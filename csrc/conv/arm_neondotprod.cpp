@@ -4,27 +4,44 @@
 
 namespace dsconv::neondotprod {
 
-#include "quantize.inc"
+#define DSCONV_LANES 4
+#include "lanes.inc"
+
+static inline void store_bytes(std::int8_t* to, Int v) {
+  const int16x4_t words = vmovn_s32(reinterpret_cast<int32x4_t>(v));
+  const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+  __builtin_memcpy(to, &bytes, 4);
+}
+static inline std::uint32_t largest(Word v) { return vmaxvq_u32(reinterpret_cast<uint32x4_t>(v)); }
+static inline std::int32_t added(Int v) { return vaddvq_s32(reinterpret_cast<int32x4_t>(v)); }
+static inline Float fused(Float a, Float b, Float c) {
+  return reinterpret_cast<Float>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),
+                                           reinterpret_cast<float32x4_t>(b)));
+}
+
+#include "vector.inc"
 
 // Eight outputs at a time. The dot products are of signed bytes: a nibble is one as it stands, a wide weight becomes one
 // when its highest bit is flipped, and then stands for itself.
 template <int M, bool Wide, bool Shift>
-static void eight(const Tile& t, const std::uint8_t* w, const float* kds, const float* shift, float* output) {
+static void eight(const Sums& t, const std::int64_t* pixel, const std::uint8_t* w, const float* kds, const float* shift,
+                  float* output) {
   const uint8x16_t low = vdupq_n_u8(15), flip = vdupq_n_u8(128);
+  const Rows& rows = t.rows;
   float32x4_t y[M][2];
   for (int m = 0; m < M; ++m) y[m][0] = y[m][1] = vdupq_n_f32(0.0f);
   for (int k = 0; k < t.taps; ++k) {
     const std::int8_t* x[M];
     std::int64_t block[M];
     for (int m = 0; m < M; ++m) {
-      const std::int64_t at = t.pixel[m] + t.tap[k];
-      x[m] = t.mantissa + at * t.row_bytes;
-      block[m] = at * t.blocks;
+      const std::int64_t at = pixel[m] + t.tap[k];
+      x[m] = rows.mantissa + at * rows.row_bytes;
+      block[m] = at * rows.blocks;
     }
-    for (int b = 0; b < t.blocks; ++b) {
+    for (int b = 0; b < rows.blocks; ++b) {
       int32x4_t s[M][2];
-      for (int m = 0; m < M; ++m) s[m][0] = s[m][1] = vdupq_n_s32(Wide ? 0 : -t.zero * t.sum[block[m] + b]);
-      const int octets = b + 1 < t.blocks ? t.octets : t.last_octets;
+      for (int m = 0; m < M; ++m) s[m][0] = s[m][1] = vdupq_n_s32(Wide ? 0 : -t.zero * rows.sum[block[m] + b]);
+      const int octets = b + 1 < rows.blocks ? t.octets : t.last_octets;
       for (int o = 0; o < octets; ++o, w += Wide ? 128 : 64) {
         int8x16_t first[2], second[2];
         for (int v = 0; v < 2; ++v) {
@@ -47,12 +64,12 @@ static void eight(const Tile& t, const std::uint8_t* w, const float* kds, const 
       }
       for (int m = 0; m < M; ++m) {
         x[m] += 8 * octets;
-        const float e = t.scale[block[m] + b];
+        const float e = rows.scale[block[m] + b];
         for (int v = 0; v < 2; ++v) {
           const float32x4_t term = vmulq_n_f32(vcvtq_f32_s32(s[m][v]), e);
           y[m][v] = vfmaq_f32(y[m][v], vld1q_f32(kds + 4 * v), term);
           if constexpr (Shift) {
-            const float32x4_t sum = vdupq_n_f32(static_cast<float>(t.sum[block[m] + b]) * e);
+            const float32x4_t sum = vdupq_n_f32(static_cast<float>(rows.sum[block[m] + b]) * e);
             y[m][v] = vfmaq_f32(y[m][v], vld1q_f32(shift + 4 * v), sum);
           }
         }
@@ -62,19 +79,21 @@ static void eight(const Tile& t, const std::uint8_t* w, const float* kds, const 
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < 2; ++v) vst1q_f32(output + m * 2 * kPanel + 4 * v, y[m][v]);
+    for (int v = 0; v < 2; ++v) vst1q_f32(output + m * kPair + 4 * v, y[m][v]);
 }
 
-template <int M, bool Wide, bool Shift>
-static void rows(const Tile& t) {
-  for (int n = 0; n < 2 * kPanel; n += 8)
-    eight<M, Wide, Shift>(t, t.weight + (n / kPanel) * t.panel_bytes + 4 * (n % kPanel), t.kds + n,
-                          Shift ? t.kds_shift + n : nullptr, t.output + n);
+template <int M, int P, bool Wide, bool Shift>
+static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
+  for (int n = 0; n < P * kPanel; n += 8)
+    eight<M, Wide, Shift>(t, pixel, t.weight + (n / kPanel) * t.panel_bytes + 4 * (n % kPanel), t.kds + n,
+                          Shift ? t.kds_shift + n : nullptr, output + n);
 }
 
-#include "tile_by_height.inc"
+template <int P>
+constexpr int kHeight = 6;
+#include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"neondotprod", tile, quantize};
+const Kernels kernels{"neondotprod", kLanes, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise};
 
 }  // namespace dsconv::neondotprod

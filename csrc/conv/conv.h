@@ -1,4 +1,4 @@
-// A whole convolution: quantizes the input, runs tiles over it, writes the output.
+// A whole convolution: quantizes the input, sums over it, writes the output.
 #pragma once
 
 #include <cstdint>
@@ -21,20 +21,27 @@ struct Geometry {
   std::int64_t block_size;
   bool flat;   // blocks run over the channels * taps of one output
 
-  std::int64_t taps() const { return flat ? 1 : kernel_h * kernel_w; }
-  std::int64_t depth() const { return channels / groups * (flat ? kernel_h * kernel_w : 1); }  // values in a row
+  bool valid() const;  // sizes that make sense, agree, and do not overflow
+  // A channel a group. Blocks run over the taps of a filter; those of one tap are flat blocks of one value.
+  bool depthwise() const { return flat && groups > 1 && groups == channels; }
+  std::int64_t positions() const { return kernel_h * kernel_w; }
+  std::int64_t taps() const { return flat ? 1 : positions(); }
+  std::int64_t depth() const { return channels / groups * (flat ? positions() : 1); }  // values in a row
   std::int64_t blocks() const { return (depth() + block_size - 1) / block_size; }
   std::int64_t last() const { return depth() - (blocks() - 1) * block_size; }
   std::int64_t octets() const { return block_size / 8; }
   std::int64_t last_octets() const { return (last() + 7) / 8; }
   std::int64_t row_octets() const { return (blocks() - 1) * octets() + last_octets(); }
   std::int64_t group_outputs() const { return outputs / groups; }
-  bool valid() const;  // sizes that make sense, agree, and do not overflow
-  std::int64_t pairs() const { return (group_outputs() + 2 * kPanel - 1) / (2 * kPanel); }  // of panels, in a group
+  std::int64_t pairs() const { return (group_outputs() + kPair - 1) / kPair; }  // of panels, in a group
   std::int64_t panel_bytes(bool wide) const { return taps() * row_octets() * (wide ? 128 : 64); }
-  std::int64_t packed_bytes(bool wide) const { return groups * pairs() * 2 * panel_bytes(wide); }
-  std::int64_t kds_stride() const { return pairs() * 2 * kPanel; }
-  std::int64_t kds_count() const { return groups * taps() * blocks() * kds_stride(); }
+  std::int64_t kds_stride() const { return pairs() * kPair; }
+  std::int64_t packed_bytes(bool wide) const {
+    return depthwise() ? positions() * outputs + kMaxLanes : groups * pairs() * 2 * panel_bytes(wide);
+  }
+  std::int64_t kds_count() const {
+    return depthwise() ? blocks() * outputs + kMaxLanes : groups * taps() * blocks() * kds_stride();
+  }
 };
 
 struct Operands {
@@ -44,11 +51,14 @@ struct Operands {
   const float* kds;              // packed
   const float* kds_shift;        // packed, or null
   const float* bias;             // (outputs,) or null
-  float* output;                 // (images, outputs, out_height, out_width)
+  const float* residual;         // of the strides of the output, or null
+  float* output;                 // (images, outputs, out_height, out_width), x or channel of stride 1
   Strides output_strides;
-  int zero;                      // what stands for 0 in the weights
-  bool wide;
-  int activation_bits, sign;
+  bool wide;                     // weights of more than 4 bits
+  int activation_bits;
+  Sign sign;
+  Activation activation;
+  float slope;                   // of a leaky ReLU
 };
 
 // vqk (outputs, channels / groups, kernel_h, kernel_w) to panels; wide where it has more than 4 bits.
@@ -57,5 +67,9 @@ void pack_weight(const Geometry&, const std::int8_t* vqk, int bits, std::uint8_t
 void pack_kds(const Geometry&, const float* kds, float* packed);
 
 void convolve(const Geometry&, const Operands&, const Kernels&);
+
+// What a 1x1 convolution makes of its input: mantissas (images, channels, pixels), and exponents (images, groups * blocks,
+// pixels), which are -128 for a block that is not finite.
+void quantize_activation(const Geometry&, const Operands&, const Kernels&, std::int8_t* mantissa, std::int8_t* exponent);
 
 }  // namespace dsconv

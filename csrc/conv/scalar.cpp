@@ -3,21 +3,39 @@
 
 namespace dsconv::scalar {
 
-#include "quantize.inc"
+#define DSCONV_LANES 4
+#include "lanes.inc"
 
-static void tile(const Tile& t, int pixels) {
-  for (int m = 0; m < pixels; ++m)
-    for (int n = 0; n < 2 * kPanel; ++n) {
+static void store_bytes(std::int8_t* to, Int v) {
+  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<std::int8_t>(v[i]);
+}
+static std::uint32_t largest(Word v) {
+  std::uint32_t most = v[0];
+  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+static std::int32_t added(Int v) { return v[0] + v[1] + v[2] + v[3]; }
+static Float fused(Float a, Float b, Float c) {
+  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+
+#include "vector.inc"
+
+static void sum(const Sums& t) {
+  const Rows& rows = t.rows;
+  for (int m = 0; m < t.pixels; ++m)
+    for (int n = 0; n < t.panels * kPanel; ++n) {
       const std::uint8_t* w = t.weight + (n / kPanel) * t.panel_bytes + 4 * (n % kPanel);
       const float* kds = t.kds + n;
       const float* shift = t.kds_shift ? t.kds_shift + n : nullptr;
       float y = 0.0f;
       for (int k = 0; k < t.taps; ++k) {
         const std::int64_t at = t.pixel[m] + t.tap[k];
-        const std::int8_t* x = t.mantissa + at * t.row_bytes;
-        for (int b = 0; b < t.blocks; ++b) {
-          const int octets = b + 1 < t.blocks ? t.octets : t.last_octets;
-          std::int32_t s = -t.zero * t.sum[at * t.blocks + b];
+        const std::int8_t* x = rows.mantissa + at * rows.row_bytes;
+        for (int b = 0; b < rows.blocks; ++b) {
+          const int octets = b + 1 < rows.blocks ? t.octets : t.last_octets;
+          std::int32_t s = -t.zero * rows.sum[at * rows.blocks + b];
           for (int o = 0; o < octets; ++o, x += 8)
             if (t.wide) {
               for (int i = 0; i < 8; ++i) s += w[(i / 4) * 64 + i % 4] * x[i];
@@ -26,20 +44,20 @@ static void tile(const Tile& t, int pixels) {
               for (int i = 0; i < 4; ++i) s += (w[i] & 15) * x[i] + (w[i] >> 4) * x[i + 4];
               w += 64;
             }
-          const float scale = t.scale[at * t.blocks + b];
+          const float scale = rows.scale[at * rows.blocks + b];
           y = __builtin_fmaf(*kds, static_cast<float>(s) * scale, y);
           kds += t.kds_stride;
           if (shift) {
-            y = __builtin_fmaf(*shift, static_cast<float>(t.sum[at * t.blocks + b]) * scale, y);
+            y = __builtin_fmaf(*shift, static_cast<float>(rows.sum[at * rows.blocks + b]) * scale, y);
             shift += t.kds_stride;
           }
         }
       }
-      t.output[m * 2 * kPanel + n] = y;
+      t.output[m * kPair + n] = y;
     }
 }
 
 extern const Kernels kernels;
-const Kernels kernels{"scalar", tile, quantize};
+const Kernels kernels{"scalar", kLanes, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise};
 
 }  // namespace dsconv::scalar

@@ -1,5 +1,5 @@
-// The two pieces of work that an instruction set does its own way. Both are stateless: they allocate nothing, start no
-// thread and know no image. Where a pixel lies is given by offsets, so that padding, stride, dilation and groups are the
+// The pieces of work that an instruction set does its own way. All are stateless: they allocate nothing, start no thread
+// and know no image. Where a pixel lies is given by offsets, so that padding, stride, dilation and groups are the
 // caller's business.
 #pragma once
 
@@ -7,56 +7,99 @@
 
 namespace dsconv {
 
-inline constexpr int kPanel = 16;    // outputs that a packed row of weights holds
-inline constexpr int kPixels = 6;    // output pixels in a tile, at most
-inline constexpr int kLanes = 16;    // pixels that are quantized together
+inline constexpr int kPanel = 16;     // outputs that a packed row of weights holds
+inline constexpr int kPair = 2 * kPanel;
+inline constexpr int kSlack = 64;     // bytes behind the last mantissa that may be read
+inline constexpr int kMaxLanes = 16;
 
-// The sums of up to kPixels output pixels times two panels of outputs, over all taps and blocks.
-struct Tile {
-  // Input: one row of mantissas for each pixel of the bordered image, and for each of its blocks 2^e (NaN where the block
-  // is not finite) and the sum of the mantissas.
-  const std::int8_t* mantissa;
-  const float* scale;
-  const std::int32_t* sum;
+enum class Sign : int { adaptive, extra, included };  // the order of ACTIVATION_SIGNS in Python
+enum class Activation : int { none, relu, relu6, leaky_relu };
+
+// The quantized input: one row of mantissas for each pixel of the bordered image, and for each of its blocks 2^e (NaN
+// where the block is not finite) and the sum of the mantissas.
+struct Rows {
+  std::int8_t* mantissa;      // [rows][row_bytes]
+  float* scale;               // [rows][blocks]
+  std::int32_t* sum;          // [rows][blocks]
   std::int64_t row_bytes;
   int blocks;
-  int octets, last_octets;    // groups of eight values in a block, and in the last one
+};
 
+// One block of the values of some pixels, to be quantized into rows.
+struct Block {
+  const float* const* channel;  // the values of each: those of pixel i are at channel[c][at + i]
+  std::int64_t at;
+  int channels;
+  int bits;
+  Sign sign;
+  const std::int64_t* row;    // of each pixel
+  int pixels;
+  Rows rows;
+  int index;                  // of the block
+  std::int64_t first;         // where in a row its mantissas begin
+};
+
+// The sums of a run of output pixels times up to two panels of outputs, over all taps and blocks.
+struct Sums {
+  Rows rows;
+  int octets, last_octets;    // groups of eight values in a block, and in the last one
   // Weights of the first panel and how far the second is. They are unsigned, `zero` stands for 0: a nibble each in narrow
   // weights, a byte in wide ones.
   const std::uint8_t* weight;
   std::int64_t panel_bytes;
   int zero;
   bool wide;
+  int panels;                 // 1 or 2
+  int largest;                // magnitude of a mantissa
   const float* kds;           // [taps * blocks][kds_stride]
   const float* kds_shift;     // the same, or null
   std::int64_t kds_stride;
-
   const std::int64_t* pixel;  // where each output pixel reads its first tap, in rows
+  int pixels;
   const std::int64_t* tap;    // how much further each tap is, in rows
   int taps;
-
-  float* output;              // [kPixels][2 * kPanel]
+  float* output;              // [pixels][kPair]
+  std::uint8_t* workspace;    // as many bytes as Kernels::workspace says, aligned to 64
 };
 
-// One block of activations for kLanes pixels: values[c][lane] to mantissas, written to output + lane * row_bytes + c.
-struct Block {
-  const float* values;
-  int channels;
-  int bits;
-  int sign;                   // 0 adaptive, 1 extra, 2 included
-  std::int8_t* output;
-  std::int64_t row_bytes;
-  int lanes;                  // of which only the first so many are written
-  float* scale;               // + lane * block_stride
-  std::int32_t* sum;
-  std::int64_t block_stride;
+// Sums to outputs: adds the bias and the residual, applies the activation.
+struct Store {
+  const float* sums;          // [pixels][kPair]
+  int pixels, outputs;
+  const std::int64_t* place;  // of each pixel in the output
+  std::int64_t channel;       // how far apart the outputs of a pixel are
+  const float* bias;          // or null
+  const float* residual;      // of the layout of the output, or null
+  float* output;
+  Activation activation;
+  float slope;
+};
+
+// Depthwise: every lane is a filter of its own (by_lane), or a pixel of one filter. Weights, KDS and biases of filters lie
+// side by side, so they are read up to kMaxLanes behind the last one.
+struct Depthwise {
+  const float* const* tap;    // what each reads: that of lane i is at tap[k][at + i]
+  std::int64_t at;
+  int lanes;                  // of which only so many are stored; kMaxLanes can be read
+  bool by_lane;
+  int taps, block_size, bits;
+  Sign sign;
+  const std::int8_t* weight;  // [taps][filters]
+  const float* kds;           // [blocks][filters]
+  const float* kds_shift;     // or null
+  std::int64_t filters;
+  Store store;                // lane i goes to output + i
 };
 
 struct Kernels {
   const char* isa;
-  void (*tile)(const Tile&, int pixels);
-  void (*quantize)(const Block&);
+  int lanes;                                       // pixels that quantize_pixels takes
+  std::int64_t (*workspace)(const Sums&);          // or null: none is needed
+  void (*quantize_pixels)(const Block&);           // neighbouring pixels lie side by side
+  void (*quantize_channels)(const Block&);         // one pixel, whose channels lie side by side from channel[0][at] on
+  void (*sum)(const Sums&);
+  void (*store)(const Store&);
+  void (*depthwise)(const Depthwise&);
 };
 
 }  // namespace dsconv

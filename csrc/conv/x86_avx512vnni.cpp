@@ -4,13 +4,27 @@
 
 namespace dsconv::avx512vnni {
 
-#include "quantize.inc"
+#include "x86_avx512.inc"
 
-// A template per tile height, so that all sums stay in registers.
-template <int M, bool Wide, bool Shift>
-static void rows(const Tile& t) {
-  __m512 y[M][2];
-  for (int m = 0; m < M; ++m) y[m][0] = y[m][1] = _mm512_setzero_ps();
+template <int P>
+constexpr int kHeight = 12 / P;  // 12 integer and 12 float sums in the 32 registers
+
+// Four bytes to all lanes, straight from memory.
+static inline __m512i spread(const std::int8_t* from) {
+  std::int32_t four;
+  __builtin_memcpy(&four, from, 4);
+  return _mm512_set1_epi32(four);
+}
+
+// A template, so that all sums stay in registers.
+template <int M, int P, bool Wide, bool Shift>
+static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
+  // Low tiles have few sums: two of each, so that one does not wait for the other.
+  constexpr int kParts = M * P <= 4 ? 2 : 1;
+  const Rows& rows = t.rows;
+  __m512 y[M][P];
+  for (int m = 0; m < M; ++m)
+    for (int p = 0; p < P; ++p) y[m][p] = _mm512_setzero_ps();
   const std::uint8_t* w = t.weight;
   const float* kds = t.kds;
   const float* shift = t.kds_shift;
@@ -19,17 +33,21 @@ static void rows(const Tile& t) {
     const std::int8_t* x[M];
     std::int64_t block[M];
     for (int m = 0; m < M; ++m) {
-      const std::int64_t at = t.pixel[m] + t.tap[k];
-      x[m] = t.mantissa + at * t.row_bytes;
-      block[m] = at * t.blocks;
+      const std::int64_t at = pixel[m] + t.tap[k];
+      x[m] = rows.mantissa + at * rows.row_bytes;
+      block[m] = at * rows.blocks;
     }
-    for (int b = 0; b < t.blocks; ++b) {
-      __m512i s[M][2];
-      for (int m = 0; m < M; ++m) s[m][0] = s[m][1] = _mm512_set1_epi32(-t.zero * t.sum[block[m] + b]);
-      const int octets = b + 1 < t.blocks ? t.octets : t.last_octets;
+    for (int b = 0; b < rows.blocks; ++b) {
+      __m512i s[M][P][kParts];
+      for (int m = 0; m < M; ++m)
+        for (int p = 0; p < P; ++p) {
+          s[m][p][0] = _mm512_set1_epi32(-t.zero * rows.sum[block[m] + b]);
+          if constexpr (kParts == 2) s[m][p][1] = _mm512_setzero_si512();
+        }
+      const int octets = b + 1 < rows.blocks ? t.octets : t.last_octets;
       for (int o = 0; o < octets; ++o) {
-        __m512i first[2], second[2];
-        for (int p = 0; p < 2; ++p) {
+        __m512i first[P], second[P];
+        for (int p = 0; p < P; ++p) {
           const std::uint8_t* row = w + p * t.panel_bytes;
           first[p] = _mm512_loadu_si512(row);
           if constexpr (Wide) {
@@ -41,23 +59,22 @@ static void rows(const Tile& t) {
         }
         w += Wide ? 128 : 64;
         for (int m = 0; m < M; ++m) {
-          std::int32_t q[2];
-          __builtin_memcpy(q, x[m] + 8 * o, 8);
-          const __m512i a = _mm512_set1_epi32(q[0]), c = _mm512_set1_epi32(q[1]);
-          for (int p = 0; p < 2; ++p) s[m][p] = _mm512_dpbusd_epi32(s[m][p], first[p], a);
-          for (int p = 0; p < 2; ++p) s[m][p] = _mm512_dpbusd_epi32(s[m][p], second[p], c);
+          const __m512i a = spread(x[m] + 8 * o), c = spread(x[m] + 8 * o + 4);
+          for (int p = 0; p < P; ++p) s[m][p][0] = _mm512_dpbusd_epi32(s[m][p][0], first[p], a);
+          for (int p = 0; p < P; ++p) s[m][p][kParts - 1] = _mm512_dpbusd_epi32(s[m][p][kParts - 1], second[p], c);
         }
       }
       for (int m = 0; m < M; ++m) {
         x[m] += 8 * octets;
-        const float e = t.scale[block[m] + b];
-        for (int p = 0; p < 2; ++p) {
-          const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(s[m][p]), _mm512_set1_ps(e));
+        const float e = rows.scale[block[m] + b];
+        for (int p = 0; p < P; ++p) {
+          if constexpr (kParts == 2) s[m][p][0] = _mm512_add_epi32(s[m][p][0], s[m][p][1]);
+          const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(s[m][p][0]), _mm512_set1_ps(e));
           y[m][p] = _mm512_fmadd_ps(_mm512_loadu_ps(kds + p * kPanel), term, y[m][p]);
         }
         if constexpr (Shift) {
-          const __m512 term = _mm512_set1_ps(static_cast<float>(t.sum[block[m] + b]) * e);
-          for (int p = 0; p < 2; ++p) y[m][p] = _mm512_fmadd_ps(_mm512_loadu_ps(shift + p * kPanel), term, y[m][p]);
+          const __m512 term = _mm512_set1_ps(static_cast<float>(rows.sum[block[m] + b]) * e);
+          for (int p = 0; p < P; ++p) y[m][p] = _mm512_fmadd_ps(_mm512_loadu_ps(shift + p * kPanel), term, y[m][p]);
         }
       }
       kds += t.kds_stride;
@@ -65,12 +82,12 @@ static void rows(const Tile& t) {
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int p = 0; p < 2; ++p) _mm512_storeu_ps(t.output + (2 * m + p) * kPanel, y[m][p]);
+    for (int p = 0; p < P; ++p) _mm512_storeu_ps(output + m * kPair + p * kPanel, y[m][p]);
 }
 
-#include "tile_by_height.inc"
+#include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"avx512vnni", tile, quantize};
+const Kernels kernels{"avx512vnni", kLanes, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise};
 
 }  // namespace dsconv::avx512vnni

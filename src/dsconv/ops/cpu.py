@@ -1,7 +1,9 @@
 """DSConv in integers on the CPU, by the kernels of the extension ``dsconv._C``.
 
 ``dsconv::conv2d`` and ``dsconv::linear`` take packed weights (:func:`pack`). They return the same bits on every
-instruction set, number of threads and split of the batch; see the exactness notes in docs/numerics.md.
+instruction set, number of threads and split of the batch; see the exactness notes in docs/numerics.md. What they compute
+is ``activation(y + bias + residual)``, with ``activation`` one of :data:`ACTIVATIONS`. ``dsconv::quantize_activation`` is
+:func:`dsconv.numerics.quantize_activation`.
 """
 
 import ctypes
@@ -17,9 +19,10 @@ from torch import Tensor
 
 from dsconv.config import LayerConfig
 from dsconv.errors import ConfigError
-from dsconv.numerics import ACTIVATION_SIGNS, block_count
+from dsconv.numerics import ACTIVATION_SIGNS, block_count, quantize_activation
 
 MAX_BLOCK_SIZE = 512
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu")  # the order of csrc/conv/tile.h, and so is ACTIVATION_SIGNS
 
 
 class Packed(NamedTuple):
@@ -32,18 +35,43 @@ class Packed(NamedTuple):
 
 @cache
 def extension() -> ModuleType | None:
-    """``dsconv._C``, running its tasks on the threads of PyTorch where it offers them; None where not built."""
+    """``dsconv._C``, ready to run; None where it is not built."""
     try:
         from dsconv import _C
     except ImportError:
         return None
+    _C.use_parallel_for(_torch_parallel_for() if parallel() == "torch" else 0)
+    return _C
+
+
+@cache
+def parallel() -> str:
+    """What runs the tasks of a convolution: ``DSCONV_PARALLEL``, else ``torch`` where PyTorch offers it, else ``pool``.
+
+    ``torch`` is PyTorch's own threads, ``pool`` as many threads of our own, ``serial`` the calling thread alone.
+
+    Raises:
+        ConfigError: ``DSCONV_PARALLEL`` is none of these, or ``torch`` where PyTorch does not offer its threads.
+    """
+    wanted = os.environ.get("DSCONV_PARALLEL")
+    if wanted not in (None, "torch", "pool", "serial"):
+        raise ConfigError(f"DSCONV_PARALLEL: expected torch, pool or serial, got {wanted!r}")
+    if wanted == "torch" and not _torch_parallel_for():
+        raise ConfigError(
+            f"DSCONV_PARALLEL: PyTorch {torch.__version__} does not offer its threads (2.10 and later do): use pool"
+        )
+    return wanted or ("torch" if _torch_parallel_for() else "pool")
+
+
+@cache
+def _torch_parallel_for() -> int:
+    """Address of libtorch's ``torch_parallel_for``, or 0."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         run = ctypes.CDLL(str(library)).torch_parallel_for
     except (OSError, AttributeError):
-        return _C
-    _C.use_parallel_for(ctypes.cast(run, ctypes.c_void_p).value or 0)
-    return _C
+        return 0
+    return ctypes.cast(run, ctypes.c_void_p).value or 0
 
 
 @cache
@@ -99,6 +127,8 @@ def _sizes(
     flat: bool,
 ) -> tuple[int, ...]:
     """Sizes of a convolution of ``x (N, C, H, W)`` in the order of csrc/bindings.cpp."""
+    if groups == x[1] > 1 and not flat:  # depthwise: blocks of a tap are flattened blocks of one value
+        flat, block_size = True, 1
     out = _output_size(x[2:], kernel, stride, padding, dilation)
     where = (*kernel, *stride, *padding, *dilation)
     return (*x, outputs, *out, *where, groups, block_size, int(flat))
@@ -144,16 +174,21 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
     return Packed(weight, packed(kds), None if kds_shift is None else packed(kds_shift))
 
 
-# The order of csrc/conv/tile.h is that of ACTIVATION_SIGNS.
 # PyTorch declares no types here.
 _library: Any = torch.library.Library("dsconv", "DEF")  # type: ignore[no-untyped-call]
-_SETTINGS = "int outputs, int weight_bits, int activation_bits, str sign, int block_size"
+_SETTINGS = (
+    "int outputs, int weight_bits, int activation_bits, str sign, int block_size, "
+    "Tensor? residual=None, str activation='none', float slope=0.01"
+)
 _WEIGHTS = "Tensor weight, Tensor kds, Tensor? kds_shift, Tensor? bias"
 _library.define(
     f"conv2d(Tensor x, {_WEIGHTS}, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, "
     f"bool flat, {_SETTINGS}) -> Tensor"
 )
 _library.define(f"linear(Tensor x, {_WEIGHTS}, {_SETTINGS}) -> Tensor")
+_library.define(
+    "quantize_activation(Tensor x, int bits, int block_size, str sign='adaptive', int groups=1) -> (Tensor, Tensor)"
+)
 
 
 def _check_input(name: str, x: Tensor, dims: int, sign: str) -> None:
@@ -181,32 +216,60 @@ def _check_weights(name: str, weights: Sequence[Tensor | None], sizes: Sequence[
             )
 
 
+class _Settings(NamedTuple):
+    """The arguments that convolutions and linear layers end with."""
+
+    outputs: int
+    weight_bits: int
+    activation_bits: int
+    sign: str
+    block_size: int
+    residual: Tensor | None = None
+    activation: str = "none"
+    slope: float = 0.01
+
+
 def _run(
+    name: str,
     x: Tensor,
     x_strides: tuple[int, ...],
     weights: Sequence[Tensor | None],
     y: Tensor,
     y_strides: tuple[int, ...],
     sizes: tuple[int, ...],
-    weight_bits: int,
-    activation_bits: int,
-    sign: str,
+    settings: _Settings,
 ) -> Tensor:
     module = extension()
     assert module is not None
+    if settings.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"dsconv::{name}: activation: expected one of {', '.join(ACTIVATIONS)}, got {settings.activation!r}"
+        )
+    residual = settings.residual
+    if residual is not None:
+        if residual.shape != y.shape or residual.dtype != y.dtype or not residual.is_cpu:
+            raise ValueError(
+                f"dsconv::{name}: residual: expected float32 {tuple(y.shape)} on the CPU, "
+                f"got {residual.dtype} {tuple(residual.shape)}"
+            )
+        if residual.stride() != y.stride():
+            residual = torch.empty_like(y).copy_(residual)
     if y.numel():
-        addresses = [0 if value is None else value.data_ptr() for value in weights]
+        if parallel() == "pool":
+            module.use_pool(torch.get_num_threads())
         module.convolve(
             isa(),
             sizes,
             x.data_ptr(),
             x_strides,
-            *addresses,
+            *(0 if value is None else value.data_ptr() for value in (*weights, residual)),
             y.data_ptr(),
             y_strides,
-            weight_bits,
-            activation_bits,
-            ACTIVATION_SIGNS.index(sign),
+            settings.weight_bits,
+            settings.activation_bits,
+            ACTIVATION_SIGNS.index(settings.sign),
+            ACTIVATIONS.index(settings.activation),
+            settings.slope,
         )
     return y
 
@@ -215,8 +278,10 @@ def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _empty_output(x: Tensor, outputs: int, size: Sequence[int]) -> Tensor:
-    layout = torch.channels_last if _channels_last(x) else torch.contiguous_format
+def _empty_output(x: Tensor, outputs: int, size: Sequence[int], groups: int = 1) -> Tensor:
+    # Depthwise with several filters a channel writes lines.
+    lines = groups == x.shape[1] and groups not in (1, outputs)
+    layout = torch.channels_last if _channels_last(x) and not lines else torch.contiguous_format
     return torch.empty((x.shape[0], outputs, *size), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
@@ -232,19 +297,18 @@ def _conv2d(
     dilation: Sequence[int],
     groups: int,
     flat: bool,
-    outputs: int,
-    weight_bits: int,
-    activation_bits: int,
-    sign: str,
-    block_size: int,
+    *rest: Any,
+    **named: Any,
 ) -> Tensor:
-    _check_input("conv2d", x, 4, sign)
-    sizes = _sizes(x.shape, outputs, kernel_size, stride, padding, dilation, groups, block_size, flat)
+    settings = _Settings(*rest, **named)
+    _check_input("conv2d", x, 4, settings.sign)
+    where = (kernel_size, stride, padding, dilation, groups)
+    sizes = _sizes(x.shape, settings.outputs, *where, settings.block_size, flat)
     weights = (weight, kds, kds_shift, bias)
-    _check_weights("conv2d", weights, sizes, weight_bits)
+    _check_weights("conv2d", weights, sizes, settings.weight_bits)
     x = x if _channels_last(x) else x.contiguous()
-    y = _empty_output(x, outputs, sizes[5:7])
-    return _run(x, x.stride(), weights, y, y.stride(), sizes, weight_bits, activation_bits, sign)
+    y = _empty_output(x, settings.outputs, sizes[5:7], groups)
+    return _run("conv2d", x, x.stride(), weights, y, y.stride(), sizes, settings)
 
 
 def _conv2d_fake(
@@ -260,9 +324,10 @@ def _conv2d_fake(
     groups: int,
     flat: bool,
     outputs: int,
-    *settings: object,
+    *rest: object,
+    **named: object,
 ) -> Tensor:
-    return _empty_output(x, outputs, _output_size(x.shape[2:], kernel_size, stride, padding, dilation))
+    return _empty_output(x, outputs, _output_size(x.shape[2:], kernel_size, stride, padding, dilation), groups)
 
 
 def _linear(
@@ -271,22 +336,21 @@ def _linear(
     kds: Tensor,
     kds_shift: Tensor | None,
     bias: Tensor | None,
-    outputs: int,
-    weight_bits: int,
-    activation_bits: int,
-    sign: str,
-    block_size: int,
+    *rest: Any,
+    **named: Any,
 ) -> Tensor:
-    _check_input("linear", x, 2, sign)
-    one = (1, 1)
+    settings = _Settings(*rest, **named)
+    _check_input("linear", x, 2, settings.sign)
+    one, outputs = (1, 1), settings.outputs
     # A row of pixels whose channels lie side by side.
     # The weights are checked against a row of at least one.
-    sizes = _sizes((1, x.shape[-1], 1, max(1, x.shape[0])), outputs, one, one, (0, 0), one, 1, block_size, False)
+    row = (1, x.shape[-1], 1, max(1, x.shape[0]))
+    sizes = _sizes(row, outputs, one, one, (0, 0), one, 1, settings.block_size, False)
     weights = (weight, kds, kds_shift, bias)
-    _check_weights("linear", weights, sizes, weight_bits)
+    _check_weights("linear", weights, sizes, settings.weight_bits)
     x = x.contiguous()
     y = x.new_empty((x.shape[0], outputs))
-    return _run(x, (0, 1, 0, x.shape[1]), weights, y, (0, 1, 0, outputs), sizes, weight_bits, activation_bits, sign)
+    return _run("linear", x, (0, 1, 0, x.shape[1]), weights, y, (0, 1, 0, outputs), sizes, settings)
 
 
 def _linear_fake(
@@ -296,11 +360,48 @@ def _linear_fake(
     kds_shift: Tensor | None,
     bias: Tensor | None,
     outputs: int,
-    *settings: object,
+    *rest: object,
+    **named: object,
 ) -> Tensor:
     return x.new_empty((x.shape[0], outputs))
 
 
-for _name, _kernel, _fake in (("conv2d", _conv2d, _conv2d_fake), ("linear", _linear, _linear_fake)):
+def _quantize_activation(
+    x: Tensor, bits: int, block_size: int, sign: str = "adaptive", groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    module, exponents = extension(), 0
+    if x.dim() >= 2 and groups >= 1 and x.shape[1] % groups == 0 and block_size >= 1:
+        exponents = groups * block_count(x.shape[1] // groups, block_size)
+    size = block_size if exponents > groups else -(-(x.shape[1] // max(1, groups)) // 8) * 8 if exponents else 0
+    covered = module is not None and x.dtype == torch.float32 and x.numel() and size and size % 8 == 0
+    if not covered or size > MAX_BLOCK_SIZE or sign not in ACTIVATION_SIGNS or not 2 <= bits <= 8:
+        return quantize_activation(x, bits, block_size, sign=sign, groups=groups)  # type: ignore[arg-type]
+    assert module is not None
+    x = x.contiguous()
+    mantissa = torch.empty_like(x, dtype=torch.int8)
+    exponent = x.new_empty((x.shape[0], exponents, *x.shape[2:]), dtype=torch.int8)
+    image = (x.shape[0], x.shape[1], 1, x[0, 0].numel())
+    one = (1, 1)
+    sizes = _sizes(image, groups, one, one, (0, 0), one, groups, size, False)
+    strides = (image[1] * image[3], image[3], image[3], 1)
+    module.quantize_activation(
+        isa(), sizes, x.data_ptr(), strides, bits, ACTIVATION_SIGNS.index(sign), mantissa.data_ptr(), exponent.data_ptr()
+    )
+    return mantissa, exponent
+
+
+def _quantize_activation_fake(
+    x: Tensor, bits: int, block_size: int, sign: str = "adaptive", groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    exponents = groups * block_count(x.shape[1] // groups, block_size)
+    mantissa = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    return mantissa, x.new_empty((x.shape[0], exponents, *x.shape[2:]), dtype=torch.int8)
+
+
+for _name, _kernel, _fake in (
+    ("conv2d", _conv2d, _conv2d_fake),
+    ("linear", _linear, _linear_fake),
+    ("quantize_activation", _quantize_activation, _quantize_activation_fake),
+):
     _library.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"dsconv::{_name}", _fake, lib=_library)

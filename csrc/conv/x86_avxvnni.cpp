@@ -1,0 +1,23 @@
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace dsconv::avxvnni {
+
+static constexpr bool kPairs = false;
+static constexpr int kVectors = 2;
+
+static inline __m256i dot(__m256i s, __m256i w, __m256i x) {
+  return _mm256_dpbusd_avx_epi32(s, w, x);
+}
+
+#include "x86_256.inc"
+
+template <int P>
+constexpr int kHeight = 3;
+#include "sum_by_height.inc"
+
+extern const Kernels kernels;
+const Kernels kernels{"avxvnni", kLanes, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise};
+
+}  // namespace dsconv::avxvnni
