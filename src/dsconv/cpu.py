@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from dsconv import ops
+
+_PARALLEL = {"torch": "PyTorch's pool", "pool": "a pool of their own", "serial": "serial"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class CpuInfo:
         isa_used: the instruction set that the integer kernels use, or ``None`` without the extension: layers are then
             simulated in float by PyTorch.
         isa_reason: why that one.
-        parallel: whose threads the integer kernels run on, or ``None`` without the extension.
+        parallel: whose threads the integer kernels run on (``DSCONV_PARALLEL``), or ``None`` without the extension.
         torch_threads: threads that PyTorch uses within an operation.
     """
 
@@ -51,7 +51,7 @@ def cpu_info() -> CpuInfo:
     """Tell what this processor offers and what dsconv uses of it.
 
     Raises:
-        ConfigError: ``DSCONV_MAX_ISA`` is not the name of an instruction set.
+        ConfigError: ``DSCONV_MAX_ISA`` or ``DSCONV_PARALLEL`` is not one of their values.
 
     Example:
         >>> info = cpu_info()
@@ -76,7 +76,7 @@ def cpu_info() -> CpuInfo:
             if used == best
             else f"DSCONV_MAX_ISA={os.environ.get('DSCONV_MAX_ISA')} keeps it from {best}"
         ),
-        parallel=_parallel(),
+        parallel=_PARALLEL[ops.cpu.parallel()],
         torch_threads=torch.get_num_threads(),
     )
 
@@ -84,12 +84,3 @@ def cpu_info() -> CpuInfo:
 def _without_extension(why: str) -> CpuInfo:
     reason = "layers run as a float simulation in PyTorch"
     return CpuInfo(why, (), None, reason, None, torch.get_num_threads())
-
-
-def _parallel() -> str:
-    """Whose threads the kernels run on: what :func:`dsconv.ops.cpu.extension` arranges."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        return "PyTorch's pool" if hasattr(ctypes.CDLL(str(library)), "torch_parallel_for") else "serial"
-    except OSError:
-        return "serial"

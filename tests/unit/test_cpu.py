@@ -96,6 +96,13 @@ def test_instruction_set_in_use_is_reported_with_the_reason(monkeypatch: pytest.
     cpu.isa.cache_clear()
 
 
+@needs_extension
+@pytest.mark.parametrize(("name", "shown"), [("pool", "a pool of their own"), ("serial", "serial")])
+def test_kind_of_threads_in_use_is_reported(name: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "parallel", lambda: name)
+    assert cpu_info().parallel == shown and f"threads of the kernels  {shown}" in str(cpu_info())
+
+
 def test_cpu_info_follows_torchs_threads() -> None:
     threads = torch.get_num_threads()
     try:

@@ -42,7 +42,7 @@ class DSLayer(nn.Module):
     - :func:`dsconv.ops.simulated` is not in effect.
 
     The kernels read a packed copy of the weights, which is no part of the state. It follows the buffers when they are
-    loaded, moved, replaced or changed in place. ``torch.compile`` and ``torch.export`` take the copy as they find it: call
+    loaded, moved, replaced or changed in place. ``torch.compile`` and ``torch.export`` take it as they find it: call
     :meth:`pack_` after replacing or changing buffers by hand.
 
     Attributes:
