@@ -48,18 +48,20 @@ float quantize_block(const std::vector<float>& values, int bits, int sign, std::
 struct Case {
   Geometry g{};
   int weight_bits, activation_bits, sign;
-  bool shift, bias;
-  std::vector<float> input, kds, kds_shift, biases;
+  bool shift, bias, add, channels_last;
+  Activation activation;
+  std::vector<float> input, kds, kds_shift, biases, residual;
   std::vector<std::int8_t> vqk;
 };
 
 Case random_case() {
   Case c;
   Geometry& g = c.g;
-  g.groups = pick(0, 3) ? 1 : pick(2, 3);
+  const bool depthwise = pick(0, 4) == 0;
+  g.groups = depthwise ? pick(2, 40) : pick(0, 3) ? 1 : pick(2, 3);
   g.images = pick(0, 9) ? pick(1, 2) : 0;
-  g.channels = g.groups * pick(1, pick(0, 3) ? 40 : 257);
-  g.outputs = g.groups * pick(1, 40);
+  g.channels = depthwise ? g.groups : g.groups * pick(1, pick(0, 3) ? 40 : 257);
+  g.outputs = g.groups * (depthwise ? pick(0, 3) ? 1 : pick(2, 3) : pick(1, 70));
   g.kernel_h = pick(1, 3), g.kernel_w = pick(1, 5);
   g.stride_h = pick(1, 3), g.stride_w = pick(1, 3);
   g.dilation_h = pick(1, 2), g.dilation_w = pick(1, 2);
@@ -70,12 +72,14 @@ Case random_case() {
     g.out_width = (g.width + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1) / g.stride_w + 1;
   } while (g.height + 2 * g.pad_h < g.dilation_h * (g.kernel_h - 1) + 1 ||
            g.width + 2 * g.pad_w < g.dilation_w * (g.kernel_w - 1) + 1);
-  g.block_size = 16 * pick(1, 8);
-  g.flat = pick(0, 3) == 0;
+  g.flat = depthwise || pick(0, 3) == 0;
+  g.block_size = depthwise ? pick(1, 20) : 16 * pick(1, 8);
   c.weight_bits = static_cast<int>(pick(2, 8));
   c.activation_bits = static_cast<int>(pick(2, 8));
   c.sign = static_cast<int>(pick(0, 2));
-  c.shift = pick(0, 1), c.bias = pick(0, 1);
+  c.shift = pick(0, 1), c.bias = pick(0, 1), c.add = pick(0, 1);
+  c.channels_last = pick(0, 1) && (!g.depthwise() || g.outputs == g.channels);
+  c.activation = static_cast<Activation>(pick(0, 3));
   const float magnitude = std::exp2(static_cast<float>(pick(-90, 90)));
   const bool rectified = pick(0, 1);
   for (std::int64_t i = 0; i < g.images * g.channels * g.height * g.width; ++i) {
@@ -91,40 +95,70 @@ Case random_case() {
     c.kds_shift.push_back(normal());
   }
   for (std::int64_t i = 0; i < g.outputs; ++i) c.biases.push_back(normal());
+  for (std::int64_t i = 0; i < g.images * g.outputs * g.out_height * g.out_width; ++i)
+    c.residual.push_back(normal() * magnitude);
   return c;
 }
+
+Strides strides_of(const Case& c, std::int64_t channels, std::int64_t height, std::int64_t width) {
+  const std::int64_t image = channels * height * width;
+  return c.channels_last ? Strides{image, 1, width * channels, channels} : Strides{image, height * width, width, 1};
+}
+
+constexpr float kSlope = 0.125f;
 
 std::vector<float> run(const Case& c, const Kernels& kernels) {
   const Geometry& g = c.g;
   const bool wide = c.weight_bits > 4;
-  std::vector<std::uint8_t> weight(c.g.packed_bytes(wide));
-  std::vector<float> kds(c.g.kds_count()), shift(c.g.kds_count());
-  pack_weight(c.g, c.vqk.data(), c.weight_bits, weight.data());
-  pack_kds(c.g, c.kds.data(), kds.data());
-  pack_kds(c.g, c.kds_shift.data(), shift.data());
-  std::vector<float> output(c.g.images * c.g.outputs * c.g.out_height * c.g.out_width, 7.0f);
-  convolve(c.g,
-           {c.input.data(), {g.channels * g.height * g.width, g.height * g.width, g.width, 1}, weight.data(), kds.data(), c.shift ? shift.data() : nullptr,
-            c.bias ? c.biases.data() : nullptr, output.data(),
-            {g.outputs * g.out_height * g.out_width, g.out_height * g.out_width, g.out_width, 1}, wide ? 128 : 8, wide, c.activation_bits, c.sign},
-           kernels);
+  std::vector<std::uint8_t> weight(g.packed_bytes(wide));
+  std::vector<float> kds(g.kds_count()), shift(g.kds_count());
+  pack_weight(g, c.vqk.data(), c.weight_bits, weight.data());
+  pack_kds(g, c.kds.data(), kds.data());
+  pack_kds(g, c.kds_shift.data(), shift.data());
+  std::vector<float> output(c.residual.size(), 7.0f);
+  const Operands operands{.input = c.input.data(),
+                          .input_strides = strides_of(c, g.channels, g.height, g.width),
+                          .weight = weight.data(),
+                          .kds = kds.data(),
+                          .kds_shift = c.shift ? shift.data() : nullptr,
+                          .bias = c.bias ? c.biases.data() : nullptr,
+                          .residual = c.add ? c.residual.data() : nullptr,
+                          .output = output.data(),
+                          .output_strides = strides_of(c, g.outputs, g.out_height, g.out_width),
+                          .wide = wide,
+                          .activation_bits = c.activation_bits,
+                          .sign = static_cast<Sign>(c.sign),
+                          .activation = c.activation,
+                          .slope = kSlope};
+  convolve(g, operands, kernels);
   return output;
+}
+
+double activated(const Case& c, double v) {
+  switch (c.activation) {
+    case Activation::none: return v;
+    case Activation::relu: return v < 0 ? 0 : v;
+    case Activation::relu6: return v < 0 ? 0 : v > 6 ? 6 : v;
+    case Activation::leaky_relu: return v < 0 ? kSlope * v : v;
+  }
+  return v;
 }
 
 // First place where `output` is further from the exact sums than float32 allows, or -1.
 std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
   const Geometry& g = c.g;
   const std::int64_t cg = g.channels / g.groups, og = g.outputs / g.groups, taps = g.kernel_h * g.kernel_w;
-  std::int64_t at = 0;
+  const Strides in = strides_of(c, g.channels, g.height, g.width), out = strides_of(c, g.outputs, g.out_height, g.out_width);
   for (std::int64_t n = 0; n < g.images; ++n)
     for (std::int64_t o = 0; o < g.outputs; ++o)
       for (std::int64_t y = 0; y < g.out_height; ++y)
-        for (std::int64_t x = 0; x < g.out_width; ++x, ++at) {
+        for (std::int64_t x = 0; x < g.out_width; ++x) {
+          const std::int64_t at = n * out.image + o * out.channel + y * out.y + x * out.x;
           const auto value = [&](std::int64_t channel, std::int64_t tap) {
             const std::int64_t iy = y * g.stride_h - g.pad_h + tap / g.kernel_w * g.dilation_h;
             const std::int64_t ix = x * g.stride_w - g.pad_w + tap % g.kernel_w * g.dilation_w;
             if (iy < 0 || iy >= g.height || ix < 0 || ix >= g.width) return 0.0f;
-            return c.input[((n * g.channels + o / og * cg + channel) * g.height + iy) * g.width + ix];
+            return c.input[n * in.image + (o / og * cg + channel) * in.channel + iy * in.y + ix * in.x];
           };
           double sum = c.bias ? c.biases[o] : 0.0, size = std::fabs(sum);
           std::int64_t terms = 0;
@@ -148,7 +182,9 @@ std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
               size += std::fabs(term) + std::fabs(more);
               terms += c.shift ? 2 : 1;
             }
-          const double bound = static_cast<double>(terms + 1) * std::ldexp(size, -24);
+          if (c.add) sum += c.residual[at], size += std::fabs(c.residual[at]), ++terms;
+          const double bound = static_cast<double>(terms + 1) * std::ldexp(size, -24) * 1.5;  // activated once more
+          sum = activated(c, sum);
           if (std::isnan(sum) ? !std::isnan(output[at]) : !(std::fabs(output[at] - sum) <= bound)) return at;
         }
   return -1;
