@@ -1,9 +1,8 @@
 """DSConv in integers on the CPU, by the kernels of the extension ``dsconv._C``.
 
-``dsconv::conv2d`` and ``dsconv::linear`` take packed weights (:func:`pack`). They return the same bits on every
-instruction set, number of threads and split of the batch; see the exactness notes in docs/numerics.md. What they compute
-is ``activation(y + bias + residual)``, with ``activation`` one of :data:`ACTIVATIONS`. ``dsconv::quantize_activation`` is
-:func:`dsconv.numerics.quantize_activation`.
+``dsconv::conv2d`` and ``dsconv::linear`` take packed weights (:func:`pack`) and return ``activation(y + bias +
+residual)``, the same bits on every instruction set, number of threads and split of the batch; see the exactness notes
+in docs/numerics.md. ``dsconv::quantize_activation`` returns what :func:`dsconv.numerics.quantize_activation` does.
 """
 
 import ctypes
@@ -151,7 +150,11 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
         kds, kds_shift: ``(O, CB, *K)``, or ``(O, CB)`` for flattened blocks.
         config: its settings; :func:`why_not` has nothing against them.
         groups: convolution groups.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
     """
+    _check_layer(vqk, kds, kds_shift, config)
     module = extension()
     block_size = kernel_block_size(vqk.shape, config)
     assert module is not None
@@ -172,6 +175,17 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
         return result
 
     return Packed(weight, packed(kds), None if kds_shift is None else packed(kds_shift))
+
+
+def _check_layer(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig) -> None:
+    flat = config.blocks == "flat"
+    blocks = block_count(vqk[:1].numel() if flat else vqk.shape[1], config.block_size)
+    shape = (vqk.shape[0], blocks) if flat else (vqk.shape[0], blocks, *vqk.shape[2:])
+    if vqk.dtype != torch.int8:
+        raise ValueError(f"vqk: expected int8, got {vqk.dtype}")
+    for name, scale in (("kds", kds), ("kds_shift", kds_shift)):
+        if scale is not None and (scale.shape != shape or not scale.is_floating_point()):
+            raise ValueError(f"{name}: expected floats of shape {shape}, got {scale.dtype} {tuple(scale.shape)}")
 
 
 # PyTorch declares no types here.
@@ -303,6 +317,12 @@ def _conv2d(
     settings = _Settings(*rest, **named)
     _check_input("conv2d", x, 4, settings.sign)
     where = (kernel_size, stride, padding, dilation, groups)
+    size = _output_size(x.shape[2:], kernel_size, stride, padding, dilation) if min(stride, default=0) > 0 else []
+    if min(size, default=0) < 1 and x.numel():
+        raise ValueError(
+            f"dsconv::conv2d: an image of {tuple(x.shape[2:])} with padding {tuple(padding)} is smaller than the "
+            f"kernel {tuple(kernel_size)} with dilation {tuple(dilation)} (stride {tuple(stride)})"
+        )
     sizes = _sizes(x.shape, settings.outputs, *where, settings.block_size, flat)
     weights = (weight, kds, kds_shift, bias)
     _check_weights("conv2d", weights, sizes, settings.weight_bits)
@@ -385,7 +405,14 @@ def _quantize_activation(
     sizes = _sizes(image, groups, one, one, (0, 0), one, groups, size, False)
     strides = (image[1] * image[3], image[3], image[3], 1)
     module.quantize_activation(
-        isa(), sizes, x.data_ptr(), strides, bits, ACTIVATION_SIGNS.index(sign), mantissa.data_ptr(), exponent.data_ptr()
+        isa(),
+        sizes,
+        x.data_ptr(),
+        strides,
+        bits,
+        ACTIVATION_SIGNS.index(sign),
+        mantissa.data_ptr(),
+        exponent.data_ptr(),
     )
     return mantissa, exponent
 
