@@ -78,10 +78,11 @@ class Quantized {
         rows(g.images * height * width),
         row_bytes(g.row_octets() * 8),
         blocks(g.blocks()),
-        scratch_(size<std::int8_t>(g.groups * rows * row_bytes + kSlack) + 2 * size<float>(g.groups * rows * blocks)),
+        scratch_(size<std::int8_t>(g.groups * rows * row_bytes + kSlack) + 3 * size<float>(g.groups * rows * blocks)),
         all_{scratch_.take<std::int8_t>(g.groups * rows * row_bytes + kSlack),
              scratch_.take<float>(g.groups * rows * blocks), scratch_.take<std::int32_t>(g.groups * rows * blocks),
-             row_bytes, static_cast<int>(blocks)} {
+             o.kds_shift ? scratch_.take<float>(g.groups * rows * blocks) : nullptr, row_bytes,
+             static_cast<int>(blocks), o.wide ? 128 : 8} {
     std::memset(all_.mantissa + g.groups * rows * row_bytes, 0, kSlack);
     // Lines of some hundred pixels make a task.
     const std::int64_t lines = std::clamp<std::int64_t>(256 / std::max<std::int64_t>(1, width), 1, std::max<std::int64_t>(1, inner_h));
@@ -96,7 +97,8 @@ class Quantized {
     Rows r = all_;
     r.mantissa += group * rows * row_bytes;
     r.scale += group * rows * blocks;
-    r.sum += group * rows * blocks;
+    r.start += group * rows * blocks;
+    if (r.shifted) r.shifted += group * rows * blocks;
     return r;
   }
 
@@ -111,7 +113,8 @@ class Quantized {
   void blank(const Rows& r, std::int64_t row, std::int64_t count) const {
     std::memset(r.mantissa + row * row_bytes, 0, count * row_bytes);
     std::fill_n(r.scale + row * blocks, count * blocks, 1.0f);
-    std::fill_n(r.sum + row * blocks, count * blocks, 0);
+    std::fill_n(r.start + row * blocks, count * blocks, 0);
+    if (r.shifted) std::fill_n(r.shifted + row * blocks, count * blocks, 0.0f);
   }
 
   // Lines from `top` to `bottom` of an image, and the border beside them.
@@ -423,7 +426,6 @@ void convolve(const Geometry& whole, const Operands& operands, const Kernels& ke
     t.octets = static_cast<int>(g.octets());
     t.last_octets = static_cast<int>(g.last_octets());
     t.panel_bytes = panel;
-    t.zero = o.wide ? 128 : 8;
     t.wide = o.wide;
     t.largest = o.activation_bits == 8 ? 128 : (1 << o.activation_bits) - 1;
     t.kds_stride = stride;

@@ -35,7 +35,7 @@ static void sum(const Sums& t) {
         const std::int8_t* x = rows.mantissa + at * rows.row_bytes;
         for (int b = 0; b < rows.blocks; ++b) {
           const int octets = b + 1 < rows.blocks ? t.octets : t.last_octets;
-          std::int32_t s = -t.zero * rows.sum[at * rows.blocks + b];
+          std::int32_t s = rows.start[at * rows.blocks + b];
           for (int o = 0; o < octets; ++o, x += 8)
             if (t.wide) {
               for (int i = 0; i < 8; ++i) s += w[(i / 4) * 64 + i % 4] * x[i];
@@ -48,7 +48,7 @@ static void sum(const Sums& t) {
           y = __builtin_fmaf(*kds, static_cast<float>(s) * scale, y);
           kds += t.kds_stride;
           if (shift) {
-            y = __builtin_fmaf(*shift, static_cast<float>(rows.sum[at * rows.blocks + b]) * scale, y);
+            y = __builtin_fmaf(*shift, rows.shifted[at * rows.blocks + b], y);
             shift += t.kds_stride;
           }
         }

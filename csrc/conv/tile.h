@@ -15,14 +15,17 @@ inline constexpr int kMaxLanes = 16;
 enum class Sign : int { adaptive, extra, included };  // the order of ACTIVATION_SIGNS in Python
 enum class Activation : int { none, relu, relu6, leaky_relu };
 
-// The quantized input: one row of mantissas for each pixel of the bordered image, and for each of its blocks 2^e (NaN
-// where the block is not finite) and the sum of the mantissas.
+// The quantized input: one row of mantissas for each pixel of the bordered image, and for each of its blocks 2^e, NaN where
+// the block is not finite, and the sum of the mantissas in the two forms in which it is needed. Weights are stored as
+// unsigned numbers of which `zero` stands for 0, so sums start at -zero times the sum of the mantissas.
 struct Rows {
   std::int8_t* mantissa;      // [rows][row_bytes]
   float* scale;               // [rows][blocks]
-  std::int32_t* sum;          // [rows][blocks]
+  std::int32_t* start;        // [rows][blocks], -zero * sum
+  float* shifted;             // [rows][blocks], 2^e * sum; null where there is no shift
   std::int64_t row_bytes;
   int blocks;
+  int zero;
 };
 
 // One block of the values of some pixels, to be quantized into rows.
@@ -43,11 +46,8 @@ struct Block {
 struct Sums {
   Rows rows;
   int octets, last_octets;    // groups of eight values in a block, and in the last one
-  // Weights of the first panel and how far the second is. They are unsigned, `zero` stands for 0: a nibble each in narrow
-  // weights, a byte in wide ones.
-  const std::uint8_t* weight;
-  std::int64_t panel_bytes;
-  int zero;
+  const std::uint8_t* weight;  // of the first panel: a nibble each in narrow weights, a byte in wide ones
+  std::int64_t panel_bytes;    // from there to the second
   bool wide;
   int panels;                 // 1 or 2
   int largest;                // magnitude of a mantissa

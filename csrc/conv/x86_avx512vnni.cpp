@@ -41,7 +41,7 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
       __m512i s[M][P][kParts];
       for (int m = 0; m < M; ++m)
         for (int p = 0; p < P; ++p) {
-          s[m][p][0] = _mm512_set1_epi32(-t.zero * rows.sum[block[m] + b]);
+          s[m][p][0] = _mm512_set1_epi32(rows.start[block[m] + b]);
           if constexpr (kParts == 2) s[m][p][1] = _mm512_setzero_si512();
         }
       const int octets = b + 1 < rows.blocks ? t.octets : t.last_octets;
@@ -73,7 +73,7 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
           y[m][p] = _mm512_fmadd_ps(_mm512_loadu_ps(kds + p * kPanel), term, y[m][p]);
         }
         if constexpr (Shift) {
-          const __m512 term = _mm512_set1_ps(static_cast<float>(rows.sum[block[m] + b]) * e);
+          const __m512 term = _mm512_set1_ps(rows.shifted[block[m] + b]);
           for (int p = 0; p < P; ++p) y[m][p] = _mm512_fmadd_ps(_mm512_loadu_ps(shift + p * kPanel), term, y[m][p]);
         }
       }

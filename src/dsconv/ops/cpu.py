@@ -2,7 +2,7 @@
 
 ``dsconv::conv2d`` and ``dsconv::linear`` take packed weights (:func:`pack`) and return ``activation(y + bias +
 residual)``, the same bits on every instruction set, number of threads and split of the batch; see the exactness notes
-in docs/numerics.md. ``dsconv::quantize_activation`` returns what :func:`dsconv.numerics.quantize_activation` does.
+in docs/numerics.md. Their overloads ``out`` write into memory that is there. ``dsconv::quantize_activation`` returns what :func:`dsconv.numerics.quantize_activation` does.
 """
 
 import ctypes
@@ -195,11 +195,13 @@ _SETTINGS = (
     "Tensor? residual=None, str activation='none', float slope=0.01"
 )
 _WEIGHTS = "Tensor weight, Tensor kds, Tensor? kds_shift, Tensor? bias"
-_library.define(
-    f"conv2d(Tensor x, {_WEIGHTS}, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, "
-    f"bool flat, {_SETTINGS}) -> Tensor"
-)
-_library.define(f"linear(Tensor x, {_WEIGHTS}, {_SETTINGS}) -> Tensor")
+_WHERE = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool flat"
+for _name, _arguments in (
+    ("conv2d", f"Tensor x, {_WEIGHTS}, {_WHERE}, {_SETTINGS}"),
+    ("linear", f"Tensor x, {_WEIGHTS}, {_SETTINGS}"),
+):
+    _library.define(f"{_name}({_arguments}) -> Tensor")
+    _library.define(f"{_name}.out({_arguments}, *, Tensor(a!) out) -> Tensor(a!)")
 _library.define(
     "quantize_activation(Tensor x, int bits, int block_size, str sign='adaptive', int groups=1) -> (Tensor, Tensor)"
 )
@@ -292,6 +294,15 @@ def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def _checked_out(name: str, out: Tensor, shape: tuple[int, ...]) -> Tensor:
+    dense = out.is_contiguous() or (out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last))
+    if out.shape != shape or out.dtype != torch.float32 or not out.is_cpu or not dense:
+        raise ValueError(
+            f"dsconv::{name}: out: expected dense float32 {shape} on the CPU, got {out.dtype} {tuple(out.shape)}"
+        )
+    return out
+
+
 def _empty_output(x: Tensor, outputs: int, size: Sequence[int], groups: int = 1) -> Tensor:
     # Depthwise with several filters a channel writes lines.
     lines = groups == x.shape[1] and groups not in (1, outputs)
@@ -312,6 +323,7 @@ def _conv2d(
     groups: int,
     flat: bool,
     *rest: Any,
+    out: Tensor | None = None,
     **named: Any,
 ) -> Tensor:
     settings = _Settings(*rest, **named)
@@ -327,7 +339,10 @@ def _conv2d(
     weights = (weight, kds, kds_shift, bias)
     _check_weights("conv2d", weights, sizes, settings.weight_bits)
     x = x if _channels_last(x) else x.contiguous()
-    y = _empty_output(x, settings.outputs, sizes[5:7], groups)
+    if out is None:
+        y = _empty_output(x, settings.outputs, sizes[5:7], groups)
+    else:
+        y = _checked_out("conv2d", out, (len(x), settings.outputs, *sizes[5:7]))
     return _run("conv2d", x, x.stride(), weights, y, y.stride(), sizes, settings)
 
 
@@ -357,6 +372,7 @@ def _linear(
     kds_shift: Tensor | None,
     bias: Tensor | None,
     *rest: Any,
+    out: Tensor | None = None,
     **named: Any,
 ) -> Tensor:
     settings = _Settings(*rest, **named)
@@ -369,7 +385,8 @@ def _linear(
     weights = (weight, kds, kds_shift, bias)
     _check_weights("linear", weights, sizes, settings.weight_bits)
     x = x.contiguous()
-    y = x.new_empty((x.shape[0], outputs))
+    shape = (len(x), outputs)
+    y = x.new_empty(shape) if out is None else _checked_out("linear", out, shape)
     return _run("linear", x, (0, 1, 0, x.shape[1]), weights, y, (0, 1, 0, outputs), sizes, settings)
 
 
@@ -432,3 +449,6 @@ for _name, _kernel, _fake in (
 ):
     _library.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"dsconv::{_name}", _fake, lib=_library)
+for _name, _kernel in (("conv2d.out", _conv2d), ("linear.out", _linear)):
+    _library.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"dsconv::{_name}", lambda *_, out, **__: out, lib=_library)
