@@ -94,6 +94,14 @@ NB_MODULE(_C, m) {
       },
       "Run tasks on so many threads of our own.");
   m.def(
+      "peak_rate",
+      [](std::string_view isa, double seconds) {
+        const Kernels& kernels = kernels_of(isa);
+        nb::gil_scoped_release released;
+        return peak_rate(kernels, seconds);
+      },
+      "Multiply-adds in a second that one thread reaches with everything in the first cache.");
+  m.def(
       "packed_sizes",
       [](const Sizes& sizes, int weight_bits) {
         const Geometry g = geometry(sizes);

@@ -74,8 +74,8 @@ static void eight(const Sums& t, const std::int64_t* pixel, const std::uint8_t* 
           }
         }
       }
-      kds += t.kds_stride;
-      if constexpr (Shift) shift += t.kds_stride;
+      kds += kPair;
+      if constexpr (Shift) shift += kPair;
     }
   }
   for (int m = 0; m < M; ++m)
@@ -94,6 +94,6 @@ constexpr int kHeight = 6;
 #include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"neondotprod", kLanes, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise};
+const Kernels kernels{"neondotprod", kLanes, 96, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise};
 
 }  // namespace dsconv::neondotprod

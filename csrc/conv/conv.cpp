@@ -13,7 +13,6 @@
 namespace dsconv {
 namespace {
 
-constexpr std::int64_t kPixelsInTask = 96;
 constexpr std::int64_t kLargest = std::int64_t{1} << 31;
 constexpr std::int64_t kMaxBlock = 512;
 constexpr std::int64_t kTasks = 32;  // enough to share out evenly
@@ -371,7 +370,7 @@ void pack_weight(const Geometry& g, const std::int8_t* vqk, int bits, std::uint8
 }
 
 void pack_kds(const Geometry& g, const float* kds, float* packed) {
-  const std::int64_t taps = g.taps(), blocks = g.blocks(), per_group = g.group_outputs(), stride = g.kds_stride();
+  const std::int64_t taps = g.taps(), blocks = g.blocks(), per_group = g.group_outputs();
   if (g.depthwise()) {
     std::fill_n(packed, g.kds_count(), 0.0f);
     for (std::int64_t n = 0; n < g.outputs; ++n)
@@ -379,11 +378,11 @@ void pack_kds(const Geometry& g, const float* kds, float* packed) {
     return;
   }
   for (std::int64_t group = 0; group < g.groups; ++group)
-    for (std::int64_t tap = 0; tap < taps; ++tap)
-      for (std::int64_t b = 0; b < blocks; ++b)
-        for (std::int64_t n = 0; n < stride; ++n)
-          packed[((group * taps + tap) * blocks + b) * stride + n] =
-              n < per_group ? kds[((group * per_group + n) * blocks + b) * taps + tap] : 0.0f;
+    for (std::int64_t pair = 0; pair < g.pairs(); ++pair)
+      for (std::int64_t tap = 0; tap < taps; ++tap)
+        for (std::int64_t b = 0; b < blocks; ++b)
+          for (std::int64_t n = pair * kPair; n < (pair + 1) * kPair; ++n)
+            *packed++ = n < per_group ? kds[((group * per_group + n) * blocks + b) * taps + tap] : 0.0f;
 }
 
 void convolve(const Geometry& whole, const Operands& operands, const Kernels& kernels) {
@@ -401,18 +400,19 @@ void convolve(const Geometry& whole, const Operands& operands, const Kernels& ke
   std::vector<std::int64_t> tap(taps, 0);
   for (std::int64_t k = 0; k < taps && !g.flat; ++k)
     tap[k] = k / g.kernel_w * g.dilation_h * q.width + k % g.kernel_w * g.dilation_w;
-  const std::int64_t panel = g.panel_bytes(o.wide), stride = g.kds_stride(), per_group = g.group_outputs();
+  const std::int64_t panel = g.panel_bytes(o.wide), per_group = g.group_outputs();
   // Chunks of about the same size, of whole tiles. A task keeps its pixels in cache and goes through the weights; with
   // few pixels there are more tasks, of some weights.
-  const std::int64_t chunks = (pixels + kPixelsInTask - 1) / kPixelsInTask;
-  const std::int64_t chunk = std::min(kPixelsInTask, ((pixels + chunks - 1) / std::max<std::int64_t>(1, chunks) + 11) / 12 * 12);
+  const std::int64_t chunks = (pixels + kernels.task - 1) / kernels.task;
+  const std::int64_t even = (pixels + chunks - 1) / std::max<std::int64_t>(1, chunks);
+  const std::int64_t chunk = std::min<std::int64_t>(kernels.task, (even + 11) / 12 * 12);
   const std::int64_t split = std::clamp<std::int64_t>(kTasks / std::max<std::int64_t>(1, g.groups * chunks), 1, g.pairs());
 
   parallel(g.groups * chunks * split, [&](std::int64_t task) {
     const std::int64_t part = task % split, group = task / split / chunks, first = task / split % chunks * chunk;
     const std::int64_t end = std::min(pixels, first + chunk);
     if (first >= end) return;
-    std::int64_t row[kPixelsInTask], place[kPixelsInTask];
+    std::int64_t row[kMaxTask], place[kMaxTask];
     std::int64_t image = first / out_pixels, y = first % out_pixels / g.out_width, x = first % g.out_width;
     for (std::int64_t p = first; p < end; ++p) {
       place[p - first] = image * o.output_strides.image + y * o.output_strides.y + x * o.output_strides.x;
@@ -420,15 +420,15 @@ void convolve(const Geometry& whole, const Operands& operands, const Kernels& ke
       if (++x == g.out_width) x = 0, ++y;
       if (y == g.out_height) y = 0, ++image;
     }
-    alignas(64) float sums[kPixelsInTask * kPair];
+    alignas(64) float sums[kMaxTask * kPair];
     Sums t{};
     t.rows = q.of_group(group);
     t.octets = static_cast<int>(g.octets());
     t.last_octets = static_cast<int>(g.last_octets());
     t.panel_bytes = panel;
+    t.panels = 2;
     t.wide = o.wide;
     t.largest = o.activation_bits == 8 ? 128 : (1 << o.activation_bits) - 1;
-    t.kds_stride = stride;
     t.tap = tap.data();
     t.taps = static_cast<int>(taps);
     t.pixel = row;
@@ -439,7 +439,7 @@ void convolve(const Geometry& whole, const Operands& operands, const Kernels& ke
     t.workspace = scratch.take<std::uint8_t>(0);
     for (std::int64_t pair = part * g.pairs() / split; pair < (part + 1) * g.pairs() / split; ++pair) {
       t.weight = o.weight + (group * g.pairs() + pair) * 2 * panel;
-      const std::int64_t scales = group * taps * q.blocks * stride + pair * kPair;
+      const std::int64_t scales = (group * g.pairs() + pair) * taps * q.blocks * kPair;
       t.kds = o.kds + scales;
       t.kds_shift = o.kds_shift ? o.kds_shift + scales : nullptr;
       const std::int64_t from = group * per_group + pair * kPair;

@@ -35,12 +35,11 @@ struct Geometry {
   std::int64_t group_outputs() const { return outputs / groups; }
   std::int64_t pairs() const { return (group_outputs() + kPair - 1) / kPair; }  // of panels, in a group
   std::int64_t panel_bytes(bool wide) const { return taps() * row_octets() * (wide ? 128 : 64); }
-  std::int64_t kds_stride() const { return pairs() * kPair; }
   std::int64_t packed_bytes(bool wide) const {
     return depthwise() ? positions() * outputs + kMaxLanes : groups * pairs() * 2 * panel_bytes(wide);
   }
   std::int64_t kds_count() const {
-    return depthwise() ? blocks() * outputs + kMaxLanes : groups * taps() * blocks() * kds_stride();
+    return depthwise() ? blocks() * outputs + kMaxLanes : groups * pairs() * taps() * blocks() * kPair;
   }
 };
 
@@ -63,7 +62,7 @@ struct Operands {
 
 // vqk (outputs, channels / groups, kernel_h, kernel_w) to panels; wide where it has more than 4 bits.
 void pack_weight(const Geometry&, const std::int8_t* vqk, int bits, std::uint8_t* packed);
-// kds (outputs, blocks, taps) to [group][tap][block][kds_stride]
+// kds (outputs, blocks, taps) to [group][pair of panels][tap][block][kPair], so that a tile reads on and on
 void pack_kds(const Geometry&, const float* kds, float* packed);
 
 void convolve(const Geometry&, const Operands&, const Kernels&);
@@ -71,5 +70,8 @@ void convolve(const Geometry&, const Operands&, const Kernels&);
 // What a 1x1 convolution makes of its input: mantissas (images, channels, pixels), and exponents (images, groups * blocks,
 // pixels), which are -128 for a block that is not finite.
 void quantize_activation(const Geometry&, const Operands&, const Kernels&, std::int8_t* mantissa, std::int8_t* exponent);
+
+// Multiply-adds in a second that one thread reaches with everything in the first cache and one block: what no layer exceeds.
+double peak_rate(const Kernels&, double seconds);
 
 }  // namespace dsconv

@@ -4,7 +4,7 @@
 #include "tile.h"
 
 #if defined(__x86_64__)
-#define DSCONV_KERNELS(KERNEL) KERNEL(scalar) KERNEL(avx2) KERNEL(avxvnni) KERNEL(avx512vnni)
+#define DSCONV_KERNELS(KERNEL) KERNEL(scalar) KERNEL(avx2) KERNEL(avxvnni) KERNEL(avx512vnni) KERNEL(amx)
 #elif defined(__aarch64__)
 #define DSCONV_KERNELS(KERNEL) KERNEL(scalar) KERNEL(neondotprod)
 #else

@@ -46,10 +46,10 @@ static void sum(const Sums& t) {
             }
           const float scale = rows.scale[at * rows.blocks + b];
           y = __builtin_fmaf(*kds, static_cast<float>(s) * scale, y);
-          kds += t.kds_stride;
+          kds += kPair;
           if (shift) {
             y = __builtin_fmaf(*shift, rows.shifted[at * rows.blocks + b], y);
-            shift += t.kds_stride;
+            shift += kPair;
           }
         }
       }
@@ -58,6 +58,6 @@ static void sum(const Sums& t) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels{"scalar", kLanes, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise};
+const Kernels kernels{"scalar", kLanes, 96, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise};
 
 }  // namespace dsconv::scalar

@@ -11,6 +11,7 @@ inline constexpr int kPanel = 16;     // outputs that a packed row of weights ho
 inline constexpr int kPair = 2 * kPanel;
 inline constexpr int kSlack = 64;     // bytes behind the last mantissa that may be read
 inline constexpr int kMaxLanes = 16;
+inline constexpr int kMaxTask = 384;
 
 enum class Sign : int { adaptive, extra, included };  // the order of ACTIVATION_SIGNS in Python
 enum class Activation : int { none, relu, relu6, leaky_relu };
@@ -51,9 +52,8 @@ struct Sums {
   bool wide;
   int panels;                 // 1 or 2
   int largest;                // magnitude of a mantissa
-  const float* kds;           // [taps * blocks][kds_stride]
+  const float* kds;           // [taps * blocks][kPair]
   const float* kds_shift;     // the same, or null
-  std::int64_t kds_stride;
   const std::int64_t* pixel;  // where each output pixel reads its first tap, in rows
   int pixels;
   const std::int64_t* tap;    // how much further each tap is, in rows
@@ -94,6 +94,7 @@ struct Depthwise {
 struct Kernels {
   const char* isa;
   int lanes;                                       // pixels that quantize_pixels takes
+  int task;                                        // pixels that sum is best given at once, a multiple of its tiles
   std::int64_t (*workspace)(const Sums&);          // or null: none is needed
   void (*quantize_pixels)(const Block&);           // neighbouring pixels lie side by side
   void (*quantize_channels)(const Block&);         // one pixel, whose channels lie side by side from channel[0][at] on

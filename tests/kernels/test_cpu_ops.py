@@ -1,215 +1,210 @@
-"""The integer kernels, called as PyTorch operators."""
+"""What the integer kernels compute. How their operators are called: test_cpu_calls.py."""
+
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_cases import LAYOUTS, Case, cases, each_isa, each_thread_count, laid_out, near, same_bits
 from torch import Tensor
+from torch.nn import functional as F
 
 from dsconv.config import LayerConfig
-from dsconv.numerics import quantize_activation, quantize_weight, quantize_weight_shifted, reference_conv
+from dsconv.numerics import quantize_activation, quantize_weight
 from dsconv.ops import cpu
-from dsconv.ops.simulate import _patches
 
 pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
 
-
-class Case:
-    """A random layer and input, the operator's arguments and what it has to return."""
-
-    def __init__(self, draw: st.DrawFn):
-        pick = lambda low, high: draw(st.integers(low, high))  # noqa: E731
-        torch.manual_seed(pick(0, 10**6))
-        self.groups = pick(1, 3)
-        self.config = LayerConfig(
-            weight_bits=pick(2, 8),
-            activation_bits=pick(2, 8),
-            block_size=16 * pick(1, 8),
-            activation_sign=draw(st.sampled_from(("adaptive", "extra", "included"))),
-            weight_shift=draw(st.booleans()),
-            blocks=draw(st.sampled_from(("tap", "flat"))),
-        )
-        kernel = (pick(1, 3), pick(1, 3))
-        self.where = {
-            "stride": (pick(1, 3), pick(1, 2)),
-            "padding": (pick(0, 2), pick(0, 2)),
-            "dilation": (pick(1, 2), pick(1, 2)),
-        }
-        channels, outputs = pick(1, 80), self.groups * pick(1, 40)
-        self.x = torch.randn(pick(0, 3), self.groups * channels, pick(5, 9), pick(5, 20)) * 2.0 ** pick(-90, 90)
-        if draw(st.booleans()):
-            self.x = self.x.relu()
-        if draw(st.booleans()) and self.x.numel():
-            self.x.view(-1)[pick(0, self.x.numel() - 1)] = draw(st.sampled_from((torch.nan, torch.inf)))
-        w = torch.randn(outputs, channels, *kernel)
-        rows = w.flatten(1) if self.config.blocks == "flat" else w
-        bits, size = self.config.weight_bits, self.config.block_size
-        shift: Tensor | None = None
-        if self.config.weight_shift:
-            vqk, kds, shift = quantize_weight_shifted(rows, bits, size)
-        else:
-            vqk, kds = quantize_weight(rows, bits, size)
-        self.bias = torch.randn(outputs) if draw(st.booleans()) else None
-        self.vqk, self.kds, self.shift = vqk.view(w.shape), kds, shift
-        self.packed = cpu.pack(self.vqk, kds, shift, self.config, self.groups)
-
-    def arguments(self, x: Tensor) -> tuple[object, ...]:
-        config = self.config
-        return (
-            x,
-            *self.packed,
-            self.bias,
-            list(self.vqk.shape[2:]),
-            *(list(value) for value in self.where.values()),
-            self.groups,
-            config.blocks == "flat",
-            len(self.vqk),
-            config.weight_bits,
-            config.activation_bits,
-            config.activation_sign,
-            cpu.kernel_block_size(self.vqk.shape, config),
-        )
-
-    def run(self, x: Tensor | None = None) -> Tensor:
-        return torch.ops.dsconv.conv2d(*self.arguments(self.x if x is None else x))
-
-    def reference(self):
-        config = self.config
-        x, where, kds, shift, vqk = self.x, dict(self.where), self.kds, self.shift, self.vqk
-        if config.blocks == "flat":
-            x, where = _patches(x, vqk.shape[2:], *where.values()), {}
-            vqk = vqk.flatten(1)[..., None, None]
-            kds, shift = kds[..., None, None], None if shift is None else shift[..., None, None]
-        size = config.block_size
-        m, e = quantize_activation(x, config.activation_bits, size, sign=config.activation_sign, groups=self.groups)
-        return reference_conv(m, e, vqk, kds, size, kds_shift=shift, bias=self.bias, groups=self.groups, **where)
+any_layout = st.sampled_from(LAYOUTS)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return bool(((a == b) | (a.isnan() & b.isnan())).all()) and a.shape == b.shape
-
-
-@given(st.data())
-def test_output_is_within_the_bound_of_the_reference_and_nan_where_it_is(data: st.DataObject) -> None:
-    case = Case(data.draw)
-    y, reference = case.run(), case.reference()
-    assert torch.equal(y.isnan(), reference.output.isnan())
-    assert (((y - reference.output).abs() <= reference.bound) | y.isnan()).all()
-
-
-@given(st.data())
-def test_every_instruction_set_thread_count_batch_split_and_layout_gives_the_same_bits(data: st.DataObject) -> None:
-    case = Case(data.draw)
-    expected = case.run()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in cpu.extension().isa_with_kernels():
-            patch.setattr(cpu, "isa", lambda name=name: name)
-            assert same_bits(case.run(), expected), name
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            assert same_bits(case.run(), expected), count
-    finally:
-        torch.set_num_threads(threads)
+def assert_same_everywhere(case: Case, expected: Tensor) -> None:
+    for isa in each_isa():
+        assert same_bits(case.run(), expected), isa
+    for threads in each_thread_count():
+        assert same_bits(case.run(), expected), threads
+    for layout in LAYOUTS:
+        assert same_bits(case.run(x=laid_out(case.x, layout)), expected), layout
     if len(case.x):
-        assert same_bits(torch.cat([case.run(image) for image in case.x.split(1)]), expected)
-    last = case.run(case.x.to(memory_format=torch.channels_last))
-    assert same_bits(last, expected)
+        assert same_bits(torch.cat([case.run(x=image) for image in case.x.split(1)]), expected)
+
+
+@given(cases(), any_layout)
+def test_output_is_within_the_bound_of_the_reference_and_nan_where_it_is(case: Case, layout: str) -> None:
+    assert near(case.run(x=laid_out(case.x, layout)), case.reference())
+
+
+@given(cases())
+def test_every_instruction_set_thread_count_batch_split_and_layout_gives_the_same_bits(case: Case) -> None:
+    assert_same_everywhere(case, case.run())
+
+
+@given(cases(), any_layout)
+def test_output_has_the_memory_layout_of_the_input(case: Case, layout: str) -> None:
+    x = laid_out(case.x, layout)
+    y = case.run(x=x)
+    several = case.groups == case.x.shape[1] > 1 and case.outputs > case.groups
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last) and not several
+    assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+WHERE = ("kernel", "stride", "padding", "dilation")
+DEPTHWISE = [
+    (2, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (33, 1, (3, 3), (2, 2), (1, 1), (1, 1)),
+    (17, 2, (3, 3), (1, 2), (1, 0), (2, 1)),
+    (16, 3, (1, 5), (1, 3), (0, 2), (1, 2)),
+    (31, 1, (7, 7), (1, 1), (3, 3), (1, 1)),
+    (32, 1, (7, 7), (2, 1), (6, 0), (1, 2)),
+    (48, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (5, 4, (7, 7), (3, 3), (3, 3), (1, 1)),
+]
+
+
+@pytest.mark.parametrize(("channels", "filters", *WHERE), DEPTHWISE)
+@pytest.mark.parametrize(("blocks", "size", "shift"), [("tap", 32, False), ("flat", 16, True), ("flat", 32, False)])
+def test_depthwise_is_exact_and_the_same_everywhere(
+    channels: int, filters: int, kernel: Any, stride: Any, padding: Any, dilation: Any, blocks: Any, size: int, shift: bool
+) -> None:
+    torch.manual_seed(0)
+    config = LayerConfig(block_size=size, blocks=blocks, weight_bits=8, activation_bits=5, weight_shift=shift)
+    x, outputs = torch.randn(2, channels, 13, 21), channels * filters
+    x[0, 1, 6, 9] = torch.nan
+    case = Case(x, outputs, kernel, config, channels, stride, padding, dilation, bias=torch.randn(outputs))
+    y = case.run()
+    assert near(y, case.reference())
+    assert_same_everywhere(case, y)
+    # No other channel or image sees the NaN.
+    assert y[0, filters : 2 * filters].isnan().any()
+    y[0, filters : 2 * filters] = 0
+    assert not y.isnan().any()
+
+
+@pytest.mark.parametrize("groups", [1, 24])
+@pytest.mark.parametrize("x_scale", [1e38, 1e35, 1e-28, 1e-30])
+def test_numbers_near_both_ends_of_float32_are_within_the_bound(groups: int, x_scale: float) -> None:
+    torch.manual_seed(0)
+    # VQK times x has to be a float32: VQK of two bits are -2..1, and a pixel is large in one channel alone.
+    x = (torch.rand(2, 24, 7, 9) + 0.1) * x_scale
+    keep = torch.randint(24, (2, 1, 7, 9))
+    x = torch.where(torch.arange(24).view(1, -1, 1, 1) == keep, x, -0.0) if groups == 1 else x
+    config = LayerConfig(weight_bits=2, activation_bits=8, block_size=8)
+    bias, weight_scale = torch.randn(24) * x_scale / 1e3, 1e-3 if x_scale > 1 else 1.0
+    case = Case(x, 24, (3, 3), config, groups, padding=(1, 1), bias=bias, weight_scale=weight_scale)
+    y = case.run()
+    assert y.isfinite().all() and y.any()
+    assert near(y, case.reference())
+    assert_same_everywhere(case, y)
+
+
+@given(cases())
+def test_the_sign_of_a_zero_makes_no_difference(case: Case) -> None:
+    x = torch.where(torch.rand(case.x.shape) < 0.5, 0.0, case.x.abs())
+    assert same_bits(case.run(x=x), case.run(x=torch.where(x == 0, -0.0, x)))
+
+
+ACTIVATIONS = {
+    "none": lambda y, slope: y,
+    "relu": lambda y, slope: F.relu(y),
+    "relu6": lambda y, slope: F.relu6(y),
+    "leaky_relu": F.leaky_relu,
+}
+
+
+@given(st.data(), cases(), any_layout)
+def test_bias_residual_and_activation_are_what_pytorch_makes_of_the_plain_output(
+    data: st.DataObject, case: Case, layout: str
+) -> None:
+    case.x = laid_out(case.x, layout)
+    plain = case.run(bias=None)
+    expected = plain if case.bias is None else plain + case.bias[:, None, None]
+    residual = None
+    if data.draw(st.booleans()):
+        finite = plain.nan_to_num(0.0, 0.0, 0.0)
+        residual = laid_out(
+            torch.randn(plain.shape) * finite.std() if finite.numel() else finite, data.draw(any_layout)
+        )
+        if data.draw(st.booleans()) and residual.numel():
+            residual[-1, 0, 0, 0] = data.draw(st.sampled_from((torch.nan, torch.inf, -torch.inf)))
+        expected = expected + residual
+    activation = data.draw(st.sampled_from(cpu.ACTIVATIONS))
+    slope = data.draw(st.sampled_from((0.01, 0.0, 0.3, 1.0, 2.0, -0.5)))
+    expected = ACTIVATIONS[activation](expected, slope)
+    for isa in each_isa():
+        y = case.run(residual=residual, activation=activation, slope=slope)
+        assert same_bits(y, expected), (isa, activation)
+
+
+@pytest.mark.parametrize("groups", [1, 40])
+@pytest.mark.parametrize("activation", cpu.ACTIVATIONS)
+def test_nan_stays_nan_through_activations(activation: str, groups: int) -> None:
+    x = torch.randn(1, 40, 1, 40)
+    x[..., ::3] = torch.nan
+    case = Case(x, 40, (1, 1), LayerConfig(), groups)
+    for layout in LAYOUTS:
+        for isa in each_isa():
+            y = case.run(x=laid_out(x, layout), activation=activation)
+            assert torch.equal(y[0, 0, 0].isnan(), x[0, 0, 0].isnan()), (isa, layout)
 
 
 @given(st.data())
 def test_linear_equals_a_convolution_of_one_pixel(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
     rows, features, outputs = (data.draw(st.integers(low, 100)) for low in (0, 1, 1))
     config = LayerConfig(weight_bits=data.draw(st.integers(2, 8)), activation_bits=8, block_size=32)
-    x = torch.randn(rows, features)
+    x, y_shape = torch.randn(rows, features), (rows, outputs)
+    if data.draw(st.booleans()):
+        x = torch.randn(features, rows).t()
     vqk, kds = quantize_weight(torch.randn(outputs, features), config.weight_bits, 32)
     size = cpu.kernel_block_size(vqk.shape, config)
+    bias = torch.randn(outputs) if data.draw(st.booleans()) else None
     settings = (outputs, config.weight_bits, 8, "adaptive", size)
+    activation = (data.draw(st.sampled_from(cpu.ACTIVATIONS)), 0.2)
+    residual = data.draw(st.sampled_from((None, torch.randn(y_shape), torch.randn(y_shape[::-1]).t())))
     packed = cpu.pack(vqk, kds, None, config, groups=1)
-    y = torch.ops.dsconv.linear(x, *packed, None, *settings)
     one = [1, 1]
-    conv = torch.ops.dsconv.conv2d(x[..., None, None], *packed, None, one, one, [0, 0], one, 1, False, *settings)
-    assert same_bits(y, conv[..., 0, 0])
+    pixel = None if residual is None else residual[..., None, None]
+    where = (one, one, [0, 0], one, 1, False)
+    conv = torch.ops.dsconv.conv2d(x[..., None, None], *packed, bias, *where, *settings, pixel, *activation)
+    for isa in each_isa():
+        y = torch.ops.dsconv.linear(x, *packed, bias, *settings, residual, *activation)
+        assert same_bits(y, conv[..., 0, 0]), isa
 
 
-def example() -> tuple[object, ...]:
-    config = LayerConfig(block_size=32)
-    vqk, kds = quantize_weight(torch.randn(40, 64, 3, 3), 4, 32)
-    packed = cpu.pack(vqk, kds, None, config, groups=1)
-    return (
-        torch.randn(2, 64, 9, 9),
-        *packed,
-        torch.randn(40),
-        [3, 3],
-        [1, 1],
-        [1, 1],
-        [1, 1],
-        1,
-        False,
-        40,
-        4,
-        4,
-        "extra",
-        32,
-    )
+SPECIAL = (torch.nan, torch.inf, -torch.inf, 1e38, -3.4e38, 1e-40, -1e-40, 2.0**-100, 0.0, -0.0)
 
 
-def test_operator_passes_opcheck() -> None:
-    arguments = example()
-    torch.library.opcheck(torch.ops.dsconv.conv2d.default, arguments)
-    last = arguments[0].to(memory_format=torch.channels_last)
-    torch.library.opcheck(torch.ops.dsconv.conv2d.default, (last, *arguments[1:]))
+@given(st.data())
+def test_quantizing_gives_the_integers_of_the_reference(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    groups = data.draw(st.integers(1, 5))
+    channels = groups * data.draw(st.integers(1, 40) | st.sampled_from((1, 64, 513, 600)))
+    space = data.draw(st.lists(st.integers(1, 5) | st.just(18), max_size=3))
+    x = torch.randn(data.draw(st.integers(0, 3)), channels, *space) * 2.0 ** data.draw(st.integers(-110, 110))
+    if data.draw(st.booleans()):
+        x = x.abs()
+    if x.numel():
+        places = torch.randint(x.numel(), (data.draw(st.integers(0, 6)),))
+        x.view(-1)[places] = torch.tensor([data.draw(st.sampled_from(SPECIAL)) for _ in places])
+    if data.draw(st.booleans()):
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    settings = {
+        "bits": data.draw(st.integers(2, 8)),
+        "block_size": data.draw(st.sampled_from((1, 3, 8, 16, 24, 32, 50, 128, 512, 520, 1000))),
+        "sign": data.draw(st.sampled_from(("adaptive", "extra", "included"))),
+        "groups": groups,
+    }
+    expected = quantize_activation(x, **settings)
+    for isa in each_isa():
+        for got, wanted in zip(torch.ops.dsconv.quantize_activation(x, **settings), expected, strict=True):
+            assert got.dtype == wanted.dtype and torch.equal(got, wanted), isa
 
 
-def test_operator_survives_compile_and_export() -> None:
-    x, *rest = example()
-
-    class Model(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.ops.dsconv.conv2d(x, *rest).relu()
-
-    model = Model()
-    expected = model(x)
-    assert same_bits(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}})
-    assert same_bits(program.module()(x[:1].contiguous()), expected[:1])
-
-
-@pytest.mark.parametrize(
-    ("place", "value"),
-    [
-        (0, torch.zeros(2, 64, 9)),
-        (0, torch.zeros(2, 64, 9, 9, dtype=torch.float64)),
-        (0, torch.zeros(2, 65, 9, 9)),
-        (0, torch.zeros(2, 64, 1, 9)[..., :0]),
-        (1, torch.zeros(5, dtype=torch.uint8)),
-        (2, torch.zeros(7)),
-        (4, torch.zeros(41)),
-        (5, [3, -3]),
-        (6, [0, 1]),
-        (7, [-1, 0]),
-        (9, 0),
-        (9, 3),
-        (11, 41),
-        (12, 9),
-        (13, 1),
-        (14, "none"),
-        (15, 7),
-        (15, 1024),
-    ],
-)
-def test_arguments_that_do_not_agree_raise(place: int, value: object) -> None:
-    arguments = list(example())
-    arguments[place] = value
-    with pytest.raises((ValueError, RuntimeError, ZeroDivisionError)):
-        torch.ops.dsconv.conv2d(*arguments)
-
-
-def test_cap_of_the_instruction_set_is_obeyed_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DSCONV_MAX_ISA", "scalar")
-    assert cpu.isa.__wrapped__() == "scalar"
-    monkeypatch.setenv("DSCONV_MAX_ISA", "mmx")
-    with pytest.raises(ValueError, match="DSCONV_MAX_ISA"):
-        cpu.isa.__wrapped__()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_quantizing_takes_every_float(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 24, 5).to(dtype)
+    for got, wanted in zip(
+        torch.ops.dsconv.quantize_activation(x, 4, 16), quantize_activation(x.float(), 4, 16), strict=True
+    ):
+        assert torch.equal(got, wanted)
