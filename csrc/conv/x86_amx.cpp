@@ -12,7 +12,7 @@ namespace dsconv::amx {
 #include "x86_avx512.inc"
 
 constexpr int kTileRows = 16;
-constexpr int kFewest = 8;  // pixels that are worth tiles, and pixels at a constant distance that are worth one of their own
+constexpr int kFewest = 8;  // pixels that are worth tiles, and a run of them that is worth a tile of its own
 constexpr int kGroup = 3;   // blocks scaled at once: their outputs are loaded and stored once
 
 // The workspace: stored sums of two groups, pixels gathered to the rows of two tiles, unpacked weights.
@@ -21,7 +21,7 @@ constexpr std::int64_t kSumsBytes = 2 * kGroup * kBlockSums * 4;
 constexpr std::int64_t kTileBytes = kTileRows * 64;
 constexpr std::int64_t kOctetBytes = 8 * kPanel;  // of unpacked weights
 
-// How many octets a product of tiles takes, and into how many of those a block is cut. Zero weights fill up the last one.
+// How many octets a product of tiles takes, and into how many products a block is cut. Zero weights fill up the last.
 struct Depth {
   int octets, steps, last_steps;
   std::int64_t panel_bytes;
@@ -100,8 +100,7 @@ static inline const std::int8_t* rows_from(const Pixels& p, std::int64_t at) {
   return p.gathered ? gather(p, at) : p.row[0] + at;
 }
 
-// Tiles 0 to 3 are sums: 0 and 1 the panels of the first pixels, 2 and 3 those of the second. 4 and 5 are pixels, 6 and 7
-// weights.
+// Tiles 0 and 1 are sums of the first pixels, a panel each, 2 and 3 of the second; 4 and 5 pixels, 6 and 7 weights.
 static void configure(const Pixels* pixels, const Depth& depth) {
   TileConfig c;
   const auto shape = [&c](int tile, int rows, int row_bytes) {

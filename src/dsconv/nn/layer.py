@@ -201,7 +201,13 @@ class DSLayer(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != value.dtype:
                 setattr(self, name, value.to(moved.device))
-        return self if self.vqk is vqk else self.pack_()
+        if self.vqk is vqk:
+            return self
+        try:
+            return self.pack_()
+        except ValueError:  # `to_empty` leaves integers of any size, until a state is loaded
+            self._kernel_weights = None
+            return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

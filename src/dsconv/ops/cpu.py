@@ -2,7 +2,8 @@
 
 ``dsconv::conv2d`` and ``dsconv::linear`` take packed weights (:func:`pack`) and return ``activation(y + bias +
 residual)``, the same bits on every instruction set, number of threads and split of the batch; see the exactness notes
-in docs/numerics.md. Their overloads ``out`` write into memory that is there. ``dsconv::quantize_activation`` returns what :func:`dsconv.numerics.quantize_activation` does.
+in docs/numerics.md. Their overloads ``out`` write into memory that is there. ``dsconv::quantize_activation`` returns
+what :func:`dsconv.numerics.quantize_activation` does.
 """
 
 import ctypes
@@ -183,6 +184,10 @@ def _check_layer(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: Lay
     shape = (vqk.shape[0], blocks) if flat else (vqk.shape[0], blocks, *vqk.shape[2:])
     if vqk.dtype != torch.int8:
         raise ValueError(f"vqk: expected int8, got {vqk.dtype}")
+    half = 1 << (config.weight_bits - 1)
+    low, high = (int(v) for v in vqk.aminmax()) if vqk.numel() else (0, 0)
+    if low < -half or high >= half:
+        raise ValueError(f"vqk: expected {config.weight_bits}-bit integers {-half}..{half - 1}, got {low}..{high}")
     for name, scale in (("kds", kds), ("kds_shift", kds_shift)):
         if scale is not None and (scale.shape != shape or not scale.is_floating_point()):
             raise ValueError(f"{name}: expected floats of shape {shape}, got {scale.dtype} {tuple(scale.shape)}")
@@ -406,17 +411,19 @@ def _linear_fake(
 def _quantize_activation(
     x: Tensor, bits: int, block_size: int, sign: str = "adaptive", groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    module, exponents = extension(), 0
-    if x.dim() >= 2 and groups >= 1 and x.shape[1] % groups == 0 and block_size >= 1:
-        exponents = groups * block_count(x.shape[1] // groups, block_size)
-    size = block_size if exponents > groups else -(-(x.shape[1] // max(1, groups)) // 8) * 8 if exponents else 0
-    covered = module is not None and x.dtype == torch.float32 and x.numel() and size and size % 8 == 0
-    if not covered or size > MAX_BLOCK_SIZE or sign not in ACTIVATION_SIGNS or not 2 <= bits <= 8:
-        return quantize_activation(x, bits, block_size, sign=sign, groups=groups)  # type: ignore[arg-type]
-    assert module is not None
+    module = extension()
+    even = x.dim() > 1 and groups > 0 and x.shape[1] % groups == 0
+    channels = x.shape[1] // groups if even else 0
+    size = block_size if channels > block_size else -(-channels // 8) * 8
+    fits = 0 < size <= MAX_BLOCK_SIZE and size % 8 == 0 and channels > 1
+    valid = x.dtype == torch.float32 and x.numel() > 0 and sign in ACTIVATION_SIGNS and 2 <= bits <= 8
+    if module is None or not (fits and valid):  # which also says what is wrong
+        pair = quantize_activation(x, bits, block_size, sign=sign, groups=groups)  # type: ignore[arg-type]
+        return pair[0].contiguous(), pair[1].contiguous()
     x = x.contiguous()
     mantissa = torch.empty_like(x, dtype=torch.int8)
-    exponent = x.new_empty((x.shape[0], exponents, *x.shape[2:]), dtype=torch.int8)
+    blocks = groups * block_count(channels, block_size)
+    exponent = x.new_empty((x.shape[0], blocks, *x.shape[2:]), dtype=torch.int8)
     image = (x.shape[0], x.shape[1], 1, x[0, 0].numel())
     one = (1, 1)
     sizes = _sizes(image, groups, one, one, (0, 0), one, groups, size, False)
