@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import LAYOUTS, Case, cases, each_isa, each_thread_count, laid_out, near, same_bits
+from kernel_cases import LAYOUTS, Case, by_isa, cases, laid_out, near, same_bits, threads
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,10 +20,11 @@ any_layout = st.sampled_from(LAYOUTS)
 
 
 def assert_same_everywhere(case: Case, expected: Tensor) -> None:
-    for isa in each_isa():
-        assert same_bits(case.run(), expected), isa
-    for threads in each_thread_count():
-        assert same_bits(case.run(), expected), threads
+    for isa, y in by_isa(case.run).items():
+        assert same_bits(y, expected), isa
+    for count in (1, 2, 3, 8):
+        with threads(count):
+            assert same_bits(case.run(), expected), count
     for layout in LAYOUTS:
         assert same_bits(case.run(x=laid_out(case.x, layout)), expected), layout
     if len(case.x):
@@ -65,7 +66,15 @@ DEPTHWISE = [
 @pytest.mark.parametrize(("channels", "filters", *WHERE), DEPTHWISE)
 @pytest.mark.parametrize(("blocks", "size", "shift"), [("tap", 32, False), ("flat", 16, True), ("flat", 32, False)])
 def test_depthwise_is_exact_and_the_same_everywhere(
-    channels: int, filters: int, kernel: Any, stride: Any, padding: Any, dilation: Any, blocks: Any, size: int, shift: bool
+    channels: int,
+    filters: int,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    blocks: Any,
+    size: int,
+    shift: bool,
 ) -> None:
     torch.manual_seed(0)
     config = LayerConfig(block_size=size, blocks=blocks, weight_bits=8, activation_bits=5, weight_shift=shift)
@@ -131,8 +140,7 @@ def test_bias_residual_and_activation_are_what_pytorch_makes_of_the_plain_output
     activation = data.draw(st.sampled_from(cpu.ACTIVATIONS))
     slope = data.draw(st.sampled_from((0.01, 0.0, 0.3, 1.0, 2.0, -0.5)))
     expected = ACTIVATIONS[activation](expected, slope)
-    for isa in each_isa():
-        y = case.run(residual=residual, activation=activation, slope=slope)
+    for isa, y in by_isa(lambda: case.run(residual=residual, activation=activation, slope=slope)).items():
         assert same_bits(y, expected), (isa, activation)
 
 
@@ -143,8 +151,8 @@ def test_nan_stays_nan_through_activations(activation: str, groups: int) -> None
     x[..., ::3] = torch.nan
     case = Case(x, 40, (1, 1), LayerConfig(), groups)
     for layout in LAYOUTS:
-        for isa in each_isa():
-            y = case.run(x=laid_out(x, layout), activation=activation)
+        case.x = laid_out(x, layout)
+        for isa, y in by_isa(lambda: case.run(activation=activation)).items():
             assert torch.equal(y[0, 0, 0].isnan(), x[0, 0, 0].isnan()), (isa, layout)
 
 
@@ -167,8 +175,8 @@ def test_linear_equals_a_convolution_of_one_pixel(data: st.DataObject) -> None:
     pixel = None if residual is None else residual[..., None, None]
     where = (one, one, [0, 0], one, 1, False)
     conv = torch.ops.dsconv.conv2d(x[..., None, None], *packed, bias, *where, *settings, pixel, *activation)
-    for isa in each_isa():
-        y = torch.ops.dsconv.linear(x, *packed, bias, *settings, residual, *activation)
+    arguments = (x, *packed, bias, *settings, residual, *activation)
+    for isa, y in by_isa(lambda: torch.ops.dsconv.linear(*arguments)).items():
         assert same_bits(y, conv[..., 0, 0]), isa
 
 
@@ -196,8 +204,8 @@ def test_quantizing_gives_the_integers_of_the_reference(data: st.DataObject) -> 
         "groups": groups,
     }
     expected = quantize_activation(x, **settings)
-    for isa in each_isa():
-        for got, wanted in zip(torch.ops.dsconv.quantize_activation(x, **settings), expected, strict=True):
+    for isa, quantized in by_isa(lambda: torch.ops.dsconv.quantize_activation(x, **settings)).items():
+        for got, wanted in zip(quantized, expected, strict=True):
             assert got.dtype == wanted.dtype and torch.equal(got, wanted), isa
 
 

@@ -1,0 +1,125 @@
+"""What runs the tasks of the integer kernels: ``DSCONV_PARALLEL``. Each test is a process of its own."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+from dsconv.ops import cpu
+
+pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+
+LAYERS = """
+import hashlib, multiprocessing, os, threading
+import torch
+from dsconv import nn
+from dsconv.config import LayerConfig
+from dsconv.ops import cpu
+
+torch.set_num_threads(3)
+torch.manual_seed(0)
+layers = [
+    nn.DSConv2d.from_float(torch.nn.Conv2d(40, 70, 3, padding=1), LayerConfig(block_size=16)),
+    nn.DSConv2d.from_float(torch.nn.Conv2d(70, 70, 3, groups=70), LayerConfig(block_size=16, blocks="flat")),
+    nn.DSConv2d.from_float(torch.nn.Conv2d(70, 33, 1), LayerConfig(block_size=32)),
+]
+x = torch.randn(3, 40, 20, 17)
+
+@torch.inference_mode()
+def digest():
+    y = x
+    for layer in layers:
+        y = layer(y)
+    return hashlib.sha256(y.numpy().tobytes()).hexdigest()
+
+expected = digest()
+"""
+
+
+@cache
+def outcome(script: str = "", parallel: str = "pool") -> str:
+    """What a script that begins with LAYERS prints, and the digest of the output."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{LAYERS}{script}\nprint(cpu.parallel(), expected)"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"DSCONV_PARALLEL": parallel},
+        timeout=60,
+    )
+    return done.stdout if done.returncode == 0 else done.stderr
+
+
+def test_whatever_runs_the_tasks_the_bits_are_the_same() -> None:
+    ways = ["pool", "serial"] + (["torch"] if cpu._torch_parallel_for() else [])
+    printed = [outcome(parallel=way).split() for way in ways]
+    assert [way for way, _ in printed] == ways
+    assert len({digest for _, digest in printed}) == 1
+
+
+def test_an_unknown_way_is_an_error() -> None:
+    error = outcome(parallel="openmp")
+    assert "ConfigError: DSCONV_PARALLEL: expected torch, pool or serial, got 'openmp'" in error
+
+
+POOL = {
+    "a fork of a process that has used its pool": """
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        os._exit(0 if digest() == expected and digest() == expected else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert digest() == expected
+""",
+    "processes that multiprocessing forks": """
+with multiprocessing.get_context("fork").Pool(2) as processes:
+    assert processes.starmap(digest, [()] * 6) == [expected] * 6
+assert digest() == expected
+""",
+    "eight threads at once": """
+start, digests = threading.Barrier(8), []
+def work():
+    start.wait()
+    for _ in range(20):
+        digests.append(digest())
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert digests == [expected] * 160
+""",
+    "eight threads at once that change how many threads there are": """
+start, digests = threading.Barrier(8), []
+def work(count):
+    start.wait()
+    for i in range(10):
+        torch.set_num_threads(1 + (count + i) % 4)
+        digests.append(digest())
+threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert digests == [expected] * 80
+""",
+    "as many threads as PyTorch is told to have": """
+def workers():
+    return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else None
+for count in (1, 5, 2, 16, 1, 3):
+    torch.set_num_threads(count)
+    assert digest() == expected
+torch.set_num_threads(2)
+digest()
+two = workers()
+torch.set_num_threads(7)
+digest()
+assert two is None or workers() == two + 5, (two, workers())
+""",
+}
+
+
+@pytest.mark.parametrize("script", POOL.values(), ids=POOL)
+def test_the_pool_serves(script: str) -> None:
+    assert outcome(script) == outcome()

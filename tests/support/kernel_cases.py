@@ -1,0 +1,170 @@
+"""Random layers for the integer kernels, called as PyTorch operators."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsconv.config import LayerConfig
+from dsconv.numerics import (
+    Reference,
+    quantize_activation,
+    quantize_weight,
+    quantize_weight_shifted,
+    reference_conv,
+)
+from dsconv.ops import cpu
+from dsconv.ops.simulate import _patches
+
+LAYOUTS = ("contiguous", "channels last", "every second", "transposed")
+
+
+@dataclass
+class Case:
+    """A layer and its input ``x``: ``run()`` is what the operator returns, ``reference()`` what it has to."""
+
+    x: Tensor
+    outputs: int
+    kernel: tuple[int, int]
+    config: LayerConfig
+    groups: int = 1
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    bias: Tensor | None = None
+    weight_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        config = self.config
+        weight = torch.randn(self.outputs, self.x.shape[1] // self.groups, *self.kernel) * self.weight_scale
+        rows = weight.flatten(1) if config.blocks == "flat" else weight
+        self.shift: Tensor | None = None
+        if config.weight_shift:
+            vqk, self.kds, self.shift = quantize_weight_shifted(rows, config.weight_bits, config.block_size)
+        else:
+            vqk, self.kds = quantize_weight(rows, config.weight_bits, config.block_size)
+        self.vqk = vqk.view(weight.shape)
+        self.packed = cpu.pack(self.vqk, self.kds, self.shift, config, self.groups)
+
+    def arguments(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "x": self.x,
+            **self.packed._asdict(),
+            "bias": self.bias,
+            "kernel_size": self.kernel,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "flat": config.blocks == "flat",
+            "outputs": self.outputs,
+            "weight_bits": config.weight_bits,
+            "activation_bits": config.activation_bits,
+            "sign": config.activation_sign,
+            "block_size": cpu.kernel_block_size(self.vqk.shape, config),
+        }
+
+    def run(self, **changed: Any) -> Tensor:
+        y = torch.ops.dsconv.conv2d(**self.arguments() | changed)
+        assert isinstance(y, Tensor)
+        return y
+
+    def reference(self) -> Reference:
+        config, vqk, kds, shift = self.config, self.vqk, self.kds, self.shift
+        x, where = self.x, {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        if config.blocks == "flat":
+            x, where = _patches(x, self.kernel, **where), {}
+            vqk, kds = vqk.flatten(1)[..., None, None], kds[..., None, None]
+            shift = None if shift is None else shift[..., None, None]
+        size, sign = config.block_size, config.activation_sign
+        m, e = quantize_activation(x, config.activation_bits, size, sign=sign, groups=self.groups)
+        return reference_conv(m, e, vqk, kds, size, kds_shift=shift, bias=self.bias, groups=self.groups, **where)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any layer that the kernels cover, small; the kernel may be larger than the image, the batch empty."""
+
+    def pick(low: int, high: int) -> int:
+        return draw(st.integers(low, high))
+
+    torch.manual_seed(pick(0, 10**6))
+    depthwise = draw(st.booleans())
+    groups = pick(2, 70) if depthwise else pick(1, 3)
+    channels = 1 if depthwise else draw(st.integers(1, 40) | st.sampled_from((64, 80, 129, 257)))
+    config = LayerConfig(
+        weight_bits=pick(2, 8),
+        activation_bits=pick(2, 8),
+        block_size=8 * pick(1, 16),
+        activation_sign=draw(st.sampled_from(("adaptive", "extra", "included"))),
+        weight_shift=draw(st.booleans()),
+        blocks=draw(st.sampled_from(("tap", "flat"))),
+    )
+    kernel = (pick(1, 3), pick(1, 4))
+    padding, dilation = (pick(0, 3), pick(0, 3)), (pick(1, 2), pick(1, 3))
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    scale = draw(st.sampled_from((1.0, 2.0**-90, 2.0**90)))
+    x = torch.randn(pick(0, 3), groups * channels, least[0] + pick(0, 6), least[1] + pick(0, 18)) * scale
+    if draw(st.booleans()):
+        x = x.relu()
+    if draw(st.booleans()) and x.numel():
+        x.view(-1)[pick(0, x.numel() - 1)] = draw(st.sampled_from((torch.nan, torch.inf, -torch.inf)))
+    outputs = groups * (pick(1, 3) if depthwise else pick(1, 40))
+    bias = torch.randn(outputs) * scale if draw(st.booleans()) else None
+    stride = (pick(1, 4), pick(1, 4))
+    return Case(x, outputs, kernel, config, groups, stride, padding, dilation, bias)
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of ``x`` in another place."""
+    if layout == "channels last":
+        return x.to(memory_format=torch.channels_last)
+    if layout == "every second":
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    if layout == "transposed":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    return x.contiguous()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two float32 tensors agree in every bit, but for those of a NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
+
+
+def near(y: Tensor, reference: Reference) -> bool:
+    """Whether an output is within the bound of the reference, and NaN where it is."""
+    inside = (y - reference.output).abs() <= reference.bound
+    return y.shape == reference.output.shape and bool((inside | (y.isnan() & reference.output.isnan())).all())
+
+
+def by_isa(call: Callable[[], Any]) -> dict[str, Any]:
+    """What a call returns with each instruction set."""
+    module = cpu.extension()
+    assert module is not None
+    returned = {}
+    for name in module.isa_with_kernels():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "isa", lambda name=name: name)
+            returned[name] = call()
+    return returned
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads within it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
