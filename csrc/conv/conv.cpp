@@ -14,6 +14,7 @@ namespace dsconv {
 namespace {
 
 constexpr std::int64_t kLargest = std::int64_t{1} << 31;
+constexpr double kMost = 1e15;  // values in a tensor
 constexpr std::int64_t kMaxBlock = 512;
 constexpr std::int64_t kTasks = 32;  // enough to share out evenly
 
@@ -261,25 +262,27 @@ void convolve_depthwise(const Geometry& g, const Operands& o, const Kernels& ker
     const std::int64_t stripe = task % stripes, part = task / stripes % parts, image = task / stripes / parts;
     struct User;
     using Mine = Scratch<User>;
-    const std::int64_t zeros = by_lane ? g.channels + kMaxLanes : 0;
-    Mine scratch(Mine::size<const float*>(taps) + Mine::size<float>(zeros) + Mine::size<float>(taps * kMaxLanes) +
+    const bool few = by_lane && g.channels < kMaxLanes;  // fewer channels than are read at once
+    const std::int64_t zeros = by_lane ? g.channels + kMaxLanes : 0, ends = few ? taps * kMaxLanes : 0;
+    Mine scratch(Mine::size<const float*>(taps) + Mine::size<float>(zeros) + Mine::size<float>(ends) +
                  (by_lane ? 0 : Lines::bytes(g, 1)));
     const float** tap = scratch.take<const float*>(taps);
     float* zero = scratch.take<float>(zeros);
-    float* ends = scratch.take<float>(taps * kMaxLanes);
+    float* end = scratch.take<float>(ends);
     Lines cut(g, 1, scratch.take<float>(0));
     std::fill_n(zero, zeros, 0.0f);
+    std::fill_n(end, ends, 0.0f);
+    float few_biases[kMaxLanes] = {};
+    if (few && o.bias) std::copy_n(o.bias, g.channels, few_biases);
 
-    const auto run = [&](std::int64_t output, const float* const* taps_of_lanes, std::int64_t first, std::int64_t lanes,
-                         std::int64_t at) {
+    // `lanes` outputs from `at` on, of filter `output` or of the filters from there on, which read from tap[k][first].
+    const auto run = [&](std::int64_t output, std::int64_t first, std::int64_t lanes, std::int64_t at) {
       const auto from = [&](const float* p) { return p ? p + output : nullptr; };
-      float bias[kMaxLanes] = {};  // the layer's own may end before the lanes do
-      if (o.bias) std::copy_n(o.bias + output, by_lane ? lanes : 1, bias);
-      const Store store{nullptr, 0, 0, nullptr, 1, o.bias ? bias : nullptr, o.residual ? o.residual + at : nullptr,
-                        o.output + at, o.activation, o.slope};
-      kernels.depthwise({taps_of_lanes, first, static_cast<int>(lanes), by_lane, static_cast<int>(taps),
+      const Store store{nullptr, 0, 0, nullptr, 1, few && o.bias ? few_biases : from(o.bias),
+                        o.residual ? o.residual + at : nullptr, o.output + at, o.activation, o.slope};
+      kernels.depthwise({tap, first, static_cast<int>(lanes), by_lane, static_cast<int>(taps),
                          static_cast<int>(g.block_size), o.activation_bits, o.sign,
-                         reinterpret_cast<const std::int8_t*>(o.weight) + output, o.kds + output, from(o.kds_shift),
+                         reinterpret_cast<const std::int32_t*>(o.weight) + output, o.kds + output, from(o.kds_shift),
                          g.outputs, store});
     };
     for (std::int64_t y = stripe * lines; y < std::min(g.out_height, (stripe + 1) * lines); ++y) {
@@ -287,12 +290,8 @@ void convolve_depthwise(const Geometry& g, const Operands& o, const Kernels& ker
       if (!by_lane) {
         cut.read(input, in, y);
         for (std::int64_t k = 0; k < taps; ++k) tap[k] = cut.at(k);
-        for (std::int64_t i = 0; i < per_group; ++i) {
-          const std::int64_t output = part * per_group + i;
-          for (std::int64_t x = 0; x < g.out_width; x += kMaxLanes)
-            run(output, tap, x, std::min<std::int64_t>(kMaxLanes, g.out_width - x),
-                image * out.image + output * out.channel + y * out.y + x);
-        }
+        for (std::int64_t output = part * per_group; output < (part + 1) * per_group; ++output)
+          run(output, 0, g.out_width, image * out.image + output * out.channel + y * out.y);
         continue;
       }
       for (std::int64_t x = 0; x < g.out_width; ++x) {
@@ -301,17 +300,13 @@ void convolve_depthwise(const Geometry& g, const Operands& o, const Kernels& ker
           const std::int64_t in_x = x * g.stride_w - g.pad_w + k % g.kernel_w * g.dilation_w;
           const bool inside = in_y >= 0 && in_y < g.height && in_x >= 0 && in_x < g.width;
           tap[k] = inside ? input + in_y * in.y + in_x * in.x : zero;
+          if (few) tap[k] = std::copy_n(tap[k], g.channels, end + k * kMaxLanes) - g.channels;
         }
         const std::int64_t at = image * out.image + y * out.y + x * out.x;
-        std::int64_t first = 0;
-        for (; first + kMaxLanes <= g.channels; first += kMaxLanes) run(first, tap, first, kMaxLanes, at + first);
-        if (const std::int64_t left = g.channels - first; left > 0) {
-          // Behind the last channel there may be nothing to read.
-          std::fill_n(ends, taps * kMaxLanes, 0.0f);
-          for (std::int64_t k = 0; k < taps; ++k) std::copy_n(tap[k] + first, left, ends + k * kMaxLanes);
-          for (std::int64_t k = 0; k < taps; ++k) tap[k] = ends + k * kMaxLanes;
-          run(first, tap, 0, left, at + first);
-        }
+        const std::int64_t whole = few ? g.channels : g.channels / kMaxLanes * kMaxLanes;
+        run(0, 0, whole, at);
+        // The last channels once more with some before them, so that nothing behind them is read.
+        if (whole < g.channels) run(g.channels - kMaxLanes, g.channels - kMaxLanes, kMaxLanes, at + g.channels - kMaxLanes);
       }
     }
   });
@@ -329,6 +324,13 @@ bool Geometry::valid() const {
     const std::int64_t room = n + 2 * pad - dilation * (kernel - 1) - 1;
     return room < 0 ? -1 : room / stride + 1;
   };
+  // No size in bytes comes near the end of 64 bits.
+  const auto size = [](auto... factors) { return (1.0 * ... * static_cast<double>(factors)); };
+  const double padded = size(height + 2 * pad_h, width + 2 * pad_w), taps_read = size(kernel_h, kernel_w, dilation_h, dilation_w);
+  if (size(images, channels, padded) > kMost || size(images, out_height, out_width, outputs) > kMost ||
+      size(images, out_height, out_width, channels, kernel_h, kernel_w) > kMost || padded * taps_read > kMost ||
+      size(outputs + kPair * groups, channels + block_size * groups, kernel_h, kernel_w) > kMost)
+    return false;
   // |S| stays within 24 bits, and with it every sum within 32, up to this block size.
   return channels % groups == 0 && outputs % groups == 0 && (block_size % 8 == 0 || depthwise()) && block_size <= kMaxBlock &&
          out(height, pad_h, dilation_h, kernel_h, stride_h) == out_height &&
@@ -342,7 +344,10 @@ void pack_weight(const Geometry& g, const std::int8_t* vqk, int bits, std::uint8
   if (g.depthwise()) {
     std::memset(packed, 0, g.packed_bytes(wide));
     for (std::int64_t n = 0; n < g.outputs; ++n)
-      for (std::int64_t k = 0; k < depth; ++k) packed[k * g.outputs + n] = static_cast<std::uint8_t>(vqk[n * depth + k]);
+      for (std::int64_t k = 0; k < depth; ++k) {
+        const std::int32_t q = vqk[n * depth + k];
+        std::memcpy(packed + (k * g.outputs + n) * sizeof q, &q, sizeof q);
+      }
     return;
   }
   parallel(g.groups * 2 * g.pairs(), [&](std::int64_t all_panels) {

@@ -36,7 +36,7 @@ struct Geometry {
   std::int64_t pairs() const { return (group_outputs() + kPair - 1) / kPair; }  // of panels, in a group
   std::int64_t panel_bytes(bool wide) const { return taps() * row_octets() * (wide ? 128 : 64); }
   std::int64_t packed_bytes(bool wide) const {
-    return depthwise() ? positions() * outputs + kMaxLanes : groups * pairs() * 2 * panel_bytes(wide);
+    return depthwise() ? (positions() * outputs + kMaxLanes) * 4 : groups * pairs() * 2 * panel_bytes(wide);
   }
   std::int64_t kds_count() const {
     return depthwise() ? blocks() * outputs + kMaxLanes : groups * pairs() * taps() * blocks() * kPair;

@@ -84,7 +84,7 @@ struct Depthwise {
   bool by_lane;
   int taps, block_size, bits;
   Sign sign;
-  const std::int8_t* weight;  // [taps][filters]
+  const std::int32_t* weight;  // [taps][filters]
   const float* kds;           // [blocks][filters]
   const float* kds_shift;     // or null
   std::int64_t filters;

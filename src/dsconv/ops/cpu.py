@@ -332,6 +332,10 @@ def _conv2d(
     **named: Any,
 ) -> Tensor:
     settings = _Settings(*rest, **named)
+    if out is not None and groups == x.shape[1] > 1:  # depthwise writes in the layout of x
+        weights = (weight, kds, kds_shift, bias)
+        y = _conv2d(x, *weights, kernel_size, stride, padding, dilation, groups, flat, *rest, **named)
+        return _checked_out("conv2d", out, tuple(y.shape)).copy_(y)
     _check_input("conv2d", x, 4, settings.sign)
     where = (kernel_size, stride, padding, dilation, groups)
     size = _output_size(x.shape[2:], kernel_size, stride, padding, dilation) if min(stride, default=0) > 0 else []
