@@ -12,7 +12,7 @@ from importlib import metadata
 
 from dsconv import demo, nn, numerics, ops, zoo
 from dsconv.config import LayerConfig, QuantConfig
-from dsconv.conversion import quantize, summary
+from dsconv.conversion import fold_batchnorm, quantize, summary
 from dsconv.cpu import cpu_info
 from dsconv.evaluation import compare, evaluate
 from dsconv.io import load, save
@@ -27,6 +27,7 @@ __all__ = [
     "cpu_info",
     "demo",
     "evaluate",
+    "fold_batchnorm",
     "load",
     "nn",
     "numerics",

@@ -1,6 +1,7 @@
 """From a float model to a quantized one, and what became of each layer."""
 
 from dsconv.conversion.convert import ModelInfo, model_info, quantize
+from dsconv.conversion.fold import fold_batchnorm
 from dsconv.conversion.summary import LayerSummary, Summary, summary
 
-__all__ = ["LayerSummary", "ModelInfo", "Summary", "model_info", "quantize", "summary"]
+__all__ = ["LayerSummary", "ModelInfo", "Summary", "fold_batchnorm", "model_info", "quantize", "summary"]

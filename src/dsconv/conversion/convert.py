@@ -48,12 +48,16 @@ class ModelInfo:
         architecture: name by which :func:`dsconv.zoo.build` makes its float model, None where unknown.
         in_float: name of each layer that was left in float, to the reason.
         preprocess: how its images are prepared, as plain data, None where unknown.
+        folded: name of each BatchNorm that :func:`dsconv.fold_batchnorm` folded, to that of its layer.
+        not_folded: name of each that it left, to the reason; files do not keep it.
     """
 
     config: QuantConfig
     architecture: str | None = None
     in_float: dict[str, str] = field(default_factory=dict)
     preprocess: dict[str, Any] | None = None
+    folded: dict[str, str] = field(default_factory=dict)
+    not_folded: dict[str, str] = field(default_factory=dict)
 
 
 def model_info(model: nn.Module) -> ModelInfo | None:
@@ -93,11 +97,12 @@ def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | N
     config = as_config(config)
     layers = _find_layers(model)
     _check_overrides(config, layers)
-    preprocess = getattr(model, "dsconv_preprocess", None)
+    preprocess, before = getattr(model, "dsconv_preprocess", None), model_info(model)
     info = ModelInfo(
         config,
         architecture=getattr(model, "dsconv_architecture", None),
         preprocess=preprocess.model_dump(mode="json") if preprocess is not None else None,
+        folded=dict(before.folded) if before is not None else {},
     )
     swaps: dict[nn.Module, dsnn.DSLayer] = {}
     for found in layers:
@@ -128,8 +133,8 @@ def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | N
     return swapped(model, swaps, info)
 
 
-def swapped(model: nn.Module, swaps: Mapping[nn.Module, dsnn.DSLayer], info: ModelInfo) -> nn.Module:
-    """A deep copy of ``model`` with each layer of ``swaps`` replaced wherever it is referred to."""
+def swapped(model: nn.Module, swaps: Mapping[nn.Module, nn.Module], info: ModelInfo) -> nn.Module:
+    """A deep copy of ``model`` with each module of ``swaps`` replaced wherever it is referred to."""
     # Deep copy looks here for what it has copied already: so it puts the new layers in and never copies the old ones.
     memo: dict[int, Any] = {id(layer): quantized for layer, quantized in swaps.items()}
     for module in model.modules():

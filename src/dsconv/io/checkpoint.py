@@ -14,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv import ops
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion.convert import FLOAT_TYPES, ModelInfo, model_info, quantized_type, swapped
+from dsconv.conversion.fold import add_bias
 from dsconv.conversion.summary import LayerSummary, Summary, quantized_row
 from dsconv.errors import ConfigError, FileFormatError, ModelError
 from dsconv.nn import DSLayer
@@ -51,6 +53,7 @@ class Header(BaseModel):
     settings: list[dict[str, Any]]
     layers: dict[str, LayerRecord]
     in_float: dict[str, str]
+    folded: dict[str, str] = {}
     aliases: dict[str, str]
     preprocess: dict[str, Any] | None
 
@@ -128,7 +131,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     if model is None:
         model = _build(path, header)
     settings = [_layer_settings(path, data) for data in header.settings]
-    swaps: dict[nn.Module, DSLayer] = {}
+    swaps: dict[nn.Module, nn.Module] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     wrong: list[str] = []
     for name, record in header.layers.items():
@@ -149,8 +152,19 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             continue
         quantized.weight_sqnr_db = record.sqnr_db
         swaps[layer] = quantized
+    for name, layer_name in header.folded.items():
+        batchnorm, layer = modules.get(name), modules.get(layer_name)
+        quantized_layer = swaps.get(layer) if layer is not None else None
+        if not isinstance(batchnorm, _BatchNorm) or not isinstance(quantized_layer, DSLayer):
+            wrong.append(
+                f"module {name!r}: the file has it as a BatchNorm folded into {layer_name!r}, the model has not"
+            )
+            continue
+        add_bias(quantized_layer, batchnorm)
+        swaps[batchnorm] = nn.Identity().train(batchnorm.training)
     _refuse(path, header, model, wrong)
-    info = ModelInfo(_config(path, header.config), header.architecture, header.in_float, header.preprocess)
+    config = _config(path, header.config)
+    info = ModelInfo(config, header.architecture, header.in_float, header.preprocess, header.folded)
     result = swapped(model, swaps, info)
     _fill(path, header, result, tensors)
     return result
@@ -247,9 +261,20 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
         settings=[config.model_dump(mode="json") for config in settings],
         layers=layers,
         in_float=info.in_float,
+        folded=_folded(qmodel),
         aliases=aliases,
         preprocess=info.preprocess,
     )
+
+
+def _folded(qmodel: nn.Module) -> dict[str, str]:
+    """Name of each BatchNorm that was folded to that of its layer, also where it was done to a part of the model."""
+    folded: dict[str, str] = {}
+    for prefix, module in qmodel.named_modules():
+        info = model_info(module)
+        pairs = info.folded.items() if info else ()
+        folded |= {f"{prefix}.{name}".lstrip("."): f"{prefix}.{layer}".lstrip(".") for name, layer in pairs}
+    return folded
 
 
 def _class_name(model: nn.Module) -> str:

@@ -1,0 +1,259 @@
+"""Folds every BatchNorm that follows a quantized layer into the KDS and the bias of that layer."""
+
+import copy
+import inspect
+import os
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dsconv.config import QuantConfig
+from dsconv.conversion.convert import FLOAT_TYPES, QUANTIZED_TYPES, ModelInfo, model_info, swapped
+from dsconv.errors import ModelError
+from dsconv.nn import DSLayer
+
+_BATCHNORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _Folded(NamedTuple):
+    """What a layer holds once a BatchNorm is folded into it, all in float32."""
+
+    kds: Tensor
+    kds_shift: Tensor | None
+    bias: Tensor
+
+
+def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
+    """A copy of a quantized model, for inference, with BatchNorm folded into the quantized layers in front of it.
+
+    With ``f = gamma / sqrt(running_var + eps)`` per output channel, a layer's KDS (and its shift) become ``KDS f``, and
+    its bias ``beta + (bias - running_mean) f``: computed in float64, stored in float32. VQK and the rounding of
+    activations stay as they are, so that a layer's output differs by float32 rounding alone; in a network that can tip
+    a mantissa of a later layer, as it does between kernels and simulation. The BatchNorm becomes ``nn.Identity``. A
+    layer that had KDS in 16 bits takes more memory than before.
+
+    Folded is every ``BatchNorm1d``, ``2d`` or ``3d`` in eval mode with running statistics that reads the output of one
+    layer of :mod:`dsconv.nn` which nothing else reads, be it called once or, always together with it, several times.
+    ``model_info(result).folded`` has the name of each to that of its layer, ``.not_folded`` the name of each that was
+    left to the reason. Files keep the former: :func:`dsconv.load` takes the float model as ever. ``weight_sqnr_db``
+    goes on stating what quantization did.
+
+    What reads what is seen by :mod:`torch.fx`, which calls ``forward`` on symbols, with its first argument and those
+    that have no default. A ``DSLinear`` in front of a BatchNorm is taken to read ``(N, in_features)``, a ``DSConv1d``
+    ``(N, C, L)``.
+
+    Args:
+        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, or any model that holds quantized layers, in eval
+            mode. It is left as it is.
+
+    Returns:
+        A model of the same classes otherwise.
+
+    Raises:
+        ModelError: the model holds no quantized layer, is in training mode, or cannot be followed by ``torch.fx``.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference", CVPR 2018, section 3.2, with the factor applied to KDS in the place of weights.
+
+    >>> import dsconv
+    >>> from dsconv.conversion import model_info
+    >>> net = nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.BatchNorm2d(32)).eval()
+    >>> qnet = dsconv.quantize(net)
+    >>> folded = dsconv.fold_batchnorm(qnet)
+    >>> folded[1], folded[0].bias.shape
+    (Identity(), torch.Size([32]))
+    >>> model_info(folded).folded, model_info(folded).not_folded
+    ({'1': '0'}, {'3': 'it reads 2 (ReLU), which is not a quantized layer'})
+    >>> x = torch.randn(1, 3, 8, 8)
+    >>> with torch.inference_mode():
+    ...     torch.allclose(folded(x), qnet(x), atol=1e-5)
+    True
+    """
+    if not isinstance(qmodel, nn.Module):
+        raise ModelError(f"qmodel: expected a torch.nn.Module, got {type(qmodel).__name__}")
+    kind = type(qmodel).__name__
+    if not any(isinstance(module, DSLayer) for module in qmodel.modules()):
+        raise ModelError(f"model {kind} holds no quantized layer: convert it with dsconv.quantize first")
+    if qmodel.training:
+        raise ModelError(
+            f"model {kind} is in training mode, in which BatchNorm uses the statistics of each batch: "
+            "call its eval() before folding"
+        )
+    names = {module: name for name, module in qmodel.named_modules()}
+    batchnorms = [module for module in names if isinstance(module, _BatchNorm)]
+    uses = _uses(qmodel, names) if batchnorms else None
+    folds: dict[_BatchNorm, tuple[DSLayer, _Folded]] = {}
+    not_folded: dict[str, str] = {}
+    for batchnorm in batchnorms:
+        assert uses is not None
+        layer, reason = uses.layer_for(batchnorm)
+        folded = None if layer is None else _folded(layer, batchnorm)
+        if layer is not None and folded is not None:
+            folds[batchnorm] = layer, folded
+        else:
+            not_folded[names[batchnorm]] = reason or "folding it makes numbers that float32 does not hold"
+    before = copy.deepcopy(model_info(qmodel)) or ModelInfo(QuantConfig())
+    now = {names[batchnorm]: names[layer] for batchnorm, (layer, _) in folds.items()}
+    info = replace(before, folded=before.folded | now, not_folded=not_folded)
+    result = swapped(qmodel, {batchnorm: nn.Identity().eval() for batchnorm in folds}, info)
+    for batchnorm, (layer, folded) in folds.items():
+        made = result.get_submodule(names[layer])
+        assert isinstance(made, DSLayer)
+        made.config = made.config.model_copy(update={"kds_dtype": "float32"})
+        made.kds, made.kds_shift = folded.kds, folded.kds_shift
+        add_bias(made, batchnorm)
+        made.bias = nn.Parameter(folded.bias, requires_grad=made.bias is not None and made.bias.requires_grad)
+        made.pack_()
+    return result
+
+
+def add_bias(layer: DSLayer, batchnorm: nn.Module) -> None:
+    """Give a layer without a bias one of zeros, trainable where that of ``batchnorm`` is."""
+    if layer.bias is None:
+        bias = batchnorm.bias
+        zeros = torch.zeros(len(layer.vqk), device=layer.vqk.device)
+        layer.bias = nn.Parameter(zeros, requires_grad=isinstance(bias, Tensor) and bias.requires_grad)
+
+
+@torch.no_grad()
+def _folded(layer: DSLayer, batchnorm: _BatchNorm) -> _Folded | None:
+    """None where float32 holds no finite numbers for it."""
+
+    # On the CPU, since not every device has float64.
+    def exact(value: Tensor | None, missing: float = 0.0) -> Tensor:
+        return torch.tensor(missing, dtype=torch.float64) if value is None else value.to("cpu", torch.float64)
+
+    factor = exact(batchnorm.weight, 1.0) / (exact(batchnorm.running_var) + batchnorm.eps).sqrt()
+    bias = exact(batchnorm.bias) + (exact(layer.bias) - exact(batchnorm.running_mean)) * factor
+    scales = [
+        None if value is None else exact(value) * factor.view(-1, *[1] * (value.dim() - 1))
+        for value in (layer.kds, layer.kds_shift)
+    ]
+    kds, shift, bias_32 = (None if v is None else v.to(layer.kds.device, torch.float32) for v in (*scales, bias))
+    assert kds is not None
+    assert bias_32 is not None
+    finite = all(bool(v.isfinite().all()) for v in (kds, shift, bias_32) if v is not None)
+    return _Folded(kds, shift, bias_32) if finite else None
+
+
+class _Uses:
+    """Who calls the modules of a model on what, and whose tensors are read without a call."""
+
+    def __init__(self, graph: fx.Graph, names: Mapping[nn.Module, str], read: set[int]):
+        self.names, self.read = names, read
+        modules = {name: module for module, name in names.items()}
+        self.module_of = {node: modules[str(node.target)] for node in graph.nodes if node.op == "call_module"}
+        self.calls: dict[nn.Module, list[fx.Node]] = defaultdict(list)
+        for node, module in self.module_of.items():
+            self.calls[module].append(node)
+
+    def layer_for(self, batchnorm: _BatchNorm) -> tuple[DSLayer | None, str]:
+        """The layer that ``batchnorm`` can be folded into, or None and the reason."""
+        kind, calls = type(batchnorm).__name__, self.calls[batchnorm]
+        if not _is_one_of(batchnorm, _BATCHNORM_TYPES):
+            return None, f"its class {kind} is not known to be a plain BatchNorm"
+        if batchnorm.training:
+            return None, "it is in training mode"
+        if batchnorm.running_mean is None or batchnorm.running_var is None:
+            return None, "it has no running statistics"
+        if not calls:
+            return None, "forward does not call it"
+        inputs = [node for call in calls for node in call.all_input_nodes]
+        others = [node for node in inputs if not isinstance(self.module_of.get(node), DSLayer)]
+        if others:
+            return None, f"it reads {self._describe(others[0])}, which is not a quantized layer"
+        layers = {self.module_of[node] for node in inputs}
+        if len(layers) != 1:
+            return None, f"it reads several layers: {', '.join(sorted(self.names[layer] for layer in layers))}"
+        (layer,) = layers
+        assert isinstance(layer, DSLayer)
+        name = self.names[layer]
+        readers = [node for call in self.calls[layer] for node in call.users if node not in calls]
+        if readers:
+            return None, f"the output of {name} is also read by {self._describe(readers[0])}"
+        fits = type(batchnorm) is _BATCHNORM_TYPES[getattr(layer, "dims", 1) - 1]
+        if not _is_one_of(layer, QUANTIZED_TYPES) or not fits or batchnorm.num_features != len(layer.vqk):
+            fed = f"{name}, a {type(layer).__name__} of {len(layer.vqk)}"
+            return None, f"a {kind} of {batchnorm.num_features} channels does not belong to the output of {fed}"
+        if layer._forward_hooks or batchnorm._forward_hooks or batchnorm._forward_pre_hooks:
+            return None, f"a hook reads what passes between {name} and it"
+        for module in (layer, batchnorm):
+            if any(id(t) in self.read for t in (*module.parameters(), *module.buffers())):
+                return None, f"forward reads the tensors of {self.names[module]} directly"
+        return layer, ""
+
+    def _describe(self, node: fx.Node) -> str:
+        if node in self.module_of:
+            return f"{node.target} ({type(self.module_of[node]).__name__})"
+        if node.op == "output":
+            return "the caller of the model"
+        return str(getattr(node.target, "__name__", node.target))
+
+
+def _is_one_of(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+    """Whether its forward is that of one of ``types``: a subclass may have its own."""
+    return type(module) in types and "forward" not in vars(module)
+
+
+class _Tracer(fx.Tracer):
+    """Calls no layer, and notes whose tensors are read beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = isinstance(m, (DSLayer, _BatchNorm, *FLOAT_TYPES))
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if isinstance(attr_val, Tensor):
+            self.read.add(id(attr_val))
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _uses(qmodel: nn.Module, names: Mapping[nn.Module, str]) -> _Uses:
+    kind = type(qmodel).__name__
+    if "forward" in vars(qmodel):
+        raise ModelError(
+            f"model {kind}: it has a forward in the place of its class's, which torch.fx does not see: "
+            "fold the model that it was made from"
+        )
+    tracer = _Tracer()
+    # What forward may change is copied, so that symbols stay out of the model: all but its layers and tensors.
+    memo: dict[int, Any] = {}
+    for module, name in names.items():
+        if tracer.is_leaf_module(module, name):
+            memo[id(module)] = module
+        for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
+            if isinstance(value, Tensor):
+                memo[id(value)] = value
+    copied = copy.deepcopy(qmodel, memo)
+    parameters = list(inspect.signature(qmodel.forward).parameters.values())[1:]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Was not able to add assertion")
+            graph = tracer.trace(copied, concrete_args=defaults or None)
+    except Exception as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ModelError(
+            f"model {kind}: torch.fx cannot follow its forward{_line_of(error)} ({type(error).__name__}: {reason}), so "
+            "what reads each layer is not known: take decisions that depend on tensors out of it or into a function "
+            "marked by torch.fx.wrap, or fold parts: model.part = dsconv.fold_batchnorm(model.part)"
+        ) from error
+    return _Uses(graph, names, tracer.read)
+
+
+def _line_of(error: Exception) -> str:
+    """The innermost line that is neither PyTorch's nor of this file."""
+    ours = (os.path.dirname(torch.__file__) + os.sep, __file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    return f" at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
