@@ -214,7 +214,7 @@ def ours(job: Job, block: int, weights: Weights) -> Contestant:
     out = operator(*arguments)  # as the other runtimes do, writes into the same memory every time
 
     def call() -> Tensor:
-        result: Tensor = operator(*arguments, out=out)
+        result: Tensor = operator.out(*arguments, out=out)
         return result
 
     moved = float_bytes(job) + sum(t.nbytes for t in weights.packed if t is not None)
@@ -733,7 +733,7 @@ def plot_roofline(path: Path, results: Sequence[Result], ceilings: dict[int, Cei
             axes.set_title(f"batch {batch}, {plural(thread_count)}", fontsize=11)
             points = [r for r in results if (r.batch, r.threads) == (batch, thread_count)]
             draw_points(axes, points)
-            draw_ceilings(axes, points, ceilings[thread_count])
+            draw_ceilings(axes, ceilings[thread_count])
     handles, labels = grid[0][0].get_legend_handles_labels()
     named = dict(zip(labels, handles, strict=True))
     order = [name for name in by_contestant(results) if name in named]
@@ -780,15 +780,8 @@ def draw_points(axes: Any, results: Sequence[Result]) -> None:
         axes.scatter(x, y, s=area, marker=marker, color=colors[name], label=name, linewidths=0.4, edgecolors="white")
 
 
-def draw_ceilings(axes: Any, results: Sequence[Result], ceilings: Ceilings) -> None:
-    best = max(
-        (r for r in results if r.contestant.startswith("ours") or r.contestant.endswith("int8")),
-        key=lambda r: r.gmacs,
-        default=None,
-    )
+def draw_ceilings(axes: Any, ceilings: Ceilings) -> None:
     rates = dict(ceilings["gmacs"])
-    if best is not None:
-        rates[f"best integer layer\n({best.contestant})"] = best.gmacs
     (left, right), (bottom, _) = axes.get_xlim(), axes.get_ylim()
     text = {"textcoords": "offset points", "fontsize": 8}
     for label, rate in rates.items():

@@ -9,7 +9,7 @@ what :func:`dsconv.numerics.quantize_activation` does.
 import ctypes
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -221,18 +221,50 @@ def _check_input(name: str, x: Tensor, dims: int, sign: str) -> None:
         raise ValueError(f"dsconv::{name}: expected float32 x of {dims} dimensions, got {x.dtype} {tuple(x.shape)}")
 
 
-def _check_weights(name: str, weights: Sequence[Tensor | None], sizes: Sequence[int], bits: int) -> None:
+class _Plan(NamedTuple):
+    """The sizes of a call in the order of csrc/bindings.cpp, and what the weights have to be for them."""
+
+    sizes: tuple[int, ...]
+    expected: tuple[tuple[str, torch.dtype, tuple[int]], ...]
+
+
+# Networks make the same few calls over and over.
+@lru_cache(maxsize=4096)
+def _plan(
+    x: torch.Size | tuple[int, ...],
+    outputs: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    block_size: int,
+    flat: bool,
+    weight_bits: int,
+) -> _Plan:
+    if min(stride, default=0) < 1:
+        raise ValueError(f"dsconv::conv2d: stride: expected positive numbers, got {stride}")
+    if min(_output_size(x[2:], kernel, stride, padding, dilation), default=0) < 1 and 0 not in x:
+        raise ValueError(
+            f"dsconv::conv2d: an image of {tuple(x[2:])} with padding {padding} is smaller than the "
+            f"kernel {kernel} with dilation {dilation} (stride {stride})"
+        )
     module = extension()
     assert module is not None
-    weight_bytes, kds_count = module.packed_sizes(sizes, bits)
-    expected = [("weight", torch.uint8, weight_bytes), ("kds", torch.float32, kds_count)]
-    expected += [("kds_shift", torch.float32, kds_count), ("bias", torch.float32, sizes[4])]
-    for (argument, dtype, count), value in zip(expected, weights, strict=True):
+    sizes = _sizes(x, outputs, kernel, stride, padding, dilation, groups, block_size, flat)
+    weight_bytes, kds_count = module.packed_sizes(sizes, weight_bits)
+    counts = {"weight": weight_bytes, "kds": kds_count, "kds_shift": kds_count, "bias": outputs}
+    dtypes = (torch.uint8, torch.float32, torch.float32, torch.float32)
+    return _Plan(sizes, tuple((name, dtype, (n,)) for dtype, (name, n) in zip(dtypes, counts.items(), strict=True)))
+
+
+def _check_weights(name: str, plan: _Plan, weights: Sequence[Tensor | None]) -> None:
+    for (argument, dtype, shape), value in zip(plan.expected, weights, strict=True):
         if value is None:
             continue
-        if value.dtype != dtype or value.shape != (count,) or not value.is_contiguous() or not value.is_cpu:
+        if value.dtype != dtype or value.shape != shape or not value.is_contiguous() or not value.is_cpu:
             raise ValueError(
-                f"dsconv::{name}: {argument}: expected contiguous {dtype} ({count},) on the CPU for these settings, "
+                f"dsconv::{name}: {argument}: expected contiguous {dtype} {shape} on the CPU for these settings, "
                 f"got {value.dtype} {tuple(value.shape)}"
             )
 
@@ -337,22 +369,16 @@ def _conv2d(
         y = _conv2d(x, *weights, kernel_size, stride, padding, dilation, groups, flat, *rest, **named)
         return _checked_out("conv2d", out, tuple(y.shape)).copy_(y)
     _check_input("conv2d", x, 4, settings.sign)
-    where = (kernel_size, stride, padding, dilation, groups)
-    size = _output_size(x.shape[2:], kernel_size, stride, padding, dilation) if min(stride, default=0) > 0 else []
-    if min(size, default=0) < 1 and x.numel():
-        raise ValueError(
-            f"dsconv::conv2d: an image of {tuple(x.shape[2:])} with padding {tuple(padding)} is smaller than the "
-            f"kernel {tuple(kernel_size)} with dilation {tuple(dilation)} (stride {tuple(stride)})"
-        )
-    sizes = _sizes(x.shape, settings.outputs, *where, settings.block_size, flat)
+    where = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
+    plan = _plan(x.shape, settings.outputs, *where, settings.block_size, flat, settings.weight_bits)
     weights = (weight, kds, kds_shift, bias)
-    _check_weights("conv2d", weights, sizes, settings.weight_bits)
+    _check_weights("conv2d", plan, weights)
     x = x if _channels_last(x) else x.contiguous()
     if out is None:
-        y = _empty_output(x, settings.outputs, sizes[5:7], groups)
+        y = _empty_output(x, settings.outputs, plan.sizes[5:7], groups)
     else:
-        y = _checked_out("conv2d", out, (len(x), settings.outputs, *sizes[5:7]))
-    return _run("conv2d", x, x.stride(), weights, y, y.stride(), sizes, settings)
+        y = _checked_out("conv2d", out, (len(x), settings.outputs, *plan.sizes[5:7]))
+    return _run("conv2d", x, x.stride(), weights, y, y.stride(), plan.sizes, settings)
 
 
 def _conv2d_fake(
@@ -390,13 +416,13 @@ def _linear(
     # A row of pixels whose channels lie side by side.
     # The weights are checked against a row of at least one.
     row = (1, x.shape[-1], 1, max(1, x.shape[0]))
-    sizes = _sizes(row, outputs, one, one, (0, 0), one, 1, settings.block_size, False)
+    plan = _plan(row, outputs, one, one, (0, 0), one, 1, settings.block_size, False, settings.weight_bits)
     weights = (weight, kds, kds_shift, bias)
-    _check_weights("linear", weights, sizes, settings.weight_bits)
+    _check_weights("linear", plan, weights)
     x = x.contiguous()
     shape = (len(x), outputs)
     y = x.new_empty(shape) if out is None else _checked_out("linear", out, shape)
-    return _run("linear", x, (0, 1, 0, x.shape[1]), weights, y, (0, 1, 0, outputs), sizes, settings)
+    return _run("linear", x, (0, 1, 0, x.shape[1]), weights, y, (0, 1, 0, outputs), plan.sizes, settings)
 
 
 def _linear_fake(
