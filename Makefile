@@ -57,7 +57,7 @@ $(VENV)/torch.stamp: constraints.txt
 	$(INSTALL_CPU) torch
 	@touch $@
 
-$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	$(INSTALL) --editable '.[report]'
 	@$(BIN)/python -c 'from dsconv.cpu import cpu_info; print(cpu_info())'
 	@touch $@
