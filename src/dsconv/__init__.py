@@ -11,6 +11,7 @@ torch.Size([1, 64, 4, 4])
 from importlib import metadata
 
 from dsconv import demo, nn, numerics, ops, zoo
+from dsconv.compilation import compile
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion import fold_batchnorm, quantize, summary
 from dsconv.cpu import cpu_info
@@ -24,6 +25,7 @@ __all__ = [
     "QuantConfig",
     "__version__",
     "compare",
+    "compile",
     "cpu_info",
     "demo",
     "evaluate",

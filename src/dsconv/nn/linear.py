@@ -36,9 +36,9 @@ class DSLinear(DSLayer):
         weights = self._weights_for_kernels(x)
         if weights is None:
             return ops.linear(x, self.dequantized_weight(), self.bias, self.config)
-        rows = x.float().reshape(-1, self.in_features)
+        rows = x.float() if x.dim() == 2 else x.float().reshape(-1, self.in_features)
         y: Tensor = torch.ops.dsconv.linear(rows, *weights.packed, self._kernel_bias(), *weights.settings)
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return (y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._settings_repr()}"

@@ -1,0 +1,116 @@
+"""``dsconv.compile``: captures a quantized network and runs it as one graph."""
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from dsconv.compilation.fusion import fuse
+from dsconv.compilation.plan import Plan, plan_of
+from dsconv.conversion import fold_batchnorm
+from dsconv.errors import ModelError
+
+
+class _Captured(NamedTuple):
+    graph: fx.GraphModule
+    plan: Plan
+
+
+class CompiledModel(nn.Module):
+    """What :func:`compile` returns: call it as the model. It computes no gradients.
+
+    Attributes:
+        model: the quantized model, BatchNorm folded, of which it was made.
+        plan: table of what runs for an image of the size of the example.
+    """
+
+    def __init__(self, model: nn.Module, example_input: Tensor):
+        super().__init__()
+        self.model = model
+        self._captured: dict[tuple[int, ...], _Captured] = {}
+        self._lock = threading.Lock()
+        self.plan = self._of_size(example_input).plan
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output for ``x`` of any batch size; an image size that is new is captured first, and remembered."""
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            raise ValueError(f"compiled model: expected float32 on the CPU, got {x.dtype} on {x.device}")
+        with torch.inference_mode():
+            y: Tensor = self._of_size(x).graph(_channels_last(x))
+        return y
+
+    def _of_size(self, x: Tensor) -> _Captured:
+        size = tuple(x.shape[1:])
+        found = self._captured.get(size)
+        if found is None:
+            with self._lock:  # one thread captures, the others wait for it
+                found = self._captured.get(size)
+                if found is None:
+                    found = self._captured[size] = _capture(self.model, x)
+        return found
+
+    # Graphs hold what cannot be copied or pickled everywhere; they are made again for the size of the plan's example.
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_captured": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lock = threading.Lock()
+
+
+def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
+    """A quantized network as one graph for inference on the CPU.
+
+    BatchNorm is folded into the layers in front of it (:func:`dsconv.fold_batchnorm`), the network is captured by
+    :mod:`torch.export`, and additions and activations that follow a layer are computed by its kernel. Tensors between
+    layers are float32 whose channels lie side by side. The result returns the same bits as the folded model does.
+
+    Args:
+        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, on the CPU; it is left as it is.
+        example_input: float32 ``(N, ...)``, of the size of an image to come. The batch may vary afterwards, and other
+            image sizes are captured when they come.
+
+    Returns:
+        A module to be called as ``qmodel`` is; ``print(compiled.plan)`` shows its steps.
+
+    Raises:
+        ModelError: the model holds no quantized layer, is in training mode or cannot be captured; the message has the
+            line of its code where that is known.
+
+    >>> import dsconv
+    >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+    >>> fast = compile(dsconv.quantize(net), torch.zeros(1, 3, 16, 16))
+    >>> [step.fused for step in fast.plan.steps], fast(torch.zeros(5, 3, 16, 16)).shape
+    ([('bias', 'relu'), ('bias',)], torch.Size([5, 64, 12, 12]))
+    """
+    if example_input.dtype != torch.float32 or example_input.device.type != "cpu" or not len(example_input):
+        raise ValueError(
+            "example_input: expected float32 on the CPU with a batch of at least one, got "
+            f"{example_input.dtype} {tuple(example_input.shape)} on {example_input.device}"
+        )
+    return CompiledModel(fold_batchnorm(qmodel), example_input)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _capture(model: nn.Module, x: Tensor) -> _Captured:
+    # A batch of one would be taken for a constant.
+    example = x.new_zeros((2, *x.shape[1:]))
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+            module = program.run_decompositions({}).module(check_guards=False)
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}: {error}"
+        ) from error
+    assert isinstance(module, fx.GraphModule)
+    fuse(module.graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return _Captured(module, plan_of(module))

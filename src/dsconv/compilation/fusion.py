@@ -1,0 +1,91 @@
+"""Rewrites a captured graph: what follows a convolution moves into it, what does nothing goes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_aten, _dsconv = torch.ops.aten, torch.ops.dsconv
+INTEGER_OPERATORS = (_dsconv.conv2d.default, _dsconv.linear.default)
+# Sums whose order depends on the memory format, and so their last bit.
+_AVERAGES = (_aten.adaptive_avg_pool2d.default, _aten.avg_pool2d.default, _aten.mean.dim)
+
+
+def fuse(graph: fx.Graph) -> None:
+    """Rewrite ``graph``, which holds functional ATen and ``dsconv`` operators, in place.
+
+    A sum with another tensor, and ReLU, ReLU6 or LeakyReLU, that follow a convolution or linear layer become its
+    residual and its activation: it computes them in the same order, so that no bit changes. What they are called is
+    kept in ``node.meta["fused"]``.
+    """
+    for node in list(graph.nodes):
+        if node.target is _aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is _aten.clone.default and not node.kwargs:  # what dropout is in inference
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is _aten.view.default:  # of a tensor whose channels lie side by side, that may need a copy
+            node.target = _aten.reshape.default
+        elif node.target in _AVERAGES:
+            with graph.inserting_before(node):
+                node.args = (graph.call_function(_aten.contiguous.default, (node.args[0],)), *node.args[1:])
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.target in INTEGER_OPERATORS:
+            node.meta["fused"] = []
+            _take_residual(node, order)
+            _take_activation(node)
+    graph.lint()
+
+
+def _take_residual(node: fx.Node, order: dict[fx.Node, int]) -> None:
+    add = _only_user(node)
+    if add is None or add.target is not _aten.add.Tensor or add.kwargs:
+        return
+    other = add.args[1] if add.args[0] is node else add.args[0]
+    # It has to be there already. Where both are convolutions, the later one takes the earlier one.
+    if isinstance(other, fx.Node) and other is not node and order[other] < order[node] and _like(node, other):
+        _replace(node, add, "add", residual=other)
+
+
+def _take_activation(node: fx.Node) -> None:
+    user = _only_user(node)
+    if user is not None and user.target in _ACTIVATIONS:
+        found = _ACTIVATIONS[user.target](user)
+        if found is not None:
+            _replace(node, user, found["activation"], **found)
+
+
+def _leaky_relu(node: fx.Node) -> dict[str, Any]:
+    return {"activation": "leaky_relu", "slope": node.args[1] if len(node.args) > 1 else 0.01}
+
+
+def _hardtanh(node: fx.Node) -> dict[str, Any] | None:
+    return {"activation": "relu6"} if tuple(node.args[1:]) == (0, 6) and not node.kwargs else None
+
+
+_ACTIVATIONS: dict[Any, Callable[[fx.Node], dict[str, Any] | None]] = {
+    _aten.relu.default: lambda _: {"activation": "relu"},
+    _aten.leaky_relu.default: _leaky_relu,
+    _aten.hardtanh.default: _hardtanh,
+    _aten.relu6.default: lambda _: {"activation": "relu6"},
+}
+
+
+def _replace(node: fx.Node, follower: fx.Node, called: str, **arguments: Any) -> None:
+    """Let ``node`` with ``arguments`` stand for ``follower``, its only user, as well."""
+    node.kwargs = {**node.kwargs, **arguments}
+    node.meta["fused"].append(called)
+    node.meta["val"] = follower.meta["val"]
+    follower.replace_all_uses_with(node)
+    follower.graph.erase_node(follower)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _like(a: fx.Node, b: fx.Node) -> bool:
+    one, other = a.meta["val"], b.meta["val"]
+    return isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype

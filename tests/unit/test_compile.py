@@ -1,0 +1,197 @@
+"""dsconv.compile: the same bits as the folded model, in fewer steps."""
+
+import copy
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dsconv
+from dsconv.compilation import CompiledModel
+from dsconv.errors import ModelError
+from dsconv.ops import cpu
+
+pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model.eval()
+
+
+def compiled(model: nn.Module, x: Tensor, config: str = "w4a4") -> CompiledModel:
+    return dsconv.compile(dsconv.quantize(randomized(model), config), x)
+
+
+def assert_same_bits(fast: CompiledModel, x: Tensor) -> None:
+    with torch.inference_mode():
+        assert torch.equal(fast(x), fast.model(x))
+
+
+def conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+
+
+class Block(nn.Module):
+    """A residual block that ends as ``after`` says, of the two orders of an addition one."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor], swapped: bool = False, downsample: bool = False):
+        super().__init__()
+        self.first, self.conv, self.norm = conv(3, 32), conv(32, 32), nn.BatchNorm2d(32)
+        self.downsample = conv(32, 32) if downsample else nn.Identity()
+        self.after, self.swapped = after, swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        y, x = self.norm(self.conv(x)), self.downsample(x)
+        return self.after(x + y if self.swapped else y + x)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("downsample", [False, True])
+@pytest.mark.parametrize(
+    ("after", "fused"),
+    [
+        (F.relu, ("bias", "add", "relu")),
+        (F.relu6, ("bias", "add", "relu6")),
+        (nn.ReLU6(inplace=True), ("bias", "add", "relu6")),
+        (nn.LeakyReLU(0.2), ("bias", "add", "leaky_relu")),
+        (nn.LeakyReLU(inplace=True), ("bias", "add", "leaky_relu")),
+        (F.silu, ("bias", "add")),
+        (nn.Hardtanh(-1, 1), ("bias", "add")),
+    ],
+)
+def test_addition_and_activation_go_into_the_convolution(
+    after: Callable[[Tensor], Tensor], fused: tuple[str, ...], downsample: bool, swapped: bool
+) -> None:
+    x = torch.randn(2, 3, 9, 7)
+    fast = compiled(Block(after, swapped, downsample), x)
+    steps = {step.name: step.fused for step in fast.plan.steps if step.backend != "PyTorch"}
+    taken = [set(fused) <= set(step) or set(fused) - {"bias"} <= set(step) for step in steps.values()]
+    assert any(taken), steps
+    assert steps["first"] == ("relu",)
+    assert_same_bits(fast, x)
+
+
+def test_what_others_read_as_well_is_not_fused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return F.relu(y) * y + (y + y)
+
+    x = torch.randn(1, 3, 5, 5)
+    fast = compiled(Twice(), x)
+    assert [step.fused for step in fast.plan.steps if step.name == "conv"] == [("bias",)]
+    assert_same_bits(fast, x)
+
+
+def test_a_sum_that_broadcasts_or_scales_is_not_fused() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.other = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.add(self.conv(x), x.mean(1, keepdim=True)) + torch.add(self.other(x), x[:, :1], alpha=2)
+
+    x = torch.randn(2, 3, 5, 5)
+    assert_same_bits(compiled(Sums(), x), x)
+
+
+def test_batch_and_image_size_may_vary() -> None:
+    fast = compiled(Block(F.relu), torch.randn(1, 3, 9, 7))
+    for shape in ((1, 3, 9, 7), (5, 3, 9, 7), (2, 3, 16, 16), (0, 3, 9, 7), (1, 3, 16, 16)):
+        assert_same_bits(fast, torch.randn(shape))
+
+
+def test_a_new_size_may_come_from_several_threads_at_once() -> None:
+    fast, x = compiled(Block(F.relu), torch.randn(1, 3, 9, 7)), torch.randn(3, 3, 12, 12)
+    results: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: results.append(fast(x))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_copies_work_and_the_model_given_stays_as_it_is() -> None:
+    qmodel, x = dsconv.quantize(randomized(Block(F.relu)), "w4a4"), torch.randn(2, 3, 9, 7)
+    before = {name: value.clone() for name, value in qmodel.state_dict().items()}
+    fast = dsconv.compile(qmodel, x)
+    assert isinstance(qmodel.norm, nn.BatchNorm2d)
+    assert all(torch.equal(value, before[name]) for name, value in qmodel.state_dict().items())
+    assert torch.equal(copy.deepcopy(fast)(x), fast(x))
+
+
+def test_no_gradient_is_computed_and_none_is_needed() -> None:
+    x = torch.randn(1, 3, 9, 7, requires_grad=True)
+    assert not compiled(Block(F.relu), x.detach())(x).requires_grad
+
+
+def test_plan_prints_what_runs_and_by_what() -> None:
+    fast = compiled(
+        nn.Sequential(conv(3, 16), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10)), torch.zeros(1, 3, 4, 4)
+    )
+    text = str(fast.plan)
+    assert [step.operator for step in fast.plan.in_pytorch] == ["aten.max_pool2d", "aten.reshape"]
+    assert "dsconv.conv2d" in text and "2 by PyTorch" in text and f"integers ({cpu.isa()})" in text
+    assert fast.plan.weight_bytes > 0
+
+
+@pytest.mark.parametrize("config", dsconv.config.PRESETS)
+def test_digits_network_gives_the_same_bits_under_every_preset(config: str) -> None:
+    images, _ = dsconv.demo.load_digits()
+    fast = dsconv.compile(dsconv.quantize(dsconv.demo.load_network(), config), images[:1])
+    assert_same_bits(fast, images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v2", "googlenet", "alexnet"])
+def test_networks_of_torchvision_have_all_layers_in_integers(name: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    settings = {"init_weights": False} if name == "googlenet" else {}
+    x = torch.randn(2, 3, 64, 64)
+    fast = compiled(getattr(models, name)(**settings), x)
+    layers = [module for module in fast.model.modules() if isinstance(module, dsconv.nn.DSLayer)]
+    skipped = 6 if name == "googlenet" else 0  # the auxiliary heads, which only training runs
+    integers = [step for step in fast.plan.steps if step.backend != "PyTorch"]
+    assert len(integers) == len(layers) - skipped
+    assert_same_bits(fast, x)
+
+
+def test_errors_say_what_is_wrong() -> None:
+    x = torch.zeros(1, 3, 8, 8)
+    qmodel = dsconv.quantize(Block(F.relu).eval(), "w4a4")
+    for wrong in (x.double(), x[:0]):
+        with pytest.raises(ValueError, match="example_input: expected float32 on the CPU"):
+            dsconv.compile(qmodel, wrong)
+    with pytest.raises(ValueError, match=r"expected float32 on the CPU, got torch\.float64"):
+        dsconv.compile(qmodel, x)(x.double())
+    with pytest.raises(ModelError, match="training mode"):
+        dsconv.compile(qmodel.train(), x)
+
+    class ByValue(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) if float(x.sum()) > 0 else x
+
+    with pytest.raises(ModelError, match=r"float\(x\.sum\(\)\)"):
+        dsconv.compile(dsconv.quantize(ByValue().eval(), "w4a4"), x)
