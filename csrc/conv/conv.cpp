@@ -406,11 +406,11 @@ void convolve(const Geometry& whole, const Operands& operands, const Kernels& ke
   for (std::int64_t k = 0; k < taps && !g.flat; ++k)
     tap[k] = k / g.kernel_w * g.dilation_h * q.width + k % g.kernel_w * g.dilation_w;
   const std::int64_t panel = g.panel_bytes(o.wide), per_group = g.group_outputs();
-  // Chunks of about the same size, of whole tiles. A task keeps its pixels in cache and goes through the weights; with
+  // Chunks of about the same size, of whole vectors. A task keeps its pixels in cache and goes through the weights; with
   // few pixels there are more tasks, of some weights.
   const std::int64_t chunks = (pixels + kernels.task - 1) / kernels.task;
   const std::int64_t even = (pixels + chunks - 1) / std::max<std::int64_t>(1, chunks);
-  const std::int64_t chunk = std::min<std::int64_t>(kernels.task, (even + 11) / 12 * 12);
+  const std::int64_t chunk = std::min<std::int64_t>(kernels.task, (even + kMaxLanes - 1) / kMaxLanes * kMaxLanes);
   const std::int64_t split = std::clamp<std::int64_t>(kTasks / std::max<std::int64_t>(1, g.groups * chunks), 1, g.pairs());
 
   parallel(g.groups * chunks * split, [&](std::int64_t task) {

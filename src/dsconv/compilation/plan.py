@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from dsconv import ops
 from dsconv.compilation.fusion import INTEGER_OPERATORS
+from dsconv.tables import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,12 +69,7 @@ class Plan:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=140, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self)
 
 
 def plan_of(module: fx.GraphModule) -> Plan:

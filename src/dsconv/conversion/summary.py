@@ -13,6 +13,7 @@ from dsconv.config import LayerConfig
 from dsconv.conversion.convert import FLOAT_TYPES, model_info
 from dsconv.nn import DSLayer
 from dsconv.numerics import packed_bytes
+from dsconv.tables import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -160,12 +161,7 @@ class Summary:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=140, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self)
 
 
 def summary(model: nn.Module) -> Summary:
