@@ -35,6 +35,13 @@ def digest():
     return hashlib.sha256(y.numpy().tobytes()).hexdigest()
 
 expected = digest()
+
+def eight_at_once(work):
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 """
 
 
@@ -79,15 +86,11 @@ assert digest() == expected
 """,
     "eight threads at once": """
 start, digests = threading.Barrier(8), []
-def work():
+def work(_):
     start.wait()
     for _ in range(20):
         digests.append(digest())
-threads = [threading.Thread(target=work) for _ in range(8)]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
+eight_at_once(work)
 assert digests == [expected] * 160
 """,
     "eight threads at once that change how many threads there are": """
@@ -97,11 +100,7 @@ def work(count):
     for i in range(10):
         torch.set_num_threads(1 + (count + i) % 4)
         digests.append(digest())
-threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
+eight_at_once(work)
 assert digests == [expected] * 80
 """,
     "as many threads as PyTorch is told to have": """
