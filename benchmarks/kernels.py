@@ -923,6 +923,8 @@ def main() -> None:
         each += [f"{name} {rate:.0f} GB/s" for name, rate in copy.items()]
         print(f"Ceilings, {plural(threads)}: {', '.join(each)}")
     layers = chosen_layers(given.networks, given.only)
+    if not layers:
+        sys.exit(f"no layer of {', '.join(given.networks)} has {given.only!r} in its name")
     print(f"{len(layers)} distinct layers of {', '.join(given.networks)}; medians (quartiles)")
     bench = Bench(given)
     for layer, networks in layers.items():

@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +117,14 @@ def test_batch_and_image_size_may_vary() -> None:
         assert_same_bits(fast, torch.randn(shape))
 
 
+def test_of_many_image_sizes_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsconv.compilation.compiled._SIZES_KEPT", 2)
+    fast = compiled(nn.Sequential(conv(3, 16)), torch.randn(1, 3, 4, 4))
+    for size in (5, 6, 7, 4):
+        assert_same_bits(fast, torch.randn(1, 3, size, 4))
+    assert list(fast._captured) == [(3, 7, 4), (3, 4, 4)]
+
+
 def test_a_new_size_may_come_from_several_threads_at_once() -> None:
     fast, x = compiled(Block(F.relu), torch.randn(1, 3, 9, 7)), torch.randn(3, 3, 12, 12)
     results: list[Tensor] = []
@@ -135,6 +144,13 @@ def test_copies_work_and_the_model_given_stays_as_it_is() -> None:
     assert isinstance(qmodel.norm, nn.BatchNorm2d)
     assert all(torch.equal(value, before[name]) for name, value in qmodel.state_dict().items())
     assert torch.equal(copy.deepcopy(fast)(x), fast(x))
+
+
+def test_file_of_a_compiled_model_is_loaded_and_compiled_again(tmp_path: Path) -> None:
+    images, _ = dsconv.demo.load_digits()
+    fast = dsconv.compile(dsconv.quantize(dsconv.zoo.build("dsconv/digits_resnet")), images[:1])
+    again = dsconv.load(dsconv.save(fast, tmp_path / "net.safetensors"))
+    assert torch.equal(dsconv.compile(again, images[:1])(images), fast(images))
 
 
 def test_no_gradient_is_computed_and_none_is_needed() -> None:
@@ -177,9 +193,11 @@ def test_networks_of_torchvision_have_all_layers_in_integers(name: str) -> None:
 def test_errors_say_what_is_wrong() -> None:
     x = torch.zeros(1, 3, 8, 8)
     qmodel = dsconv.quantize(Block(F.relu).eval(), "w4a4")
-    for wrong in (x.double(), x[:0]):
+    for wrong in (x.double(), x[:0], x[0, 0, 0]):
         with pytest.raises(ValueError, match="example_input: expected float32 on the CPU"):
             dsconv.compile(qmodel, wrong)
+    with pytest.raises(TypeError, match="example_input: expected a tensor, got NoneType"):
+        dsconv.compile(qmodel, None)
     with pytest.raises(ValueError, match=r"expected float32 on the CPU, got torch\.float64"):
         dsconv.compile(qmodel, x)(x.double())
     with pytest.raises(ModelError, match="training mode"):

@@ -11,6 +11,8 @@ from dsconv.compilation.plan import Plan, plan_of
 from dsconv.conversion import fold_batchnorm
 from dsconv.errors import ModelError
 
+_SIZES_KEPT = 16
+
 
 class _Captured(NamedTuple):
     graph: fx.GraphModule
@@ -34,9 +36,8 @@ class CompiledModel(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output for ``x`` of any batch size; an image size that is new is captured first, and remembered."""
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            raise ValueError(f"compiled model: expected float32 on the CPU, got {x.dtype} on {x.device}")
+        """Output for ``x`` of any batch size; a new image size is captured first, and the last 16 are remembered."""
+        _check("compiled model", x)
         with torch.inference_mode():
             y: Tensor = self._of_size(x).graph(_channels_last(x))
         return y
@@ -48,10 +49,13 @@ class CompiledModel(nn.Module):
             with self._lock:  # one thread captures, the others wait for it
                 found = self._captured.get(size)
                 if found is None:
-                    found = self._captured[size] = _capture(self.model, x)
+                    found = _capture(self.model, x)
+                    # Of ever new sizes the oldest go.
+                    kept = list(self._captured.items())[1 - _SIZES_KEPT :]
+                    self._captured = dict([*kept, (size, found)])
         return found
 
-    # Graphs hold what cannot be copied or pickled everywhere; they are made again for the size of the plan's example.
+    # Graphs hold what cannot be copied or pickled everywhere: a copy captures anew when it is called.
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_captured": {}, "_lock": None}
 
@@ -69,13 +73,14 @@ def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
 
     Args:
         qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, on the CPU; it is left as it is.
-        example_input: float32 ``(N, ...)``, of the size of an image to come. The batch may vary afterwards, and other
-            image sizes are captured when they come.
+        example_input: float32 ``(N, ...)`` of at least one image, of the size of those to come. The batch may vary
+            afterwards, and other image sizes are captured when they come.
 
     Returns:
         A module to be called as ``qmodel`` is; ``print(compiled.plan)`` shows its steps.
 
     Raises:
+        TypeError, ValueError: ``example_input`` is no such tensor.
         ModelError: the model holds no quantized layer, is in training mode or cannot be captured; the message has the
             line of its code where that is known.
 
@@ -85,12 +90,20 @@ def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
     >>> [step.fused for step in fast.plan.steps], fast(torch.zeros(5, 3, 16, 16)).shape
     ([('bias', 'relu'), ('bias',)], torch.Size([5, 64, 12, 12]))
     """
-    if example_input.dtype != torch.float32 or example_input.device.type != "cpu" or not len(example_input):
+    _check("example_input", example_input)
+    if example_input.dim() < 2 or not len(example_input):
         raise ValueError(
-            "example_input: expected float32 on the CPU with a batch of at least one, got "
-            f"{example_input.dtype} {tuple(example_input.shape)} on {example_input.device}"
+            "example_input: expected float32 on the CPU (N, ...) with a batch of at least one, "
+            f"got {tuple(example_input.shape)}"
         )
     return CompiledModel(fold_batchnorm(qmodel), example_input)
+
+
+def _check(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(f"{name}: expected float32 on the CPU, got {x.dtype} on {x.device}")
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv import ops
+from dsconv.compilation import CompiledModel
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion.convert import FLOAT_TYPES, ModelInfo, model_info, quantized_type, swapped
 from dsconv.conversion.fold import add_bias
@@ -64,7 +65,8 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     Integers are packed at their width, KDS and all other tensors keep their dtype. Nothing is pickled.
 
     Args:
-        qmodel: from :func:`dsconv.quantize`, or any model that holds quantized layers.
+        qmodel: from :func:`dsconv.quantize`, or any model that holds quantized layers. Of a compiled model its
+            ``model`` is written: compile what :func:`load` returns.
         path: of the file, usually ``*.safetensors``, in an existing folder.
         architecture: name by which :func:`dsconv.zoo.build` makes the float model, so that the file can be loaded
             without one; known by itself for models that came from there.
@@ -86,6 +88,8 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     ...     torch.equal(again(x), qnet(x))
     True
     """
+    if isinstance(qmodel, CompiledModel):
+        qmodel = qmodel.model
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: its folder {path.parent} does not exist")
