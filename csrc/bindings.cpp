@@ -5,6 +5,7 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
@@ -12,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -19,6 +21,7 @@
 #include "conv/kernels.h"
 #include "isa.h"
 #include "parallel.h"
+#include "program/program.h"
 
 namespace nb = nanobind;
 
@@ -76,6 +79,18 @@ Enum one_of(const char* what, int value, int count) {
   return static_cast<Enum>(value);
 }
 
+Format format(std::int64_t depth, std::int64_t block_size, std::int64_t groups, int weight_bits, int bits, int sign,
+              bool shift) {
+  return {{depth, block_size}, groups, checked_bits(bits), one_of<Sign>("sign", sign, 3), is_wide(weight_bits), shift};
+}
+
+// (float tensor, residual, [(quantized tensor, first channel)], activation, slope): dsconv/compilation/program.py.
+using Uses = std::tuple<int, int, std::vector<std::pair<int, std::int64_t>>, int, float>;
+Use use(const Uses& u) {
+  const auto& [values, residual, targets, activation, slope] = u;
+  return {values, residual, targets, one_of<Activation>("activation", activation, 5), slope};
+}
+
 }  // namespace
 
 NB_MODULE(_C, m) {
@@ -122,22 +137,13 @@ NB_MODULE(_C, m) {
                        int activation, float slope) {
     const Geometry g = geometry(sizes);
     const Kernels& kernels = kernels_of(isa);
-    const Operands operands{.input = at<const float>(input),
-                            .input_strides = strides(input_strides),
-                            .weight = at<const std::uint8_t>(weight),
-                            .kds = at<const float>(kds),
-                            .kds_shift = at<const float>(kds_shift),
-                            .bias = at<const float>(bias),
-                            .residual = at<const float>(residual),
-                            .output = at<float>(output),
-                            .output_strides = strides(output_strides),
-                            .wide = is_wide(weight_bits),
-                            .activation_bits = checked_bits(activation_bits),
-                            .sign = one_of<Sign>("sign", sign, 3),
-                            .activation = one_of<Activation>("activation", activation, 4),
-                            .slope = slope};
+    const Layer layer{at<const std::uint8_t>(weight), at<const float>(kds), at<const float>(kds_shift),
+                      at<const float>(bias), is_wide(weight_bits), checked_bits(activation_bits),
+                      one_of<Sign>("sign", sign, 3), one_of<Activation>("activation", activation, 5), slope};
+    const Strides to = strides(output_strides);
+    const Output out{at<float>(output), to, {at<const float>(residual), to}, {}};
     nb::gil_scoped_release released;
-    convolve(g, operands, kernels);
+    convolve(g, layer, kernels, {at<const float>(input), strides(input_strides)}, out);
   });
   m.def("quantize_activation", [](std::string_view isa, const Sizes& sizes, Address input,
                                   const std::array<std::int64_t, 4>& input_strides, int bits, int sign,
@@ -145,12 +151,63 @@ NB_MODULE(_C, m) {
     const Geometry g = geometry(sizes);
     if (g.positions() != 1 || g.pad_h || g.pad_w || g.flat) throw std::invalid_argument("expected a 1x1 convolution");
     const Kernels& kernels = kernels_of(isa);
-    Operands operands{};
-    operands.input = at<const float>(input);
-    operands.input_strides = strides(input_strides);
-    operands.activation_bits = checked_bits(bits);
-    operands.sign = one_of<Sign>("sign", sign, 3);
+    Layer layer{};
+    layer.bits = checked_bits(bits);
+    layer.sign = one_of<Sign>("sign", sign, 3);
     nb::gil_scoped_release released;
-    quantize_activation(g, operands, kernels, at<std::int8_t>(mantissa), at<std::int8_t>(exponent));
+    quantize_activation(g, layer, kernels, {at<const float>(input), strides(input_strides)}, at<std::int8_t>(mantissa), at<std::int8_t>(exponent));
   });
+
+  nb::class_<Program>(m, "Program", "A network as a list of steps over tensors that lie in one piece of memory.")
+      .def("__init__", [](Program* self, std::string_view isa) { new (self) Program(kernels_of(isa)); })
+      .def(
+          "values",
+          [](Program& self, int base, std::int64_t offset, std::int64_t first, const std::array<std::int64_t, 3>& size,
+             const std::array<std::int64_t, 4>& s) {
+            return self.values({base, offset, first, size[0], size[1], size[2], strides(s)});
+          },
+          "Number of a float tensor of an image: where it begins, (channels, height, width), and strides.")
+      .def(
+          "quantized",
+          [](Program& self, std::int64_t offset, std::int64_t depth, std::int64_t block_size, std::int64_t groups,
+             const std::array<std::int64_t, 4>& grid, int weight_bits, int bits, int sign, bool shift) {
+            return self.quantized(format(depth, block_size, groups, weight_bits, bits, sign, shift),
+                                  {1, grid[0], grid[1], grid[2], grid[3]}, offset);
+          },
+          "Number of a quantized tensor of an image of (height, width) and padding.")
+      .def_static(
+          "quantized_bytes",
+          [](std::int64_t depth, std::int64_t block_size, std::int64_t groups, const std::array<std::int64_t, 4>& grid,
+             bool shift) {
+            return Quantized::bytes(format(depth, block_size, groups, 4, 4, 0, shift), {1, grid[0], grid[1], grid[2], grid[3]});
+          },
+          "Bytes that a quantized tensor of an image takes.")
+      .def("convolve",
+           [](Program& self, const Sizes& sizes, int from, int input, Address weight, Address kds, Address kds_shift,
+              Address bias, int weight_bits, int activation_bits, int sign, const Uses& uses) {
+             self.convolve(geometry(sizes),
+                           {at<const std::uint8_t>(weight), at<const float>(kds), at<const float>(kds_shift),
+                            at<const float>(bias), is_wide(weight_bits), checked_bits(activation_bits),
+                            one_of<Sign>("sign", sign, 3), Activation::none, 0.0f},
+                           from, input, use(uses));
+           })
+      .def("map",
+           [](Program& self, int from, Address scale, Address shift, const Uses& uses) {
+             self.map(from, at<const float>(scale), at<const float>(shift), use(uses));
+           })
+      .def("pool",
+           [](Program& self, int from, const std::array<std::int64_t, 8>& w, bool average, bool count_zeros,
+              std::int64_t divisor, const std::array<std::int64_t, 2>& out, const Uses& uses) {
+             self.pool(from, {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], average, count_zeros, divisor}, out[0], out[1],
+                       use(uses));
+           })
+      .def("bytes", &Program::bytes, "Of memory that a run over so many images needs, aligned to 64.")
+      .def(
+          "run",
+          [](const Program& self, std::int64_t images, const std::vector<Address>& bases, int first, int last,
+             Address seconds) {
+            nb::gil_scoped_release released;
+            self.run(images, bases, first, last, at<double>(seconds));
+          },
+          "Run steps on tensors at these addresses; adds what each took, unless that address is 0.");
 }

@@ -12,8 +12,6 @@ static inline void store_bytes(std::int8_t* to, Int v) {
   const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
   __builtin_memcpy(to, &bytes, 4);
 }
-static inline std::uint32_t largest(Word v) { return vmaxvq_u32(reinterpret_cast<uint32x4_t>(v)); }
-static inline std::int32_t added(Int v) { return vaddvq_s32(reinterpret_cast<int32x4_t>(v)); }
 static inline Float fused(Float a, Float b, Float c) {
   return reinterpret_cast<Float>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),
                                            reinterpret_cast<float32x4_t>(b)));
@@ -94,6 +92,6 @@ constexpr int kHeight = 6;
 #include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"neondotprod", kLanes, 96, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise};
+const Kernels kernels{"neondotprod", kLanes, 96, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise, map, pool};
 
 }  // namespace dsconv::neondotprod

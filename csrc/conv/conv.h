@@ -2,15 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
+#include "quantized.h"
 #include "tile.h"
 
 namespace dsconv {
-
-// Where the values of a tensor lie: how far apart, in values, neighbours in each dimension are.
-struct Strides {
-  std::int64_t image, channel, y, x;
-};
 
 // Shape of a convolution; 1-D has height 1, a linear layer is a 1x1 convolution of one image that is a row of pixels.
 struct Geometry {
@@ -26,38 +23,47 @@ struct Geometry {
   bool depthwise() const { return flat && groups > 1 && groups == channels; }
   std::int64_t positions() const { return kernel_h * kernel_w; }
   std::int64_t taps() const { return flat ? 1 : positions(); }
-  std::int64_t depth() const { return channels / groups * (flat ? positions() : 1); }  // values in a row
-  std::int64_t blocks() const { return (depth() + block_size - 1) / block_size; }
-  std::int64_t last() const { return depth() - (blocks() - 1) * block_size; }
-  std::int64_t octets() const { return block_size / 8; }
-  std::int64_t last_octets() const { return (last() + 7) / 8; }
-  std::int64_t row_octets() const { return (blocks() - 1) * octets() + last_octets(); }
+  std::int64_t pixels() const { return images * out_height * out_width; }
+  Cut cut() const { return {channels / groups * (flat ? positions() : 1), block_size}; }
+  // What its quantized input needs to hold; for flattened blocks a row is all that an output pixel reads.
+  Grid grid() const {
+    return flat ? Grid{images, out_height, out_width, 0, 0} : Grid{images, height, width, pad_h, pad_w};
+  }
   std::int64_t group_outputs() const { return outputs / groups; }
   std::int64_t pairs() const { return (group_outputs() + kPair - 1) / kPair; }  // of panels, in a group
-  std::int64_t panel_bytes(bool wide) const { return taps() * row_octets() * (wide ? 128 : 64); }
+  std::int64_t panel_bytes(bool wide) const { return taps() * cut().row_octets() * (wide ? 128 : 64); }
   std::int64_t packed_bytes(bool wide) const {
     return depthwise() ? (positions() * outputs + kMaxLanes) * 4 : groups * pairs() * 2 * panel_bytes(wide);
   }
   std::int64_t kds_count() const {
-    return depthwise() ? blocks() * outputs + kMaxLanes : groups * pairs() * taps() * blocks() * kPair;
+    return depthwise() ? cut().blocks() * outputs + kMaxLanes : groups * pairs() * taps() * cut().blocks() * kPair;
   }
 };
 
-struct Operands {
-  const float* input;            // (images, channels, height, width)
-  Strides input_strides;
+struct Layer {
   const std::uint8_t* weight;    // packed
   const float* kds;              // packed
   const float* kds_shift;        // packed, or null
   const float* bias;             // (outputs,) or null
-  const float* residual;         // of the strides of the output, or null
-  float* output;                 // (images, outputs, out_height, out_width), x or channel of stride 1
-  Strides output_strides;
   bool wide;                     // weights of more than 4 bits
-  int activation_bits;
+  int bits;                      // of its activations
   Sign sign;
   Activation activation;
   float slope;                   // of a leaky ReLU
+
+  Format format(const Geometry& g) const { return {g.cut(), g.groups, bits, sign, wide, kds_shift != nullptr}; }
+};
+
+// A float tensor: an input (images, channels, height, width), or outputs, where x or channel has stride 1.
+struct Input {
+  const float* values;
+  Strides strides;
+};
+struct Output {
+  float* values;                 // null where only targets are wanted
+  Strides strides;
+  Input residual;                // its values may be null; channels as far apart as those of the output
+  std::span<const Target> targets;  // whole blocks of which are made of the outputs
 };
 
 // vqk (outputs, channels / groups, kernel_h, kernel_w) to panels; wide where it has more than 4 bits.
@@ -65,11 +71,18 @@ void pack_weight(const Geometry&, const std::int8_t* vqk, int bits, std::uint8_t
 // kds (outputs, blocks, taps) to [group][pair of panels][tap][block][kPair], so that a tile reads on and on
 void pack_kds(const Geometry&, const float* kds, float* packed);
 
-void convolve(const Geometry&, const Operands&, const Kernels&);
+// From float to float.
+void convolve(const Geometry&, const Layer&, const Kernels&, const Input&, const Output&);
+// Of an input that is quantized already, in a border at least as wide as the padding.
+void convolve(const Geometry&, const Layer&, const Kernels&, const Quantized& input, const Output&);
+// With flattened blocks: what each output pixel reads, quantized.
+void quantize_windows(const Geometry&, const Quantized& to, const Kernels&, const Input&);
+void convolve_depthwise(const Geometry&, const Layer&, const Kernels&, const Input&, const Output&);
 
 // What a 1x1 convolution makes of its input: mantissas (images, channels, pixels), and exponents (images, groups * blocks,
 // pixels), which are -128 for a block that is not finite.
-void quantize_activation(const Geometry&, const Operands&, const Kernels&, std::int8_t* mantissa, std::int8_t* exponent);
+void quantize_activation(const Geometry&, const Layer&, const Kernels&, const Input&, std::int8_t* mantissa,
+                         std::int8_t* exponent);
 
 // Multiply-adds in a second that one thread reaches with everything in the first cache and one block: what no layer exceeds.
 double peak_rate(const Kernels&, double seconds);

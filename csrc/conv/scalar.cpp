@@ -9,12 +9,6 @@ namespace dsconv::scalar {
 static void store_bytes(std::int8_t* to, Int v) {
   for (int i = 0; i < kLanes; ++i) to[i] = static_cast<std::int8_t>(v[i]);
 }
-static std::uint32_t largest(Word v) {
-  std::uint32_t most = v[0];
-  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-}
-static std::int32_t added(Int v) { return v[0] + v[1] + v[2] + v[3]; }
 static Float fused(Float a, Float b, Float c) {
   for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return c;
@@ -58,6 +52,6 @@ static void sum(const Sums& t) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels{"scalar", kLanes, 96, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise};
+const Kernels kernels{"scalar", kLanes, 96, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise, map, pool};
 
 }  // namespace dsconv::scalar

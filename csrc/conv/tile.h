@@ -12,9 +12,10 @@ inline constexpr int kPair = 2 * kPanel;
 inline constexpr int kSlack = 64;     // bytes behind the last mantissa that may be read
 inline constexpr int kMaxLanes = 16;
 inline constexpr int kMaxTask = 384;
+inline constexpr int kMaxBlock = 512;
 
 enum class Sign : int { adaptive, extra, included };  // the order of ACTIVATION_SIGNS in Python
-enum class Activation : int { none, relu, relu6, leaky_relu };
+enum class Activation : int { none, relu, relu6, leaky_relu, hardswish };
 
 // The quantized input: one row of mantissas for each pixel of the bordered image, and for each of its blocks 2^e, NaN where
 // the block is not finite, and the sum of the mantissas in the two forms in which it is needed. Weights are stored as
@@ -29,10 +30,8 @@ struct Rows {
   int zero;
 };
 
-// One block of the values of some pixels, to be quantized into rows.
+// One block of some pixels, to be quantized into rows.
 struct Block {
-  const float* const* channel;  // the values of each: those of pixel i are at channel[c][at + i]
-  std::int64_t at;
   int channels;
   int bits;
   Sign sign;
@@ -67,12 +66,37 @@ struct Store {
   const float* sums;          // [pixels][kPair]
   int pixels, outputs;
   const std::int64_t* place;  // of each pixel in the output
-  std::int64_t channel;       // how far apart the outputs of a pixel are
+  const std::int64_t* residual_place;
+  std::int64_t channel;       // how far apart the outputs of a pixel are, in both
   const float* bias;          // or null
-  const float* residual;      // of the layout of the output, or null
+  const float* residual;      // or null
   float* output;
   Activation activation;
   float slope;
+};
+
+// Values of pixels whose channels lie side by side: x * scale + shift, rounded twice, plus another, activated.
+struct Map {
+  const float* input;
+  std::int64_t input_stride;  // from pixel to pixel, in values
+  const float* scale;         // of each channel, or null with shift
+  const float* shift;
+  const float* other;         // or null
+  std::int64_t other_stride;
+  float* output;
+  std::int64_t output_stride;
+  std::int64_t pixels, channels;
+  Activation activation;
+  float slope;
+};
+
+// One output pixel of a pooling: the largest of what lies under its taps, where a NaN is larger than all, or their average.
+struct Pool {
+  const float* const* tap;
+  int taps;
+  std::int64_t channels;
+  float divisor;              // of an average; 0 is the maximum
+  float* output;
 };
 
 // Depthwise: every lane is a filter of its own (by_lane), or a pixel of one filter. Weights, KDS and biases of filters lie
@@ -96,11 +120,15 @@ struct Kernels {
   int lanes;                                       // pixels that quantize_pixels takes
   int task;                                        // pixels that sum is best given at once, a multiple of its tiles
   std::int64_t (*workspace)(const Sums&);          // or null: none is needed
-  void (*quantize_pixels)(const Block&);           // neighbouring pixels lie side by side
-  void (*quantize_channels)(const Block&);         // one pixel, whose channels lie side by side from channel[0][at] on
+  // Neighbouring pixels lie side by side: channel c of pixel i at channel[c][at + i].
+  void (*quantize_pixels)(const Block&, const float* const* channel, std::int64_t at);
+  // The channels of a pixel lie side by side: channel c of pixel i at values[i * stride + c].
+  void (*quantize_channels)(const Block&, const float* values, std::int64_t stride);
   void (*sum)(const Sums&);
   void (*store)(const Store&);
   void (*depthwise)(const Depthwise&);
+  void (*map)(const Map&);
+  void (*pool)(const Pool&);
 };
 
 }  // namespace dsconv

@@ -79,7 +79,7 @@ Case random_case() {
   c.sign = static_cast<int>(pick(0, 2));
   c.shift = pick(0, 1), c.bias = pick(0, 1), c.add = pick(0, 1);
   c.channels_last = pick(0, 1) && (!g.depthwise() || g.outputs == g.channels);
-  c.activation = static_cast<Activation>(pick(0, 3));
+  c.activation = static_cast<Activation>(pick(0, 4));
   const float magnitude = std::exp2(static_cast<float>(pick(-90, 90)));
   const bool rectified = pick(0, 1);
   for (std::int64_t i = 0; i < g.images * g.channels * g.height * g.width; ++i) {
@@ -88,9 +88,9 @@ Case random_case() {
   }
   if (!c.input.empty() && pick(0, 4) == 0) c.input[pick(0, c.input.size() - 1)] = pick(0, 1) ? NAN : INFINITY;
   const int half = 1 << (c.weight_bits - 1);
-  for (std::int64_t i = 0; i < g.outputs * g.taps() * g.depth(); ++i)
+  for (std::int64_t i = 0; i < g.outputs * g.taps() * g.cut().depth; ++i)
     c.vqk.push_back(static_cast<std::int8_t>(pick(-half, half - 1)));
-  for (std::int64_t i = 0; i < g.outputs * g.blocks() * g.taps(); ++i) {
+  for (std::int64_t i = 0; i < g.outputs * g.cut().blocks() * g.taps(); ++i) {
     c.kds.push_back(normal());
     c.kds_shift.push_back(normal());
   }
@@ -116,21 +116,11 @@ std::vector<float> run(const Case& c, const Kernels& kernels) {
   pack_kds(g, c.kds.data(), kds.data());
   pack_kds(g, c.kds_shift.data(), shift.data());
   std::vector<float> output(c.residual.size(), 7.0f);
-  const Operands operands{.input = c.input.data(),
-                          .input_strides = strides_of(c, g.channels, g.height, g.width),
-                          .weight = weight.data(),
-                          .kds = kds.data(),
-                          .kds_shift = c.shift ? shift.data() : nullptr,
-                          .bias = c.bias ? c.biases.data() : nullptr,
-                          .residual = c.add ? c.residual.data() : nullptr,
-                          .output = output.data(),
-                          .output_strides = strides_of(c, g.outputs, g.out_height, g.out_width),
-                          .wide = wide,
-                          .activation_bits = c.activation_bits,
-                          .sign = static_cast<Sign>(c.sign),
-                          .activation = c.activation,
-                          .slope = kSlope};
-  convolve(g, operands, kernels);
+  const Layer layer{weight.data(), kds.data(), c.shift ? shift.data() : nullptr, c.bias ? c.biases.data() : nullptr,
+                    wide, c.activation_bits, static_cast<Sign>(c.sign), c.activation, kSlope};
+  const Strides to = strides_of(c, g.outputs, g.out_height, g.out_width);
+  convolve(g, layer, kernels, {c.input.data(), strides_of(c, g.channels, g.height, g.width)},
+           {output.data(), to, {c.add ? c.residual.data() : nullptr, to}, {}});
   return output;
 }
 
@@ -140,6 +130,7 @@ double activated(const Case& c, double v) {
     case Activation::relu: return v < 0 ? 0 : v;
     case Activation::relu6: return v < 0 ? 0 : v > 6 ? 6 : v;
     case Activation::leaky_relu: return v < 0 ? kSlope * v : v;
+    case Activation::hardswish: return v * std::fmin(std::fmax(v + 3, 0), 6) / 6;
   }
   return v;
 }
@@ -163,19 +154,19 @@ std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
           double sum = c.bias ? c.biases[o] : 0.0, size = std::fabs(sum);
           std::int64_t terms = 0;
           for (std::int64_t tap = 0; tap < g.taps(); ++tap)
-            for (std::int64_t b = 0; b < g.blocks(); ++b) {
+            for (std::int64_t b = 0; b < g.cut().blocks(); ++b) {
               std::vector<float> values;
-              const std::int64_t first = b * g.block_size, end = std::min(g.depth(), first + g.block_size);
+              const std::int64_t first = b * g.block_size, end = std::min(g.cut().depth, first + g.block_size);
               for (std::int64_t k = first; k < end; ++k)
                 values.push_back(g.flat ? value(k / taps, k % taps) : value(k, tap));
               std::vector<int> mantissa;
               const double scale = quantize_block(values, c.activation_bits, c.sign, mantissa);
               std::int64_t s = 0, plain = 0;
               for (std::int64_t k = first; k < end; ++k) {
-                s += mantissa[k - first] * c.vqk[(o * g.depth() + k) * g.taps() + tap];
+                s += mantissa[k - first] * c.vqk[(o * g.cut().depth + k) * g.taps() + tap];
                 plain += mantissa[k - first];
               }
-              const std::int64_t where = (o * g.blocks() + b) * g.taps() + tap;
+              const std::int64_t where = (o * g.cut().blocks() + b) * g.taps() + tap;
               const double term = c.kds[where] * scale * static_cast<double>(s);
               const double more = c.shift ? c.kds_shift[where] * scale * static_cast<double>(plain) : 0.0;
               sum += term + more;

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from dsconv.compilation.fusion import fuse
+from dsconv.compilation.lowering import lower
 from dsconv.compilation.plan import Plan, plan_of
+from dsconv.compilation.program import Program
 from dsconv.conversion import fold_batchnorm
 from dsconv.errors import ModelError
 
@@ -15,7 +17,7 @@ _SIZES_KEPT = 16
 
 
 class _Captured(NamedTuple):
-    graph: fx.GraphModule
+    program: Program
     plan: Plan
 
 
@@ -39,7 +41,7 @@ class CompiledModel(nn.Module):
         """Output for ``x`` of any batch size; a new image size is captured first, and the last 16 are remembered."""
         _check("compiled model", x)
         with torch.inference_mode():
-            y: Tensor = self._of_size(x).graph(_channels_last(x))
+            y: Tensor = self._of_size(x).program(x)
         return y
 
     def _of_size(self, x: Tensor) -> _Captured:
@@ -106,10 +108,6 @@ def _check(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected float32 on the CPU, got {x.dtype} on {x.device}")
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-
 def _capture(model: nn.Module, x: Tensor) -> _Captured:
     # A batch of one would be taken for a constant.
     example = x.new_zeros((2, *x.shape[1:]))
@@ -125,5 +123,5 @@ def _capture(model: nn.Module, x: Tensor) -> _Captured:
     assert isinstance(module, fx.GraphModule)
     fuse(module.graph)
     module.graph.eliminate_dead_code()
-    module.recompile()
-    return _Captured(module, plan_of(module))
+    program = Program(lower(module))
+    return _Captured(program, plan_of(program))

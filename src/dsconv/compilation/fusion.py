@@ -9,13 +9,13 @@ from torch import Tensor, fx
 _aten, _dsconv = torch.ops.aten, torch.ops.dsconv
 INTEGER_OPERATORS = (_dsconv.conv2d.default, _dsconv.linear.default)
 # Sums whose order depends on the memory format, and so their last bit.
-_AVERAGES = (_aten.adaptive_avg_pool2d.default, _aten.avg_pool2d.default, _aten.mean.dim)
+AVERAGES = (_aten.adaptive_avg_pool2d.default, _aten.avg_pool2d.default, _aten.mean.dim)
 
 
 def fuse(graph: fx.Graph) -> None:
     """Rewrite ``graph``, which holds functional ATen and ``dsconv`` operators, in place.
 
-    A sum with another tensor, and ReLU, ReLU6 or LeakyReLU, that follow a convolution or linear layer become its
+    A sum with another tensor, and ReLU, ReLU6, LeakyReLU or hardswish, that follow a convolution or linear layer become its
     residual and its activation: it computes them in the same order, so that no bit changes. What they are called is
     kept in ``node.meta["fused"]``.
     """
@@ -27,9 +27,6 @@ def fuse(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif node.target is _aten.view.default:  # of a tensor whose channels lie side by side, that may need a copy
             node.target = _aten.reshape.default
-        elif node.target in _AVERAGES:
-            with graph.inserting_before(node):
-                node.args = (graph.call_function(_aten.contiguous.default, (node.args[0],)), *node.args[1:])
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if node.target in INTEGER_OPERATORS:
@@ -40,7 +37,7 @@ def fuse(graph: fx.Graph) -> None:
 
 
 def _take_residual(node: fx.Node, order: dict[fx.Node, int]) -> None:
-    add = _only_user(node)
+    add = only_user(node)
     if add is None or add.target is not _aten.add.Tensor or add.kwargs:
         return
     other = add.args[1] if add.args[0] is node else add.args[0]
@@ -50,9 +47,9 @@ def _take_residual(node: fx.Node, order: dict[fx.Node, int]) -> None:
 
 
 def _take_activation(node: fx.Node) -> None:
-    user = _only_user(node)
-    if user is not None and user.target in _ACTIVATIONS:
-        found = _ACTIVATIONS[user.target](user)
+    user = only_user(node)
+    if user is not None and user.target in ACTIVATIONS:
+        found = ACTIVATIONS[user.target](user)
         if found is not None:
             _replace(node, user, found["activation"], **found)
 
@@ -65,11 +62,12 @@ def _hardtanh(node: fx.Node) -> dict[str, Any] | None:
     return {"activation": "relu6"} if tuple(node.args[1:]) == (0, 6) and not node.kwargs else None
 
 
-_ACTIVATIONS: dict[Any, Callable[[fx.Node], dict[str, Any] | None]] = {
+ACTIVATIONS: dict[Any, Callable[[fx.Node], dict[str, Any] | None]] = {
     _aten.relu.default: lambda _: {"activation": "relu"},
     _aten.leaky_relu.default: _leaky_relu,
     _aten.hardtanh.default: _hardtanh,
     _aten.relu6.default: lambda _: {"activation": "relu6"},
+    _aten.hardswish.default: lambda _: {"activation": "hardswish"},
 }
 
 
@@ -82,7 +80,8 @@ def _replace(node: fx.Node, follower: fx.Node, called: str, **arguments: Any) ->
     follower.graph.erase_node(follower)
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> fx.Node | None:
+    """What reads a node, if it is one alone."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 

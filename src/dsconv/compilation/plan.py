@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from dsconv import ops
+from dsconv.compilation import lowering
 from dsconv.compilation.fusion import INTEGER_OPERATORS
+from dsconv.compilation.program import Program
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:
@@ -20,9 +22,10 @@ class Step:
     Attributes:
         name: of the module it comes from; empty for what the model calls itself.
         operator: what is called.
-        backend: ``integers (ISA)`` or ``PyTorch``.
-        fused: what it computes besides, in order: ``bias``, ``add``, an activation.
-        shape: of its output for a batch of one, or of the example where the batch is fixed.
+        backend: ``integers (ISA)``, ``float32 (ISA)`` of our own kernels, or ``PyTorch``.
+        fused: what it computes besides, in order: ``bias``, ``add``, an activation, and ``quantize``: it writes its output
+            as mantissas and exponents for the layers that read it.
+        shape: of its output for a batch of one.
         weight_bytes: of what it reads besides its input.
     """
 
@@ -36,9 +39,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a compiled network in the order in which they run; prints as a table."""
+    """The steps of a compiled network in the order in which they run; prints as a table.
+
+    Attributes:
+        memory_bytes: of all that lies between its steps, for one image.
+    """
 
     steps: tuple[Step, ...]
+    memory_bytes: int
 
     @property
     def in_pytorch(self) -> tuple[Step, ...]:
@@ -57,7 +65,8 @@ class Plan:
 
         backends = sorted({step.backend for step in self.steps})
         counts = [f"{sum(step.backend == name for step in self.steps)} by {name}" for name in backends]
-        note = f"{len(self.steps)} steps: {', '.join(counts)}; {self.weight_bytes / 1e6:.2f} MB of weights."
+        sizes = f"{self.weight_bytes / 1e6:.2f} MB of weights, {self.memory_bytes / 1e6:.2f} MB between steps for an image"
+        note = f"{len(self.steps)} steps: {', '.join(counts)}; {sizes}."
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=escape(note), caption_justify="left")
         for column in ("layer", "operator", "executed by", "fused", "output", "kB"):
             table.add_column(column, justify="right" if column == "kB" else "left", overflow="fold")
@@ -72,34 +81,32 @@ class Plan:
         return as_text(self)
 
 
-def plan_of(module: fx.GraphModule) -> Plan:
-    """Table of a graph after :func:`dsconv.compilation.fusion.fuse`."""
-    return Plan(tuple(_step(module, node) for node in module.graph.nodes if _computes(node)))
+def plan_of(program: Program) -> Plan:
+    """Table of the steps of a program."""
+    return Plan(tuple(_step(step) for step in program.steps), program.memory_bytes)
 
 
-def _computes(node: fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
-
-
-def _step(module: fx.GraphModule, node: fx.Node) -> Step:
-    integers = node.target in INTEGER_OPERATORS
+def _step(step: lowering.Step) -> Step:
+    node, does = step.node, step.does
+    constants: list[Tensor | None] = []
+    if isinstance(does, lowering.Call):
+        backend = f"integers ({ops.cpu.isa()})" if node.target in INTEGER_OPERATORS else "PyTorch"
+    elif isinstance(does, lowering.Convolution):
+        backend = f"integers ({ops.cpu.isa()})"
+        constants = [does.arguments[name] for name in ("weight", "kds", "kds_shift", "bias")]
+    else:
+        backend = f"float32 ({ops.cpu.isa()})"
+        constants = [does.scale, does.shift] if isinstance(does, lowering.Map) else []
+    operator: Any = "dsconv.map" if isinstance(does, lowering.Map) else getattr(node.target, "overloadpacket", node.target)
+    quantizes = ["quantize"] if step.targets and "quantize" not in step.fused else []
     stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
-    target: Any = node.target
-    constants = [_constant(module, value) for value in node.all_input_nodes if value.op == "get_attr"]
-    bias = ["bias"] if integers and node.args[4] is not None else []
+    value = node.meta.get("val")
+    made = tuple(value.shape) if isinstance(value, Tensor) else ()
     return Step(
         name=stack[-1][0],
-        operator=str(target.overloadpacket if hasattr(target, "overloadpacket") else target),
-        backend=f"integers ({ops.cpu.isa()})" if integers else "PyTorch",
-        fused=(*bias, *node.meta.get("fused", ())),
-        shape=tuple(1 if not isinstance(n, int) else n for n in node.meta["val"].shape),
-        weight_bytes=sum(value.nbytes for value in constants),
+        operator=str(operator),
+        backend=backend,
+        fused=(*step.fused, *quantizes),
+        shape=tuple(n if isinstance(n, int) else 1 for n in made),
+        weight_bytes=sum(constant.nbytes for constant in constants if constant is not None),
     )
-
-
-def _constant(module: fx.GraphModule, node: fx.Node) -> Tensor:
-    value: Any = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    tensor: Tensor = value
-    return tensor

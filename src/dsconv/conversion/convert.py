@@ -49,6 +49,7 @@ class ModelInfo:
         in_float: name of each layer that was left in float, to the reason.
         preprocess: how its images are prepared, as plain data, None where unknown.
         folded: name of each BatchNorm that :func:`dsconv.fold_batchnorm` folded, to that of its layer.
+        affine: names of those that became a :class:`dsconv.nn.Affine` there.
         not_folded: name of each that it left, to the reason; files do not keep it.
     """
 
@@ -57,6 +58,7 @@ class ModelInfo:
     in_float: dict[str, str] = field(default_factory=dict)
     preprocess: dict[str, Any] | None = None
     folded: dict[str, str] = field(default_factory=dict)
+    affine: tuple[str, ...] = ()
     not_folded: dict[str, str] = field(default_factory=dict)
 
 
@@ -103,6 +105,7 @@ def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | N
         architecture=getattr(model, "dsconv_architecture", None),
         preprocess=preprocess.model_dump(mode="json") if preprocess is not None else None,
         folded=dict(before.folded) if before is not None else {},
+        affine=before.affine if before is not None else (),
     )
     swaps: dict[nn.Module, dsnn.DSLayer] = {}
     for found in layers:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dsconv.config import QuantConfig
 from dsconv.conversion.convert import FLOAT_TYPES, QUANTIZED_TYPES, ModelInfo, model_info, swapped
 from dsconv.errors import ModelError
-from dsconv.nn import DSLayer
+from dsconv.nn import Affine, DSLayer
 
 _BATCHNORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -41,8 +41,9 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
 
     Folded is every ``BatchNorm1d``, ``2d`` or ``3d`` in eval mode with running statistics that reads the output of one
     layer of :mod:`dsconv.nn` which nothing else reads, be it called once or, always together with it, several times.
-    ``model_info(result).folded`` has the name of each to that of its layer, ``.not_folded`` the name of each that was
-    left to the reason. Files keep the former: :func:`dsconv.load` takes the float model as ever. ``weight_sqnr_db``
+    Any other one with running statistics becomes a :class:`dsconv.nn.Affine` in its place. ``model_info(result).folded``
+    has the name of each to that of its layer, ``.not_folded`` the name of each that no layer took to the reason, and
+    ``.affine`` the names of those that became an ``Affine``. Files keep the former: :func:`dsconv.load` takes the float model as ever. ``weight_sqnr_db``
     goes on stating what quantization did.
 
     What reads what is seen by :mod:`torch.fx`, which calls ``forward`` on symbols, with its first argument and those
@@ -90,6 +91,7 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
     batchnorms = [module for module in names if isinstance(module, _BatchNorm)]
     uses = _uses(qmodel, names) if batchnorms else None
     folds: dict[_BatchNorm, tuple[DSLayer, _Folded]] = {}
+    affine: dict[_BatchNorm, Affine] = {}
     not_folded: dict[str, str] = {}
     for batchnorm in batchnorms:
         assert uses is not None
@@ -99,18 +101,24 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
             folds[batchnorm] = layer, folded
         else:
             not_folded[names[batchnorm]] = reason or "folding it makes numbers that float32 does not hold"
+            if uses.is_plain(batchnorm):
+                made = Affine.from_batchnorm(batchnorm)
+                if made.scale.isfinite().all() and made.shift.isfinite().all():
+                    affine[batchnorm] = made
     before = copy.deepcopy(model_info(qmodel)) or ModelInfo(QuantConfig())
     now = {names[batchnorm]: names[layer] for batchnorm, (layer, _) in folds.items()}
-    info = replace(before, folded=before.folded | now, not_folded=not_folded)
-    result = swapped(qmodel, {batchnorm: nn.Identity().eval() for batchnorm in folds}, info)
+    became = (*before.affine, *(names[batchnorm] for batchnorm in affine))
+    info = replace(before, folded=before.folded | now, affine=became, not_folded=not_folded)
+    swaps: dict[nn.Module, nn.Module] = {batchnorm: nn.Identity().eval() for batchnorm in folds}
+    result = swapped(qmodel, swaps | affine, info)
     for batchnorm, (layer, folded) in folds.items():
-        made = result.get_submodule(names[layer])
-        assert isinstance(made, DSLayer)
-        made.config = made.config.model_copy(update={"kds_dtype": "float32"})
-        made.kds, made.kds_shift = folded.kds, folded.kds_shift
-        add_bias(made, batchnorm)
-        made.bias = nn.Parameter(folded.bias, requires_grad=made.bias is not None and made.bias.requires_grad)
-        made.pack_()
+        taking = result.get_submodule(names[layer])
+        assert isinstance(taking, DSLayer)
+        taking.config = taking.config.model_copy(update={"kds_dtype": "float32"})
+        taking.kds, taking.kds_shift = folded.kds, folded.kds_shift
+        add_bias(taking, batchnorm)
+        taking.bias = nn.Parameter(folded.bias, requires_grad=taking.bias is not None and taking.bias.requires_grad)
+        taking.pack_()
     return result
 
 
@@ -188,6 +196,13 @@ class _Uses:
             if any(id(t) in self.read for t in (*module.parameters(), *module.buffers())):
                 return None, f"forward reads the tensors of {self.names[module]} directly"
         return layer, ""
+
+    def is_plain(self, batchnorm: _BatchNorm) -> bool:
+        """Whether it may become an :class:`Affine`: fixed numbers that nobody else reads."""
+        known = _is_one_of(batchnorm, _BATCHNORM_TYPES) and not batchnorm.training
+        numbers = batchnorm.running_mean is not None and batchnorm.running_var is not None
+        read = any(id(t) in self.read for t in (*batchnorm.parameters(), *batchnorm.buffers()))
+        return known and numbers and bool(self.calls[batchnorm]) and not read
 
     def _describe(self, node: fx.Node) -> str:
         if node in self.module_of:

@@ -23,7 +23,7 @@ from dsconv.conversion.convert import FLOAT_TYPES, ModelInfo, model_info, quanti
 from dsconv.conversion.fold import add_bias
 from dsconv.conversion.summary import LayerSummary, Summary, quantized_row
 from dsconv.errors import ConfigError, FileFormatError, ModelError
-from dsconv.nn import DSLayer
+from dsconv.nn import Affine, DSLayer
 from dsconv.numerics import pack, unpack
 
 FORMAT_VERSION = 1
@@ -55,6 +55,7 @@ class Header(BaseModel):
     layers: dict[str, LayerRecord]
     in_float: dict[str, str]
     folded: dict[str, str] = {}
+    affine: list[str] = []
     aliases: dict[str, str]
     preprocess: dict[str, Any] | None
 
@@ -166,9 +167,15 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             continue
         add_bias(quantized_layer, batchnorm)
         swaps[batchnorm] = nn.Identity().train(batchnorm.training)
+    for name in header.affine:
+        batchnorm = modules.get(name)
+        if isinstance(batchnorm, _BatchNorm):
+            swaps[batchnorm] = Affine(batchnorm.num_features).train(batchnorm.training)
+        else:
+            wrong.append(f"module {name!r}: the file has it as a BatchNorm in its inference form, the model has not")
     _refuse(path, header, model, wrong)
     config = _config(path, header.config)
-    info = ModelInfo(config, header.architecture, header.in_float, header.preprocess, header.folded)
+    info = ModelInfo(config, header.architecture, header.in_float, header.preprocess, header.folded, tuple(header.affine))
     result = swapped(model, swaps, info)
     _fill(path, header, result, tensors)
     return result
@@ -266,6 +273,7 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
         layers=layers,
         in_float=info.in_float,
         folded=_folded(qmodel),
+        affine=[name for name, module in qmodel.named_modules() if isinstance(module, Affine)],
         aliases=aliases,
         preprocess=info.preprocess,
     )

@@ -1,5 +1,6 @@
 """Quantized layers that take the place of PyTorch's."""
 
+from dsconv.nn.affine import Affine
 from dsconv.nn.conv import (
     DSConv1d,
     DSConv2d,
@@ -12,6 +13,7 @@ from dsconv.nn.layer import DSLayer
 from dsconv.nn.linear import DSLinear
 
 __all__ = [
+    "Affine",
     "DSConv1d",
     "DSConv2d",
     "DSConv3d",

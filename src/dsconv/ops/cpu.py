@@ -22,7 +22,7 @@ from dsconv.errors import ConfigError
 from dsconv.numerics import ACTIVATION_SIGNS, block_count, quantize_activation
 
 MAX_BLOCK_SIZE = 512
-ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu")  # the order of csrc/conv/tile.h, and so is ACTIVATION_SIGNS
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish")  # the order of csrc/conv/tile.h, and so is ACTIVATION_SIGNS
 
 
 class Packed(NamedTuple):
@@ -61,6 +61,13 @@ def parallel() -> str:
             f"DSCONV_PARALLEL: PyTorch {torch.__version__} does not offer its threads (2.10 and later do): use pool"
         )
     return wanted or ("torch" if _torch_parallel_for() else "pool")
+
+
+def use_threads() -> None:
+    """Have the next tasks run on as many threads as PyTorch has."""
+    module = extension()
+    if module is not None and parallel() == "pool":
+        module.use_pool(torch.get_num_threads())
 
 
 @cache
@@ -282,6 +289,26 @@ class _Settings(NamedTuple):
     slope: float = 0.01
 
 
+def arguments_of(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of an operator by name, those left out with their defaults."""
+    given = {a.name: a.default_value for a in operator._schema.arguments}
+    return given | dict(zip(given, args, strict=False)) | kwargs
+
+
+def checked_sizes(x: tuple[int, int, int], given: dict[str, Any]) -> tuple[int, ...]:
+    """Sizes in the order of csrc/bindings.cpp of a call of ``conv2d``, or of ``linear``, on one image of shape ``x``.
+
+    Raises:
+        ValueError: the weights do not belong to such a call.
+    """
+    one, settings = (1, 1), (given["block_size"], given.get("flat", False), given["weight_bits"])
+    where = [tuple(given.get(name, default)) for name, default in (("kernel_size", one), ("stride", one))]
+    where += [tuple(given.get("padding", (0, 0))), tuple(given.get("dilation", one))]
+    plan = _plan((1, *x), given["outputs"], *where, given.get("groups", 1), *settings)
+    _check_weights("conv2d", plan, [given[name] for name in ("weight", "kds", "kds_shift", "bias")])
+    return plan.sizes
+
+
 def _run(
     name: str,
     x: Tensor,
@@ -308,8 +335,7 @@ def _run(
         if residual.stride() != y.stride():
             residual = torch.empty_like(y).copy_(residual)
     if y.numel():
-        if parallel() == "pool":
-            module.use_pool(torch.get_num_threads())
+        use_threads()
         module.convolve(
             isa(),
             sizes,

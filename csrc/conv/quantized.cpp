@@ -1,0 +1,166 @@
+#include "quantized.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "../parallel.h"
+#include "../scratch.h"
+
+namespace dsconv {
+namespace {
+
+template <class T>
+std::int64_t padded(std::int64_t count) {
+  return Scratch<void>::size<T>(count);
+}
+
+// Rows of neighbouring pixels, from line to line and from image to image.
+void rows_of(const Quantized& q, std::int64_t first, std::int64_t pixels, std::int64_t* row) {
+  const Grid& grid = q.grid();
+  const std::int64_t of_image = grid.height * grid.width;
+  std::int64_t image = first / of_image, y = first % of_image / grid.width, x = first % grid.width;
+  for (std::int64_t p = 0; p < pixels; ++p) {
+    row[p] = q.row(image, y, x);
+    if (++x == grid.width) x = 0, ++y;
+    if (y == grid.height) y = 0, ++image;
+  }
+}
+
+}  // namespace
+
+Block block_of(const Quantized& to, std::int64_t group, std::int64_t index, const std::int64_t* row, std::int64_t pixels) {
+  const Format& f = to.format();
+  return {static_cast<int>(f.cut.size(index)), f.bits, f.sign, row, static_cast<int>(pixels), to.of_group(group),
+          static_cast<int>(index), index * f.cut.block_size};
+}
+
+bool Format::operator==(const Format& other) const {
+  return cut.depth == other.cut.depth && cut.block_size == other.cut.block_size && groups == other.groups &&
+         bits == other.bits && sign == other.sign && wide == other.wide && shift == other.shift;
+}
+
+std::int64_t Quantized::bytes(const Format& f, const Grid& grid) {
+  const std::int64_t rows = f.groups * grid.rows();
+  return padded<std::int8_t>(rows * f.cut.row_octets() * 8 + kSlack) + (f.shift ? 3 : 2) * padded<float>(rows * f.cut.blocks());
+}
+
+Quantized::Quantized(const Format& f, const Grid& grid, std::byte* memory) : format_(f), grid_(grid) {
+  const std::int64_t rows = f.groups * grid.rows(), blocks = f.cut.blocks();
+  const auto take = [&](std::int64_t bytes) { return std::exchange(memory, memory + bytes); };
+  rows_.row_bytes = f.cut.row_octets() * 8;
+  rows_.mantissa = reinterpret_cast<std::int8_t*>(take(padded<std::int8_t>(rows * rows_.row_bytes + kSlack)));
+  rows_.scale = reinterpret_cast<float*>(take(padded<float>(rows * blocks)));
+  rows_.start = reinterpret_cast<std::int32_t*>(take(padded<std::int32_t>(rows * blocks)));
+  rows_.shifted = f.shift ? reinterpret_cast<float*>(memory) : nullptr;
+  rows_.blocks = static_cast<int>(blocks);
+  rows_.zero = f.wide ? 128 : 8;
+}
+
+Rows Quantized::of_group(std::int64_t group) const {
+  Rows r = rows_;
+  const std::int64_t first = group * grid_.rows();
+  r.mantissa += first * r.row_bytes;
+  r.scale += first * r.blocks;
+  r.start += first * r.blocks;
+  if (r.shifted) r.shifted += first * r.blocks;
+  return r;
+}
+
+void Quantized::blank(const Rows& r, std::int64_t row, std::int64_t count) const {
+  std::memset(r.mantissa + row * r.row_bytes, 0, count * r.row_bytes);
+  std::fill_n(r.scale + row * r.blocks, count * r.blocks, 1.0f);
+  std::fill_n(r.start + row * r.blocks, count * r.blocks, 0);
+  if (r.shifted) std::fill_n(r.shifted + row * r.blocks, count * r.blocks, 0.0f);
+}
+
+void Quantized::fill_borders() const {
+  const auto [images, height, width, pad_h, pad_w] = grid_;
+  std::memset(rows_.mantissa + format_.groups * grid_.rows() * rows_.row_bytes, 0, kSlack);
+  if ((!pad_h && !pad_w) || (!pad_h && !height)) return;
+  const std::int64_t line = grid_.line();
+  parallel(format_.groups * images, [&](std::int64_t task) {
+    const Rows r = of_group(task / images);
+    const std::int64_t first = task % images * grid_.image();
+    // Down the sides, the end of a line and the beginning of the next lie together.
+    blank(r, first, pad_h * line + pad_w);
+    for (std::int64_t y = 0; y + 1 < height; ++y) blank(r, first + (pad_h + y + 1) * line - pad_w, 2 * pad_w);
+    blank(r, first + (pad_h + height) * line - pad_w, pad_w + pad_h * line);
+  });
+}
+
+void quantize_into(const Target& target, const Kernels& kernels, const float* values, std::int64_t stride,
+                   std::int64_t first_pixel, std::int64_t pixels, std::int64_t from, std::int64_t to) {
+  const Quantized& q = target.quantized;
+  const Cut& cut = q.format().cut;
+  std::int64_t row[kMaxTask];
+  for (std::int64_t done = 0; done < pixels; done += kMaxTask) {
+    const std::int64_t now = std::min<std::int64_t>(kMaxTask, pixels - done);
+    rows_of(q, first_pixel + done, now, row);
+    for (std::int64_t channel = target.first + from; channel < target.first + to;) {
+      const std::int64_t group = channel / cut.depth, index = channel % cut.depth / cut.block_size;
+      kernels.quantize_channels(block_of(q, group, index, row, now),
+                                values + done * stride + (channel - target.first - from), stride);
+      channel += cut.size(index);
+    }
+  }
+}
+
+void quantize(const Quantized& to, const Kernels& kernels, const float* from, const Strides& s) {
+  const auto [images, height, width, pad_h, pad_w] = to.grid();
+  const Cut& cut = to.format().cut;
+  to.fill_borders();
+  // Lines of some hundred pixels make a task.
+  const std::int64_t lines = std::clamp<std::int64_t>(256 / std::max<std::int64_t>(1, width), 1, std::max<std::int64_t>(1, height));
+  const std::int64_t parts = (height + lines - 1) / lines;
+  parallel(to.format().groups * images * parts, [&](std::int64_t task) {
+    const std::int64_t part = task % parts, image = task / parts % images, group = task / parts / images;
+    const std::int64_t top = part * lines, bottom = std::min(height, top + lines);
+    const float* values = from + image * s.image + group * cut.depth * s.channel;
+    const std::int64_t pixel = image * height * width;
+    if (s.channel == 1) {
+      const bool one_run = s.y == width * s.x;
+      const std::int64_t run = one_run ? bottom - top : 1;
+      for (std::int64_t y = top; y < bottom; y += run)
+        quantize_into({to, group * cut.depth}, kernels, values + y * s.y, s.x, pixel + y * width, run * width, 0, cut.depth);
+      return;
+    }
+    const bool direct = s.x == 1;                   // neighbouring pixels lie side by side
+    const bool one_run = direct && s.y == width;    // over the ends of lines
+    const std::int64_t run = one_run ? (bottom - top) * width : width, runs = one_run ? 1 : bottom - top;
+    const std::int64_t step = kernels.lanes;
+    alignas(64) float copied[kMaxBlock * kMaxLanes];
+    const float* channel[kMaxBlock];
+    const float* copy[kMaxBlock];
+    for (std::int64_t i = 0; i < kMaxBlock; ++i) copy[i] = copied + i * kMaxLanes;
+    for (std::int64_t line = 0; line < runs; ++line)
+      for (std::int64_t b = 0; b < cut.blocks(); ++b) {
+        const std::int64_t count = cut.size(b);
+        for (std::int64_t c = 0; c < count; ++c) channel[c] = values + (b * cut.block_size + c) * s.channel + (top + line) * s.y;
+        for (std::int64_t done = 0; done < run; done += step) {
+          // The last pixels of a run are quantized with those before them once more, where there are enough.
+          const std::int64_t x0 = direct && run >= step ? std::min(done, run - step) : done;
+          const std::int64_t pixels = std::min(step, run - x0);
+          std::int64_t row[kMaxLanes];
+          rows_of(to, pixel + (top + line) * width + x0, pixels, row);
+          const Block block = block_of(to, group, b, row, pixels);
+          if (direct && pixels == step) {
+            kernels.quantize_pixels(block, channel, x0);
+            continue;
+          }
+          for (std::int64_t c = 0; c < count; ++c) {
+            float* into = copied + c * kMaxLanes;
+            const float* values_of = channel[c] + x0 * s.x;
+            std::memset(into, 0, kMaxLanes * sizeof(float));
+            if (pixels == kMaxLanes && s.x == 2)
+              for (int i = 0; i < kMaxLanes; ++i) into[i] = values_of[2 * i];
+            else
+              for (std::int64_t i = 0; i < pixels; ++i) into[i] = values_of[i * s.x];
+          }
+          kernels.quantize_pixels(block, copy, 0);
+        }
+      }
+  });
+}
+
+}  // namespace dsconv

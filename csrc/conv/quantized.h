@@ -1,0 +1,91 @@
+// A tensor of mantissas and exponents, as the sums read it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "tile.h"
+
+namespace dsconv {
+
+// Where the values of a tensor lie: how far apart, in values, neighbours in each dimension are.
+struct Strides {
+  std::int64_t image, channel, y, x;
+};
+
+// A run of values cut into blocks, and these into octets.
+struct Cut {
+  std::int64_t depth, block_size;
+
+  std::int64_t blocks() const { return (depth + block_size - 1) / block_size; }
+  std::int64_t last() const { return depth - (blocks() - 1) * block_size; }
+  std::int64_t size(std::int64_t block) const { return block + 1 < blocks() ? block_size : last(); }
+  std::int64_t octets() const { return block_size / 8; }
+  std::int64_t last_octets() const { return (last() + 7) / 8; }
+  std::int64_t row_octets() const { return (blocks() - 1) * octets() + last_octets(); }
+};
+
+// How a layer wants its input: the values of a pixel in groups, each of them cut up.
+struct Format {
+  Cut cut;
+  std::int64_t groups;
+  int bits;
+  Sign sign;
+  bool wide;   // whether its weights are
+  bool shift;  // whether it has one
+
+  bool operator==(const Format&) const;
+};
+
+// Pixels of some images, with a border of zeros around each.
+struct Grid {
+  std::int64_t images, height, width, pad_h, pad_w;
+
+  std::int64_t line() const { return width + 2 * pad_w; }
+  std::int64_t image() const { return (height + 2 * pad_h) * line(); }
+  std::int64_t rows() const { return images * image(); }
+};
+
+// Rows of a group lie together; a row is a pixel of the bordered image. Does not own its memory.
+class Quantized {
+ public:
+  static std::int64_t bytes(const Format&, const Grid&);
+
+  Quantized() = default;
+  Quantized(const Format&, const Grid&, std::byte* memory);  // aligned to 64
+
+  const Format& format() const { return format_; }
+  const Grid& grid() const { return grid_; }
+  Rows of_group(std::int64_t group) const;
+  // Of a pixel of an image, counted from the border's inner edge.
+  std::int64_t row(std::int64_t image, std::int64_t y, std::int64_t x) const {
+    return image * grid_.image() + (grid_.pad_h + y) * grid_.line() + grid_.pad_w + x;
+  }
+  void fill_borders() const;
+
+ private:
+  void blank(const Rows&, std::int64_t row, std::int64_t count) const;
+
+  Format format_{};
+  Grid grid_{};
+  Rows rows_{};
+};
+
+// The quantized tensors that channels of a tensor go to as well: its first channel is `first` there.
+struct Target {
+  Quantized quantized;
+  std::int64_t first;
+};
+
+// One block of a group, of the pixels that have these rows.
+Block block_of(const Quantized& to, std::int64_t group, std::int64_t index, const std::int64_t* row, std::int64_t pixels);
+
+// Quantizes channels `from` to `to`, whole blocks of the target, of neighbouring pixels: the channels of a pixel lie side
+// by side from values[i * stride] on, where that of channel `from` is.
+void quantize_into(const Target&, const Kernels&, const float* values, std::int64_t stride, std::int64_t first_pixel,
+                   std::int64_t pixels, std::int64_t from, std::int64_t to);
+
+// Quantizes a tensor of any strides into all of `to`, without its border.
+void quantize(const Quantized& to, const Kernels&, const float* from, const Strides&);
+
+}  // namespace dsconv

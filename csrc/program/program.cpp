@@ -1,0 +1,232 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+
+#include "../parallel.h"
+#include "../scratch.h"
+
+namespace dsconv {
+namespace {
+
+constexpr std::int64_t kMost = std::int64_t{1} << 40;  // bytes an image
+constexpr std::int64_t kPixels = 96;                   // that a task takes at a time
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+bool is_size(std::int64_t n) { return n > 0 && n < (std::int64_t{1} << 31); }
+
+// The borders of what is written a part at a time.
+void fill_borders(const std::vector<Target>& targets) {
+  for (const Target& target : targets)
+    if (target.first == 0) target.quantized.fill_borders();
+}
+
+}  // namespace
+
+int Program::values(const Values& v) {
+  require(v.base >= 0 && v.offset >= 0 && v.offset < kMost && v.offset % 64 == 0 && v.first >= 0 && is_size(v.channels) &&
+              is_size(v.height) && is_size(v.width),
+          "values: sizes and places are not negative");
+  const Strides& s = v.strides;
+  require(s.image >= 0 && s.channel >= 0 && s.y >= 0 && s.x >= 0, "values: strides are not negative");
+  const std::int64_t last = v.first + (v.channels - 1) * s.channel + (v.height - 1) * s.y + (v.width - 1) * s.x;
+  require(last < std::max<std::int64_t>(s.image, 1) && s.image < kMost / 4, "values: a tensor goes beyond its memory");
+  if (v.base == 0) bytes_ = std::max(bytes_, v.offset + (s.image * 4 + 63) / 64 * 64);
+  bases_ = std::max(bases_, v.base + 1);
+  values_.push_back(v);
+  return static_cast<int>(values_.size()) - 1;
+}
+
+int Program::quantized(const Format& format, const Grid& grid, std::int64_t offset) {
+  const Cut& cut = format.cut;
+  require(is_size(cut.depth) && cut.block_size > 0 && cut.block_size <= kMaxBlock && cut.block_size % 8 == 0 &&
+              is_size(format.groups) && is_size(grid.height) && is_size(grid.width) && grid.pad_h >= 0 && grid.pad_w >= 0 &&
+              1.0 * format.groups * cut.depth * (grid.height + 2.0 * grid.pad_h) * (grid.width + 2.0 * grid.pad_w) < kMost,
+          "quantized: sizes are not negative");
+  require(offset >= 0 && offset < kMost && offset % 64 == 0, "quantized: expected an offset of a multiple of 64");
+  Grid one = grid;
+  one.images = 1;
+  tensors_.push_back({format, one, offset});
+  bytes_ = std::max(bytes_, offset + Quantized::bytes(format, one));
+  return static_cast<int>(tensors_.size()) - 1;
+}
+
+const Values& Program::values_of(int id) const {
+  require(id >= 0 && id < static_cast<int>(values_.size()), "no such float tensor");
+  return values_[id];
+}
+
+const Program::Tensor& Program::tensor_of(int id) const {
+  require(id >= 0 && id < static_cast<int>(tensors_.size()), "no such quantized tensor");
+  return tensors_[id];
+}
+
+float* Program::address(const Run& run, const Values& v) const {
+  return reinterpret_cast<float*>(run.bases[v.base] + v.offset * run.images) + v.first;
+}
+
+Input Program::input(const Run& run, int id) const {
+  if (id < 0) return {};
+  const Values& v = values_[id];
+  return {address(run, v), v.strides};
+}
+
+Quantized Program::quantized(const Run& run, int id) const {
+  const Tensor& t = tensors_[id];
+  Grid grid = t.grid;
+  grid.images = run.images;
+  return {t.format, grid, reinterpret_cast<std::byte*>(run.bases[0] + t.offset * run.images)};
+}
+
+std::vector<Target> Program::targets(const Run& run, const Use& use) const {
+  std::vector<Target> all;
+  for (const auto& [id, first] : use.targets) all.push_back({quantized(run, id), first});
+  fill_borders(all);
+  return all;
+}
+
+// `whole`: all channels are there before any is quantized.
+void Program::check(const Use& use, std::int64_t channels, std::int64_t height, std::int64_t width, bool whole) const {
+  const auto alike = [&](const Values& v) { return v.channels == channels && v.height == height && v.width == width; };
+  if (use.values >= 0)
+    require(alike(values_of(use.values)) && values_of(use.values).dense(), "outputs: expected a dense tensor of their shape");
+  if (use.residual >= 0)
+    require(alike(values_of(use.residual)) && values_of(use.residual).dense(), "residual: expected a dense tensor of the outputs' shape");
+  for (const auto& [id, first] : use.targets) {
+    const Tensor& t = tensor_of(id);
+    const Cut& cut = t.format.cut;
+    const auto at_block = [&](std::int64_t channel) { return channel % cut.depth % cut.block_size == 0; };
+    require(t.grid.height == height && t.grid.width == width && first >= 0 && first + channels <= cut.depth * t.format.groups &&
+                at_block(first) && at_block(first + channels) && (whole || t.format.groups == 1),
+            "targets: expected whole blocks of a tensor of the outputs' size");
+  }
+}
+
+void Program::convolve(const Geometry& one, const Layer& layer, int from, int input_id, const Use& use) {
+  Geometry g = one;
+  g.images = 1;
+  require(g.valid(), "the sizes of the convolution do not agree");
+  require(g.groups == 1 || g.depthwise() || use.targets.empty(), "a grouped convolution cannot quantize its outputs");
+  check(use, g.outputs, g.out_height, g.out_width, g.depthwise());
+  if (from >= 0) {
+    const Values& v = values_of(from);
+    require(v.channels == g.channels && v.height == g.height && v.width == g.width, "expected an input of the layer's sizes");
+  } else {
+    require(!g.flat, "flattened blocks need a float input");
+  }
+  if (!g.depthwise()) {
+    const Tensor& t = tensor_of(input_id);
+    const Grid needed = g.grid();
+    require(t.format == layer.format(g), "expected an input quantized as the layer wants it");
+    require(t.grid.height == needed.height && t.grid.width == needed.width && t.grid.pad_h >= needed.pad_h &&
+                t.grid.pad_w >= needed.pad_w && (!g.flat || t.grid.pad_h + t.grid.pad_w == 0),
+            "expected a quantized input of the layer's sizes");
+  }
+  require(use.values >= 0 || !use.targets.empty(), "a step without an output");
+  steps_.push_back([=, this](const Run& run) {
+    Geometry now = g;
+    now.images = run.images;
+    const std::vector<Target> into = targets(run, use);
+    Layer l = layer;
+    l.activation = use.activation, l.slope = use.slope;
+    const Input output = input(run, use.values);
+    const Output o{const_cast<float*>(output.values), output.strides, input(run, use.residual), into};
+    if (now.depthwise()) return dsconv::convolve_depthwise(now, l, kernels_, input(run, from), o);
+    const Quantized q = quantized(run, input_id);
+    if (now.flat) quantize_windows(now, q, kernels_, input(run, from));
+    dsconv::convolve(now, l, kernels_, q, o);
+  });
+}
+
+void Program::map(int from, const float* scale, const float* shift, const Use& use) {
+  const Values v = values_of(from);
+  require(v.dense(), "expected a dense tensor");
+  require(!scale == !shift, "scale and shift come together");
+  check(use, v.channels, v.height, v.width, true);
+  require(use.values >= 0 || !use.targets.empty(), "a step without an output");
+  const bool plain = !scale && use.residual < 0 && use.activation == Activation::none && use.values < 0;
+  steps_.push_back([=, this](const Run& run) {
+    const std::vector<Target> into = targets(run, use);
+    const float* values = address(run, v);
+    const Input other = input(run, use.residual), output = input(run, use.values);
+    const std::int64_t pixels = run.images * v.height * v.width;
+    parallel((pixels + kPixels - 1) / kPixels, [&](std::int64_t task) {
+      const std::int64_t first = task * kPixels, count = std::min(kPixels, pixels - first);
+      struct User;
+      Scratch<User> scratch(plain || output.values ? 0 : count * v.channels * 4);
+      const float* made = values + first * v.strides.x;
+      std::int64_t stride = v.strides.x;
+      if (!plain) {
+        float* to = output.values ? const_cast<float*>(output.values) + first * output.strides.x : scratch.take<float>(0);
+        stride = output.values ? output.strides.x : v.channels;
+        kernels_.map({made, v.strides.x, scale, shift, other.values ? other.values + first * other.strides.x : nullptr,
+                      other.strides.x, to, stride, count, v.channels, use.activation, use.slope});
+        made = to;
+      }
+      for (const Target& target : into) quantize_into(target, kernels_, made, stride, first, count, 0, v.channels);
+    });
+  });
+}
+
+void Program::pool(int from, const Window& w, std::int64_t out_height, std::int64_t out_width, const Use& use) {
+  const Values v = values_of(from);
+  require(v.strides.channel == 1, "expected a tensor whose channels lie side by side");
+  for (const std::int64_t n : {w.kernel_h, w.kernel_w, w.stride_h, w.stride_w, w.dilation_h, w.dilation_w, out_height, out_width})
+    require(is_size(n), "pool: expected positive sizes");
+  require(w.pad_h >= 0 && w.pad_w >= 0 && w.pad_h < w.kernel_h * w.dilation_h && w.pad_w < w.kernel_w * w.dilation_w &&
+              w.kernel_h * w.kernel_w < kMost && w.divisor >= 0 && use.residual < 0 && use.activation == Activation::none,
+          "pool: expected a padding smaller than the kernel, and nothing else to do");
+  check(use, v.channels, out_height, out_width, true);
+  require(use.values >= 0 || !use.targets.empty(), "a step without an output");
+  steps_.push_back([=, this](const Run& run) {
+    const std::vector<Target> into = targets(run, use);
+    const Input output = input(run, use.values);
+    parallel(run.images * out_height, [&](std::int64_t line) {
+      const std::int64_t image = line / out_height, y = line % out_height;
+      const float* values = address(run, v) + image * v.strides.image;
+      struct User;
+      using Mine = Scratch<User>;
+      const std::int64_t kept = output.values ? 0 : out_width * v.channels;
+      Mine scratch(Mine::size<const float*>(w.kernel_h * w.kernel_w) + Mine::size<float>(kept));
+      const float** tap = scratch.take<const float*>(w.kernel_h * w.kernel_w);
+      float* made = scratch.take<float>(kept);
+      if (output.values) made = const_cast<float*>(output.values) + line * out_width * output.strides.x;
+      const std::int64_t stride = output.values ? output.strides.x : v.channels;
+      for (std::int64_t x = 0; x < out_width; ++x) {
+        int taps = 0;
+        const std::int64_t top = y * w.stride_h - w.pad_h, left = x * w.stride_w - w.pad_w;
+        for (std::int64_t ky = 0; ky < w.kernel_h; ++ky)
+          for (std::int64_t kx = 0; kx < w.kernel_w; ++kx) {
+            const std::int64_t in_y = top + ky * w.dilation_h, in_x = left + kx * w.dilation_w;
+            if (in_y >= 0 && in_y < v.height && in_x >= 0 && in_x < v.width)
+              tap[taps++] = values + in_y * v.strides.y + in_x * v.strides.x;
+          }
+        // The padding counts as far as the window would go without the rounding up of the output's size.
+        const std::int64_t counted = (std::min(top + w.kernel_h, v.height + w.pad_h) - top) *
+                                     (std::min(left + w.kernel_w, v.width + w.pad_w) - left);
+        const std::int64_t divisor = w.divisor ? w.divisor : w.count_zeros ? counted : taps;
+        kernels_.pool({tap, taps, v.channels, w.average ? static_cast<float>(divisor) : 0.0f, made + x * stride});
+      }
+      for (const Target& target : into)
+        quantize_into(target, kernels_, made, stride, line * out_width, out_width, 0, v.channels);
+    });
+  });
+}
+
+void Program::run(std::int64_t images, std::span<const std::uintptr_t> bases, int first, int last, double* seconds) const {
+  require(images >= 0 && static_cast<int>(bases.size()) >= bases_ && first >= 0 && last <= steps(), "no such run");
+  if (!images) return;
+  const Run run{images, bases};
+  using Clock = std::chrono::steady_clock;
+  for (int step = first; step < last; ++step) {
+    const auto since = Clock::now();
+    steps_[step](run);
+    if (seconds) seconds[step] += std::chrono::duration<double>(Clock::now() - since).count();
+  }
+}
+
+}  // namespace dsconv

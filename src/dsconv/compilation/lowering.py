@@ -1,0 +1,458 @@
+"""From a captured graph to steps: what the program of the extension computes, and what is left to PyTorch.
+
+A tensor of images ``(N, C, H, W)`` or ``(N, C)`` is a :class:`Value`. It exists as float32, whose channels lie side by
+side, where somebody wants it so, and quantized in every :class:`Format` in which a layer wants it; the step that makes it
+writes all of them. What is concatenated is written where it will be needed.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from dsconv.compilation.fusion import ACTIVATIONS, only_user
+from dsconv.ops import cpu
+
+_aten, _dsconv = torch.ops.aten, torch.ops.dsconv
+
+
+class Format(NamedTuple):
+    """How a layer wants its input quantized: blocks of ``block_size`` over ``depth`` values of each of the groups."""
+
+    depth: int
+    block_size: int
+    groups: int
+    wide: bool
+    bits: int
+    sign: str
+    shift: bool
+
+
+@dataclass(eq=False)
+class Quantized:
+    """A value in one format, with a border of zeros as wide as any layer that reads it needs."""
+
+    format: Format
+    size: tuple[int, int]
+    pad: tuple[int, int] = (0, 0)
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of images.
+
+    Attributes:
+        size: channels, height and width.
+        direct: whether the step that makes it can quantize it as well.
+        in_float: whether it is wanted in float32.
+        outside: it is not in the program's memory: an input, an output, or what PyTorch makes.
+        quantized: it in every format that is wanted.
+        pieces: what it is a concatenation of.
+        home: the concatenation whose memory it is a part of, from channel ``first`` on.
+    """
+
+    node: fx.Node
+    size: tuple[int, int, int]
+    direct: bool = False
+    in_float: bool = False
+    outside: bool = False
+    quantized: dict[Format, Quantized] = field(default_factory=dict)
+    pieces: tuple["Value", ...] = ()
+    home: "Value | None" = None
+    first: int = 0
+    # Quantized concatenations that this is a part of, and from which channel on.
+    parts: list[tuple[Quantized, int]] = field(default_factory=list)
+
+    def want(self, wanted: Format, pad: tuple[int, int] = (0, 0)) -> Quantized:
+        """It in that format, with a border of at least ``pad``."""
+        found = self.quantized.setdefault(wanted, Quantized(wanted, self.size[1:]))
+        found.pad = (max(found.pad[0], pad[0]), max(found.pad[1], pad[1]))
+        return found
+
+
+@dataclass(eq=False)
+class Convolution:
+    """A convolution or linear layer, whose ``window`` is what it reads quantized if its blocks are flattened."""
+
+    arguments: dict[str, Any]
+    sizes: tuple[int, ...]
+    source: Value
+    quantized: Quantized | None
+    window: Quantized | None
+
+
+@dataclass(eq=False)
+class Map:
+    """``source * scale + shift``, or ``source``."""
+
+    source: Value
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Pool:
+    """A maximum or an average over windows: (kernel, stride, padding, dilation), each of height and width."""
+
+    source: Value
+    window: tuple[int, ...]
+    average: bool = False
+    count_zeros: bool = False
+    divisor: int = 0
+
+
+@dataclass(eq=False)
+class Call:
+    """Something that PyTorch computes, of native values ``reads``."""
+
+    reads: tuple[Value, ...]
+
+
+@dataclass(eq=False)
+class Step:
+    """One thing to do; ``result`` and ``targets`` are written by it.
+
+    Attributes:
+        node: the last one of the graph that it computes.
+        fused: names of what it computes besides.
+        targets: quantized tensors, and the channel there that its first one becomes.
+    """
+
+    node: fx.Node
+    does: Convolution | Map | Pool | Call
+    result: Value | None = None
+    residual: Value | None = None
+    activation: str = "none"
+    slope: float = 0.0
+    fused: list[str] = field(default_factory=list)
+    targets: list[tuple[Quantized, int]] = field(default_factory=list)
+
+    def float_values(self) -> Iterable[Value]:
+        """What it reads and writes in float32."""
+        if isinstance(self.does, Call):
+            yield from self.does.reads
+        elif not isinstance(self.does, Convolution) or self.does.quantized is None:
+            yield self.does.source
+        if self.residual is not None:
+            yield self.residual
+        if self.result is not None and self.result.in_float:
+            yield self.result
+
+    def quantized_tensors(self) -> Iterable[Quantized]:
+        """What it reads and writes quantized."""
+        if isinstance(self.does, Convolution):
+            yield from (q for q in (self.does.quantized, self.does.window) if q is not None)
+        yield from (quantized for quantized, _ in self.targets)
+
+
+class Lowered(NamedTuple):
+    """The steps of a graph, its input, the nodes that it returns, and those that stand for tensors of the model.
+
+    ``structure`` makes what the model returns of a list of the outputs.
+    """
+
+    steps: list[Step]
+    input: Value
+    outputs: tuple[Any, ...]
+    structure: Callable[[Any], Any]
+    constants: dict[fx.Node, Tensor]
+
+
+def lower(module: fx.GraphModule) -> Lowered:
+    """Steps of a graph after :func:`dsconv.compilation.fusion.fuse` that takes one tensor of images."""
+    return _Lowering(module).lowered()
+
+
+class _Lowering:
+    def __init__(self, module: fx.GraphModule):
+        self.module = module
+        self.values: dict[fx.Node, Value] = {}
+        self.steps: list[Step] = []
+        self.absorbed: set[fx.Node] = set()
+        (self.placeholder,) = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self.batch = self.placeholder.meta["val"].shape[0]
+
+    def lowered(self) -> Lowered:
+        source = self._value(self.placeholder)
+        assert source is not None
+        source.outside = True
+        for node in self.module.graph.nodes:
+            if node.op == "call_function" and node not in self.absorbed and self._constant(node) is None:
+                self.steps.append(self._step(node))
+        (output,) = [node for node in self.module.graph.nodes if node.op == "output"]
+        for node in output.all_input_nodes:
+            value = self._value(node)
+            if value is not None:
+                value.in_float = True
+                value.outside = value.outside or not (value.pieces or value.home)
+        self._place_concatenations()
+        self._write_quantized(source)
+        nodes = [node for node in self.module.graph.nodes if node.op in ("get_attr", "call_function")]
+        constants = {node: value for node in nodes if (value := self._constant(node)) is not None}
+        return Lowered(self.steps, source, tuple(output.args[0]), self.module.graph._codegen.process_outputs, constants)
+
+    def _value(self, node: fx.Node) -> Value | None:
+        """The tensor of images that a node makes; None where it makes something else."""
+        if node not in self.values:
+            size = self._size(node)
+            if size is None:
+                return None
+            self.values[node] = Value(node, size)
+        return self.values[node]
+
+    def _size(self, node: fx.Node) -> tuple[int, int, int] | None:
+        made = node.meta.get("val")
+        if not isinstance(made, Tensor) or made.dtype != torch.float32 or made.dim() not in (2, 4):
+            return None
+        batch, *size = made.shape
+        if str(batch) != str(self.batch) or not all(isinstance(n, int) and n > 0 for n in size):
+            return None
+        channels, *image = size
+        return (channels, *(image or (1, 1)))
+
+    def _constant(self, node: Any) -> Tensor | None:
+        """A tensor of the model."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            if isinstance(node, fx.Node) and node.target in (_aten.reshape.default, _aten.view.default):
+                of = self._constant(node.args[0])
+                return None if of is None else of.reshape(node.args[1])  # type: ignore[arg-type]
+            return None
+        value: Any = self.module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value if isinstance(value, Tensor) else None
+
+    # What becomes of a node
+
+    def _step(self, node: fx.Node) -> Step:
+        make = _NATIVE.get(node.target)
+        step = make(self, node) if make is not None and self._value(node) is not None else None
+        return step or self._call(node)
+
+    def _call(self, node: fx.Node) -> Step:
+        reads = tuple(value for n in node.all_input_nodes if (value := self._value(n)) is not None)
+        for value in reads:
+            value.in_float = True
+        result = self._value(node)
+        if result is not None:
+            result.outside = result.in_float = True
+        return Step(node, Call(reads), result)
+
+    def _native(self, node: Any) -> Value | None:
+        return self._value(node) if isinstance(node, fx.Node) else None
+
+    def _convolution(self, node: fx.Node) -> Step | None:
+        given = cpu.arguments_of(node.target, node.args, node.kwargs)
+        source, residual = self._native(given["x"]), self._native(given["residual"])
+        result = self._value(node)
+        names = ("weight", "kds", "kds_shift", "bias")
+        if source is None or result is None or (given["residual"] is not None and residual is None):
+            return None
+        for name in names:
+            constant = self._constant(given[name])
+            if constant is None and given[name] is not None:
+                return None
+            given[name] = constant
+        sizes = cpu.checked_sizes(source.size, given)
+        groups, flat = sizes[-3], bool(sizes[-1])
+        depthwise = flat and groups == source.size[0] > 1
+        if depthwise and groups != result.size[0]:
+            return None  # it writes lines
+        layer = Convolution(given, sizes, source, None, None)
+        if not depthwise:
+            depth = source.size[0] // groups * (math.prod(sizes[7:9]) if flat else 1)
+            wanted = Format(
+                depth,
+                sizes[-2],
+                groups,
+                given["weight_bits"] > 4,
+                given["activation_bits"],
+                given["sign"],
+                given["kds_shift"] is not None,
+            )
+            if flat:
+                layer.window = Quantized(wanted, sizes[5:7])
+            else:
+                layer.quantized = source.want(wanted, (sizes[11], sizes[12]))
+        if layer.quantized is None:
+            source.in_float = True
+        if residual is not None:
+            residual.in_float = True
+        result.direct = depthwise or groups == 1
+        fused = ["bias"] * (given["bias"] is not None) + node.meta.get("fused", [])
+        return Step(node, layer, result, residual, given["activation"], given["slope"], fused)
+
+    def _affine(self, node: fx.Node) -> Step | None:
+        """A product and a sum with a number for each channel."""
+        add = only_user(node)
+        source = self._native(node.args[0])
+        if source is None or add is None or add.target is not _aten.add.Tensor or add.kwargs or add.args[0] is not node:
+            return None
+        shape = (source.size[0], *[1] * (node.meta["val"].dim() - 2))
+        constants = [self._constant(n) for n in (node.args[1], add.args[1])]
+        if any(c is None or tuple(c.shape) != shape or c.dtype != torch.float32 for c in constants):
+            return None
+        scale, shift = (c.flatten().contiguous() for c in constants if c is not None)
+        self.absorbed.add(node)
+        return self._map(add, Map(source, scale, shift), ["scale", "shift"])
+
+    def _sum(self, node: fx.Node) -> Step | None:
+        source, other = (self._native(n) for n in node.args[:2])
+        if source is None or other is None or node.kwargs or source.size != other.size:
+            return None
+        other.in_float = True
+        return self._map(node, Map(source), ["add"], residual=other)
+
+    def _activation(self, node: fx.Node) -> Step | None:
+        source, found = self._native(node.args[0]), ACTIVATIONS[node.target](node)
+        return None if source is None or found is None else self._map(node, Map(source), [], **found)
+
+    def _map(self, node: fx.Node, does: Map, fused: list[str], **settings: Any) -> Step | None:
+        does.source.in_float = True
+        self.absorbed.add(node)
+        follower = only_user(node)
+        if "activation" not in settings and follower is not None and follower.target in ACTIVATIONS:
+            found = ACTIVATIONS[follower.target](follower)
+            if found is not None:
+                settings |= found
+                node = follower
+                self.absorbed.add(node)
+        result = self._value(node)
+        assert result is not None
+        result.direct = True
+        if "activation" in settings:
+            fused = [*fused, settings["activation"]]
+        return Step(node, does, result, fused=fused, **settings)
+
+    def _pool(self, node: fx.Node) -> Step | None:
+        given = cpu.arguments_of(node.target, node.args, node.kwargs)
+        source, result = self._native(node.args[0]), self._value(node)
+        if source is None or result is None or node.meta["val"].dim() != 4:
+            return None
+        average = node.target is _aten.avg_pool2d.default
+        kernel = _pair(given["kernel_size"])
+        stride = _pair(given["stride"]) if given["stride"] else kernel
+        dilation = (1, 1) if average else _pair(given["dilation"])
+        window = (*kernel, *stride, *_pair(given["padding"]), *dilation)
+        zeros, divisor = (given["count_include_pad"], given["divisor_override"] or 0) if average else (False, 0)
+        source.in_float = True
+        result.direct = True
+        return Step(node, Pool(source, window, average, zeros, divisor), result)
+
+    def _concatenation(self, node: fx.Node) -> Step | None:
+        nodes, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+        result = self._value(node)
+        pieces = [self._native(n) for n in nodes]  # type: ignore[union-attr]
+        if result is None or dim not in (1, 1 - node.meta["val"].dim()) or any(p is None for p in pieces):
+            return None
+        if any(p.size[1:] != result.size[1:] for p in pieces if p is not None):
+            return None
+        result.pieces = tuple(inner for p in pieces if p is not None for inner in p.pieces or (p,))
+        # Its pieces are put together where this step stands, as far as they are not.
+        return Step(node, Map(result), result)
+
+    # Where everything lies
+
+    def _place_concatenations(self) -> None:
+        """Gives pieces a place in what they are concatenated to."""
+        all_of_them = [value for value in self.values.values() if value.pieces]
+        for value in all_of_them:
+            for wanted, quantized in value.quantized.items():
+                if _parts_are_blocks(value, wanted):
+                    for piece, first in _with_places(value):
+                        piece.parts.append((quantized, first))
+                else:
+                    value.in_float = True
+        homes: list[Value] = []
+        for value in sorted(all_of_them, key=lambda v: -len(v.pieces)):
+            if not value.in_float:
+                continue
+            for home in homes:
+                places = dict(_with_places(home))
+                at = _index(home.pieces, value.pieces)
+                if at is not None and not value.outside:
+                    value.home, value.first = home, places[home.pieces[at]]
+                    break
+            else:
+                homes.append(value)
+                for piece, first in _with_places(value):
+                    piece.in_float = True
+                    if piece.home is None and not piece.outside:
+                        piece.home, piece.first = value, first
+
+    def _write_quantized(self, source: Value) -> None:
+        """Has each step write what is wanted of its result, or puts a step behind it that does."""
+        steps = self._quantizing(source)
+        for step in self.steps:
+            result = step.result
+            if result is None:
+                steps.append(step)
+            elif result.pieces:
+                whole = result.home or result
+                for piece, first in _with_places(result):
+                    first += result.first
+                    if result.in_float and (piece.home is not whole or piece.first != first):
+                        into = Value(step.node, piece.size, in_float=True, home=whole, first=first)
+                        steps.append(Step(step.node, Map(piece), into, fused=["copy"]))
+                steps += self._quantizing(result)
+            elif result.direct:
+                step.targets = [(quantized, 0) for quantized in result.quantized.values()] + result.parts
+                steps.append(step)
+            else:
+                steps.append(step)
+                steps += self._quantizing(result)
+        self.steps = steps
+
+    def _quantizing(self, value: Value) -> list[Step]:
+        """The step that quantizes what is there in float32."""
+        covered = {id(quantized) for piece in value.pieces for quantized, _ in piece.parts}
+        targets = [(q, 0) for q in value.quantized.values() if id(q) not in covered]
+        if not targets:
+            return []
+        value.in_float = True
+        return [Step(value.node, Map(value), fused=["quantize"], targets=targets)]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    one, other = value * 2 if len(value) == 1 else value
+    return one, other
+
+
+def _with_places(value: Value) -> list[tuple[Value, int]]:
+    """Each piece, and its first channel in the whole."""
+    ends = [0]
+    for piece in value.pieces:
+        ends.append(ends[-1] + piece.size[0])
+    return list(zip(value.pieces, ends, strict=False))
+
+
+def _parts_are_blocks(value: Value, wanted: Format) -> bool:
+    """Whether each piece, as it is made, can be quantized for its part."""
+    alone = len(set(value.pieces)) == len(value.pieces)
+    whole = all(first % wanted.block_size == 0 for _, first in _with_places(value))
+    return alone and whole and wanted.groups == 1 and all(piece.direct for piece in value.pieces)
+
+
+def _index(whole: Sequence[Value], part: Sequence[Value]) -> int | None:
+    """Where ``part`` lies in ``whole``, one after another."""
+    for at in range(len(whole) - len(part) + 1):
+        if all(a is b for a, b in zip(whole[at:], part, strict=False)):
+            return at
+    return None
+
+
+_NATIVE: dict[Any, Callable[[_Lowering, fx.Node], Step | None]] = {
+    _dsconv.conv2d.default: _Lowering._convolution,
+    _dsconv.linear.default: _Lowering._convolution,
+    _aten.mul.Tensor: _Lowering._affine,
+    _aten.add.Tensor: _Lowering._sum,
+    _aten.max_pool2d.default: _Lowering._pool,
+    _aten.avg_pool2d.default: _Lowering._pool,
+    _aten.cat.default: _Lowering._concatenation,
+    **dict.fromkeys(ACTIVATIONS, _Lowering._activation),
+}

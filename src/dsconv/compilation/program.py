@@ -1,0 +1,306 @@
+"""Runs the steps of a network: most in one call of the extension, over one piece of memory; some in PyTorch."""
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from dsconv.compilation.fusion import AVERAGES
+from dsconv.compilation.lowering import Call, Convolution, Lowered, Map, Pool, Quantized, Step, Value
+from dsconv.compilation.memory import ALIGNMENT, Buffer, place
+from dsconv.numerics import ACTIVATION_SIGNS
+from dsconv.ops import cpu
+
+# Memory of this size stays in the caches; more images at a time would not.
+_CACHED_BYTES = 16 << 20
+_aten = torch.ops.aten
+# Of PyTorch's operators, those that treat every image as if it were alone.
+_BY_IMAGE = (
+    *AVERAGES,
+    _aten.sym_size.int,
+    _aten.reshape.default,
+    _aten.max_pool2d.default,
+    _aten.silu.default,
+    _aten.sigmoid.default,
+    _aten.hardsigmoid.default,
+    _aten.hardswish.default,
+    _aten.gelu.default,
+)
+_SPARE = 4  # pieces of memory that are kept for the next calls
+
+
+class _Segment(NamedTuple):
+    """Steps one after another: of the extension up to ``last``, or one of PyTorch."""
+
+    first: int
+    last: int
+    call: Step | None
+
+
+class Program:
+    """The steps of a captured network, ready to run over batches of images.
+
+    Attributes:
+        steps: in order.
+        memory_bytes: of what lies between steps, for one image.
+        images_at_once: a larger batch is run in parts of so many.
+    """
+
+    def __init__(self, lowered: Lowered):
+        module = cpu.extension()
+        assert module is not None
+        self.steps, self.constants = lowered.steps, lowered.constants
+        self._input, self._outputs, self._structure = lowered.input, lowered.outputs, lowered.structure
+        self._native = module.Program(cpu.isa())
+        self._bases: dict[Value, int] = {}
+        self._buffers: dict[Value | Quantized, Buffer] = {}
+        self._ids: dict[Value | Quantized, int] = {}
+        self._nchw = self._input_as_it_comes()
+        self._plan_memory()
+        self._segments = self._build()
+        # What steps of the extension make outside the memory: the network's outputs.
+        self._returns = {s.result for s in self.steps if s.result in self._bases and not isinstance(s.does, Call)}
+        self.memory_bytes: int = self._native.bytes(1)
+        calls = [step.node.target for step in self.steps if isinstance(step.does, Call)]
+        alone = all(target in _BY_IMAGE for target in calls)
+        self.images_at_once = max(1, _CACHED_BYTES // max(1, self.memory_bytes)) if alone else None
+        self._spare: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, x: Tensor, seconds: Tensor | None = None) -> Any:
+        """What the network returns for ``x``; adds the time of each step to float64 ``seconds``, if given."""
+        at_once = self.images_at_once or len(x)
+        parts = [self._run(part, seconds) for part in (x.split(at_once) if len(x) > at_once else [x])]
+        return self._structure([_joined(outputs) for outputs in zip(*parts, strict=True)])
+
+    # Memory
+
+    def _input_as_it_comes(self) -> bool:
+        """Whether all that reads the input takes lines of channels as well as channels of pixels."""
+        readers = [step for step in self.steps if any(value is self._input for value in step.float_values())]
+        return all(
+            (isinstance(step.does, Convolution) and step.does.window is not None and step.residual is None)
+            or (isinstance(step.does, Map) and step.result is None)
+            for step in readers
+        )
+
+    def _root(self, value: Value) -> Value:
+        return value if value.home is None else value.home
+
+    def _plan_memory(self) -> None:
+        end = len(self.steps)
+        outputs = [node for node in self._outputs if isinstance(node, fx.Node)]
+        # What PyTorch returns may be a view of what it read, which is needed as long.
+        last: dict[fx.Node, int] = dict.fromkeys(outputs, end)
+        for index, step in reversed(list(enumerate(self.steps))):
+            call = isinstance(step.does, Call)
+            reads = step.node.all_input_nodes if call else [v.node for v in step.float_values() if v is not step.result]
+            for node in reads:
+                last[node] = max(last.get(node, 0), last.get(step.node, index) if call else index)
+        for index, step in enumerate(self.steps):
+            until = last.get(step.node, index) if isinstance(step.does, Call) else index
+            for value in step.float_values():
+                root = self._root(value)
+                if not root.outside:
+                    self._use(root, 4 * math.prod(root.size), index, end if root.node in outputs else until)
+                elif not isinstance(step.does, Call):
+                    self._bases.setdefault(root, len(self._bases) + 1)
+            for quantized in step.quantized_tensors():
+                self._use(quantized, self._quantized_bytes(quantized), index, index)
+        self._sum_in_place()
+        place(list(dict.fromkeys(self._buffers.values())))
+
+    def _use(self, of: Value | Quantized, size: int, first: int, last: int) -> None:
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        buffer = self._buffers.setdefault(of, Buffer(size, first, last))
+        buffer.use(first)
+        buffer.use(last)
+
+    def _sum_in_place(self) -> None:
+        """Where a residual is read for the last time, the sum takes its place."""
+        for index, step in enumerate(self.steps):
+            result, other = step.result, step.residual
+            if not isinstance(step.does, Convolution) or step.does.quantized is None or result is None or other is None:
+                continue
+            mine, its = self._buffers.get(result), self._buffers.get(other)
+            if mine is None or its is None or mine is its or its.last != index or mine.first != index:
+                continue
+            if result.size == other.size and result.home is None and other.home is None:
+                its.use(mine.last)
+                self._buffers[result] = its
+
+    def _quantized_bytes(self, q: Quantized) -> int:
+        module = cpu.extension()
+        assert module is not None
+        form = q.format
+        size: int = module.Program.quantized_bytes(
+            form.depth, form.block_size, form.groups, (*q.size, *q.pad), form.shift
+        )
+        return size
+
+    # Steps of the extension
+
+    def _build(self) -> list[_Segment]:
+        segments: list[_Segment] = []
+        count = 0
+        for step in self.steps:
+            if isinstance(step.does, Call):
+                segments.append(_Segment(count, count, step))
+                continue
+            self._add(step)
+            if segments and segments[-1].call is None:
+                segments[-1] = segments[-1]._replace(last=count + 1)
+            else:
+                segments.append(_Segment(count, count + 1, None))
+            count += 1
+        return segments
+
+    def _add(self, step: Step) -> None:
+        does, native = step.does, self._native
+        result = -1 if step.result is None or not step.result.in_float else self._value_id(step.result)
+        residual = -1 if step.residual is None else self._value_id(step.residual)
+        targets = [(self._quantized_id(q), first) for q, first in step.targets]
+        activation = cpu.ACTIVATIONS.index(step.activation)
+        uses = (result, residual, targets, activation, step.slope)
+        if isinstance(does, Convolution):
+            given = does.arguments
+            read = does.quantized or does.window
+            native.convolve(
+                does.sizes,
+                -1 if does.quantized is not None else self._value_id(does.source),
+                -1 if read is None else self._quantized_id(read),
+                *(_address(given[name]) for name in ("weight", "kds", "kds_shift", "bias")),
+                given["weight_bits"],
+                given["activation_bits"],
+                ACTIVATION_SIGNS.index(given["sign"]),
+                uses,
+            )
+        elif isinstance(does, Map):
+            native.map(self._value_id(does.source), _address(does.scale), _address(does.shift), uses)
+        elif isinstance(does, Pool):
+            assert step.result is not None
+            out = step.result.size[1:]
+            native.pool(
+                self._value_id(does.source), does.window, does.average, does.count_zeros, does.divisor, out, uses
+            )
+
+    def _value_id(self, value: Value) -> int:
+        if value not in self._ids:
+            root = self._root(value)
+            base = self._bases.get(root, 0)
+            offset = 0 if base else self._buffers[root].offset
+            channels, height, width = root.size
+            strides = (channels * height * width, 1, width * channels, channels)
+            if value is self._input and self._nchw:
+                strides = (channels * height * width, height * width, width, 1)
+            self._ids[value] = self._native.values(base, offset, value.first, value.size, strides)
+        return self._ids[value]
+
+    def _quantized_id(self, q: Quantized) -> int:
+        if q not in self._ids:
+            form = q.format
+            self._ids[q] = self._native.quantized(
+                self._buffers[q].offset,
+                form.depth,
+                form.block_size,
+                form.groups,
+                (*q.size, *q.pad),
+                8 if form.wide else 4,
+                form.bits,
+                ACTIVATION_SIGNS.index(form.sign),
+                form.shift,
+            )
+        return self._ids[q]
+
+    # Running
+
+    def _run(self, x: Tensor, seconds: Tensor | None) -> list[Any]:
+        images = len(x)
+        x = x.contiguous() if self._nchw or x.dim() != 4 else x.contiguous(memory_format=torch.channels_last)
+        env: dict[fx.Node, Any] = dict(self.constants)
+        env[self._input.node] = x
+        addresses = [0] * (len(self._bases) + 1)
+        with self._memory(self._native.bytes(images)) as memory:
+            addresses[0] = memory.data_ptr()
+            for value, base in self._bases.items():
+                if value is self._input:
+                    addresses[base] = x.data_ptr()
+                elif value in self._returns:
+                    env[value.node] = y = _empty(images, value)
+                    addresses[base] = y.data_ptr()
+            cpu.use_threads()
+            for segment in self._segments:
+                if segment.call is None:
+                    times = 0 if seconds is None else seconds.data_ptr()
+                    self._native.run(images, addresses, segment.first, segment.last, times)
+                else:
+                    self._call(segment.call, images, env, memory, addresses)
+            return [self._returned(output, images, env, memory) for output in self._outputs]
+
+    def _call(
+        self, step: Step, images: int, env: dict[fx.Node, Any], memory: Tensor, addresses: list[int]
+    ) -> None:
+        assert isinstance(step.does, Call)
+        for value in step.does.reads:
+            if value.node not in env:
+                env[value.node] = self._view(value, images, memory)
+        node: Any = step.node
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        if node.target in AVERAGES:
+            args = (args[0].contiguous(), *args[1:])
+        made = node.target(*args, **kwargs)
+        if step.result in self._bases:
+            made = made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made.contiguous()
+            addresses[self._bases[step.result]] = made.data_ptr()
+        env[node] = made
+
+    def _view(self, value: Value, images: int, memory: Tensor) -> Tensor:
+        """A native value as PyTorch sees it."""
+        root = self._root(value)
+        channels, height, width = root.size
+        at = self._buffers[root].offset * images // 4 + value.first
+        if value.node.meta["val"].dim() == 2:
+            return memory.as_strided((images, value.size[0]), (channels, 1), at)
+        strides = (channels * height * width, 1, width * channels, channels)
+        return memory.as_strided((images, *value.size), strides, at)
+
+    def _returned(self, node: Any, images: int, env: dict[fx.Node, Any], memory: Tensor) -> Any:
+        if not isinstance(node, fx.Node):
+            return node
+        if node not in env:
+            value = next(v for v in self._buffers if isinstance(v, Value) and v.node is node)
+            return self._view(value, images, memory).clone()
+        made = env[node]
+        inside = isinstance(made, Tensor) and made.untyped_storage().data_ptr() == memory.data_ptr()
+        return made.clone() if inside else made
+
+    @contextmanager
+    def _memory(self, size: int) -> Iterator[Tensor]:
+        """Float32 memory of so many bytes that no other call uses at this time."""
+        with self._lock:
+            memory = self._spare.pop() if self._spare else None
+        if memory is None or memory.nbytes < size:
+            memory = torch.empty(max(1, -(-size // 4)))
+        yield memory
+        with self._lock:
+            if len(self._spare) < _SPARE:
+                self._spare.append(memory)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _empty(images: int, value: Value) -> Tensor:
+    if value.node.meta["val"].dim() == 2:
+        return torch.empty(images, value.size[0])
+    return torch.empty(images, *value.size, memory_format=torch.channels_last)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """An output of parts of a batch as that of the whole."""
+    return torch.cat(list(parts)) if len(parts) > 1 and isinstance(parts[0], Tensor) else parts[0]
