@@ -17,18 +17,22 @@ inline ParallelFor parallel_for = nullptr;
 void parallel_for_of_pool(std::int64_t begin, std::int64_t end, std::int64_t grain, Range, void* context);
 void pool_threads(int count);
 
-// What a task throws is thrown to the caller when all others are done, the first of several.
+// Threads take one task after another, so that none waits for another that has longer ones. What a task throws is thrown
+// to the caller when all others are done, the first of several.
 template <class Function>
 void parallel(std::int64_t tasks, Function function) {
   struct Context {
     Function& function;
+    std::int64_t tasks;
+    std::atomic<std::int64_t> next{0};
     std::atomic<bool> failed{false};
     std::exception_ptr error{};
-  } all{function};
-  const auto run = [](std::int64_t begin, std::int64_t end, void* context) {
+  } all{function, tasks};
+  // Whatever range a thread is given, it goes on until nothing is left.
+  const auto run = [](std::int64_t, std::int64_t, void* context) {
     Context& c = *static_cast<Context*>(context);
     try {
-      for (std::int64_t i = begin; i < end && !c.failed; ++i) c.function(i);
+      for (std::int64_t i; !c.failed && (i = c.next.fetch_add(1, std::memory_order_relaxed)) < c.tasks;) c.function(i);
     } catch (...) {
       if (!c.failed.exchange(true)) c.error = std::current_exception();
     }

@@ -131,11 +131,11 @@ void convolve(const Geometry& g, const Layer& l, const Kernels& kernels, const Q
   for (std::int64_t k = 0; k < taps && !g.flat; ++k)
     tap[k] = k / g.kernel_w * g.dilation_h * grid.line() + k % g.kernel_w * g.dilation_w;
   const std::int64_t panel = g.panel_bytes(l.wide), per_group = g.group_outputs();
-  // Chunks of about the same size, of whole vectors. A task keeps its pixels in cache and goes through the weights; with
+  // Chunks of about the same size, of whole tiles. A task keeps its pixels in cache and goes through the weights; with
   // few pixels there are more tasks, of some weights.
   const std::int64_t chunks = (pixels + kernels.task - 1) / kernels.task;
   const std::int64_t even = (pixels + chunks - 1) / std::max<std::int64_t>(1, chunks);
-  const std::int64_t chunk = std::min<std::int64_t>(kernels.task, (even + kMaxLanes - 1) / kMaxLanes * kMaxLanes);
+  const std::int64_t chunk = std::min<std::int64_t>(kernels.task, (even + kernels.tile - 1) / kernels.tile * kernels.tile);
   const std::int64_t unit = unit_of(g, o.targets), units = (per_group + unit - 1) / unit;
   const std::int64_t split = std::clamp<std::int64_t>(kTasks / std::max<std::int64_t>(1, g.groups * chunks), 1, units);
 
@@ -147,12 +147,14 @@ void convolve(const Geometry& g, const Layer& l, const Kernels& kernels, const Q
     const Strides& to = o.strides;
     const Strides& add = o.residual.strides;
     std::int64_t image = first / of_image, y = first % of_image / g.out_width, x = first % g.out_width;
-    for (std::int64_t p = first; p < end; ++p) {
-      place[p - first] = o.values ? image * to.image + y * to.y + x * to.x : (p - first) * unit;
-      residual_place[p - first] = image * add.image + y * add.y + x * add.x;
-      row[p - first] = g.flat ? p : q.row(image, y * g.stride_h - g.pad_h, x * g.stride_w - g.pad_w);
-      if (++x == g.out_width) x = 0, ++y;
+    for (std::int64_t p = 0; p < end - first; ++y, x = 0) {  // a line, or what is left of it
       if (y == g.out_height) y = 0, ++image;
+      const std::int64_t stop = std::min(end - first, p + g.out_width - x);
+      std::int64_t at = o.values ? image * to.image + y * to.y + x * to.x : p * unit, step = o.values ? to.x : unit;
+      std::int64_t added = image * add.image + y * add.y + x * add.x;
+      std::int64_t read = g.flat ? first + p : q.row(image, y * g.stride_h - g.pad_h, x * g.stride_w - g.pad_w);
+      for (; p < stop; ++p, at += step, added += add.x, read += g.flat ? 1 : g.stride_w)
+        place[p] = at, residual_place[p] = added, row[p] = read;
     }
     alignas(64) float sums[kMaxTask * kPair];
     Sums t{};

@@ -118,7 +118,8 @@ struct Depthwise {
 struct Kernels {
   const char* isa;
   int lanes;                                       // pixels that quantize_pixels takes
-  int task;                                        // pixels that sum is best given at once, a multiple of its tiles
+  int tile;                                        // pixels that sum takes together
+  int task;                                        // pixels that sum is best given at once, a multiple of that
   std::int64_t (*workspace)(const Sums&);          // or null: none is needed
   // Neighbouring pixels lie side by side: channel c of pixel i at channel[c][at + i].
   void (*quantize_pixels)(const Block&, const float* const* channel, std::int64_t at);

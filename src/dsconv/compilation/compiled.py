@@ -4,14 +4,14 @@ import threading
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from dsconv.compilation.capture import capture
 from dsconv.compilation.fusion import fuse
 from dsconv.compilation.lowering import lower
 from dsconv.compilation.plan import Plan, plan_of
 from dsconv.compilation.program import Program
 from dsconv.conversion import fold_batchnorm
-from dsconv.errors import ModelError
 
 _SIZES_KEPT = 16
 
@@ -51,7 +51,7 @@ class CompiledModel(nn.Module):
             with self._lock:  # one thread captures, the others wait for it
                 found = self._captured.get(size)
                 if found is None:
-                    found = _capture(self.model, x)
+                    found = _captured(self.model, x)
                     # Of ever new sizes the oldest go.
                     kept = list(self._captured.items())[1 - _SIZES_KEPT :]
                     self._captured = dict([*kept, (size, found)])
@@ -108,19 +108,8 @@ def _check(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected float32 on the CPU, got {x.dtype} on {x.device}")
 
 
-def _capture(model: nn.Module, x: Tensor) -> _Captured:
-    # A batch of one would be taken for a constant.
-    example = x.new_zeros((2, *x.shape[1:]))
-    batch = torch.export.Dim("batch", min=1, max=1 << 16)
-    try:
-        with torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
-            module = program.run_decompositions({}).module(check_guards=False)
-    except Exception as error:
-        raise ModelError(
-            f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}: {error}"
-        ) from error
-    assert isinstance(module, fx.GraphModule)
+def _captured(model: nn.Module, x: Tensor) -> _Captured:
+    module = capture(model, x)
     fuse(module.graph)
     module.graph.eliminate_dead_code()
     program = Program(lower(module))

@@ -15,9 +15,9 @@ AVERAGES = (_aten.adaptive_avg_pool2d.default, _aten.avg_pool2d.default, _aten.m
 def fuse(graph: fx.Graph) -> None:
     """Rewrite ``graph``, which holds functional ATen and ``dsconv`` operators, in place.
 
-    A sum with another tensor, and ReLU, ReLU6, LeakyReLU or hardswish, that follow a convolution or linear layer become its
-    residual and its activation: it computes them in the same order, so that no bit changes. What they are called is
-    kept in ``node.meta["fused"]``.
+    A sum with another tensor, and ReLU, ReLU6, LeakyReLU or hardswish, that follow a convolution or linear layer become
+    its residual and its activation: it computes them in the same order, so that no bit changes. What they are called
+    is kept in ``node.meta["fused"]``.
     """
     for node in list(graph.nodes):
         if node.target is _aten._assert_tensor_metadata.default:

@@ -1,8 +1,8 @@
 """From a captured graph to steps: what the program of the extension computes, and what is left to PyTorch.
 
 A tensor of images ``(N, C, H, W)`` or ``(N, C)`` is a :class:`Value`. It exists as float32, whose channels lie side by
-side, where somebody wants it so, and quantized in every :class:`Format` in which a layer wants it; the step that makes it
-writes all of them. What is concatenated is written where it will be needed.
+side, where somebody wants it so, and quantized in every :class:`Format` in which a layer wants it; the step that makes
+it writes all of them. What is concatenated is written where it will be needed.
 """
 
 import math
@@ -184,10 +184,10 @@ class _Lowering:
                 self.steps.append(self._step(node))
         (output,) = [node for node in self.module.graph.nodes if node.op == "output"]
         for node in output.all_input_nodes:
-            value = self._value(node)
-            if value is not None:
-                value.in_float = True
-                value.outside = value.outside or not (value.pieces or value.home)
+            returned = self._value(node)
+            if returned is not None:
+                returned.in_float = True
+                returned.outside = returned.outside or not returned.pieces
         self._place_concatenations()
         self._write_quantized(source)
         nodes = [node for node in self.module.graph.nodes if node.op in ("get_attr", "call_function")]
@@ -252,10 +252,10 @@ class _Lowering:
         if source is None or result is None or (given["residual"] is not None and residual is None):
             return None
         for name in names:
-            constant = self._constant(given[name])
-            if constant is None and given[name] is not None:
+            tensor = self._constant(given[name])
+            if tensor is None and given[name] is not None:
                 return None
-            given[name] = constant
+            given[name] = tensor
         sizes = cpu.checked_sizes(source.size, given)
         groups, flat = sizes[-3], bool(sizes[-1])
         depthwise = flat and groups == source.size[0] > 1
@@ -274,7 +274,7 @@ class _Lowering:
                 given["kds_shift"] is not None,
             )
             if flat:
-                layer.window = Quantized(wanted, sizes[5:7])
+                layer.window = Quantized(wanted, (sizes[5], sizes[6]))
             else:
                 layer.quantized = source.want(wanted, (sizes[11], sizes[12]))
         if layer.quantized is None:

@@ -23,8 +23,8 @@ class Step:
         name: of the module it comes from; empty for what the model calls itself.
         operator: what is called.
         backend: ``integers (ISA)``, ``float32 (ISA)`` of our own kernels, or ``PyTorch``.
-        fused: what it computes besides, in order: ``bias``, ``add``, an activation, and ``quantize``: it writes its output
-            as mantissas and exponents for the layers that read it.
+        fused: what it computes besides, in order: ``bias``, ``add``, an activation, and ``quantize``: it writes its
+            output as mantissas and exponents for the layers that read it.
         shape: of its output for a batch of one.
         weight_bytes: of what it reads besides its input.
     """
@@ -65,7 +65,9 @@ class Plan:
 
         backends = sorted({step.backend for step in self.steps})
         counts = [f"{sum(step.backend == name for step in self.steps)} by {name}" for name in backends]
-        sizes = f"{self.weight_bytes / 1e6:.2f} MB of weights, {self.memory_bytes / 1e6:.2f} MB between steps for an image"
+        sizes = (
+            f"{self.weight_bytes / 1e6:.2f} MB of weights, {self.memory_bytes / 1e6:.2f} MB between steps for an image"
+        )
         note = f"{len(self.steps)} steps: {', '.join(counts)}; {sizes}."
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=escape(note), caption_justify="left")
         for column in ("layer", "operator", "executed by", "fused", "output", "kB"):
@@ -97,7 +99,9 @@ def _step(step: lowering.Step) -> Step:
     else:
         backend = f"float32 ({ops.cpu.isa()})"
         constants = [does.scale, does.shift] if isinstance(does, lowering.Map) else []
-    operator: Any = "dsconv.map" if isinstance(does, lowering.Map) else getattr(node.target, "overloadpacket", node.target)
+    operator: Any = (
+        "dsconv.map" if isinstance(does, lowering.Map) else getattr(node.target, "overloadpacket", node.target)
+    )
     quantizes = ["quantize"] if step.targets and "quantize" not in step.fused else []
     stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
     value = node.meta.get("val")

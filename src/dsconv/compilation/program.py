@@ -23,6 +23,7 @@ _BY_IMAGE = (
     *AVERAGES,
     _aten.sym_size.int,
     _aten.reshape.default,
+    _aten.flatten.using_ints,
     _aten.max_pool2d.default,
     _aten.silu.default,
     _aten.sigmoid.default,
@@ -47,7 +48,8 @@ class Program:
     Attributes:
         steps: in order.
         memory_bytes: of what lies between steps, for one image.
-        images_at_once: a larger batch is run in parts of so many.
+        images_at_once: a larger batch is run in parts of so many, or as many as there are threads; None where it is
+            not, for PyTorch computes something that may depend on other images.
     """
 
     def __init__(self, lowered: Lowered):
@@ -67,14 +69,14 @@ class Program:
         self.memory_bytes: int = self._native.bytes(1)
         calls = [step.node.target for step in self.steps if isinstance(step.does, Call)]
         alone = all(target in _BY_IMAGE for target in calls)
-        self.images_at_once = max(1, _CACHED_BYTES // max(1, self.memory_bytes)) if alone else None
+        self.images_at_once = _CACHED_BYTES // max(1, self.memory_bytes) if alone else None
         self._spare: list[Tensor] = []
         self._lock = threading.Lock()
 
     def __call__(self, x: Tensor, seconds: Tensor | None = None) -> Any:
         """What the network returns for ``x``; adds the time of each step to float64 ``seconds``, if given."""
-        at_once = self.images_at_once or len(x)
-        parts = [self._run(part, seconds) for part in (x.split(at_once) if len(x) > at_once else [x])]
+        at_once = len(x) if self.images_at_once is None else max(self.images_at_once, torch.get_num_threads())
+        parts = [self._run(part, seconds) for part in (torch.split(x, at_once) if len(x) > at_once else (x,))]
         return self._structure([_joined(outputs) for outputs in zip(*parts, strict=True)])
 
     # Memory
@@ -241,9 +243,7 @@ class Program:
                     self._call(segment.call, images, env, memory, addresses)
             return [self._returned(output, images, env, memory) for output in self._outputs]
 
-    def _call(
-        self, step: Step, images: int, env: dict[fx.Node, Any], memory: Tensor, addresses: list[int]
-    ) -> None:
+    def _call(self, step: Step, images: int, env: dict[fx.Node, Any], memory: Tensor, addresses: list[int]) -> None:
         assert isinstance(step.does, Call)
         for value in step.does.reads:
             if value.node not in env:

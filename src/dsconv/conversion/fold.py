@@ -39,12 +39,12 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
     a mantissa of a later layer, as it does between kernels and simulation. The BatchNorm becomes ``nn.Identity``. A
     layer that had KDS in 16 bits takes more memory than before.
 
-    Folded is every ``BatchNorm1d``, ``2d`` or ``3d`` in eval mode with running statistics that reads the output of one
-    layer of :mod:`dsconv.nn` which nothing else reads, be it called once or, always together with it, several times.
-    Any other one with running statistics becomes a :class:`dsconv.nn.Affine` in its place. ``model_info(result).folded``
-    has the name of each to that of its layer, ``.not_folded`` the name of each that no layer took to the reason, and
-    ``.affine`` the names of those that became an ``Affine``. Files keep the former: :func:`dsconv.load` takes the float model as ever. ``weight_sqnr_db``
-    goes on stating what quantization did.
+    Folded is every ``BatchNorm1d``, ``2d`` or ``3d`` in eval mode with running statistics that reads the output of
+    one layer of :mod:`dsconv.nn` which nothing else reads, be it called once or, always together with it, several
+    times. Any other one with running statistics becomes a :class:`dsconv.nn.Affine` in its place.
+    ``model_info(result).folded`` has the name of each to that of its layer, ``.not_folded`` the name of each that no
+    layer took to the reason, and ``.affine`` the names of those that became an ``Affine``. Files keep the first and the
+    last: :func:`dsconv.load` takes the float model as ever. ``weight_sqnr_db`` goes on stating what quantization did.
 
     What reads what is seen by :mod:`torch.fx`, which calls ``forward`` on symbols, with its first argument and those
     that have no default. A ``DSLinear`` in front of a BatchNorm is taken to read ``(N, in_features)``, a ``DSConv1d``

@@ -175,7 +175,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             wrong.append(f"module {name!r}: the file has it as a BatchNorm in its inference form, the model has not")
     _refuse(path, header, model, wrong)
     config = _config(path, header.config)
-    info = ModelInfo(config, header.architecture, header.in_float, header.preprocess, header.folded, tuple(header.affine))
+    affine = tuple(header.affine)
+    info = ModelInfo(config, header.architecture, header.in_float, header.preprocess, header.folded, affine)
     result = swapped(model, swaps, info)
     _fill(path, header, result, tensors)
     return result

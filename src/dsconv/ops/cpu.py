@@ -22,7 +22,8 @@ from dsconv.errors import ConfigError
 from dsconv.numerics import ACTIVATION_SIGNS, block_count, quantize_activation
 
 MAX_BLOCK_SIZE = 512
-ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish")  # the order of csrc/conv/tile.h, and so is ACTIVATION_SIGNS
+# In the order of csrc/conv/tile.h, and so is ACTIVATION_SIGNS.
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish")
 
 
 class Packed(NamedTuple):

@@ -1,0 +1,104 @@
+"""From a model to a graph of functional ATen and ``dsconv`` operators."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dsconv.errors import ModelError
+
+_aten, _dsconv = torch.ops.aten, torch.ops.dsconv
+_IN_PLACE = {
+    getattr(_aten, f"{name}_").default: getattr(_aten, name).default
+    for name in ("relu", "relu6", "hardtanh", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid")
+} | {_aten.add_.Tensor: _aten.add.Tensor, _aten.mul_.Tensor: _aten.mul.Tensor}
+# What returns a tensor of its own,
+_FRESH = (
+    *_IN_PLACE.values(),
+    _dsconv.conv2d.default,
+    _dsconv.linear.default,
+    _aten.cat.default,
+    _aten.max_pool2d.default,
+    _aten.avg_pool2d.default,
+    _aten.adaptive_avg_pool2d.default,
+    _aten.mean.dim,
+    _aten.softmax.int,
+)
+# and what may return a view of its input.
+_VIEWS = (
+    _aten.flatten.using_ints,
+    _aten.reshape.default,
+    _aten.view.default,
+    _aten.contiguous.default,
+    _aten.dropout.default,
+    _aten.feature_dropout.default,
+    _aten.to.dtype,
+)
+_NEITHER = (_aten.sym_size.int, _aten._assert_tensor_metadata.default)
+
+
+def capture(model: nn.Module, x: Tensor) -> fx.GraphModule:
+    """Graph of ``model`` for inputs of the size of ``x`` and any batch.
+
+    Raises:
+        ModelError: :mod:`torch.export` cannot capture it.
+    """
+    # A batch of one would be taken for a constant.
+    example = x.new_zeros((2, *x.shape[1:]))
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+            module = program.module(check_guards=False)
+            # PyTorch's own way to functional operators takes three times as long as the capture.
+            if not isinstance(module, fx.GraphModule) or not make_functional(module.graph):
+                module = program.run_decompositions({}).module(check_guards=False)
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}: {error}"
+        ) from error
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def make_functional(graph: fx.Graph) -> bool:
+    """Replace what changes tensors in place by what returns new ones, and drop what does nothing in inference.
+
+    Returns:
+        Whether it was done: ``graph`` stays as it is where it holds another operator than those of common networks, or
+        where another tensor may see a change.
+    """
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    if not all(node.target in (*_IN_PLACE, *_FRESH, *_VIEWS, *_NEITHER) for node in nodes):
+        return False
+    # The node whose memory each may share.
+    shared: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node.target in _VIEWS and node.args[0] in shared:
+            shared[node] = shared[node.args[0]]
+        elif node.target in _IN_PLACE:
+            changed = node.args[0]
+            if changed not in shared or list(shared.values()).count(shared[changed]) != 1:
+                return False  # it is not the only one, or the model's own
+            shared[node] = shared.pop(changed)
+        elif node.target in _FRESH:
+            shared[node] = node
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for node in nodes:
+        if node.target in _IN_PLACE:
+            changed = node.args[0]
+            node.target = _IN_PLACE[node.target]
+            changed.replace_all_uses_with(node, delete_user_cb=lambda user, of=node: order[user] > order[of])
+        elif _does_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is _aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    return True
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    if node.target in (_aten.dropout.default, _aten.feature_dropout.default):
+        return not node.args[2]
+    made: Any = node.meta.get("val")
+    return node.target is _aten.to.dtype and len(node.args) == 2 and made.dtype == node.args[0].meta["val"].dtype  # type: ignore[union-attr]
