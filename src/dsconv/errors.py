@@ -1,5 +1,8 @@
 """Errors that a user can mend. Each says what was expected, what was got and what to do."""
 
+import importlib
+from typing import Any
+
 
 class DSConvError(Exception):
     """A mistake the user can mend; the command line prints it as one paragraph, without a traceback."""
@@ -32,3 +35,13 @@ class MissingExtraError(DSConvError, ImportError):
 
     def __init__(self, extra: str, package: str):
         super().__init__(f"{package} is not installed: pip install 'dsconv[{extra}]'")
+
+
+def import_extra(extra: str, package: str) -> Any:
+    """The module ``package``, or a :class:`MissingExtraError` where it, or what it is part of, is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name not in (package, package.partition(".")[0]):
+            raise
+        raise MissingExtraError(extra, error.name) from None
