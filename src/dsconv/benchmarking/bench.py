@@ -255,8 +255,9 @@ def _progress_bar(shown: bool, settings: int) -> Iterator[Callable[[str, float],
 
         def show(what: str, done: float) -> None:
             nonlocal last
+            bar.update(task, description=what, completed=done)
             if time.monotonic() - last > 0.2:
-                bar.update(task, description=what, completed=done, refresh=True)
+                bar.refresh()
                 last = time.monotonic()
 
         yield show

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ def machine() -> dict[str, Any]:
         "isa": ops.cpu.isa(),
         "caps": {name: os.environ.get(name) for name in _CAPS},
     }
+
+
+def machine_notes(machine: dict[str, Any]) -> Iterator[str]:
+    """Lines of what :func:`machine` tells."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
+    yield f"{machine['processor']}, {machine['cores']} cores, {machine['isa'] or 'no extension'}; {versions}."
+    caps = {name: value for name, value in machine["caps"].items() if value}
+    if caps:
+        binds = {"DSCONV_MAX_ISA": "dsconv", "ONEDNN_MAX_CPU_ISA": "PyTorch and OpenVINO"}
+        limits = ", ".join(f"{name}={value} ({binds[name]})" for name, value in caps.items())
+        yield f"Capped: {limits}; ONNX Runtime has no cap."
 
 
 def cores() -> int:

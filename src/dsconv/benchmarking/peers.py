@@ -81,10 +81,18 @@ class OnnxModels:
     @cached_property
     def int8(self) -> Path:
         """Activations as uint8 with one scale per tensor, weights as int8 with one per output, between Q and DQ."""
+        return self._quantized("int8.onnx", None)
+
+    @cached_property
+    def int8_layers(self) -> Path:
+        """The same around convolutions and products alone."""
+        return self._quantized("int8_layers.onnx", ["Conv", "ConvTranspose", "Gemm", "MatMul"])
+
+    def _quantized(self, name: str, operators: list[str] | None) -> Path:
         import_extra("bench", "onnx")
         quantization = import_extra("bench", "onnxruntime.quantization")
         shape_inference = import_extra("bench", "onnxruntime.quantization.shape_inference")
-        prepared, path = self.folder / "prepared.onnx", self.folder / "int8.onnx"
+        prepared, path = self.folder / "prepared.onnx", self.folder / name
         disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)  # it says of every BatchNorm that there is one scale for all its channels
         try:
@@ -94,6 +102,7 @@ class OnnxModels:
                 path,
                 _OneByOne(self.images),
                 quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=operators,
                 per_channel=True,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
@@ -133,12 +142,15 @@ def _operators(path: Path) -> Counter[str]:
         optimized.unlink(missing_ok=True)
 
 
-def _crash(path: Path) -> str:
+def _crash(path: Path, shape: torch.Size) -> str:
     """How a process ends in which OpenVINO compiles a file, if it does not survive that; empty otherwise."""
-    code = "import sys, openvino; openvino.Core().compile_model(sys.argv[1], 'CPU')"
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True)
+    code = (
+        "import ast, sys, openvino; core = openvino.Core(); model = core.read_model(sys.argv[1]); "
+        "model.reshape(ast.literal_eval(sys.argv[2])); core.compile_model(model, 'CPU')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path), str(list(shape))], capture_output=True)
     # An error has the exit code 1, and shows itself again here.
-    return "" if done.returncode in (0, 1) else f"its compiler crashes on the model (exit code {done.returncode})"
+    return "" if done.returncode in (0, 1) else f"its compiler crashes (exit code {done.returncode})"
 
 
 @dataclass(frozen=True)
@@ -217,9 +229,7 @@ def _openvino(case: Case, kind: str) -> Contestant:
     if kind == "bf16" and (reason := why_no_bf16()):
         raise NotRun(reason)
     openvino = import_extra("bench", "openvino")
-    path = case.onnx.int8 if kind == "int8" else case.onnx.float32
-    if reason := case.onnx.crash(path):
-        raise NotRun(reason)
+    path, remark = _for_openvino(case, kind)
     core = openvino.Core()
     settings = {
         "INFERENCE_NUM_THREADS": case.threads,
@@ -251,8 +261,19 @@ def _openvino(case: Case, kind: str) -> Contestant:
             layers[f"{primitive} ({precision})"] += 1
             computed[_PRECISIONS.get(precision, precision)] += 1
     weights = case.onnx.weight_bytes(path) // (2 if kind == "bf16" else 1)
-    executed = ", ".join(f"{count} {name}" for name, count in sorted(layers.items()))
+    executed = ", ".join(f"{count} {name}" for name, count in sorted(layers.items())) + remark
     return Contestant(_named("OpenVINO", kind, computed), executed, weights, call, output)
+
+
+def _for_openvino(case: Case, kind: str) -> tuple[Path, str]:
+    """The file that OpenVINO is to compile, and what is to be said about it."""
+    path = case.onnx.int8 if kind == "int8" else case.onnx.float32
+    crash = case.onnx.crash(path, case.x.shape)
+    if not crash:
+        return path, ""
+    if kind == "int8" and not case.onnx.crash(case.onnx.int8_layers, case.x.shape):
+        return case.onnx.int8_layers, f"; all between these layers is in float32, since otherwise {crash}"
+    raise NotRun(crash)
 
 
 def _named(runtime: str, kind: str, computed: Counter[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from dsconv.benchmarking.machine import machine_notes
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:
@@ -73,16 +74,16 @@ class Bench:
 
     def ratio(self, timing: Timing) -> float | None:
         """dsconv's median time over that of ``timing``: below 1 dsconv is faster. None where dsconv has no time."""
-        return self._over(timing, contestant=OURS, batch_size=timing.batch_size, threads=timing.threads)
+        return self._over(timing, (OURS, timing.batch_size, timing.threads))
 
     def speedup(self, timing: Timing) -> float | None:
-        """Its median time on one thread over that of ``timing``, None where it was not measured on one."""
-        return self._over(timing, contestant=timing.contestant, batch_size=timing.batch_size, threads=1)
+        """Its median time on one thread over that of ``timing``. None where it was not measured on one."""
+        return self._over(timing, (timing.contestant, timing.batch_size, 1))
 
-    def _over(self, timing: Timing, **wanted: Any) -> float | None:
-        for other in self.timings:
-            if all(getattr(other, name) == value for name, value in wanted.items()):
-                return other.median_ms / timing.median_ms
+    def _over(self, timing: Timing, other: tuple[str, int, int]) -> float | None:
+        for found in self.timings:
+            if (found.contestant, found.batch_size, found.threads) == other:
+                return found.median_ms / timing.median_ms
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,8 +97,7 @@ class Bench:
             }
             for timing in self.timings
         ]
-        names = ("network", "input_shape", "config", "calibration", "not_run", "unsettled_turns", "machine")
-        return {**{name: getattr(self, name) for name in names}, "interrupted": self.interrupted, "timings": rows}
+        return {**asdict(self), "timings": rows}
 
     def to_json(self) -> str:
         """:meth:`to_dict` as JSON text."""
@@ -117,8 +117,12 @@ class Bench:
             "ms an\nimage": lambda timing: digits(timing.ms_per_image),
             "ours /\ntheirs": lambda timing: "" if timing.contestant == OURS else _cell(self.ratio(timing)),
             "speed-\nup": lambda timing: _cell(self.speedup(timing)),
-            "MB of\nweights": lambda timing: f"{timing.weight_bytes / 1e6:.2f}",
+            "weights\nMB": lambda timing: f"{timing.weight_bytes / 1e6:.2f}",
         }
+        if all(timing.batch_size == 1 for timing in self.timings):
+            del columns["ms an\nimage"]
+        if not self._scales():
+            del columns["speed-\nup"]
         table.add_column("", overflow="fold")
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
@@ -134,12 +138,15 @@ class Bench:
     def __str__(self) -> str:
         return as_text(self)
 
+    def _scales(self) -> bool:
+        return len({timing.threads for timing in self.timings}) > 1 and any(map(self.speedup, self.timings))
+
     def _notes(self) -> Iterator[str]:
         if self.interrupted:
             yield "Interrupted: some settings are missing."
         turns = sorted({timing.turns for timing in self.timings})
         number = " to ".join(map(str, dict.fromkeys((turns[0], turns[-1]))))
-        yield f"Medians of {number} turns; speedup: over one thread."
+        yield f"Medians of {number} turns{'; speed-up over one thread' if self._scales() else ''}."
         executed = {timing.contestant: timing.executed for timing in self.timings}
         yield from (f"{name} ran: {what}." for name, what in executed.items())
         for reason in dict.fromkeys(self.not_run.values()):
@@ -158,24 +165,13 @@ def plural(threads: int) -> str:
 
 
 def digits(value: float) -> str:
-    """Three significant digits of a positive number.
+    """Three significant digits of a positive number, or three behind the point.
 
     >>> [digits(value) for value in (0.04567, 1.2, 1234.5)]
-    ['0.0457', '1.20', '1234']
+    ['0.046', '1.20', '1234']
     """
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+    return f"{value:.{min(3, max(0, 2 - math.floor(math.log10(value))))}f}"
 
 
 def _cell(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}"
-
-
-def machine_notes(machine: dict[str, Any]) -> Iterator[str]:
-    """Lines of what :func:`dsconv.benchmarking.machine.machine` tells."""
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
-    yield f"{machine['processor']}, {machine['cores']} cores, {machine['isa'] or 'no extension'}; {versions}."
-    caps = {name: value for name, value in machine["caps"].items() if value}
-    if caps:
-        binds = {"DSCONV_MAX_ISA": "dsconv", "ONEDNN_MAX_CPU_ISA": "PyTorch and OpenVINO"}
-        limits = ", ".join(f"{name}={value} ({binds[name]})" for name, value in caps.items())
-        yield f"Capped: {limits}; ONNX Runtime has no cap."

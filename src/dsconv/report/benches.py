@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsconv.benchmarking.results import OURS, Bench, Timing, machine_notes, plural
+from dsconv.benchmarking.machine import machine_notes
+from dsconv.benchmarking.results import OURS, Bench, Timing, plural
 from dsconv.errors import import_extra
 from dsconv.files import replacing
 from dsconv.report.pictures import COLOURS
