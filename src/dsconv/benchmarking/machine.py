@@ -16,8 +16,8 @@ _CAPS = ("DSCONV_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
 def machine() -> dict[str, Any]:
     """Processor, versions (None where a package is not installed) and instruction sets, as plain data.
 
-    ``caps`` are the environment's limits: ``DSCONV_MAX_ISA`` binds dsconv, ``ONEDNN_MAX_CPU_ISA`` PyTorch and OpenVINO.
-    ONNX Runtime has none.
+    ``caps`` are the environment's limits: ``DSCONV_MAX_ISA`` binds dsconv, ``ONEDNN_MAX_CPU_ISA`` oneDNN in PyTorch and
+    OpenVINO. ONNX Runtime has none.
 
     >>> sorted(machine())
     ['caps', 'cores', 'isa', 'processor', 'python', 'system', 'versions']
@@ -39,7 +39,7 @@ def machine_notes(machine: dict[str, Any]) -> Iterator[str]:
     yield f"{machine['processor']}, {machine['cores']} cores, {machine['isa'] or 'no extension'}; {versions}."
     caps = {name: value for name, value in machine["caps"].items() if value}
     if caps:
-        binds = {"DSCONV_MAX_ISA": "dsconv", "ONEDNN_MAX_CPU_ISA": "PyTorch and OpenVINO"}
+        binds = {"DSCONV_MAX_ISA": "dsconv", "ONEDNN_MAX_CPU_ISA": "oneDNN in PyTorch and OpenVINO"}
         limits = ", ".join(f"{name}={value} ({binds[name]})" for name, value in caps.items())
         yield f"Capped: {limits}; ONNX Runtime has no cap."
 

@@ -283,7 +283,7 @@ def _named(runtime: str, kind: str, computed: Counter[str]) -> str:
     if set(computed) == {kind}:
         return f"{runtime} {kind}"
     mixed = ", ".join(f"{count} {precision}" for precision, count in computed.most_common())
-    return f"{runtime} {mixed}"
+    return f"{runtime} {kind} model ({mixed})"
 
 
 CONTESTANTS: dict[str, dict[str, Callable[[Case], Contestant]]] = {
