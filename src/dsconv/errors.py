@@ -37,11 +37,16 @@ class MissingExtraError(DSConvError, ImportError):
         super().__init__(f"{package} is not installed: pip install 'dsconv[{extra}]'")
 
 
-def import_extra(extra: str, package: str) -> Any:
-    """The module ``package``, or a :class:`MissingExtraError` where it, or what it is part of, is not installed."""
+def import_extra(extra: str, module: str) -> Any:
+    """A module of a package that ``extra`` installs.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+    package = module.partition(".")[0]
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in (package, package.partition(".")[0]):
+        if error.name not in (module, package):
             raise
-        raise MissingExtraError(extra, error.name) from None
+        raise MissingExtraError(extra, package) from None

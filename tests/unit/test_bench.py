@@ -1,6 +1,5 @@
 """Benchmarks of networks: turns on a clock of the test's own, what is made of times, and the runtimes there are."""
 
-import importlib
 import json
 import os
 import platform
@@ -20,9 +19,10 @@ from torch import nn as tnn
 import dsconv
 from dsconv import report
 from dsconv.benchmarking import Bench, Timing, machine, measure, peers
-from dsconv.errors import ConfigError, MissingExtraError, ModelError
+from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
 
 SHAPE = (3, 12, 12)
+OURS = ["dsconv", "dsconv, not compiled"]
 
 
 class FakeTime:
@@ -242,7 +242,7 @@ def test_settings_are_measured_in_order_and_threads_are_put_back(net: tnn.Module
     ours = [timing for timing in found.timings if timing.contestant == "dsconv"]
     assert [(timing.batch_size, timing.threads) for timing in ours] == [(b, t) for b in (1, 5) for t in threads]
     theirs = [timing for timing in found.timings if timing.contestant == "PyTorch float32"]
-    assert len(theirs) == len(ours)
+    assert len(theirs) == len(ours) and [timing.contestant for timing in found.timings[:2]] == OURS
     assert all(timing.turns == 2 and timing.first_quartile_ms <= timing.median_ms for timing in found.timings)
     assert ours[0].weight_bytes == dsconv.summary(qnet).bytes_after
     assert theirs[0].weight_bytes == sum(4 * p.numel() for p in net.parameters()) + 2 * 4 * 16 + 8
@@ -303,7 +303,7 @@ def test_who_fails_is_told_and_the_others_go_on(
     }
     monkeypatch.setitem(peers.CONTESTANTS, "torch", makers)
     found = dsconv.bench(net, qnet, x, against=["torch"], turns=2)
-    assert [timing.contestant for timing in found.timings] == ["dsconv", "good float32", "coarse int8"]
+    assert [timing.contestant for timing in found.timings] == [*OURS, "good float32", "coarse int8"]
     assert found.not_run.keys() == {"wrong float32", "small int8", "broken int8"}
     assert found.not_run["wrong float32"] == "its output is 2.0 % off PyTorch's"
     assert found.not_run["small int8"] == "returns (1, 1) instead of (1, 10)"
@@ -342,34 +342,32 @@ def test_ctrl_c_leaves_the_times_so_far(
         found = dsconv.bench(net, qnet, SHAPE, **options, on_interrupt="partial")
         theirs = {timing.batch_size: timing.turns for timing in found.timings if timing.contestant == "other"}
         assert found.interrupted and theirs == expected
-        assert len(found.timings) == 2 * len(expected)
+        assert len(found.timings) == 3 * len(expected)
     with pytest.raises(KeyboardInterrupt):
         dsconv.bench(net, qnet, SHAPE, **options)
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("package", "runtime"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino"), ("onnx", "onnxruntime")]
+)
 def test_a_runtime_that_is_not_installed_is_told_with_what_to_install(
-    package: str, net: tnn.Module, qnet: tnn.Module, monkeypatch: pytest.MonkeyPatch
+    package: str, runtime: str, net: tnn.Module, qnet: tnn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found_module = importlib.import_module
+    if package != runtime:
+        pytest.importorskip(runtime, reason="needs the extra 'bench'")
 
-    def missing(name: str) -> Any:
-        if name.partition(".")[0] == package:
-            raise ModuleNotFoundError(name=package)
-        return found_module(name)
+    def missing(extra: str, module: str) -> Any:
+        if module.partition(".")[0] == package:
+            raise MissingExtraError(extra, package)
+        return import_extra(extra, module)
 
-    for other in {"onnxruntime", "openvino"} - {package}:
-        monkeypatch.setitem(peers.CONTESTANTS, other, {})
-    monkeypatch.setattr(importlib, "import_module", missing)
-    # onnx is what the models of both are made with.
-    against = "onnxruntime" if package == "onnx" else package
-    if package == "onnx":
-        monkeypatch.setitem(peers.CONTESTANTS, "onnxruntime", {"ONNX Runtime int8": lambda case: case.onnx.int8})
-    result = dsconv.bench(net, qnet, SHAPE, against=[against], turns=2)
-    assert [timing.contestant for timing in result.timings] == ["dsconv"]
-    told = {reason for name, reason in result.not_run.items() if "bf16" not in name}
-    assert told == {f"{package} is not installed: pip install 'dsconv[bench]'"}
+    monkeypatch.setattr(peers, "import_extra", missing)
+    monkeypatch.setattr(peers, "why_no_bf16", lambda: "")
+    found = dsconv.bench(net, qnet, SHAPE, against=[runtime], turns=2)
+    assert [timing.contestant for timing in found.timings] == OURS
+    assert found.not_run.keys() == peers.CONTESTANTS[runtime].keys()
+    assert set(found.not_run.values()) == {f"{package} is not installed: pip install 'dsconv[bench]'"}
 
 
 @pytest.fixture(scope="module")

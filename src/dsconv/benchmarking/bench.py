@@ -38,7 +38,7 @@ def bench(
     progress: bool = False,
     on_interrupt: Literal["raise", "partial"] = "raise",
 ) -> Bench:
-    """Time a quantized network, compiled, beside its float original in other runtimes, all in this process.
+    """Time a quantized network, compiled and as it is, beside its float original in other runtimes, in one process.
 
     The runtimes are PyTorch (eager, float32 and bf16), ONNX Runtime (float32 and int8) and OpenVINO (float32, bf16 and
     int8); bf16 where the processor has it. int8 is a Q/DQ model that ``onnxruntime.quantization`` makes of the float
@@ -71,8 +71,8 @@ def bench(
     >>> import dsconv
     >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
     >>> found = bench(net, dsconv.quantize(net), (3, 16, 16), against=["torch"], turns=2)
-    >>> [timing.contestant for timing in found.timings][:2], found.timings[0].turns
-    (['dsconv', 'PyTorch float32'], 2)
+    >>> [timing.contestant for timing in found.timings][:3], found.timings[0].turns
+    (['dsconv', 'dsconv, not compiled', 'PyTorch float32'], 2)
     """
     _check(reference, against := list(dict.fromkeys(against)), batch_sizes, threads, turns, seconds, on_interrupt)
     x, calibration = _images(images)
@@ -167,7 +167,7 @@ class _Run:
             torch.set_num_threads(count)
             what = f"batch {batch_size}, {plural(count)}"
             case = Case(self.reference, self.onnx, x, y.shape, count)
-            contestants = [ours]
+            contestants = list(ours)
             for name, make in ((name, make) for peer in self.against for name, make in peers.CONTESTANTS[peer].items()):
                 if name not in self.not_run:
                     self.show(f"{what}: preparing {name}", self.settings_done)

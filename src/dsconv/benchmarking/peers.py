@@ -75,7 +75,7 @@ class OnnxModels:
         with warnings.catch_warnings(), torch.no_grad():
             # The newer exporter needs one more package and several times as long, for the same graph.
             warnings.simplefilter("ignore", DeprecationWarning)
-            torch.onnx.export(self.network, (two,), path, **names, opset_version=_OPSET, dynamo=False)
+            torch.onnx.export(self.network, (two,), str(path), **names, opset_version=_OPSET, dynamo=False)
         return path
 
     @cached_property
@@ -164,12 +164,16 @@ class Case:
     threads: int
 
 
-def ours(qmodel: nn.Module, x: Tensor) -> Contestant:
-    """A quantized network, compiled."""
+def ours(qmodel: nn.Module, x: Tensor) -> list[Contestant]:
+    """A quantized network compiled, and as it is."""
     compiled, found, info = compile(qmodel, x), summary(qmodel), model_info(qmodel)
     bits = f"W{info.config.weight_bits}A{info.config.activation_bits or 'float'}, " if info is not None else ""
     executed = f"{bits}{', '.join(found.backends)}"
-    return Contestant(OURS, executed, found.bytes_after, lambda: compiled(x), lambda: compiled(x))
+
+    def contestant(name: str, network: nn.Module) -> Contestant:
+        return Contestant(name, executed, found.bytes_after, lambda: network(x), lambda: network(x))
+
+    return [contestant(OURS, compiled), contestant(f"{OURS}, not compiled", qmodel)]
 
 
 def _torch(case: Case, dtype: torch.dtype) -> Contestant:

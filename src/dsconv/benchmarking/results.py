@@ -20,7 +20,7 @@ class Timing:
     """What one contestant took for one batch.
 
     Attributes:
-        contestant: ``dsconv``, or a runtime and the precision that it computed in.
+        contestant: ``dsconv`` (compiled), ``dsconv, not compiled``, or a runtime and the precision it computed in.
         executed: what computed the layers, in the words of the runtime.
         weight_bytes: of the weights and all other constants that the runtime was given; of dsconv what they take in a
             file, packed.
@@ -73,7 +73,7 @@ class Bench:
     interrupted: bool = False
 
     def ratio(self, timing: Timing) -> float | None:
-        """dsconv's median time over that of ``timing``: below 1 dsconv is faster. None where dsconv has no time."""
+        """Compiled dsconv's median time over that of ``timing``: below 1 dsconv is faster. None where it has none."""
         return self._over(timing, (OURS, timing.batch_size, timing.threads))
 
     def speedup(self, timing: Timing) -> float | None:

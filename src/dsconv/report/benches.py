@@ -16,7 +16,7 @@ _COLUMNS = 3
 _BAR_INCHES = 0.3
 _RUNTIMES = dict(zip((OURS, "PyTorch", "ONNX Runtime", "OpenVINO"), COLOURS, strict=False))
 # Of a runtime's colour; the rest is white.
-_SHADES = {"float32": 0.35, "bf16": 0.65}
+_SHADES = {"float32": 0.35, "bf16": 0.65, "not compiled": 0.5}
 
 
 def draw_benches(path: str | os.PathLike[str], benches: Sequence[Bench]) -> Path:
