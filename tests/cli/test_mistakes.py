@@ -147,6 +147,8 @@ def test_evaluate_usage(options: str, cli: Cli, data: Path) -> None:
         ("--size 1x2x3x4", "--size"),
         ("--turns 2 --seconds 1", "--seconds"),
         ("--turns 1", "--turns"),
+        ("--plot bench.jpgg", ".png"),
+        ("--plot bench", ".png"),
         ("--preset paper --config x.json", "--config"),
     ],
 )

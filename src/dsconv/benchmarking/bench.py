@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -76,7 +77,7 @@ def bench(
     """
     _check(reference, against := list(dict.fromkeys(against)), batch_sizes, threads, turns, seconds, on_interrupt)
     x, calibration = _images(images)
-    info, threads_before = model_info(qmodel), torch.get_num_threads()
+    info, threads_before, where = model_info(qmodel), torch.get_num_threads(), machine()
     name = name or str(getattr(reference, "dsconv_architecture", type(reference).__name__))
     interrupted = False
     with TemporaryDirectory() as folder, _progress_bar(progress, len(batch_sizes) * len(threads)) as show:
@@ -98,7 +99,7 @@ def bench(
         timings=tuple(run.timings),
         not_run=run.not_run,
         unsettled_turns=run.unsettled_turns,
-        machine=machine(),
+        machine=where,
         interrupted=interrupted,
     )
 
@@ -150,8 +151,9 @@ class _Run:
         folder: Path,
         show: Callable[[str, float], None],
     ):
-        self.reference, self.qmodel, self.images, self.against = reference, qmodel, images, against
-        self.onnx, self.show = OnnxModels(reference, images, folder), show
+        self.reference, self.qmodel, self.images, self.show = reference, qmodel, images, show
+        self.onnx = OnnxModels(reference, images, folder)
+        self.makers = {name: make for peer in against for name, make in peers.CONTESTANTS[peer].items()}
         self.timings: list[Timing] = []
         self.not_run: dict[str, str] = {}
         self.unsettled_turns = 0
@@ -166,9 +168,8 @@ class _Run:
         for count in threads:
             torch.set_num_threads(count)
             what = f"batch {batch_size}, {plural(count)}"
-            case = Case(self.reference, self.onnx, x, y.shape, count)
-            contestants = list(ours)
-            for name, make in ((name, make) for peer in self.against for name, make in peers.CONTESTANTS[peer].items()):
+            contestants, case = list(ours), Case(self.reference, self.onnx, x, y.shape, count)
+            for name, make in self.makers.items():
                 if name not in self.not_run:
                     self.show(f"{what}: preparing {name}", self.settings_done)
                     try:
@@ -177,42 +178,38 @@ class _Run:
                         self.not_run[name] = str(error)
                     except Exception as error:  # whatever a runtime raises for a network that it does not know
                         self.not_run[name] = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            self.show(f"{what}: warming up", self.settings_done)
             with torch.inference_mode():
-                self._race(contestants, batch_size, count, what, turns, seconds)
+                self._race(contestants, case, what, turns, seconds)
             self.settings_done += 1
 
     def _race(
-        self,
-        contestants: Sequence[Contestant],
-        batch_size: int,
-        threads: int,
-        what: str,
-        turns: int | None,
-        seconds: float,
+        self, contestants: Sequence[Contestant], case: Case, what: str, turns: int | None, seconds: float
     ) -> None:
-        race = Race([contestant.call for contestant in contestants], threads)
+        self.show(f"{what}: warming up", self.settings_done)
+        race = Race([contestant.call for contestant in contestants], case.threads)
         try:
             for part in race.rounds(turns=turns, seconds=seconds):
                 self.show(f"{what}: measuring", self.settings_done + part)
         finally:  # also when it is interrupted
             self.unsettled_turns += race.unsettled
             if min(map(len, race.times)) > 1:
-                for contestant, times in zip(contestants, race.times, strict=True):
-                    first, median, third = quartiles([1e3 * seconds for seconds in times])
-                    self.timings.append(
-                        Timing(
-                            contestant=contestant.name,
-                            executed=contestant.executed,
-                            weight_bytes=contestant.weight_bytes,
-                            batch_size=batch_size,
-                            threads=threads,
-                            turns=len(times),
-                            first_quartile_ms=first,
-                            median_ms=median,
-                            third_quartile_ms=third,
-                        )
-                    )
+                self.timings += map(partial(_timing, case), contestants, race.times)
+
+
+def _timing(case: Case, contestant: Contestant, times: Sequence[float]) -> Timing:
+    """What is reported of ``times`` in seconds."""
+    first, median, third = quartiles([1e3 * time for time in times])
+    return Timing(
+        contestant=contestant.name,
+        executed=contestant.executed,
+        weight_bytes=contestant.weight_bytes,
+        batch_size=len(case.x),
+        threads=case.threads,
+        turns=len(times),
+        first_quartile_ms=first,
+        median_ms=median,
+        third_quartile_ms=third,
+    )
 
 
 def _output(reference: nn.Module, x: Tensor) -> Tensor:

@@ -17,14 +17,16 @@ def machine() -> dict[str, Any]:
     """Processor, versions (None where a package is not installed) and instruction sets, as plain data.
 
     ``caps`` are the environment's limits: ``DSCONV_MAX_ISA`` binds dsconv, ``ONEDNN_MAX_CPU_ISA`` oneDNN in PyTorch and
-    OpenVINO. ONNX Runtime has none.
+    OpenVINO. ONNX Runtime has none. ``load_average`` is the number of threads, of all processes, that ran or wanted to
+    in the last minute; None where the system does not tell.
 
     >>> sorted(machine())
-    ['caps', 'cores', 'isa', 'processor', 'python', 'system', 'versions']
+    ['caps', 'cores', 'isa', 'load_average', 'processor', 'python', 'system', 'versions']
     """
     return {
         "processor": processor(),
         "cores": cores(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in _PACKAGES},
@@ -37,6 +39,8 @@ def machine_notes(machine: dict[str, Any]) -> Iterator[str]:
     """Lines of what :func:`machine` tells."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
     yield f"{machine['processor']}, {machine['cores']} cores, {machine['isa'] or 'no extension'}; {versions}."
+    if machine["load_average"] is not None:
+        yield f"Load average of the minute before: {machine['load_average']:.2f}."
     caps = {name: value for name, value in machine["caps"].items() if value}
     if caps:
         binds = {"DSCONV_MAX_ISA": "dsconv", "ONEDNN_MAX_CPU_ISA": "oneDNN in PyTorch and OpenVINO"}

@@ -59,7 +59,7 @@ class OnnxModels:
 
     def __init__(self, network: nn.Module, images: Tensor, folder: Path):
         self.network, self.images, self.folder = network, images, folder
-        # Both read or write whole models, and settings share them.
+        # These read or write whole models, and settings share them.
         self.weight_bytes = cache(_weight_bytes)
         self.operators = cache(_operators)
         self.crash = cache(_crash)
@@ -75,6 +75,8 @@ class OnnxModels:
         with warnings.catch_warnings(), torch.no_grad():
             # The newer exporter needs one more package and several times as long, for the same graph.
             warnings.simplefilter("ignore", DeprecationWarning)
+            # What a trace does not see shows in its output, which is compared.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             torch.onnx.export(self.network, (two,), str(path), **names, opset_version=_OPSET, dynamo=False)
         return path
 

@@ -143,7 +143,7 @@ class Bench:
 
     def _notes(self) -> Iterator[str]:
         if self.interrupted:
-            yield "Interrupted: some settings are missing."
+            yield "Interrupted: settings are missing, or have fewer turns."
         turns = sorted({timing.turns for timing in self.timings})
         number = " to ".join(map(str, dict.fromkeys((turns[0], turns[-1]))))
         yield f"Medians of {number} turns{'; speed-up over one thread' if self._scales() else ''}."

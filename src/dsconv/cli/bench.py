@@ -83,7 +83,7 @@ def bench(
     for path in filter(None, (out, plot)):
         check_out(path, force)
     if plot:
-        import_extra("report", "matplotlib")
+        _check_format(plot)
     found: list[Bench] = []
     interrupted = False
     try:
@@ -121,6 +121,14 @@ def bench(
         print_json(_as_dict(found))
     if interrupted:
         raise typer.Exit(130)
+
+
+def _check_format(plot: Path) -> None:
+    known = import_extra("report", "matplotlib.figure").Figure().canvas.get_supported_filetypes()
+    if plot.suffix[1:] not in known:
+        raise typer.BadParameter(
+            f"--plot: expected a name that ends in one of .{', .'.join(known)}, got {plot.name!r}."
+        )
 
 
 def _as_dict(found: list[Bench]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from dsconv.errors import import_extra
 from dsconv.files import replacing
 from dsconv.report.pictures import COLOURS
 
-_COLUMNS = 3
-_BAR_INCHES = 0.3
+_BAR_INCHES = 0.26
+_MOST_INCHES = 16
 _RUNTIMES = dict(zip((OURS, "PyTorch", "ONNX Runtime", "OpenVINO"), COLOURS, strict=False))
 # Of a runtime's colour; the rest is white.
 _SHADES = {"float32": 0.35, "bf16": 0.65, "not compiled": 0.5}
@@ -35,10 +35,10 @@ def draw_benches(path: str | os.PathLike[str], benches: Sequence[Bench]) -> Path
     """
     make_figure = import_extra("report", "matplotlib.figure").Figure
     names = list(dict.fromkeys(timing.contestant for bench in benches for timing in bench.timings))
-    columns = min(_COLUMNS, len(benches))
-    rows = math.ceil(len(benches) / columns)
     groups = max(len(_settings(bench)) for bench in benches)
     width = max(3.6, groups * (len(names) + 1) * _BAR_INCHES) + 0.8
+    columns = max(1, min(int(_MOST_INCHES / width), len(benches)))
+    rows = math.ceil(len(benches) / columns)
     figure = make_figure(figsize=(columns * width, rows * 3.4 + 1.1), dpi=130, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, bench in zip(axes, benches, strict=False):
@@ -80,7 +80,7 @@ def _panel(axis: Any, bench: Bench, names: Sequence[str]) -> None:
     axis.set_xticks(middles, [f"batch {batch}\n{plural(threads)}" for batch, threads in settings], fontsize=8)
     axis.tick_params(axis="x", length=0)
     axis.tick_params(axis="y", labelsize=8)
-    axis.margins(y=0.15)
+    axis.margins(x=0.02, y=0.15)
     axis.set_ylabel("ms per image (lower is better)", fontsize=8)
     axis.set_title(f"{bench.network}, {'x'.join(map(str, bench.input_shape))}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
