@@ -272,6 +272,25 @@ def test_bench_a_file_of_a_users_own_model(cli: Callable[..., Any], tmp_path: Pa
     assert done.code == 0 and "PyTorch float32" in done.stdout, done.stderr
 
 
+def test_bench_runs_a_file_elsewhere_as_what_it_stands_for(
+    cli: Callable[..., Any], quantized_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def bench(reference: torch.nn.Module, qmodel: torch.nn.Module, images: Any, **options: Any) -> None:
+        seen.append((reference, qmodel))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dsconv, "bench", bench)
+    assert cli("bench", quantized_file).code == 130
+    ((reference, qmodel),) = seen
+    assert torch.equal(reference.layer2.conv1.weight, qmodel.layer2.conv1.dequantized_weight())
+    assert torch.equal(reference.bn1.running_var, qmodel.bn1.running_var)
+    images, labels = load_digits("test")
+    with torch.inference_mode():
+        assert (reference(images).argmax(1) == labels).float().mean() > 0.95
+
+
 def test_bench_keeps_what_was_measured_before_an_error(cli: Callable[..., Any], tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     networks = ("dsconv/digits_resnet", "dsconv/no_such")

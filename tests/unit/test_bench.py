@@ -430,6 +430,12 @@ def test_an_int8_model_that_runs_in_float_is_not_called_int8(
     assert mixed.name == "ONNX Runtime int8 model (2 float32, 1 int8)" and mixed.executed == "2 Conv, 1 QGemm"
 
 
+def test_layers_that_a_runtime_leaves_out_are_told(case: peers.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(case.onnx, "layers", lambda path: 5)
+    contestant = peers.CONTESTANTS["onnxruntime"]["ONNX Runtime int8"](case)
+    assert contestant.executed == "1 QGemm, 2 QLinearConv (of 5 layers: the rest was left out or merged)"
+
+
 def test_a_network_without_layers_to_look_at_does_not_run(case: peers.Case, tmp_path: Path) -> None:
     plain = tnn.Sequential(tnn.ReLU(), tnn.Flatten()).eval()
     models = peers.OnnxModels(plain, case.x, tmp_path)
@@ -454,7 +460,7 @@ def test_a_compiler_that_crashes_does_so_elsewhere(
     if runs:
         contestant = make(asked)
         assert contestant.name == "OpenVINO int8" and relative_error(case, contestant) < 0.05
-        assert "between these layers is in float32" in contestant.executed and "(exit code -11)" in contestant.executed
+        assert "around its layers alone" in contestant.executed and "(exit code -11)" in contestant.executed
     else:
         with pytest.raises(peers.NotRun, match=r"crashes \(exit code -11\)"):
             make(asked)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from dsconv.errors import import_extra
 
 PEERS = ("torch", "onnxruntime", "openvino")
 _OPSET = 17
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 class NotRun(Exception):
@@ -61,6 +62,7 @@ class OnnxModels:
         self.network, self.images, self.folder = network, images, folder
         # These read or write whole models, and settings share them.
         self.weight_bytes = cache(_weight_bytes)
+        self.layers = cache(_layers)
         self.operators = cache(_operators)
         self.crash = cache(_crash)
 
@@ -88,7 +90,7 @@ class OnnxModels:
     @cached_property
     def int8_layers(self) -> Path:
         """The same around convolutions and products alone."""
-        return self._quantized("int8_layers.onnx", ["Conv", "ConvTranspose", "Gemm", "MatMul"])
+        return self._quantized("int8_layers.onnx", list(_LAYERS))
 
     def _quantized(self, name: str, operators: list[str] | None) -> Path:
         import_extra("bench", "onnx")
@@ -130,6 +132,12 @@ def _weight_bytes(path: Path) -> int:
     """Of all constants of an ONNX file."""
     onnx = import_extra("bench", "onnx")
     return sum(onnx.numpy_helper.to_array(constant).nbytes for constant in onnx.load(path).graph.initializer)
+
+
+def _layers(path: Path) -> int:
+    """Number of convolutions and products in an ONNX file."""
+    onnx = import_extra("bench", "onnx")
+    return sum(node.op_type in _LAYERS for node in onnx.load(path, load_external_data=False).graph.node)
 
 
 def _operators(path: Path) -> Counter[str]:
@@ -224,7 +232,7 @@ def _onnxruntime(case: Case, kind: str) -> Contestant:
         call()
         return y
 
-    executed = ", ".join(f"{count} {name}" for name, count in sorted(layers.items()))
+    executed = _executed(layers, case.onnx.layers(path))
     return Contestant(_named("ONNX Runtime", kind, computed), executed, case.onnx.weight_bytes(path), call, output)
 
 
@@ -267,7 +275,7 @@ def _openvino(case: Case, kind: str) -> Contestant:
             layers[f"{primitive} ({precision})"] += 1
             computed[_PRECISIONS.get(precision, precision)] += 1
     weights = case.onnx.weight_bytes(path) // (2 if kind == "bf16" else 1)
-    executed = ", ".join(f"{count} {name}" for name, count in sorted(layers.items())) + remark
+    executed = _executed(layers, case.onnx.layers(path)) + remark
     return Contestant(_named("OpenVINO", kind, computed), executed, weights, call, output)
 
 
@@ -278,8 +286,15 @@ def _for_openvino(case: Case, kind: str) -> tuple[Path, str]:
     if not crash:
         return path, ""
     if kind == "int8" and not case.onnx.crash(case.onnx.int8_layers, case.x.shape):
-        return case.onnx.int8_layers, f"; all between these layers is in float32, since otherwise {crash}"
+        return case.onnx.int8_layers, f"; of a model that is quantized around its layers alone, since otherwise {crash}"
     raise NotRun(crash)
+
+
+def _executed(layers: Mapping[str, int], wanted: int) -> str:
+    """Layers by what computes them, and if these are not ``wanted``, how many the model has."""
+    text = ", ".join(f"{count} {name}" for name, count in sorted(layers.items()))
+    # As where quantization makes a part of the model constant.
+    return text if sum(layers.values()) == wanted else f"{text} (of {wanted} layers: the rest was left out or merged)"
 
 
 def _named(runtime: str, kind: str, computed: Counter[str]) -> str:

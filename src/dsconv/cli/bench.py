@@ -34,6 +34,7 @@ from dsconv.conversion import model_info
 from dsconv.data import Preprocess, batches
 from dsconv.errors import DataError, import_extra
 from dsconv.files import replacing
+from dsconv.nn import DSLayer
 
 _CALIBRATION_IMAGES = 8
 _DATA_HELP = "Images to run, and to calibrate the int8 models of other runtimes on, in place of random ones."
@@ -67,7 +68,7 @@ def bench(
 ) -> None:
     """Time quantized networks beside PyTorch, ONNX Runtime and OpenVINO.
 
-    All run in this process, in turns. The float network of a FILE has random weights: it takes as long. Ctrl-C ends it
+    All run in this process, in turns; other runtimes run a FILE as the float network that it stands for. Ctrl-C ends it
     with the figures so far.
     """
     if turns is not None and seconds is not None:
@@ -143,7 +144,11 @@ def _networks(name: str, weights: str, settings: QuantConfig, model: str | None)
         info = model_info(qmodel)
         assert info is not None
         # That the file named it, or the user, is what it was loaded by.
-        return zoo.build(model or str(info.architecture), weights="random"), qmodel
+        reference = zoo.build(model or str(info.architecture), weights="random")
+        layers = {name: layer for name, layer in qmodel.named_modules() if isinstance(layer, DSLayer)}
+        weights_of = {f"{name}.weight": layer.dequantized_weight() for name, layer in layers.items()}
+        reference.load_state_dict(qmodel.state_dict() | weights_of, strict=False)
+        return reference, qmodel
     say(f"building {name} with weights {weights}")
     reference = zoo.build(name, weights=weights)
     say("quantizing")
