@@ -11,6 +11,7 @@ torch.Size([1, 64, 4, 4])
 from importlib import metadata
 
 from dsconv import demo, nn, numerics, ops, zoo
+from dsconv.benchmarking import bench
 from dsconv.compilation import compile
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion import fold_batchnorm, quantize, summary
@@ -24,6 +25,7 @@ __all__ = [
     "LayerConfig",
     "QuantConfig",
     "__version__",
+    "bench",
     "compare",
     "compile",
     "cpu_info",

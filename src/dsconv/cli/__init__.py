@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dsconv import __version__
+from dsconv.cli.bench import bench
 from dsconv.cli.demo import demo
 from dsconv.cli.evaluate import evaluate
 from dsconv.cli.inspect import inspect
@@ -33,6 +34,11 @@ dsconv quantize timm/resnet18 --weight-bits 3 --override 'layer4.*=weight_bits:2
 dsconv evaluate resnet50.safetensors --reference torchvision/resnet50 --data photos --limit 1000
 
 dsconv evaluate net.py:make --weights net.pt --data images --resize 256 --crop 224""",
+    bench: """dsconv bench torchvision/resnet50 --plot bench.png
+
+dsconv bench resnet50.safetensors --batch-size 1,8 --threads 1,2 --out bench.json
+
+dsconv bench torchvision/resnet18 torchvision/vgg16 --weights random --preset w4a4 --against onnxruntime,openvino""",
     inspect: "dsconv inspect resnet50.safetensors",
     demo: "dsconv demo --out demo-out",
 }

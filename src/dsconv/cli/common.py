@@ -4,18 +4,69 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from torch import nn
+
+import dsconv
+from dsconv import zoo
+from dsconv.config import PRESETS, QuantConfig
+from dsconv.errors import ConfigError, ModelError
 
 MODEL_HELP = (
     "torchvision/NAME, timm/NAME, dsconv/digits_resnet or path/to/file.py:factory; "
     "arguments of the factory may follow as ?key=value&key=value."
 )
 WEIGHTS_HELP = "Of the float model: a state dictionary (safetensors or torch.save), those that come with it, or none."
+FILE_HELP = f"A file that dsconv quantize wrote, or a float model: {MODEL_HELP}"
 Weights = Annotated[str, typer.Option(metavar="FILE|default|random", help=WEIGHTS_HELP)]
+_PRESET_HELP = "default: W4A8 for today's processors; paper: the published method, W4A4."
+Preset = Annotated[str, typer.Option(metavar="|".join(PRESETS), help=_PRESET_HELP)]
+Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Settings as JSON, in place of a preset.")]
+_MODEL_OF_FILE_HELP = "Float model to load FILE into, where FILE cannot name it: path/to/file.py:factory."
+ModelOfFile = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=_MODEL_OF_FILE_HELP)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+def is_quantized_file(name: str) -> bool:
+    """Whether an argument is a file that ``dsconv quantize`` wrote, and no model."""
+    return Path(name).suffix == ".safetensors" or Path(name).is_file()
+
+
+def load_file(path: Path, model: str | None) -> nn.Module:
+    """Quantized network of a file, into the float model of that name where the file has none."""
+    if model:
+        return dsconv.load(path, zoo.build(model, weights="random"))
+    try:
+        return dsconv.load(path)
+    except ModelError as error:
+        raise ModelError(f"{error}; here, name it with --model") from None
+
+
+def read_config(preset: str, path: Path | None) -> QuantConfig:
+    """Settings of a preset, or of the file that takes its place."""
+    if path is None:
+        return QuantConfig.preset(preset)
+    if preset != "default":
+        raise typer.BadParameter("choose one of --preset and --config.")
+    try:
+        return QuantConfig.from_json(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected settings as JSON: {error}") from None
+
+
+def check_out(path: Path, force: bool) -> None:
+    """A command may take minutes: what is wrong with the file it is to write is said before."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected the name of a file to write, it is a folder")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path}: there is such a file already: add --force to replace it, or choose another")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path}: {path.parent} is not a folder that can be written to: choose another")
 
 
 def say(message: str) -> None:
@@ -31,7 +82,12 @@ def print_table(table: Any) -> None:
 
 def print_json(data: Any) -> None:
     """Strict JSON: a figure that is infinite or undefined becomes null."""
-    print(json.dumps(_finite(data), indent=2, allow_nan=False))
+    print(json_text(data))
+
+
+def json_text(data: Any) -> str:
+    """What :func:`print_json` prints."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False)
 
 
 def _finite(data: Any) -> Any:

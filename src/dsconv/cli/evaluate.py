@@ -10,10 +10,20 @@ from torch import nn
 
 import dsconv
 from dsconv import zoo
-from dsconv.cli.common import MODEL_HELP, Json, Weights, print_json, print_table, say
+from dsconv.cli.common import (
+    FILE_HELP,
+    Json,
+    ModelOfFile,
+    Weights,
+    is_quantized_file,
+    load_file,
+    print_json,
+    print_table,
+    say,
+)
 from dsconv.conversion import model_info
 from dsconv.data import Preprocess
-from dsconv.errors import DataError, ModelError
+from dsconv.errors import DataError
 
 _image = partial(
     typer.Option,
@@ -21,17 +31,15 @@ _image = partial(
     rich_help_panel="Preparation of the images, in place of what the model asks for",
 )
 _SIZE = "PIXELS|HEIGHTxWIDTH|none"
-_FILE_HELP = f"A file that dsconv quantize wrote, or a float model: {MODEL_HELP}"
-_MODEL_HELP = "Float model to load FILE into, where FILE cannot name it: path/to/file.py:factory."
 _DATA_HELP = "Images in class folders, or listed in a labels.csv (file,class_index), or unlabelled."
 
 
 def evaluate(
-    file_or_model: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help=_FILE_HELP, show_default=False)],
+    file_or_model: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help=FILE_HELP, show_default=False)],
     data: Annotated[Path, typer.Option(metavar="DIR", help=_DATA_HELP, show_default=False)],
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="Float model to compare FILE with.")] = None,
     weights: Weights = "default",
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help=_MODEL_HELP)] = None,
+    model: ModelOfFile = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use this many images, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images beside this one.")] = 0,
@@ -51,14 +59,14 @@ def evaluate(
     """
     names = Preprocess.model_fields
     given = {name: _value(text) for name, text in locals().items() if name in names and text is not None}
-    is_file = Path(file_or_model).suffix == ".safetensors" or Path(file_or_model).is_file()
+    is_file = is_quantized_file(file_or_model)
     if not is_file and (reference or model):
         raise typer.BadParameter("--reference and --model go with a quantized FILE, not with a float model.")
     if is_file and not reference and weights != "default":
         raise typer.BadParameter("a quantized FILE has its own weights: --weights are those of --reference.")
 
     say(f"loading {file_or_model}")
-    network = _load(Path(file_or_model), model) if is_file else zoo.build(file_or_model, weights=weights)
+    network = load_file(Path(file_or_model), model) if is_file else zoo.build(file_or_model, weights=weights)
     options: dict[str, Any] = {
         "preprocess": _preprocess(network, file_or_model, given),
         "limit": limit,
@@ -84,15 +92,6 @@ def evaluate(
         print(*(f"{name}: {value}" for name, value in (quantization or {"weights": "float"}).items()), sep=", ")
     if result.interrupted:
         raise typer.Exit(130)
-
-
-def _load(path: Path, model: str | None) -> nn.Module:
-    if model:
-        return dsconv.load(path, zoo.build(model, weights="random"))
-    try:
-        return dsconv.load(path)
-    except ModelError as error:
-        raise ModelError(f"{error}; here, name it with --model") from None
 
 
 def _preprocess(network: nn.Module, name: str, given: dict[str, Any]) -> Preprocess:

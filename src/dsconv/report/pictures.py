@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsconv.errors import MissingExtraError
+from dsconv.errors import import_extra
+from dsconv.files import replacing
 
 # Okabe and Ito's, which the colour-blind can tell apart.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _FLOAT = "#BBBBBB"
 _BINS = 81
 _SHOWN = 2
@@ -39,16 +40,13 @@ def draw(
         MissingExtraError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise MissingExtraError("report", "matplotlib") from None
+    make_figure = import_extra("report", "matplotlib.figure").Figure
     names = list(quantized)[:_SHOWN]
-    figure = Figure(figsize=(4 * len(layers), 2.4 * len(names) + 3.8), dpi=130, layout="constrained")
+    figure = make_figure(figsize=(4 * len(layers), 2.4 * len(names) + 3.8), dpi=130, layout="constrained")
     parts = figure.subfigures(2, 1, height_ratios=[2.4 * len(names), 3.8], squeeze=False)
     above, below = parts[0][0], parts[1][0]
     axes = above.subplots(len(names), len(layers), squeeze=False, sharex="col", sharey="col")
-    for row, (name, colour) in enumerate(zip(names, _COLOURS, strict=False)):
+    for row, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
         for column, layer in enumerate(layers):
             axis = axes[row][column]
             _histogram(axis, _weight(network, layer), _weight(quantized[name], layer), name, colour)
@@ -60,12 +58,8 @@ def draw(
                 axis.set_xlabel("value of the weight")
     _bars(below.subplots(), layer_sqnr_db)
     path = Path(path)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
+    with replacing(path) as beside:
         figure.savefig(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path
 
 
@@ -91,7 +85,7 @@ def _bars(axis: Any, layer_sqnr_db: Mapping[str, Mapping[str, float]]) -> None:
     for i, (name, values) in enumerate(layer_sqnr_db.items()):
         places = [j - 0.42 + (i + 0.5) * width for j in range(len(layers))]
         heights = [min(values.get(layer, math.nan), top) for layer in layers]
-        axis.bar(places, heights, 0.92 * width, color=_COLOURS[i % len(_COLOURS)], label=name)
+        axis.bar(places, heights, 0.92 * width, color=COLOURS[i % len(COLOURS)], label=name)
         for x, layer in zip(places, layers, strict=True):
             if layer not in values:
                 axis.text(x, 0.5, "in float", rotation=90, ha="center", va="bottom", fontsize=9)
