@@ -12,7 +12,7 @@ from importlib import metadata
 
 from dsconv import demo, nn, numerics, ops, zoo
 from dsconv.benchmarking import bench
-from dsconv.compilation import compile
+from dsconv.compilation import compile, profile
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion import fold_batchnorm, quantize, summary
 from dsconv.cpu import cpu_info
@@ -36,6 +36,7 @@ __all__ = [
     "nn",
     "numerics",
     "ops",
+    "profile",
     "quantize",
     "save",
     "summary",

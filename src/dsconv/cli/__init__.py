@@ -12,6 +12,7 @@ from dsconv.cli.bench import bench
 from dsconv.cli.demo import demo
 from dsconv.cli.evaluate import evaluate
 from dsconv.cli.inspect import inspect
+from dsconv.cli.profile import profile
 from dsconv.cli.quantize import quantize
 from dsconv.errors import DSConvError
 
@@ -39,6 +40,7 @@ dsconv evaluate net.py:make --weights net.pt --data images --resize 256 --crop 2
 dsconv bench resnet50.safetensors --batch-size 1,8 --threads 1,2 --out bench.json
 
 dsconv bench torchvision/resnet18 torchvision/vgg16 --weights random --preset w4a4 --against onnxruntime,openvino""",
+    profile: "dsconv profile resnet50.safetensors --batch-size 8 --threads 2",
     inspect: "dsconv inspect resnet50.safetensors",
     demo: "dsconv demo --out demo-out",
 }

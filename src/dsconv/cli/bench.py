@@ -1,6 +1,5 @@
 """``dsconv bench``: quantized networks beside other runtimes, whole, in turns in one process."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +18,17 @@ from dsconv.cli.common import (
     Json,
     ModelOfFile,
     Preset,
+    Size,
     Weights,
     check_out,
+    image_shape,
     is_quantized_file,
     json_text,
     load_file,
     print_json,
     print_table,
     read_config,
+    read_size,
     say,
 )
 from dsconv.config import QuantConfig
@@ -38,7 +40,6 @@ from dsconv.nn import DSLayer
 
 _CALIBRATION_IMAGES = 8
 _DATA_HELP = "Images to run, and to calibrate the int8 models of other runtimes on, in place of random ones."
-_SIZE_HELP = "Of an image, in place of what the model asks for."
 _SECONDS_HELP = "For each network, batch size and number of threads, once all are warm (10); at least 5 turns."
 
 
@@ -51,7 +52,7 @@ def bench(
     ),
     batch_size: Annotated[str, typer.Option(metavar="NUMBER,...", help="Images per batch.")] = "1",
     threads: Annotated[str, typer.Option(metavar="NUMBER,...", help="Threads of each runtime.")] = "1",
-    size: Annotated[str | None, typer.Option(metavar="PIXELS|[CHANNELSx]HEIGHTxWIDTH", help=_SIZE_HELP)] = None,
+    size: Size = None,
     data: Annotated[Path | None, typer.Option(metavar="DIR", help=_DATA_HELP)] = None,
     weights: Weights = "default",
     preset: Preset = "default",
@@ -79,7 +80,7 @@ def bench(
     if unknown := set(peers) - set(PEERS):
         raise typer.BadParameter(f"--against: expected some of {', '.join(PEERS)}, got {', '.join(unknown)!r}.")
     batch_sizes, counts = _numbers("--batch-size", batch_size), _numbers("--threads", threads, most=cores())
-    shape = _shape(size)
+    shape = read_size(size)
     settings = read_config(preset, config)
     for path in filter(None, (out, plot)):
         check_out(path, force)
@@ -155,19 +156,14 @@ def _networks(name: str, weights: str, settings: QuantConfig, model: str | None)
     return reference, dsconv.quantize(reference, settings)
 
 
-def _images(qmodel: nn.Module, name: str, shape: list[int], data: Path | None) -> Tensor | tuple[int, ...]:
+def _images(qmodel: nn.Module, name: str, size: list[int], data: Path | None) -> Tensor | tuple[int, ...]:
     """Images of a folder, or the shape of random ones."""
-    own = zoo.preprocess_of(qmodel)
-    gray = shape[:-2] == [1] or (own is not None and own.channels == "gray")
-    size = shape[-2:] or (own and (own.crop or own.resize))
-    if not isinstance(size, list | tuple):
-        raise DataError(f"{name} does not say of which size its images are: give --size")
-    channels = (shape[:-2] or [1 if gray else 3])[0]
+    shape = image_shape(qmodel, name, size)
     if data is None:
-        return channels, *size
-    preprocess = own or Preprocess(channels="gray" if gray else "rgb")
-    if shape:
-        preprocess = preprocess.model_copy(update={"resize": tuple(size), "crop": None})
+        return shape
+    preprocess = zoo.preprocess_of(qmodel) or Preprocess(channels="gray" if shape[0] == 1 else "rgb")
+    if size:
+        preprocess = preprocess.model_copy(update={"resize": shape[1:], "crop": None})
     source = batches(data, preprocess=preprocess, batch_size=_CALIBRATION_IMAGES, limit=_CALIBRATION_IMAGES)
     images = [images for images, _ in source]
     for broken in source.broken:
@@ -175,14 +171,6 @@ def _images(qmodel: nn.Module, name: str, shape: list[int], data: Path | None) -
     if not images:
         raise DataError(f"none of the first images of {data} can be read")
     return torch.cat(images)
-
-
-def _shape(text: str | None) -> list[int]:
-    """``224``, ``224x320`` or ``1x28x28`` as ``[C, H, W]`` without what is not given."""
-    numbers = [int(number) for number in re.findall(r"\d+", text or "")]
-    if text is not None and ("x".join(map(str, numbers)) != text or len(numbers) > 3 or 0 in numbers):
-        raise typer.BadParameter(f"--size: expected PIXELS, HEIGHTxWIDTH or CHANNELSxHEIGHTxWIDTH, got {text!r}.")
-    return numbers * 2 if len(numbers) == 1 else numbers
 
 
 def _numbers(option: str, text: str, most: int | None = None) -> list[int]:

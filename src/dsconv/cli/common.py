@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from torch import nn
 import dsconv
 from dsconv import zoo
 from dsconv.config import PRESETS, QuantConfig
-from dsconv.errors import ConfigError, ModelError
+from dsconv.errors import ConfigError, DataError, ModelError
 
 MODEL_HELP = (
     "torchvision/NAME, timm/NAME, dsconv/digits_resnet or path/to/file.py:factory; "
@@ -28,6 +29,8 @@ Preset = Annotated[str, typer.Option(metavar="|".join(PRESETS), help=_PRESET_HEL
 Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Settings as JSON, in place of a preset.")]
 _MODEL_OF_FILE_HELP = "Float model to load FILE into, where FILE cannot name it: path/to/file.py:factory."
 ModelOfFile = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=_MODEL_OF_FILE_HELP)]
+_SIZE_HELP = "Of an image, in place of what the model asks for."
+Size = Annotated[str | None, typer.Option(metavar="PIXELS|[CHANNELSx]HEIGHTxWIDTH", help=_SIZE_HELP)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
@@ -57,6 +60,25 @@ def read_config(preset: str, path: Path | None) -> QuantConfig:
         return QuantConfig.from_json(path.read_text("utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path}: expected settings as JSON: {error}") from None
+
+
+def read_size(text: str | None) -> list[int]:
+    """``224``, ``224x320`` or ``1x28x28`` as ``[C, H, W]`` without what is not given."""
+    numbers = [int(number) for number in re.findall(r"\d+", text or "")]
+    if text is not None and ("x".join(map(str, numbers)) != text or len(numbers) > 3 or 0 in numbers):
+        raise typer.BadParameter(f"--size: expected PIXELS, HEIGHTxWIDTH or CHANNELSxHEIGHTxWIDTH, got {text!r}.")
+    return numbers * 2 if len(numbers) == 1 else numbers
+
+
+def image_shape(qmodel: nn.Module, name: str, size: list[int]) -> tuple[int, int, int]:
+    """``(C, H, W)`` of what a network takes: of :func:`read_size`, where that is empty of what the model says."""
+    own = zoo.preprocess_of(qmodel)
+    gray = size[:-2] == [1] or (own is not None and own.channels == "gray")
+    pixels = size[-2:] or (own and (own.crop or own.resize))
+    if not isinstance(pixels, list | tuple):
+        raise DataError(f"{name} does not say of which size its images are: give --size")
+    height, width = pixels
+    return (size[:-2] or [1 if gray else 3])[0], height, width
 
 
 def check_out(path: Path, force: bool) -> None:
