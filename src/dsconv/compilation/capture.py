@@ -54,8 +54,10 @@ def capture(model: nn.Module, x: Tensor) -> fx.GraphModule:
             if not isinstance(module, fx.GraphModule) or not make_functional(module.graph):
                 module = program.run_decompositions({}).module(check_guards=False)
     except Exception as error:
+        fixed = "specialized it to be a constant" in str(error)
+        hint = " (its code turns the batch size into a number, as len(x) does: use x.shape[0] or flatten(1))" * fixed
         raise ModelError(
-            f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}: {error}"
+            f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}{hint}: {error}"
         ) from error
     assert isinstance(module, fx.GraphModule)
     return module
