@@ -254,7 +254,7 @@ class Program:
         node: Any = step.node
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
         if node.target in AVERAGES:
-            args = (args[0].contiguous(), *args[1:])
+            args = (_as_lines(args[0]), *args[1:])
         made = node.target(*args, **kwargs)
         if step.result in self._bases:
             made = made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made.contiguous()
@@ -296,6 +296,13 @@ class Program:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _as_lines(x: Tensor) -> Tensor:
+    """``x`` in PyTorch's own layout; as a matrix it changes sides three times as fast."""
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        return x.contiguous()
+    return x.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2).contiguous().view(x.shape)
 
 
 def _empty(images: int, value: Value) -> Tensor:
