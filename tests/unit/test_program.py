@@ -204,6 +204,14 @@ def residual(m: Net, x: Tensor) -> Tensor:
     return m.last(x.mean((2, 3)))
 
 
+def test_sums_are_in_the_order_of_the_layout_of_the_input() -> None:
+    fast = compiled(residual_net())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, 9, 9).contiguous(memory_format=layout)
+        with torch.inference_mode():
+            assert torch.equal(fast(x), fast.model(x))
+
+
 def residual_net() -> Net:
     return Net(residual, stem=conv(3, 64), a=conv(64, 64), b=conv(64, 64), last=nn.Linear(64, 10))
 

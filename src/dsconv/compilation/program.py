@@ -222,6 +222,8 @@ class Program:
 
     def _run(self, x: Tensor, seconds: Tensor | None) -> list[Any]:
         images = len(x)
+        # In the layout of the input, layers run one by one leave theirs, and the order of a sum follows from it.
+        lines = x.dim() != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
         x = x.contiguous() if self._nchw or x.dim() != 4 else x.contiguous(memory_format=torch.channels_last)
         env: dict[fx.Node, Any] = dict(self.constants)
         env[self._input.node] = x
@@ -241,19 +243,21 @@ class Program:
                     self._native.run(images, addresses, segment.first, segment.last, times)
                 else:
                     since = time.perf_counter()
-                    self._call(segment.call, images, env, memory, addresses)
+                    self._call(segment.call, images, lines, env, memory, addresses)
                     if seconds is not None:
                         seconds[segment.first] += time.perf_counter() - since
             return [self._returned(output, images, env, memory) for output in self._outputs]
 
-    def _call(self, step: Step, images: int, env: dict[fx.Node, Any], memory: Tensor, addresses: list[int]) -> None:
+    def _call(
+        self, step: Step, images: int, lines: bool, env: dict[fx.Node, Any], memory: Tensor, addresses: list[int]
+    ) -> None:
         assert isinstance(step.does, Call)
         for value in step.does.reads:
             if value.node not in env:
                 env[value.node] = self._view(value, images, memory)
         node: Any = step.node
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-        if node.target in AVERAGES:
+        if lines and node.target in AVERAGES:
             args = (_as_lines(args[0]), *args[1:])
         made = node.target(*args, **kwargs)
         if step.result in self._bases:
