@@ -47,7 +47,8 @@ float quantize_block(const std::vector<float>& values, int bits, int sign, std::
 
 struct Case {
   Geometry g{};
-  int weight_bits, activation_bits, sign;
+  int weight_bits, activation_bits, sign, target_bits;
+  std::int64_t block_size;  // of its outputs
   bool shift, bias, add, channels_last;
   Activation activation;
   std::vector<float> input, kds, kds_shift, biases, residual;
@@ -77,6 +78,7 @@ Case random_case() {
   c.weight_bits = static_cast<int>(pick(2, 8));
   c.activation_bits = static_cast<int>(pick(2, 8));
   c.sign = static_cast<int>(pick(0, 2));
+  c.target_bits = static_cast<int>(pick(2, 8)), c.block_size = 16 * pick(1, 8);
   c.shift = pick(0, 1), c.bias = pick(0, 1), c.add = pick(0, 1);
   c.channels_last = pick(0, 1) && (!g.depthwise() || g.outputs == g.channels);
   c.activation = static_cast<Activation>(pick(0, 4));
@@ -107,7 +109,39 @@ Strides strides_of(const Case& c, std::int64_t channels, std::int64_t height, st
 
 constexpr float kSlope = 0.125f;
 
-std::vector<float> run(const Case& c, const Kernels& kernels) {
+struct Made {
+  std::vector<float> output;
+  std::vector<std::byte> quantized;
+};
+
+// How the outputs are quantized for layers that read them.
+Format format_of(const Case& c) {
+  return {{c.g.outputs, c.block_size}, 1, c.target_bits, static_cast<Sign>(c.sign), c.target_bits % 2 == 0, c.shift};
+}
+Grid grid_of(const Case& c) { return {c.g.images, c.g.out_height, c.g.out_width, c.g.pad_h, c.g.pad_w}; }
+
+std::byte* aligned(std::vector<std::byte>& memory) {
+  return memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64) % 64;
+}
+
+// A quantized tensor's rows one after another, so that two of them can be compared.
+std::vector<std::byte> rows_of(const Quantized& q) {
+  const Rows r = q.of_group(0);
+  const std::size_t rows = q.grid().rows(), blocks = rows * r.blocks;
+  std::vector<std::byte> all;
+  const auto add = [&](const void* from, std::size_t bytes) {
+    all.insert(all.end(), static_cast<const std::byte*>(from), static_cast<const std::byte*>(from) + bytes);
+  };
+  add(r.mantissa, rows * r.row_bytes);
+  add(r.start, 4 * blocks);
+  for (std::size_t i = 0; i < blocks; ++i) {  // a NaN is a NaN
+    const float both[2] = {r.scale[i], r.shifted ? r.shifted[i] : 0.0f};
+    for (const float v : both) std::isnan(v) ? add("NaN", 3) : add(&v, 4);
+  }
+  return all;
+}
+
+Made run(const Case& c, const Kernels& kernels) {
   const Geometry& g = c.g;
   const bool wide = c.weight_bits > 4;
   std::vector<std::uint8_t> weight(g.packed_bytes(wide));
@@ -119,9 +153,46 @@ std::vector<float> run(const Case& c, const Kernels& kernels) {
   const Layer layer{weight.data(), kds.data(), c.shift ? shift.data() : nullptr, c.bias ? c.biases.data() : nullptr,
                     wide, c.activation_bits, static_cast<Sign>(c.sign), c.activation, kSlope};
   const Strides to = strides_of(c, g.outputs, g.out_height, g.out_width);
-  convolve(g, layer, kernels, {c.input.data(), strides_of(c, g.channels, g.height, g.width)},
-           {output.data(), to, {c.add ? c.residual.data() : nullptr, to}, {}});
-  return output;
+  const Input input{c.input.data(), strides_of(c, g.channels, g.height, g.width)}, residual{c.add ? c.residual.data() : nullptr, to};
+  convolve(g, layer, kernels, input, {output.data(), to, residual, {}});
+  if (!c.channels_last || (g.groups > 1 && !g.depthwise())) return {output, {}};
+  // The same written as the next layer wants it, with and without the floats: what quantizing the floats gives.
+  std::vector<std::byte> memory(Quantized::bytes(format_of(c), grid_of(c)) + 64);
+  const Quantized q(format_of(c), grid_of(c), aligned(memory));
+  quantize(q, kernels, output.data(), to);
+  const std::vector<std::byte> expected = rows_of(q);
+  for (const bool floats : {true, false}) {
+    std::fill(memory.begin(), memory.end(), std::byte{0x55});
+    q.fill_borders();
+    const Target target{q, 0};
+    std::vector<float> again(output.size(), 7.0f);
+    convolve(g, layer, kernels, input, {floats ? again.data() : nullptr, to, residual, {&target, 1}});
+    if (rows_of(q) != expected) return {};
+  }
+  return {output, expected};
+}
+
+// Maxima, averages and other work on pixels, of every instruction set and of the reference.
+bool pixels_alike(const Kernels& kernels) {
+  const std::int64_t channels = pick(1, 150), pixels = pick(1, 5), taps = pick(1, 9);
+  std::vector<float> input(channels * taps * pixels), scale(channels), shift(channels), made[2];
+  for (float& v : input) v = pick(0, 60) ? normal() : NAN;
+  for (float& v : scale) v = normal();
+  for (float& v : shift) v = normal();
+  std::vector<const float*> tap;
+  for (int k = 0; k < taps; ++k) tap.push_back(input.data() + k * channels);
+  const bool affine = pick(0, 1), other = pick(0, 1), average = pick(0, 1);
+  const auto activation = static_cast<Activation>(pick(0, 4));
+  for (int i = 0; i < 2; ++i) {
+    const Kernels& used = i ? kernels : scalar::kernels;
+    made[i].assign(channels * (pixels + 1), 7.0f);
+    used.map({input.data(), channels, affine ? scale.data() : nullptr, affine ? shift.data() : nullptr,
+              other ? input.data() : nullptr, channels, made[i].data(), channels, pixels, channels, activation, kSlope});
+    used.pool({tap.data(), static_cast<int>(taps), channels, average ? static_cast<float>(taps) : 0.0f, made[i].data() + pixels * channels});
+  }
+  for (std::size_t k = 0; k < made[0].size(); ++k)
+    if (std::memcmp(&made[0][k], &made[1][k], 4) && !(std::isnan(made[0][k]) && std::isnan(made[1][k]))) return false;
+  return true;
 }
 
 double activated(const Case& c, double v) {
@@ -194,13 +265,16 @@ int main(int count, char** arguments) {
   for (int i = 0; i < cases; ++i) {
     const Case c = random_case();
     if (!c.g.valid()) return std::printf("case %d: a valid geometry is refused\n", i), 1;
-    const std::vector<float> reference = run(c, scalar::kernels);
+    const auto [reference, quantized] = run(c, scalar::kernels);
+    if (reference.size() != c.residual.size()) return std::printf("case %d: scalar quantizes in another way\n", i), 1;
     if (const std::int64_t at = first_wrong(c, reference); at >= 0) {
       std::printf("case %d: scalar is beyond the bound at %lld\n", i, static_cast<long long>(at));
       return 1;
     }
     for (const Kernels* kernels : tested) {
-      const std::vector<float> output = run(c, *kernels);
+      const auto [output, again] = run(c, *kernels);
+      if (output.size() != reference.size() || again != quantized || !pixels_alike(*kernels))
+        return std::printf("case %d: %s quantizes, pools or maps in another way\n", i, kernels->isa), 1;
       for (std::size_t k = 0; k < output.size(); ++k)
         if (std::memcmp(&output[k], &reference[k], 4) && !(std::isnan(output[k]) && std::isnan(reference[k]))) {
           std::printf("case %d: %s differs from scalar first at %zu: %a, %a\n", i, kernels->isa, k, output[k], reference[k]);
