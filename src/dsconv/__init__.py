@@ -17,6 +17,7 @@ from dsconv.conversion import fold_batchnorm, quantize, summary
 from dsconv.cpu import cpu_info
 from dsconv.evaluation import compare, evaluate
 from dsconv.io import load, save
+from dsconv.mixed import search, sensitivity
 
 __version__ = metadata.version("dsconv")
 
@@ -36,6 +37,8 @@ __all__ = [
     "ops",
     "quantize",
     "save",
+    "search",
+    "sensitivity",
     "summary",
     "zoo",
 ]
