@@ -4,18 +4,48 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from torch import nn
+
+import dsconv
+from dsconv import zoo
+from dsconv.config import PRESETS, QuantConfig
+from dsconv.data import Preprocess
+from dsconv.errors import ConfigError, DataError, ModelError
 
 MODEL_HELP = (
     "torchvision/NAME, timm/NAME, dsconv/digits_resnet or path/to/file.py:factory; "
     "arguments of the factory may follow as ?key=value&key=value."
 )
 WEIGHTS_HELP = "Of the float model: a state dictionary (safetensors or torch.save), those that come with it, or none."
+FILE_HELP = f"A file that dsconv quantize wrote, or a float model: {MODEL_HELP}"
+FILE_MODEL_HELP = "Float model to load FILE into, where FILE cannot name it: path/to/file.py:factory."
+_PRESET_HELP = "default: W4A8 for today's processors; paper: the published method, W4A4."
 Weights = Annotated[str, typer.Option(metavar="FILE|default|random", help=WEIGHTS_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Preset = Annotated[str, typer.Option(metavar="|".join(PRESETS), help=_PRESET_HELP)]
+Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Settings as JSON, in place of a preset.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")]
+
+_image = partial(
+    typer.Option,
+    metavar="NUMBER[,NUMBER,NUMBER]",
+    rich_help_panel="Preparation of the images, in place of what the model asks for",
+)
+_SIZE = "PIXELS|HEIGHTxWIDTH|none"
+Resize = Annotated[str | None, _image(metavar=_SIZE, help="Length of the shorter side, or of both.")]
+Crop = Annotated[str | None, _image(metavar=_SIZE, help="Size of the centre crop.")]
+Mean = Annotated[str | None, _image(help="Subtracted.")]
+Std = Annotated[str | None, _image(help="Divided by, after that.")]
+Scale = Annotated[str | None, _image(metavar="NUMBER", help="Value of white before that: 1 or 255.")]
+Channels = Annotated[str | None, _image(metavar="rgb|bgr|gray", help="Which, in which order.")]
+Interpolation = Annotated[str | None, _image(metavar="NAME", help="bilinear, bicubic, nearest, ...")]
 
 
 def say(message: str) -> None:
@@ -40,3 +70,64 @@ def _finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def preparation(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command's options say of the preparation of images."""
+    return {n: _value(text) for n, text in options.items() if n in Preprocess.model_fields and text is not None}
+
+
+def preprocess_of(network: nn.Module, name: str, given: Mapping[str, Any]) -> Preprocess:
+    """What ``network`` says of itself, with what is ``given`` laid over it."""
+    own = zoo.preprocess_of(network)
+    if own is None and not given:
+        raise DataError(
+            f"{name} does not say how its images are prepared: give --resize, --crop, --mean, --std, as it was trained"
+        )
+    return Preprocess(**{**(own.model_dump() if own else {}), **given})
+
+
+def names_file(file_or_model: str) -> bool:
+    """Whether a quantized file is meant, rather than a float model."""
+    return Path(file_or_model).suffix == ".safetensors" or Path(file_or_model).is_file()
+
+
+def load_file(path: Path, model: str | None) -> nn.Module:
+    """The network of a quantized file."""
+    if model:
+        return dsconv.load(path, zoo.build(model, weights="random"))
+    try:
+        return dsconv.load(path)
+    except ModelError as error:
+        raise ModelError(f"{error}; here, name it with --model") from None
+
+
+def read_settings(preset: str, config: Path | None) -> QuantConfig:
+    """The settings that --preset or --config stand for."""
+    if config is None:
+        return QuantConfig.preset(preset)
+    if preset != "default":
+        raise typer.BadParameter("choose one of --preset and --config.")
+    try:
+        return QuantConfig.from_json(config.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{config}: expected settings as JSON: {error}") from None
+
+
+def check_out(path: Path, force: bool) -> None:
+    """Building a network may take minutes: what is wrong with the file is said before."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected the name of a file to write, it is a folder")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path}: there is such a file already: add --force to replace it, or choose another")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path}: {path.parent} is not a folder that can be written to: choose another")
+
+
+def _value(text: str) -> Any:
+    """``none``, a number, several as in ``0.5,0.5,0.5`` or ``224x320``, or a word; Preprocess checks which it takes."""
+    try:
+        numbers = json.loads(f"[{text.replace('x', ',')}]")
+    except ValueError:
+        return None if text == "none" else text
+    return numbers[0] if len(numbers) == 1 else numbers

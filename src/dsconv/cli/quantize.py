@@ -1,7 +1,6 @@
 """``dsconv quantize``: a trained network goes in, a file of its low-bit integers comes out."""
 
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,20 @@ import typer
 
 import dsconv
 from dsconv import zoo
-from dsconv.cli.common import MODEL_HELP, Json, Weights, print_json, print_table, say
-from dsconv.config import FLOAT, PRESETS, KdsDtype, LayerConfig, QuantConfig, Settings
+from dsconv.cli.common import (
+    MODEL_HELP,
+    Config,
+    Force,
+    Json,
+    Preset,
+    Weights,
+    check_out,
+    print_json,
+    print_table,
+    read_settings,
+    say,
+)
+from dsconv.config import FLOAT, KdsDtype, LayerConfig, QuantConfig, Settings
 from dsconv.errors import ConfigError
 from dsconv.numerics import ActivationSign, WeightRule, WeightScale
 
@@ -22,7 +33,6 @@ _some = partial(
     metavar="SETTINGS",
     rich_help_panel='Settings of some layers: "float", "same" (as every layer), weight_bits:8,blocks:flat or JSON',
 )
-_PRESET_HELP = "default: W4A8 for today's processors; paper: the published method, W4A4."
 
 
 def quantize(
@@ -31,11 +41,9 @@ def quantize(
         Path, typer.Option("--out", "-o", metavar="FILE", help="File to write: *.safetensors.", show_default=False)
     ],
     weights: Weights = "default",
-    preset: Annotated[str, typer.Option(metavar="|".join(PRESETS), help=_PRESET_HELP)] = "default",
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Settings as JSON, in place of a preset.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")] = False,
+    preset: Preset = "default",
+    config: Config = None,
+    force: Force = False,
     as_json: Json = False,
     weight_bits: Annotated[int | None, _every(min=2, max=8, help="Width of a weight's integer.")] = None,
     activation_bits: Annotated[int | None, _every(min=2, max=8, help="Width of an activation's mantissa.")] = None,
@@ -63,11 +71,9 @@ def quantize(
     for name in ("first_layer", "last_layer", "depthwise", "linear"):
         if name in given:
             changes[name] = _settings(name, given[name])
-    if config is not None and preset != "default":
-        raise typer.BadParameter("choose one of --preset and --config.")
-    base = (QuantConfig.preset(preset) if config is None else _read_config(config)).to_dict()
+    base = read_settings(preset, config).to_dict()
     settings = QuantConfig(**{**base, **changes, "overrides": base["overrides"] | _overrides(override or [])})
-    _check_out(out, force)
+    check_out(out, force)
 
     say(f"building {model} with weights {weights}")
     network = zoo.build(model, weights=weights)
@@ -83,23 +89,6 @@ def quantize(
     else:
         print_table(summary)
         print(f"Wrote {out}: {file_bytes:,} bytes; quantized in {seconds:.1f} s.")
-
-
-def _check_out(path: Path, force: bool) -> None:
-    """Building a network may take minutes: what is wrong with the file is said before."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected the name of a file to write, it is a folder")
-    if path.exists() and not force:
-        raise FileExistsError(f"{path}: there is such a file already: add --force to replace it, or choose another")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path}: {path.parent} is not a folder that can be written to: choose another")
-
-
-def _read_config(path: Path) -> QuantConfig:
-    try:
-        return QuantConfig.from_json(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: expected settings as JSON: {error}") from None
 
 
 def _overrides(texts: list[str]) -> dict[str, Settings]:
