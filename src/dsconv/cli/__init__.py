@@ -12,6 +12,8 @@ from dsconv.cli.demo import demo
 from dsconv.cli.evaluate import evaluate
 from dsconv.cli.inspect import inspect
 from dsconv.cli.quantize import quantize
+from dsconv.cli.search import search
+from dsconv.cli.sensitivity import sensitivity
 from dsconv.errors import DSConvError
 
 app = typer.Typer(
@@ -34,6 +36,12 @@ dsconv evaluate resnet50.safetensors --reference torchvision/resnet50 --data pho
 
 dsconv evaluate net.py:make --weights net.pt --data images --resize 256 --crop 224""",
     inspect: "dsconv inspect resnet50.safetensors",
+    sensitivity: """dsconv sensitivity torchvision/squeezenet1_1 --preset w4a4 --plot layers.png
+
+dsconv sensitivity squeezenet.safetensors --data photos""",
+    search: """dsconv search torchvision/squeezenet1_1 --preset w4a4 --effective-bits 4.7 --out mixed.json
+
+dsconv search net.py:make --weights net.pt --crop 224 --data photos --bytes 8e5 --plot pareto.png --out mixed.json""",
     demo: "dsconv demo --out demo-out",
 }
 for command, examples in _EXAMPLES.items():

@@ -33,6 +33,12 @@ Preset = Annotated[str, typer.Option(metavar="|".join(PRESETS), help=_PRESET_HEL
 Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Settings as JSON, in place of a preset.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")]
 
+Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of images, which need no labels; none: noise.")]
+Limit = Annotated[int, typer.Option(min=1, help="Use this many images, evenly spaced.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+Seed = Annotated[int, typer.Option(help="Of the noise that takes the place of images.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw a picture as well: *.png, *.svg, *.pdf.")]
+
 _image = partial(
     typer.Option,
     metavar="NUMBER[,NUMBER,NUMBER]",
