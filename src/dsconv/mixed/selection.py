@@ -11,7 +11,7 @@ from torch import nn
 from dsconv.config import QuantConfig, as_config
 from dsconv.data import Images, Preprocess
 from dsconv.errors import ConfigError, MissingExtraError, ModelError
-from dsconv.mixed.sensitivity import Choice, Sensitivity, Trial, sensitivity, with_overrides
+from dsconv.mixed.measure import Choice, Sensitivity, Trial, sensitivity, with_overrides
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:
@@ -213,6 +213,7 @@ def select(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Map
     highspy = _highs()
     solver = highspy.Highs()
     solver.silent()
+    solver.setOptionValue("parallel", "off")
     # A limit is to be kept to the byte.
     for name in ("primal_feasibility_tolerance", "mip_feasibility_tolerance"):
         solver.setOptionValue(name, 1e-9)
