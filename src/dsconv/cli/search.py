@@ -60,7 +60,7 @@ def search(
     weights: Weights = "default",
     preset: Preset = "default",
     config: Config = None,
-    limit: Limit = 16,
+    limit: Limit = 32,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     plot: Plot = None,

@@ -52,7 +52,7 @@ def sensitivity(
     model: Annotated[str | None, typer.Option(metavar="MODEL", help=FILE_MODEL_HELP)] = None,
     preset: Preset = "default",
     config: Config = None,
-    limit: Limit = 16,
+    limit: Limit = 32,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     plot: Plot = None,

@@ -138,7 +138,7 @@ def sensitivity(
     choices: Sequence[Choice] = ({},),
     images: Images | None = None,
     preprocess: Preprocess | None = None,
-    limit: int = 16,
+    limit: int = 32,
     batch_size: int = 16,
     seed: int = 0,
     times: bool = False,

@@ -148,7 +148,7 @@ def search(
     choices: Sequence[Choice] | None = None,
     images: Images | None = None,
     preprocess: Preprocess | None = None,
-    limit: int = 16,
+    limit: int = 32,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = False,
