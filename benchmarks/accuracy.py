@@ -69,8 +69,8 @@ Machine: {machine}.
 - `w4a4` and `default` use the `balanced` rule with a shift and float16 KDS, the `adaptive` convention, 8 bits in the
   first convolution, and quantize linear layers too.
 - `searched` rows are what `dsconv.search` made of these presets with a budget of {budget} bits a weight: bits by layer,
-  8-bit activations in `w4a4` only where the weights have 8 bits too. It ranks layers on {seen} images of noise, or on as
-  many unlabelled photographs, none of which is evaluated.
+  8-bit activations in `w4a4` only where the weights have 8 bits too. It ranks layers on {seen} images of noise, or on
+  as many unlabelled photographs, none of which is evaluated.
 """
 
 
