@@ -12,7 +12,9 @@ def modules_after_import() -> set[str]:
     return set(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("heavy", ["torchvision", "timm", "matplotlib", "rich", "typer", "PIL", "onnx", "sklearn"])
+@pytest.mark.parametrize(
+    "heavy", ["torchvision", "timm", "matplotlib", "rich", "typer", "PIL", "onnx", "sklearn", "highspy"]
+)
 def test_import_dsconv_does_not_import(heavy: str, modules_after_import: set[str]) -> None:
     assert "dsconv" in modules_after_import
     assert heavy not in modules_after_import
