@@ -158,7 +158,7 @@ def sensitivity(
         limit: number of images.
         batch_size: images per batch.
         seed: of the noise.
-        times: also measure each layer's time on one image.
+        times: also measure each layer's time on one image, on the CPU.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -197,7 +197,7 @@ def sensitivity(
         row = next(row for row in summary(alone).layers if row.name == name)
         found = compare(reference, alone, kept, per_layer=False)
         ms = _milliseconds(alone, name, kept[0][0][:1]) if times else None
-        trials.append(_trial(row, choice, math.nan if found.nonfinite else found.kl, ms))
+        trials.append(_trial(row, choice, math.nan if found.nonfinite else max(0.0, found.kl), ms))
     rest = summary(quantized)
     in_float = [row for row in rest.layers if row.name not in names]
     return Sensitivity(
