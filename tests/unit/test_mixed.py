@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +329,7 @@ class TestSearch:
 
     def test_limits_that_contradict_one_another(self) -> None:
         layers, measured = table_of([[(1, 0.1), (9, 0.1)]])
-        swapped = [Trial(**{**vars(trial), "ms": 10.0 - trial.ms}) for trial in layers[0]]
+        swapped = [replace(trial, ms=10.0 - trial.ms) for trial in layers[0]]
         with pytest.raises(ConfigError, match="no choice keeps all of bytes 40, ms 2"):
             select([swapped], measured, {"bytes": 40, "ms": 2})
 
@@ -338,8 +339,8 @@ class TestSearch:
         def with_nan(where: Callable[[Trial], bool]) -> Callable[..., Sensitivity]:
             def measure(*arguments: Any, **named: Any) -> Sensitivity:
                 found = sensitivity(*arguments, **named)
-                trials = (Trial(**{**vars(t), "kl": math.nan}) if where(t) else t for t in found.trials)
-                return Sensitivity(**{**vars(found), "trials": tuple(trials)})
+                trials = (replace(t, kl=math.nan) if where(t) else t for t in found.trials)
+                return replace(found, trials=tuple(trials))
 
             return measure
 

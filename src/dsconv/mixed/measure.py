@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class Sensitivity:
         """Trials by layer."""
         return {name: list(group) for name, group in itertools.groupby(self.trials, key=lambda trial: trial.layer)}
 
-    @property
+    @cached_property
     def weights(self) -> int:
         """Of the whole network, layers in float included."""
         return self.fixed_weights + sum(trials[0].weights for trials in self.layers().values())
