@@ -31,24 +31,23 @@ import io
 import json
 import math
 import os
-import random
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import machine
 from dsconv import QuantConfig, zoo
+from dsconv.benchmarking.machine import machine, machine_notes, why_no_bf16
+from dsconv.benchmarking.measure import Race, quartiles, shortest
+from dsconv.benchmarking.results import plural
 from dsconv.config import LayerConfig
 from dsconv.numerics import quantize_weight, quantize_weight_shifted
 from dsconv.ops import cpu
@@ -57,11 +56,6 @@ NETWORKS = ("resnet18", "resnet50", "vgg16", "googlenet", "densenet121", "alexne
 IMAGE = (3, 224, 224)
 # Keeps the layers of 4096 outputs and leaves out the classifiers.
 LINEAR_WEIGHTS = 4096 * 4096
-SHORTEST_TURN_S = 0.002
-# A call as long as this does not notice what the caches held before it.
-LONG_CALL_S = 0.02
-FEWEST_TURNS = 5
-LONGEST_SETTLING_S = 0.1
 KINDS = ("all", "1x1", "3x3", "other conv", "linear")
 # Relative errors beyond these mean that a contestant did not compute the layer.
 MOST_ERROR = {"float32": 1e-3, "bf16": 0.03, "int8": 0.1, "ours": 0.4}
@@ -264,21 +258,6 @@ def packed_by_torch(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Ca
     )
 
 
-def why_no_bf16() -> str:
-    """Why nothing is measured in bf16; empty where the processor computes in it."""
-    if not {"avx512_bf16", "amx_bf16", "bf16"} & processor_flags():
-        return "the processor has no bf16"
-    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    with_bf16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")
-    return "" if cap.startswith(with_bf16) else f"ONEDNN_MAX_CPU_ISA={cap} leaves no bf16"
-
-
-def processor_flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
-
-
 # ONNX models
 
 
@@ -458,59 +437,6 @@ PEERS: dict[str, Callable[[Job, int], Contestant]] = {
 # Measuring
 
 
-def shortest(call: Callable[[], object], repeats: int = 3) -> float:
-    """Least time of a few calls, after one that is not counted."""
-    times = []
-    call()
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def settle() -> bool:
-    """Wait until no thread of this process spins any more; whether that came about."""
-    end = time.perf_counter() + LONGEST_SETTLING_S
-    while time.perf_counter() < end:
-        used = time.process_time()
-        time.sleep(0.001)
-        if time.process_time() - used < 0.0002:
-            return True
-    return False
-
-
-class Race:
-    """Turns of several contestants; the times of each are of one call, in seconds."""
-
-    def __init__(self, contestants: Sequence[Contestant], threads: int):
-        self.contestants, self.threads = contestants, threads
-        self.estimates = [shortest(contestant.call) for contestant in contestants]
-        self.times: list[list[float]] = [[] for _ in contestants]
-        self.unsettled = 0
-
-    def run(self, seconds: float) -> None:
-        order = list(range(len(self.contestants)))
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(self.times[0]) < FEWEST_TURNS:
-            # A fixed order would give each the same predecessor's leftovers every time.
-            random.shuffle(order)
-            for index in order:
-                self.times[index].append(self.turn(index))
-
-    def turn(self, index: int) -> float:
-        call, estimate = self.contestants[index].call, self.estimates[index]
-        if self.threads > 1 and not settle():
-            self.unsettled += 1
-        if estimate < LONG_CALL_S:
-            call()
-        count = max(1, math.ceil(SHORTEST_TURN_S / estimate))
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        return (time.perf_counter() - start) / count
-
-
 @dataclass
 class Result:
     """What one contestant took for one layer; quartiles of its turns."""
@@ -554,12 +480,13 @@ def measure(
 ) -> tuple[list[Result], int]:
     """Results of a race, and the number of turns before which the threads of another had not come to rest."""
     errors = [relative_error(job, contestant) for contestant in contestants]
-    race = Race(contestants, threads)
-    race.run(seconds)
+    race = Race([contestant.call for contestant in contestants], threads)
+    for _ in race.rounds(seconds=seconds):
+        pass
     layer, batch = job.layer, job.batch
     results = []
     for contestant, times, error in zip(contestants, race.times, errors, strict=True):
-        first, median, third = statistics.quantiles(times, n=4, method="inclusive")
+        first, median, third = quartiles(times)
         results.append(
             Result(
                 layer=layer.name,
@@ -700,10 +627,6 @@ def print_executed(results: Sequence[Result], not_run: dict[str, Counter[str]]) 
         print(f"  {name:21} not run: " + "; ".join(f"{why}: {count}" for why, count in reasons.items()))
 
 
-def plural(threads: int) -> str:
-    return f"{threads} thread{'s' if threads > 1 else ''}"
-
-
 # Roofline
 
 
@@ -825,19 +748,9 @@ def arguments() -> argparse.Namespace:
 
 def describe(given: argparse.Namespace) -> dict[str, Any]:
     """Where and how this run measures; printed, and kept in the JSON file."""
-    versions = {}
-    for package in ("onnx", "onnxruntime", "openvino"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    caps = {name: os.environ.get(name, "none") for name in ("DSCONV_MAX_ISA", "ONEDNN_MAX_CPU_ISA")}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
-    about = {"machine": machine.describe(), "versions": versions, "caps": caps, "isa": cpu.isa(), "settings": settings}
-    print(f"{about['machine']}, " + ", ".join(f"{name} {number}" for name, number in versions.items()))
-    print(f"Ours uses {about['isa']}. Caps: " + ", ".join(f"{name}={value}" for name, value in caps.items()))
-    if caps["ONEDNN_MAX_CPU_ISA"] != "none":
-        print("That cap binds OpenVINO and PyTorch. ONNX Runtime has none: it used all that the processor offers.")
+    about = {"machine": machine(), "settings": settings}
+    print(*machine_notes(about["machine"]), sep="\n")
     kind = f"W4A{given.activation_bits}{' with shifts' if given.shift else ''}"
     print(f"Ours is {kind}, W8A8 over flattened blocks where the input has three channels.")
     print(
@@ -914,7 +827,6 @@ def main() -> None:
 
     torchvision_shim.install()
     torch.manual_seed(0)
-    random.seed(0)
     about = describe(given)
     ceilings = {threads: measure_ceilings(threads) for threads in given.threads}
     for threads, found in ceilings.items():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from dsconv.benchmarking.machine import processor
+
 
 def kilobytes(field: str) -> int:
     """A size from the kernel's account of this process: ``VmRSS``, or ``VmHWM``, the peak since :func:`reset_peak`."""
@@ -20,11 +22,7 @@ def reset_peak() -> None:
 
 def describe() -> str:
     """One line: processor, threads and versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    processor = ", ".join(sorted(names)) if names else platform.processor() or platform.machine()
     return (
-        f"{processor}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"{processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
         f"PyTorch {torch.__version__}, dsconv {version('dsconv')}"
     )

@@ -201,6 +201,7 @@ NB_MODULE(_C, m) {
              self.pool(from, {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], average, count_zeros, divisor}, out[0], out[1],
                        use(uses));
            })
+      .def("skip", &Program::skip, "A step that the caller takes.")
       .def("bytes", &Program::bytes, "Of memory that a run over so many images needs, aligned to 64.")
       .def(
           "run",

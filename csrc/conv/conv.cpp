@@ -104,23 +104,28 @@ void pack_kds(const Geometry& g, const float* kds, float* packed) {
 void quantize_windows(const Geometry& g, const Quantized& to, const Kernels& kernels, const Input& input) {
   const Cut cut = g.cut();
   const std::int64_t group_channels = g.channels / g.groups;
+  // Lines of some hundred outputs make a task, so that what they read is cut up once.
+  const std::int64_t together = std::clamp<std::int64_t>(1024 / std::max<std::int64_t>(1, g.out_width), 1, std::max<std::int64_t>(1, g.out_height));
+  const std::int64_t parts = (g.out_height + together - 1) / together;
   to.fill_borders();
-  parallel(g.groups * g.images * g.out_height, [&](std::int64_t task) {
-    const std::int64_t y = task % g.out_height, image = task / g.out_height % g.images, group = task / g.out_height / g.images;
+  parallel(g.groups * g.images * parts, [&](std::int64_t task) {
+    const std::int64_t part = task % parts, image = task / parts % g.images, group = task / parts / g.images;
+    const std::int64_t top = part * together, count = std::min(together, g.out_height - top);
     struct User;
-    Scratch<User> scratch(Lines::bytes(g, group_channels));
-    Lines lines(g, group_channels, scratch.take<float>(0));
-    lines.read(input.values + image * input.strides.image + group * group_channels * input.strides.channel, input.strides, y);
-    const float* channel[kMaxBlock];
-    for (std::int64_t b = 0; b < cut.blocks(); ++b) {
-      for (std::int64_t c = 0; c < cut.size(b); ++c) channel[c] = lines.at(b * cut.block_size + c);
-      for (std::int64_t x = 0; x < g.out_width; x += kernels.lanes) {
-        const std::int64_t pixels = std::min<std::int64_t>(kernels.lanes, g.out_width - x);
-        std::int64_t row[kMaxLanes];
-        std::iota(row, row + pixels, to.row(image, y, x));
-        kernels.quantize_pixels(block_of(to, group, b, row, pixels), channel, x);
-      }
-    }
+    using Mine = Scratch<User>;
+    Mine scratch(Mine::size<const float*>(cut.depth) + Lines::bytes(g, group_channels, count));
+    const float** const channel = scratch.take<const float*>(cut.depth);
+    Lines lines(g, group_channels, count, scratch.take<float>(0));
+    lines.read(input.values + image * input.strides.image + group * group_channels * input.strides.channel, input.strides, top);
+    for (std::int64_t c = 0; c < cut.depth; ++c) channel[c] = lines.at(c);
+    for (std::int64_t y = 0; y < count; ++y)
+      for (std::int64_t b = 0; b < cut.blocks(); ++b)
+        for (std::int64_t x = 0; x < g.out_width; x += kernels.lanes) {
+          const std::int64_t pixels = std::min<std::int64_t>(kernels.lanes, g.out_width - x);
+          std::int64_t row[kMaxLanes];
+          std::iota(row, row + pixels, to.row(image, top + y, x));
+          kernels.quantize_pixels(block_of(to, group, b, row, pixels), channel + b * cut.block_size, y * lines.next_line() + x);
+        }
   });
 }
 

@@ -29,12 +29,12 @@ void convolve_depthwise(const Geometry& g, const Layer& l, const Kernels& kernel
     const std::int64_t zeros = by_lane ? g.channels + kMaxLanes : 0, ends = few ? taps * kMaxLanes : 0;
     const std::int64_t kept = o.values ? 0 : g.out_width * g.channels;
     Mine scratch(Mine::size<const float*>(taps) + Mine::size<float>(zeros) + Mine::size<float>(ends) +
-                 Mine::size<float>(kept) + (by_lane ? 0 : Lines::bytes(g, 1)));
+                 Mine::size<float>(kept) + (by_lane ? 0 : Lines::bytes(g, 1, 1)));
     const float** tap = scratch.take<const float*>(taps);
     float* zero = scratch.take<float>(zeros);
     float* end = scratch.take<float>(ends);
     float* const finished = scratch.take<float>(kept);
-    Lines cut(g, 1, scratch.take<float>(0));
+    Lines cut(g, 1, 1, scratch.take<float>(0));
     std::fill_n(zero, zeros, 0.0f);
     std::fill_n(end, ends, 0.0f);
     float few_biases[kMaxLanes] = {};

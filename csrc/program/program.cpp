@@ -218,7 +218,7 @@ void Program::pool(int from, const Window& w, std::int64_t out_height, std::int6
 }
 
 void Program::run(std::int64_t images, std::span<const std::uintptr_t> bases, int first, int last, double* seconds) const {
-  require(images >= 0 && static_cast<int>(bases.size()) >= bases_ && first >= 0 && last <= steps(), "no such run");
+  require(images >= 0 && static_cast<int>(bases.size()) >= bases_ && first >= 0 && last <= static_cast<int>(steps_.size()), "no such run");
   if (!images) return;
   const Run run{images, bases};
   using Clock = std::chrono::steady_clock;

@@ -36,13 +36,18 @@ struct Use {
 // Tensors are named by numbers. Base 0 is memory of bytes(images) bytes, aligned to 64, that nobody else uses during a run;
 // steps are fixed before the first run, and runs may overlap.
 class Program {
+  struct Run {
+    std::int64_t images;
+    std::span<const std::uintptr_t> bases;
+  };
+  using Step = std::function<void(const Run&)>;
+
  public:
   explicit Program(const Kernels& kernels) : kernels_(kernels) {}
 
   int values(const Values&);
   int quantized(const Format&, const Grid&, std::int64_t offset);  // in base 0
   std::int64_t bytes(std::int64_t images) const { return images * bytes_; }
-  int steps() const { return static_cast<int>(steps_.size()); }
 
   // Of quantized tensor `input`, or of float tensor `from`, with flattened blocks by way of quantized tensor `input`.
   void convolve(const Geometry&, const Layer&, int from, int input, const Use&);
@@ -56,20 +61,18 @@ class Program {
   };
   void pool(int from, const Window&, std::int64_t out_height, std::int64_t out_width, const Use&);
 
+  // A step that somebody else takes.
+  void skip() { steps_.push_back([](const Run&) {}); }
+
   // Adds to seconds[step], if that is not null, what each step took.
   void run(std::int64_t images, std::span<const std::uintptr_t> bases, int first, int last, double* seconds) const;
 
  private:
-  struct Run {
-    std::int64_t images;
-    std::span<const std::uintptr_t> bases;
-  };
   struct Tensor {
     Format format;
     Grid grid;
     std::int64_t offset;
   };
-  using Step = std::function<void(const Run&)>;
 
   const Values& values_of(int id) const;
   const Tensor& tensor_of(int id) const;

@@ -11,7 +11,8 @@ torch.Size([1, 64, 4, 4])
 from importlib import metadata
 
 from dsconv import demo, nn, numerics, ops, zoo
-from dsconv.compilation import compile
+from dsconv.benchmarking import bench
+from dsconv.compilation import compile, profile
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion import fold_batchnorm, quantize, summary
 from dsconv.cpu import cpu_info
@@ -25,6 +26,7 @@ __all__ = [
     "LayerConfig",
     "QuantConfig",
     "__version__",
+    "bench",
     "compare",
     "compile",
     "cpu_info",
@@ -35,6 +37,7 @@ __all__ = [
     "nn",
     "numerics",
     "ops",
+    "profile",
     "quantize",
     "save",
     "search",

@@ -1,5 +1,8 @@
 """Errors that a user can mend. Each says what was expected, what was got and what to do."""
 
+import importlib
+from typing import Any
+
 
 class DSConvError(Exception):
     """A mistake the user can mend; the command line prints it as one paragraph, without a traceback."""
@@ -32,3 +35,18 @@ class MissingExtraError(DSConvError, ImportError):
 
     def __init__(self, extra: str, package: str):
         super().__init__(f"{package} is not installed: pip install 'dsconv[{extra}]'")
+
+
+def import_extra(extra: str, module: str) -> Any:
+    """A module of a package that ``extra`` installs.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, package):
+            raise
+        raise MissingExtraError(extra, package) from None

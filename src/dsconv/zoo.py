@@ -5,7 +5,6 @@ arguments of its factory may follow, as in ``torchvision/resnet18?num_classes=20
 """
 
 import difflib
-import importlib
 import importlib.util
 import inspect
 import json
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.data import Preprocess
-from dsconv.errors import DSConvError, MissingExtraError, ModelError
+from dsconv.errors import DSConvError, ModelError, import_extra
 
 _SHOWN = 5
 # Trained without the auxiliary classifiers that these build by default, as the published weights are loaded.
@@ -110,15 +109,6 @@ def _arguments(name: str, query: str) -> dict[str, Any]:
     return arguments
 
 
-def _import(extra: str, package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        raise MissingExtraError(extra, package) from None
-
-
 def _unknown(library: str, name: str, known: Iterable[str]) -> ModelError:
     close = difflib.get_close_matches(name, list(known), n=_SHOWN)
     hint = f": did you mean {', '.join(close)}?" if close else ""
@@ -126,7 +116,7 @@ def _unknown(library: str, name: str, known: Iterable[str]) -> ModelError:
 
 
 def _torchvision(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
-    models = _import("zoo", "torchvision").models
+    models = import_extra("zoo", "torchvision").models
     if name not in models.list_models():
         raise _unknown("torchvision", name, models.list_models())
     if name in _AUXILIARY:
@@ -137,7 +127,7 @@ def _torchvision(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[n
 
 
 def _timm(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
-    timm = _import("zoo", "timm")
+    timm = import_extra("zoo", "timm")
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
     if "checkpoint_path" in arguments:

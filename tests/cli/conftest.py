@@ -58,6 +58,9 @@ def factory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "        print('one batch', file=sys.stderr, flush=True)\n"
         "        time.sleep(0.2)\n"
         "        return x.flatten(1)[:, :10]\n"
+        "def waits():\n"
+        "    print('waiting', file=sys.stderr, flush=True)\n"
+        "    time.sleep(60)\n"
     )
     return file
 

@@ -33,12 +33,13 @@ def test_help_and_version_in_a_process_of_its_own(dsconv_cli: Callable[..., Any]
     done = dsconv_cli("--help")
     assert done.returncode == 0 and not done.stderr
     assert all(
-        command in done.stdout for command in ("quantize", "evaluate", "inspect", "sensitivity", "search", "demo")
+        command in done.stdout
+        for command in ("quantize", "evaluate", "bench", "inspect", "sensitivity", "search", "demo")
     )
     assert dsconv_cli("--version").stdout.strip() == f"dsconv {dsconv.__version__}"
 
 
-@pytest.mark.parametrize("command", ["quantize", "evaluate", "inspect", "sensitivity", "search", "demo"])
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "bench", "inspect", "sensitivity", "search", "demo"])
 def test_every_command_has_help_with_an_example(command: str, cli: Callable[..., Any]) -> None:
     done = cli(command, "--help")
     assert done.code == 0
@@ -266,6 +267,112 @@ def test_ctrl_c_ends_a_search_without_a_file(
     done = cli("search", "dsconv/digits_resnet", "--effective-bits", "4.5", "--out", tmp_path / "mixed.json")
     assert done.code == 130 and not done.stdout and "Traceback" not in done.stderr
     assert not os.listdir(tmp_path)
+
+
+def test_bench_a_model_and_its_file_side_by_side(
+    dsconv_cli: Callable[..., Any], tmp_path: Path, quantized_file: Path
+) -> None:
+    out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = ("--against", "torch", "--batch-size", "1,3", "--threads", "1", "--turns", "2")
+    networks = ("dsconv/digits_resnet", quantized_file)
+    done = dsconv_cli("bench", *networks, *options, "--json", "--preset", "w8a8", "--out", out, "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    figures = strict_json(done.stdout)
+    assert strict_json(out.read_text()) == figures
+    assert plot.read_bytes().startswith(b"\x89PNG") and sorted(os.listdir(tmp_path)) == [out.name, plot.name]
+    built, loaded = figures["networks"]
+    assert built["network"] == "dsconv/digits_resnet" and loaded["network"] == str(quantized_file)
+    assert built["config"] == dsconv.QuantConfig.preset("w8a8").to_dict()
+    assert loaded["config"] == dsconv.QuantConfig.preset("paper").to_dict()
+    for network in (built, loaded):
+        assert network["input_shape"] == [1, 8, 8] and network["calibration"] == "8 random images"
+        ours = [timing for timing in network["timings"] if timing["contestant"] == "dsconv"]
+        assert [(timing["batch_size"], timing["threads"], timing["turns"]) for timing in ours] == [(1, 1, 2), (3, 1, 2)]
+        theirs = [timing for timing in network["timings"] if timing["contestant"] == "PyTorch float32"]
+        for a, b in zip(ours, theirs, strict=True):
+            assert b["ours_over_this"] == pytest.approx(a["median_ms"] / b["median_ms"])
+        assert len(theirs) == 2 and theirs[0]["weight_bytes"] > ours[0]["weight_bytes"]
+
+
+def test_bench_beside_every_runtime_in_words(cli: Callable[..., Any]) -> None:
+    for package in ("onnx", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason="needs the extra 'bench'")
+    done = cli("bench", "dsconv/digits_resnet", "--turns", "2", "--weights", "random")
+    assert done.code == 0, done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "batch 1, 1 thread" in lines
+    for name in ("dsconv", "PyTorch float32", "ONNX Runtime float32", "ONNX Runtime int8", "OpenVINO float32"):
+        assert any(line.startswith(f"{name} ") for line in lines), name
+    assert "onnxruntime.quantization, per channel, calibrated on 8 random images" in done.stdout
+
+
+def test_bench_images_of_a_folder_or_of_a_size(cli: Callable[..., Any], digits: Path, factory: Path) -> None:
+    options = ("--against", "torch", "--turns", "2", "--json")
+    figures = strict_json(cli("bench", "dsconv/digits_resnet", "--data", digits, *options).stdout)
+    assert figures["networks"][0]["calibration"] == "8 given images"
+    figures = strict_json(cli("bench", "dsconv/digits_resnet", "--data", digits, "--size", "12x10", *options).stdout)
+    assert figures["networks"][0]["input_shape"] == [1, 12, 10]
+    done = cli("bench", f"{factory}:net", *options)
+    assert done.code == 1 and "--size" in done.stderr
+    done = cli("bench", f"{factory}:net", "--size", "1x9x9", *options)
+    assert strict_json(done.stdout)["networks"][0]["input_shape"] == [1, 9, 9], done.stderr
+
+
+def test_bench_a_file_of_a_users_own_model(cli: Callable[..., Any], tmp_path: Path, factory: Path) -> None:
+    file, model = tmp_path / "net.safetensors", f"{factory}:net"
+    assert cli("quantize", model, "--out", file).code == 0
+    options = ("--against", "torch", "--turns", "2", "--size", "1x9x9")
+    done = cli("bench", file, *options)
+    assert done.code == 1 and "--model" in done.stderr
+    done = cli("bench", file, "--model", model, *options)
+    assert done.code == 0 and "PyTorch float32" in done.stdout, done.stderr
+
+
+def test_bench_runs_a_file_elsewhere_as_what_it_stands_for(
+    cli: Callable[..., Any], quantized_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def bench(reference: torch.nn.Module, qmodel: torch.nn.Module, images: Any, **options: Any) -> None:
+        seen.append((reference, qmodel))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dsconv, "bench", bench)
+    assert cli("bench", quantized_file).code == 130
+    ((reference, qmodel),) = seen
+    assert torch.equal(reference.layer2.conv1.weight, qmodel.layer2.conv1.dequantized_weight())
+    assert torch.equal(reference.bn1.running_var, qmodel.bn1.running_var)
+    images, labels = load_digits("test")
+    with torch.inference_mode():
+        assert (reference(images).argmax(1) == labels).float().mean() > 0.95
+
+
+def test_bench_keeps_what_was_measured_before_an_error(cli: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    networks = ("dsconv/digits_resnet", "dsconv/no_such")
+    done = cli("bench", *networks, "--against", "torch", "--turns", "2", "--out", out)
+    assert done.code == 1 and "no_such" in done.stderr and "PyTorch float32" in done.stdout
+    assert [network["network"] for network in strict_json(out.read_text())["networks"]] == ["dsconv/digits_resnet"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is no POSIX signal here")
+def test_ctrl_c_in_bench_prints_the_figures_so_far(factory: Path) -> None:
+    command = [sys.executable, "-m", "dsconv", "bench", "dsconv/digits_resnet", f"{factory}:waits"]
+    process = subprocess.Popen(
+        [*command, "--against", "torch", "--turns", "2", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stderr is not None
+    while "waiting" not in (line := process.stderr.readline()):
+        assert line, "ended before it was interrupted"
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=50)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert [network["network"] for network in strict_json(stdout)["networks"]] == ["dsconv/digits_resnet"]
 
 
 def test_ctrl_c_while_writing_leaves_the_old_file_and_no_part(

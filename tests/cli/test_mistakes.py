@@ -136,6 +136,50 @@ def test_evaluate_usage(options: str, cli: Cli, data: Path) -> None:
     assert cli("evaluate", NET, "--data", data / "beyond", *options.split()).code == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--threads 0", "--threads"),
+        ("--threads 1,100000", "cores"),
+        ("--batch-size 1;8", "--batch-size"),
+        ("--against tensorrt", "openvino"),
+        ("--size 8x", "--size"),
+        ("--size 1x2x3x4", "--size"),
+        ("--turns 2 --seconds 1", "--seconds"),
+        ("--turns 1", "--turns"),
+        ("--plot bench.jpgg", ".png"),
+        ("--plot bench", ".png"),
+        ("--preset paper --config x.json", "--config"),
+    ],
+)
+def test_bench_usage(options: str, expected: str, cli: Cli) -> None:
+    done = cli("bench", NET, *options.split())
+    assert done.code == 2 and not done.stdout and expected in done.stderr
+
+
+@pytest.mark.parametrize("options", ["--weights random", "--preset paper", "--config x.json"])
+def test_bench_settings_beside_a_file_that_has_its_own(options: str, cli: Cli, quantized_file: Path) -> None:
+    done = cli("bench", quantized_file, *options.split())
+    assert done.code == 2 and "its own" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("{net} --data {here}/empty", ["holds no images"]),
+        ("{net} --data {here}/all_broken", ["none of the", "all_broken"]),
+        ("{net} --out {here}/beyond/labels.csv", ["labels.csv", "--force"]),
+        ("{net} --plot {here}/no/such.png", ["written to"]),
+        ("{net} --size 3x8x8", ["cannot run on images of shape (3, 8, 8)"]),
+        ("none.safetensors", ["none.safetensors", "there is none"]),
+    ],
+)
+def test_bench(arguments: str, expected: list[str], cli: Cli, data: Path) -> None:
+    done = cli("bench", *(part.format(net=NET, here=data) for part in arguments.split()))
+    assert done.code == 1 and not done.stdout
+    check_paragraph(done.stderr, *expected)
+
+
 def test_weights_beside_a_file_that_has_its_own(cli: Cli, data: Path, quantized_file: Path) -> None:
     assert cli("evaluate", quantized_file, "--data", data, "--weights", "random").code == 2
 

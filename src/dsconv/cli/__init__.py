@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from dsconv import __version__
+from dsconv.cli.bench import bench
 from dsconv.cli.demo import demo
 from dsconv.cli.evaluate import evaluate
 from dsconv.cli.inspect import inspect
+from dsconv.cli.profile import profile
 from dsconv.cli.quantize import quantize
 from dsconv.cli.search import search
 from dsconv.cli.sensitivity import sensitivity
@@ -35,6 +37,12 @@ dsconv quantize timm/resnet18 --weight-bits 3 --override 'layer4.*=weight_bits:2
 dsconv evaluate resnet50.safetensors --reference torchvision/resnet50 --data photos --limit 1000
 
 dsconv evaluate net.py:make --weights net.pt --data images --resize 256 --crop 224""",
+    bench: """dsconv bench torchvision/resnet50 --plot bench.png
+
+dsconv bench resnet50.safetensors --batch-size 1,8 --threads 1,2 --out bench.json
+
+dsconv bench torchvision/resnet18 torchvision/vgg16 --weights random --preset w4a4 --against onnxruntime,openvino""",
+    profile: "dsconv profile resnet50.safetensors --batch-size 8 --threads 2",
     inspect: "dsconv inspect resnet50.safetensors",
     sensitivity: """dsconv sensitivity torchvision/squeezenet1_1 --preset w4a4 --plot layers.png
 

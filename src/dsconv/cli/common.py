@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -17,7 +18,7 @@ import dsconv
 from dsconv import zoo
 from dsconv.config import PRESETS, QuantConfig
 from dsconv.data import Preprocess
-from dsconv.errors import ConfigError, DataError, ModelError
+from dsconv.errors import ConfigError, DataError, ModelError, import_extra
 
 MODEL_HELP = (
     "torchvision/NAME, timm/NAME, dsconv/digits_resnet or path/to/file.py:factory; "
@@ -25,14 +26,16 @@ MODEL_HELP = (
 )
 WEIGHTS_HELP = "Of the float model: a state dictionary (safetensors or torch.save), those that come with it, or none."
 FILE_HELP = f"A file that dsconv quantize wrote, or a float model: {MODEL_HELP}"
-FILE_MODEL_HELP = "Float model to load FILE into, where FILE cannot name it: path/to/file.py:factory."
-_PRESET_HELP = "default: W4A8 for today's processors; paper: the published method, W4A4."
 Weights = Annotated[str, typer.Option(metavar="FILE|default|random", help=WEIGHTS_HELP)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+_PRESET_HELP = "default: W4A8 for today's processors; paper: the published method, W4A4."
 Preset = Annotated[str, typer.Option(metavar="|".join(PRESETS), help=_PRESET_HELP)]
 Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Settings as JSON, in place of a preset.")]
+_MODEL_OF_FILE_HELP = "Float model to load FILE into, where FILE cannot name it: path/to/file.py:factory."
+ModelOfFile = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=_MODEL_OF_FILE_HELP)]
+_SIZE_HELP = "Of an image, in place of what the model asks for."
+Size = Annotated[str | None, typer.Option(metavar="PIXELS|[CHANNELSx]HEIGHTxWIDTH", help=_SIZE_HELP)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")]
-
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of images, which need no labels; none: noise.")]
 Limit = Annotated[int, typer.Option(min=1, help="Use this many images, evenly spaced.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
@@ -54,28 +57,50 @@ Channels = Annotated[str | None, _image(metavar="rgb|bgr|gray", help="Which, in 
 Interpolation = Annotated[str | None, _image(metavar="NAME", help="bilinear, bicubic, nearest, ...")]
 
 
-def say(message: str) -> None:
-    """A line on stderr."""
-    print(message, file=sys.stderr, flush=True)
+def is_quantized_file(name: str) -> bool:
+    """Whether an argument is a file that ``dsconv quantize`` wrote, and no model."""
+    return Path(name).suffix == ".safetensors" or Path(name).is_file()
 
 
-def print_table(table: Any) -> None:
-    """As wide as the window; in a file or a pipe there is none to fit into."""
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
-    Console(width=width, highlight=False).print(table)
+def load_file(path: Path, model: str | None) -> nn.Module:
+    """Quantized network of a file, into the float model of that name where the file has none."""
+    if model:
+        return dsconv.load(path, zoo.build(model, weights="random"))
+    try:
+        return dsconv.load(path)
+    except ModelError as error:
+        raise ModelError(f"{error}; here, name it with --model") from None
 
 
-def print_json(data: Any) -> None:
-    """Strict JSON: a figure that is infinite or undefined becomes null."""
-    print(json.dumps(_finite(data), indent=2, allow_nan=False))
+def read_config(preset: str, path: Path | None) -> QuantConfig:
+    """Settings of a preset, or of the file that takes its place."""
+    if path is None:
+        return QuantConfig.preset(preset)
+    if preset != "default":
+        raise typer.BadParameter("choose one of --preset and --config.")
+    try:
+        return QuantConfig.from_json(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected settings as JSON: {error}") from None
 
 
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+def read_size(text: str | None) -> list[int]:
+    """``224``, ``224x320`` or ``1x28x28`` as ``[C, H, W]`` without what is not given."""
+    numbers = [int(number) for number in re.findall(r"\d+", text or "")]
+    if text is not None and ("x".join(map(str, numbers)) != text or len(numbers) > 3 or 0 in numbers):
+        raise typer.BadParameter(f"--size: expected PIXELS, HEIGHTxWIDTH or CHANNELSxHEIGHTxWIDTH, got {text!r}.")
+    return numbers * 2 if len(numbers) == 1 else numbers
+
+
+def image_shape(qmodel: nn.Module, name: str, size: list[int]) -> tuple[int, int, int]:
+    """``(C, H, W)`` of what a network takes: of :func:`read_size`, where that is empty of what the model says."""
+    own = zoo.preprocess_of(qmodel)
+    gray = size[:-2] == [1] or (own is not None and own.channels == "gray")
+    pixels = size[-2:] or (own and (own.crop or own.resize))
+    if not isinstance(pixels, list | tuple):
+        raise DataError(f"{name} does not say of which size its images are: give --size")
+    height, width = pixels
+    return (size[:-2] or [1 if gray else 3])[0], height, width
 
 
 def preparation(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,41 +118,52 @@ def preprocess_of(network: nn.Module, name: str, given: Mapping[str, Any]) -> Pr
     return Preprocess(**{**(own.model_dump() if own else {}), **given})
 
 
-def names_file(file_or_model: str) -> bool:
-    """Whether a quantized file is meant, rather than a float model."""
-    return Path(file_or_model).suffix == ".safetensors" or Path(file_or_model).is_file()
-
-
-def load_file(path: Path, model: str | None) -> nn.Module:
-    """The network of a quantized file."""
-    if model:
-        return dsconv.load(path, zoo.build(model, weights="random"))
-    try:
-        return dsconv.load(path)
-    except ModelError as error:
-        raise ModelError(f"{error}; here, name it with --model") from None
-
-
-def read_settings(preset: str, config: Path | None) -> QuantConfig:
-    """The settings that --preset or --config stand for."""
-    if config is None:
-        return QuantConfig.preset(preset)
-    if preset != "default":
-        raise typer.BadParameter("choose one of --preset and --config.")
-    try:
-        return QuantConfig.from_json(config.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{config}: expected settings as JSON: {error}") from None
-
-
 def check_out(path: Path, force: bool) -> None:
-    """Building a network may take minutes: what is wrong with the file is said before."""
+    """A command may take minutes: what is wrong with the file it is to write is said before."""
     if path.is_dir():
         raise IsADirectoryError(f"{path}: expected the name of a file to write, it is a folder")
     if path.exists() and not force:
         raise FileExistsError(f"{path}: there is such a file already: add --force to replace it, or choose another")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path}: {path.parent} is not a folder that can be written to: choose another")
+
+
+def check_format(plot: Path) -> None:
+    """Likewise with the format of a picture."""
+    known = import_extra("report", "matplotlib.figure").Figure().canvas.get_supported_filetypes()
+    if plot.suffix[1:] not in known:
+        raise typer.BadParameter(
+            f"--plot: expected a name that ends in one of .{', .'.join(known)}, got {plot.name!r}."
+        )
+
+
+def say(message: str) -> None:
+    """A line on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_table(table: Any) -> None:
+    """As wide as the window; in a file or a pipe there is none to fit into."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
+    Console(width=width, highlight=False).print(table)
+
+
+def print_json(data: Any) -> None:
+    """Strict JSON: a figure that is infinite or undefined becomes null."""
+    print(json_text(data))
+
+
+def json_text(data: Any) -> str:
+    """What :func:`print_json` prints."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _value(text: str) -> Any:

@@ -10,18 +10,18 @@ import dsconv
 from dsconv import zoo
 from dsconv.cli.common import (
     FILE_HELP,
-    FILE_MODEL_HELP,
     Channels,
     Crop,
     Interpolation,
     Json,
     Mean,
+    ModelOfFile,
     Resize,
     Scale,
     Std,
     Weights,
+    is_quantized_file,
     load_file,
-    names_file,
     preparation,
     preprocess_of,
     print_json,
@@ -38,7 +38,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(metavar="DIR", help=_DATA_HELP, show_default=False)],
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="Float model to compare FILE with.")] = None,
     weights: Weights = "default",
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help=FILE_MODEL_HELP)] = None,
+    model: ModelOfFile = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use this many images, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images beside this one.")] = 0,
@@ -57,7 +57,7 @@ def evaluate(
     With --reference: agreement, KL divergence and SQNR too. Ctrl-C ends it with the figures so far.
     """
     given = preparation(locals())
-    is_file = names_file(file_or_model)
+    is_file = is_quantized_file(file_or_model)
     if not is_file and (reference or model):
         raise typer.BadParameter("--reference and --model go with a quantized FILE, not with a float model.")
     if is_file and not reference and weights != "default":

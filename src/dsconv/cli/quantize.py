@@ -20,7 +20,7 @@ from dsconv.cli.common import (
     check_out,
     print_json,
     print_table,
-    read_settings,
+    read_config,
     say,
 )
 from dsconv.config import FLOAT, KdsDtype, LayerConfig, QuantConfig, Settings
@@ -71,7 +71,7 @@ def quantize(
     for name in ("first_layer", "last_layer", "depthwise", "linear"):
         if name in given:
             changes[name] = _settings(name, given[name])
-    base = read_settings(preset, config).to_dict()
+    base = read_config(preset, config).to_dict()
     settings = QuantConfig(**{**base, **changes, "overrides": base["overrides"] | _overrides(override or [])})
     check_out(out, force)
 

@@ -1,6 +1,5 @@
 """``dsconv search``: the bits of each layer that cost the least accuracy under a budget."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,14 +26,16 @@ from dsconv.cli.common import (
     Seed,
     Std,
     Weights,
+    check_format,
     check_out,
     preparation,
     preprocess_of,
     print_json,
     print_table,
-    read_settings,
+    read_config,
     say,
 )
+from dsconv.files import replacing
 
 _LIMITS = "The budget: one of these, or several that all hold"
 _OUT_HELP = "File to write: settings for dsconv quantize --config."
@@ -83,9 +84,11 @@ def search(
     budget = {name: value for name, value in limits.items() if value is not None}
     if not budget:
         raise typer.BadParameter("say what to keep to: --effective-bits, --bytes, --ms or --activation-bits.")
-    settings = read_settings(preset, config)
+    settings = read_config(preset, config)
     for file in filter(None, (out, plot)):
         check_out(file, force)
+    if plot is not None:
+        check_format(plot)
     say(f"building {model} with weights {weights}")
     network = zoo.build(model, weights=weights)
     found = dsconv.search(
@@ -99,12 +102,8 @@ def search(
         seed=seed,
         progress=True,
     )
-    beside = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
+    with replacing(out) as beside:
         beside.write_text(found.config.to_json() + "\n", "utf-8")
-        os.replace(beside, out)
-    finally:
-        beside.unlink(missing_ok=True)
     if plot is not None:
         curve = [(point.effective_bits, point.kl) for point in found.pareto]
         report.draw_pareto(plot, curve, (found.point.effective_bits, found.point.kl))

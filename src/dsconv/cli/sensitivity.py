@@ -10,7 +10,6 @@ import dsconv
 from dsconv import report, zoo
 from dsconv.cli.common import (
     FILE_HELP,
-    FILE_MODEL_HELP,
     BatchSize,
     Channels,
     Config,
@@ -21,6 +20,7 @@ from dsconv.cli.common import (
     Json,
     Limit,
     Mean,
+    ModelOfFile,
     Plot,
     Preset,
     Resize,
@@ -28,14 +28,15 @@ from dsconv.cli.common import (
     Seed,
     Std,
     Weights,
+    check_format,
     check_out,
+    is_quantized_file,
     load_file,
-    names_file,
     preparation,
     preprocess_of,
     print_json,
     print_table,
-    read_settings,
+    read_config,
     say,
 )
 from dsconv.conversion import model_info
@@ -49,7 +50,7 @@ def sensitivity(
     data: Data = None,
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help=_REFERENCE_HELP)] = None,
     weights: Weights = "default",
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help=FILE_MODEL_HELP)] = None,
+    model: ModelOfFile = None,
     preset: Preset = "default",
     config: Config = None,
     limit: Limit = 32,
@@ -71,20 +72,21 @@ def sensitivity(
     Layers are quantized as --preset or --config say, or are those of FILE.
     """
     given = preparation(locals())
-    is_file = names_file(file_or_model)
+    is_file = is_quantized_file(file_or_model)
     if not is_file and (reference or model):
         raise typer.BadParameter("--reference and --model go with a quantized FILE, not with a float model.")
     if is_file and (preset != "default" or config is not None):
         raise typer.BadParameter("a quantized FILE has its own settings: --preset and --config go with a float model.")
     if plot is not None:
         check_out(plot, force)
+        check_format(plot)
     settings: Any
     if is_file:
         say(f"loading {file_or_model}")
         settings = load_file(Path(file_or_model), model)
         name = reference or model or _named(settings, file_or_model)
     else:
-        settings, name = read_settings(preset, config), file_or_model
+        settings, name = read_config(preset, config), file_or_model
     say(f"building {name} with weights {weights}")
     network = zoo.build(name, weights=weights)
     found = dsconv.sensitivity(

@@ -2,5 +2,6 @@
 
 from dsconv.compilation.compiled import CompiledModel, compile
 from dsconv.compilation.plan import Plan, Step
+from dsconv.compilation.profiling import Profile, profile
 
-__all__ = ["CompiledModel", "Plan", "Step", "compile"]
+__all__ = ["CompiledModel", "Plan", "Profile", "Step", "compile", "profile"]

@@ -54,8 +54,10 @@ def capture(model: nn.Module, x: Tensor) -> fx.GraphModule:
             if not isinstance(module, fx.GraphModule) or not make_functional(module.graph):
                 module = program.run_decompositions({}).module(check_guards=False)
     except Exception as error:
+        fixed = "specialized it to be a constant" in str(error)
+        hint = " (its code turns the batch size into a number, as len(x) does: use x.shape[0] or flatten(1))" * fixed
         raise ModelError(
-            f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}: {error}"
+            f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}{hint}: {error}"
         ) from error
     assert isinstance(module, fx.GraphModule)
     return module
@@ -65,9 +67,13 @@ def make_functional(graph: fx.Graph) -> bool:
     """Replace what changes tensors in place by what returns new ones, and drop what does nothing in inference.
 
     Returns:
-        Whether it was done: ``graph`` stays as it is where it holds another operator than those of common networks, or
-        where another tensor may see a change.
+        Whether it was done: it is not where ``graph`` holds another operator than those of common networks, or where
+        another tensor may see a change.
     """
+    for node in list(graph.nodes):
+        if _does_nothing(node):  # it returns its very input
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     if not all(node.target in (*_IN_PLACE, *_FRESH, *_VIEWS, *_NEITHER) for node in nodes):
         return False
@@ -89,9 +95,6 @@ def make_functional(graph: fx.Graph) -> bool:
             changed = node.args[0]
             node.target = _IN_PLACE[node.target]
             changed.replace_all_uses_with(node, delete_user_cb=lambda user, of=node: order[user] > order[of])
-        elif _does_nothing(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
         elif node.target is _aten._assert_tensor_metadata.default:
             graph.erase_node(node)
     return True

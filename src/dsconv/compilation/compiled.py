@@ -34,15 +34,19 @@ class CompiledModel(nn.Module):
         self.model = model
         self._captured: dict[tuple[int, ...], _Captured] = {}
         self._lock = threading.Lock()
-        self.plan = self._of_size(example_input).plan
+        self.plan = self.program_for(example_input)[1]
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Output for ``x`` of any batch size; a new image size is captured first, and the last 16 are remembered."""
-        _check("compiled model", x)
         with torch.inference_mode():
-            y: Tensor = self._of_size(x).program(x)
+            y: Tensor = self.program_for(x)[0](x)
         return y
+
+    def program_for(self, x: Tensor) -> tuple[Program, Plan]:
+        """What runs for images of the size of ``x``, and its table."""
+        _check("compiled model", x)
+        return self._of_size(x)
 
     def _of_size(self, x: Tensor) -> _Captured:
         size = tuple(x.shape[1:])

@@ -25,6 +25,9 @@ def fuse(graph: fx.Graph) -> None:
         elif node.target is _aten.clone.default and not node.kwargs:  # what dropout is in inference
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is _aten.adaptive_avg_pool2d.default and _same_size(node):  # averages of one value
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
         elif node.target is _aten.view.default:  # of a tensor whose channels lie side by side, that may need a copy
             node.target = _aten.reshape.default
     order = {node: place for place, node in enumerate(graph.nodes)}
@@ -34,6 +37,11 @@ def fuse(graph: fx.Graph) -> None:
             _take_residual(node, order)
             _take_activation(node)
     graph.lint()
+
+
+def _same_size(node: fx.Node) -> bool:
+    read: Any = node.args[0]
+    return tuple(read.meta["val"].shape[-2:]) == tuple(node.args[1])  # type: ignore[arg-type]
 
 
 def _take_residual(node: fx.Node, order: dict[fx.Node, int]) -> None:

@@ -398,17 +398,19 @@ class _Lowering:
                         into = Value(step.node, piece.size, in_float=True, home=whole, first=first)
                         steps.append(Step(step.node, Map(piece), into, fused=["copy"]))
                 steps += self._quantizing(result)
-            elif result.direct:
-                step.targets = [(quantized, 0) for quantized in result.quantized.values()] + result.parts
-                steps.append(step)
             else:
+                if result.direct:
+                    # A convolution makes some outputs after others, and groups need not end where those do.
+                    whole = not isinstance(step.does, Convolution) or not (step.does.quantized or step.does.window)
+                    own = [q for q in result.quantized.values() if whole or q.format.groups == 1]
+                    step.targets = [(q, 0) for q in own] + result.parts
                 steps.append(step)
-                steps += self._quantizing(result)
+                steps += self._quantizing(result, step.targets)
         self.steps = steps
 
-    def _quantizing(self, value: Value) -> list[Step]:
-        """The step that quantizes what is there in float32."""
-        covered = {id(quantized) for piece in value.pieces for quantized, _ in piece.parts}
+    def _quantizing(self, value: Value, done: Sequence[tuple[Quantized, int]] = ()) -> list[Step]:
+        """The step that quantizes what is there in float32 and is not done yet."""
+        covered = {id(q) for q, _ in [*done, *(part for piece in value.pieces for part in piece.parts)]}
         targets = [(q, 0) for q in value.quantized.values() if id(q) not in covered]
         if not targets:
             return []

@@ -1,6 +1,5 @@
 """From a picture to a network's input: the transforms of torchvision and timm as one small, serialisable record."""
 
-import importlib
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -8,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
-from dsconv.errors import ConfigError, DataError, MissingExtraError
+from dsconv.errors import ConfigError, DataError, import_extra
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -163,10 +162,7 @@ class Preprocess(BaseModel):
             MissingExtraError: timm is not installed.
             ConfigError: the model has no such configuration, or one that this class cannot express.
         """
-        try:
-            timm_data = importlib.import_module("timm.data")
-        except ImportError:
-            raise MissingExtraError("zoo", "timm") from None
+        timm_data = import_extra("zoo", "timm.data")
         if not getattr(model, "pretrained_cfg", None):
             raise ConfigError(
                 f"{type(model).__name__} carries no timm configuration (pretrained_cfg). "

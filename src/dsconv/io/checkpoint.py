@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ from dsconv.conversion.convert import FLOAT_TYPES, ModelInfo, model_info, quanti
 from dsconv.conversion.fold import add_bias
 from dsconv.conversion.summary import LayerSummary, Summary, quantized_row
 from dsconv.errors import ConfigError, FileFormatError, ModelError
+from dsconv.files import replacing
 from dsconv.nn import Affine, DSLayer
 from dsconv.numerics import pack, unpack
 
@@ -101,19 +101,15 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     entries = {"format": _MAGIC, "format_version": str(FORMAT_VERSION)}
     entries |= {name: json.dumps(value) for name, value in header.model_dump().items()}
     entries["checksum"] = _checksum(entries, tensors)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        beside.touch()
-        mode = beside.stat().st_mode
-        save_file(tensors, beside, entries)
-        # safetensors makes files that nobody but their owner may read.
-        beside.chmod(mode)
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            beside.touch()
+            mode = beside.stat().st_mode
+            save_file(tensors, beside, entries)
+            # safetensors makes files that nobody but their owner may read.
+            beside.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()
     return path
 
 

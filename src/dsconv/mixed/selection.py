@@ -10,7 +10,7 @@ from torch import nn
 
 from dsconv.config import QuantConfig, as_config
 from dsconv.data import Images, Preprocess
-from dsconv.errors import ConfigError, MissingExtraError, ModelError
+from dsconv.errors import ConfigError, ModelError, import_extra
 from dsconv.mixed.measure import Choice, Sensitivity, Trial, sensitivity, with_overrides
 from dsconv.tables import as_text
 
@@ -321,8 +321,4 @@ def _limits(budget: float | Mapping[str, float] | Budget) -> dict[str, float]:
 
 
 def _highs() -> Any:
-    try:
-        import highspy
-    except ModuleNotFoundError:
-        raise MissingExtraError("search", "highspy") from None
-    return highspy
+    return import_extra("search", "highspy")

@@ -1,5 +1,6 @@
-"""Pictures of what quantization did to a network. Needs matplotlib: ``pip install 'dsconv[report]'``."""
+"""Pictures of what was found. Needs matplotlib: ``pip install 'dsconv[report]'``."""
 
+from dsconv.report.benches import draw_benches
 from dsconv.report.pictures import draw, draw_pareto, draw_sensitivity
 
-__all__ = ["draw", "draw_pareto", "draw_sensitivity"]
+__all__ = ["draw", "draw_benches", "draw_pareto", "draw_sensitivity"]

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsconv.errors import MissingExtraError
+from dsconv.errors import import_extra
+from dsconv.files import replacing
 
 # Okabe and Ito's, which the colour-blind can tell apart.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _FLOAT = "#BBBBBB"
 _MARKERS = "osD^v"
 _BINS = 81
@@ -45,7 +46,7 @@ def draw(
     parts = figure.subfigures(2, 1, height_ratios=[2.4 * len(names), 3.8], squeeze=False)
     above, below = parts[0][0], parts[1][0]
     axes = above.subplots(len(names), len(layers), squeeze=False, sharex="col", sharey="col")
-    for row, (name, colour) in enumerate(zip(names, _COLOURS, strict=False)):
+    for row, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
         for column, layer in enumerate(layers):
             axis = axes[row][column]
             _histogram(axis, _weight(network, layer), _weight(quantized[name], layer), name, colour)
@@ -75,7 +76,7 @@ def draw_sensitivity(path: str | os.PathLike[str], layers: Mapping[str, Mapping[
     for i, name in enumerate(settings):
         places = [j for j, values in enumerate(layers.values()) if name in values]
         heights = [values[name] for values in layers.values() if name in values]
-        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i // len(_COLOURS) % len(_MARKERS)]
+        colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i // len(COLOURS) % len(_MARKERS)]
         axis.plot(places, heights, marker, color=colour, label=name)
     axis.set_xticks(range(len(layers)), list(layers), rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axis.set_title("One layer quantized, all others in float", fontsize=11)
@@ -100,8 +101,8 @@ def draw_pareto(
     """
     figure = _figure(6.0, 4.2)
     axis = figure.subplots()
-    axis.plot(*zip(*curve, strict=True), "o-", color=_COLOURS[0], markersize=4, label="least divergence")
-    axis.plot(*chosen, "D", color=_COLOURS[5], markersize=8, label="chosen")
+    axis.plot(*zip(*curve, strict=True), "o-", color=COLOURS[0], markersize=4, label="least divergence")
+    axis.plot(*chosen, "D", color=COLOURS[5], markersize=8, label="chosen")
     axis.set_xlabel("bits a weight, over the whole network")
     axis.set_title("Sum of what the layers cost alone", fontsize=11)
     _divergence(axis, [kl for _, kl in curve])
@@ -117,21 +118,14 @@ def _divergence(axis: Any, values: Sequence[float]) -> None:
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise MissingExtraError("report", "matplotlib") from None
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+    figure = import_extra("report", "matplotlib.figure").Figure
+    return figure(figsize=(width, height), dpi=130, layout="constrained")
 
 
 def _written(figure: Any, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
+    with replacing(path) as beside:
         figure.savefig(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path
 
 
@@ -157,7 +151,7 @@ def _bars(axis: Any, layer_sqnr_db: Mapping[str, Mapping[str, float]]) -> None:
     for i, (name, values) in enumerate(layer_sqnr_db.items()):
         places = [j - 0.42 + (i + 0.5) * width for j in range(len(layers))]
         heights = [min(values.get(layer, math.nan), top) for layer in layers]
-        axis.bar(places, heights, 0.92 * width, color=_COLOURS[i % len(_COLOURS)], label=name)
+        axis.bar(places, heights, 0.92 * width, color=COLOURS[i % len(COLOURS)], label=name)
         for x, layer in zip(places, layers, strict=True):
             if layer not in values:
                 axis.text(x, 0.5, "in float", rotation=90, ha="center", va="bottom", fontsize=9)

@@ -1,0 +1,260 @@
+"""``dsconv.bench``: a network in dsconv and in other runtimes, taking turns in one process."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dsconv.benchmarking import peers
+from dsconv.benchmarking.machine import cores, machine
+from dsconv.benchmarking.measure import Race, quartiles
+from dsconv.benchmarking.peers import PEERS, Case, Contestant, NotRun, OnnxModels
+from dsconv.benchmarking.results import Bench, Timing, plural
+from dsconv.conversion import model_info
+from dsconv.errors import ConfigError, MissingExtraError, ModelError
+
+_RANDOM_IMAGES = 8
+# Beyond it, a float32 runtime did not compute the network.
+_MOST_ERROR = 0.01
+
+
+def bench(
+    reference: nn.Module,
+    qmodel: nn.Module,
+    images: Tensor | Sequence[int],
+    *,
+    against: Iterable[str] = PEERS,
+    batch_sizes: Sequence[int] = (1,),
+    threads: Sequence[int] = (1,),
+    turns: int | None = None,
+    seconds: float = 10.0,
+    name: str | None = None,
+    progress: bool = False,
+    on_interrupt: Literal["raise", "partial"] = "raise",
+) -> Bench:
+    """Time a quantized network, compiled and as it is, beside its float original in other runtimes, in one process.
+
+    The runtimes are PyTorch (eager, float32 and bf16), ONNX Runtime (float32 and int8) and OpenVINO (float32, bf16 and
+    int8); bf16 where the processor has it. int8 is a Q/DQ model that ``onnxruntime.quantization`` makes of the float
+    network: weights with a scale per output, activations ``uint8`` with a scale per tensor. What a runtime really
+    computed in is read out of it, and a contestant is named after that. Each takes float32 ``(N, C, H, W)`` and returns
+    float32, and each is warmed up; then they take turns in random order (:class:`dsconv.benchmarking.measure.Race`).
+    A float32 runtime whose output is more than 1 % off PyTorch's does not take part.
+
+    Args:
+        reference: the float network, in eval mode, on the CPU; it returns one tensor. Its weights do not matter to the
+            times.
+        qmodel: the quantized network.
+        images: float32 ``(N, C, H, W)``, what the networks are run on, repeated to fill a batch, and what int8 models
+            are calibrated on; or the shape ``(C, H, W)`` of 8 random ones, of a standard normal distribution.
+        against: some of ``torch``, ``onnxruntime`` and ``openvino``. One that is not installed, or cannot run the
+            network, is noted in the result.
+        batch_sizes: images a call; each is measured with each number of threads.
+        threads: of each contestant.
+        turns: of each contestant, at least 2; None is as many as fit into ``seconds``, and at least 5.
+        seconds: for all contestants together, for each batch size and number of threads, once they are warm.
+        name: of the network, for the table; None is how :func:`dsconv.zoo.build` was told, or its class.
+        progress: show a progress bar on stderr.
+        on_interrupt: what Ctrl-C does: ``"raise"`` KeyboardInterrupt, or end with the times so far (``"partial"``), if
+            there are any.
+
+    Raises:
+        ConfigError: an argument out of range.
+        ModelError: a network is in training mode, cannot run on the images or cannot be compiled.
+
+    >>> import dsconv
+    >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+    >>> found = bench(net, dsconv.quantize(net), (3, 16, 16), against=["torch"], turns=2)
+    >>> [timing.contestant for timing in found.timings][:3], found.timings[0].turns
+    (['dsconv', 'dsconv, not compiled', 'PyTorch float32'], 2)
+    """
+    _check(reference, against := list(dict.fromkeys(against)), batch_sizes, threads, turns, seconds, on_interrupt)
+    x, calibration = _images(images)
+    info, threads_before, where = model_info(qmodel), torch.get_num_threads(), machine()
+    name = name or str(getattr(reference, "dsconv_architecture", type(reference).__name__))
+    interrupted = False
+    with TemporaryDirectory() as folder, _progress_bar(progress, len(batch_sizes) * len(threads)) as show:
+        run = _Run(reference, qmodel, x, against, Path(folder), lambda what, done: show(f"{name}, {what}", done))
+        try:
+            for batch_size in batch_sizes:
+                run.batch(batch_size, threads, turns, seconds)
+        except KeyboardInterrupt:
+            if on_interrupt == "raise" or not run.timings:
+                raise
+            interrupted = True
+        finally:
+            torch.set_num_threads(threads_before)
+    return Bench(
+        network=name,
+        input_shape=tuple(x.shape[1:]),
+        config=info.config.to_dict() if info is not None else None,
+        calibration=calibration,
+        timings=tuple(run.timings),
+        not_run=run.not_run,
+        unsettled_turns=run.unsettled_turns,
+        machine=where,
+        interrupted=interrupted,
+    )
+
+
+def _check(
+    reference: nn.Module,
+    against: Sequence[str],
+    batch_sizes: Sequence[int],
+    threads: Sequence[int],
+    turns: int | None,
+    seconds: float,
+    on_interrupt: str,
+) -> None:
+    for peer in against:
+        if peer not in PEERS:
+            raise ConfigError(f"against: expected some of {', '.join(PEERS)}, got {peer!r}")
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ConfigError(f"batch_sizes: expected whole numbers from 1, got {batch_sizes}")
+    if not threads or min(threads) < 1 or max(threads) > cores():
+        raise ConfigError(f"threads: expected whole numbers from 1 to the {cores()} cores there are, got {threads}")
+    if (turns is not None and turns < 2) or seconds <= 0:
+        raise ConfigError(f"expected turns of at least 2 and seconds above 0, got {turns} and {seconds}")
+    if on_interrupt not in ("raise", "partial"):
+        raise ConfigError(f"on_interrupt must be 'raise' or 'partial', got {on_interrupt!r}.")
+    if reference.training:
+        raise ModelError("the reference is in training mode: call its eval() before")
+
+
+def _images(images: Tensor | Sequence[int]) -> tuple[Tensor, str]:
+    """Images, and what they are in words."""
+    if not isinstance(images, Tensor):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn((_RANDOM_IMAGES, *images), generator=generator), f"{_RANDOM_IMAGES} random images"
+    if images.dim() < 2 or not len(images) or images.dtype != torch.float32 or images.device.type != "cpu":
+        got = f"{tuple(images.shape)} of {images.dtype} on {images.device}"
+        raise ConfigError(f"images: expected float32 (N, C, H, W) on the CPU, N at least 1, or (C, H, W), got {got}")
+    return images, f"{len(images)} given images"
+
+
+class _Run:
+    """The settings of a benchmark, one after the other, and what they gave so far."""
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        qmodel: nn.Module,
+        images: Tensor,
+        against: Sequence[str],
+        folder: Path,
+        show: Callable[[str, float], None],
+    ):
+        self.reference, self.qmodel, self.images, self.show = reference, qmodel, images, show
+        self.onnx = OnnxModels(reference, images, folder)
+        self.makers = {name: make for peer in against for name, make in peers.CONTESTANTS[peer].items()}
+        self.timings: list[Timing] = []
+        self.not_run: dict[str, str] = {}
+        self.unsettled_turns = 0
+        self.settings_done = 0
+
+    def batch(self, batch_size: int, threads: Sequence[int], turns: int | None, seconds: float) -> None:
+        copies = math.ceil(batch_size / len(self.images))
+        x = self.images.repeat(copies, *[1] * (self.images.dim() - 1))[:batch_size].contiguous()
+        y = _output(self.reference, x)
+        self.show(f"batch {batch_size}: compiling", self.settings_done)
+        ours = peers.ours(self.qmodel, x)
+        for count in threads:
+            torch.set_num_threads(count)
+            what = f"batch {batch_size}, {plural(count)}"
+            contestants, case = list(ours), Case(self.reference, self.onnx, x, y.shape, count)
+            for name, make in self.makers.items():
+                if name not in self.not_run:
+                    self.show(f"{what}: preparing {name}", self.settings_done)
+                    try:
+                        contestants.append(_checked(make(case), y))
+                    except (NotRun, MissingExtraError) as error:
+                        self.not_run[name] = str(error)
+                    except Exception as error:  # whatever a runtime raises for a network that it does not know
+                        self.not_run[name] = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            with torch.inference_mode():
+                self._race(contestants, case, what, turns, seconds)
+            self.settings_done += 1
+
+    def _race(
+        self, contestants: Sequence[Contestant], case: Case, what: str, turns: int | None, seconds: float
+    ) -> None:
+        self.show(f"{what}: warming up", self.settings_done)
+        race = Race([contestant.call for contestant in contestants], case.threads)
+        try:
+            for part in race.rounds(turns=turns, seconds=seconds):
+                self.show(f"{what}: measuring", self.settings_done + part)
+        finally:  # also when it is interrupted
+            self.unsettled_turns += race.unsettled
+            if min(map(len, race.times)) > 1:
+                self.timings += map(partial(_timing, case), contestants, race.times)
+
+
+def _timing(case: Case, contestant: Contestant, times: Sequence[float]) -> Timing:
+    """What is reported of ``times`` in seconds."""
+    first, median, third = quartiles([1e3 * time for time in times])
+    return Timing(
+        contestant=contestant.name,
+        executed=contestant.executed,
+        weight_bytes=contestant.weight_bytes,
+        batch_size=len(case.x),
+        threads=case.threads,
+        turns=len(times),
+        first_quartile_ms=first,
+        median_ms=median,
+        third_quartile_ms=third,
+    )
+
+
+def _output(reference: nn.Module, x: Tensor) -> Tensor:
+    try:
+        with torch.inference_mode():
+            y = reference(x)
+    except RuntimeError as error:
+        raise ModelError(f"the network cannot run on images of shape {tuple(x.shape[1:])}: {error}") from error
+    if not isinstance(y, Tensor) or y.dtype != torch.float32:
+        got = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
+        raise ModelError(f"the network must return one float32 tensor, got {got}")
+    return y
+
+
+def _checked(contestant: Contestant, y: Tensor) -> Contestant:
+    """The contestant, if what it returns can be the output ``y`` of the network."""
+    with torch.inference_mode():
+        found = contestant.output()
+    if found.shape != y.shape:
+        raise NotRun(f"returns {tuple(found.shape)} instead of {tuple(y.shape)}")
+    error = float((found - y).norm() / y.norm())
+    if contestant.name.endswith("float32") and not error <= _MOST_ERROR:
+        raise NotRun(f"its output is {100 * error:.1f} % off PyTorch's")
+    return contestant
+
+
+@contextmanager
+def _progress_bar(shown: bool, settings: int) -> Iterator[Callable[[str, float], None]]:
+    """A function that shows what is done, and how many of the settings are."""
+    if not shown:
+        yield lambda what, done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    # A thread that refreshes it would take its time from a contestant.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
+        task, last = bar.add_task("", total=settings), 0.0
+
+        def show(what: str, done: float) -> None:
+            nonlocal last
+            bar.update(task, description=what, completed=done)
+            if time.monotonic() - last > 0.2:
+                bar.refresh()
+                last = time.monotonic()
+
+        yield show

@@ -1,0 +1,82 @@
+"""Where a measurement was made."""
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dsconv import ops
+
+_PACKAGES = ("dsconv", "torch", "onnx", "onnxruntime", "openvino")
+_CAPS = ("DSCONV_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, versions (None where a package is not installed) and instruction sets, as plain data.
+
+    ``caps`` are the environment's limits: ``DSCONV_MAX_ISA`` binds dsconv, ``ONEDNN_MAX_CPU_ISA`` oneDNN in PyTorch and
+    OpenVINO. ONNX Runtime has none. ``load_average`` is the number of threads, of all processes, that ran or wanted to
+    in the last minute; None where the system does not tell.
+
+    >>> sorted(machine())
+    ['caps', 'cores', 'isa', 'load_average', 'processor', 'python', 'system', 'versions']
+    """
+    return {
+        "processor": processor(),
+        "cores": cores(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in _PACKAGES},
+        "isa": ops.cpu.isa(),
+        "caps": {name: os.environ.get(name) for name in _CAPS},
+    }
+
+
+def machine_notes(machine: dict[str, Any]) -> Iterator[str]:
+    """Lines of what :func:`machine` tells."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
+    yield f"{machine['processor']}, {machine['cores']} cores, {machine['isa'] or 'no extension'}; {versions}."
+    if machine["load_average"] is not None:
+        yield f"Load average of the minute before: {machine['load_average']:.2f}."
+    caps = {name: value for name, value in machine["caps"].items() if value}
+    if caps:
+        binds = {"DSCONV_MAX_ISA": "dsconv", "ONEDNN_MAX_CPU_ISA": "oneDNN in PyTorch and OpenVINO"}
+        limits = ", ".join(f"{name}={value} ({binds[name]})" for name, value in caps.items())
+        yield f"Capped: {limits}; ONNX Runtime has no cap."
+
+
+def cores() -> int:
+    """Logical processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Name of the processor."""
+    return ", ".join(sorted(_cpuinfo("model name"))) or platform.processor() or platform.machine()
+
+
+def why_no_bf16() -> str:
+    """Why nothing is measured in bf16; empty where the processor computes in it."""
+    flags = {flag for line in _cpuinfo("flags") | _cpuinfo("Features") for flag in line.split()}
+    if not {"avx512_bf16", "amx_bf16", "bf16"} & flags:
+        return "the processor has no bf16"
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    with_bf16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")
+    return "" if cap.startswith(with_bf16) else f"ONEDNN_MAX_CPU_ISA={cap} leaves no bf16"
+
+
+def _cpuinfo(field: str) -> set[str]:
+    """Values of a field of Linux's account of the processors, each once."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return {line.partition(":")[2].strip() for line in lines if line.startswith(field)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

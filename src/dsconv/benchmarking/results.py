@@ -1,0 +1,177 @@
+"""What a benchmark of a network found, as plain data and as a table."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsconv.benchmarking.machine import machine_notes
+from dsconv.tables import as_text
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+OURS = "dsconv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What one contestant took for one batch.
+
+    Attributes:
+        contestant: ``dsconv`` (compiled), ``dsconv, not compiled``, or a runtime and the precision it computed in.
+        executed: what computed the layers, in the words of the runtime.
+        weight_bytes: of the weights and all other constants that the runtime was given; of dsconv what they take in a
+            file, packed.
+        batch_size: images a call.
+        threads: that the contestant was told to use.
+        turns: that were timed.
+        first_quartile_ms, median_ms, third_quartile_ms: of the time of one call, over the turns.
+    """
+
+    contestant: str
+    executed: str
+    weight_bytes: int
+    batch_size: int
+    threads: int
+    turns: int
+    first_quartile_ms: float
+    median_ms: float
+    third_quartile_ms: float
+
+    @property
+    def ms_per_image(self) -> float:
+        """Median time over the batch size."""
+        return self.median_ms / self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Times of a quantized network beside those of other runtimes; prints as a table.
+
+    Attributes:
+        network: its name.
+        input_shape: of one image, ``(C, H, W)``.
+        config: settings of the quantized network as plain data, None where it does not know them.
+        calibration: on what the ranges of activations of int8 models were found.
+        timings: by batch size, number of threads and contestant; dsconv comes first.
+        not_run: contestants that did not take part, and why.
+        unsettled_turns: that began while threads of another contestant may still have been spinning.
+        machine: where it was measured, see :func:`dsconv.benchmarking.machine.machine`.
+        interrupted: whether it was stopped early.
+    """
+
+    network: str
+    input_shape: tuple[int, ...]
+    config: dict[str, Any] | None
+    calibration: str
+    timings: tuple[Timing, ...]
+    not_run: dict[str, str]
+    unsettled_turns: int
+    machine: dict[str, Any]
+    interrupted: bool = False
+
+    def ratio(self, timing: Timing) -> float | None:
+        """Compiled dsconv's median time over that of ``timing``: below 1 dsconv is faster. None where it has none."""
+        return self._over(timing, (OURS, timing.batch_size, timing.threads))
+
+    def speedup(self, timing: Timing) -> float | None:
+        """Its median time on one thread over that of ``timing``. None where it was not measured on one."""
+        return self._over(timing, (timing.contestant, timing.batch_size, 1))
+
+    def _over(self, timing: Timing, other: tuple[str, int, int]) -> float | None:
+        for found in self.timings:
+            if (found.contestant, found.batch_size, found.threads) == other:
+                return found.median_ms / timing.median_ms
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        rows = [
+            {
+                **asdict(timing),
+                "ms_per_image": timing.ms_per_image,
+                "ours_over_this": self.ratio(timing),
+                "speedup_over_one_thread": self.speedup(timing),
+            }
+            for timing in self.timings
+        ]
+        return {**asdict(self), "timings": rows}
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __rich__(self) -> "Group":
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        title = f"{self.network}, {'x'.join(map(str, self.input_shape))}"
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=Text(title), title_justify="left")
+        columns: dict[str, Callable[[Timing], str]] = {
+            "ms": lambda timing: digits(timing.median_ms),
+            "quartiles": lambda timing: f"{digits(timing.first_quartile_ms)} .. {digits(timing.third_quartile_ms)}",
+            "ms an\nimage": lambda timing: digits(timing.ms_per_image),
+            "ours /\ntheirs": lambda timing: "" if timing.contestant == OURS else _cell(self.ratio(timing)),
+            "speed-\nup": lambda timing: _cell(self.speedup(timing)),
+            "weights\nMB": lambda timing: f"{timing.weight_bytes / 1e6:.2f}",
+        }
+        if all(timing.batch_size == 1 for timing in self.timings):
+            del columns["ms an\nimage"]
+        if not self._scales():
+            del columns["speed-\nup"]
+        table.add_column("", overflow="fold")
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        setting = None
+        for timing in self.timings:
+            if setting != (setting := (timing.batch_size, timing.threads)):
+                table.add_section()
+                table.add_row(f"batch {timing.batch_size}, {plural(timing.threads)}", style="italic")
+            cells = [cell(timing) for cell in columns.values()]
+            table.add_row(Text(timing.contestant), *cells, style="bold" if timing.contestant == OURS else None)
+        return Group(table, *map(Text, self._notes()))
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _scales(self) -> bool:
+        return len({timing.threads for timing in self.timings}) > 1 and any(map(self.speedup, self.timings))
+
+    def _notes(self) -> Iterator[str]:
+        if self.interrupted:
+            yield "Interrupted: settings are missing, or have fewer turns."
+        turns = sorted({timing.turns for timing in self.timings})
+        number = " to ".join(map(str, dict.fromkeys((turns[0], turns[-1]))))
+        yield f"Medians of {number} turns{'; speed-up over one thread' if self._scales() else ''}."
+        executed = {timing.contestant: timing.executed for timing in self.timings}
+        yield from (f"{name} ran: {what}." for name, what in executed.items())
+        for reason in dict.fromkeys(self.not_run.values()):
+            names = ", ".join(name for name, found in self.not_run.items() if found == reason)
+            yield f"Not run: {names}: {reason}."
+        if any("int8" in name for name in executed):
+            yield f"int8: Q/DQ models of onnxruntime.quantization, per channel, calibrated on {self.calibration}."
+        yield from machine_notes(self.machine)
+        if self.unsettled_turns:
+            yield f"{self.unsettled_turns} turns began while another contestant's threads may still have been spinning."
+
+
+def plural(threads: int) -> str:
+    """Their number in words."""
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+def digits(value: float) -> str:
+    """Three significant digits of a positive number, or three behind the point.
+
+    >>> [digits(value) for value in (0.04567, 1.2, 1234.5)]
+    ['0.046', '1.20', '1234']
+    """
+    return f"{value:.{min(3, max(0, 2 - math.floor(math.log10(value))))}f}"
+
+
+def _cell(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"

@@ -1,0 +1,347 @@
+"""The program of a compiled network: what its steps write and where, in any batch, order and number of threads."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dsconv
+from dsconv.compilation import CompiledModel, capture, program
+from dsconv.compilation.lowering import Call, Map, Pool
+from dsconv.compilation.memory import ALIGNMENT, Buffer, place
+from dsconv.ops import cpu
+
+pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+
+
+class Net(nn.Module):
+    """Layers by name, and what is done with them."""
+
+    def __init__(self, run: Callable[["Net", Tensor], Tensor], **layers: nn.Module):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+            for part in layer.modules():
+                if isinstance(part, nn.BatchNorm2d):
+                    nn.init.uniform_(part.weight, 0.5, 1.5)
+                    nn.init.normal_(part.bias)
+                    nn.init.normal_(part.running_mean, std=0.3)
+                    nn.init.uniform_(part.running_var, 0.5, 2.0)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def conv(inputs: int, outputs: int, size: int = 3, **settings: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2, **settings)
+
+
+def compiled(net: nn.Module, config: str | dict[str, object] = "w4a4", size: int = 9) -> CompiledModel:
+    return dsconv.compile(dsconv.quantize(net, config), torch.zeros(1, 3, size, size))
+
+
+def same_bits(fast: CompiledModel, size: int = 9) -> None:
+    for images in (1, 3, 2):
+        x = torch.randn(images, 3, size, size)
+        with torch.inference_mode():
+            expected, found = fast.model(x), fast(x)
+        assert torch.equal(found, expected), (found - expected).abs().max()
+
+
+def steps(fast: CompiledModel, kind: type) -> list[tuple[str, ...]]:
+    own = fast.program_for(torch.zeros(1, 3, 9, 9))[0].steps
+    return [tuple(step.fused) for step in own if isinstance(step.does, kind)]
+
+
+W4A4_64 = {"activation_bits": 4, "block_size": 64}
+
+
+def inception(m: Net, x: Tensor) -> Tensor:
+    x = F.relu(m.stem(x))
+    parts = [F.relu(m.a(x)), F.relu(m.c(F.relu(m.b(x)))), F.relu(m.d(F.max_pool2d(x, 3, 1, 1)))]
+    x = torch.cat(parts, 1)
+    return m.last(x) + F.max_pool2d(m.last(x), 3, 1, 1)
+
+
+@pytest.mark.parametrize("channels", [64, 32, 17, 16])
+def test_branches_are_written_where_they_are_concatenated(channels: int) -> None:
+    c = channels
+    fast = compiled(
+        Net(
+            inception,
+            stem=conv(3, c),
+            a=conv(c, c, 1),
+            b=conv(c, 24, 1),
+            c=conv(24, c),
+            d=conv(c, 2 * c, 1),
+            last=conv(4 * c, 8, 1),
+        ),
+        W4A4_64,
+    )
+    # Whole blocks are quantized by the layer that makes them, others once all are there.
+    assert steps(fast, Map).count(("quantize",)) == (0 if channels == 64 else 1)
+    assert not steps(fast, Call)
+    same_bits(fast)
+
+
+def dense(m: Net, x: Tensor) -> Tensor:
+    features = [F.max_pool2d(F.relu(m.stem(x)), 2, 2)]
+    for layer, norm in ((m.first, m.norm1), (m.second, m.norm2), (m.third, m.norm3)):
+        features.append(layer(F.relu(norm(torch.cat(features, 1)))))
+    return F.avg_pool2d(F.relu(m.norm4(torch.cat(features, 1))), 2)
+
+
+def test_growing_concatenations_are_one_piece_of_memory() -> None:
+    fast = compiled(
+        Net(
+            dense,
+            stem=conv(3, 40),
+            first=conv(40, 24),
+            second=conv(64, 24),
+            third=conv(88, 24),
+            norm1=nn.BatchNorm2d(40),
+            norm2=nn.BatchNorm2d(64),
+            norm3=nn.BatchNorm2d(88),
+            norm4=nn.BatchNorm2d(112),
+        )
+    )
+    assert steps(fast, Map) == [("scale", "shift", "relu")] * 4
+    assert len(steps(fast, Pool)) == 2 and not steps(fast, Call)
+    same_bits(fast)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: torch.cat([m.a(x), m.a(x)], 1),  # the same piece twice
+        lambda m, x: m.b(torch.cat([F.silu(m.a(x)), m.a(x)], 1)),  # a piece that PyTorch makes
+        lambda m, x: (lambda y: m.b(torch.cat([y, m.c(y)], 1)) + m.b(torch.cat([m.c(y), y], 1)))(m.a(x)),  # two homes
+        lambda m, x: (lambda y: torch.cat([torch.cat([y, m.c(y)], 1), m.c(y)], 1))(m.a(x)),  # one in another
+        lambda m, x: (lambda y: (m.b(torch.cat([y, y], 1)), torch.cat([y, x], 1)))(m.a(x))[1],  # with the input
+        lambda m, x: m.a(x).reshape(x.shape[0], -1) * 2,  # a view of the program's memory, and what is made of it
+        lambda m, x: (lambda y: m.c(F.relu(m.c(y))) + y.flatten(1)[:, :1, None, None])(m.a(x)),  # read much later
+        lambda m, x: m.a(x).permute(0, 2, 3, 1),  # a view that is returned
+        lambda m, x: m.a(x),
+        lambda m, x: m.c(m.a(x)) + m.a(x) + m.a(x),
+        lambda m, x: F.relu6(m.a(x)) + F.hardswish(m.a(x)) * 0.5,
+        lambda m, x: F.leaky_relu(F.relu(m.a(x)) - 0.1, 0.2),
+    ],
+)
+def test_whatever_is_done_with_tensors_gives_the_same_bits(run: Callable[[Net, Tensor], Tensor]) -> None:
+    same_bits(compiled(Net(run, a=conv(3, 48), b=conv(96, 16, 1), c=conv(48, 48))))
+
+
+@pytest.mark.parametrize("config", ["paper", "w4a4", "default", {"activation_bits": 3, "block_size": 32}])
+@pytest.mark.parametrize("groups", [1, 3, 48])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_layers_of_all_kinds_read_what_others_write(config: str, groups: int, stride: int) -> None:
+    def run(m: Net, x: Tensor) -> Tensor:
+        x = F.hardswish(m.stem(x))
+        x = F.relu(m.middle(x)) + F.leaky_relu(m.side(x), 0.3)
+        return m.last(F.adaptive_avg_pool2d(m.wide(x), 1).flatten(1))
+
+    net = Net(
+        run,
+        stem=conv(3, 48, 5),
+        middle=conv(48, 48, groups=groups, stride=stride),
+        side=conv(48, 48, 1, stride=stride),
+        wide=conv(48, 80, 5),
+        last=nn.Linear(80, 10),
+    )
+    same_bits(compiled(net, config))
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+@given(data=st.data())
+def test_pooling_is_pytorchs(average: bool, ceil_mode: bool, data: st.DataObject) -> None:
+    kernel = data.draw(st.tuples(*[st.integers(1, 4)] * 2))
+    stride = data.draw(st.tuples(*[st.integers(1, 3)] * 2))
+    padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
+    settings: dict[str, object] = {"count_include_pad": data.draw(st.booleans())}
+    if data.draw(st.booleans()):
+        settings["divisor_override"] = data.draw(st.integers(1, 9))
+    if not average:
+        settings = {"dilation": data.draw(st.integers(1, 2))}
+    pool = F.avg_pool2d if average else F.max_pool2d
+    channels = data.draw(st.sampled_from((5, 16, 40)))
+    net = Net(
+        lambda m, x: pool(m.a(x), kernel, stride, padding, ceil_mode=ceil_mode, **settings), a=conv(3, channels, 1)
+    )
+    fast = compiled(net)
+    assert len(steps(fast, Pool)) == 1
+    x = torch.randn(2, 3, 9, 9)
+    if data.draw(st.booleans()):
+        x[0, :, 2, 3] = torch.nan
+    with torch.inference_mode():
+        assert torch.equal(fast(x).nan_to_num(9.0), fast.model(x).nan_to_num(9.0))
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30), st.integers(0, 10)), max_size=30))
+def test_no_two_buffers_share_memory_while_both_are_needed(sizes: list[tuple[int, int, int]]) -> None:
+    buffers = [Buffer(size * ALIGNMENT, first, first + more) for size, first, more in sizes]
+    end = place(buffers)
+    for i, a in enumerate(buffers):
+        assert a.offset % ALIGNMENT == 0 and 0 <= a.offset <= end - a.size
+        for b in buffers[:i]:
+            assert not a.meets(b) or a.offset + a.size <= b.offset or b.offset + b.size <= a.offset
+    assert end <= sum(buffer.size for buffer in buffers)
+    needed = [sum(b.size for b in buffers if b.first <= step <= b.last) for step in range(41)]
+    assert end >= max(needed)
+
+
+def residual(m: Net, x: Tensor) -> Tensor:
+    x = F.relu(m.stem(x))
+    for layer in (m.a, m.b, m.a):
+        x = F.relu(layer(F.relu(m.b(x))) + x)
+    return m.last(x.mean((2, 3)))
+
+
+def residual_net() -> Net:
+    return Net(residual, stem=conv(3, 64), a=conv(64, 64), b=conv(64, 64), last=nn.Linear(64, 10))
+
+
+def test_a_sum_takes_the_place_of_its_residual() -> None:
+    fast = compiled(residual_net(), W4A4_64)
+    one = fast.program_for(torch.zeros(1, 3, 9, 9))[0]
+    # The residual in float32, and the input of a layer with its border twice: nothing else is needed at a time.
+    assert one.memory_bytes < 4 * 64 * 81 + 2 * (64 + 8 + 8) * 11 * 11 + 1024
+    same_bits(fast)
+
+
+def test_batches_beyond_what_is_cached_are_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "_CACHED_BYTES", 100_000)
+    fast = compiled(residual_net())
+    one = fast.program_for(torch.zeros(1, 3, 9, 9))[0]
+    assert one.images_at_once is not None and one.images_at_once < 4
+    x = torch.randn(11, 3, 9, 9)
+    with torch.inference_mode():
+        assert torch.equal(fast(x), fast.model(x))
+    together = compiled(Net(lambda m, x: m.a(x) - m.a(x).mean(0, keepdim=True), a=conv(3, 64)))
+    with torch.inference_mode():
+        assert together.program_for(x)[0].images_at_once is None
+        assert torch.equal(together(x), together.model(x))
+
+
+@pytest.mark.slow
+def test_two_thousand_calls_from_four_threads_give_the_same_bits_and_take_no_more_memory() -> None:
+    fast = compiled(residual_net())
+    batches = [torch.randn(n, 3, 9, 9) for n in (1, 2, 3, 5, 8)]
+    with torch.inference_mode():
+        expected = [fast.model(x) for x in batches]
+    wrong: list[int] = []
+
+    def work(first: int) -> None:
+        for call in range(first, first + 250):
+            which = call % len(batches)
+            if not torch.equal(fast(batches[which]), expected[which]):
+                wrong.append(call)
+
+    def four_threads() -> None:
+        threads = [threading.Thread(target=work, args=(i * 7,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    four_threads()
+    before = resident_bytes()
+    four_threads()
+    assert not wrong
+    assert resident_bytes() - before < 4 << 20
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_in_place_operators_that_others_see_are_left_to_pytorch() -> None:
+    def seen(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        view = y.flatten(1)
+        y.relu_()
+        return view
+
+    def unseen(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        y.add_(m.a(x))
+        return F.dropout(y.relu_(), training=False).flatten(1) + y.flatten(1)
+
+    for run in (seen, unseen):
+        net = Net(run, a=conv(3, 16))
+        same_bits(compiled(net))
+    x = torch.zeros(2, 3, 9, 9)
+    for run, possible in ((seen, False), (unseen, False)):
+        exported = torch.export.export(Net(run, a=conv(3, 16)), (x,)).module(check_guards=False)
+        assert capture.make_functional(exported.graph) is possible
+
+
+def test_profile_counts_every_step_and_its_multiply_adds() -> None:
+    fast, x = compiled(residual_net()), torch.randn(2, 3, 9, 9)
+    found = dsconv.profile(fast, x, runs=3)
+    assert [step.name for step in found.steps] == [step.name for step in fast.plan.steps]
+    assert [step.macs for step in found.steps if step.name == "a"] == [81 * 64 * 64 * 9] * 2
+    assert all(step.median_ms > 0 for step in found.steps)
+    assert sum(step.median_ms for step in found.steps) < 2 * found.median_ms
+    assert "GMAC/s" in str(found) and found.to_dict()["batch_size"] == 2
+    with pytest.raises(ValueError, match="runs: expected at least 2"):
+        dsconv.profile(fast, x, runs=1)
+    with pytest.raises(ValueError, match="at least one image"):
+        dsconv.profile(fast, x[:0])
+
+
+def test_the_extension_refuses_steps_that_do_not_fit() -> None:
+    module = cpu.extension()
+    nothing, size, strides = (-1, -1, [], 0, 0.0), (16, 4, 4), (256, 1, 64, 16)
+
+    def fresh() -> tuple[object, int, int]:
+        one = module.Program("scalar")
+        return one, one.values(0, 0, 0, size, strides), one.quantized(1024, 16, 16, 1, (4, 4, 1, 1), 4, 4, 0, False)
+
+    one, values, quantized = fresh()
+    whole = (1, 16, 4, 4, 16, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 0)
+    address = torch.zeros(1 << 16).data_ptr()
+    uses = (values, -1, [], 0, 0.0)
+
+    def convolve(sizes: tuple[int, ...] = whole, source: int = -1, read: int = 1000, use: object = uses) -> None:
+        one.convolve(sizes, source, quantized if read == 1000 else read, address, address, 0, 0, 4, 4, 0, use)
+
+    convolve()
+    for wrong in (
+        lambda: convolve(read=7),
+        lambda: convolve(source=7),
+        lambda: convolve(use=nothing),
+        lambda: convolve(use=(values, -1, [(quantized, 8)], 0, 0.0)),
+        lambda: convolve(use=(values, -1, [(3, 0)], 0, 0.0)),
+        lambda: convolve(use=(values, -1, [], 9, 0.0)),
+        lambda: convolve(use=(values, 5, [], 0, 0.0)),
+        lambda: convolve((1, 32, 4, 4, 16, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 0)),
+        lambda: convolve((1, 16, 4, 4, 32, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 0)),
+        lambda: convolve((1, 16, 4, 4, 16, 6, 6, 3, 3, 1, 1, 2, 2, 1, 1, 1, 16, 0)),
+        lambda: convolve((1, 16, 4, 4, 16, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1)),
+        lambda: one.values(0, 0, 0, (17, 4, 4), strides),
+        lambda: one.values(0, 1, 0, size, strides),
+        lambda: one.values(-1, 0, 0, size, strides),
+        lambda: one.values(0, 0, 0, (16, 0, 4), strides),
+        lambda: one.quantized(0, 16, 12, 1, (4, 4, 1, 1), 4, 4, 0, False),
+        lambda: one.quantized(0, 16, 16, 1, (4, 4, -1, 1), 4, 4, 0, False),
+        lambda: one.quantized(0, 16, 16, 1, (4, 4, 1, 1), 4, 9, 0, False),
+        lambda: one.map(values, address, 0, uses),
+        lambda: one.map(values, 0, 0, nothing),
+        lambda: one.pool(values, (3, 3, 1, 1, 9, 1, 1, 1), False, False, 0, (4, 4), uses),
+        lambda: one.pool(values, (3, 3, 0, 1, 1, 1, 1, 1), False, False, 0, (4, 4), uses),
+        lambda: one.pool(values, (3, 3, 1, 1, 1, 1, 1, 1), False, False, 0, (2, 2), uses),
+        lambda: one.run(1, [], 0, 1, 0),
+        lambda: one.run(1, [address], 0, 9, 0),
+        lambda: one.run(1, [address], -1, 1, 0),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            wrong()
