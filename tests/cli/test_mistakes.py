@@ -247,6 +247,8 @@ def test_a_bug_still_shows_where_it_is(dsconv_cli: Cli, tmp_path: Path) -> None:
             "search {net} --out {tmp}/a --effective-bits 4 --preset paper --config x.json",
             "one of --preset and --config",
         ),
+        ("search {net} --out {tmp}/a --effective-bits 4 --plot {tmp}/b.foo", "expected a name that ends in one of"),
+        ("sensitivity {net} --plot {tmp}/b.foo", "expected a name that ends in one of"),
         ("sensitivity {net} --reference {net}", "go with a quantized FILE"),
         ("sensitivity {file} --preset paper", "has its own settings"),
     ],
