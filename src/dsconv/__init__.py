@@ -18,6 +18,7 @@ from dsconv.conversion import fold_batchnorm, quantize, summary
 from dsconv.cpu import cpu_info
 from dsconv.evaluation import compare, evaluate
 from dsconv.io import load, save
+from dsconv.mixed import search, sensitivity
 
 __version__ = metadata.version("dsconv")
 
@@ -39,6 +40,8 @@ __all__ = [
     "profile",
     "quantize",
     "save",
+    "search",
+    "sensitivity",
     "summary",
     "zoo",
 ]

@@ -32,11 +32,14 @@ def strict_json(text: str) -> Any:
 def test_help_and_version_in_a_process_of_its_own(dsconv_cli: Callable[..., Any]) -> None:
     done = dsconv_cli("--help")
     assert done.returncode == 0 and not done.stderr
-    assert all(command in done.stdout for command in ("quantize", "evaluate", "bench", "inspect", "demo"))
+    assert all(
+        command in done.stdout
+        for command in ("quantize", "evaluate", "bench", "inspect", "sensitivity", "search", "demo")
+    )
     assert dsconv_cli("--version").stdout.strip() == f"dsconv {dsconv.__version__}"
 
 
-@pytest.mark.parametrize("command", ["quantize", "evaluate", "bench", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "bench", "inspect", "sensitivity", "search", "demo"])
 def test_every_command_has_help_with_an_example(command: str, cli: Callable[..., Any]) -> None:
     done = cli(command, "--help")
     assert done.code == 0
@@ -140,6 +143,47 @@ def test_quantize_shows_a_table_and_force_replaces(cli: Callable[..., Any], tmp_
     assert "layer3.downsample.0" in cli("inspect", file).stdout
 
 
+def test_search_writes_settings_that_quantize_takes(cli: Callable[..., Any], tmp_path: Path, digits: Path) -> None:
+    file, plot, net = tmp_path / "mixed.json", tmp_path / "pareto.png", tmp_path / "net.safetensors"
+    options = ("--preset", "w4a4", "--effective-bits", "4.5", "--data", digits, "--limit", "8", "--plot", plot)
+    done = cli("search", "dsconv/digits_resnet", "--out", file, *options, "--json")
+    assert done.code == 0, done.stderr
+    found = strict_json(done.stdout)
+    assert found["point"]["effective_bits"] <= 4.5 and found["sensitivity"]["images"] == 8
+    assert found["budget"] == {"effective_bits": 4.5} and len(found["pareto"]) > 5
+    assert dsconv.QuantConfig.from_json(file.read_text()).to_dict() == found["config"]
+    assert Image.open(plot).width > 400
+    done = cli("quantize", "dsconv/digits_resnet", "--config", file, "--out", net, "--json")
+    assert done.code == 0, done.stderr
+    made = strict_json(done.stdout)
+    assert made["bytes_after"] == found["point"]["bytes"]
+    chosen = {trial["layer"]: trial["weight_bits"] for trial in found["chosen"]}
+    assert {layer["name"]: layer["weight_bits"] for layer in made["layers"]} == chosen and len(set(chosen.values())) > 1
+    assert sorted(os.listdir(tmp_path)) == ["mixed.json", "net.safetensors", "pareto.png"]
+
+
+def test_search_shows_a_table(cli: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "mixed.json"
+    done = cli("search", "dsconv/digits_resnet", "--out", file, "--bytes", "2e5", "--ms", "1000", "--limit", "2")
+    assert done.code == 0, done.stderr
+    assert "layer3.downsample.0" in done.stdout and "ms" in done.stdout and "2 images of noise" in done.stdout
+    assert f"dsconv quantize dsconv/digits_resnet --config {file}" in done.stdout and "layers" in done.stderr
+
+
+def test_sensitivity_of_a_model_and_of_a_file(cli: Callable[..., Any], tmp_path: Path, quantized_file: Path) -> None:
+    plot = tmp_path / "layers.svg"
+    done = cli("sensitivity", "dsconv/digits_resnet", "--preset", "paper", "--plot", plot, "--json")
+    assert done.code == 0, done.stderr
+    of_model = strict_json(done.stdout)
+    assert of_model["synthetic"] and plot.stat().st_size > 1000
+    assert all(trial["kl"] >= 0 for trial in of_model["trials"]) and len(of_model["trials"]) == 9
+    done = cli("sensitivity", quantized_file, "--json")
+    assert done.code == 0, done.stderr
+    of_file = strict_json(done.stdout)
+    assert of_file["trials"] == of_model["trials"] and of_file["reference_model"] == "dsconv/digits_resnet"
+    assert "layer1.conv1" in cli("sensitivity", quantized_file, "--limit", "2").stdout
+
+
 def test_weights_from_a_file(cli: Callable[..., Any], tmp_path: Path, factory: Path) -> None:
     network = zoo.build(f"{factory}:net?width=16")
     torch.save(network.state_dict(), tmp_path / "net.pt")
@@ -211,6 +255,18 @@ def test_ctrl_c_prints_the_figures_so_far(digits: Path, factory: Path) -> None:
     assert "Traceback" not in stderr
     figures = strict_json(stdout)
     assert figures["interrupted"] and 2 <= figures["images"] < 60
+
+
+def test_ctrl_c_ends_a_search_without_a_file(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsconv.mixed.measure.compare", stop)
+    done = cli("search", "dsconv/digits_resnet", "--effective-bits", "4.5", "--out", tmp_path / "mixed.json")
+    assert done.code == 130 and not done.stdout and "Traceback" not in done.stderr
+    assert not os.listdir(tmp_path)
 
 
 def test_bench_a_model_and_its_file_side_by_side(

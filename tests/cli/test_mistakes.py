@@ -236,3 +236,54 @@ def test_a_bug_still_shows_where_it_is(dsconv_cli: Cli, tmp_path: Path) -> None:
     done = dsconv_cli("inspect", "a", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("search {net} --out {tmp}/a", "say what to keep to"),
+        ("search {net} --out {tmp}/a --effective-bits few", "--effective-bits"),
+        (
+            "search {net} --out {tmp}/a --effective-bits 4 --preset paper --config x.json",
+            "one of --preset and --config",
+        ),
+        ("search {net} --out {tmp}/a --effective-bits 4 --plot {tmp}/b.foo", "expected a name that ends in one of"),
+        ("sensitivity {net} --plot {tmp}/b.foo", "expected a name that ends in one of"),
+        ("sensitivity {net} --reference {net}", "go with a quantized FILE"),
+        ("sensitivity {file} --preset paper", "has its own settings"),
+    ],
+)
+def test_wrong_usage_of_sensitivity_and_search(
+    options: str, expected: str, cli: Cli, tmp_path: Path, quantized_file: Path
+) -> None:
+    done = cli(*options.format(net=NET, tmp=tmp_path, file=quantized_file).split())
+    assert done.code == 2 and not done.stdout
+    assert expected in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("search {net} --out {tmp}/a --effective-bits 1", ["effective_bits of 1 is less than the", "allow more"]),
+        ("search {net} --out {tmp}/a --bytes 0", ["budget: bytes", "greater than 0"]),
+        ("search {net} --out {tmp} --effective-bits 4", ["expected the name of a file"]),
+        (
+            "search {net} --out {tmp}/a --effective-bits 4 --plot {tmp}/no/b.png",
+            ["not a folder that can be written to"],
+        ),
+        ("search {net} --out {tmp}/a --effective-bits 4 --data {tmp}/none", ["does not exist"]),
+        ("search {net} --out {tmp}/a --effective-bits 4 --config {tmp}/none.json", ["none.json"]),
+        ("search {factory}:net --out {tmp}/a --effective-bits 4", ["does not say how its images", "--crop"]),
+        ("search {factory}:net --out {tmp}/a --effective-bits 4 --crop 8", ["cannot run on images", "3, 8, 8"]),
+        ("sensitivity {factory}:net --channels gray", ["a crop or a size to resize to"]),
+        ("sensitivity {factory}:no_layers --crop 8", ["no convolution"]),
+        ("sensitivity {tmp}/none.safetensors", ["none.safetensors"]),
+    ],
+)
+def test_mistakes_with_sensitivity_and_search(
+    options: str, expected: list[str], cli: Cli, tmp_path: Path, factory: Path
+) -> None:
+    done = cli(*options.format(net=NET, tmp=tmp_path, factory=factory).split())
+    assert done.code == 1 and not done.stdout
+    check_paragraph(done.stderr, *expected)
+    assert not os.listdir(tmp_path)

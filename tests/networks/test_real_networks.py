@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import dsconv
 from dsconv import zoo
+from dsconv.data import Preprocess
+from dsconv.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dsconv.nn import DSLayer
 
 pytest.importorskip("torchvision", reason="needs the extra dsconv[zoo]")
@@ -130,6 +132,32 @@ def test_default_preset_is_closer_to_the_float_network_than_the_published_method
         for preset in ("paper", "default")
     ]
     assert errors[1] < 0.5 * errors[0]
+
+
+SEARCHED = [
+    # Network, how its images are prepared, bars of KL divergence (nats) and agreement (percent).
+    ("squeezenet1_1", Preprocess(crop=224, mean=(104, 117, 123), scale=255, channels="bgr"), 0.17, 87),
+    ("tiny_darknet", Preprocess(crop=224), 0.45, 72),
+    ("cifar_resnet20", Preprocess(crop=32, mean=IMAGENET_MEAN, std=IMAGENET_STD), 0.06, 95),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("name", "preprocess", "kl", "agreement"), SEARCHED, ids=[case[0] for case in SEARCHED])
+def test_bits_searched_on_noise_serve_photographs(
+    name: str, preprocess: Preprocess, kl: float, agreement: float, nets: ModuleType
+) -> None:
+    pytest.importorskip("highspy", reason="needs the extra dsconv[search]")
+    model = nets.load(name)
+    pictures, _ = nets.images(nets.NETS[name][1])
+    x = nets.preprocess(name, pictures[::3])
+    config = dsconv.QuantConfig.preset("w4a4", activation_sign="extra")
+    found = dsconv.search(model, config, budget=4.7, preprocess=preprocess, limit=8)
+    quantized = dsconv.quantize(model, found.config)
+    assert dsconv.summary(quantized).effective_bits <= 4.7
+    result = dsconv.compare(model, quantized, x, per_layer=False)
+    assert result.kl <= kl and result.agreement >= agreement
 
 
 def test_layers_whose_weights_are_read_but_never_called_stay_in_float() -> None:

@@ -14,7 +14,19 @@ def modules_after_import() -> set[str]:
 
 @pytest.mark.parametrize(
     "heavy",
-    ["torchvision", "timm", "matplotlib", "rich", "typer", "PIL", "onnx", "onnxruntime", "openvino", "sklearn"],
+    [
+        "torchvision",
+        "timm",
+        "matplotlib",
+        "rich",
+        "typer",
+        "PIL",
+        "onnx",
+        "onnxruntime",
+        "openvino",
+        "sklearn",
+        "highspy",
+    ],
 )
 def test_import_dsconv_does_not_import(heavy: str, modules_after_import: set[str]) -> None:
     assert "dsconv" in modules_after_import

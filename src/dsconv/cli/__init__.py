@@ -14,6 +14,8 @@ from dsconv.cli.evaluate import evaluate
 from dsconv.cli.inspect import inspect
 from dsconv.cli.profile import profile
 from dsconv.cli.quantize import quantize
+from dsconv.cli.search import search
+from dsconv.cli.sensitivity import sensitivity
 from dsconv.errors import DSConvError
 
 app = typer.Typer(
@@ -42,6 +44,12 @@ dsconv bench resnet50.safetensors --batch-size 1,8 --threads 1,2 --out bench.jso
 dsconv bench torchvision/resnet18 torchvision/vgg16 --weights random --preset w4a4 --against onnxruntime,openvino""",
     profile: "dsconv profile resnet50.safetensors --batch-size 8 --threads 2",
     inspect: "dsconv inspect resnet50.safetensors",
+    sensitivity: """dsconv sensitivity torchvision/squeezenet1_1 --preset w4a4 --plot layers.png
+
+dsconv sensitivity squeezenet.safetensors --data photos""",
+    search: """dsconv search torchvision/squeezenet1_1 --preset w4a4 --effective-bits 4.7 --out mixed.json
+
+dsconv search net.py:make --weights net.pt --crop 224 --data photos --bytes 8e5 --plot pareto.png --out mixed.json""",
     demo: "dsconv demo --out demo-out",
 }
 for command, examples in _EXAMPLES.items():

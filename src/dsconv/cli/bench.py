@@ -20,6 +20,7 @@ from dsconv.cli.common import (
     Preset,
     Size,
     Weights,
+    check_format,
     check_out,
     image_shape,
     is_quantized_file,
@@ -34,7 +35,7 @@ from dsconv.cli.common import (
 from dsconv.config import QuantConfig
 from dsconv.conversion import model_info
 from dsconv.data import Preprocess, batches
-from dsconv.errors import DataError, import_extra
+from dsconv.errors import DataError
 from dsconv.files import replacing
 from dsconv.nn import DSLayer
 
@@ -85,7 +86,7 @@ def bench(
     for path in filter(None, (out, plot)):
         check_out(path, force)
     if plot:
-        _check_format(plot)
+        check_format(plot)
     found: list[Bench] = []
     interrupted = False
     try:
@@ -123,14 +124,6 @@ def bench(
         print_json(_as_dict(found))
     if interrupted:
         raise typer.Exit(130)
-
-
-def _check_format(plot: Path) -> None:
-    known = import_extra("report", "matplotlib.figure").Figure().canvas.get_supported_filetypes()
-    if plot.suffix[1:] not in known:
-        raise typer.BadParameter(
-            f"--plot: expected a name that ends in one of .{', .'.join(known)}, got {plot.name!r}."
-        )
 
 
 def _as_dict(found: list[Bench]) -> dict[str, Any]:

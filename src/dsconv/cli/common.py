@@ -5,6 +5,8 @@ import math
 import os
 import re
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,8 @@ from torch import nn
 import dsconv
 from dsconv import zoo
 from dsconv.config import PRESETS, QuantConfig
-from dsconv.errors import ConfigError, DataError, ModelError
+from dsconv.data import Preprocess
+from dsconv.errors import ConfigError, DataError, ModelError, import_extra
 
 MODEL_HELP = (
     "torchvision/NAME, timm/NAME, dsconv/digits_resnet or path/to/file.py:factory; "
@@ -33,6 +36,25 @@ _SIZE_HELP = "Of an image, in place of what the model asks for."
 Size = Annotated[str | None, typer.Option(metavar="PIXELS|[CHANNELSx]HEIGHTxWIDTH", help=_SIZE_HELP)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of images, which need no labels; none: noise.")]
+Limit = Annotated[int, typer.Option(min=1, help="Use this many images, evenly spaced.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+Seed = Annotated[int, typer.Option(help="Of the noise that takes the place of images.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw a picture as well: *.png, *.svg, *.pdf.")]
+
+_image = partial(
+    typer.Option,
+    metavar="NUMBER[,NUMBER,NUMBER]",
+    rich_help_panel="Preparation of the images, in place of what the model asks for",
+)
+_SIZE = "PIXELS|HEIGHTxWIDTH|none"
+Resize = Annotated[str | None, _image(metavar=_SIZE, help="Length of the shorter side, or of both.")]
+Crop = Annotated[str | None, _image(metavar=_SIZE, help="Size of the centre crop.")]
+Mean = Annotated[str | None, _image(help="Subtracted.")]
+Std = Annotated[str | None, _image(help="Divided by, after that.")]
+Scale = Annotated[str | None, _image(metavar="NUMBER", help="Value of white before that: 1 or 255.")]
+Channels = Annotated[str | None, _image(metavar="rgb|bgr|gray", help="Which, in which order.")]
+Interpolation = Annotated[str | None, _image(metavar="NAME", help="bilinear, bicubic, nearest, ...")]
 
 
 def is_quantized_file(name: str) -> bool:
@@ -81,6 +103,21 @@ def image_shape(qmodel: nn.Module, name: str, size: list[int]) -> tuple[int, int
     return (size[:-2] or [1 if gray else 3])[0], height, width
 
 
+def preparation(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command's options say of the preparation of images."""
+    return {n: _value(text) for n, text in options.items() if n in Preprocess.model_fields and text is not None}
+
+
+def preprocess_of(network: nn.Module, name: str, given: Mapping[str, Any]) -> Preprocess:
+    """What ``network`` says of itself, with what is ``given`` laid over it."""
+    own = zoo.preprocess_of(network)
+    if own is None and not given:
+        raise DataError(
+            f"{name} does not say how its images are prepared: give --resize, --crop, --mean, --std, as it was trained"
+        )
+    return Preprocess(**{**(own.model_dump() if own else {}), **given})
+
+
 def check_out(path: Path, force: bool) -> None:
     """A command may take minutes: what is wrong with the file it is to write is said before."""
     if path.is_dir():
@@ -89,6 +126,15 @@ def check_out(path: Path, force: bool) -> None:
         raise FileExistsError(f"{path}: there is such a file already: add --force to replace it, or choose another")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path}: {path.parent} is not a folder that can be written to: choose another")
+
+
+def check_format(plot: Path) -> None:
+    """Likewise with the format of a picture."""
+    known = import_extra("report", "matplotlib.figure").Figure().canvas.get_supported_filetypes()
+    if plot.suffix[1:] not in known:
+        raise typer.BadParameter(
+            f"--plot: expected a name that ends in one of .{', .'.join(known)}, got {plot.name!r}."
+        )
 
 
 def say(message: str) -> None:
@@ -118,3 +164,12 @@ def _finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _value(text: str) -> Any:
+    """``none``, a number, several as in ``0.5,0.5,0.5`` or ``224x320``, or a word; Preprocess checks which it takes."""
+    try:
+        numbers = json.loads(f"[{text.replace('x', ',')}]")
+    except ValueError:
+        return None if text == "none" else text
+    return numbers[0] if len(numbers) == 1 else numbers

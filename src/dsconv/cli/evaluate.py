@@ -1,7 +1,5 @@
 """``dsconv evaluate``: how good a network is on a folder of images, and how close to its float original."""
 
-import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,25 +10,26 @@ import dsconv
 from dsconv import zoo
 from dsconv.cli.common import (
     FILE_HELP,
+    Channels,
+    Crop,
+    Interpolation,
     Json,
+    Mean,
     ModelOfFile,
+    Resize,
+    Scale,
+    Std,
     Weights,
     is_quantized_file,
     load_file,
+    preparation,
+    preprocess_of,
     print_json,
     print_table,
     say,
 )
 from dsconv.conversion import model_info
-from dsconv.data import Preprocess
-from dsconv.errors import DataError
 
-_image = partial(
-    typer.Option,
-    metavar="NUMBER[,NUMBER,NUMBER]",
-    rich_help_panel="Preparation of the images, in place of what the model asks for",
-)
-_SIZE = "PIXELS|HEIGHTxWIDTH|none"
 _DATA_HELP = "Images in class folders, or listed in a labels.csv (file,class_index), or unlabelled."
 
 
@@ -45,20 +44,19 @@ def evaluate(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images beside this one.")] = 0,
     device: Annotated[str, typer.Option(help="Where to run, as PyTorch names it: cpu, cuda.")] = "cpu",
     as_json: Json = False,
-    resize: Annotated[str | None, _image(metavar=_SIZE, help="Length of the shorter side, or of both.")] = None,
-    crop: Annotated[str | None, _image(metavar=_SIZE, help="Size of the centre crop.")] = None,
-    mean: Annotated[str | None, _image(help="Subtracted.")] = None,
-    std: Annotated[str | None, _image(help="Divided by, after that.")] = None,
-    scale: Annotated[str | None, _image(metavar="NUMBER", help="Value of white before that: 1 or 255.")] = None,
-    channels: Annotated[str | None, _image(metavar="rgb|bgr|gray", help="Which, in which order.")] = None,
-    interpolation: Annotated[str | None, _image(metavar="NAME", help="bilinear, bicubic, nearest, ...")] = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    channels: Channels = None,
+    interpolation: Interpolation = None,
 ) -> None:
     """Measure a quantized file, or a float model, on a folder of images.
 
     With --reference: agreement, KL divergence and SQNR too. Ctrl-C ends it with the figures so far.
     """
-    names = Preprocess.model_fields
-    given = {name: _value(text) for name, text in locals().items() if name in names and text is not None}
+    given = preparation(locals())
     is_file = is_quantized_file(file_or_model)
     if not is_file and (reference or model):
         raise typer.BadParameter("--reference and --model go with a quantized FILE, not with a float model.")
@@ -68,7 +66,7 @@ def evaluate(
     say(f"loading {file_or_model}")
     network = load_file(Path(file_or_model), model) if is_file else zoo.build(file_or_model, weights=weights)
     options: dict[str, Any] = {
-        "preprocess": _preprocess(network, file_or_model, given),
+        "preprocess": preprocess_of(network, file_or_model, given),
         "limit": limit,
         "batch_size": batch_size,
         "workers": workers,
@@ -94,15 +92,6 @@ def evaluate(
         raise typer.Exit(130)
 
 
-def _preprocess(network: nn.Module, name: str, given: dict[str, Any]) -> Preprocess:
-    own = zoo.preprocess_of(network)
-    if own is None and not given:
-        raise DataError(
-            f"{name} does not say how its images are prepared: give --resize, --crop, --mean, --std, as it was trained"
-        )
-    return Preprocess(**{**(own.model_dump() if own else {}), **given})
-
-
 def _quantization(network: nn.Module) -> dict[str, Any] | None:
     """What an accuracy is to be read with; None for a float network."""
     info = model_info(network)
@@ -112,12 +101,3 @@ def _quantization(network: nn.Module) -> dict[str, Any] | None:
     found = dsconv.summary(network)
     settings = {name: getattr(info.config, name) for name in names}
     return {"effective_bits": round(found.effective_bits, 3), **settings, "backend": ", ".join(found.backends)}
-
-
-def _value(text: str) -> Any:
-    """``none``, a number, several as in ``0.5,0.5,0.5`` or ``224x320``, or a word; Preprocess checks which it takes."""
-    try:
-        numbers = json.loads(f"[{text.replace('x', ',')}]")
-    except ValueError:
-        return None if text == "none" else text
-    return numbers[0] if len(numbers) == 1 else numbers

@@ -22,10 +22,7 @@ def fuse(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is _aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif node.target is _aten.clone.default and not node.kwargs:  # what dropout is in inference
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif node.target is _aten.adaptive_avg_pool2d.default and _same_size(node):  # averages of one value
+        elif _does_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target is _aten.view.default:  # of a tensor whose channels lie side by side, that may need a copy
@@ -39,9 +36,13 @@ def fuse(graph: fx.Graph) -> None:
     graph.lint()
 
 
-def _same_size(node: fx.Node) -> bool:
+def _does_nothing(node: fx.Node) -> bool:
+    if node.target is _aten.clone.default:  # what dropout is in inference
+        return not node.kwargs
+    if node.target is not _aten.adaptive_avg_pool2d.default:
+        return False
     read: Any = node.args[0]
-    return tuple(read.meta["val"].shape[-2:]) == tuple(node.args[1])  # type: ignore[arg-type]
+    return tuple(read.meta["val"].shape[-2:]) == tuple(node.args[1])  # type: ignore[arg-type]  # averages of one value
 
 
 def _take_residual(node: fx.Node, order: dict[fx.Node, int]) -> None:

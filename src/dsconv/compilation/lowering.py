@@ -401,8 +401,8 @@ class _Lowering:
             else:
                 if result.direct:
                     # A convolution makes some outputs after others, and groups need not end where those do.
-                    whole = not isinstance(step.does, Convolution) or not (step.does.quantized or step.does.window)
-                    own = [q for q in result.quantized.values() if whole or q.format.groups == 1]
+                    in_parts = isinstance(step.does, Convolution) and (step.does.quantized or step.does.window)
+                    own = [q for q in result.quantized.values() if not in_parts or q.format.groups == 1]
                     step.targets = [(q, 0) for q in own] + result.parts
                 steps.append(step)
                 steps += self._quantizing(result, step.targets)

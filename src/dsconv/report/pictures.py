@@ -1,4 +1,4 @@
-"""Weights before and after, and the error of each layer, in one picture."""
+"""Weights before and after, the error of each layer, and what a search for its bits found."""
 
 import math
 import os
@@ -15,6 +15,7 @@ from dsconv.files import replacing
 # Okabe and Ito's, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _FLOAT = "#BBBBBB"
+_MARKERS = "osD^v"
 _BINS = 81
 _SHOWN = 2
 
@@ -40,9 +41,8 @@ def draw(
         MissingExtraError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    make_figure = import_extra("report", "matplotlib.figure").Figure
     names = list(quantized)[:_SHOWN]
-    figure = make_figure(figsize=(4 * len(layers), 2.4 * len(names) + 3.8), dpi=130, layout="constrained")
+    figure = _figure(4 * len(layers), 2.4 * len(names) + 3.8)
     parts = figure.subfigures(2, 1, height_ratios=[2.4 * len(names), 3.8], squeeze=False)
     above, below = parts[0][0], parts[1][0]
     axes = above.subplots(len(names), len(layers), squeeze=False, sharex="col", sharey="col")
@@ -57,6 +57,72 @@ def draw(
             if row == len(names) - 1:
                 axis.set_xlabel("value of the weight")
     _bars(below.subplots(), layer_sqnr_db)
+    return _written(figure, path)
+
+
+def draw_sensitivity(path: str | os.PathLike[str], layers: Mapping[str, Mapping[str, float]]) -> Path:
+    """Write a picture of what each layer costs alone.
+
+    Args:
+        path: as in :func:`draw`.
+        layers: for each layer, in order, the KL divergence in nats by the name of its settings.
+
+    Raises:
+        MissingExtraError, OSError: as :func:`draw`.
+    """
+    figure = _figure(max(6.0, 0.32 * len(layers) + 2), 4.2)
+    axis = figure.subplots()
+    settings = list(dict.fromkeys(name for values in layers.values() for name in values))
+    for i, name in enumerate(settings):
+        places = [j for j, values in enumerate(layers.values()) if name in values]
+        heights = [values[name] for values in layers.values() if name in values]
+        colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i // len(COLOURS) % len(_MARKERS)]
+        axis.plot(places, heights, marker, color=colour, label=name)
+    axis.set_xticks(range(len(layers)), list(layers), rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axis.set_title("One layer quantized, all others in float", fontsize=11)
+    _divergence(axis, [value for values in layers.values() for value in values.values()])
+    axis.grid(axis="x", color=_FLOAT, linewidth=0.4)
+    axis.legend(frameon=False, ncols=4, fontsize=8)
+    return _written(figure, path)
+
+
+def draw_pareto(
+    path: str | os.PathLike[str], curve: Sequence[tuple[float, float]], chosen: tuple[float, float]
+) -> Path:
+    """Write a picture of the least KL divergence that is predicted at each size.
+
+    Args:
+        path: as in :func:`draw`.
+        curve: effective bits a weight and KL divergence in nats.
+        chosen: the same of the selection made.
+
+    Raises:
+        MissingExtraError, OSError: as :func:`draw`.
+    """
+    figure = _figure(6.0, 4.2)
+    axis = figure.subplots()
+    axis.plot(*zip(*curve, strict=True), "o-", color=COLOURS[0], markersize=4, label="least divergence")
+    axis.plot(*chosen, "D", color=COLOURS[5], markersize=8, label="chosen")
+    axis.set_xlabel("bits a weight, over the whole network")
+    axis.set_title("Sum of what the layers cost alone", fontsize=11)
+    _divergence(axis, [kl for _, kl in curve])
+    axis.legend(frameon=False)
+    return _written(figure, path)
+
+
+def _divergence(axis: Any, values: Sequence[float]) -> None:
+    if any(value > 0 for value in values):
+        axis.set_yscale("log")
+    axis.set_ylabel("KL divergence of the logits in nats\n(lower is better)")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _figure(width: float, height: float) -> Any:
+    figure = import_extra("report", "matplotlib.figure").Figure
+    return figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def _written(figure: Any, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     with replacing(path) as beside:
         figure.savefig(beside)

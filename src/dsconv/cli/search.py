@@ -1,0 +1,115 @@
+"""``dsconv search``: the bits of each layer that cost the least accuracy under a budget."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import dsconv
+from dsconv import report, zoo
+from dsconv.cli.common import (
+    MODEL_HELP,
+    BatchSize,
+    Channels,
+    Config,
+    Crop,
+    Data,
+    Force,
+    Interpolation,
+    Json,
+    Limit,
+    Mean,
+    Plot,
+    Preset,
+    Resize,
+    Scale,
+    Seed,
+    Std,
+    Weights,
+    check_format,
+    check_out,
+    preparation,
+    preprocess_of,
+    print_json,
+    print_table,
+    read_config,
+    say,
+)
+from dsconv.files import replacing
+
+_LIMITS = "The budget: one of these, or several that all hold"
+_OUT_HELP = "File to write: settings for dsconv quantize --config."
+
+
+def search(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.json", help=_OUT_HELP, show_default=False)],
+    effective_bits: Annotated[
+        float | None, typer.Option(min=0, help="A weight, KDS and layers in float included.", rich_help_panel=_LIMITS)
+    ] = None,
+    max_bytes: Annotated[
+        float | None,
+        typer.Option("--bytes", min=0, help="Of the quantized file, its header apart.", rich_help_panel=_LIMITS),
+    ] = None,
+    ms: Annotated[
+        float | None, typer.Option(min=0, help="Of the layers on one image, timed here.", rich_help_panel=_LIMITS)
+    ] = None,
+    activation_bits: Annotated[
+        float | None, typer.Option(min=0, help="Mean over the weights.", rich_help_panel=_LIMITS)
+    ] = None,
+    data: Data = None,
+    weights: Weights = "default",
+    preset: Preset = "default",
+    config: Config = None,
+    limit: Limit = 32,
+    batch_size: BatchSize = 16,
+    seed: Seed = 0,
+    plot: Plot = None,
+    force: Force = False,
+    as_json: Json = False,
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    channels: Channels = None,
+    interpolation: Interpolation = None,
+) -> None:
+    """Choose the bits of each layer so that the network strays least within a budget. Images need no labels.
+
+    Tries weights of 2 to 8 bits over the settings of --preset or --config, one layer at a time.
+    """
+    given = preparation(locals())
+    limits = {"effective_bits": effective_bits, "bytes": max_bytes, "ms": ms, "activation_bits": activation_bits}
+    budget = {name: value for name, value in limits.items() if value is not None}
+    if not budget:
+        raise typer.BadParameter("say what to keep to: --effective-bits, --bytes, --ms or --activation-bits.")
+    settings = read_config(preset, config)
+    for file in filter(None, (out, plot)):
+        check_out(file, force)
+    if plot is not None:
+        check_format(plot)
+    say(f"building {model} with weights {weights}")
+    network = zoo.build(model, weights=weights)
+    found = dsconv.search(
+        network,
+        settings,
+        budget=budget,
+        images=data,
+        preprocess=preprocess_of(network, model, given),
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        progress=True,
+    )
+    with replacing(out) as beside:
+        beside.write_text(found.config.to_json() + "\n", "utf-8")
+    if plot is not None:
+        curve = [(point.effective_bits, point.kl) for point in found.pareto]
+        report.draw_pareto(plot, curve, (found.point.effective_bits, found.point.kl))
+    if as_json:
+        facts = {"model": model, "data": None if data is None else str(data), "file": str(out)}
+        print_json({**facts, "plot": None if plot is None else str(plot), "budget": budget, **found.to_dict()})
+        return
+    print_table(found.table)
+    print(f"Wrote {out}, for dsconv quantize {model} --config {out}." + (f" Wrote {plot}." if plot else ""))

@@ -1,0 +1,45 @@
+"""Images made of nothing but chance, for measures that only compare a network with itself."""
+
+import torch
+from torch import Tensor
+
+from dsconv.data import Preprocess
+from dsconv.errors import ConfigError
+
+# Of a photograph's pixels, white being 1.
+_MEAN, _DEVIATION = 0.45, 0.25
+
+
+def synthetic_images(count: int, preprocess: Preprocess, *, seed: int = 0) -> Tensor:
+    """Inputs of mostly grey noise, prepared as photographs would be: float32 ``(count, C, H, W)``.
+
+    The amplitude of the noise falls with the spatial frequency as ``1/f``, as that of photographs does (D. J. Field,
+    "Relations between the statistics of natural images and the response properties of cortical cells", JOSA A, 1987).
+
+    Raises:
+        ConfigError: ``preprocess`` has neither a crop nor a size to resize to, so that it does not tell the input's.
+
+    >>> synthetic_images(2, Preprocess(crop=32, mean=0.5)).shape
+    torch.Size([2, 3, 32, 32])
+    """
+    from PIL import Image
+
+    match preprocess.resize, preprocess.crop:
+        case int(side), _:
+            height = width = side
+        case ((height, width), _) | (None, (height, width)):
+            pass
+        case _:
+            raise ConfigError(
+                "preprocess: expected a crop or a size to resize to, from which the size of synthetic images is taken, "
+                "got neither: Preprocess(crop=224, ...), or pass images"
+            )
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.fft.rfft2(torch.randn(count, 3, height, width, generator=generator))
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width))
+    frequency[0, 0] = torch.inf  # no mean
+    x = torch.fft.irfft2(spectrum / frequency, s=(height, width))
+    x += 2 * x.mean(1, keepdim=True)
+    x *= _DEVIATION / x.std((1, 2, 3), keepdim=True).clamp_min(1e-9)  # a single pixel does not deviate
+    pixels = (x + _MEAN).clamp_(0, 1).mul_(255).byte().permute(0, 2, 3, 1)
+    return torch.stack([preprocess(Image.fromarray(image.contiguous().numpy())) for image in pixels])

@@ -1,0 +1,344 @@
+"""How far a network strays when one layer of it alone is quantized."""
+
+import copy
+import glob
+import itertools
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, nn
+
+from dsconv.config import FLOAT, LayerConfig, QuantConfig, as_config
+from dsconv.conversion import LayerSummary, ModelInfo, model_info, quantize, summary
+from dsconv.conversion.convert import swapped
+from dsconv.data import Batches, Images, Preprocess, batches
+from dsconv.errors import ConfigError, ModelError
+from dsconv.evaluation import compare, evaluate
+from dsconv.mixed.images import synthetic_images
+from dsconv.nn import DSLayer
+from dsconv.tables import as_text
+from dsconv.zoo import preprocess_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Choice = Mapping[str, Any]
+"""Fields of a LayerConfig that differ from what the config says of a layer."""
+
+Tried = TypeVar("Tried")
+_TURNS = 5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One layer quantized in one way, all others in float.
+
+    Attributes:
+        layer: its name in the model.
+        settings: what differs from the config's settings of the layer.
+        weight_bits, activation_bits, block_size: what that came to; ``activation_bits`` None is a float input.
+        weights: number of the layer's weights.
+        bytes: of them, packed, KDS and shifts included.
+        kl: mean of KL(softmax(float) || softmax(quantized)) in nats; NaN where logits were not finite.
+        ms: the layer's time on one image in milliseconds, None where it was not measured.
+    """
+
+    layer: str
+    settings: dict[str, Any]
+    weight_bits: int
+    activation_bits: int | None
+    block_size: int
+    weights: int
+    bytes: int
+    kl: float
+    ms: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Its settings in short, such as ``W4A8``."""
+        others = [f"{k}={v}" for k, v in self.settings.items() if k not in ("weight_bits", "activation_bits")]
+        return " ".join([f"W{self.weight_bits}A{self.activation_bits or 'float'}", *others])
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The KL divergence that every layer causes by itself, under every choice of its settings; prints as a table.
+
+    Attributes:
+        trials: by layer in the order of the model, then in that of the choices.
+        images: number of images it was measured on.
+        synthetic: whether those were noise, in want of images.
+        fixed_bytes: of the weights that stay as they are: those the config leaves in float.
+        fixed_weights: number of these.
+        other_bytes: of everything that is no layer's weight.
+    """
+
+    trials: tuple[Trial, ...]
+    images: int
+    synthetic: bool
+    fixed_bytes: int
+    fixed_weights: int
+    other_bytes: int
+
+    def layers(self) -> dict[str, list[Trial]]:
+        """Trials by layer."""
+        return {name: list(group) for name, group in itertools.groupby(self.trials, key=lambda trial: trial.layer)}
+
+    @cached_property
+    def weights(self) -> int:
+        """Of the whole network, layers in float included."""
+        return self.fixed_weights + sum(trials[0].weights for trials in self.layers().values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> "Table":
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table
+
+        layers = self.layers()
+        first = {name: trials[0].kl / trials[0].weights for name, trials in layers.items()}
+        order = sorted(first, key=lambda name: -math.inf if math.isnan(first[name]) else -first[name])
+        kind = "of noise, in want of any" if self.synthetic else "without labels"
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            caption=f"KL divergence of the logits in millinats with one layer quantized, on {self.images} images "
+            f"{kind}.\nrank: by KL per weight, of the first choice.",
+            caption_justify="left",
+        )
+        table.add_column("layer", overflow="fold")
+        # Layers that have settings of their own have no common names: the choices are told by place.
+        for column in ("weights", "share", "rank", *(["settings", "KL"] * max(map(len, layers.values()), default=0))):
+            table.add_column(column, justify="right")
+        for name, trials in layers.items():
+            cells = [f"{trials[0].weights:,}", f"{100 * trials[0].weights / self.weights:.1f} %"]
+            cells.append(str(order.index(name) + 1))
+            for trial in trials:
+                cells += [trial.name, f"{1e3 * trial.kl:.3f}"]
+            table.add_row(escape(name), *cells)
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def sensitivity(
+    model: nn.Module,
+    config: QuantConfig | Mapping[str, Any] | str | nn.Module | None = None,
+    *,
+    choices: Sequence[Choice] = ({},),
+    images: Images | None = None,
+    preprocess: Preprocess | None = None,
+    limit: int = 32,
+    batch_size: int = 16,
+    seed: int = 0,
+    times: bool = False,
+    progress: bool = False,
+) -> Sensitivity:
+    """The KL divergence of the logits that each layer causes when it alone is quantized. No labels are needed.
+
+    Args:
+        model: the float network.
+        config: how layers are quantized, as in :func:`dsconv.quantize`; or a quantized copy of ``model``, whose layers
+            are then taken as they are.
+        choices: what to try on each layer: fields of :class:`dsconv.LayerConfig` that differ from the config's
+            settings of it. By default those alone. Layers that the config leaves in float stay so.
+        images: unlabelled images, as in :func:`dsconv.evaluate`; None is noise, as the network's preprocessing makes
+            it of pictures.
+        preprocess: how a folder is read or noise prepared; None is what the model says of itself.
+        limit: number of images.
+        batch_size: images per batch.
+        seed: of the noise.
+        times: also measure each layer's time on one image, on the CPU.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ConfigError: the config or a choice is not valid; or there is neither an image nor a ``preprocess``.
+        DataError: there are no images, or unusable ones.
+        ModelError: there is nothing to quantize, ``model`` cannot run on the images or returns NaN, or a quantized
+            network is no copy of it.
+
+    >>> import dsconv
+    >>> found = sensitivity(dsconv.zoo.build("dsconv/digits_resnet"), "w4a4")
+    >>> [(trial.layer, trial.name) for trial in found.trials[:2]]
+    [('conv1', 'W8A8'), ('layer1.conv1', 'W4A4')]
+    """
+    if isinstance(config, nn.Module):
+        if list(choices) != [{}]:
+            raise ConfigError("choices: a quantized network has made its own: pass a config to try others")
+        quantized, names = config, _names(model, config)
+        tried = _as_they_are(model, quantized, names)
+    else:
+        config = as_config(config)
+        _check(choices)
+        quantized = quantize(model, config)
+        names = _names(model, quantized)
+        tried = _as_chosen(model, config, names, choices)
+    source = _batches(model, images, preprocess, limit, batch_size, seed)
+    kept = [(x, None) for x, _ in source]
+    if source.broken:
+        warnings.warn(
+            f"{len(source.broken)} files could not be read, the first {source.broken[0].path}: "
+            f"{source.broken[0].reason}",
+            stacklevel=2,
+        )
+    reference = _Recorded(model, kept)
+    trials = []
+    for name, choice, alone in _tracked(tried, len(names) * len(choices), progress):
+        row = next(row for row in summary(alone).layers if row.name == name)
+        found = compare(reference, alone, kept, per_layer=False)
+        ms = _milliseconds(alone, name, kept[0][0][:1]) if times else None
+        trials.append(_trial(row, choice, math.nan if found.nonfinite else max(0.0, found.kl), ms))
+    rest = summary(quantized)
+    in_float = [row for row in rest.layers if row.name not in names]
+    return Sensitivity(
+        tuple(trials),
+        images=sum(len(x) for x, _ in kept),
+        synthetic=images is None,
+        fixed_bytes=sum(row.bytes_after for row in in_float),
+        fixed_weights=sum(row.bytes_before // 4 for row in in_float),
+        other_bytes=rest.other_bytes,
+    )
+
+
+def with_overrides(config: QuantConfig, overrides: Mapping[str, Any]) -> QuantConfig:
+    """``config`` with more overrides, which win over its own; their keys are names of layers, not patterns."""
+    own, added = dict(config.overrides), {}
+    for name, settings in overrides.items():
+        pattern = glob.escape(name)
+        if own.pop(pattern, None) is not None:
+            # It moves to the end, past others that may win over it.
+            matching = [s for p, s in config.overrides.items() if isinstance(s, dict) and fnmatchcase(name, p)]
+            settings = {field: value for fields in (*matching, settings) for field, value in fields.items()}
+        added[pattern] = settings
+    return QuantConfig(**{**config.to_dict(), "overrides": own | added})
+
+
+def _check(choices: Sequence[Choice]) -> None:
+    if not choices:
+        raise ConfigError("choices: expected at least one, got none")
+    for choice in choices:
+        try:
+            # Whether the shift and the scale go together is known only once all settings are merged.
+            LayerConfig(**{field: value for field, value in choice.items() if field != "weight_shift"})
+        except ConfigError as error:
+            raise ConfigError(f"choices: {error}") from None
+
+
+def _names(model: nn.Module, quantized: nn.Module) -> list[str]:
+    """Of the layers that were quantized, those apart that had been before."""
+    before = {name for name, layer in model.named_modules() if isinstance(layer, DSLayer)}
+    return [name for name, m in quantized.named_modules() if isinstance(m, DSLayer) and name not in before]
+
+
+class _Recorded(nn.Module):
+    """Answers batches, in their order, with what a network said of them once."""
+
+    def __init__(self, model: nn.Module, kept: list[tuple[Tensor, None]]):
+        super().__init__()
+        outputs: list[Any] = []
+        hook = model.register_forward_hook(lambda _, __, output: outputs.append(output))
+        try:
+            found = evaluate(model, kept)
+        finally:
+            hook.remove()
+        if found.nonfinite:
+            raise ModelError(
+                f"model: its float logits are NaN or infinite for {found.nonfinite} of {found.images} images, so that "
+                "there is nothing to compare with: check its weights and how the images are prepared"
+            )
+        self._next = itertools.cycle(outputs).__next__
+
+    def forward(self, x: Tensor) -> Any:
+        return self._next()
+
+
+def _batches(
+    model: nn.Module, images: Images | None, preprocess: Preprocess | None, limit: int, batch_size: int, seed: int
+) -> Batches:
+    known = preprocess or preprocess_of(model)
+    if images is None:
+        if known is None:
+            raise ConfigError(
+                "images: without any, noise takes their place, and the model does not say how images are prepared: "
+                "pass preprocess=Preprocess(crop=224, mean=..., std=...), or images"
+            )
+        if limit < 1:
+            raise ConfigError(f"limit must be a whole number from 1, got {limit!r}.")
+        images, preprocess = synthetic_images(limit, known, seed=seed), None
+    elif isinstance(images, str | os.PathLike):
+        preprocess = known
+    return batches(images, preprocess=preprocess, batch_size=batch_size, limit=limit)
+
+
+def _as_they_are(
+    model: nn.Module, quantized: nn.Module, names: Sequence[str]
+) -> Iterator[tuple[str, Choice, nn.Module]]:
+    """The float ``model`` with one layer of ``quantized`` at a time."""
+    info = model_info(quantized)
+    if info is not None and (info.folded or info.affine):
+        raise ModelError("config: BatchNorm is folded into the layers of this quantized network: pass it as it was")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        layer: Any = quantized.get_submodule(name)
+        if not isinstance(modules.get(name), layer.float_type):
+            kind = type(modules.get(name)).__name__
+            raise ModelError(
+                f"layer {name!r}: expected a {layer.float_type.__name__} in the float network, got {kind}: pass the "
+                "network that was quantized"
+            )
+        yield name, {}, swapped(model, {modules[name]: copy.deepcopy(layer)}, info or ModelInfo(QuantConfig()))
+
+
+def _as_chosen(
+    model: nn.Module, config: QuantConfig, names: Sequence[str], choices: Sequence[Choice]
+) -> Iterator[tuple[str, Choice, nn.Module]]:
+    """The float ``model`` with one layer quantized by one of ``choices`` at a time."""
+    everything = "*"
+    while everything in config.overrides:
+        everything += "*"
+    in_float = QuantConfig(**{**config.to_dict(), "overrides": {**config.overrides, everything: FLOAT}})
+    for name in names:
+        for choice in choices:
+            yield name, choice, quantize(model, with_overrides(in_float, {name: dict(choice)}))
+
+
+def _milliseconds(model: nn.Module, name: str, x: Tensor) -> float:
+    """The least time of some passes that the layer takes for one image; leaves hooks in ``model``."""
+    layer = model.get_submodule(name)
+    since: list[float] = []
+    seconds: list[float] = []
+    layer.register_forward_pre_hook(lambda *_: since.append(time.perf_counter()))
+    layer.register_forward_hook(lambda *_: seconds.append(time.perf_counter() - since.pop()))
+    turns = []
+    for _ in range(_TURNS):
+        seconds.clear()
+        evaluate(model, [x])
+        turns.append(sum(seconds))
+    return 1e3 * min(turns)
+
+
+def _trial(row: LayerSummary, choice: Choice, kl: float, ms: float | None) -> Trial:
+    assert row.weight_bits is not None
+    assert row.block_size is not None
+    bits = row.weight_bits, row.activation_bits
+    return Trial(row.name, dict(choice), *bits, row.block_size, row.bytes_before // 4, row.bytes_after, kl, ms)
+
+
+def _tracked(tried: Iterable[Tried], total: int, shown: bool) -> Iterable[Tried]:
+    if not shown:
+        return tried
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(tried, "layers", total=total, console=Console(stderr=True))

@@ -1,0 +1,324 @@
+"""The bits of every layer that cost the least accuracy under a budget."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from dsconv.config import QuantConfig, as_config
+from dsconv.data import Images, Preprocess
+from dsconv.errors import ConfigError, ModelError, import_extra
+from dsconv.mixed.measure import Choice, Sensitivity, Trial, sensitivity, with_overrides
+from dsconv.tables import as_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_POINTS = 25
+_FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a selection of settings comes to.
+
+    Attributes:
+        effective_bits: a weight, over all weights of the network, KDS and layers in float included.
+        activation_bits: mean over the weights of the width of what each is multiplied with; a float input counts 32.
+        bytes: of the network's file but for its header.
+        ms: sum of the layers' times on one image, None where they were not measured.
+        kl: the sum of what the layers cause alone, in nats: an estimate, as errors do not quite add up.
+    """
+
+    effective_bits: float
+    activation_bits: float
+    bytes: int
+    ms: float | None
+    kl: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The settings found; prints as a table.
+
+    Attributes:
+        config: for :func:`dsconv.quantize`: the config given, with an override for every layer.
+        chosen: what it says of each layer.
+        point: what that comes to.
+        pareto: the least divergence by effective bits, other limits of the budget kept, from the smallest network to
+            the largest.
+        sensitivity: what was measured.
+    """
+
+    config: QuantConfig
+    chosen: tuple[Trial, ...]
+    point: Point
+    pareto: tuple[Point, ...]
+    sensitivity: Sensitivity
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "config": self.config.to_dict(),
+            "chosen": [asdict(trial) for trial in self.chosen],
+            "point": asdict(self.point),
+            "pareto": [asdict(point) for point in self.pareto],
+            "sensitivity": self.sensitivity.to_dict(),
+        }
+
+    @property
+    def table(self) -> "Table":
+        """A row for every layer, for rich to print."""
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table
+
+        point, measured = self.point, self.sensitivity
+        times = "" if point.ms is None else f", {point.ms:.2f} ms in these layers"
+        images = f"{measured.images} images{' of noise' * measured.synthetic}"
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            caption=f"{point.effective_bits:.2f} bits a weight, activations of {point.activation_bits:.2f} bits on "
+            f"average over the weights, {point.bytes / 1e6:.2f} MB{times}.\n"
+            f"KL: of the logits in millinats with that layer alone quantized, on {images}; their sum is "
+            f"{1e3 * point.kl:.2f}.",
+            caption_justify="left",
+        )
+        table.add_column("layer", overflow="fold")
+        for column in ("weights", "W", "A", "block", "kB", "KL", *(["ms"] if point.ms is not None else [])):
+            table.add_column(column, justify="right")
+        for trial in self.chosen:
+            cells = [f"{trial.weights:,}", str(trial.weight_bits), str(trial.activation_bits or "float")]
+            cells += [str(trial.block_size), f"{trial.bytes / 1e3:.1f}", f"{1e3 * trial.kl:.3f}"]
+            table.add_row(escape(trial.layer), *cells, *([] if trial.ms is None else [f"{trial.ms:.3f}"]))
+        return table
+
+    def __rich__(self) -> "Table":
+        return self.table
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+class Budget(BaseModel):
+    """Limits that a network is to keep, at least one; all hold.
+
+    Attributes:
+        effective_bits: a weight, see :class:`Point`.
+        bytes: of the file but for its header.
+        ms: of the quantized layers on one image, as measured here and now.
+        activation_bits: mean over the weights, see :class:`Point`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    effective_bits: float | None = Field(None, gt=0)
+    bytes: float | None = Field(None, gt=0)
+    ms: float | None = Field(None, gt=0)
+    activation_bits: float | None = Field(None, gt=0)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Those that are set, by name."""
+        return self.model_dump(exclude_none=True)
+
+
+def choices_of(config: QuantConfig) -> list[Choice]:
+    """What :func:`search` tries by default: weights of 2 to 8 bits, and layers of 8 bits throughout.
+
+    A layer with 4-bit activations has 8-bit ones only with 8-bit weights, since processors multiply numbers of one
+    width, and bits of activations would else cost nothing.
+
+    >>> choices_of(QuantConfig(activation_bits=4))[-2:]
+    [{'weight_bits': 8}, {'weight_bits': 8, 'activation_bits': 8}]
+    """
+    choices: list[Choice] = [{"weight_bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
+    return choices if config.activation_bits in (None, 8) else [*choices, {"weight_bits": 8, "activation_bits": 8}]
+
+
+def search(
+    model: nn.Module,
+    config: QuantConfig | Mapping[str, Any] | str | None = None,
+    *,
+    budget: float | Mapping[str, float] | Budget,
+    choices: Sequence[Choice] | None = None,
+    images: Images | None = None,
+    preprocess: Preprocess | None = None,
+    limit: int = 32,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+) -> SearchResult:
+    """Settings for every layer under which the network stays closest to the float one within a budget. No labels.
+
+    Each layer is quantized alone in every way (:func:`dsconv.sensitivity`), and of the ways one is chosen for each so
+    that the sum of their KL divergences is the least: a multiple-choice knapsack problem, which HiGHS solves.
+
+    Args:
+        model: the float network.
+        config: what the choices are laid over, as in :func:`dsconv.quantize`.
+        budget: effective bits a weight, or a dictionary of the fields of :class:`Budget`, such as ``{"bytes": 8e5}``.
+        choices: settings to choose from for each layer, see :func:`sensitivity`; None is :func:`choices_of`.
+        images, preprocess, limit, batch_size, seed, progress: as in :func:`sensitivity`; without images the measures
+            are of noise.
+
+    Raises:
+        ConfigError: as in :func:`sensitivity`; or no choice keeps the budget, whose smallest is stated.
+        DataError, ModelError: as in :func:`sensitivity`.
+        MissingExtraError: highspy is not installed.
+
+    >>> import dsconv
+    >>> net = dsconv.zoo.build("dsconv/digits_resnet")
+    >>> found = search(net, "w4a4", budget=4.5, choices=[{"weight_bits": bits} for bits in (3, 4, 8)])
+    >>> dsconv.summary(dsconv.quantize(net, found.config)).effective_bits <= 4.5
+    True
+    """
+    config = as_config(config)
+    limits = _limits(budget)
+    _highs()  # which may be missing: said before minutes of measuring
+    choices = choices_of(config) if choices is None else choices
+    measured = sensitivity(
+        model,
+        config,
+        choices=choices,
+        images=images,
+        preprocess=preprocess,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        times="ms" in limits,
+        progress=progress,
+    )
+    layers = _usable(measured)
+    chosen = select(layers, measured, limits)
+    return SearchResult(
+        with_overrides(config, {trial.layer: trial.settings for trial in chosen}),
+        tuple(chosen),
+        point_of(chosen, measured),
+        _pareto(layers, measured, limits),
+        measured,
+    )
+
+
+def select(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Mapping[str, float]) -> list[Trial]:
+    """One trial of each layer, whose costs keep the ``limits`` and whose divergences have the least sum.
+
+    Raises:
+        ConfigError: there is no such selection.
+    """
+    highspy = _highs()
+    solver = highspy.Highs()
+    solver.silent()
+    solver.setOptionValue("parallel", "off")
+    # A limit is to be kept to the byte.
+    for name in ("primal_feasibility_tolerance", "mip_feasibility_tolerance"):
+        solver.setOptionValue(name, 1e-9)
+    trials = [trial for group in layers for trial in group]
+    largest = max((trial.kl for trial in trials), default=0.0) or 1.0
+    taken = [solver.addBinary(obj=trial.kl / largest) for trial in trials]
+    rest = iter(taken)
+    for group in layers:
+        solver.addConstr(solver.qsum([next(rest) for _ in group]) == 1)
+    for name, limit in limits.items():
+        costs = [_costs(trial, measured)[name] / limit for trial in trials]
+        room = 1 - _fixed(measured)[name] / limit
+        solver.addConstr(solver.qsum([x * cost for x, cost in zip(taken, costs, strict=True)]) <= room)
+    solver.run()
+    if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        raise ConfigError(f"budget: {_why_not(layers, measured, limits)}")
+    return [trial for trial, x in zip(trials, solver.getSolution().col_value, strict=True) if x > 0.5]
+
+
+def point_of(chosen: Sequence[Trial], measured: Sensitivity) -> Point:
+    """What a selection of one trial for each layer comes to."""
+    total = _fixed(measured)
+    for trial in chosen:
+        for name, cost in _costs(trial, measured).items():
+            total[name] += cost
+    ms = None if any(trial.ms is None for trial in chosen) else total["ms"]
+    kl = sum(trial.kl for trial in chosen)
+    return Point(total["effective_bits"], total["activation_bits"], round(total["bytes"]), ms, kl)
+
+
+def _costs(trial: Trial, measured: Sensitivity) -> dict[str, float]:
+    """What a trial adds to each figure that a budget can limit."""
+    return {
+        "effective_bits": 8 * trial.bytes / measured.weights,
+        "bytes": trial.bytes,
+        "ms": trial.ms or 0.0,
+        "activation_bits": (trial.activation_bits or _FLOAT_BITS) * trial.weights / measured.weights,
+    }
+
+
+def _fixed(measured: Sensitivity) -> dict[str, float]:
+    """What the rest of the network adds."""
+    return {
+        "effective_bits": 8 * measured.fixed_bytes / measured.weights,
+        "bytes": measured.fixed_bytes + measured.other_bytes,
+        "ms": 0.0,
+        "activation_bits": _FLOAT_BITS * measured.fixed_weights / measured.weights,
+    }
+
+
+def _why_not(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Mapping[str, float]) -> str:
+    for name, limit in limits.items():
+        least = _fixed(measured)[name] + sum(min(_costs(t, measured)[name] for t in group) for group in layers)
+        if least > limit:
+            return (
+                f"{name} of {limit:g} is less than the {least:.6g} of the smallest choices: allow more, or "
+                "pass choices of fewer bits or larger blocks"
+            )
+    return f"no choice keeps all of {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: allow more"
+
+
+def _pareto(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Mapping[str, float]) -> tuple[Point, ...]:
+    # Bytes and bits are one axis.
+    others = {name: limit for name, limit in limits.items() if name not in ("effective_bits", "bytes")}
+    ends = [
+        point_of([end(group, key=lambda trial: trial.bytes) for group in layers], measured).effective_bits
+        for end in (min, max)
+    ]
+    points: list[Point] = []
+    for i in range(_POINTS):
+        # The smallest network keeps its own size whatever the order of the sum.
+        most = (ends[0] + (ends[1] - ends[0]) * i / (_POINTS - 1)) * (1 + 1e-6)
+        try:
+            point = point_of(select(layers, measured, {**others, "effective_bits": most}), measured)
+        except ConfigError:
+            continue  # the other limits leave nothing as small as this
+        if not points or point.kl < points[-1].kl:
+            points.append(point)
+    return tuple(points)
+
+
+def _usable(measured: Sensitivity) -> list[list[Trial]]:
+    """Trials by layer, without those that made the network return NaN."""
+    layers = {name: [t for t in trials if math.isfinite(t.kl)] for name, trials in measured.layers().items()}
+    if empty := [name for name, trials in layers.items() if not trials]:
+        raise ModelError(f"layer {empty[0]!r}: every choice makes the logits NaN or infinite: leave it in float")
+    return list(layers.values())
+
+
+def _limits(budget: float | Mapping[str, float] | Budget) -> dict[str, float]:
+    if not isinstance(budget, Budget):
+        fields = dict(budget) if isinstance(budget, Mapping) else {"effective_bits": budget}
+        try:
+            budget = Budget(**fields)
+        except ValidationError as error:
+            found = error.errors()[0]
+            known = ", ".join(Budget.model_fields)
+            raise ConfigError(
+                f"budget: {'.'.join(map(str, found['loc']))}: {found['msg']}, got {found['input']!r}; it takes a "
+                f"number of effective bits, or a dictionary of {known}"
+            ) from None
+    if not budget.limits:
+        raise ConfigError(f"budget: expected at least one of {', '.join(Budget.model_fields)}, got none")
+    return budget.limits
+
+
+def _highs() -> Any:
+    return import_extra("search", "highspy")
