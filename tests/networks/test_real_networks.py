@@ -160,6 +160,33 @@ def test_bits_searched_on_noise_serve_photographs(
     assert result.kl <= kl and result.agreement >= agreement
 
 
+COMPILED = [
+    ("cifar_resnet20", "cifar10"),
+    ("cifar_resnet44", "cifar10"),
+    ("resnet18_tiny", "tinyimagenet"),
+    ("tiny_darknet", "imagenet"),
+    ("squeezenet1_1", "imagenet"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "images"), COMPILED, ids=[name for name, _ in COMPILED])
+def test_compiled_networks_return_the_bits_of_the_folded_and_the_classes_of_the_unfolded(
+    name: str, images: str, nets: ModuleType
+) -> None:
+    qmodel = dsconv.quantize(nets.load(name), "default")
+    x = nets.preprocess(name, nets.images(images)[0][:200])
+    fast = dsconv.compile(qmodel, x[:1])
+    with torch.inference_mode():
+        parts = [(fast(part), fast.model(part), qmodel(part)) for part in x.split(50)]
+    compiled, folded, unfolded = (torch.cat(column) for column in zip(*parts, strict=True))
+    assert torch.equal(compiled, folded)
+    noise = (compiled - unfolded).square().sum().item()
+    assert dsconv.numerics.sqnr_db(unfolded.square().sum().item(), noise) > 40
+    # Tiny Darknet, quantized, is torn between two classes more often than others.
+    assert (compiled.argmax(1) == unfolded.argmax(1)).float().mean() >= (0.97 if name == "tiny_darknet" else 0.995)
+
+
 def test_layers_whose_weights_are_read_but_never_called_stay_in_float() -> None:
     config = dsconv.QuantConfig.preset("default", weight_rule="paper")
     quantized = dsconv.quantize(zoo.build("torchvision/swin_t", weights="random"), config)

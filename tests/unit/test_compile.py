@@ -177,7 +177,22 @@ def test_digits_network_gives_the_same_bits_under_every_preset(config: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v2", "googlenet", "alexnet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "vgg16",
+        "vgg16_bn",
+        "alexnet",
+        "googlenet",
+        "densenet121",
+        "squeezenet1_1",
+        "mobilenet_v2",
+        "efficientnet_b0",
+    ],
+)
 def test_networks_of_torchvision_have_all_layers_in_integers(name: str) -> None:
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
@@ -189,6 +204,14 @@ def test_networks_of_torchvision_have_all_layers_in_integers(name: str) -> None:
     integers = [step for step in fast.plan.steps if step.backend.startswith("integers")]
     assert len(integers) == len(layers) - skipped
     assert_same_bits(fast, x)
+
+
+@pytest.mark.slow
+def test_resnet50_takes_thirty_megabytes() -> None:
+    models = pytest.importorskip("torchvision.models")
+    qmodel = dsconv.quantize(models.resnet50().eval(), {"activation_bits": 4, "block_size": 64})
+    plan = dsconv.compile(qmodel, torch.zeros(1, 3, 224, 224)).plan
+    assert plan.weight_bytes + plan.memory_bytes <= 30e6
 
 
 def test_errors_say_what_is_wrong() -> None:
