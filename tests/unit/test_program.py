@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -160,21 +160,20 @@ def test_layers_of_all_kinds_read_what_others_write(config: str, groups: int, st
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
 @pytest.mark.parametrize("average", [False, True])
+@settings(max_examples=12)  # each captures a network
 @given(data=st.data())
 def test_pooling_is_pytorchs(average: bool, ceil_mode: bool, data: st.DataObject) -> None:
     kernel = data.draw(st.tuples(*[st.integers(1, 4)] * 2))
     stride = data.draw(st.tuples(*[st.integers(1, 3)] * 2))
     padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
-    settings: dict[str, object] = {"count_include_pad": data.draw(st.booleans())}
+    more: dict[str, object] = {"count_include_pad": data.draw(st.booleans())}
     if data.draw(st.booleans()):
-        settings["divisor_override"] = data.draw(st.integers(1, 9))
+        more["divisor_override"] = data.draw(st.integers(1, 9))
     if not average:
-        settings = {"dilation": data.draw(st.integers(1, 2))}
+        more = {"dilation": data.draw(st.integers(1, 2))}
     pool = F.avg_pool2d if average else F.max_pool2d
     channels = data.draw(st.sampled_from((5, 16, 40)))
-    net = Net(
-        lambda m, x: pool(m.a(x), kernel, stride, padding, ceil_mode=ceil_mode, **settings), a=conv(3, channels, 1)
-    )
+    net = Net(lambda m, x: pool(m.a(x), kernel, stride, padding, ceil_mode=ceil_mode, **more), a=conv(3, channels, 1))
     fast = compiled(net)
     assert len(steps(fast, Pool)) == 1
     x = torch.randn(2, 3, 9, 9)
