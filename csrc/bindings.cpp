@@ -94,6 +94,7 @@ Use use(const Uses& u) {
 }  // namespace
 
 NB_MODULE(_C, m) {
+  nb::set_leak_warnings(false);  // a network that lives until the interpreter ends is none
   m.doc() = "Compiled part of dsconv";
   m.def("isa_found", &isa_found,
         "Instruction sets that this processor has and the operating system lets this process use, weakest first.");

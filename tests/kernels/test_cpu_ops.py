@@ -118,6 +118,7 @@ ACTIVATIONS = {
     "relu": lambda y, slope: F.relu(y),
     "relu6": lambda y, slope: F.relu6(y),
     "leaky_relu": F.leaky_relu,
+    "hardswish": lambda y, slope: F.hardswish(y),
 }
 
 

@@ -71,11 +71,12 @@ class CompiledModel(nn.Module):
 
 
 def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
-    """A quantized network as one graph for inference on the CPU.
+    """A quantized network as one program for inference on the CPU.
 
     BatchNorm is folded into the layers in front of it (:func:`dsconv.fold_batchnorm`), the network is captured by
-    :mod:`torch.export`, and additions and activations that follow a layer are computed by its kernel. Tensors between
-    layers are float32 whose channels lie side by side. The result returns the same bits as the folded model does.
+    :mod:`torch.export`, and its layers compute the additions and activations that follow them, and quantize what they
+    write for the layers that read it. What lies between steps has its place in one piece of memory. Operators that the
+    program does not know run in PyTorch; the plan names them. The result returns the same bits as the folded model.
 
     Args:
         qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, on the CPU; it is left as it is.
@@ -94,7 +95,7 @@ def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
     >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
     >>> fast = compile(dsconv.quantize(net), torch.zeros(1, 3, 16, 16))
     >>> [step.fused for step in fast.plan.steps], fast(torch.zeros(5, 3, 16, 16)).shape
-    ([('bias', 'relu'), ('bias',)], torch.Size([5, 64, 12, 12]))
+    ([('bias', 'relu', 'quantize'), ('bias',)], torch.Size([5, 64, 12, 12]))
     """
     _check("example_input", example_input)
     if example_input.dim() < 2 or not len(example_input):
