@@ -231,10 +231,17 @@ def test_batches_beyond_what_is_cached_are_run_in_parts(monkeypatch: pytest.Monk
     x = torch.randn(11, 3, 9, 9)
     with torch.inference_mode():
         assert torch.equal(fast(x), fast.model(x))
-    together = compiled(Net(lambda m, x: m.a(x) - m.a(x).mean(0, keepdim=True), a=conv(3, 64)))
-    with torch.inference_mode():
-        assert together.program_for(x)[0].images_at_once is None
-        assert torch.equal(together(x), together.model(x))
+    for run in (
+        lambda m, x: m.a(x) - m.a(x).mean(0, keepdim=True),
+        lambda m, x: m.a(x).mean(0),
+        lambda m, x: m.a(x).flatten(),
+        lambda m, x: m.a(x) * x.shape[0],
+        lambda m, x: m.a(x).permute(1, 0, 2, 3),
+    ):
+        together = compiled(Net(run, a=conv(3, 64)))
+        with torch.inference_mode():
+            assert together.program_for(x)[0].images_at_once is None
+            assert torch.equal(together(x), together.model(x))
 
 
 @pytest.mark.slow

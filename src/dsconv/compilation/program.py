@@ -19,10 +19,9 @@ from dsconv.ops import cpu
 # Memory of this size stays in the caches; more images at a time would not.
 _CACHED_BYTES = 16 << 20
 _aten = torch.ops.aten
-# Of PyTorch's operators, those that treat every image as if it were alone.
+# Of PyTorch's operators, those that treat every image as if it were alone, where they make a tensor of images.
 _BY_IMAGE = (
     *AVERAGES,
-    _aten.sym_size.int,
     _aten.reshape.default,
     _aten.flatten.using_ints,
     _aten.max_pool2d.default,
@@ -32,6 +31,7 @@ _BY_IMAGE = (
     _aten.hardswish.default,
     _aten.gelu.default,
 )
+_ELEMENTWISE = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
 _SPARE = 4  # pieces of memory that are kept for the next calls
 
 
@@ -68,9 +68,7 @@ class Program:
         # What steps of the extension make outside the memory: the network's outputs.
         self._returns = {s.result for s in self.steps if s.result in self._bases and not isinstance(s.does, Call)}
         self.memory_bytes: int = self._native.bytes(1)
-        calls = [step.node.target for step in self.steps if isinstance(step.does, Call)]
-        alone = all(target in _BY_IMAGE for target in calls)
-        self.images_at_once = _CACHED_BYTES // max(1, self.memory_bytes) if alone else None
+        self.images_at_once = _CACHED_BYTES // max(1, self.memory_bytes) if self._treats_images_alone() else None
         self._spare: list[Tensor] = []
         self._lock = threading.Lock()
 
@@ -89,6 +87,15 @@ class Program:
             (isinstance(step.does, Convolution) and step.does.window is not None and step.residual is None)
             or (isinstance(step.does, Map) and step.result is None)
             for step in readers
+        )
+
+    def _treats_images_alone(self) -> bool:
+        """Whether parts of a batch give parts of its result."""
+        tensors_of_images = {step.result.node for step in self.steps if step.result is not None}
+        return tensors_of_images.issuperset(self._outputs) and all(
+            step.node.target is _aten.sym_size.int or (step.node.target in _BY_IMAGE and step.node in tensors_of_images)
+            for step in self.steps
+            if isinstance(step.does, Call)
         )
 
     def _root(self, value: Value) -> Value:
