@@ -185,7 +185,7 @@ def test_compiled_networks_return_the_bits_of_the_folded_and_the_classes_of_the_
     assert dsconv.numerics.sqnr_db(unfolded.square().sum().item(), noise) > 40
     # Tiny Darknet, quantized, is torn between two classes more often than others.
     others = int((compiled.argmax(1) != unfolded.argmax(1)).sum())
-    assert others <= (6 if name == "tiny_darknet" else 2)
+    assert others <= (8 if name == "tiny_darknet" else 4)
 
 
 def test_layers_whose_weights_are_read_but_never_called_stay_in_float() -> None:
