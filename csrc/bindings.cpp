@@ -196,6 +196,7 @@ NB_MODULE(_C, m) {
            [](Program& self, int from, Address scale, Address shift, const Uses& uses) {
              self.map(from, at<const float>(scale), at<const float>(shift), use(uses));
            })
+      .def("flatten", &Program::flatten)
       .def("pool",
            [](Program& self, int from, const std::array<std::int64_t, 8>& w, bool average, bool count_zeros,
               std::int64_t divisor, const std::array<std::int64_t, 2>& out, const Uses& uses) {

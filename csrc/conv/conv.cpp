@@ -15,6 +15,7 @@ namespace {
 constexpr std::int64_t kLargest = std::int64_t{1} << 31;
 constexpr double kMost = 1e15;  // values in a tensor
 constexpr std::int64_t kTasks = 32;  // enough to share out evenly
+constexpr std::int64_t kWindows = 1024;  // outputs of a task that quantizes what they read
 
 // Outputs of a group that are finished before any is quantized: such that they are whole blocks of all targets.
 std::int64_t unit_of(const Geometry& g, std::span<const Target> targets) {
@@ -101,108 +102,158 @@ void pack_kds(const Geometry& g, const float* kds, float* packed) {
             *packed++ = n < per_group ? kds[((group * per_group + n) * blocks + b) * taps + tap] : 0.0f;
 }
 
-void quantize_windows(const Geometry& g, const Quantized& to, const Kernels& kernels, const Input& input) {
-  const Cut cut = g.cut();
-  const std::int64_t group_channels = g.channels / g.groups;
-  // Lines of some hundred outputs make a task, so that what they read is cut up once.
-  const std::int64_t together = std::clamp<std::int64_t>(1024 / std::max<std::int64_t>(1, g.out_width), 1, std::max<std::int64_t>(1, g.out_height));
-  const std::int64_t parts = (g.out_height + together - 1) / together;
-  to.fill_borders();
-  parallel(g.groups * g.images * parts, [&](std::int64_t task) {
-    const std::int64_t part = task % parts, image = task / parts % g.images, group = task / parts / g.images;
-    const std::int64_t top = part * together, count = std::min(together, g.out_height - top);
-    struct User;
-    using Mine = Scratch<User>;
-    Mine scratch(Mine::size<const float*>(cut.depth) + Lines::bytes(g, group_channels, count));
-    const float** const channel = scratch.take<const float*>(cut.depth);
-    Lines lines(g, group_channels, count, scratch.take<float>(0));
-    lines.read(input.values + image * input.strides.image + group * group_channels * input.strides.channel, input.strides, top);
-    for (std::int64_t c = 0; c < cut.depth; ++c) channel[c] = lines.at(c);
-    for (std::int64_t y = 0; y < count; ++y)
-      for (std::int64_t b = 0; b < cut.blocks(); ++b)
-        for (std::int64_t x = 0; x < g.out_width; x += kernels.lanes) {
-          const std::int64_t pixels = std::min<std::int64_t>(kernels.lanes, g.out_width - x);
-          std::int64_t row[kMaxLanes];
-          std::iota(row, row + pixels, to.row(image, top + y, x));
-          kernels.quantize_pixels(block_of(to, group, b, row, pixels), channel + b * cut.block_size, y * lines.next_line() + x);
-        }
-  });
-}
+namespace {
 
-void convolve(const Geometry& g, const Layer& l, const Kernels& kernels, const Quantized& q, const Output& o) {
-  const Grid& grid = q.grid();
-  const std::int64_t pixels = g.pixels(), of_image = g.out_height * g.out_width, taps = g.taps(), blocks = g.cut().blocks();
-  std::vector<std::int64_t> tap(taps, 0);
-  for (std::int64_t k = 0; k < taps && !g.flat; ++k)
-    tap[k] = k / g.kernel_w * g.dilation_h * grid.line() + k % g.kernel_w * g.dilation_w;
-  const std::int64_t panel = g.panel_bytes(l.wide), per_group = g.group_outputs();
-  // Chunks of about the same size, of whole tiles. A task keeps its pixels in cache and goes through the weights; with
-  // few pixels there are more tasks, of some weights.
-  const std::int64_t chunks = (pixels + kernels.task - 1) / kernels.task;
-  const std::int64_t even = (pixels + chunks - 1) / std::max<std::int64_t>(1, chunks);
-  const std::int64_t chunk = std::min<std::int64_t>(kernels.task, (even + kernels.tile - 1) / kernels.tile * kernels.tile);
-  const std::int64_t unit = unit_of(g, o.targets), units = (per_group + unit - 1) / unit;
-  const std::int64_t split = std::clamp<std::int64_t>(kTasks / std::max<std::int64_t>(1, g.groups * chunks), 1, units);
+// What the tasks of a convolution have in common.
+class Tasks {
+ public:
+  Tasks(const Geometry& g, const Layer& l, const Kernels& kernels, const Output& o, std::int64_t line)
+      : units((g.group_outputs() + unit_of(g, o.targets) - 1) / unit_of(g, o.targets)),
+        g_(g), l_(l), kernels_(kernels), o_(o), unit_(unit_of(g, o.targets)), tap_(g.taps(), 0) {
+    for (std::int64_t k = 0; k < g.taps() && !g.flat; ++k)
+      tap_[k] = k / g.kernel_w * g.dilation_h * line + k % g.kernel_w * g.dilation_w;
+  }
 
-  parallel(g.groups * chunks * split, [&](std::int64_t task) {
-    const std::int64_t part = task % split, group = task / split / chunks, first = task / split % chunks * chunk;
-    const std::int64_t end = std::min(pixels, first + chunk);
-    if (first >= end) return;
+  const std::int64_t units;  // of the outputs of a group
+
+  // Outputs of some units of a group at pixels `first` to `end`, kMaxTask at most. At the first tap, these read rows `step`
+  // apart in a line, from row_of(image, y, x) on.
+  template <class RowOf>
+  void run(const Rows& rows, RowOf row_of, std::int64_t step, std::int64_t group, std::int64_t first, std::int64_t end,
+           std::int64_t begin_unit, std::int64_t end_unit) const {
+    const std::int64_t of_image = g_.out_height * g_.out_width, per_group = g_.group_outputs();
+    const std::int64_t panel = g_.panel_bytes(l_.wide), blocks = g_.cut().blocks();
     std::int64_t row[kMaxTask], place[kMaxTask], residual_place[kMaxTask];
-    const Strides& to = o.strides;
-    const Strides& add = o.residual.strides;
-    std::int64_t image = first / of_image, y = first % of_image / g.out_width, x = first % g.out_width;
+    const Strides& to = o_.strides;
+    const Strides& add = o_.residual.strides;
+    std::int64_t image = first / of_image, y = first % of_image / g_.out_width, x = first % g_.out_width;
     for (std::int64_t p = 0; p < end - first; ++y, x = 0) {  // a line, or what is left of it
-      if (y == g.out_height) y = 0, ++image;
-      const std::int64_t stop = std::min(end - first, p + g.out_width - x);
-      std::int64_t at = o.values ? image * to.image + y * to.y + x * to.x : p * unit, step = o.values ? to.x : unit;
-      std::int64_t added = image * add.image + y * add.y + x * add.x;
-      std::int64_t read = g.flat ? first + p : q.row(image, y * g.stride_h - g.pad_h, x * g.stride_w - g.pad_w);
-      for (; p < stop; ++p, at += step, added += add.x, read += g.flat ? 1 : g.stride_w)
+      if (y == g_.out_height) y = 0, ++image;
+      const std::int64_t stop = std::min(end - first, p + g_.out_width - x);
+      std::int64_t at = o_.values ? image * to.image + y * to.y + x * to.x : p * unit_, next = o_.values ? to.x : unit_;
+      std::int64_t added = image * add.image + y * add.y + x * add.x, read = row_of(image, y, x);
+      for (; p < stop; ++p, at += next, added += add.x, read += step)
         place[p] = at, residual_place[p] = added, row[p] = read;
     }
     alignas(64) float sums[kMaxTask * kPair];
     Sums t{};
-    t.rows = q.of_group(group);
-    t.octets = static_cast<int>(g.cut().octets());
-    t.last_octets = static_cast<int>(g.cut().last_octets());
+    t.rows = rows;
+    t.octets = static_cast<int>(g_.cut().octets());
+    t.last_octets = static_cast<int>(g_.cut().last_octets());
     t.panel_bytes = panel;
     t.panels = 2;
-    t.wide = l.wide;
-    t.largest = l.bits == 8 ? 128 : (1 << l.bits) - 1;
-    t.tap = tap.data();
-    t.taps = static_cast<int>(taps);
+    t.wide = l_.wide;
+    t.largest = l_.bits == 8 ? 128 : (1 << l_.bits) - 1;
+    t.tap = tap_.data();
+    t.taps = static_cast<int>(g_.taps());
     t.pixel = row;
     t.pixels = static_cast<int>(end - first);
     t.output = sums;
     struct User;
     using Mine = Scratch<User>;
-    const std::int64_t needed = kernels.workspace ? kernels.workspace(t) : 0;
-    const std::int64_t kept = o.values ? 0 : t.pixels * unit;
-    Mine scratch(Mine::size<std::uint8_t>(needed) + Mine::size<float>(kept));
-    t.workspace = scratch.take<std::uint8_t>(needed);
-    float* const finished = scratch.take<float>(kept);
-    for (std::int64_t u = part * units / split; u < (part + 1) * units / split; ++u) {
-      const std::int64_t begin = u * unit, stop = std::min(per_group, begin + unit);  // outputs of the group
-      float* const values = o.values ? o.values + (group * per_group + begin) * to.channel : finished;
+    const std::int64_t needed = kernels_.workspace ? kernels_.workspace(t) : 0;
+    const std::int64_t kept = o_.values ? 0 : t.pixels * unit_;
+    Mine scratch(Mine::template size<std::uint8_t>(needed) + Mine::template size<float>(kept));
+    t.workspace = scratch.template take<std::uint8_t>(needed);
+    float* const finished = scratch.template take<float>(kept);
+    for (std::int64_t u = begin_unit; u < end_unit; ++u) {
+      const std::int64_t begin = u * unit_, stop = std::min(per_group, begin + unit_);  // outputs of the group
+      float* const values = o_.values ? o_.values + (group * per_group + begin) * to.channel : finished;
       for (std::int64_t from = begin; from < stop; from += kPair) {
-        const std::int64_t pair = group * g.pairs() + from / kPair, scales = pair * taps * blocks * kPair;
-        t.weight = l.weight + pair * 2 * panel;
-        t.kds = l.kds + scales;
-        t.kds_shift = l.kds_shift ? l.kds_shift + scales : nullptr;
+        const std::int64_t pair = group * g_.pairs() + from / kPair, scales = pair * t.taps * blocks * kPair;
+        t.weight = l_.weight + pair * 2 * panel;
+        t.kds = l_.kds + scales;
+        t.kds_shift = l_.kds_shift ? l_.kds_shift + scales : nullptr;
         const std::int64_t output = group * per_group + from;
         const int outputs = static_cast<int>(std::min<std::int64_t>(kPair, stop - from));
         t.panels = outputs > kPanel ? 2 : 1;
-        kernels.sum(t);
-        const std::int64_t channel = o.values ? to.channel : 1;
-        kernels.store({sums, t.pixels, outputs, place, residual_place, channel, l.bias ? l.bias + output : nullptr,
-                       o.residual.values ? o.residual.values + output * add.channel : nullptr,
-                       values + (from - begin) * channel, l.activation, l.slope});
+        kernels_.sum(t);
+        const std::int64_t channel = o_.values ? to.channel : 1;
+        kernels_.store({sums, t.pixels, outputs, place, residual_place, channel, l_.bias ? l_.bias + output : nullptr,
+                        o_.residual.values ? o_.residual.values + output * add.channel : nullptr,
+                        values + (from - begin) * channel, l_.activation, l_.slope});
       }
-      for (const Target& target : o.targets)
-        quantize_into(target, kernels, values + place[0], o.values ? to.x : unit, first, t.pixels, group * per_group + begin,
+      for (const Target& target : o_.targets)
+        quantize_into(target, kernels_, values + place[0], o_.values ? to.x : unit_, first, t.pixels, group * per_group + begin,
                       group * per_group + stop);
     }
+  }
+
+ private:
+  const Geometry& g_;
+  const Layer& l_;
+  const Kernels& kernels_;
+  const Output& o_;
+  const std::int64_t unit_;
+  std::vector<std::int64_t> tap_;
+};
+
+// Flattened blocks: what some lines of outputs from line `top` on read, quantized to rows one after another.
+void quantize_windows(const Geometry& g, const Quantized& to, const Kernels& kernels, const Input& input, std::int64_t group,
+                      std::int64_t image, std::int64_t top, std::int64_t count) {
+  const Cut cut = g.cut();
+  const std::int64_t channels = g.channels / g.groups;
+  struct User;
+  using Mine = Scratch<User>;
+  Mine scratch(Mine::size<const float*>(cut.depth) + Lines::bytes(g, channels, count));
+  const float** const channel = scratch.take<const float*>(cut.depth);
+  Lines lines(g, channels, count, scratch.take<float>(0));
+  lines.read(input.values + image * input.strides.image + group * channels * input.strides.channel, input.strides, top);
+  for (std::int64_t c = 0; c < cut.depth; ++c) channel[c] = lines.at(c);
+  for (std::int64_t y = 0; y < count; ++y)
+    for (std::int64_t b = 0; b < cut.blocks(); ++b)
+      for (std::int64_t x = 0; x < g.out_width; x += kernels.lanes) {
+        const std::int64_t pixels = std::min<std::int64_t>(kernels.lanes, g.out_width - x);
+        std::int64_t row[kMaxLanes];
+        std::iota(row, row + pixels, y * g.out_width + x);
+        kernels.quantize_pixels(block_of(to, 0, b, row, pixels), channel + b * cut.block_size, y * lines.next_line() + x);
+      }
+}
+
+// A task quantizes what it reads, and sums over it while that is in cache.
+void convolve_windows(const Geometry& g, const Layer& l, const Kernels& kernels, const Input& input, const Output& o) {
+  const Tasks tasks(g, l, kernels, o, 0);
+  // Lines of some hundred outputs, so that what they read is cut up once; fewer where there are not enough to share out.
+  const std::int64_t width = std::max<std::int64_t>(1, g.out_width), lines = std::max<std::int64_t>(1, g.out_height);
+  const std::int64_t most = std::max<std::int64_t>(1, kWindows / width), shared = g.groups * g.images * lines / (kTasks / 2);
+  const std::int64_t least = std::min(most, (kernels.task + width - 1) / width);
+  const std::int64_t together = std::min(lines, std::clamp(shared, least, most)), parts = (lines + together - 1) / together;
+  Format format = l.format(g);
+  format.groups = 1;
+  parallel(g.groups * g.images * parts, [&](std::int64_t task) {
+    const std::int64_t part = task % parts, image = task / parts % g.images, group = task / parts / g.images;
+    const std::int64_t top = part * together, count = std::min(together, g.out_height - top);
+    const Grid grid{1, count, g.out_width, 0, 0};
+    struct User;
+    Scratch<User> scratch(Quantized::bytes(format, grid));
+    const Quantized q(format, grid, scratch.template take<std::byte>(0));
+    quantize_windows(g, q, kernels, input, group, image, top, count);
+    const std::int64_t begin = (image * g.out_height + top) * g.out_width, end = begin + count * g.out_width;
+    const auto row_of = [&](std::int64_t i, std::int64_t y, std::int64_t x) { return (i * g.out_height + y) * g.out_width + x - begin; };
+    for (std::int64_t first = begin; first < end; first += kernels.task)
+      tasks.run(q.of_group(0), row_of, 1, group, first, std::min(end, first + kernels.task), 0, tasks.units);
+  });
+}
+
+}  // namespace
+
+void convolve(const Geometry& g, const Layer& l, const Kernels& kernels, const Quantized& q, const Output& o) {
+  const Tasks tasks(g, l, kernels, o, q.grid().line());
+  // Chunks of about the same size, of whole tiles. A task keeps its pixels in cache and goes through the weights; with
+  // few pixels there are more tasks, of some weights.
+  const std::int64_t pixels = g.pixels(), chunks = (pixels + kernels.task - 1) / kernels.task;
+  const std::int64_t even = (pixels + chunks - 1) / std::max<std::int64_t>(1, chunks);
+  const std::int64_t chunk = std::min<std::int64_t>(kernels.task, (even + kernels.tile - 1) / kernels.tile * kernels.tile);
+  const std::int64_t split = std::clamp<std::int64_t>(kTasks / std::max<std::int64_t>(1, g.groups * chunks), 1, tasks.units);
+  const auto row_of = [&](std::int64_t image, std::int64_t y, std::int64_t x) {
+    return q.row(image, y * g.stride_h - g.pad_h, x * g.stride_w - g.pad_w);
+  };
+  parallel(g.groups * chunks * split, [&](std::int64_t task) {
+    const std::int64_t part = task % split, group = task / split / chunks, first = task / split % chunks * chunk;
+    const std::int64_t end = std::min(pixels, first + chunk);
+    if (first < end)
+      tasks.run(q.of_group(group), row_of, g.stride_w, group, first, end, part * tasks.units / split,
+                (part + 1) * tasks.units / split);
   });
 }
 
@@ -210,7 +261,8 @@ void convolve(const Geometry& whole, const Layer& l, const Kernels& kernels, con
   Geometry g = whole;
   Input input = whole_input;
   if (g.depthwise()) return convolve_depthwise(g, l, kernels, input, o);
-  if (!g.flat && g.positions() == 1 && !g.pad_h && !g.pad_w) {
+  if (g.flat) return convolve_windows(g, l, kernels, input, o);
+  if (g.positions() == 1 && !g.pad_h && !g.pad_w) {
     // What a strided 1x1 convolution skips need not be quantized.
     input.strides.y *= g.stride_h, input.strides.x *= g.stride_w;
     g.height = g.out_height, g.width = g.out_width;
@@ -220,7 +272,7 @@ void convolve(const Geometry& whole, const Layer& l, const Kernels& kernels, con
   struct User;
   Scratch<User> scratch(Quantized::bytes(format, g.grid()));
   const Quantized q(format, g.grid(), scratch.take<std::byte>(0));
-  g.flat ? quantize_windows(g, q, kernels, input) : quantize(q, kernels, input.values, input.strides);
+  quantize(q, kernels, input.values, input.strides);
   convolve(g, l, kernels, q, o);
 }
 

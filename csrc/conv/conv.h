@@ -25,10 +25,8 @@ struct Geometry {
   std::int64_t taps() const { return flat ? 1 : positions(); }
   std::int64_t pixels() const { return images * out_height * out_width; }
   Cut cut() const { return {channels / groups * (flat ? positions() : 1), block_size}; }
-  // What its quantized input needs to hold; for flattened blocks a row is all that an output pixel reads.
-  Grid grid() const {
-    return flat ? Grid{images, out_height, out_width, 0, 0} : Grid{images, height, width, pad_h, pad_w};
-  }
+  // What its quantized input needs to hold, but for flattened blocks.
+  Grid grid() const { return {images, height, width, pad_h, pad_w}; }
   std::int64_t group_outputs() const { return outputs / groups; }
   std::int64_t pairs() const { return (group_outputs() + kPair - 1) / kPair; }  // of panels, in a group
   std::int64_t panel_bytes(bool wide) const { return taps() * cut().row_octets() * (wide ? 128 : 64); }
@@ -73,10 +71,8 @@ void pack_kds(const Geometry&, const float* kds, float* packed);
 
 // From float to float.
 void convolve(const Geometry&, const Layer&, const Kernels&, const Input&, const Output&);
-// Of an input that is quantized already, in a border at least as wide as the padding.
+// Of an input that is quantized already, in a border at least as wide as the padding; not for flattened blocks.
 void convolve(const Geometry&, const Layer&, const Kernels&, const Quantized& input, const Output&);
-// With flattened blocks: what each output pixel reads, quantized.
-void quantize_windows(const Geometry&, const Quantized& to, const Kernels&, const Input&);
 void convolve_depthwise(const Geometry&, const Layer&, const Kernels&, const Input&, const Output&);
 
 // What a 1x1 convolution makes of its input: mantissas (images, channels, pixels), and exponents (images, groups * blocks,

@@ -48,25 +48,28 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
         }
       const int octets = b + 1 < rows.blocks ? t.octets : t.last_octets;
       for (int o = 0; o < octets; ++o) {
+        const auto add = [&](const __m512i (&weights)[P], int part, int four) {
+          for (int m = 0; m < M; ++m) {
+            const __m512i a = spread(x[m] + 8 * o + four);
+            for (int p = 0; p < P; ++p) s[m][p][part] = _mm512_dpbusd_epi32(s[m][p][part], weights[p], a);
+          }
+        };
         __m512i first[P], second[P];
         for (int p = 0; p < P; ++p) {
           const std::uint8_t* row = w + p * t.panel_bytes;
           // A low tile waits for its weights: ask for them before the processor would, across pages too.
           if constexpr (kParts == 2) _mm_prefetch(reinterpret_cast<const char*>(row) + kAhead, _MM_HINT_T0);
           first[p] = _mm512_loadu_si512(row);
-          if constexpr (Wide) {
-            second[p] = _mm512_loadu_si512(row + 64);
-          } else {
+          if constexpr (!Wide) {
             second[p] = _mm512_and_si512(_mm512_srli_epi16(first[p], 4), low);
             first[p] = _mm512_and_si512(first[p], low);
           }
         }
+        add(first, 0, 0);
+        if constexpr (Wide)
+          for (int p = 0; p < P; ++p) second[p] = _mm512_loadu_si512(w + p * t.panel_bytes + 64);
+        add(second, kParts - 1, 4);
         w += Wide ? 128 : 64;
-        for (int m = 0; m < M; ++m) {
-          const __m512i a = spread(x[m] + 8 * o), c = spread(x[m] + 8 * o + 4);
-          for (int p = 0; p < P; ++p) s[m][p][0] = _mm512_dpbusd_epi32(s[m][p][0], first[p], a);
-          for (int p = 0; p < P; ++p) s[m][p][kParts - 1] = _mm512_dpbusd_epi32(s[m][p][kParts - 1], second[p], c);
-        }
       }
       for (int m = 0; m < M; ++m) {
         x[m] += 8 * octets;

@@ -25,6 +25,21 @@ void fill_borders(const std::vector<Target>& targets) {
     if (target.first == 0) target.quantized.fill_borders();
 }
 
+// To (images, channels, pixels), from pixels and images that are so many values apart.
+void to_lines(const float* from, std::int64_t image_stride, std::int64_t pixel_stride, std::int64_t images,
+              std::int64_t channels, std::int64_t pixels, float* to) {
+  // A few cache lines of every pixel, so that what is written stays in the first cache.
+  constexpr std::int64_t kTogether = 64;
+  const std::int64_t parts = (channels + kTogether - 1) / kTogether;
+  parallel(images * parts, [&](std::int64_t task) {
+    const std::int64_t first = task % parts * kTogether, end = std::min(channels, first + kTogether);
+    const float* read = from + task / parts * image_stride;
+    float* written = to + task / parts * channels * pixels;
+    for (std::int64_t p = 0; p < pixels; ++p)
+      for (std::int64_t c = first; c < end; ++c) written[c * pixels + p] = read[p * pixel_stride + c];
+  });
+}
+
 }  // namespace
 
 int Program::values(const Values& v) {
@@ -118,12 +133,12 @@ void Program::convolve(const Geometry& one, const Layer& layer, int from, int in
   } else {
     require(!g.flat, "flattened blocks need a float input");
   }
-  if (!g.depthwise()) {
+  if (!g.flat) {
     const Tensor& t = tensor_of(input_id);
     const Grid needed = g.grid();
     require(t.format == layer.format(g), "expected an input quantized as the layer wants it");
     require(t.grid.height == needed.height && t.grid.width == needed.width && t.grid.pad_h >= needed.pad_h &&
-                t.grid.pad_w >= needed.pad_w && (!g.flat || t.grid.pad_h + t.grid.pad_w == 0),
+                t.grid.pad_w >= needed.pad_w,
             "expected a quantized input of the layer's sizes");
   }
   require(use.values >= 0 || !use.targets.empty(), "a step without an output");
@@ -135,10 +150,8 @@ void Program::convolve(const Geometry& one, const Layer& layer, int from, int in
     l.activation = use.activation, l.slope = use.slope;
     const Input output = input(run, use.values);
     const Output o{const_cast<float*>(output.values), output.strides, input(run, use.residual), into};
-    if (now.depthwise()) return dsconv::convolve_depthwise(now, l, kernels_, input(run, from), o);
-    const Quantized q = quantized(run, input_id);
-    if (now.flat) quantize_windows(now, q, kernels_, input(run, from));
-    dsconv::convolve(now, l, kernels_, q, o);
+    if (now.flat) return dsconv::convolve(now, l, kernels_, input(run, from), o);
+    dsconv::convolve(now, l, kernels_, quantized(run, input_id), o);
   });
 }
 
@@ -214,6 +227,17 @@ void Program::pool(int from, const Window& w, std::int64_t out_height, std::int6
       for (const Target& target : into)
         quantize_into(target, kernels_, made, stride, line * out_width, out_width, 0, v.channels);
     });
+  });
+}
+
+void Program::flatten(int from, int to) {
+  const Values v = values_of(from), made = values_of(to);
+  const std::int64_t count = v.channels * v.height * v.width;
+  require(v.dense() && made.dense() && made.channels == count && made.height * made.width == 1,
+          "expected dense tensors of as many values");
+  require(made.strides.image == count, "expected a tensor of its own for the result");
+  steps_.push_back([=, this](const Run& run) {
+    to_lines(address(run, v), v.strides.image, v.strides.x, run.images, v.channels, v.height * v.width, address(run, made));
   });
 }
 

@@ -49,10 +49,12 @@ class Program {
   int quantized(const Format&, const Grid&, std::int64_t offset);  // in base 0
   std::int64_t bytes(std::int64_t images) const { return images * bytes_; }
 
-  // Of quantized tensor `input`, or of float tensor `from`, with flattened blocks by way of quantized tensor `input`.
+  // Of quantized tensor `input`, or with flattened blocks of float tensor `from`.
   void convolve(const Geometry&, const Layer&, int from, int input, const Use&);
   // Every value times its channel's scale plus its shift, where these are given.
   void map(int from, const float* scale, const float* shift, const Use&);
+  // All values of an image as channels of one pixel, those of a channel one after another.
+  void flatten(int from, int to);
   // Over windows of the kernel size: the maximum, or the average, in which zeros of the padding count if they are to.
   struct Window {
     std::int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;

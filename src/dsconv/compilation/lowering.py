@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from dsconv.compilation.fusion import ACTIVATIONS, only_user
+from dsconv.compilation.fusion import ACTIVATIONS, AVERAGES, only_user
 from dsconv.ops import cpu
 
 _aten, _dsconv = torch.ops.aten, torch.ops.dsconv
@@ -75,13 +75,13 @@ class Value:
 
 @dataclass(eq=False)
 class Convolution:
-    """A convolution or linear layer, whose ``window`` is what it reads quantized if its blocks are flattened."""
+    """A convolution or linear layer; ``quantized`` is what it reads, but for flattened blocks."""
 
     arguments: dict[str, Any]
     sizes: tuple[int, ...]
     source: Value
-    quantized: Quantized | None
-    window: Quantized | None
+    depthwise: bool
+    quantized: Quantized | None = None
 
 
 @dataclass(eq=False)
@@ -105,10 +105,18 @@ class Pool:
 
 
 @dataclass(eq=False)
+class Flatten:
+    """All values of an image as channels of one pixel, those of a channel one after another."""
+
+    source: Value
+
+
+@dataclass(eq=False)
 class Call:
-    """Something that PyTorch computes, of native values ``reads``."""
+    """Something that PyTorch computes, of native values ``reads``, of which ``lines`` is the first one flattened."""
 
     reads: tuple[Value, ...]
+    lines: Value | None = None
 
 
 @dataclass(eq=False)
@@ -122,7 +130,7 @@ class Step:
     """
 
     node: fx.Node
-    does: Convolution | Map | Pool | Call
+    does: Convolution | Map | Pool | Flatten | Call
     result: Value | None = None
     residual: Value | None = None
     activation: str = "none"
@@ -134,6 +142,8 @@ class Step:
         """What it reads and writes in float32."""
         if isinstance(self.does, Call):
             yield from self.does.reads
+            if self.does.lines is not None:
+                yield self.does.lines
         elif not isinstance(self.does, Convolution) or self.does.quantized is None:
             yield self.does.source
         if self.residual is not None:
@@ -143,8 +153,8 @@ class Step:
 
     def quantized_tensors(self) -> Iterable[Quantized]:
         """What it reads and writes quantized."""
-        if isinstance(self.does, Convolution):
-            yield from (q for q in (self.does.quantized, self.does.window) if q is not None)
+        if isinstance(self.does, Convolution) and self.does.quantized is not None:
+            yield self.does.quantized
         yield from (quantized for quantized, _ in self.targets)
 
 
@@ -239,7 +249,11 @@ class _Lowering:
         result = self._value(node)
         if result is not None:
             result.outside = result.in_float = True
-        return Step(node, Call(reads), result)
+        lines = None
+        if node.target in AVERAGES and reads and node.args[0].meta["val"].dim() == 4:  # type: ignore[union-attr]
+            lines = Value(node, (math.prod(reads[0].size), 1, 1), in_float=True)
+            self.steps.append(Step(node, Flatten(reads[0]), lines))
+        return Step(node, Call(reads, lines), result)
 
     def _native(self, node: Any) -> Value | None:
         return self._value(node) if isinstance(node, fx.Node) else None
@@ -261,11 +275,12 @@ class _Lowering:
         depthwise = flat and groups == source.size[0] > 1
         if depthwise and groups != result.size[0]:
             return None  # it writes lines
-        layer = Convolution(given, sizes, source, None, None)
-        if not depthwise:
-            depth = source.size[0] // groups * (math.prod(sizes[7:9]) if flat else 1)
+        layer = Convolution(given, sizes, source, depthwise)
+        if flat:
+            source.in_float = True
+        else:
             wanted = Format(
-                depth,
+                source.size[0] // groups,
                 sizes[-2],
                 groups,
                 given["weight_bits"] > 4,
@@ -273,12 +288,7 @@ class _Lowering:
                 given["sign"],
                 given["kds_shift"] is not None,
             )
-            if flat:
-                layer.window = Quantized(wanted, (sizes[5], sizes[6]))
-            else:
-                layer.quantized = source.want(wanted, (sizes[11], sizes[12]))
-        if layer.quantized is None:
-            source.in_float = True
+            layer.quantized = source.want(wanted, (sizes[11], sizes[12]))
         if residual is not None:
             residual.in_float = True
         result.direct = depthwise or groups == 1
@@ -342,6 +352,13 @@ class _Lowering:
         result.direct = True
         return Step(node, Pool(source, window, average, zeros, divisor), result)
 
+    def _flatten(self, node: fx.Node) -> Step | None:
+        source, result = self._native(node.args[0]), self._value(node)
+        if source is None or result is None or result.size != (math.prod(source.size), 1, 1):
+            return None
+        source.in_float = result.in_float = True
+        return Step(node, Flatten(source), result)
+
     def _concatenation(self, node: fx.Node) -> Step | None:
         nodes, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
         result = self._value(node)
@@ -401,7 +418,7 @@ class _Lowering:
             else:
                 if result.direct:
                     # A convolution makes some outputs after others, and groups need not end where those do.
-                    in_parts = isinstance(step.does, Convolution) and (step.does.quantized or step.does.window)
+                    in_parts = isinstance(step.does, Convolution) and not step.does.depthwise
                     own = [q for q in result.quantized.values() if not in_parts or q.format.groups == 1]
                     step.targets = [(q, 0) for q in own] + result.parts
                 steps.append(step)
@@ -456,5 +473,7 @@ _NATIVE: dict[Any, Callable[[_Lowering, fx.Node], Step | None]] = {
     _aten.max_pool2d.default: _Lowering._pool,
     _aten.avg_pool2d.default: _Lowering._pool,
     _aten.cat.default: _Lowering._concatenation,
+    _aten.flatten.using_ints: _Lowering._flatten,
+    _aten.reshape.default: _Lowering._flatten,
     **dict.fromkeys(ACTIVATIONS, _Lowering._activation),
 }

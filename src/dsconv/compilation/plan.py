@@ -99,9 +99,8 @@ def _step(step: lowering.Step) -> Step:
     else:
         backend = f"float32 ({ops.cpu.isa()})"
         constants = [does.scale, does.shift] if isinstance(does, lowering.Map) else []
-    operator: Any = (
-        "dsconv.map" if isinstance(does, lowering.Map) else getattr(node.target, "overloadpacket", node.target)
-    )
+    own = {lowering.Map: "dsconv.map", lowering.Flatten: "dsconv.flatten"}
+    operator: Any = own.get(type(does)) or getattr(node.target, "overloadpacket", node.target)
     quantizes = ["quantize"] if step.targets and "quantize" not in step.fused else []
     stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
     value = node.meta.get("val")

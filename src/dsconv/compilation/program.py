@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from dsconv.compilation.fusion import AVERAGES
-from dsconv.compilation.lowering import Call, Convolution, Lowered, Map, Pool, Quantized, Step, Value
+from dsconv.compilation.lowering import Call, Convolution, Flatten, Lowered, Map, Pool, Quantized, Step, Value
 from dsconv.compilation.memory import ALIGNMENT, Buffer, place
 from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.ops import cpu
@@ -84,7 +84,11 @@ class Program:
         """Whether all that reads the input takes lines of channels as well as channels of pixels."""
         readers = [step for step in self.steps if any(value is self._input for value in step.float_values())]
         return all(
-            (isinstance(step.does, Convolution) and step.does.window is not None and step.residual is None)
+            (
+                isinstance(step.does, Convolution)
+                and not (step.does.quantized or step.does.depthwise)
+                and step.residual is None
+            )
             or (isinstance(step.does, Map) and step.result is None)
             for step in readers
         )
@@ -177,11 +181,10 @@ class Program:
         uses = (result, residual, targets, activation, step.slope)
         if isinstance(does, Convolution):
             given = does.arguments
-            read = does.quantized or does.window
             native.convolve(
                 does.sizes,
                 -1 if does.quantized is not None else self._value_id(does.source),
-                -1 if read is None else self._quantized_id(read),
+                -1 if does.quantized is None else self._quantized_id(does.quantized),
                 *(_address(given[name]) for name in ("weight", "kds", "kds_shift", "bias")),
                 given["weight_bits"],
                 given["activation_bits"],
@@ -190,6 +193,8 @@ class Program:
             )
         elif isinstance(does, Map):
             native.map(self._value_id(does.source), _address(does.scale), _address(does.shift), uses)
+        elif isinstance(does, Flatten):
+            native.flatten(self._value_id(does.source), result)
         elif isinstance(does, Pool):
             assert step.result is not None
             out = step.result.size[1:]
@@ -264,8 +269,9 @@ class Program:
                 env[value.node] = self._view(value, images, memory)
         node: Any = step.node
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-        if lines and node.target in AVERAGES:
-            args = (_as_lines(args[0]), *args[1:])
+        if lines and step.does.lines is not None:
+            at = self._buffers[step.does.lines].offset * images // 4
+            args = (memory[at : at + args[0].numel()].view(args[0].shape), *args[1:])
         made = node.target(*args, **kwargs)
         if step.result in self._bases:
             made = made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made.contiguous()
@@ -307,13 +313,6 @@ class Program:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _as_lines(x: Tensor) -> Tensor:
-    """``x`` in PyTorch's own layout; as a matrix it changes sides three times as fast."""
-    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        return x.contiguous()
-    return x.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2).contiguous().view(x.shape)
 
 
 def _empty(images: int, value: Value) -> Tensor:
