@@ -115,7 +115,8 @@ def draw_pareto(
 def draw_tradeoff(path: str | os.PathLike[str], found: Tradeoff) -> Path:
     """Write a picture of the accuracy of networks over their size, and over their time where it was measured.
 
-    A line joins those on the Pareto front, which are filled; the broken one is the float network.
+    Those on the Pareto front are filled and joined by a line; the broken line is the float network. Times have their
+    quartiles.
 
     Args:
         path: as in :func:`draw`.
@@ -137,7 +138,10 @@ def draw_tradeoff(path: str | os.PathLike[str], found: Tradeoff) -> Path:
         for i, candidate in enumerate(found.candidates):
             colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]
             style = {"markerfacecolor": colour if candidate in front else "none", "label": candidate.name}
-            axis.plot(*_place(candidate, cost), marker, color=colour, markersize=8, **style)
+            x, y = _place(candidate, cost)
+            axis.plot(x, y, marker, color=colour, markersize=8, **style)
+            if cost == "ms" and candidate.times_ms is not None:
+                axis.plot((candidate.times_ms.first, candidate.times_ms.third), (y, y), color=colour, linewidth=0.8)
         axis.set_xlabel(units[cost])
         if found.reference is not None:
             x, y = _place(found.reference, cost)
@@ -147,7 +151,8 @@ def draw_tradeoff(path: str | os.PathLike[str], found: Tradeoff) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(found.costs), frameon=False, fontsize=8)
-    figure.suptitle("Filled: on the Pareto front, no other is as cheap and as good", fontsize=10)
+    quartiles = "; lines: quartiles of the time" if "ms" in found.costs else ""
+    figure.suptitle(f"Filled: on the Pareto front{quartiles}", fontsize=10)
     measure = "top-1" if first.top1 is not None else "agreement with float32"
     axes[0].set_ylabel(f"{measure} in percent, {first.images:,} images")
     return _written(figure, path)
