@@ -13,6 +13,7 @@ from torch import nn
 from dsconv import zoo
 from dsconv.compilation import CompiledModel
 from dsconv.conversion import LayerSummary, Summary, model_info, summary
+from dsconv.data import Preprocess
 from dsconv.errors import MissingExtraError
 from dsconv.evaluation import Comparison, Evaluation
 from dsconv.files import replacing
@@ -124,8 +125,8 @@ class DSConvModel(
         return self.model(*args, **kwargs)
 
     @property
-    def preprocess(self) -> Any:
-        """How its images are prepared (:class:`dsconv.data.Preprocess`), or None where that is not known."""
+    def preprocess(self) -> Preprocess | None:
+        """How its images are prepared, or None where that is not known."""
         return zoo.preprocess_of(self.model)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
