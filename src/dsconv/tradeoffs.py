@@ -87,7 +87,7 @@ class Tradeoff:
         reference: the float network, if there was one.
         threads: on which they were timed.
         machine: where they were timed, see :func:`dsconv.benchmarking.machine.machine`; None if they were not.
-        interrupted: whether it was stopped early: the figures are over fewer images, or there are no times.
+        interrupted: whether it was stopped early: the figures are over fewer images or turns, or there are no times.
     """
 
     candidates: tuple[Candidate, ...]
@@ -176,7 +176,7 @@ class Tradeoff:
     def _notes(self) -> Iterator[str]:
         found = self.candidates[0].evaluation
         if self.interrupted:
-            yield "Interrupted: the figures cover fewer images, or times are missing."
+            yield "Interrupted: the figures cover fewer images or turns, or times are missing."
         if found is not None:
             measure = "top-1" if found.top1 is not None else "agreement"
             yield f"{found.images:,} images. front: no other is as cheap and as good in {measure}."
@@ -256,7 +256,7 @@ def tradeoff(
     interrupted = any(found.interrupted for found in evaluations.values())
     if time_shape is not None and not interrupted:
         try:
-            times = _times(reference, networks, torch.randn(1, *time_shape), threads, seconds)
+            _time(named, torch.randn(1, *time_shape), threads, seconds, times)
         except KeyboardInterrupt:
             if on_interrupt == "raise":
                 raise
@@ -296,21 +296,24 @@ def _check_one_original(summaries: Mapping[str, Summary]) -> None:
                 raise ModelError(f"{first} and {other} are not of one network: its layer {layer!r} has {counts}")
 
 
-def _times(
-    reference: nn.Module | None, networks: Mapping[str, nn.Module], x: Tensor, threads: int, seconds: float
-) -> dict[str, Quartiles]:
-    """Quartiles of the milliseconds that each takes, the reference as ``float32``."""
-    before = torch.get_num_threads()
+def _time(
+    networks: Mapping[str, nn.Module], x: Tensor, threads: int, seconds: float, times: dict[str, Quartiles]
+) -> None:
+    """Put quartiles of the milliseconds that each takes into ``times``, also when it is interrupted."""
+    before, race = torch.get_num_threads(), None
     torch.set_num_threads(threads)
     try:
-        calls: dict[str, Callable[[], object]] = {FLOAT: partial(reference, x)} if reference is not None else {}
-        calls |= {name: partial(compile(network, x), x) for name, network in networks.items()}
+        calls = [partial(net if name == FLOAT else compile(net, x), x) for name, net in networks.items()]
         with torch.inference_mode():
-            race = Race(list(calls.values()), threads)
-            list(race.rounds(seconds=seconds))
+            race = Race(calls, threads)
+            for _ in race.rounds(seconds=seconds):
+                pass
     finally:
         torch.set_num_threads(before)
-    return {name: quartiles([1e3 * time for time in times]) for name, times in zip(calls, race.times, strict=True)}
+        if race is not None and min(map(len, race.times)) > 1:
+            times |= {
+                name: quartiles([1e3 * t for t in taken]) for name, taken in zip(networks, race.times, strict=True)
+            }
 
 
 def _finite(value: float | None) -> float | None:

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import itertools
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,4 +183,15 @@ def test_ctrl_c_leaves_what_there_is(
 
     monkeypatch.setattr("dsconv.tradeoffs.compile", compiling)
     found = tradeoff(networks, network, IMAGES, time_shape=(1, 8, 8), on_interrupt="partial")
-    assert found.interrupted and {point.evaluation.images for point in found.all} == {60}
+    assert found.interrupted and {point.evaluation.images for point in found.all} == {60} and found.costs == ("bytes",)
+
+    calls = itertools.count()
+
+    def running(x: Tensor) -> None:
+        time.sleep(0.003)
+        if next(calls) > 100:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsconv.tradeoffs.compile", lambda model, x: running)
+    found = tradeoff(networks, time_shape=(1, 8, 8), seconds=600, on_interrupt="partial")
+    assert found.interrupted and all(point.ms > 0 for point in found.candidates)
