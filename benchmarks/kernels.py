@@ -45,7 +45,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv import QuantConfig, zoo
-from dsconv.benchmarking.machine import machine, machine_notes, why_no_bf16
+from dsconv.benchmarking.machine import cores, machine, machine_notes, why_no_bf16
 from dsconv.benchmarking.measure import Race, quartiles, shortest
 from dsconv.benchmarking.results import plural
 from dsconv.config import LayerConfig
@@ -722,17 +722,24 @@ def draw_ceilings(axes: Any, ceilings: Ceilings) -> None:
 # The command
 
 
+def from_one(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return number
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
-    parser.add_argument("--batches", nargs="+", type=int, default=(1, 8))
-    parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
-    parser.add_argument("--blocks", nargs="+", type=int, default=(32, 64, 128), help="block sizes of ours")
+    parser.add_argument("--batches", nargs="+", type=from_one, default=(1, 8))
+    parser.add_argument("--threads", nargs="+", type=int, choices=range(1, cores() + 1), default=(1, 2))
+    parser.add_argument("--blocks", nargs="+", type=from_one, default=(32, 64, 128), help="block sizes of ours")
     parser.add_argument(
         "--peers", nargs="*", choices=tuple(PEERS), default=tuple(PEERS), metavar="NAME", help=", ".join(PEERS)
     )
     parser.add_argument("--only", default="", help="layers whose name holds this, as in '56x56' or 'k3'")
-    parser.add_argument("--activation-bits", type=int, default=4, help="of ours")
+    parser.add_argument("--activation-bits", type=int, choices=range(2, 9), default=4, help="of ours")
     parser.add_argument("--shift", action="store_true", help="ours with a shift per block, as the presets have it")
     parser.add_argument("--channels-last", action="store_true", help="input of ours and of PyTorch in channels_last")
     parser.add_argument("--seconds", type=float, default=0.5, help="for a layer, batch and number of threads")

@@ -196,6 +196,19 @@ class QuantConfig(LayerConfig):
         except ConfigError as error:
             raise ConfigError(f"layer {name!r}: {error}") from None
 
+    @property
+    def title(self) -> str:
+        """Its preset where it is one, and widths; else widths, block size and whether layers differ.
+
+        >>> QuantConfig.preset("default").title, QuantConfig(weight_bits=3, overrides={"fc": "float"}).title
+        ('default W4A8', 'W3A4, B = 32, by layer')
+        """
+        widths = f"W{self.weight_bits}A{self.activation_bits or 32}"
+        for preset in PRESETS:
+            if QuantConfig.preset(preset) == self:
+                return f"{preset} {widths}"
+        return f"{widths}, B = {self.block_size}{', by layer' if self.overrides else ''}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON; inverse of ``QuantConfig(**data)``."""
         return self.model_dump(mode="json")

@@ -82,5 +82,5 @@ def cpu_info() -> CpuInfo:
 
 
 def _without_extension(why: str) -> CpuInfo:
-    reason = "layers run as a float simulation in PyTorch"
+    reason = "layers run as a float simulation in PyTorch, slower than the float network"
     return CpuInfo(why, (), None, reason, None, torch.get_num_threads())

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -205,26 +205,72 @@ def compare(
     >>> result.agreement, result.kl, result.logit_sqnr_db
     (100.0, 0.0, inf)
     """
-    preprocess = _preprocess(images, preprocess, qmodel, reference)
+    (result,) = compare_each(
+        reference,
+        {"quantized model": qmodel},
+        images,
+        preprocess=preprocess,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        limit=limit,
+        progress=progress,
+        on_interrupt=on_interrupt,
+        per_layer=per_layer,
+    ).values()
+    return result
+
+
+def compare_each(
+    reference: nn.Module,
+    qmodels: Mapping[str, nn.Module],
+    images: Images,
+    *,
+    preprocess: Preprocess | None = None,
+    batch_size: int = 32,
+    workers: int = 0,
+    device: str | torch.device | None = None,
+    limit: int | None = None,
+    progress: bool = False,
+    on_interrupt: Literal["raise", "partial"] = "raise",
+    per_layer: bool = True,
+) -> dict[str, Comparison]:
+    """`compare` with each of several quantized networks, by name, in one pass over the images."""
+    preprocess = _preprocess(images, preprocess, *qmodels.values(), reference)
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
     run = _Run(source, progress, on_interrupt)
 
-    def step(x: Tensor, labels: Tensor | None) -> tuple[Sums, Sums, Sums, dict[str, Tensor]]:
+    def step(x: Tensor, labels: Tensor | None) -> tuple[Sums, dict[str, tuple[Sums, Sums, dict[str, Tensor]]]]:
         f, f_seconds = _forward(reference, "reference", x)
-        q, q_seconds = _forward(qmodel, "quantized model", x)
-        if f.shape != q.shape:
-            shapes = f"{tuple(f.shape)} from the reference, {tuple(q.shape)} from the quantized model"
-            raise ModelError(f"The two networks return logits of different shapes: {shapes}.")
         f_score = _score(f, labels, f_seconds, source.folder)
-        return f_score, _score(q, labels, q_seconds, None), _closeness(f, q), take_layer_errors()
+        found = {}
+        for name, qmodel in qmodels.items():
+            q, q_seconds = _forward(qmodel, name, x)
+            if f.shape != q.shape:
+                shapes = f"{tuple(f.shape)} from the reference, {tuple(q.shape)} from the {name}"
+                raise ModelError(f"The two networks return logits of different shapes: {shapes}.")
+            found[name] = _score(q, labels, q_seconds, None), _closeness(f, q), take_layer_errors[name]()
+        return f_score, found
 
-    with _ready([reference, qmodel], device), _layer_errors(reference, qmodel, per_layer) as take_layer_errors:
-        f_scores, q_scores, closeness, layers = zip(*run.over(step), strict=True)
+    with ExitStack() as stack:
+        stack.enter_context(_ready([reference, *qmodels.values()], device))
+        take_layer_errors = {
+            name: stack.enter_context(_layer_errors(reference, qmodel, per_layer)) for name, qmodel in qmodels.items()
+        }
+        f_scores, steps = zip(*run.over(step), strict=True)
+    expected = Evaluation(**run.figures(f_scores))
+    return {name: _comparison(run, expected, [found[name] for found in steps]) for name in qmodels}
+
+
+def _comparison(
+    run: "_Run", reference: Evaluation, steps: Iterable[tuple[Sums, Sums, dict[str, Tensor]]]
+) -> Comparison:
+    q_scores, closeness, layers = zip(*steps, strict=True)
     total = _total(closeness)
     figures = run.figures(q_scores)
     return Comparison(
         **figures,
-        reference=Evaluation(**run.figures(f_scores)),
+        reference=reference,
         agreement=100 * total["agreeing"] / figures["images"],
         kl=total["kl"] / total["finite"] if total["finite"] else math.nan,
         logit_sqnr_db=sqnr_db(total["signal"], total["noise"]) if total["finite"] else math.nan,

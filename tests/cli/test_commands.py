@@ -34,12 +34,14 @@ def test_help_and_version_in_a_process_of_its_own(dsconv_cli: Callable[..., Any]
     assert done.returncode == 0 and not done.stderr
     assert all(
         command in done.stdout
-        for command in ("quantize", "evaluate", "bench", "inspect", "sensitivity", "search", "demo")
+        for command in ("quantize", "evaluate", "compare", "bench", "inspect", "sensitivity", "search", "demo")
     )
     assert dsconv_cli("--version").stdout.strip() == f"dsconv {dsconv.__version__}"
 
 
-@pytest.mark.parametrize("command", ["quantize", "evaluate", "bench", "inspect", "sensitivity", "search", "demo"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "evaluate", "compare", "bench", "inspect", "sensitivity", "search", "demo"]
+)
 def test_every_command_has_help_with_an_example(command: str, cli: Callable[..., Any]) -> None:
     done = cli(command, "--help")
     assert done.code == 0

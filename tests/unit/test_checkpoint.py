@@ -1,9 +1,11 @@
 """Files: what is loaded computes what was saved, bit for bit; and nothing that is broken or crafted is ever loaded."""
 
+import base64
 import json
 import os
 import struct
 import sys
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -118,7 +120,7 @@ def test_shared_layers_and_tied_parameters_are_stored_once(saved: Path) -> None:
     loaded = dsconv.load(saved, other())
     assert loaded.shared is loaded.again and loaded.tied is loaded.scale
     with safe_open(saved, "pt") as file:
-        assert "again.vqk" not in file.keys() and "tied" not in file.keys()  # noqa: SIM118
+        assert "again.weight_packed" not in file.keys() and "tied" not in file.keys()  # noqa: SIM118
     assert read_header(saved).aliases == {
         "again.vqk": "shared.vqk",
         "again.kds": "shared.kds",
@@ -156,15 +158,69 @@ def test_the_integers_take_their_true_width(tmp_path: Path) -> None:
     for bits in range(2, 9):
         quantized = dsconv.quantize(tnn.Linear(64, 33, bias=False), dsconv.QuantConfig(weight_bits=bits))
         with safe_open(dsconv.save(quantized, tmp_path / f"{bits}.safetensors"), "pt") as file:
-            assert file.get_slice("vqk").get_shape() == [-(-64 * 33 * bits // 8)]
+            assert file.get_slice("weight_packed").get_shape() == [-(-64 * 33 * bits // 8)]
 
 
 @pytest.mark.parametrize("preset", ["paper", "default"])
-def test_the_size_is_the_header_and_what_the_summary_states(preset: str, tmp_path: Path) -> None:
+def test_the_size_is_the_header_the_shapes_and_what_the_summary_states(preset: str, tmp_path: Path) -> None:
     quantized = dsconv.quantize(net(), preset)
     path = dsconv.save(quantized, tmp_path / "net.safetensors")
     (header,) = struct.unpack("<Q", path.read_bytes()[:8])
-    assert path.stat().st_size == 8 + header + dsconv.summary(quantized).bytes_after
+    shapes = sum(8 * layer.vqk.dim() for layer in quantized.modules() if isinstance(layer, nn.DSLayer))
+    assert path.stat().st_size == 8 + header + shapes + dsconv.summary(quantized).bytes_after
+
+
+def test_tensors_have_the_names_of_the_fields_other_checkpoints(tmp_path: Path) -> None:
+    quantized = dsconv.quantize(
+        tnn.Sequential(tnn.Conv2d(8, 4, 3)), dsconv.QuantConfig(weight_shift=True, first_layer=None)
+    )
+    with safe_open(dsconv.save(quantized, tmp_path / "net.safetensors"), "pt") as file:
+        parts = {"weight_packed", "weight_scale", "weight_shift", "weight_shape", "bias"}
+        assert set(file.keys()) == {f"0.{part}" for part in parts}
+        assert file.get_tensor("0.weight_shape").tolist() == [4, 8, 3, 3]
+
+
+class Twice(tnn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = self.conv = tnn.Conv2d(4, 4, 1)
+        self.last = tnn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.again(self.conv(x)))
+
+
+# Of a Twice: 3-bit weights, one shift per block of 4.
+OF_VERSION_1 = r"""
+c-q}nJ#W)M7!C_!VrD|oEeOd(_Stcqw2g#7NEC^sR7k|Zob7XRs$-|VOG=3%2E+!46)GX|1Na4?`~X(|01G<<0|Nu^o!!Q*)$$>P1dfN?^Z0$<d)|BR?)j
+OTdS=M;MpTfH2;zCDGee^^q_G#ogmctEE=s82jaxe`pe{lhB2mN=3QVsLBTj{2$v}SDo4II*vcXVzJ`>zUow}pdT|@%GrbMtbIgI;p8f<x-J)jaYvBZk_Y
+!WNbMPo9inTtvs56C_l<HO95MM5$Wi8(!znzKQYM}gHbz%-BD3b_}G-Ekoq#VHYHp{r)d_Xz^pbFE%=X&&R!s=BoPoJo;Q{<KFy#$Zt{YfN@&CKnalk^x~
+#7XB|qu5MgOlPL~!6+R?6(F2F@8u0cNQS^u8bOmfDnHTzU+{BGmyFHgEG@JP86!`cQ#*q}*X|zmdJ_k!tnvIA6OCb+H7Laj9$5|Rs)#u41j%9ae!H@|Wh)
+G6EXv_$wMLlG6!v~-!wJc9Dmf00O-QFs*YIs1xa+FCmT+Yy&LgisKA(;VSFr=_PlMxI9#|eGY_Gx7MwvOAn9k#HKiDibm-VS`jx6Lr3x^Eby6<BtJ+a@-f
+ZH%$s!~q61mUwFQr4yMluSF@Pi}Z%k(A7={Dq@4&^ncy*5{y{Jg{S(yXvDv9mQ_xyUp|gp6w<L6?l4aOv3biqzbv@iX$pnQg&aas=+2CVR4L4gy&Q)$%$s
+<wmA0U~ztl8<yJpIcSH}kG^sGK~yS(GlD1s9MzU=9mVfPQh!NCd9no*56Y|X?{KsxzBdRz^MYFqk2_=)MUX2@Sv!_qa&DQo0Q^E*n8)+|*6POP%Xrc=^@s
+#U_9w$@tK;-qM^8r;HKtJ$B=>+sxT>)msEFS<{jzFB<xa(D67+E^KyH{M=;|FUD=7c0@l*Ncy@PAzVK+FQGcPIm|I*1OKLaP8rT+S$eCquQO%wM(@N*B`I
+0p8pQ7I@_K
+"""
+
+
+def test_a_file_of_version_1_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    path.write_bytes(zlib.decompress(base64.b85decode("".join(OF_VERSION_1.split()))))
+    loaded = dsconv.load(path, Twice())
+    assert loaded.again is loaded.conv
+    expected = torch.tensor([0.197984, 0.426347, -0.1065, 0.350226, -0.075191, 0.0558, 0.44877, -0.468161])
+    torch.testing.assert_close(loaded.last.dequantized_weight().flatten(), expected, rtol=0, atol=1e-6)
+    assert describe(path)[1].bytes_after == dsconv.summary(loaded).bytes_after
+    again = dsconv.load(dsconv.save(loaded, tmp_path / "new.safetensors"), Twice())
+    assert_same_state(again, loaded)
+
+
+def test_a_folder_is_the_file_in_it(saved: Path) -> None:
+    saved.rename(saved.with_name("model.safetensors"))
+    assert torch.equal(
+        dsconv.load(saved.parent, other())(X), dsconv.load(saved.parent / "model.safetensors", other())(X)
+    )
 
 
 def test_a_root_module_that_is_a_layer_itself(tmp_path: Path) -> None:
@@ -322,14 +378,14 @@ def test_crafting_without_a_change_loads(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("2", "format version '2', this dsconv reads up to 1: update dsconv"),
+        ("3", "format version '3', this dsconv reads up to 2: update dsconv"),
         ("999", "999"),
         ("x", "'x'"),
         ("", "''"),
         ("-1", "-1"),
         ("1.5", "1.5"),
         ("9" * 5000, None),
-        ("٢", None),
+        ("٣", None),
     ],
 )
 def test_a_newer_version_is_refused(version: str, message: str | None, saved: Path) -> None:
@@ -385,10 +441,21 @@ CRAFTED = {
     "settings negative": set_in("layers", "conv", "settings", -1),
     "settings true": set_in("layers", "conv", "settings", True),
     "settings of another layer": set_in("layers", "conv", "settings", 1),
-    "shape": set_in("layers", "conv", "shape", [9, 3, 3]),
-    "huge shape": set_in("layers", "conv", "shape", [2**62, 2**62, 3, 3]),
-    "shape of one dimension": set_in("layers", "conv", "shape", [9]),
-    "negative shape": set_in("layers", "conv", "shape", [-9, -3, 3, 3]),
+    "shape": tensor("conv.weight_shape", lambda t: t[1:]),
+    "huge shape": tensor("conv.weight_shape", lambda t: t * 2**58),
+    "shape of one dimension": tensor("conv.weight_shape", lambda t: t[:1]),
+    "negative shape": tensor("conv.weight_shape", lambda t: -t),
+    "shape of fractions": tensor("conv.weight_shape", lambda t: t.float()),
+    "shape that is a number": tensor("conv.weight_shape", lambda t: t[0]),
+    "shape of two rows": tensor("conv.weight_shape", lambda t: torch.stack([t, t])),
+    "shape missing": lambda header, tensors: tensors.pop("conv.weight_shape"),
+    "shape of no layer": lambda header, tensors: tensors.update({"norm.weight_shape": torch.tensor([9, 1])}),
+    "integers under two names": lambda header, tensors: tensors.update(
+        {"conv.vqk": tensors["conv.weight_packed"].clone()}
+    ),
+    "integers under the name of version 1": lambda header, tensors: tensors.update(
+        {"conv.kds_shift": tensors["conv.weight_scale"].clone()}
+    ),
     "type": set_in("layers", "conv", "type", "DSLinear"),
     "unknown type": set_in("layers", "conv", "type", "os.system"),
     "layer missing": delete("layers", "conv"),
@@ -407,11 +474,11 @@ CRAFTED = {
     "alias of what is stored": set_in("aliases", "fc.bias", "shared.bias"),
     "alias of an unknown name": set_in("aliases", "unknown", "scale"),
     "alias of other shape": set_in("aliases", "tied", "fc.bias"),
-    "alias of integers to floats": set_in("aliases", "again.vqk", "scale"),
-    "alias of floats to integers": set_in("aliases", "tied", "conv.vqk"),
-    "alias of a bias to integers": set_in("aliases", "again.bias", "shared.vqk"),
-    "alias of integers to other integers": set_in("aliases", "again.vqk", "fc.vqk"),
-    "alias of scales to other scales": set_in("aliases", "again.kds", "fc.kds"),
+    "alias of integers to floats": set_in("aliases", "again.weight_packed", "scale"),
+    "alias of floats to integers": set_in("aliases", "tied", "conv.weight_packed"),
+    "alias of a bias to integers": set_in("aliases", "again.bias", "shared.weight_packed"),
+    "alias of integers to other integers": set_in("aliases", "again.weight_packed", "fc.weight_packed"),
+    "alias of scales to other scales": set_in("aliases", "again.weight_scale", "fc.weight_scale"),
     "aliases missing": delete("aliases"),
     "folded": set_in("folded", {"norm": "conv"}),
     "folded without a layer": set_in("folded", {"norm": "nowhere"}),
@@ -422,17 +489,17 @@ CRAFTED = {
     "model class": set_in("model_class", 4),
     "in float": set_in("in_float", "fc", 4),
     "architecture of another type": set_in("architecture", ["timm", "resnet18"]),
-    "KDS with a NaN": tensor("shared.kds", lambda t: t * torch.nan),
-    "KDS with an infinity": tensor("conv.kds", lambda t: t / 0),
-    "KDS of another dtype": tensor("shared.kds", lambda t: t.half()),
-    "KDS of wider dtype": tensor("shared.kds", lambda t: t.double()),
-    "KDS of whole numbers": tensor("shared.kds", lambda t: t.int()),
-    "KDS of another shape": tensor("shared.kds", lambda t: t.flatten()),
-    "KDS of one block less": tensor("shared.kds", lambda t: t[:, :1]),
-    "integers too short": tensor("conv.vqk", lambda t: t[:-1]),
-    "integers too long": tensor("conv.vqk", lambda t: torch.cat([t, t[:1]])),
-    "integers of another dtype": tensor("conv.vqk", lambda t: t.view(torch.int8)),
-    "integers that are floats": tensor("conv.vqk", lambda t: t.float()),
+    "KDS with a NaN": tensor("shared.weight_scale", lambda t: t * torch.nan),
+    "KDS with an infinity": tensor("conv.weight_scale", lambda t: t / 0),
+    "KDS of another dtype": tensor("shared.weight_scale", lambda t: t.half()),
+    "KDS of wider dtype": tensor("shared.weight_scale", lambda t: t.double()),
+    "KDS of whole numbers": tensor("shared.weight_scale", lambda t: t.int()),
+    "KDS of another shape": tensor("shared.weight_scale", lambda t: t.flatten()),
+    "KDS of one block less": tensor("shared.weight_scale", lambda t: t[:, :1]),
+    "integers too short": tensor("conv.weight_packed", lambda t: t[:-1]),
+    "integers too long": tensor("conv.weight_packed", lambda t: torch.cat([t, t[:1]])),
+    "integers of another dtype": tensor("conv.weight_packed", lambda t: t.view(torch.int8)),
+    "integers that are floats": tensor("conv.weight_packed", lambda t: t.float()),
     "bias of another shape": tensor("conv.bias", lambda t: t[:, None]),
     "bias of whole numbers": tensor("conv.bias", lambda t: t.long()),
     "bias that is complex": tensor("conv.bias", lambda t: t.to(torch.complex64)),

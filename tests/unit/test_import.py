@@ -26,6 +26,7 @@ def modules_after_import() -> set[str]:
         "openvino",
         "sklearn",
         "highspy",
+        "huggingface_hub",
     ],
 )
 def test_import_dsconv_does_not_import(heavy: str, modules_after_import: set[str]) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from dsconv import __version__
 from dsconv.cli.bench import bench
+from dsconv.cli.compare import compare
 from dsconv.cli.demo import demo
 from dsconv.cli.evaluate import evaluate
 from dsconv.cli.inspect import inspect
@@ -37,6 +38,9 @@ dsconv quantize timm/resnet18 --weight-bits 3 --override 'layer4.*=weight_bits:2
 dsconv evaluate resnet50.safetensors --reference torchvision/resnet50 --data photos --limit 1000
 
 dsconv evaluate net.py:make --weights net.pt --data images --resize 256 --crop 224""",
+    compare: """dsconv compare w4.safetensors w3.safetensors mixed.safetensors
+
+dsconv compare w4.safetensors w3.safetensors --data imagenet/val --time --plot pareto.png --out figures.csv""",
     bench: """dsconv bench torchvision/resnet50 --plot bench.png
 
 dsconv bench resnet50.safetensors --batch-size 1,8 --threads 1,2 --out bench.json

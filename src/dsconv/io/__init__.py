@@ -1,5 +1,5 @@
 """Files of quantized models."""
 
-from dsconv.io.checkpoint import FORMAT_VERSION, Header, describe, load, read_header, save
+from dsconv.io.checkpoint import FILE_NAME, FORMAT_VERSION, Header, describe, load, read_header, save
 
-__all__ = ["FORMAT_VERSION", "Header", "describe", "load", "read_header", "save"]
+__all__ = ["FILE_NAME", "FORMAT_VERSION", "Header", "describe", "load", "read_header", "save"]

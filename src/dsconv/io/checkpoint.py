@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,18 +26,25 @@ from dsconv.files import replacing
 from dsconv.nn import Affine, DSLayer
 from dsconv.numerics import pack, unpack
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FILE_NAME = "model.safetensors"
 _MAGIC = "dsconv"
+# The state of a quantized layer, and what it is called in a file: as in the field's other quantized checkpoints.
+_FILE_NAMES = {"vqk": "weight_packed", "kds": "weight_scale", "kds_shift": "weight_shift"}
+_SHAPE = "weight_shape"
 _SHOWN = 5
 
 
 class LayerRecord(BaseModel):
-    """A quantized layer as the header describes it: class, shape of VQK, which of the settings, and its SQNR."""
+    """A quantized layer as the header describes it: class, which of the settings, and its SQNR; and the shape of VQK.
+
+    The shape is a tensor of the file; in files of version 1 it is in the header.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: str
-    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, exclude=True)]
     settings: int
     sqnr_db: float | None = None
 
@@ -117,7 +124,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     """Read a quantized model; it computes bitwise what the saved one did.
 
     Args:
-        path: of a file that :func:`save` wrote.
+        path: of a file that :func:`save` wrote, or of a folder that holds it as ``model.safetensors``.
         model: the float model of the same architecture, whose weights do not matter and which is left as it is. None
             builds it by the name in the file; only models of torchvision, timm and dsconv are built that way, no code
             that a file names is ever run.
@@ -128,6 +135,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         OSError: the file cannot be read.
     """
     path = Path(path)
+    if path.is_dir():
+        path /= FILE_NAME
     header, tensors = _read(path)
     if model is None:
         model = _build(path, header)
@@ -222,8 +231,11 @@ def _stored_tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    bits = {f"{name}.vqk".lstrip("."): m.config.weight_bits for name, m in _quantized_layers(qmodel, duplicates=True)}
-    for name, value in qmodel.state_dict().items():
+    layers = _quantized_layers(qmodel, duplicates=True)
+    bits = {f"{name}.vqk".lstrip("."): layer.config.weight_bits for name, layer in layers}
+    file_names = _file_names(name for name, _ in layers)
+    for own_name, value in qmodel.state_dict().items():
+        name = file_names.get(own_name, own_name)
         if not isinstance(value, Tensor):
             raise ModelError(f"state {name!r} is a {type(value).__name__}: only tensors can be saved")
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
@@ -232,9 +244,31 @@ def _stored_tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
             continue
         seen[key] = name
         value = value.detach().cpu()
-        packed = pack(value, bits[name]) if name in bits else value
+        packed = pack(value, bits[own_name]) if own_name in bits else value
         tensors[name] = packed.clone(memory_format=torch.contiguous_format)
+    for name, layer in _quantized_layers(qmodel):
+        tensors[f"{name}.{_SHAPE}".lstrip(".")] = torch.tensor(layer.vqk.shape)
     return tensors, aliases
+
+
+def _file_names(layers: Iterable[str]) -> dict[str, str]:
+    """What the state of ``layers`` is called in a file, by its name in the model."""
+    parts = [(layer, *names) for layer in layers for names in _FILE_NAMES.items()]
+    return {f"{layer}.{own}".lstrip("."): f"{layer}.{name}".lstrip(".") for layer, own, name in parts}
+
+
+def _with_own_names(path: Path, header: Header, tensors: dict[str, Tensor]) -> tuple[Header, dict[str, Tensor]]:
+    """What was read, with the state of layers named as in the model."""
+    # Layers that appear twice are in the header once.
+    twice = {
+        alias.rpartition(".")[0] for alias, name in header.aliases.items() if name.rpartition(".")[0] in header.layers
+    }
+    own_names = {name: own for own, name in _file_names({*header.layers, *twice}).items()}
+    renamed = {own_names.get(name, name): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise FileFormatError(f"{path}: it has a tensor under the names of two versions: get or write it again")
+    aliases = {own_names.get(alias, alias): own_names.get(name, name) for alias, name in header.aliases.items()}
+    return header.model_copy(update={"aliases": aliases}), renamed
 
 
 def _quantized_layers(model: nn.Module, *, duplicates: bool = False) -> list[tuple[str, DSLayer]]:
@@ -325,12 +359,16 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
         raise FileFormatError(f"{path}: not a complete safetensors file ({error}): get or write it again") from None
     if _checksum(entries, tensors) != entries.get("checksum"):
         raise FileFormatError(f"{path}: its contents do not match its checksum, it was changed: get or write it again")
-    fields = {name: text for name, text in entries.items() if name in Header.model_fields}
     try:
-        return Header.model_validate({name: json.loads(text) for name, text in fields.items()}), tensors
-    except (ValidationError, ValueError, RecursionError) as error:
+        fields = {name: json.loads(text) for name, text in entries.items() if name in Header.model_fields}
+        if int(version) > 1:
+            for name, record in fields["layers"].items():
+                record["shape"] = tensors.pop(f"{name}.{_SHAPE}".lstrip(".")).tolist()
+        header = Header.model_validate(fields)
+    except (ValidationError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise FileFormatError(f"{path}: its header is not valid ({reason}): write it again") from None
+    return _with_own_names(path, header, tensors) if int(version) > 1 else (header, tensors)
 
 
 def _layer_settings(path: Path, data: dict[str, Any]) -> LayerConfig:

@@ -1,4 +1,6 @@
-"""Quantized layers that take the place of PyTorch's."""
+"""Quantized layers that take the place of PyTorch's; and ``DSConvModel``, a network of them as the Hub has it."""
+
+from typing import TYPE_CHECKING, Any
 
 from dsconv.nn.affine import Affine
 from dsconv.nn.conv import (
@@ -12,6 +14,9 @@ from dsconv.nn.conv import (
 from dsconv.nn.layer import DSLayer
 from dsconv.nn.linear import DSLinear
 
+if TYPE_CHECKING:
+    from dsconv.hub import DSConvModel as DSConvModel
+
 __all__ = [
     "Affine",
     "DSConv1d",
@@ -23,3 +28,12 @@ __all__ = [
     "DSLayer",
     "DSLinear",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # It stands on all that is above layers, and needs an extra: imported by who asks for it.
+    if name == "DSConvModel":
+        from dsconv.hub import DSConvModel
+
+        return DSConvModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

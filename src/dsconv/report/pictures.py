@@ -1,4 +1,4 @@
-"""Weights before and after, the error of each layer, and what a search for its bits found."""
+"""Weights before and after, the error of each layer, what a search for its bits found, and networks side by side."""
 
 import math
 import os
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsconv.errors import import_extra
+from dsconv.benchmarking.results import plural
+from dsconv.errors import ConfigError, import_extra
 from dsconv.files import replacing
+from dsconv.tradeoffs import Candidate, Cost, Tradeoff
 
 # Okabe and Ito's, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -108,6 +110,60 @@ def draw_pareto(
     _divergence(axis, [kl for _, kl in curve])
     axis.legend(frameon=False)
     return _written(figure, path)
+
+
+def draw_tradeoff(path: str | os.PathLike[str], found: Tradeoff) -> Path:
+    """Write a picture of the accuracy of networks over their size, and over their time where it was measured.
+
+    Those on the Pareto front are filled and joined by a line; the broken line is the float network. Times have their
+    quartiles.
+
+    Args:
+        path: as in :func:`draw`.
+        found: with accuracies.
+
+    Raises:
+        ConfigError: there are no accuracies.
+        MissingExtraError, OSError: as :func:`draw`.
+    """
+    first = found.candidates[0].evaluation
+    if first is None:
+        raise ConfigError("found: expected a Tradeoff with accuracies, which needs images and a reference")
+    figure = _figure(5.2 * len(found.costs) + 1, 5.0)
+    units = {"bytes": "size in MB", "ms": f"ms for an image, {plural(found.threads)}"}
+    axes = figure.subplots(1, len(found.costs), squeeze=False, sharey=True)[0]
+    for axis, cost in zip(axes, found.costs, strict=True):
+        front = found.front(cost)
+        axis.plot(*zip(*(_place(candidate, cost) for candidate in front), strict=True), "-", color=_FLOAT, zorder=1)
+        for i, candidate in enumerate(found.candidates):
+            colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]
+            style = {"markerfacecolor": colour if candidate in front else "none", "label": candidate.name}
+            x, y = _place(candidate, cost)
+            axis.plot(x, y, marker, color=colour, markersize=8, **style)
+            if cost == "ms" and candidate.times_ms is not None:
+                axis.plot((candidate.times_ms.first, candidate.times_ms.third), (y, y), color=colour, linewidth=0.8)
+        axis.set_xlabel(units[cost])
+        if found.reference is not None:
+            x, y = _place(found.reference, cost)
+            axis.axhline(y, color="#666666", linestyle="--", linewidth=1, label="float32", zorder=0)
+            axis.set_xlabel(f"{units[cost]} (float32: {x:.3g})")
+        axis.margins(0.08)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(found.costs), frameon=False, fontsize=8)
+    quartiles = "; lines: quartiles of the time" if "ms" in found.costs else ""
+    figure.suptitle(f"Filled: on the Pareto front{quartiles}", fontsize=10)
+    measure = "top-1" if first.top1 is not None else "agreement with float32"
+    axes[0].set_ylabel(f"{measure} in percent, {first.images:,} images")
+    return _written(figure, path)
+
+
+def _place(candidate: Candidate, cost: Cost) -> tuple[float, float]:
+    """Megabytes or milliseconds, and accuracy."""
+    value = candidate.bytes / 1e6 if cost == "bytes" else candidate.ms
+    assert value is not None
+    assert candidate.accuracy is not None
+    return value, candidate.accuracy
 
 
 def _divergence(axis: Any, values: Sequence[float]) -> None:

@@ -1,0 +1,324 @@
+"""Several quantized networks of one original, side by side: size, accuracy and time."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dsconv.benchmarking.machine import cores, machine, machine_notes
+from dsconv.benchmarking.measure import Quartiles, Race, quartiles
+from dsconv.benchmarking.results import digits, plural
+from dsconv.compilation import compile
+from dsconv.conversion import Summary, model_info, summary
+from dsconv.data.folder import Images
+from dsconv.data.preprocess import Preprocess
+from dsconv.errors import ConfigError, ModelError
+from dsconv.evaluation import Comparison, Evaluation, compare_each
+from dsconv.tables import as_text
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+FLOAT = "float32"
+Cost = Literal["bytes", "ms"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One network.
+
+    Attributes:
+        name: as it was given; ``float32`` is the reference.
+        settings: its preset, or what else is to be said of its config in short.
+        bytes: of its tensors in a file.
+        effective_bits: a weight, over all layers.
+        evaluation: a Comparison with the reference, whose own is an Evaluation; None without images.
+        times_ms: quartiles of the time of one image, None where it was not measured.
+    """
+
+    name: str
+    settings: str
+    bytes: int
+    effective_bits: float
+    evaluation: Evaluation | None = None
+    times_ms: Quartiles | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Top-1 in percent; without labels the agreement with the reference."""
+        found = self.evaluation
+        if found is None or found.top1 is not None:
+            return None if found is None else found.top1
+        return found.agreement if isinstance(found, Comparison) else 100.0
+
+    @property
+    def ms(self) -> float | None:
+        """Median time of one image."""
+        return None if self.times_ms is None else self.times_ms.median
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat row of plain data; what was not measured is None."""
+        measured = ("top1", "top5", "agreement", "kl", "logit_sqnr_db")
+        first, median, third = self.times_ms or (None, None, None)
+        return {
+            "name": self.name,
+            "settings": self.settings,
+            "bytes": self.bytes,
+            "effective_bits": self.effective_bits,
+            **{name: _finite(getattr(self.evaluation, name, None)) for name in measured},
+            "first_quartile_ms": first,
+            "median_ms": median,
+            "third_quartile_ms": third,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tradeoff:
+    """What :func:`tradeoff` found; prints as a table.
+
+    Attributes:
+        candidates: the quantized networks, in the order in which they were given.
+        reference: the float network, if there was one.
+        threads: on which they were timed.
+        machine: where they were timed, see :func:`dsconv.benchmarking.machine.machine`; None if they were not.
+        interrupted: whether it was stopped early: the figures are over fewer images or turns, or there are no times.
+    """
+
+    candidates: tuple[Candidate, ...]
+    reference: Candidate | None = None
+    threads: int = 1
+    machine: dict[str, Any] | None = None
+    interrupted: bool = False
+
+    def front(self, cost: Cost = "bytes") -> tuple[Candidate, ...]:
+        """The Pareto front: candidates that no other beats, being as cheap and as accurate and in one of them better.
+
+        By falling cost, without those whose cost or accuracy is not known.
+        """
+        known = [(getattr(c, cost), c.accuracy, c) for c in self.candidates]
+        points = [(x, y, c) for x, y, c in known if x is not None and y is not None]
+        best = [c for x, y, c in points if not any(a <= x and b >= y and (a, b) != (x, y) for a, b, _ in points)]
+        return tuple(sorted(best, key=lambda c: -getattr(c, cost)))
+
+    @property
+    def all(self) -> tuple[Candidate, ...]:
+        """The reference, if there is one, and the candidates."""
+        return (self.reference, *self.candidates) if self.reference else self.candidates
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        first = next((c.evaluation for c in self.candidates if c.evaluation is not None), None)
+        return {
+            "networks": self._rows(),
+            "images": first and first.images,
+            "broken": [entry._asdict() for entry in first.broken] if first else [],
+            "threads": self.threads,
+            "machine": self.machine,
+            "interrupted": self.interrupted,
+        }
+
+    def to_csv(self) -> str:
+        """A line for each network, under a line of names."""
+        text = io.StringIO()
+        rows = self._rows()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    @property
+    def costs(self) -> tuple[Cost, ...]:
+        """Those that are known."""
+        return ("bytes", "ms") if any(c.ms is not None for c in self.candidates) else ("bytes",)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        fronts = {f"on_{cost}_front": self.front(cost) for cost in self.costs}
+        return [{**c.to_dict(), **{name: c in front for name, front in fronts.items()}} for c in self.all]
+
+    def __rich__(self) -> "Group":
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        fronts = {"size": self.front("bytes"), "time": self.front("ms")}
+        columns: dict[str, Callable[[Candidate], str | None]] = {
+            "settings": lambda c: c.settings,
+            "MB": lambda c: f"{c.bytes / 1e6:.2f}",
+            "bits": lambda c: f"{c.effective_bits:.2f}",
+            "top-1 %": lambda c: _text("{:.2f}", getattr(c.evaluation, "top1", None)),
+            "top-5 %": lambda c: _text("{:.2f}", getattr(c.evaluation, "top5", None)),
+            "agreement %": lambda c: _text("{:.2f}", getattr(c.evaluation, "agreement", None)),
+            "KL": lambda c: _text("{:.4f}", getattr(c.evaluation, "kl", None)),
+            "SQNR dB": lambda c: _text("{:.1f}", getattr(c.evaluation, "logit_sqnr_db", None)),
+            "ms": lambda c: None if c.ms is None else digits(c.ms),
+            "quartiles": lambda c: c.times_ms and f"{digits(c.times_ms.first)} .. {digits(c.times_ms.third)}",
+            "front": lambda c: ", ".join(name for name, front in fronts.items() if c in front) or None,
+        }
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("", overflow="fold")
+        shown = {name: cell for name, cell in columns.items() if any(cell(c) is not None for c in self.all)}
+        for name in shown:
+            table.add_column(name, justify="left" if name in ("settings", "front") else "right")
+        for c in self.all:
+            table.add_row(Text(c.name), *(cell(c) or "" for cell in shown.values()))
+        return Group(table, *map(Text, self._notes()))
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _notes(self) -> Iterator[str]:
+        found = self.candidates[0].evaluation
+        if self.interrupted:
+            yield "Interrupted: the figures cover fewer images or turns, or times are missing."
+        if found is not None:
+            measure = "top-1" if found.top1 is not None else "agreement"
+            yield f"{found.images:,} images. front: no other is as cheap and as good in {measure}."
+            if found.broken:
+                path, reason = found.broken[0]
+                yield f"{len(found.broken)} files could not be read and are not counted; the first, {path}: {reason}"
+        if self.machine is not None:
+            yield f"Times of one image, compiled, on {plural(self.threads)}; float32 in PyTorch."
+            yield from machine_notes(self.machine)
+
+
+def tradeoff(
+    networks: Mapping[str, nn.Module],
+    reference: nn.Module | None = None,
+    images: Images | None = None,
+    *,
+    time_shape: Sequence[int] | None = None,
+    threads: int = 1,
+    seconds: float = 10.0,
+    preprocess: Preprocess | None = None,
+    batch_size: int = 32,
+    workers: int = 0,
+    limit: int | None = None,
+    progress: bool = False,
+    on_interrupt: Literal["raise", "partial"] = "raise",
+) -> Tradeoff:
+    """Size, accuracy and time of several quantized networks that were made of one float network.
+
+    Args:
+        networks: the quantized ones by name.
+        reference: the float one; without it there is no accuracy.
+        images, preprocess, batch_size, workers, limit, progress: as in :func:`dsconv.compare`; all networks see the
+            same images. Without images there is no accuracy.
+        time_shape: ``(C, H, W)`` of an image. With it, the networks are compiled and timed on a random one in turns,
+            the reference in PyTorch.
+        threads: that they are timed on.
+        seconds: that the timing takes, once all are warm.
+        on_interrupt: what Ctrl-C does: ``"raise"`` KeyboardInterrupt, or end with what there is (``"partial"``).
+
+    Raises:
+        ConfigError, DataError: as :func:`dsconv.compare`; or an argument out of range, or images without a reference.
+        ModelError: as :func:`dsconv.compare` and :func:`dsconv.compile`; or the networks are of different originals.
+
+    >>> import dsconv
+    >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 9, 3), nn.AdaptiveAvgPool2d(1)).eval()
+    >>> networks = {bits: dsconv.quantize(net, dsconv.QuantConfig(weight_bits=int(bits))) for bits in "248"}
+    >>> found = tradeoff(networks, net, torch.randn(8, 3, 8, 8))
+    >>> sorted(candidate.name for candidate in found.front("bytes"))[0]
+    '2'
+    """
+    if not networks or FLOAT in networks:
+        raise ConfigError(f"networks: expected one or more, none called {FLOAT!r}, got {', '.join(networks) or 'none'}")
+    if images is not None and reference is None:
+        raise ConfigError("reference: images need the float network that the quantized ones are compared with")
+    if not 1 <= threads <= cores() or seconds <= 0:
+        limits = f"threads from 1 to the {cores()} cores there are and seconds above 0"
+        raise ConfigError(f"expected {limits}, got {threads} and {seconds}")
+    named = {**({FLOAT: reference} if reference is not None else {}), **networks}
+    summaries = {name: summary(network) for name, network in named.items()}
+    _check_one_original(summaries)
+    evaluations: dict[str, Evaluation] = {}
+    times: dict[str, Quartiles] = {}
+    if images is not None and reference is not None:
+        compared = compare_each(
+            reference,
+            networks,
+            images,
+            preprocess=preprocess,
+            batch_size=batch_size,
+            workers=workers,
+            limit=limit,
+            progress=progress,
+            on_interrupt=on_interrupt,
+            per_layer=False,
+        )
+        evaluations = {FLOAT: next(iter(compared.values())).reference, **compared}
+    interrupted = any(found.interrupted for found in evaluations.values())
+    if time_shape is not None and not interrupted:
+        try:
+            _time(named, torch.randn(1, *time_shape), threads, seconds, times)
+        except KeyboardInterrupt:
+            if on_interrupt == "raise":
+                raise
+            interrupted = True
+    found = [
+        Candidate(
+            name=name,
+            settings=_settings(network),
+            bytes=summaries[name].bytes_after,
+            effective_bits=summaries[name].effective_bits,
+            evaluation=evaluations.get(name),
+            times_ms=times.get(name),
+        )
+        for name, network in named.items()
+    ]
+    return Tradeoff(
+        candidates=tuple(found[reference is not None :]),
+        reference=found[0] if reference is not None else None,
+        threads=threads,
+        machine=machine() if times else None,
+        interrupted=interrupted,
+    )
+
+
+def _settings(network: nn.Module) -> str:
+    info = model_info(network)
+    return "" if info is None else info.config.title
+
+
+def _check_one_original(summaries: Mapping[str, Summary]) -> None:
+    weights = {name: {row.name: math.prod(row.shape) for row in found.layers} for name, found in summaries.items()}
+    (first, expected), *others = weights.items()
+    for other, got in others:
+        for layer in sorted(expected.keys() | got.keys(), key=list({**expected, **got}).index):
+            if expected.get(layer) != got.get(layer):
+                counts = f"{expected.get(layer, 0):,} weights in {first} and {got.get(layer, 0):,} in {other}"
+                raise ModelError(f"{first} and {other} are not of one network: its layer {layer!r} has {counts}")
+
+
+def _time(
+    networks: Mapping[str, nn.Module], x: Tensor, threads: int, seconds: float, times: dict[str, Quartiles]
+) -> None:
+    """Put quartiles of the milliseconds that each takes into ``times``, also when it is interrupted."""
+    before, race = torch.get_num_threads(), None
+    torch.set_num_threads(threads)
+    try:
+        calls = [partial(net if name == FLOAT else compile(net, x), x) for name, net in networks.items()]
+        with torch.inference_mode():
+            race = Race(calls, threads)
+            for _ in race.rounds(seconds=seconds):
+                pass
+    finally:
+        torch.set_num_threads(before)
+        if race is not None and min(map(len, race.times)) > 1:
+            times |= {
+                name: quartiles([1e3 * t for t in taken]) for name, taken in zip(networks, race.times, strict=True)
+            }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
+
+
+def _text(show: str, value: float | None) -> str | None:
+    return None if value is None else show.format(value)
