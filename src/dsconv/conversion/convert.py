@@ -115,7 +115,7 @@ def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | N
         settings = None if reason else layer_config(config, found, layers)
         weight = None
         if settings is not None:
-            weight, reason = _effective_weight(found.layer)
+            weight, reason = effective_weight(found.layer)
         elif not reason:
             reason = "the config leaves it in float"
         if weight is None or settings is None:
@@ -234,7 +234,7 @@ def _check_overrides(config: QuantConfig, layers: list[FoundLayer]) -> None:
             )
 
 
-def _effective_weight(layer: Any) -> tuple[Tensor | None, str]:
+def effective_weight(layer: Any) -> tuple[Tensor | None, str]:
     """The weight that ``layer`` convolves with, or None and the reason why it cannot be told."""
     with torch.no_grad():
         for hook in layer._forward_pre_hooks.values():

@@ -92,15 +92,30 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     if isinstance(qmodel, CompiledModel):
         qmodel = qmodel.model
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: its folder {path.parent} does not exist")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected the name of a file, it is a folder")
+    check_place(path)
     tensors, aliases = _stored_tensors(qmodel)
     header = _header(qmodel, aliases, architecture)
     entries = {"format": _MAGIC, "format_version": str(FORMAT_VERSION)}
     entries |= {name: json.dumps(value) for name, value in header.model_dump().items()}
     entries["checksum"] = _checksum(entries, tensors)
+    write(path, tensors, entries)
+    return path
+
+
+def check_place(path: Path) -> None:
+    """Raise the OSError that writing to ``path`` would end in, where that can be told before."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: its folder {path.parent} does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected the name of a file, it is a folder")
+
+
+def write(path: Path, tensors: dict[str, Tensor], entries: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     try:
         with replacing(path) as beside:
             beside.touch()
@@ -110,7 +125,6 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
             beside.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from None
-    return path
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -152,6 +166,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             wrong.append(f"layer {name!r}: the file has weights of shape {shapes}")
             continue
         quantized.weight_sqnr_db = record.sqnr_db
+        if f"{name}.bias".lstrip(".") in tensors:  # calibration gives one to every layer
+            add_bias(quantized, layer.weight)
         swaps[layer] = quantized
     for name, layer_name in header.folded.items():
         batchnorm, layer = modules.get(name), modules.get(layer_name)
@@ -161,7 +177,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
                 f"module {name!r}: the file has it as a BatchNorm folded into {layer_name!r}, the model has not"
             )
             continue
-        add_bias(quantized_layer, batchnorm)
+        add_bias(quantized_layer, batchnorm.bias)
         swaps[batchnorm] = nn.Identity().train(batchnorm.training)
     for name in header.affine:
         batchnorm = modules.get(name)
