@@ -8,7 +8,13 @@ from torch import Tensor
 from torch import nn as tnn
 
 import dsconv
-from dsconv.calibration.collect import Moments, as_rows, blocks_of, count_places, from_rows, inputs_at, outputs_at, places
+from dsconv.calibration.collect import (
+    as_rows,
+    count_places,
+    inputs_at,
+    outputs_at,
+    places,
+)
 from dsconv.nn import DSLayer
 
 LAYERS: list[tuple[tnn.Module, dict[str, Any], tuple[int, ...]]] = [
@@ -52,7 +58,11 @@ def test_inputs_and_rows_of_a_layer_multiply_to_its_output(case: tuple[DSLayer, 
     expected = outputs_at(layer, y, where)
     seen = 0
     for read, part in inputs_at(layer, x, y.shape, where):
-        assert read.shape == (layer.groups, part.stop - part.start if part.stop < total else read.shape[1], weight.shape[2])
+        assert read.shape == (
+            layer.groups,
+            part.stop - part.start if part.stop < total else read.shape[1],
+            weight.shape[2],
+        )
         got = (read @ weight.mT).transpose(0, 1).flatten(1) + layer.bias
         torch.testing.assert_close(got, expected[part], rtol=1e-4, atol=1e-4)
         seen += len(got)

@@ -1,7 +1,7 @@
 """What calibration knows of a layer: the moments of its quantized inputs, and of what the float network puts out.
 
-A layer's weight is seen as ``(G, R, d)``: G groups, R outputs of each, and the d values that an output reads, in the order
-in which blocks run: tap by tap, the channels of a tap side by side; or channel by channel for flattened blocks.
+A layer's weight is seen as ``(G, R, d)``: G groups, R outputs of each, and the d values that an output reads, in the
+order in which blocks run: tap by tap, the channels of a tap side by side; or channel by channel for flattened blocks.
 """
 
 from collections.abc import Iterator
@@ -58,8 +58,7 @@ def outputs_at(layer: DSLayer, y: Tensor, where: Tensor) -> Tensor:
     """Float32 ``(n, O)``: the output ``y`` of ``layer``, or of its float original, at the places ``where`` ``(n,)``."""
     if isinstance(layer, DSLinear):
         return y.reshape(-1, y.shape[-1])[where].float()
-    index = torch.unravel_index(where, (len(y), *y.shape[2:]))
-    return y[index[0], :, *index[1:]].float()
+    return _channels_at(y, (len(y), *y.shape[2:]), where).float()
 
 
 def inputs_at(layer: Any, x: Tensor, size: torch.Size, where: Tensor) -> Iterator[tuple[Tensor, slice]]:
@@ -75,15 +74,20 @@ def inputs_at(layer: Any, x: Tensor, size: torch.Size, where: Tensor) -> Iterato
         if linear:
             yield quantized(read[where[part]], layer.config, groups=1)[None], part
             continue
-        index = torch.unravel_index(where[part], (size[0], *size[2:]))
-        taps = read[index[0], :, *index[1:]]
+        taps = _channels_at(read, (size[0], *size[2:]), where[part])
         taps = (taps.flip(tuple(range(2, taps.dim()))) if layer.transposed else taps).flatten(2)
         if layer.config.blocks == "flat":
-            taken = quantized(taps.flatten(1), layer.config, layer.groups).unflatten(1, (layer.groups, -1))
+            taken = torch.unflatten(quantized(taps.flatten(1), layer.config, layer.groups), 1, (layer.groups, -1))
         else:
             # A pixel's blocks are the same wherever it is read.
-            taken = quantized(taps, layer.config, layer.groups).unflatten(1, (layer.groups, -1)).mT.flatten(2)
+            taken = torch.unflatten(quantized(taps, layer.config, layer.groups), 1, (layer.groups, -1)).mT.flatten(2)
         yield taken.transpose(0, 1), part
+
+
+def _channels_at(value: Tensor, size: tuple[int, ...], where: Tensor) -> Tensor:
+    """``value (N, C, *S, ...)`` at places of ``size (N, *S)``: ``(n, C, ...)``."""
+    index: list[Any] = [*torch.unravel_index(where, size)]
+    return value[(index[0], slice(None), *index[1:])]
 
 
 class Moments:
@@ -109,7 +113,7 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Samples ``x (G, n, d)`` and ``y (n, O)``."""
-        y = y.unflatten(1, self.w.shape[:2]).transpose(0, 1)
+        y = torch.unflatten(y, 1, self.w.shape[:2]).transpose(0, 1)
         r = y - x @ self.w.mT
         if self._origin is None:
             # Near the means, float32 sums of squares are exact enough.
@@ -127,6 +131,10 @@ class Moments:
             if square is not None:
                 square += value.square().sum(1)
 
+    def is_finite(self) -> bool:
+        """Whether all samples were."""
+        return all(bool(sums.isfinite().all()) for sums in (self.h, self.g, self.noise, self.signal))
+
     def finish(self) -> None:
         """From sums to moments."""
         assert self._origin is not None
@@ -141,7 +149,8 @@ class Moments:
 
     def bias(self, v: Tensor) -> Tensor:
         """Bias ``(G, R)`` that makes the mean output of the weights ``v`` that of the float network."""
-        return self.mean_r - ((v - self.w) @ self.mean_x.unsqueeze(2)).squeeze(2)
+        bias: Tensor = self.mean_r - ((v - self.w) @ self.mean_x.unsqueeze(2)).squeeze(2)
+        return bias
 
     def error(self, v: Tensor, bias: Tensor) -> float:
         """Mean squared error of the outputs of weights ``v`` and ``bias``, as a part of their variance."""

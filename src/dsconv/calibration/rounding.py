@@ -5,8 +5,8 @@ the same place. The mean squared error of a row of weights ``v`` is, but for a c
 
     E (y - v x)^2 = (v - t)' H (v - t) + const,    H = E x x',    t = H^-1 E x y,
 
-so ``t`` is what to round, and not the float weights ``w``: it makes up for what earlier layers did to ``x``. ``H`` comes
-from few images, so it has ``ridge mean(diag H) I`` added to it, the same as a prior that ``v`` is near ``w``:
+so ``t`` is what to round, and not the float weights ``w``: it makes up for what earlier layers did to ``x``. ``H``
+comes from few images, so it has ``ridge mean(diag H) I`` added to it, the same as a prior that ``v`` is near ``w``:
 
     t = w + H^-1 E x (y - w x).
 
@@ -42,12 +42,12 @@ class Blocks(NamedTuple):
 
     def sums(self, x: Tensor) -> Tensor:
         """Sum of each block: ``(..., d)`` to ``(..., blocks)``."""
-        x = F.pad(x.unflatten(-1, (self.runs, self.width)), (0, -self.width % self.size))
-        return x.unflatten(-1, (-1, self.size)).sum(-1).flatten(-2)
+        x = F.pad(torch.unflatten(x, -1, (self.runs, self.width)), (0, -self.width % self.size))
+        return torch.unflatten(x, -1, (-1, self.size)).sum(-1).flatten(-2)
 
     def spread(self, scale: Tensor) -> Tensor:
         """The scale of each column: ``(..., blocks)`` to ``(..., d)``."""
-        wide = scale.unflatten(-1, (self.runs, -1)).repeat_interleave(self.size, -1)
+        wide = torch.unflatten(scale, -1, (self.runs, -1)).repeat_interleave(self.size, -1)
         return wide[..., : self.width].flatten(-2)
 
 

@@ -56,6 +56,8 @@ class Header(BaseModel):
     in_float: dict[str, str]
     folded: dict[str, str] = {}
     affine: list[str] = []
+    calibrated_on: int = 0
+    biases: list[str] = []
     aliases: dict[str, str]
     preprocess: dict[str, Any] | None
 
@@ -97,7 +99,7 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     header = _header(qmodel, aliases, architecture)
     entries = {"format": _MAGIC, "format_version": str(FORMAT_VERSION)}
     entries |= {name: json.dumps(value) for name, value in header.model_dump().items()}
-    entries["checksum"] = _checksum(entries, tensors)
+    entries["checksum"] = checksum(entries, tensors)
     write(path, tensors, entries)
     return path
 
@@ -166,7 +168,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             wrong.append(f"layer {name!r}: the file has weights of shape {shapes}")
             continue
         quantized.weight_sqnr_db = record.sqnr_db
-        if f"{name}.bias".lstrip(".") in tensors:  # calibration gives one to every layer
+        if name in header.biases:
             add_bias(quantized, layer.weight)
         swaps[layer] = quantized
     for name, layer_name in header.folded.items():
@@ -187,8 +189,16 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             wrong.append(f"module {name!r}: the file has it as a BatchNorm in its inference form, the model has not")
     _refuse(path, header, model, wrong)
     config = _config(path, header.config)
-    affine = tuple(header.affine)
-    info = ModelInfo(config, header.architecture, header.in_float, header.preprocess, header.folded, affine)
+    info = ModelInfo(
+        config,
+        header.architecture,
+        header.in_float,
+        header.preprocess,
+        header.folded,
+        tuple(header.affine),
+        header.calibrated_on,
+        tuple(header.biases),
+    )
     result = swapped(model, swaps, info)
     _fill(path, header, result, tensors)
     return result
@@ -287,6 +297,8 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
         in_float=info.in_float,
         folded=_folded(qmodel),
         affine=[name for name, module in qmodel.named_modules() if isinstance(module, Affine)],
+        calibrated_on=info.calibrated_on,
+        biases=list(info.biases),
         aliases=aliases,
         preprocess=info.preprocess,
     )
@@ -306,7 +318,7 @@ def _class_name(model: nn.Module) -> str:
     return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
-def _checksum(entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+def checksum(entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over all entries but the checksum, and over name, dtype, shape and bytes of all tensors, in order."""
     digest = hashlib.sha256()
     described: list[Any] = [[name, entries[name]] for name in sorted(entries) if name != "checksum"]
@@ -339,7 +351,7 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
         raise
     except (SafetensorError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
         raise FileFormatError(f"{path}: not a complete safetensors file ({error}): get or write it again") from None
-    if _checksum(entries, tensors) != entries.get("checksum"):
+    if checksum(entries, tensors) != entries.get("checksum"):
         raise FileFormatError(f"{path}: its contents do not match its checksum, it was changed: get or write it again")
     fields = {name: text for name, text in entries.items() if name in Header.model_fields}
     try:

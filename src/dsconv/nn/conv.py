@@ -174,9 +174,7 @@ class _DSConvTransposeNd(_DSConvNd):
         spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)))
         spread[:, :, *(slice(None, None, s) for s in self.stride)] = x
         before = [t - p for t, p in zip(taken, self._zeros, strict=True)]
-        after = [
-            wanted + t - b - n for wanted, t, b, n in zip(size, taken, before, spread.shape[2:], strict=True)
-        ]
+        after = [wanted + t - b - n for wanted, t, b, n in zip(size, taken, before, spread.shape[2:], strict=True)]
         border = [pad for pair in reversed(list(zip(before, after, strict=True))) for pad in pair]
         return windows(F.pad(spread, border), self.kernel_size, (1,) * self.dims, (0,) * self.dims, self.dilation)
 
