@@ -17,6 +17,7 @@ from torch import nn
 import dsconv
 from dsconv import zoo
 from dsconv.config import PRESETS, QuantConfig
+from dsconv.conversion import model_info
 from dsconv.data import Preprocess
 from dsconv.errors import ConfigError, DataError, ModelError, import_extra
 
@@ -26,6 +27,7 @@ MODEL_HELP = (
 )
 WEIGHTS_HELP = "Of the float model: a state dictionary (safetensors or torch.save), those that come with it, or none."
 FILE_HELP = f"A file that dsconv quantize wrote, or a float model: {MODEL_HELP}"
+REFERENCE_HELP = "Float model that FILE was made from, where FILE does not name it."
 Weights = Annotated[str, typer.Option(metavar="FILE|default|random", help=WEIGHTS_HELP)]
 _PRESET_HELP = "default: W4A8 for today's processors; paper: the published method, W4A4."
 Preset = Annotated[str, typer.Option(metavar="|".join(PRESETS), help=_PRESET_HELP)]
@@ -70,6 +72,14 @@ def load_file(path: Path, model: str | None) -> nn.Module:
         return dsconv.load(path)
     except ModelError as error:
         raise ModelError(f"{error}; here, name it with --model") from None
+
+
+def original_of(qmodel: nn.Module, file: str) -> str:
+    """Name of the float model that a file says its network was made from."""
+    info = model_info(qmodel)
+    if info is None or info.architecture is None:
+        raise ModelError(f"{file} does not name the float model it was made from: name it with --reference")
+    return info.architecture
 
 
 def read_config(preset: str, path: Path | None) -> QuantConfig:

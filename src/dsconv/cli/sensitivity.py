@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import nn
 
 import dsconv
 from dsconv import report, zoo
 from dsconv.cli.common import (
     FILE_HELP,
+    REFERENCE_HELP,
     BatchSize,
     Channels,
     Config,
@@ -32,6 +32,7 @@ from dsconv.cli.common import (
     check_out,
     is_quantized_file,
     load_file,
+    original_of,
     preparation,
     preprocess_of,
     print_json,
@@ -39,16 +40,12 @@ from dsconv.cli.common import (
     read_config,
     say,
 )
-from dsconv.conversion import model_info
-from dsconv.errors import ModelError
-
-_REFERENCE_HELP = "Float model that FILE was made from, where FILE does not name it."
 
 
 def sensitivity(
     file_or_model: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help=FILE_HELP, show_default=False)],
     data: Data = None,
-    reference: Annotated[str | None, typer.Option(metavar="MODEL", help=_REFERENCE_HELP)] = None,
+    reference: Annotated[str | None, typer.Option(metavar="MODEL", help=REFERENCE_HELP)] = None,
     weights: Weights = "default",
     model: ModelOfFile = None,
     preset: Preset = "default",
@@ -84,7 +81,7 @@ def sensitivity(
     if is_file:
         say(f"loading {file_or_model}")
         settings = load_file(Path(file_or_model), model)
-        name = reference or model or _named(settings, file_or_model)
+        name = reference or model or original_of(settings, file_or_model)
     else:
         settings, name = read_config(preset, config), file_or_model
     say(f"building {name} with weights {weights}")
@@ -109,10 +106,3 @@ def sensitivity(
     print_table(found)
     if plot is not None:
         print(f"Wrote {plot}.")
-
-
-def _named(network: nn.Module, file: str) -> str:
-    info = model_info(network)
-    if info is None or info.architecture is None:
-        raise ModelError(f"{file} does not name the float model it was made from: name it with --reference")
-    return info.architecture
