@@ -31,7 +31,7 @@ from dsconv.progress import progress_bar
 # Places of an image that count as independent samples, since its pixels resemble one another.
 _INDEPENDENT = 16
 # Of its largest activation, a network holds about as many copies at a time.
-_COPIES = 6
+_COPIES = 4
 
 
 def calibrate(
