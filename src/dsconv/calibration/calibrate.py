@@ -40,7 +40,7 @@ def calibrate(
     images: Images,
     *,
     preprocess: Preprocess | None = None,
-    limit: int | None = None,
+    limit: int | None = 256,
     positions: int = 256,
     seed: int = 0,
     state: str | os.PathLike[str] | None = None,
@@ -63,7 +63,7 @@ def calibrate(
         reference: the float network that it was made from.
         images: 16 to 256 unlabelled images like those to come, as in :func:`dsconv.evaluate`; they are kept in memory.
         preprocess: how a folder is read; None is what the networks say of themselves.
-        limit: use this many images at most.
+        limit: use this many images at most: the first ones, or, of a folder, evenly spaced ones; None is all.
         positions: places of an image, on average, at which the output of a layer is looked at.
         seed: of the choice of these. The same arguments give the same result on the same machine.
         state: file to write after each layer, so that a calibration that was stopped can be resumed.
@@ -101,12 +101,15 @@ def calibrate(
     _check_models(qmodel, reference)
     saved = State(None if state is None else Path(state), resume)
     x = read_images(images, preprocess, limit, qmodel, reference)
-    result = copy.deepcopy(qmodel)
+    with torch.inference_mode(False):
+        result = copy.deepcopy(qmodel)
     with ready([result, reference], device), torch.inference_mode(False), torch.no_grad():
         pairs, largest = trace(pairs_of(result, reference), result, reference, x[:1])
         check_images(x, reference, qmodel)
         batch_size = min(len(x), max(1, memory_bytes // (_COPIES * largest)))
-        arguments = {"positions": positions, "seed": seed, "batch": batch_size, "dsconv": metadata.version("dsconv")}
+        settings = [(pair.name, pair.layer.config.model_dump_json()) for pair in pairs]
+        arguments = {"positions": positions, "seed": seed, "images at a time": batch_size, "settings": settings}
+        arguments["dsconv version"] = metadata.version("dsconv")
         saved.open({"qmodel": qmodel, "reference": reference}, x, arguments)
         pending = [pair for pair in pairs if pair.name not in saved.done and pair.reason is None]
         with progress_bar(progress, len(pairs), "layers/s") as advance:

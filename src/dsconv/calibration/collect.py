@@ -4,6 +4,7 @@ A layer's weight is seen as ``(G, R, d)``: G groups, R outputs of each, and the 
 order in which blocks run: tap by tap, the channels of a tap side by side; or channel by channel for flattened blocks.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,11 @@ def places(total: int, wanted: int, generator: torch.Generator) -> Tensor:
 def count_places(layer: DSLayer, y: Tensor) -> int:
     """Places at which ``layer`` computes its output ``y``: images times pixels."""
     return y.numel() // len(layer.vqk)
+
+
+def batched(layer: Any, value: Tensor) -> Tensor:
+    """``value``, an input or output of ``layer``, with a dimension of images also where there was none."""
+    return value if isinstance(layer, DSLinear) or value.dim() == layer.dims + 2 else value.unsqueeze(0)
 
 
 def outputs_at(layer: DSLayer, y: Tensor, where: Tensor) -> Tensor:
@@ -153,8 +159,9 @@ class Moments:
         return bias
 
     def error(self, v: Tensor, bias: Tensor) -> float:
-        """Mean squared error of the outputs of weights ``v`` and ``bias``, as a part of their variance."""
+        """Mean squared error of the outputs of weights ``v`` and ``bias``, as a part of their variance, NaN without."""
         change = v - self.w
         squares = self.noise - 2 * (change * self.g).sum(2) + quadratic(change, self.h)
         squares = squares + (self.bias(v) - bias).square()
-        return float(squares.sum() / self.signal.sum().clamp_min(torch.finfo(torch.float32).tiny))
+        signal = float(self.signal.sum())
+        return max(0.0, float(squares.sum())) / signal if signal > 0 else math.nan

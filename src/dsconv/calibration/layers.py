@@ -32,7 +32,7 @@ class Pair:
             BatchNorm that was folded into ``layer``.
         weight: float32, what ``layer`` stands for, in the layout of VQK.
         outputs: of one image, at each call: places at which an output is computed.
-        index: place in the order of first calls.
+        index: place, among the layers to be calibrated, in the order of first calls.
         reason: why the layer is left as it is, else None.
     """
 
@@ -99,23 +99,26 @@ def trace(pairs: Sequence[Pair], qmodel: nn.Module, reference: nn.Module, image:
         ModelError: they cannot run on the image, return something else each, or call a layer not as often.
     """
     largest = [image.nbytes]
+    # That of qmodel, since a BatchNorm that is folded into a layer may run long after it in the reference.
     order: dict[str, Pair] = {}
     calls: Counter[str] = Counter()
 
-    def note(pair: Pair, output: Tensor) -> None:
+    def count(pair: Pair) -> None:
         order.setdefault(pair.name, pair)
-        pair.outputs.append(count_places(pair.layer, output))
+        calls[pair.name] += 1
 
     with ExitStack() as hooks:
         for module in reference.modules():
             look = module.register_forward_hook(lambda _, __, y: largest.extend(t.nbytes for t in tensors_of(y)))
             hooks.enter_context(look)
         for pair in pairs:
-            hooks.enter_context(pair.watched.register_forward_hook(lambda _, __, y, pair=pair: note(pair, y)))
-            count = pair.layer.register_forward_hook(lambda _, __, ___, name=pair.name: calls.update([name]))
-            hooks.enter_context(count)
+            note = pair.watched.register_forward_hook(
+                lambda _, __, y, pair=pair: pair.outputs.append(count_places(pair.layer, y))
+            )
+            hooks.enter_context(note)
+            hooks.enter_context(pair.layer.register_forward_hook(lambda _, __, ___, pair=pair: count(pair)))
         f, q = (
-            [tuple(t.shape) for t in tensors_of(forward(name, model, image))]
+            [tuple(t.shape) for t in tensors_of(forward(name, model, image, Exception))]
             for name, model in (("reference", reference), ("qmodel", qmodel))
         )
     if f != q:
@@ -127,7 +130,7 @@ def trace(pairs: Sequence[Pair], qmodel: nn.Module, reference: nn.Module, image:
         if not pair.outputs:
             pair.reason = "forward does not call it"
     ordered = [*order.values(), *(pair for pair in pairs if pair.name not in order)]
-    for index, pair in enumerate(ordered):
+    for index, pair in enumerate(pair for pair in ordered if pair.reason is None):
         pair.index = index
     return ordered, max(largest)
 
@@ -137,9 +140,9 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def forward(name: str, model: nn.Module, x: Tensor) -> Any:
-    """Output of ``model``, called ``name`` in the ModelError that is raised where it cannot run."""
+def forward(name: str, model: nn.Module, x: Tensor, errors: type[Exception] = RuntimeError) -> Any:
+    """Output of ``model``, called ``name`` in the ModelError that takes the place of ``errors``."""
     try:
         return model(x.to(device_of(model)))
-    except RuntimeError as error:
+    except errors as error:
         raise ModelError(f"{name}: it cannot run on images {tuple(x.shape)}: {first_line(error)}") from error

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dsconv.calibration.collect import Moments, as_rows, count_places, inputs_at, outputs_at, places
+from dsconv.calibration.collect import Moments, as_rows, batched, count_places, inputs_at, outputs_at, places
 from dsconv.calibration.layers import Pair, forward, tensors_of
 from dsconv.errors import ModelError
 
@@ -59,31 +59,34 @@ class Passes:
     def _collect(self, group: list[Pair], finish: Callable[[Pair, Moments], None]) -> None:
         targets = self._targets(group)
         waiting = deque(group)
-        seen: set[int] = set()
         calls: Counter[str] = Counter()
         moments: Moments | None = None
-        batch = 0
+        seen = batch = 0
+        failed: Pair | None = None
 
         def before(pair: Pair, x: Tensor) -> None:
-            nonlocal moments
+            nonlocal moments, seen, failed
             if pair is not waiting[0]:
                 return
+            if batch != self._batch(pair, seen):
+                raise _Stop
             moments = moments or Moments(as_rows(pair.layer, pair.weight))
             size, where, y = targets.pop((pair.name, batch, calls[pair.name]))
             calls[pair.name] += 1
-            for read, part in inputs_at(pair.layer, x, size, where):
+            for read, part in inputs_at(pair.layer, batched(pair.layer, x), size, where):
                 moments.add(read, y[part])
             if calls[pair.name] < len(pair.outputs):
                 return
-            seen.add(batch)
-            if len(seen) < len(self.batches):
+            seen += 1
+            if seen < len(self.batches):
                 raise _Stop
             if not moments.is_finite():
-                raise ModelError(self._nonfinite(pair))
+                failed = pair
+                waiting.clear()
+                raise _Stop
             finish(pair, moments)
             waiting.popleft()
-            seen.clear()
-            moments = None
+            seen, moments = 0, None
             # The batch goes on to the next layer, unless earlier calls of this one ran with other weights.
             if not waiting or len(pair.outputs) > 1:
                 raise _Stop
@@ -93,9 +96,18 @@ class Passes:
                 hook = pair.layer.register_forward_pre_hook(lambda _, inputs, pair=pair: before(pair, inputs[0]))
                 hooks.enter_context(hook)
             while waiting:
-                batch = next(i for i in range(len(self.batches)) if i not in seen)
+                batch = self._batch(waiting[0], seen)
                 calls.clear()
                 self._until_stop("qmodel", self.qmodel, self.batches[batch], waiting[0])
+        if failed is not None:
+            raise ModelError(self._nonfinite(failed))
+
+    def _batch(self, pair: Pair, seen: int) -> int:
+        """The batch that ``pair`` looks at after so many: back and forth, so that the last goes on to the next layer.
+
+        The order is that of the layer, wherever a calibration begins: sums depend on it, in their last digits.
+        """
+        return seen if pair.index % 2 == 0 else len(self.batches) - 1 - seen
 
     def _targets(self, group: list[Pair]) -> dict[Key, Target]:
         found: dict[Key, Target] = {}
@@ -106,6 +118,7 @@ class Passes:
         batch = 0
 
         def after(pair: Pair, y: Tensor) -> None:
+            y = batched(pair.layer, y)
             total = count_places(pair.layer, y)
             where = places(total, self.positions * len(self.batches[batch]), generators[pair.name]).to(y.device)
             found[pair.name, batch, calls[pair.name]] = Target(y.shape, where, outputs_at(pair.layer, y, where))

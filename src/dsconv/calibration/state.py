@@ -42,7 +42,7 @@ class State:
         self.tensors: dict[str, Tensor] = {}
 
     def open(self, models: Mapping[str, nn.Module], x: Tensor, settings: Mapping[str, Any]) -> None:
-        """Read the file, or write a first one, so that what is wrong with it shows before the work begins.
+        """Read the file, or try to write one, so that what is wrong with it shows before the work begins.
 
         Raises:
             FileFormatError: it is damaged, or not of these ``models``, images ``x`` and ``settings``.
@@ -51,9 +51,10 @@ class State:
         if self._path is None:
             return
         self._made_of = {name: checksum({}, _tensors(model)) for name, model in models.items()}
-        self._made_of |= {"images": checksum({}, {"x": x}), "arguments": json.dumps(settings)}
+        self._made_of |= {"images": checksum({}, {"x": x})} | {name: str(value) for name, value in settings.items()}
         if not self._resume:
             self._write()
+            self._path.unlink()  # there is nothing to resume yet
             return
         try:
             with safe_open(self._path, framework="pt") as file:
@@ -63,7 +64,7 @@ class State:
                 made_of = json.loads(entries["made_of"])
                 self.done = {data["name"]: CalibratedLayer(**data) for data in json.loads(entries["layers"])}
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            whole = entries["checksum"] == checksum({}, self.tensors)
+            whole = entries["checksum"] == checksum(entries, self.tensors)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise FileFormatError(
                 f"{self._path}: not a complete state file ({error}): delete it and start again"
@@ -72,8 +73,8 @@ class State:
             raise FileFormatError(f"{self._path}: its contents were changed: delete it and start again")
         if other := [name for name, value in self._made_of.items() if made_of.get(name) != value]:
             raise FileFormatError(
-                f"{self._path}: belongs to a calibration of another {', '.join(other)}: resume with what it was "
-                "started with, or delete it and start again"
+                f"{self._path}: was made with other {', '.join(other)}: resume with what it was started with, or "
+                "delete it and start again"
             )
 
     def add(self, record: CalibratedLayer, **tensors: Tensor | None) -> None:
@@ -92,7 +93,7 @@ class State:
         if self._path is not None:
             layers = json.dumps([asdict(record) for record in self.done.values()])
             entries = {"format": _FORMAT, "made_of": json.dumps(self._made_of), "layers": layers}
-            write(self._path, self.tensors, entries | {"checksum": checksum({}, self.tensors)})
+            write(self._path, self.tensors, entries | {"checksum": checksum(entries, self.tensors)})
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

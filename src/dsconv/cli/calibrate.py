@@ -55,6 +55,7 @@ def calibrate(
     limit: Limit = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of places in the images.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
+    memory: Annotated[float, typer.Option(min=0.01, metavar="GIB", help="Rough bound of what activations take.")] = 4.0,
     device: Annotated[str, typer.Option(help="Where to run, as PyTorch names it: cpu, cuda.")] = "cpu",
     force: Force = False,
     as_json: Json = False,
@@ -106,14 +107,15 @@ def calibrate(
             state=state,
             resume=resume,
             device=device,
+            memory_bytes=int(memory * 2**30),
             progress=True,
         )
-    except KeyboardInterrupt:
+        seconds = time.perf_counter() - start
+        dsconv.save(result, out)
+    except (KeyboardInterrupt, OSError):
         if state.exists():
             say(f"stopped: what is done is in {state}; the same command with --resume goes on from there")
         raise
-    seconds = time.perf_counter() - start
-    dsconv.save(result, out)
     state.unlink()
     info, file_bytes = model_info(result), out.stat().st_size
     assert info is not None

@@ -56,7 +56,7 @@ class Header(BaseModel):
     in_float: dict[str, str]
     folded: dict[str, str] = {}
     affine: list[str] = []
-    calibrated_on: int = 0
+    calibrated_on: Annotated[int, Field(ge=0)] = 0
     biases: list[str] = []
     aliases: dict[str, str]
     preprocess: dict[str, Any] | None
@@ -171,6 +171,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         if name in header.biases:
             add_bias(quantized, layer.weight)
         swaps[layer] = quantized
+    unknown = [name for name in header.biases if name not in header.layers]
+    wrong += [f"layer {name!r}: the file has a bias for it, but no such layer" for name in unknown]
     for name, layer_name in header.folded.items():
         batchnorm, layer = modules.get(name), modules.get(layer_name)
         quantized_layer = swaps.get(layer) if layer is not None else None
