@@ -55,8 +55,10 @@ def check_images(x: Tensor, reference: nn.Module, qmodel: nn.Module) -> None:
     known = next((found for model in (qmodel, reference) if (found := preprocess_of(model)) is not None), None)
     said, seen = [], f"their mean is {float(x.mean()):.3g} and their deviation {float(x.std()):.3g}"
     if known is not None:
-        if known.crop is not None and tuple(x.shape[2:]) != known.crop:
-            said.append(f"they are {x.shape[2]}x{x.shape[3]}, the network's preparation makes them {known.crop}")
+        size = known.crop or known.resize
+        if isinstance(size, tuple) and tuple(x.shape[2:]) != size:
+            height, width = x.shape[2:]
+            said.append(f"they are {height}x{width}, the network's preparation makes them {size[0]}x{size[1]}")
         mean, std = torch.tensor(known.mean), torch.tensor(known.std)
         expected = (
             float(((known.scale * PHOTOGRAPH_MEAN - mean) / std).mean()),

@@ -98,7 +98,9 @@ class Passes:
             while waiting:
                 batch = self._batch(waiting[0], seen)
                 calls.clear()
-                self._until_stop("qmodel", self.qmodel, self.batches[batch], waiting[0])
+                with suppress(_Stop):
+                    forward("qmodel", self.qmodel, self.batches[batch])
+                    raise ModelError(self._unsteady(waiting[0], "qmodel"))
         if failed is not None:
             raise ModelError(self._nonfinite(failed))
 
@@ -123,8 +125,6 @@ class Passes:
             where = places(total, self.positions * len(self.batches[batch]), generators[pair.name]).to(y.device)
             found[pair.name, batch, calls[pair.name]] = Target(y.shape, where, outputs_at(pair.layer, y, where))
             calls[pair.name] += 1
-            if all(calls[pair.name] == len(pair.outputs) for pair in group):
-                raise _Stop
 
         with ExitStack() as hooks:
             for pair in group:
@@ -133,15 +133,14 @@ class Passes:
             for index, x in enumerate(self.batches):
                 batch = index
                 calls.clear()
-                self._until_stop("reference", self.reference, x, group[-1])
+                forward("reference", self.reference, x)
+                for pair in group:
+                    if calls[pair.name] != len(pair.outputs):
+                        raise ModelError(self._unsteady(pair, "reference"))
         return found
 
-    def _until_stop(self, name: str, model: nn.Module, x: Tensor, pair: Pair) -> None:
-        with suppress(_Stop):
-            forward(name, model, x)
-            raise ModelError(
-                f"layer {pair.name!r}: in {name}, it does not run as often for all images as for the first"
-            )
+    def _unsteady(self, pair: Pair, name: str) -> str:
+        return f"layer {pair.name!r}: in {name}, it does not run as often for all images as for the first"
 
     def _nonfinite(self, pair: Pair) -> str:
         """Where the NaN or infinities begin that were found at ``pair``."""

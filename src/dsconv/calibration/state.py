@@ -63,7 +63,7 @@ class State:
                     raise FileFormatError(f"{self._path}: expected the state of a calibration, it is another file")
                 made_of = json.loads(entries["made_of"])
                 self.done = {data["name"]: CalibratedLayer(**data) for data in json.loads(entries["layers"])}
-                self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                self.tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             whole = entries["checksum"] == checksum(entries, self.tensors)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise FileFormatError(
