@@ -57,8 +57,8 @@ def check_images(x: Tensor, reference: nn.Module, qmodel: nn.Module) -> None:
     if known is not None:
         size = known.crop or known.resize
         if isinstance(size, tuple) and tuple(x.shape[2:]) != size:
-            height, width = x.shape[2:]
-            said.append(f"they are {height}x{width}, the network's preparation makes them {size[0]}x{size[1]}")
+            got, wanted = ("x".join(map(str, pixels)) for pixels in (x.shape[2:], size))
+            said.append(f"they are {got}, the network's preparation makes them {wanted}")
         mean, std = torch.tensor(known.mean), torch.tensor(known.std)
         expected = (
             float(((known.scale * PHOTOGRAPH_MEAN - mean) / std).mean()),
