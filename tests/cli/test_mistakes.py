@@ -321,7 +321,10 @@ def test_wrong_usage_of_calibrate(
         ("{factory}:net --data {digits}", ["does not say how its images", "--crop"]),
         ("{factory}:no_layers --data {digits} --crop 8", ["no convolution"]),
         ("{tmp}/there --data {digits}", ["there", "safetensors"]),
-        ("{file} --data {digits} --reference {factory}:net", ["reference: expected the float network", "'conv1'"]),
+        (
+            "{file} --data {digits} --reference {factory}:net --channels gray",
+            ["reference: expected the float network", "'conv1'"],
+        ),
         ("{net} --data {digits} --weights random --config {tmp}/none.json", ["none.json"]),
     ],
 )
