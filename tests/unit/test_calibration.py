@@ -471,6 +471,7 @@ def test_an_output_that_never_changes() -> None:
     [
         ({"positions": 0}, "positions: expected a whole number from 1, got 0"),
         ({"seed": -1}, "seed"),
+        ({"seed": 0.5}, "seed"),
         ({"seed": True}, "seed"),
         ({"memory_bytes": 1.5}, "memory_bytes"),
         ({"limit": 0}, "limit"),

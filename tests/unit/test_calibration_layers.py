@@ -10,7 +10,9 @@ from torch import nn as tnn
 import dsconv
 from dsconv.calibration.collect import (
     as_rows,
+    blocks_of,
     count_places,
+    from_rows,
     inputs_at,
     outputs_at,
     places,
@@ -67,3 +69,16 @@ def test_inputs_and_rows_of_a_layer_multiply_to_its_output(case: tuple[DSLayer, 
         torch.testing.assert_close(got, expected[part], rtol=1e-4, atol=1e-4)
         seen += len(got)
     assert seen == len(where)
+
+
+def test_rows_become_the_layer_again(case: tuple[DSLayer, Tensor]) -> None:
+    layer, _ = case
+    for value in filter(lambda value: value is not None, (layer.vqk, layer.kds, layer.kds_shift)):
+        rows = as_rows(layer, value)
+        assert rows.shape[:2] == (layer.groups, len(layer.vqk) // layer.groups)
+        assert torch.equal(from_rows(layer, rows, value.shape), value)
+    blocks = blocks_of(layer)
+    spread = blocks.spread(as_rows(layer, layer.kds).float()) * as_rows(layer, layer.vqk)
+    if layer.kds_shift is not None:
+        spread += blocks.spread(as_rows(layer, layer.kds_shift).float())
+    torch.testing.assert_close(spread, as_rows(layer, DSLayer.dequantized_weight(layer)))

@@ -114,7 +114,7 @@ class Passes:
     def _targets(self, group: list[Pair]) -> dict[Key, Target]:
         found: dict[Key, Target] = {}
         # Of its own for each layer: what is chosen does not depend on which layers are done already.
-        seeds = {pair.name: self.seed * 1_000_003 + pair.index for pair in group}
+        seeds = {pair.name: (self.seed * 1_000_003 + pair.index) % 2**63 for pair in group}
         generators = {name: torch.Generator().manual_seed(seed) for name, seed in seeds.items()}
         calls: Counter[str] = Counter()
         batch = 0
