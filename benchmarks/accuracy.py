@@ -46,7 +46,8 @@ PREPARED: dict[str, dict[str, Any]] = {
 SIDES = {"imagenet": 224, "tinyimagenet": 64, "cifar10": 32}
 BATCH = 50
 # Bits a weight that the searched rows may come to, and on how many images, or of noise, layers are ranked.
-BUDGET, SEEN = 4.7, 32
+BUDGET, SMALL_BUDGET, SEEN = 4.7, 3.7, 32
+CALIBRATED = 128
 HEAD = """\
 # Results
 
@@ -59,7 +60,7 @@ Machine: {machine}.
   float32 included; in brackets those of the quantized layers alone. **MB** is the size of the file but for its header.
 - **agreement** is the share of images with the same top-1 class as the float network, **KL** the mean of
   KL(softmax(float) || softmax(quantized)) in nats, **SQNR** that of the logits.
-- No step of the quantization sees an image, but for the row that says so. But the two constants of the `balanced`
+- No step of the quantization sees an image, but for the rows that say so. But the two constants of the `balanced`
   rule were chosen, among a handful, by trying them on SqueezeNet and Tiny Darknet with 250 of the 650 ImageNet images,
   and the kind of noise of the `searched` rows, out of three, with 150 of them and the CIFAR images: on those networks
   the figures may flatter them a little. ResNet-18 and its images had no part in either.
@@ -68,25 +69,34 @@ Machine: {machine}.
   layers in float32. Their activation convention is in the name (see [Choosing bits and blocks](choosing.md)).
 - `w4a4` and `default` use the `balanced` rule with a shift and float16 KDS, the `adaptive` convention, 8 bits in the
   first convolution, and quantize linear layers too.
-- `searched` rows are what `dsconv.search` made of these presets with a budget of {budget} bits a weight: bits by layer,
-  8-bit activations in `w4a4` only where the weights have 8 bits too. It ranks layers on {seen} images of noise, or on
-  as many unlabelled photographs, none of which is evaluated.
+- `searched` rows are what `dsconv.search` made of these presets with a budget of {budget} bits a weight, of `w3a4` with
+  {small_budget}: bits by layer, 8-bit activations in `w4a4` and `w3a4` only where the weights have 8 bits too. It ranks
+  layers on {seen} images of noise, or on as many unlabelled photographs, none of which is evaluated.
+- `w3a4` is `w4a4` with 3-bit weights.
+- `calibrated` rows went through `dsconv.calibrate` then, with {calibrated} unlabelled photographs, none of which is
+  evaluated (see [Calibrating](calibrate.md)).
 """
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the tables: its name, what is quantized, in which table it stands, and what bits are searched with."""
+    """A row of the tables: its name, what is quantized, in which table it stands, and what is done with which images.
+
+    Bits are ``searched`` with noise or images within a ``budget``, and the network may be ``calibrated`` at last.
+    """
 
     name: str
     config: QuantConfig
     table: str
     searched: Literal["", "noise", "images"] = ""
+    budget: float = BUDGET
+    calibrated: bool = False
 
 
 def settings() -> list[Setting]:
     """All rows, each once."""
     preset = QuantConfig.preset
+    w4a4, w3a4 = (preset("w4a4", activation_sign="extra", weight_bits=bits) for bits in (4, 3))
     rows = [
         Setting(f"paper W4A4 {sign}", preset("paper", block_size=block, activation_sign=sign), "presets")
         for block in (16, 32, 64, 128)
@@ -96,11 +106,15 @@ def settings() -> list[Setting]:
         Setting("paper W3A4 extra", preset("paper", weight_bits=3), "presets"),
         Setting("paper W4A8 extra", preset("paper", activation_bits=8), "presets"),
         Setting("w4a4 adaptive", preset("w4a4"), "presets"),
-        Setting("w4a4 extra", preset("w4a4", activation_sign="extra"), "presets"),
-        Setting("w4a4 extra, searched", preset("w4a4", activation_sign="extra"), "presets", "noise"),
-        Setting("w4a4 extra, searched with images", preset("w4a4", activation_sign="extra"), "presets", "images"),
+        Setting("w4a4 extra", w4a4, "presets"),
+        Setting("w4a4 extra, searched", w4a4, "presets", "noise"),
+        Setting("w4a4 extra, searched with images", w4a4, "presets", "images"),
+        Setting("w4a4 extra, searched with images, calibrated", w4a4, "presets", "images", calibrated=True),
+        Setting("w3a4 extra, searched with images", w3a4, "presets", "images", SMALL_BUDGET),
+        Setting("w3a4 extra, searched with images, calibrated", w3a4, "presets", "images", SMALL_BUDGET, True),
         Setting("default (W4A8)", preset("default"), "presets"),
         Setting("default (W4A8), searched", preset("default"), "presets", "noise"),
+        Setting("default (W4A8), calibrated", preset("default"), "presets", calibrated=True),
     ]
     rules: list[tuple[str, int, bool, str]] = [
         ("paper", 32, False, "float32"),
@@ -150,7 +164,9 @@ def measure(nets: Any, name: str, limit: int | None, known: list[dict[str, Any]]
             "config": row.config.to_dict(),
         }
         if row.searched:
-            identity["search"] = [row.searched, BUDGET, SEEN]
+            identity["search"] = [row.searched, row.budget, SEEN]
+        if row.calibrated:
+            identity["calibrated"] = CALIBRATED
         again = [old for old in known if all(old.get(key) == value for key, value in identity.items())]
         if again:
             yield again[0]
@@ -158,6 +174,8 @@ def measure(nets: Any, name: str, limit: int | None, known: list[dict[str, Any]]
         start = time.perf_counter()
         config = searched(nets, name, network, row) if row.searched else row.config
         qmodel = dsconv.quantize(network, config)
+        if row.calibrated:
+            qmodel = dsconv.calibrate(qmodel, network, unlabelled(nets, name, CALIBRATED))
         seconds = time.perf_counter() - start
         # As all figures of the page are made, also those of other machines.
         with dsconv.ops.simulated():
@@ -181,14 +199,21 @@ def searched(nets: Any, name: str, network: nn.Module, row: Setting) -> QuantCon
     kind, side = nets.NETS[name][2], SIDES[nets.NETS[name][1]]
     given: dict[str, Any] = {"preprocess": Preprocess(crop=side, **PREPARED[kind])}
     if row.searched == "images":
-        pictures, _ = nets.images(nets.NETS[name][1], labelled=False)
-        given = {"images": nets.preprocess(name, pictures[:: len(pictures) // SEEN])}
-    return dsconv.search(network, row.config, budget=BUDGET, limit=SEEN, **given).config
+        given = {"images": unlabelled(nets, name, SEEN)}
+    return dsconv.search(network, row.config, budget=row.budget, limit=SEEN, **given).config
+
+
+def unlabelled(nets: Any, name: str, count: int) -> Tensor:
+    """As many images, evenly spaced, of those that are not evaluated."""
+    pictures, _ = nets.images(nets.NETS[name][1], labelled=False)
+    prepared: Tensor = nets.preprocess(name, pictures[:: len(pictures) // count][:count])
+    return prepared
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The page: a table of presets and one of weight rules for each network."""
-    lines = [HEAD.format(machine=results["machine"], budget=BUDGET, seen=SEEN)]
+    figures = {"budget": BUDGET, "small_budget": SMALL_BUDGET, "seen": SEEN, "calibrated": CALIBRATED}
+    lines = [HEAD.format(machine=results["machine"], **figures)]
     heads = {
         "presets": "| setting | B | bits | MB | top-1 | agreement | KL | SQNR dB |",
         "rules": "| weight rule | B | bits | MB | top-1 | agreement | KL | SQNR dB |",

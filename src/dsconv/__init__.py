@@ -12,6 +12,7 @@ from importlib import metadata
 
 from dsconv import demo, nn, numerics, ops, zoo
 from dsconv.benchmarking import bench
+from dsconv.calibration import calibrate
 from dsconv.compilation import compile, profile
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion import fold_batchnorm, quantize, summary
@@ -28,6 +29,7 @@ __all__ = [
     "QuantConfig",
     "__version__",
     "bench",
+    "calibrate",
     "compare",
     "compile",
     "cpu_info",

@@ -9,6 +9,7 @@ import typer
 
 from dsconv import __version__
 from dsconv.cli.bench import bench
+from dsconv.cli.calibrate import calibrate
 from dsconv.cli.compare import compare
 from dsconv.cli.demo import demo
 from dsconv.cli.evaluate import evaluate
@@ -54,6 +55,9 @@ dsconv sensitivity squeezenet.safetensors --data photos""",
     search: """dsconv search torchvision/squeezenet1_1 --preset w4a4 --effective-bits 4.7 --out mixed.json
 
 dsconv search net.py:make --weights net.pt --crop 224 --data photos --bytes 8e5 --plot pareto.png --out mixed.json""",
+    calibrate: """dsconv calibrate squeezenet.safetensors --data photos --out calibrated.safetensors
+
+dsconv calibrate torchvision/squeezenet1_1 --config mixed.json --data photos --limit 256 --out mixed.safetensors""",
     demo: "dsconv demo --out demo-out",
 }
 for command, examples in _EXAMPLES.items():

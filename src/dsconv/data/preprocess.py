@@ -17,6 +17,8 @@ PerChannel = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PHOTOGRAPH_MEAN, PHOTOGRAPH_DEVIATION = 0.45, 0.25
+"""Of a photograph's pixels, white being 1."""
 
 
 class Preprocess(BaseModel):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from dsconv import ops
 from dsconv.config import LayerConfig
 from dsconv.nn.layer import DSLayer, KernelWeights
+from dsconv.ops.simulate import windows
 
 Size = int | Sequence[int]
 
@@ -70,13 +71,23 @@ class _DSConvNd(DSLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output ``(N, O, *S_out)``, or ``(O, *S_out)`` for ``x (C, *S)``, in the dtype of ``x``."""
-        batched = _batched(self, x)
-        if self._in_front:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            batched = F.pad(batched, self._border, mode=mode)
+        batched = self._padded(_batched(self, x))
         weights = self._weights_for_kernels(batched)
         y = self._simulated(batched) if weights is None else self._in_integers(batched, weights)
         return y if x.dim() == batched.dim() else y.squeeze(0)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._border, mode=mode) if self._in_front else x
+
+    def windows(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """What each output reads of ``x (N, C, *S)``: ``(N, C, *S_out, *K)``, a view of a padded copy.
+
+        Args:
+            x: input.
+            size: ``S_out``, which the input of a transposed convolution leaves open.
+        """
+        return windows(self._padded(x), self.kernel_size, self.stride, self._zeros, self.dilation)
 
     def _simulated(self, x: Tensor) -> Tensor:
         return ops.conv(
@@ -156,6 +167,16 @@ class _DSConvTransposeNd(_DSConvNd):
     def dequantized_weight(self) -> Tensor:
         """Float32 weight ``(C, O/groups, *K)`` that VQK and KDS stand for, the layout of the float layer."""
         return ops.transposed_layout(super().dequantized_weight(), self.groups)
+
+    def windows(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """See the base class. The taps are in reverse: it is a convolution of inputs with zeros between them."""
+        taken = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)))
+        spread[:, :, *(slice(None, None, s) for s in self.stride)] = x
+        before = [t - p for t, p in zip(taken, self._zeros, strict=True)]
+        after = [wanted + t - b - n for wanted, t, b, n in zip(size, taken, before, spread.shape[2:], strict=True)]
+        border = [pad for pair in reversed(list(zip(before, after, strict=True))) for pad in pair]
+        return windows(F.pad(spread, border), self.kernel_size, (1,) * self.dims, (0,) * self.dims, self.dilation)
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Output ``(N, O, *S_out)``; ``output_size`` settles the size where the stride leaves it open."""
