@@ -22,6 +22,19 @@ from dsconv.demo import load_digits, load_network
 NET = "dsconv/digits_resnet"
 GREY = ("--resize", "8x8", "--channels", "gray")
 
+COMMANDS = (
+    "quantize",
+    "evaluate",
+    "compare",
+    "bench",
+    "profile",
+    "inspect",
+    "sensitivity",
+    "search",
+    "calibrate",
+    "demo",
+)
+
 
 def strict_json(text: str) -> Any:
     """As most languages read it: NaN and Infinity are no JSON."""
@@ -35,26 +48,11 @@ def strict_json(text: str) -> Any:
 def test_help_and_version_in_a_process_of_its_own(dsconv_cli: Callable[..., Any]) -> None:
     done = dsconv_cli("--help")
     assert done.returncode == 0 and not done.stderr
-    assert all(
-        command in done.stdout
-        for command in (
-            "quantize",
-            "evaluate",
-            "compare",
-            "bench",
-            "inspect",
-            "sensitivity",
-            "search",
-            "calibrate",
-            "demo",
-        )
-    )
+    assert all(command in done.stdout for command in COMMANDS)
     assert dsconv_cli("--version").stdout.strip() == f"dsconv {dsconv.__version__}"
 
 
-@pytest.mark.parametrize(
-    "command", ["quantize", "evaluate", "compare", "bench", "inspect", "sensitivity", "search", "calibrate", "demo"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str, cli: Callable[..., Any]) -> None:
     done = cli(command, "--help")
     assert done.code == 0
