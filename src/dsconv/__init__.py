@@ -19,6 +19,7 @@ from dsconv.cpu import cpu_info
 from dsconv.evaluation import compare, evaluate
 from dsconv.io import load, save
 from dsconv.mixed import search, sensitivity
+from dsconv.report import write_report
 
 __version__ = metadata.version("dsconv")
 
@@ -43,5 +44,6 @@ __all__ = [
     "search",
     "sensitivity",
     "summary",
+    "write_report",
     "zoo",
 ]

@@ -184,6 +184,7 @@ def compare(
     progress: bool = False,
     on_interrupt: Literal["raise", "partial"] = "raise",
     per_layer: bool = True,
+    each: Callable[[Tensor, Tensor | None, Tensor, Tensor], object] | None = None,
 ) -> Comparison:
     """How close a quantized network stays to its float original on the same images; labels are not needed.
 
@@ -192,6 +193,8 @@ def compare(
         qmodel: its quantized copy.
         per_layer: compare the outputs of every DSConv layer as well. It keeps the reference's outputs of one batch in
             memory and adds to the measured times.
+        each: called with every batch: images, labels or None, and the logits of both networks, the reference's first,
+            float64 ``(N, classes)`` on the CPU.
         images, preprocess, batch_size, workers, device, limit, progress, on_interrupt: as in `evaluate`.
 
     Raises:
@@ -216,6 +219,8 @@ def compare(
             shapes = f"{tuple(f.shape)} from the reference, {tuple(q.shape)} from the quantized model"
             raise ModelError(f"The two networks return logits of different shapes: {shapes}.")
         f_score = _score(f, labels, f_seconds, source.folder)
+        if each is not None:
+            each(x, labels, f, q)
         return f_score, _score(q, labels, q_seconds, None), _closeness(f, q), take_layer_errors()
 
     with _ready([reference, qmodel], device), _layer_errors(reference, qmodel, per_layer) as take_layer_errors:

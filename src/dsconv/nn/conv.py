@@ -46,7 +46,7 @@ class _DSConvNd(DSLayer):
         # Padding that the convolution itself cannot do goes in front of it.
         self._in_front = padding_mode != "zeros" or before != after
         self._border = [p for pair in reversed(list(zip(before, after, strict=True))) for p in pair]
-        self._zeros = (0,) * self.dims if self._in_front else before
+        self.zero_padding = (0,) * self.dims if self._in_front else before
 
     def _per_dim(self, value: Size) -> tuple[int, ...]:
         return (value,) * self.dims if isinstance(value, int) else tuple(value)
@@ -85,7 +85,7 @@ class _DSConvNd(DSLayer):
             self.bias,
             self.config,
             stride=self.stride,
-            padding=self._zeros,
+            padding=self.zero_padding,
             dilation=self.dilation,
             groups=self.groups,
         )
@@ -99,7 +99,7 @@ class _DSConvNd(DSLayer):
             self._kernel_bias(),
             [1] * missing + list(self.kernel_size),
             [1] * missing + list(self.stride),
-            [0] * missing + list(self._zeros),
+            [0] * missing + list(self.zero_padding),
             [1] * missing + list(self.dilation),
             self.groups,
             self.config.blocks == "flat",
@@ -169,7 +169,7 @@ class _DSConvTransposeNd(_DSConvNd):
             self.bias,
             self.config,
             stride=self.stride,
-            padding=self._zeros,
+            padding=self.zero_padding,
             output_padding=output_padding,
             dilation=self.dilation,
             groups=self.groups,
@@ -180,7 +180,7 @@ class _DSConvTransposeNd(_DSConvNd):
         smallest = [
             (n - 1) * s - 2 * p + d * (k - 1) + 1
             for n, s, p, d, k in zip(
-                x.shape[2:], self.stride, self._zeros, self.dilation, self.kernel_size, strict=True
+                x.shape[2:], self.stride, self.zero_padding, self.dilation, self.kernel_size, strict=True
             )
         ]
         extra = tuple(want - least for want, least in zip(output_size, smallest, strict=True))

@@ -31,7 +31,7 @@ def conv(
     """Convolution of ``x (N, C, *S)``, with ``padding`` zeros on both sides of each dimension."""
     if config.blocks == "flat" and config.activation_bits is not None:
         kernel, ones = weight.shape[2:], (1,) * (weight.dim() - 2)
-        x_q = _quantized(_patches(x, kernel, stride, padding, dilation), config, groups)
+        x_q = _quantized(patches(x, kernel, stride, padding, dilation), config, groups)
         weight = weight.reshape(len(weight), -1, *ones)
         stride, padding, dilation = ones, (0,) * len(ones), ones
     else:
@@ -96,10 +96,10 @@ def _float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float()
 
 
-def _patches(
+def patches(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """What each output reads: ``(N, C, *S)`` to ``(N, C * prod(kernel), *S_out)``, a channel's taps side by side."""
+    """What each output of a convolution reads: ``(N, C, *S)`` to ``(N, C * prod(kernel), *S_out)``, a channel's taps side by side."""
     dims = len(kernel)
     x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
     for d in range(dims):

@@ -1,0 +1,538 @@
+"""What a report on a quantized network tells, as plain data: see :func:`gather`."""
+
+import io
+import math
+import os
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dsconv import ops
+from dsconv.benchmarking.results import Bench
+from dsconv.compilation import compile, profile
+from dsconv.compilation.profiling import Profile
+from dsconv.config import QuantConfig
+from dsconv.conversion import LayerSummary, ModelInfo, Summary, model_info, summary
+from dsconv.data import Images, Preprocess, batches
+from dsconv.data.folder import Batches
+from dsconv.errors import ConfigError, ModelError
+from dsconv.evaluation import Comparison, Evaluation, compare, evaluate
+from dsconv.mixed import sensitivity
+from dsconv.nn import DSConv1d, DSConv2d, DSConv3d, DSLayer
+from dsconv.numerics import NONFINITE, dequantize_activation, quantize_activation, sqnr_db
+from dsconv.zoo import preprocess_of
+
+BINS = 64
+_WEIGHTS = 1 << 17  # looked at in a layer
+_VALUES = 1 << 15  # of its input that are kept
+_LEAST_ROWS = 16
+_FLAT_IMAGES = 4  # of a batch, cut into patches
+_SHOWN = 12
+_PIXELS = 160
+# The share of values at each end that a histogram counts in its outermost bins.
+_TAIL = 5e-4
+_WEIGHTS_DIFFER_DB = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distribution:
+    """Values before and after quantization.
+
+    Attributes:
+        low, high: ends of the histogram's :data:`BINS` equal bins; values beyond are counted in the outermost.
+        before, after: number of values in each; ``before`` is None where only the quantized values are known.
+        figures: for each statistic its values before (None where unknown) and after.
+        sqnr_db: ``10 log10(sum before^2 / sum (before - after)^2)``, value by value.
+        moved: first Wasserstein distance between the two distributions over the standard deviation of ``before``: how
+            far a value moves, on average, where both are sorted. 0 is the same distribution.
+    """
+
+    low: float
+    high: float
+    before: list[int] | None
+    after: list[int]
+    figures: dict[str, tuple[float | None, float]]
+    sqnr_db: float | None
+    moved: float | None
+
+    @classmethod
+    def of(cls, before: Tensor | None, after: Tensor) -> "Distribution":
+        """Of finite values, at least one, in the same order.
+
+        >>> found = Distribution.of(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, 3.0]))
+        >>> round(found.moved, 2), found.figures["maximum"]
+        (0.41, (2.0, 3.0))
+        """
+        both = [None if before is None else before.double().sort()[0], after.double().sort()[0]]
+        known = [values for values in both if values is not None]
+        ends = [_quantile(values, q) for values in known for q in (_TAIL, 1 - _TAIL)]
+        low, high = min(ends), max(ends)
+        if low == high:
+            low, high = low - 1, high + 1
+        counts = [None if v is None else torch.histc(v.clamp(low, high), BINS, low, high).long().tolist() for v in both]
+        statistics = [None if values is None else _statistics(values) for values in both]
+        figures = {name: (statistics[0] and statistics[0][name], value) for name, value in statistics[1].items()}
+        sqnr = moved = None
+        if before is not None:
+            noise = (before.double() - after.double()).square().sum().item()
+            sqnr = sqnr_db(both[0].square().sum().item(), noise)
+            deviation = both[0].std(correction=0).item()
+            distance = (both[0] - both[1]).abs().mean().item()
+            moved = distance / deviation if deviation else (0.0 if distance == 0 else math.inf)
+        return cls(
+            low=low, high=high, before=counts[0], after=counts[1] or [], figures=figures, sqnr_db=sqnr, moved=moved
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What is known of a quantized layer; None is what was not measured.
+
+    Attributes:
+        summary: its settings and sizes.
+        weights: of the float network, and what VQK and KDS stand for.
+        inputs: of the layer in the float network, and what it reads in the quantized one, as mantissas and exponents.
+            Without a reference both are of the quantized network.
+        exponents: number of blocks of the input by their exponent e, a value being ``mantissa * 2^e``.
+        zero_blocks: number of those that are all zero, and have none.
+        output_sqnr_db: as in :class:`dsconv.evaluation.Comparison`.
+        kl: divergence in nats that it causes alone.
+    """
+
+    summary: LayerSummary
+    weights: Distribution | None = None
+    inputs: Distribution | None = None
+    exponents: dict[int, int] | None = None
+    zero_blocks: int = 0
+    output_sqnr_db: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a network says of an image: the class of the largest logit, and its probability."""
+
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disagreement:
+    """An image that the two networks see differently.
+
+    Attributes:
+        name: of its file, or its number.
+        jpeg: the image as the networks see it, small.
+        label: its class, None where unknown.
+        kl: KL(softmax(f) || softmax(q)) in nats.
+    """
+
+    name: str
+    jpeg: bytes
+    label: int | None
+    kl: float
+    reference: Answer
+    quantized: Answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that a page shows.
+
+    Attributes:
+        name: of the network.
+        reference: name of the float network, None without one.
+        images: where the images are from, None without any.
+        config: the settings it was quantized with, None where unknown.
+        accuracy: beside the reference, or alone, or None without images.
+        sensitivity_images: number of images that ``Layer.kl`` was measured on.
+        classes: names of the classes.
+        missing: for each part of the page that has no data, why.
+        warnings: what a reader has to know before anything else.
+    """
+
+    name: str
+    reference: str | None
+    images: str | None
+    summary: Summary
+    config: QuantConfig | None
+    layers: list[Layer]
+    accuracy: Evaluation | None = None
+    sensitivity_images: int = 0
+    disagreements: list[Disagreement] = field(default_factory=list)
+    classes: Sequence[str] = ()
+    profile: Profile | None = None
+    benches: Sequence[Bench] = ()
+    missing: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def int8_bytes(self) -> int:
+        """With every weight in 8 bits, a float32 scale for each output channel, and all else as it is."""
+        rows = self.summary.layers
+        return sum(row.bytes_before // 4 + 4 * row.shape[0] for row in rows if row.shape) + self.summary.other_bytes
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """``accuracy`` where there is a reference."""
+        return self.accuracy if isinstance(self.accuracy, Comparison) else None
+
+
+def gather(
+    qmodel: nn.Module,
+    *,
+    name: str | None = None,
+    reference: nn.Module | None = None,
+    images: Images | None = None,
+    preprocess: Preprocess | None = None,
+    classes: Sequence[str] = (),
+    limit: int | None = None,
+    batch_size: int = 32,
+    workers: int = 0,
+    sensitivity_images: int = 16,
+    input_shape: Sequence[int] | None = None,
+    runs: int = 20,
+    benches: Sequence[Bench] = (),
+    progress: bool = False,
+) -> Report:
+    """Measure what a report tells of a quantized network. What cannot be known is None, and said in ``missing``.
+
+    Args:
+        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, on the CPU.
+        name: of the network; None is how :func:`dsconv.zoo.build` was told, or its class.
+        reference: the float network it was made from.
+        images, preprocess, limit, batch_size, workers: as in :func:`dsconv.evaluate`; passed over more than once.
+        classes: names of the classes, by index; by default those of a folder's class folders.
+        sensitivity_images: number of images on which each layer is quantized alone; 0 is not at all.
+        input_shape: ``(C, H, W)`` of the image that steps are timed on; None is that of ``images``.
+        runs: that are timed, at least 2; 0 is none.
+        benches: of :func:`dsconv.bench` or :func:`dsconv.benchmarking.results.read_benches`.
+        progress: show progress bars on stderr.
+
+    Raises:
+        ConfigError, DataError, ModelError: as :func:`dsconv.compare` and :func:`dsconv.sensitivity`; ``reference`` is
+            another network than ``qmodel`` was made from.
+
+    >>> import dsconv
+    >>> net = dsconv.zoo.build("dsconv/digits_resnet")
+    >>> report = gather(dsconv.quantize(net), reference=net, runs=0)
+    >>> [layer.summary.name for layer in report.layers][:2], sorted(report.missing)
+    (['conv1', 'layer1.conv1'], ['accuracy', 'benches', 'disagreements', 'inputs', 'outputs', 'sensitivity', 'time'])
+    """
+    layers = {found: layer for found, layer in qmodel.named_modules() if isinstance(layer, DSLayer)}
+    if not layers:
+        raise ModelError(f"qmodel: expected a quantized network, {type(qmodel).__name__} has no quantized layer")
+    if sensitivity_images < 0 or (runs < 2 and runs != 0):
+        raise ConfigError(f"expected sensitivity_images from 0 and runs 0 or from 2, got {sensitivity_images}, {runs}")
+    info, known = model_info(qmodel), summary(qmodel)
+    if reference is not None:
+        _check_reference(reference, layers)
+    preprocess = preprocess or preprocess_of(qmodel) or (preprocess_of(reference) if reference else None)
+    source = None
+    if images is not None:
+        by_path = isinstance(images, str | os.PathLike)
+        sizes: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "limit": limit}
+        source = batches(images, preprocess=preprocess if by_path else None, **sizes)
+    folder = None if source is None else source.folder
+    missing, warnings = _missing(reference, source, info), list[str]()
+    measured: dict[str, dict[str, Any]] = {layer: {"summary": row} for layer, row in _rows(known, layers)}
+
+    if reference is not None and "weights" not in missing:
+        for layer in layers:
+            measured[layer]["weights"] = _weights(reference.get_submodule(layer), layers[layer])
+        differing = [layer for layer in layers if _differ(measured[layer]["weights"], layers[layer])]
+        if differing:
+            warnings.append(
+                f"The weights of the reference are not those that this network was made from: those of {differing[0]} "
+                f"differ, and of {len(differing) - 1} more layers. Whatever compares the two means nothing."
+            )
+    accuracy: Evaluation | None = None
+    worst = _Worst()
+    if source is not None:
+        with _inputs(layers, reference) as samples:
+            if reference is None:
+                accuracy = evaluate(qmodel, source, progress=progress)
+            else:
+                outputs = "outputs" not in missing
+                found = compare(reference, qmodel, source, progress=progress, per_layer=outputs, each=worst.add)
+                for layer, value in found.layer_sqnr_db.items():
+                    measured[layer]["output_sqnr_db"] = value
+                accuracy = found
+        for layer, sample in samples.items():
+            measured[layer] |= _input(layers[layer], sample)
+    disagreements = worst.found(source.files if source else [], folder.preprocess if folder else preprocess)
+
+    tried = 0
+    if not sensitivity_images:
+        missing.setdefault("sensitivity", "It was not asked for: pass --sensitivity-images 16 (sensitivity_images=16).")
+    if reference is not None and source is not None and "sensitivity" not in missing:
+        trials = sensitivity(
+            reference,
+            qmodel,
+            images=folder or images,
+            limit=sensitivity_images,
+            batch_size=min(batch_size, sensitivity_images),
+            progress=progress,
+        )
+        tried = trials.images
+        for trial in trials.trials:
+            measured[trial.layer]["kl"] = trial.kl
+
+    if source is not None:
+        input_shape = next(iter(source))[0].shape[1:]
+    times = None
+    if not runs:
+        missing["time"] = "It was not asked for: pass --runs 20 (runs=20)."
+    elif input_shape is None:
+        missing["time"] = "The size of an image is not known: pass --size or --data (input_shape= or images=)."
+    else:
+        x = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
+        try:
+            times = profile(compile(qmodel, x), x, runs=runs)
+        except ModelError as error:
+            missing["time"] = f"The network cannot be compiled: {error}"
+    if not benches:
+        missing["benches"] = "Pass --bench FILE.json, a file that dsconv bench --out wrote (benches=)."
+    return Report(
+        name=name or _name(qmodel, info),
+        reference=None if reference is None else _name(reference, info),
+        images=None if source is None else str(folder.path) if folder else "a tensor or a data set",
+        summary=known,
+        config=None if info is None else info.config,
+        layers=[Layer(**facts) for facts in measured.values()],
+        accuracy=accuracy,
+        sensitivity_images=tried,
+        disagreements=disagreements,
+        classes=classes or (folder and folder.classes) or (),
+        profile=times,
+        benches=benches,
+        missing=missing,
+        warnings=warnings,
+    )
+
+
+def _name(model: nn.Module, info: ModelInfo | None) -> str:
+    known = getattr(model, "dsconv_architecture", None) or (info and info.architecture)
+    return str(known or type(model).__name__)
+
+
+def _rows(known: Summary, layers: Mapping[str, DSLayer]) -> list[tuple[str, LayerSummary]]:
+    return [(row.name, row) for row in known.layers if row.name in layers]
+
+
+def _missing(reference: nn.Module | None, source: Batches | None, info: ModelInfo | None) -> dict[str, str]:
+    """For each part that has no data, what to pass to get it."""
+    made_from = (info and info.architecture) or "MODEL"
+    calls = {"reference": f"--reference {made_from} (reference=)", "images": "--data DIR (images=)"}
+    have = {"reference": reference is not None, "images": source is not None}
+    needs = {
+        "weights": ["reference"],
+        "inputs": ["images"],
+        "accuracy": ["images"],
+        **dict.fromkeys(("closeness", "outputs", "sensitivity", "disagreements"), ["reference", "images"]),
+    }
+    missing = {}
+    for part, wanted in needs.items():
+        if lacking := [calls[name] for name in wanted if not have[name]]:
+            missing[part] = f"Pass {' and '.join(lacking)}."
+    if info is not None and (info.folded or info.affine):
+        for part in ("weights", "outputs", "sensitivity"):
+            missing[part] = (
+                "BatchNorm is folded into the layers of this network, so that they compute something else than those of "
+                "the float network: report on the network as dsconv quantize wrote it."
+            )
+    return missing
+
+
+def _check_reference(reference: nn.Module, layers: Mapping[str, DSLayer]) -> None:
+    modules = dict(reference.named_modules(remove_duplicate=False))
+    for name, layer in layers.items():
+        there: Any = modules.get(name)
+        if not isinstance(there, layer.float_type):
+            got = "none" if there is None else f"a {type(there).__name__}"
+            raise ModelError(
+                f"reference: expected a {layer.float_type.__name__} called {name!r}, as in the quantized network, got "
+                f"{got}: pass the float network that was quantized"
+            )
+        if there.weight.shape != layer.weight.shape:
+            raise ModelError(
+                f"reference: expected a weight {tuple(layer.weight.shape)} in the layer {name!r}, as in the quantized "
+                f"network, got {tuple(there.weight.shape)}: pass the float network that was quantized"
+            )
+
+
+def _weights(before: nn.Module, layer: DSLayer) -> Distribution:
+    pair = [weight.detach().float().flatten().cpu() for weight in (cast(Tensor, before.weight), layer.weight)]
+    if (count := len(pair[0])) > _WEIGHTS:
+        places = torch.randint(count, (_WEIGHTS,), generator=torch.Generator().manual_seed(0))
+        pair = [weight[places] for weight in pair]
+    return Distribution.of(*pair)
+
+
+def _differ(weights: Distribution, layer: DSLayer) -> bool:
+    """Whether they are further apart than they were when ``layer`` was made."""
+    known = layer.weight_sqnr_db
+    return known is not None and weights.sqnr_db is not None and weights.sqnr_db < known - _WEIGHTS_DIFFER_DB
+
+
+@dataclass
+class _Sample:
+    """Some of what a layer reads: rows ``(P, C)`` of what blocks are cut from, in both networks at the same places.
+
+    It keeps the rows of the least random keys, which is a sample of all that it was offered.
+    """
+
+    keys: Tensor
+    before: Tensor
+    after: Tensor
+
+    def add(self, keys: Tensor, before: Tensor, after: Tensor) -> None:
+        self.keys = torch.cat([self.keys, keys])
+        kept = self.keys.topk(min(len(self.keys), _rows_of(after.shape[1])), largest=False).indices
+        self.keys = self.keys[kept]
+        self.before, self.after = torch.cat([self.before, before])[kept], torch.cat([self.after, after])[kept]
+
+
+def _rows_of(channels: int) -> int:
+    return max(_LEAST_ROWS, _VALUES // channels)
+
+
+@contextmanager
+def _inputs(layers: Mapping[str, DSLayer], reference: nn.Module | None) -> Iterator[dict[str, _Sample]]:
+    """Hooks on the layers and their namesakes in the reference, which is to run before; yields what they read."""
+    samples: dict[str, _Sample] = {}
+    expected: defaultdict[str, deque[Tensor]] = defaultdict(deque)
+    calls: Counter[tuple[str, bool]] = Counter()
+
+    def draw(name: str, is_float: bool, args: Any, kwargs: Any) -> tuple[Tensor, torch.Generator]:
+        calls[name, is_float] += 1
+        generator = torch.Generator().manual_seed(calls[name, is_float])  # the same places in both networks
+        return _rows_read(layers[name], args[0] if args else next(iter(kwargs.values())), generator), generator
+
+    def remember(name: str, args: Any, kwargs: Any) -> None:
+        expected[name].append(draw(name, True, args, kwargs)[0])
+
+    def keep(name: str, args: Any, kwargs: Any) -> None:
+        after, generator = draw(name, False, args, kwargs)
+        before = after if reference is None else expected[name].popleft() if expected[name] else None
+        if before is None or before.shape != after.shape:
+            raise ModelError(f"reference: its layer {name!r} does not run as that of the quantized network does")
+        keys = torch.rand(len(after), generator=generator)
+        if name in samples:
+            samples[name].add(keys, before, after)
+        else:
+            samples[name] = _Sample(keys, before, after)
+
+    def hook(module: nn.Module, name: str, call: Callable[[str, Any, Any], None]) -> Any:
+        return module.register_forward_pre_hook(lambda _, args, kwargs: call(name, args, kwargs), with_kwargs=True)
+
+    hooks = [hook(layer, name, keep) for name, layer in layers.items()]
+    if reference is not None:
+        hooks += [hook(reference.get_submodule(name), name, remember) for name in layers]
+    try:
+        yield samples
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _rows_read(layer: DSLayer, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows ``(P, C)`` at random places of a layer's input ``x``, on the CPU in float32."""
+    if layer.kind == "linear":
+        x = x.reshape(-1, x.shape[-1], 1)
+    elif x.dim() == layer.vqk.dim() - 1:
+        x = x.unsqueeze(0)
+    if isinstance(layer, DSConv1d | DSConv2d | DSConv3d) and layer.config.blocks == "flat":
+        some = torch.randint(len(x), (_FLAT_IMAGES,), generator=generator)
+        x = ops.patches(x[some], layer.kernel_size, layer.stride, layer.zero_padding, layer.dilation)
+    x = x.flatten(2)
+    count = (_rows_of(x.shape[1]),)
+    image, place = (torch.randint(size, count, generator=generator) for size in (len(x), x.shape[2]))
+    return x[image, :, place].float().cpu()
+
+
+def _input(layer: DSLayer, sample: _Sample) -> dict[str, Any]:
+    """Of what a layer reads: its distribution, and the exponents of its blocks."""
+    config, after = layer.config, sample.after
+    found: dict[str, Any] = {}
+    if config.activation_bits is not None:
+        size, groups = config.block_size, layer.groups
+        mantissa, exponent = quantize_activation(
+            after, config.activation_bits, size, sign=config.activation_sign, groups=groups
+        )
+        after = dequantize_activation(mantissa, exponent, size, groups=groups)
+        blocks = mantissa.unflatten(1, (groups, -1)).split(size, dim=2)
+        used = torch.stack([block.any(2) for block in blocks], 2).flatten(1)
+        values, counts = exponent[used & (exponent != NONFINITE)].unique(return_counts=True)
+        found = {
+            "exponents": dict(zip(values.tolist(), counts.tolist(), strict=True)),
+            "zero_blocks": int((~used & (exponent != NONFINITE)).sum()),
+        }
+    finite = sample.before.isfinite() & after.isfinite()
+    return found | ({"inputs": Distribution.of(sample.before[finite], after[finite])} if finite.any() else {})
+
+
+class _Worst:
+    """The images on which two networks differ most, of those seen so far."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._kept: list[tuple[float, int, Tensor, int | None, Answer, Answer]] = []
+
+    def add(self, x: Tensor, labels: Tensor | None, f: Tensor, q: Tensor) -> None:
+        log_p, log_q = f.log_softmax(1), q.log_softmax(1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(1)
+        for i in torch.where(kl.isfinite(), kl, 0).topk(min(_SHOWN, len(kl))).indices.tolist():
+            if kl[i] > 0:
+                label = None if labels is None else int(labels[i])
+                self._kept.append((float(kl[i]), self._seen + i, x[i], label, _answer(log_p[i]), _answer(log_q[i])))
+        self._seen += len(kl)
+        self._kept = sorted(self._kept, key=lambda entry: -entry[0])[:_SHOWN]
+
+    def found(self, files: Sequence[Path], preprocess: Preprocess | None) -> list[Disagreement]:
+        return [
+            Disagreement(
+                name=str(files[number].name) if files else f"image {number}",
+                jpeg=_jpeg(x, preprocess),
+                label=label,
+                kl=kl,
+                reference=f,
+                quantized=q,
+            )
+            for kl, number, x, label, f, q in self._kept
+        ]
+
+
+def _answer(log_p: Tensor) -> Answer:
+    index = int(log_p.argmax())
+    return Answer(index=index, probability=float(log_p[index].exp()))
+
+
+def _jpeg(x: Tensor, preprocess: Preprocess | None) -> bytes:
+    if len(x) not in (1, 3):
+        x, preprocess = x.mean(0, keepdim=True), None
+    if preprocess is None:  # from its darkest value to its brightest
+        low, high = x.aminmax()
+        std = 1 / max(float(high - low), 1e-30)
+        preprocess = Preprocess(mean=-float(low) * std, std=std)
+    picture = preprocess.picture(x)
+    picture.thumbnail((_PIXELS, _PIXELS))
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
+def _quantile(ordered: Tensor, q: float) -> float:
+    return float(ordered[round(q * (len(ordered) - 1))])
+
+
+def _statistics(ordered: Tensor) -> dict[str, float]:
+    spread = {"mean": ordered.mean().item(), "standard deviation": ordered.std(correction=0).item()}
+    places = {"minimum": 0.0, "1st percentile": 0.01, "median": 0.5, "99th percentile": 0.99, "maximum": 1.0}
+    return {**spread, **{name: _quantile(ordered, q) for name, q in places.items()}}
