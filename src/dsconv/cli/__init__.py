@@ -47,7 +47,7 @@ dsconv bench torchvision/resnet18 torchvision/vgg16 --weights random --preset w4
     inspect: "dsconv inspect resnet50.safetensors",
     report: """dsconv report resnet50.safetensors --out resnet50.html
 
-dsconv report resnet50.safetensors --reference torchvision/resnet50 --data photos --bench bench.json --out resnet50.html""",
+dsconv report resnet50.safetensors --reference torchvision/resnet50 --data photos --out resnet50.html""",
     sensitivity: """dsconv sensitivity torchvision/squeezenet1_1 --preset w4a4 --plot layers.png
 
 dsconv sensitivity squeezenet.safetensors --data photos""",

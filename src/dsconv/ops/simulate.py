@@ -99,7 +99,9 @@ def _float(bias: Tensor | None) -> Tensor | None:
 def patches(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """What each output of a convolution reads: ``(N, C, *S)`` to ``(N, C * prod(kernel), *S_out)``, a channel's taps side by side."""
+    """What each output of a convolution reads: ``(N, C, *S)`` to ``(N, C * prod(kernel), *S_out)``, the taps of a
+    channel side by side.
+    """
     dims = len(kernel)
     x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
     for d in range(dims):

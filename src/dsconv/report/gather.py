@@ -46,8 +46,8 @@ class Distribution:
 
     Attributes:
         low, high: ends of the histogram's :data:`BINS` equal bins; values beyond are counted in the outermost.
-        before, after: number of values in each; ``before`` is None where only the quantized values are known.
-        figures: for each statistic its values before (None where unknown) and after.
+        before, after: number of values in each.
+        figures: for each statistic its values before and after.
         sqnr_db: ``10 log10(sum before^2 / sum (before - after)^2)``, value by value.
         moved: first Wasserstein distance between the two distributions over the standard deviation of ``before``: how
             far a value moves, on average, where both are sorted. 0 is the same distribution.
@@ -55,38 +55,37 @@ class Distribution:
 
     low: float
     high: float
-    before: list[int] | None
+    before: list[int]
     after: list[int]
-    figures: dict[str, tuple[float | None, float]]
-    sqnr_db: float | None
-    moved: float | None
+    figures: dict[str, tuple[float, float]]
+    sqnr_db: float
+    moved: float
 
     @classmethod
-    def of(cls, before: Tensor | None, after: Tensor) -> "Distribution":
+    def of(cls, before: Tensor, after: Tensor) -> "Distribution":
         """Of finite values, at least one, in the same order.
 
         >>> found = Distribution.of(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, 3.0]))
         >>> round(found.moved, 2), found.figures["maximum"]
         (0.41, (2.0, 3.0))
         """
-        both = [None if before is None else before.double().sort()[0], after.double().sort()[0]]
-        known = [values for values in both if values is not None]
-        ends = [_quantile(values, q) for values in known for q in (_TAIL, 1 - _TAIL)]
+        before, after = before.double(), after.double()
+        pair = before.sort()[0], after.sort()[0]
+        ends = [_quantile(ordered, q) for ordered in pair for q in (_TAIL, 1 - _TAIL)]
         low, high = min(ends), max(ends)
         if low == high:
             low, high = low - 1, high + 1
-        counts = [None if v is None else torch.histc(v.clamp(low, high), BINS, low, high).long().tolist() for v in both]
-        statistics = [None if values is None else _statistics(values) for values in both]
-        figures = {name: (statistics[0] and statistics[0][name], value) for name, value in statistics[1].items()}
-        sqnr = moved = None
-        if before is not None:
-            noise = (before.double() - after.double()).square().sum().item()
-            sqnr = sqnr_db(both[0].square().sum().item(), noise)
-            deviation = both[0].std(correction=0).item()
-            distance = (both[0] - both[1]).abs().mean().item()
-            moved = distance / deviation if deviation else (0.0 if distance == 0 else math.inf)
+        counts = [torch.histc(ordered.clamp(low, high), BINS, low, high).long().tolist() for ordered in pair]
+        first, second = map(_statistics, pair)
+        distance, deviation = float((pair[0] - pair[1]).abs().mean()), first["standard deviation"]
         return cls(
-            low=low, high=high, before=counts[0], after=counts[1] or [], figures=figures, sqnr_db=sqnr, moved=moved
+            low=low,
+            high=high,
+            before=counts[0],
+            after=counts[1],
+            figures={name: (value, second[name]) for name, value in first.items()},
+            sqnr_db=sqnr_db(float(before.square().sum()), float((before - after).square().sum())),
+            moved=distance / deviation if deviation else math.inf if distance else 0.0,
         )
 
 
@@ -153,7 +152,7 @@ class Report:
         accuracy: beside the reference, or alone, or None without images.
         sensitivity_images: number of images that ``Layer.kl`` was measured on.
         classes: names of the classes.
-        missing: for each part of the page that has no data, why.
+        missing: for each part of the page that has no data, why; what to type stands between backticks.
         warnings: what a reader has to know before anything else.
     """
 
@@ -222,8 +221,8 @@ def gather(
     >>> import dsconv
     >>> net = dsconv.zoo.build("dsconv/digits_resnet")
     >>> report = gather(dsconv.quantize(net), reference=net, runs=0)
-    >>> [layer.summary.name for layer in report.layers][:2], sorted(report.missing)
-    (['conv1', 'layer1.conv1'], ['accuracy', 'benches', 'disagreements', 'inputs', 'outputs', 'sensitivity', 'time'])
+    >>> [layer.summary.name for layer in report.layers][:2], report.missing["outputs"]
+    (['conv1', 'layer1.conv1'], 'Pass `--data DIR` (in Python `images=`).')
     """
     layers = {found: layer for found, layer in qmodel.named_modules() if isinstance(layer, DSLayer)}
     if not layers:
@@ -270,7 +269,7 @@ def gather(
 
     tried = 0
     if not sensitivity_images:
-        missing.setdefault("sensitivity", "It was not asked for: pass --sensitivity-images 16 (sensitivity_images=16).")
+        missing.setdefault("sensitivity", "Pass `--sensitivity-images 16` (in Python `sensitivity_images=16`).")
     if reference is not None and source is not None and "sensitivity" not in missing:
         trials = sensitivity(
             reference,
@@ -288,9 +287,11 @@ def gather(
         input_shape = next(iter(source))[0].shape[1:]
     times = None
     if not runs:
-        missing["time"] = "It was not asked for: pass --runs 20 (runs=20)."
+        missing["time"] = "Pass `--runs 20` (in Python `runs=20`)."
     elif input_shape is None:
-        missing["time"] = "The size of an image is not known: pass --size or --data (input_shape= or images=)."
+        missing["time"] = (
+            "The size of an image is not known: pass `--size` or `--data DIR` (in Python `input_shape=` or `images=`)."
+        )
     else:
         x = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
         try:
@@ -298,7 +299,7 @@ def gather(
         except ModelError as error:
             missing["time"] = f"The network cannot be compiled: {error}"
     if not benches:
-        missing["benches"] = "Pass --bench FILE.json, a file that dsconv bench --out wrote (benches=)."
+        missing["benches"] = "Pass `--bench FILE.json`, which `dsconv bench --out` writes (in Python `benches=`)."
     return Report(
         name=name or _name(qmodel, info),
         reference=None if reference is None else _name(reference, info),
@@ -329,13 +330,16 @@ def _rows(known: Summary, layers: Mapping[str, DSLayer]) -> list[tuple[str, Laye
 def _missing(reference: nn.Module | None, source: Batches | None, info: ModelInfo | None) -> dict[str, str]:
     """For each part that has no data, what to pass to get it."""
     made_from = (info and info.architecture) or "MODEL"
-    calls = {"reference": f"--reference {made_from} (reference=)", "images": "--data DIR (images=)"}
+    calls = {
+        "reference": f"`--reference {made_from}` (in Python `reference=`)",
+        "images": "`--data DIR` (in Python `images=`)",
+    }
     have = {"reference": reference is not None, "images": source is not None}
     needs = {
         "weights": ["reference"],
         "inputs": ["images"],
         "accuracy": ["images"],
-        **dict.fromkeys(("closeness", "outputs", "sensitivity", "disagreements"), ["reference", "images"]),
+        **{part: ["reference", "images"] for part in ("closeness", "outputs", "sensitivity", "disagreements")},
     }
     missing = {}
     for part, wanted in needs.items():
@@ -344,8 +348,8 @@ def _missing(reference: nn.Module | None, source: Batches | None, info: ModelInf
     if info is not None and (info.folded or info.affine):
         for part in ("weights", "outputs", "sensitivity"):
             missing[part] = (
-                "BatchNorm is folded into the layers of this network, so that they compute something else than those of "
-                "the float network: report on the network as dsconv quantize wrote it."
+                "BatchNorm is folded into the layers of this network, so that they compute something else than those "
+                "of the float network: report on the network as dsconv quantize wrote it."
             )
     return missing
 
@@ -354,21 +358,20 @@ def _check_reference(reference: nn.Module, layers: Mapping[str, DSLayer]) -> Non
     modules = dict(reference.named_modules(remove_duplicate=False))
     for name, layer in layers.items():
         there: Any = modules.get(name)
-        if not isinstance(there, layer.float_type):
-            got = "none" if there is None else f"a {type(there).__name__}"
+        shape = tuple(layer.dequantized_weight().shape)
+        found = tuple(there.weight.shape) if isinstance(there, layer.float_type) else None
+        if found != shape:
+            got = "no such layer" if there is None else f"a {type(there).__name__}"
             raise ModelError(
-                f"reference: expected a {layer.float_type.__name__} called {name!r}, as in the quantized network, got "
-                f"{got}: pass the float network that was quantized"
-            )
-        if there.weight.shape != layer.weight.shape:
-            raise ModelError(
-                f"reference: expected a weight {tuple(layer.weight.shape)} in the layer {name!r}, as in the quantized "
-                f"network, got {tuple(there.weight.shape)}: pass the float network that was quantized"
+                f"reference: expected a {layer.float_type.__name__} {name!r} with a weight {shape}, as in the quantized "
+                f"network, got {got}{f' with {found}' if found else ''}: pass the float network that was quantized"
             )
 
 
 def _weights(before: nn.Module, layer: DSLayer) -> Distribution:
-    pair = [weight.detach().float().flatten().cpu() for weight in (cast(Tensor, before.weight), layer.weight)]
+    pair = [
+        weight.detach().float().flatten().cpu() for weight in (cast(Tensor, before.weight), layer.dequantized_weight())
+    ]
     if (count := len(pair[0])) > _WEIGHTS:
         places = torch.randint(count, (_WEIGHTS,), generator=torch.Generator().manual_seed(0))
         pair = [weight[places] for weight in pair]
@@ -378,7 +381,7 @@ def _weights(before: nn.Module, layer: DSLayer) -> Distribution:
 def _differ(weights: Distribution, layer: DSLayer) -> bool:
     """Whether they are further apart than they were when ``layer`` was made."""
     known = layer.weight_sqnr_db
-    return known is not None and weights.sqnr_db is not None and weights.sqnr_db < known - _WEIGHTS_DIFFER_DB
+    return known is not None and weights.sqnr_db < known - _WEIGHTS_DIFFER_DB
 
 
 @dataclass
@@ -467,11 +470,11 @@ def _input(layer: DSLayer, sample: _Sample) -> dict[str, Any]:
             after, config.activation_bits, size, sign=config.activation_sign, groups=groups
         )
         after = dequantize_activation(mantissa, exponent, size, groups=groups)
-        blocks = mantissa.unflatten(1, (groups, -1)).split(size, dim=2)
+        blocks = torch.split(torch.unflatten(mantissa, 1, (groups, -1)), size, dim=2)
         used = torch.stack([block.any(2) for block in blocks], 2).flatten(1)
-        values, counts = exponent[used & (exponent != NONFINITE)].unique(return_counts=True)
+        counts = Counter(exponent[used].tolist())
         found = {
-            "exponents": dict(zip(values.tolist(), counts.tolist(), strict=True)),
+            "exponents": dict(sorted(counts.items())),
             "zero_blocks": int((~used & (exponent != NONFINITE)).sum()),
         }
     finite = sample.before.isfinite() & after.isfinite()
