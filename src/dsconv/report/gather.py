@@ -359,13 +359,16 @@ def _check_reference(reference: nn.Module, layers: Mapping[str, DSLayer]) -> Non
     for name, layer in layers.items():
         there: Any = modules.get(name)
         shape = tuple(layer.dequantized_weight().shape)
-        found = tuple(there.weight.shape) if isinstance(there, layer.float_type) else None
-        if found != shape:
-            got = "no such layer" if there is None else f"a {type(there).__name__}"
-            raise ModelError(
-                f"reference: expected a {layer.float_type.__name__} {name!r} with a weight {shape}, as in the quantized "
-                f"network, got {got}{f' with {found}' if found else ''}: pass the float network that was quantized"
-            )
+        got = "no such layer" if there is None else f"a {type(there).__name__}"
+        if isinstance(there, layer.float_type):
+            there_shape = tuple(cast(Tensor, there.weight).shape)
+            if there_shape == shape:
+                continue
+            got += f" with {there_shape}"
+        raise ModelError(
+            f"reference: expected a {layer.float_type.__name__} {name!r} with a weight {shape}, as in the quantized "
+            f"network, got {got}: pass the float network that was quantized"
+        )
 
 
 def _weights(before: nn.Module, layer: DSLayer) -> Distribution:

@@ -76,7 +76,6 @@ def page(report: Report) -> str:
     )
     environment.filters |= {
         "groupby_setting": _by_setting,
-        "code": lambda text: _code(jinja2.utils.markupsafe.Markup, text),
         "base64": lambda data: base64.b64encode(data).decode(),
         "db": _db,
         "digits": _digits,
