@@ -32,7 +32,7 @@ BINS = 64
 _WEIGHTS = 1 << 17  # looked at in a layer
 _VALUES = 1 << 15  # of its input that are kept
 _LEAST_ROWS = 16
-_FLAT_IMAGES = 4  # of a batch, cut into patches
+_PATCHES = 1 << 23  # values of the images of a batch that are cut into patches
 _SHOWN = 12
 _PIXELS = 160
 # The share of values at each end that a histogram counts in its outermost bins.
@@ -147,7 +147,7 @@ class Report:
     Attributes:
         name: of the network.
         reference: name of the float network, None without one.
-        images: where the images are from, None without any.
+        images: folder that the images are from, None where it was none.
         config: the settings it was quantized with, None where unknown.
         accuracy: beside the reference, or alone, or None without images.
         sensitivity_images: number of images that ``Layer.kl`` was measured on.
@@ -284,7 +284,7 @@ def gather(
             measured[trial.layer]["kl"] = trial.kl
 
     if source is not None:
-        input_shape = next(iter(source))[0].shape[1:]
+        input_shape = next((x.shape[1:] for x, _ in source), None)
     times = None
     if not runs:
         missing["time"] = "Pass `--runs 20` (in Python `runs=20`)."
@@ -303,7 +303,7 @@ def gather(
     return Report(
         name=name or _name(qmodel, info),
         reference=None if reference is None else _name(reference, info),
-        images=None if source is None else str(folder.path) if folder else "a tensor or a data set",
+        images=str(folder.path) if folder else None,
         summary=known,
         config=None if info is None else info.config,
         layers=[Layer(**facts) for facts in measured.values()],
@@ -455,7 +455,8 @@ def _rows_read(layer: DSLayer, x: Tensor, generator: torch.Generator) -> Tensor:
     elif x.dim() == layer.vqk.dim() - 1:
         x = x.unsqueeze(0)
     if isinstance(layer, DSConv1d | DSConv2d | DSConv3d) and layer.config.blocks == "flat":
-        some = torch.randint(len(x), (_FLAT_IMAGES,), generator=generator)
+        size = x[0].numel() * math.prod(layer.kernel_size) // math.prod(layer.stride)
+        some = torch.randperm(len(x), generator=generator)[: max(1, _PATCHES // size)]
         x = ops.patches(x[some], layer.kernel_size, layer.stride, layer.zero_padding, layer.dilation)
     x = x.flatten(2)
     count = (_rows_of(x.shape[1]),)
