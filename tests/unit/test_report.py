@@ -1,5 +1,6 @@
 """What a report says, against direct computation; and what the page makes of names, and of data that is missing."""
 
+import html
 import importlib.resources
 import io
 import json
@@ -221,7 +222,7 @@ def test_a_network_that_cannot_be_compiled_says_why(digits: tuple[Tensor, Tensor
             return self.conv(x).mean((2, 3)) if x.sum() > 0 else self.conv(-x).mean((2, 3))
 
     found = gather(dsconv.quantize(Branching().eval()), images=digits[0][:2])
-    assert "cannot be compiled" in found.missing["time"] and found.missing["time"] in page(found).replace("&#39;", "'")
+    assert "cannot be compiled" in found.missing["time"] and found.missing["time"] in html.unescape(page(found))
 
 
 def test_mistakes(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:

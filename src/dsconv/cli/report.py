@@ -99,5 +99,7 @@ def report(
         benches=benches,
         progress=True,
     )
+    for broken in found.accuracy.broken if found.accuracy else ():
+        say(f"left out: {broken.path}: {broken.reason}")
     write_page(out, found)
     print(f"Wrote {out}: {out.stat().st_size:,} bytes.")

@@ -297,7 +297,7 @@ def gather(
         try:
             times = profile(compile(qmodel, x), x, runs=runs)
         except ModelError as error:
-            missing["time"] = f"The network cannot be compiled: {error}"
+            missing["time"] = f"The network cannot be compiled: {error}".replace("`", "'")
     if not benches:
         missing["benches"] = "Pass `--bench FILE.json`, which `dsconv bench --out` writes (in Python `benches=`)."
     return Report(
