@@ -81,7 +81,7 @@ def page(report: Report) -> str:
         "digits": _digits,
         "mb": lambda size: f"{size / 1e6:.2f}",
         "megabytes": lambda size: f"{size / 1e6:.2f} MB",
-        "share": lambda part, whole=1: f"{100 * part / whole:.1f} %",
+        "share": lambda part, whole=1: f"{100 * part / whole:.1f}\N{NO-BREAK SPACE}%",
         "signed": lambda value: f"{value:.3g}".replace("-", "\N{MINUS SIGN}"),
         "size": lambda shape: "\N{MULTIPLICATION SIGN}".join(map(str, shape)),
     }
