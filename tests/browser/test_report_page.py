@@ -223,7 +223,7 @@ def test_times(show: Any, report: Report) -> None:
     drawn = bars(js, "[aria-labelledby=time]", 1)
     assert drawn[: len(steps)] == pytest.approx([step.median_ms / slowest for step in steps], abs=0.01)
     for row, timing in zip(table[len(steps) :], bench.timings, strict=True):
-        assert row[0] == timing.contestant
+        assert row[0] == f"{timing.contestant} {timing.executed}"
         assert float(row[1].split()[0]) == pytest.approx(timing.ms_per_image, rel=0.01, abs=0.001)
         if timing.contestant != "dsconv":
             assert float(row[2].split()[0]) == pytest.approx(bench.ratio(timing), abs=0.006)

@@ -74,13 +74,13 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["contains"] = lambda text, part: part in text
     environment.filters |= {
         "groupby_setting": _by_setting,
         "base64": lambda data: base64.b64encode(data).decode(),
         "db": _db,
         "digits": _digits,
         "mb": lambda size: f"{size / 1e6:.2f}",
-        "megabytes": lambda size: f"{size / 1e6:.2f} MB",
         "share": lambda part, whole=1: f"{100 * part / whole:.1f}\N{NO-BREAK SPACE}%",
         "signed": lambda value: f"{value:.3g}".replace("-", "\N{MINUS SIGN}"),
         "size": lambda shape: "\N{MULTIPLICATION SIGN}".join(map(str, shape)),
@@ -147,7 +147,8 @@ def _settings(row: LayerSummary) -> str:
 
 
 def _digits(value: float) -> str:
-    return digits(value) if value > 0 and math.isfinite(value) else "0" if value == 0 else f"{value}"
+    """As :func:`dsconv.benchmarking.results.digits`, and of the smallest times a little more."""
+    return digits(value) if value >= 0.1 else f"{value:.4f}"
 
 
 def _db(value: float | None) -> str:
