@@ -347,3 +347,45 @@ def test_batches_name_their_files(tmp_path: Path) -> None:
         values = torch.cat([x[:, 0, 0, 0] for x, _ in source]) * 255
         assert [file.stem for file in source.files] == [str(round(v)) for v in values.tolist()]
     assert batches(source) is source
+
+
+def test_layers_that_never_run_run_twice_or_read_zeros() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice, self.never, self.zeros = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.twice(self.twice(x))
+            return (x + self.zeros(0 * x)).mean((2, 3))
+
+    net = Odd().eval()
+    qmodel = dsconv.quantize(net, {"first_layer": None, "last_layer": None})
+    found = gather(qmodel, reference=net, images=torch.randn(4, 8, 6, 6), runs=0)
+    twice, never, zeros = found.layers
+    assert twice.inputs is not None and twice.exponents and zeros.inputs is not None and zeros.inputs.moved == 0
+    assert never.inputs is None and never.output_sqnr_db is None and never.weights is not None
+    assert zeros.exponents == {} and zeros.zero_blocks > 0
+    text = page(found)
+    assert "inputs not seen: it did not run" in text and "All blocks are zero" in text
+
+
+def test_layers_made_by_hand() -> None:
+    """A network without settings of its own, and one that is a single layer, whose name is empty."""
+    layer = nn.Conv2d(8, 8, 1)
+    qmodel = nn.Sequential(dsconv.nn.DSConv2d.from_float(layer), nn.Flatten())
+    found = gather(qmodel, reference=nn.Sequential(layer, nn.Flatten()), images=torch.randn(2, 8, 1, 1), runs=0)
+    assert found.config is None and "general settings are not known" in page(found)
+    assert found.layers[0].kl is not None
+    single = gather(dsconv.quantize(nn.Linear(8, 3)), reference=nn.Linear(8, 3), runs=0)
+    assert single.layers[0].summary.name == "" and "the network" in page(single)
+
+
+def test_logits_that_are_not_finite() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten())
+    x = torch.randn(3, 3, 2, 2)
+    x[1] = torch.nan
+    found = gather(dsconv.quantize(net), reference=net, images=x, sensitivity_images=0, runs=0)
+    assert found.accuracy is not None and found.accuracy.nonfinite == 1
+    assert {entry.name for entry in found.disagreements} == {"image 0", "image 2"}
+    assert 'width="nan"' not in page(found)

@@ -93,8 +93,8 @@ def page(report: Report) -> str:
         machine_notes=machine_notes,
         steps=_steps,
         settings=_settings,
+        part=_part,
         height=_height,
-        log_part=_log_part,
         log_range=_log_range,
         isfinite=math.isfinite,
         today=datetime.date.today().isoformat(),
@@ -123,9 +123,11 @@ def _log_range(values: Sequence[float]) -> tuple[int, int]:
     return low, max(low + 1, math.ceil(max(logs, default=1.0)))
 
 
-def _log_part(value: float, low: int, high: int) -> float:
-    """Length of a bar, 0..1, between these powers of ten."""
-    return min(1.0, max(0.0, (math.log10(value) - low) / (high - low))) if value > 0 else 0.0
+def _part(value: float, low: float, high: float, *, log: bool = False) -> float:
+    """Length of a bar, 0..1, between these values, or these powers of ten; 0 for what is none."""
+    if math.isnan(value) or (log and value <= 0):
+        return 0.0
+    return min(1.0, max(0.0, ((math.log10(value) if log else value) - low) / (high - low)))
 
 
 def _by_setting(timings: Sequence[Timing]) -> list[tuple[tuple[int, int], list[Timing]]]:
