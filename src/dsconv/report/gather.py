@@ -240,7 +240,7 @@ def gather(
         source = batches(images, preprocess=preprocess if by_path else None, **sizes)
     folder = None if source is None else source.folder
     missing, warnings = _missing(reference, source, info), list[str]()
-    measured: dict[str, dict[str, Any]] = {layer: {"summary": row} for layer, row in _rows(known, layers)}
+    measured: dict[str, dict[str, Any]] = {row.name: {"summary": row} for row in known.layers if row.name in layers}
 
     if reference is not None and "weights" not in missing:
         for layer in layers:
@@ -248,8 +248,8 @@ def gather(
         differing = [layer for layer in layers if _differ(measured[layer]["weights"], layers[layer])]
         if differing:
             warnings.append(
-                f"The weights of the reference are not those that this network was made from: those of {differing[0]} "
-                f"differ, and of {len(differing) - 1} more layers. Whatever compares the two means nothing."
+                f"The weights of the reference are not those that this network was made from: {len(differing)} of "
+                f"{len(layers)} layers differ, {differing[0]} first. What compares the two networks means nothing."
             )
     accuracy: Evaluation | None = None
     worst = _Worst()
@@ -265,7 +265,9 @@ def gather(
                 accuracy = found
         for layer, sample in samples.items():
             measured[layer] |= _input(layers[layer], sample)
-    disagreements = worst.found(source.files if source else [], folder.preprocess if folder else preprocess)
+    if folder is not None:
+        preprocess = folder.preprocess
+    disagreements = worst.found(source.files if source else [], folder.path if folder else None, preprocess)
 
     tried = 0
     if not sensitivity_images:
@@ -285,19 +287,9 @@ def gather(
 
     if source is not None:
         input_shape = next((x.shape[1:] for x, _ in source), None)
-    times = None
-    if not runs:
-        missing["time"] = "Pass `--runs 20` (in Python `runs=20`)."
-    elif input_shape is None:
-        missing["time"] = (
-            "The size of an image is not known: pass `--size` or `--data DIR` (in Python `input_shape=` or `images=`)."
-        )
-    else:
-        x = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
-        try:
-            times = profile(compile(qmodel, x), x, runs=runs)
-        except ModelError as error:
-            missing["time"] = f"The network cannot be compiled: {error}".replace("`", "'")
+    times = _profile(qmodel, input_shape, runs)
+    if isinstance(times, str):
+        missing["time"] = times
     if not benches:
         missing["benches"] = "Pass `--bench FILE.json`, which `dsconv bench --out` writes (in Python `benches=`)."
     return Report(
@@ -311,7 +303,7 @@ def gather(
         sensitivity_images=tried,
         disagreements=disagreements,
         classes=classes or (folder and folder.classes) or (),
-        profile=times,
+        profile=None if isinstance(times, str) else times,
         benches=benches,
         missing=missing,
         warnings=warnings,
@@ -323,10 +315,6 @@ def _name(model: nn.Module, info: ModelInfo | None) -> str:
     return str(known or type(model).__name__)
 
 
-def _rows(known: Summary, layers: Mapping[str, DSLayer]) -> list[tuple[str, LayerSummary]]:
-    return [(row.name, row) for row in known.layers if row.name in layers]
-
-
 def _missing(reference: nn.Module | None, source: Batches | None, info: ModelInfo | None) -> dict[str, str]:
     """For each part that has no data, what to pass to get it."""
     made_from = (info and info.architecture) or "MODEL"
@@ -335,11 +323,12 @@ def _missing(reference: nn.Module | None, source: Batches | None, info: ModelInf
         "images": "`--data DIR` (in Python `images=`)",
     }
     have = {"reference": reference is not None, "images": source is not None}
+    both = ("reference", "images")
     needs = {
-        "weights": ["reference"],
-        "inputs": ["images"],
-        "accuracy": ["images"],
-        **{part: ["reference", "images"] for part in ("closeness", "outputs", "sensitivity", "disagreements")},
+        "weights": both[:1],
+        "inputs": both[1:],
+        "accuracy": both[1:],
+        **dict.fromkeys(("closeness", "outputs", "sensitivity", "disagreements"), both),
     }
     missing = {}
     for part, wanted in needs.items():
@@ -352,6 +341,21 @@ def _missing(reference: nn.Module | None, source: Batches | None, info: ModelInf
                 "of the float network: report on the network as dsconv quantize wrote it."
             )
     return missing
+
+
+def _profile(qmodel: nn.Module, shape: Sequence[int] | None, runs: int) -> Profile | str:
+    """Times of the steps, or why there are none."""
+    if not runs:
+        return "Pass `--runs 20` (in Python `runs=20`)."
+    if shape is None:
+        return (
+            "The size of an image is not known: pass `--size` or `--data DIR` (in Python `input_shape=` or `images=`)."
+        )
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    try:
+        return profile(compile(qmodel, x), x, runs=runs)
+    except ModelError as error:
+        return f"The network cannot be compiled: {error}".replace("`", "'")
 
 
 def _check_reference(reference: nn.Module, layers: Mapping[str, DSLayer]) -> None:
@@ -498,14 +502,16 @@ class _Worst:
         for i in torch.where(kl.isfinite(), kl, 0).topk(min(_SHOWN, len(kl))).indices.tolist():
             if kl[i] > 0:
                 label = None if labels is None else int(labels[i])
-                self._kept.append((float(kl[i]), self._seen + i, x[i], label, _answer(log_p[i]), _answer(log_q[i])))
+                answers = _answer(log_p[i]), _answer(log_q[i])
+                # A copy: a view would keep the whole batch.
+                self._kept.append((float(kl[i]), self._seen + i, x[i].clone(), label, *answers))
         self._seen += len(kl)
         self._kept = sorted(self._kept, key=lambda entry: -entry[0])[:_SHOWN]
 
-    def found(self, files: Sequence[Path], preprocess: Preprocess | None) -> list[Disagreement]:
+    def found(self, files: Sequence[Path], folder: Path | None, preprocess: Preprocess | None) -> list[Disagreement]:
         return [
             Disagreement(
-                name=str(files[number].name) if files else f"image {number}",
+                name=str(files[number].relative_to(folder)) if folder else f"image {number}",
                 jpeg=_jpeg(x, preprocess),
                 label=label,
                 kl=kl,
