@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import dsconv
 from dsconv.demo import load_digits, load_network
@@ -343,9 +345,13 @@ def test_charts_are_drawn_in_both_schemes(browser: Any, show: Any) -> None:
             assert (np.abs(pixels - wanted).max(1) < 12).sum() > 100, (scheme, name)
 
 
-def test_a_page_of_little_opens_as_well(browser: Any, show: Any, tmp_path: Path) -> None:
-    page = dsconv.write_report(tmp_path / "little.html", dsconv.quantize(load_network()), runs=0)
+def test_a_page_of_little_and_of_long_names(browser: Any, show: Any, tmp_path: Path) -> None:
+    long = "convolution" * 12
+    qmodel = dsconv.quantize(nn.Sequential(OrderedDict({long: nn.Conv2d(3, 8, 3), f"{long}2": nn.Linear(8, 2)})))
+    qmodel.dsconv_info.architecture = f"{long}.py:make"
+    page = dsconv.write_report(tmp_path / "little.html", qmodel, name=long)
     browser.get_log("browser")
     js = show(PHONE, path=page)
+    js("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.get_log("browser") == [] and js("document.documentElement.scrollWidth") <= PHONE
     assert js("document.querySelectorAll('.missing').length") >= 8

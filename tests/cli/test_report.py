@@ -34,6 +34,13 @@ def test_a_page_of_everything(cli: Cli, tmp_path: Path, quantized_file: Path, di
     assert f"The reference is {NET}" in text and "PyTorch float32" in text
     assert sorted(os.listdir(tmp_path)) == ["bench.json", "classes.txt", "page.html"]
 
+    marked = "measured on a network of other settings"
+    found = json.loads(bench.read_text())
+    found["networks"][0]["config"]["weight_bits"] = 2
+    bench.write_text(json.dumps(found))
+    assert cli("report", quantized_file, "--out", out, "--force", "--bench", bench, "--runs", "0").code == 0
+    assert marked not in text and marked in out.read_text()
+
 
 def test_a_page_of_the_file_alone(cli: Cli, tmp_path: Path, quantized_file: Path) -> None:
     done = cli("report", quantized_file, "--out", tmp_path / "page.html", "--runs", "2")
@@ -129,16 +136,3 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, quantized_file: Path, factory: Pa
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130 and "Traceback" not in rest and not os.listdir(tmp_path)
-
-
-def test_a_bench_of_other_settings_is_marked(cli: Cli, tmp_path: Path, quantized_file: Path) -> None:
-    bench, out = tmp_path / "bench.json", tmp_path / "a.html"
-    assert cli("bench", quantized_file, "--against", "torch", "--turns", "2", "--out", bench).code == 0
-    text = "measured on a network of other settings"
-    assert cli("report", quantized_file, "--bench", bench, "--out", out, "--runs", "0").code == 0
-    assert text not in out.read_text()
-    found = json.loads(bench.read_text())
-    found["networks"][0]["config"]["weight_bits"] = 2
-    bench.write_text(json.dumps(found))
-    assert cli("report", quantized_file, "--bench", bench, "--out", out, "--runs", "0", "--force").code == 0
-    assert text in out.read_text()
