@@ -22,7 +22,7 @@ from dsconv.demo import PREPROCESS, load_digits, load_network
 from dsconv.errors import ConfigError, DataError, FileFormatError, MissingExtraError, ModelError
 from dsconv.numerics import fake_quantize_activation
 from dsconv.report import Report, gather, write_page
-from dsconv.report.gather import _Sample
+from dsconv.report.gathering import _Sample
 from dsconv.report.page import page
 
 HOSTILE = """<script>alert('1')</script>"&amp;<b>"""

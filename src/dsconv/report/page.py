@@ -17,7 +17,7 @@ from dsconv.benchmarking.results import OURS, Timing, digits, plural
 from dsconv.conversion import LayerSummary
 from dsconv.errors import import_extra
 from dsconv.files import replacing
-from dsconv.report.gather import Report, gather
+from dsconv.report.gathering import Report, gather
 
 _SIGNS = {
     "adaptive": "a sign bit only in blocks that hold a negative value",
