@@ -20,6 +20,7 @@ from dsconv.cpu import cpu_info
 from dsconv.evaluation import compare, evaluate
 from dsconv.io import load, save
 from dsconv.mixed import search, sensitivity
+from dsconv.report import write_report
 from dsconv.tradeoffs import tradeoff
 
 __version__ = metadata.version("dsconv")
@@ -47,5 +48,6 @@ __all__ = [
     "sensitivity",
     "summary",
     "tradeoff",
+    "write_report",
     "zoo",
 ]

@@ -185,6 +185,7 @@ def compare(
     progress: bool = False,
     on_interrupt: Literal["raise", "partial"] = "raise",
     per_layer: bool = True,
+    each: Callable[[Tensor, Tensor | None, Tensor, Tensor], object] | None = None,
 ) -> Comparison:
     """How close a quantized network stays to its float original on the same images; labels are not needed.
 
@@ -193,6 +194,8 @@ def compare(
         qmodel: its quantized copy.
         per_layer: compare the outputs of every DSConv layer as well. It keeps the reference's outputs of one batch in
             memory and adds to the measured times.
+        each: called with every batch: images, labels or None, and the logits of both networks, the reference's first,
+            float64 ``(N, classes)`` on the CPU.
         images, preprocess, batch_size, workers, device, limit, progress, on_interrupt: as in `evaluate`.
 
     Raises:
@@ -218,6 +221,7 @@ def compare(
         progress=progress,
         on_interrupt=on_interrupt,
         per_layer=per_layer,
+        each=each,
     ).values()
     return result
 
@@ -235,6 +239,7 @@ def compare_each(
     progress: bool = False,
     on_interrupt: Literal["raise", "partial"] = "raise",
     per_layer: bool = True,
+    each: Callable[[Tensor, Tensor | None, Tensor, Tensor], object] | None = None,
 ) -> dict[str, Comparison]:
     """`compare` with each of several quantized networks, by name, in one pass over the images."""
     preprocess = preprocess_for(images, preprocess, *qmodels.values(), reference)
@@ -250,6 +255,8 @@ def compare_each(
             if f.shape != q.shape:
                 shapes = f"{tuple(f.shape)} from the reference, {tuple(q.shape)} from the {name}"
                 raise ModelError(f"The two networks return logits of different shapes: {shapes}.")
+            if each is not None:
+                each(x, labels, f, q)
             found[name] = _score(q, labels, q_seconds, None), _closeness(f, q), take_layer_errors[name]()
         return f_score, found
 

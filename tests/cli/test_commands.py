@@ -28,6 +28,7 @@ COMMANDS = (
     "compare",
     "bench",
     "profile",
+    "report",
     "inspect",
     "sensitivity",
     "search",

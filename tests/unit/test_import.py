@@ -18,6 +18,7 @@ def modules_after_import() -> set[str]:
         "torchvision",
         "timm",
         "matplotlib",
+        "jinja2",
         "rich",
         "typer",
         "PIL",

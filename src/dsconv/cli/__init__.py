@@ -16,6 +16,7 @@ from dsconv.cli.evaluate import evaluate
 from dsconv.cli.inspect import inspect
 from dsconv.cli.profile import profile
 from dsconv.cli.quantize import quantize
+from dsconv.cli.report import report
 from dsconv.cli.search import search
 from dsconv.cli.sensitivity import sensitivity
 from dsconv.errors import DSConvError
@@ -49,6 +50,9 @@ dsconv bench resnet50.safetensors --batch-size 1,8 --threads 1,2 --out bench.jso
 dsconv bench torchvision/resnet18 torchvision/vgg16 --weights random --preset w4a4 --against onnxruntime,openvino""",
     profile: "dsconv profile resnet50.safetensors --batch-size 8 --threads 2",
     inspect: "dsconv inspect resnet50.safetensors",
+    report: """dsconv report resnet50.safetensors --out resnet50.html
+
+dsconv report resnet50.safetensors --reference torchvision/resnet50 --data photos --out resnet50.html""",
     sensitivity: """dsconv sensitivity torchvision/squeezenet1_1 --preset w4a4 --plot layers.png
 
 dsconv sensitivity squeezenet.safetensors --data photos""",

@@ -112,6 +112,22 @@ class Preprocess(BaseModel):
         x.div_(255 / self.scale)
         return x.sub_(torch.tensor(self.mean).view(-1, 1, 1)).div_(torch.tensor(self.std).view(-1, 1, 1))
 
+    def picture(self, x: Tensor) -> "Image.Image":
+        """The picture of a network's input ``(C, H, W)``, resized and cropped as it is; values beyond it are clipped.
+
+        >>> from PIL import Image
+        >>> preprocess = Preprocess.imagenet(size=32)
+        >>> preprocess.picture(preprocess(Image.new("RGB", (36, 36), (10, 200, 30)))).getpixel((0, 0))
+        (10, 200, 30)
+        """
+        from PIL import Image
+
+        x = x.detach().float().cpu() * torch.tensor(self.std).view(-1, 1, 1) + torch.tensor(self.mean).view(-1, 1, 1)
+        pixels = (x * (255 / self.scale)).round().clamp(0, 255).byte()
+        if self.channels == "bgr":
+            pixels = pixels.flip(0)
+        return Image.fromarray((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous()).numpy())
+
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         match self.resize:
             case None:

@@ -47,7 +47,7 @@ class _DSConvNd(DSLayer):
         # Padding that the convolution itself cannot do goes in front of it.
         self._in_front = padding_mode != "zeros" or before != after
         self._border = [p for pair in reversed(list(zip(before, after, strict=True))) for p in pair]
-        self._zeros = (0,) * self.dims if self._in_front else before
+        self.zero_padding = (0,) * self.dims if self._in_front else before
 
     def _per_dim(self, value: Size) -> tuple[int, ...]:
         return (value,) * self.dims if isinstance(value, int) else tuple(value)
@@ -87,7 +87,7 @@ class _DSConvNd(DSLayer):
             x: input.
             size: ``S_out``, which the input of a transposed convolution leaves open.
         """
-        return windows(self._padded(x), self.kernel_size, self.stride, self._zeros, self.dilation)
+        return windows(self._padded(x), self.kernel_size, self.stride, self.zero_padding, self.dilation)
 
     def _simulated(self, x: Tensor) -> Tensor:
         return ops.conv(
@@ -96,7 +96,7 @@ class _DSConvNd(DSLayer):
             self.bias,
             self.config,
             stride=self.stride,
-            padding=self._zeros,
+            padding=self.zero_padding,
             dilation=self.dilation,
             groups=self.groups,
         )
@@ -110,7 +110,7 @@ class _DSConvNd(DSLayer):
             self._kernel_bias(),
             [1] * missing + list(self.kernel_size),
             [1] * missing + list(self.stride),
-            [0] * missing + list(self._zeros),
+            [0] * missing + list(self.zero_padding),
             [1] * missing + list(self.dilation),
             self.groups,
             self.config.blocks == "flat",
@@ -173,7 +173,7 @@ class _DSConvTransposeNd(_DSConvNd):
         taken = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)))
         spread[:, :, *(slice(None, None, s) for s in self.stride)] = x
-        before = [t - p for t, p in zip(taken, self._zeros, strict=True)]
+        before = [t - p for t, p in zip(taken, self.zero_padding, strict=True)]
         after = [wanted + t - b - n for wanted, t, b, n in zip(size, taken, before, spread.shape[2:], strict=True)]
         border = [pad for pair in reversed(list(zip(before, after, strict=True))) for pad in pair]
         return windows(F.pad(spread, border), self.kernel_size, (1,) * self.dims, (0,) * self.dims, self.dilation)
@@ -190,7 +190,7 @@ class _DSConvTransposeNd(_DSConvNd):
             self.bias,
             self.config,
             stride=self.stride,
-            padding=self._zeros,
+            padding=self.zero_padding,
             output_padding=output_padding,
             dilation=self.dilation,
             groups=self.groups,
@@ -201,7 +201,7 @@ class _DSConvTransposeNd(_DSConvNd):
         smallest = [
             (n - 1) * s - 2 * p + d * (k - 1) + 1
             for n, s, p, d, k in zip(
-                x.shape[2:], self.stride, self._zeros, self.dilation, self.kernel_size, strict=True
+                x.shape[2:], self.stride, self.zero_padding, self.dilation, self.kernel_size, strict=True
             )
         ]
         extra = tuple(want - least for want, least in zip(output_size, smallest, strict=True))

@@ -31,7 +31,7 @@ def conv(
     """Convolution of ``x (N, C, *S)``, with ``padding`` zeros on both sides of each dimension."""
     if config.blocks == "flat" and config.activation_bits is not None:
         kernel, ones = weight.shape[2:], (1,) * (weight.dim() - 2)
-        x_q = quantized(_patches(x, kernel, stride, padding, dilation), config, groups)
+        x_q = quantized(patches(x, kernel, stride, padding, dilation), config, groups)
         weight = weight.reshape(len(weight), -1, *ones)
         stride, padding, dilation = ones, (0,) * len(ones), ones
     else:
@@ -107,10 +107,12 @@ def windows(
     return x
 
 
-def _patches(
+def patches(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """What each output reads: ``(N, C, *S)`` to ``(N, C * prod(kernel), *S_out)``, a channel's taps side by side."""
+    """What each output of a convolution reads: ``(N, C, *S)`` to ``(N, C * prod(kernel), *S_out)``, the taps of a
+    channel side by side.
+    """
     dims = len(kernel)
     x = windows(x, kernel, stride, padding, dilation)
     x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
