@@ -70,7 +70,7 @@ class DSLayer(nn.Module):
         super().__init__()
         self.config = config
         self.weight_sqnr_db: float | None = None
-        rows = self.rows(torch.zeros(vqk_shape, dtype=torch.int8))
+        rows = self._rows(torch.zeros(vqk_shape, dtype=torch.int8))
         kds = torch.zeros(
             (rows.shape[0], block_count(rows.shape[1], config.block_size), *rows.shape[2:]),
             dtype=config.torch_kds_dtype,
@@ -80,13 +80,13 @@ class DSLayer(nn.Module):
         self.register_buffer("kds_shift", kds.clone() if config.weight_shift else None)
         self.bias = nn.Parameter(torch.zeros(vqk_shape[0])) if bias else None
 
-    def rows(self, weight: Tensor) -> Tensor:
+    def _rows(self, weight: Tensor) -> Tensor:
         """``weight`` as the arithmetic sees it: flattened to ``(O, C/groups * K)`` where blocks are."""
         return weight.flatten(1) if self.config.blocks == "flat" else weight
 
     def dequantized_weight(self) -> Tensor:
         """Float32 weight that VQK and KDS stand for, in the layout of the float layer."""
-        return dequantize_weight(self.rows(self.vqk), self.kds, self.config.block_size, self.kds_shift).view(
+        return dequantize_weight(self._rows(self.vqk), self.kds, self.config.block_size, self.kds_shift).view(
             self.vqk.shape
         )
 
@@ -105,7 +105,7 @@ class DSLayer(nn.Module):
             ValueError: the weight holds a NaN or an infinity.
         """
         config = self.config
-        rows = self.rows(weight.float())
+        rows = self._rows(weight.float())
         if config.weight_shift:
             vqk, kds, shift = quantize_weight_shifted(
                 rows, config.weight_bits, config.block_size, rule=config.weight_rule

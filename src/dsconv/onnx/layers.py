@@ -140,12 +140,15 @@ class Integers:
             for q, scale in zip(integers, scales, strict=True)
         ]
         weight = parts[0] if len(parts) == 1 else op.Concat(*parts, axis=1)
-        return weight if shift is None else op.Add(weight, spread(op, shift, op.constant(depth, np.int64), size))
+        if shift is None:
+            return weight
+        places = self._once(("places", depth, size), lambda: _block_of(op, op.constant(depth, np.int64), size))
+        return op.Add(weight, op.Gather(shift, places, axis=1))
 
     def _parts(self, name: str) -> tuple[Tensor, Value, Value | None, int]:
         """Integers ``(O, D, ...)``, scale and shift of their blocks ``(O, CB, ...)`` in float32, and the blocks' size."""
         layer = self.layers[name]
-        vqk = layer.rows(layer.vqk)
+        vqk = layer.vqk.flatten(1) if layer.config.blocks == "flat" else layer.vqk
         ones = (1,) * (layer.vqk.dim() - vqk.dim()) if self._over_patches(layer) else ()
 
         def scale(part: str, value: Tensor) -> Value:
@@ -173,11 +176,10 @@ class Integers:
         return self._made[key]
 
 
-def spread(op: Nodes, shift: Value, depth: Value, size: "int | Value") -> Value:
-    """``shift`` of each block ``(O, CB, ...)`` for each of ``depth`` values: ``(O, D, ...)``."""
-    size = op.constant(size, np.int64) if isinstance(size, int) else size
+def _block_of(op: Nodes, depth: Value, size: "int | Value") -> Value:
+    """Number of the block that each of ``depth`` values is in."""
     places = op.Range(op.constant(0, np.int64), depth, op.constant(1, np.int64))
-    return op.Gather(shift, op.Div(places, size), axis=1)
+    return op.Div(places, op.constant(size, np.int64) if isinstance(size, int) else size)
 
 
 class Floats(Integers):
@@ -246,7 +248,7 @@ def _function(name: str, attributes: list[str]) -> Any:
         if name.endswith("Shifted"):
             size = op.Constant(value_int=op.attribute("block_size", "INT"))
             depth = op.Squeeze(op.Shape(vqk, start=1, end=2))
-            weight = op.Add(weight, spread(op, shift, depth, size))
+            weight = op.Add(weight, op.Gather(shift, _block_of(op, depth, size), axis=1))
         else:
             inputs.remove(shift)
         if name.startswith("DSLinear"):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsconv.data import Preprocess
+from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError
 
 # Of a photograph's pixels, white being 1.
