@@ -19,6 +19,7 @@ from dsconv.cpu import cpu_info
 from dsconv.evaluation import compare, evaluate
 from dsconv.io import load, save
 from dsconv.mixed import search, sensitivity
+from dsconv.onnx import export_onnx
 
 __version__ = metadata.version("dsconv")
 
@@ -32,6 +33,7 @@ __all__ = [
     "cpu_info",
     "demo",
     "evaluate",
+    "export_onnx",
     "fold_batchnorm",
     "load",
     "nn",

@@ -168,6 +168,7 @@ def _exported(qmodel: nn.Module, x: Tensor, style: str, opset: int) -> Any:
     """The network as an ``onnx.ModelProto``."""
     model = _captured(qmodel, x, opset)
     _lower(model, _LOWERINGS[style](_layers(qmodel)))
+    _simplify_pools(model.graph)
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph:
@@ -223,6 +224,20 @@ def _lower(model: Any, lowering: Integers) -> None:
         model.functions[function.identifier()] = function
     if not model.functions:
         model.opset_imports.pop(DOMAIN, None)
+
+
+def _simplify_pools(graph: Any) -> None:
+    """Round the sizes of pools down where it makes no difference: rounding up goes wrong in ONNX's own evaluator."""
+    for node in graph:
+        given = {
+            name: node.attributes[name].value for name in ("kernel_shape", "strides", "pads") if name in node.attributes
+        }
+        if "ceil_mode" not in node.attributes or len(given) < 3 or node.attributes.get_int("ceil_mode", 0) == 0:
+            continue
+        sizes = zip(node.inputs[0].shape[2:], given["kernel_shape"], given["strides"], strict=True)
+        dims, pads = len(given["strides"]), given["pads"]
+        if all((n + pads[i] + pads[i + dims] - k) % s == 0 for i, (n, k, s) in enumerate(sizes)):
+            del node.attributes["ceil_mode"]
 
 
 def _write(model: Any, path: Path, facts: dict[str, str]) -> None:

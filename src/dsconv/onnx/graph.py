@@ -1,5 +1,6 @@
 """Nodes of a graph, or of a model-local function, one after another."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ class Nodes:
         self.ir = import_extra("onnx", "onnx_ir")
         self.FLOAT, self.INT32 = self.ir.DataType.FLOAT, self.ir.DataType.INT32
         self.in_function = in_function
+        self._numbers = itertools.count()
         self.made: list[Any] = []
         self.constants: dict[tuple[Any, ...], Value] = {}
         self.initializers: list[Value] = []
@@ -36,8 +38,10 @@ class Nodes:
         """Outputs of a new node."""
         referring = [make(own) for own, make in attributes.items() if callable(make)]
         given = {own: value for own, value in attributes.items() if not callable(value) and value is not None}
-        attributes = [*self.ir.convenience.convert_attributes(given), *referring]
-        self.made.append(self.ir.Node(domain, operator, inputs, attributes, num_outputs=outputs))
+        all_attributes = [*self.ir.convenience.convert_attributes(given), *referring]
+        # Names are half of what a file holds beside the weights: short ones count.
+        values = [self.ir.Value(name=f"q{next(self._numbers):x}") for _ in range(outputs)]
+        self.made.append(self.ir.Node(domain, operator, inputs, all_attributes, outputs=values))
         return self.made[-1].outputs
 
     def constant(self, array: Any, dtype: Any = np.float32) -> Value:

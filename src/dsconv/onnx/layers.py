@@ -45,7 +45,9 @@ class StandIn(nn.Module):
 
     def _node(self, x: Tensor, shape: tuple[int, ...], **attributes: Any) -> Tensor:
         attributes = {"layer": self.name, **attributes}
-        return torch.onnx.ops.symbolic(_STAND_IN, (x,), attributes, dtype=x.dtype, shape=(x.shape[0], *shape), version=1)
+        return torch.onnx.ops.symbolic(
+            _STAND_IN, (x,), attributes, dtype=x.dtype, shape=(x.shape[0], *shape), version=1
+        )
 
 
 class Integers:
@@ -118,7 +120,7 @@ class Integers:
         if layer.config.blocks == "flat" and layer.vqk.dim() > 2 and not self._over_patches(layer):
             weight = op.Reshape(weight, op.shape(*layer.vqk.shape))
         if layer.transposed:  # as dsconv.ops.transposed_layout
-            outputs, inputs, *kernel = layer.vqk.shape
+            inputs, kernel = layer.vqk.shape[1], layer.vqk.shape[2:]
             grouped = op.Reshape(weight, op.shape(layer.groups, -1, inputs, *kernel))
             swapped = op.Transpose(grouped, perm=[0, 2, 1, *range(3, 3 + len(kernel))])
             weight = op.Reshape(swapped, op.shape(layer.groups * inputs, -1, *kernel))
@@ -133,7 +135,10 @@ class Integers:
             integers, scales = [self._integers(f"{name}.vqk", vqk)], [kds]
         else:  # OpenVINO knows no short block
             whole = depth - depth % size
-            integers = [self._integers(f"{name}.vqk", vqk[:, :whole]), self._integers(f"{name}.vqk_last", vqk[:, whole:])]
+            integers = [
+                self._integers(f"{name}.vqk", vqk[:, :whole]),
+                self._integers(f"{name}.vqk_last", vqk[:, whole:]),
+            ]
             scales = op.call("", "Split", (kds, op.shape(whole // size, 1)), {"axis": 1}, outputs=2)
         parts = [
             op.DequantizeLinear(q, scale, axis=1, block_size=min(size, q.shape[1]))
@@ -146,7 +151,7 @@ class Integers:
         return op.Add(weight, op.Gather(shift, places, axis=1))
 
     def _parts(self, name: str) -> tuple[Tensor, Value, Value | None, int]:
-        """Integers ``(O, D, ...)``, scale and shift of their blocks ``(O, CB, ...)`` in float32, and the blocks' size."""
+        """Integers ``(O, D, ...)``, float32 scale and shift of their blocks ``(O, CB, ...)``, and the blocks' size."""
         layer = self.layers[name]
         vqk = layer.vqk.flatten(1) if layer.config.blocks == "flat" else layer.vqk
         ones = (1,) * (layer.vqk.dim() - vqk.dim()) if self._over_patches(layer) else ()

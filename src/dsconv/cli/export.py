@@ -1,0 +1,85 @@
+"""``dsconv export``: a quantized file as an ONNX file, for other runtimes."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import dsconv
+from dsconv import zoo
+from dsconv.cli.common import (
+    BatchSize,
+    Force,
+    Json,
+    Limit,
+    ModelOfFile,
+    Size,
+    check_out,
+    image_shape,
+    load_file,
+    print_json,
+    print_table,
+    read_size,
+    say,
+)
+from dsconv.data import Preprocess, batches
+from dsconv.errors import DataError
+from dsconv.onnx import OPSET, OnnxNetwork, Style
+
+_STYLE_HELP = (
+    "qdq: integers of 4 bits with scales of blocks, for a small file; function: the same as calls of functions; "
+    "int8: plain 8 bits, for speed on today's runtimes; float."
+)
+_DATA_HELP = "Images, which need no labels: ranges for int8, and a comparison of what was written."
+
+
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Written by dsconv quantize.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.onnx", help="File to write.", show_default=False)],
+    style: Annotated[Style, typer.Option(help=_STYLE_HELP)] = "qdq",
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help=_DATA_HELP)] = None,
+    limit: Limit = 32,
+    batch_size: BatchSize = 32,
+    size: Size = None,
+    opset: Annotated[int, typer.Option(help="Of ONNX.")] = OPSET,
+    model: ModelOfFile = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized network as an ONNX file, of any batch size.
+
+    With --data: how close ONNX Runtime's outputs of the file are to those of dsconv, and the time both take.
+    """
+    shape = read_size(size)
+    check_out(out, force)
+    say(f"loading {file}")
+    qmodel = load_file(file, model)
+    example = torch.zeros(1, *image_shape(qmodel, str(file), shape))
+    images = None if data is None else _images(qmodel, example, bool(shape), data, limit)
+    say(f"exporting as {style}")
+    dsconv.export_onnx(qmodel, example, out, style, images=images if style == "int8" else None, opset=opset)
+    facts: dict[str, Any] = {"file": str(out), "file_bytes": out.stat().st_size, "style": style, "opset": opset}
+    compared = None
+    if images is not None:
+        compared = dsconv.compare(qmodel, OnnxNetwork(out), images, batch_size=batch_size, per_layer=False)
+    if as_json:
+        print_json(facts | ({} if compared is None else {"data": str(data), "comparison": compared.to_dict()}))
+        return
+    if compared is not None:
+        print_table(compared)
+    print(f"Wrote {out}: {facts['file_bytes']:,} bytes, style {style}, opset {opset}.")
+
+
+def _images(qmodel: nn.Module, example: Tensor, sized: bool, data: Path, limit: int) -> Tensor:
+    preprocess = zoo.preprocess_of(qmodel) or Preprocess(channels="gray" if example.shape[1] == 1 else "rgb")
+    if sized:
+        preprocess = preprocess.model_copy(update={"resize": tuple(example.shape[2:]), "crop": None})
+    source = batches(data, preprocess=preprocess, batch_size=limit, limit=limit)
+    images = [images for images, _ in source]
+    for broken in source.broken:
+        say(f"left out: {broken.path}: {broken.reason}")
+    if not images:
+        raise DataError(f"none of the first images of {data} can be read")
+    return torch.cat(images)
