@@ -39,6 +39,9 @@ class Nodes:
         referring = [make(own) for own, make in attributes.items() if callable(make)]
         given = {own: value for own, value in attributes.items() if not callable(value) and value is not None}
         all_attributes = [*self.ir.convenience.convert_attributes(given), *referring]
+        # Some want no empty name at the end of an operator's inputs, some want it at the end of a function's.
+        while not domain and inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
         # Names are half of what a file holds beside the weights: short ones count.
         values = [self.ir.Value(name=f"q{next(self._numbers):x}") for _ in range(outputs)]
         self.made.append(self.ir.Node(domain, operator, inputs, all_attributes, outputs=values))
