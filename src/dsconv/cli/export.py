@@ -5,10 +5,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor, nn
 
 import dsconv
-from dsconv import zoo
 from dsconv.cli.common import (
     BatchSize,
     Force,
@@ -21,11 +19,10 @@ from dsconv.cli.common import (
     load_file,
     print_json,
     print_table,
+    read_images,
     read_size,
     say,
 )
-from dsconv.data import Preprocess, batches
-from dsconv.errors import DataError
 from dsconv.onnx import OPSET, OnnxNetwork, Style
 
 _STYLE_HELP = (
@@ -56,10 +53,11 @@ def export(
     check_out(out, force)
     say(f"loading {file}")
     qmodel = load_file(file, model)
-    example = torch.zeros(1, *image_shape(qmodel, str(file), shape))
-    images = None if data is None else _images(qmodel, example, bool(shape), data, limit)
+    sizes = image_shape(qmodel, str(file), shape)
+    images = None if data is None else read_images(qmodel, sizes, bool(shape), data, limit)
     say(f"exporting as {style}")
-    dsconv.export_onnx(qmodel, example, out, style, images=images if style == "int8" else None, opset=opset)
+    ranges = images if style == "int8" else None
+    dsconv.export_onnx(qmodel, torch.zeros(1, *sizes), out, style, images=ranges, opset=opset)
     facts: dict[str, Any] = {"file": str(out), "file_bytes": out.stat().st_size, "style": style, "opset": opset}
     compared = None
     if images is not None:
@@ -70,16 +68,3 @@ def export(
     if compared is not None:
         print_table(compared)
     print(f"Wrote {out}: {facts['file_bytes']:,} bytes, style {style}, opset {opset}.")
-
-
-def _images(qmodel: nn.Module, example: Tensor, sized: bool, data: Path, limit: int) -> Tensor:
-    preprocess = zoo.preprocess_of(qmodel) or Preprocess(channels="gray" if example.shape[1] == 1 else "rgb")
-    if sized:
-        preprocess = preprocess.model_copy(update={"resize": tuple(example.shape[2:]), "crop": None})
-    source = batches(data, preprocess=preprocess, batch_size=limit, limit=limit)
-    images = [images for images, _ in source]
-    for broken in source.broken:
-        say(f"left out: {broken.path}: {broken.reason}")
-    if not images:
-        raise DataError(f"none of the first images of {data} can be read")
-    return torch.cat(images)
