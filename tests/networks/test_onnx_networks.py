@@ -70,7 +70,7 @@ def test_networks_of_torchvision(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torchvision", reason="needs the extra 'zoo'")
     torch.manual_seed(0)
     qnet = dsconv.quantize(dsconv.zoo.build(f"torchvision/{name}", weights="random"))
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 32, 32)
     path = dsconv.export_onnx(qnet, x, tmp_path / "a.onnx")
     check(qnet, x, path, "qdq", list(RUNTIMES))
     model = onnx.load(path)

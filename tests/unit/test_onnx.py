@@ -299,6 +299,11 @@ class TwoOutputs(tnn.Sequential):
         return super().forward(x), x
 
 
+class CountsImages(tnn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).reshape(len(x), -1)
+
+
 def quantized(model: tnn.Module) -> tnn.Module:
     return dsconv.quantize(model, "paper").eval()
 
@@ -316,6 +321,12 @@ def quantized(model: tnn.Module) -> tnn.Module:
         (lambda: quantized(tnn.Sequential(tnn.Conv2d(3, 8, 3))).half(), torch.zeros(1, 3, 8, 8), "qdq", "not float32"),
         (lambda: quantized(tnn.Sequential(tnn.Conv2d(3, 8, 3))), torch.zeros(1, 3, 8, 8).half(), "qdq", "not float32"),
         (lambda: quantized(TwoOutputs(tnn.Conv2d(3, 8, 3))), torch.zeros(1, 3, 8, 8), "qdq", "expected one output"),
+        (
+            lambda: quantized(CountsImages(tnn.Conv2d(3, 8, 3))),
+            torch.zeros(1, 3, 8, 8),
+            "qdq",
+            "batch size became a con",
+        ),
         (lambda: quantized(tnn.Sequential(tnn.Conv2d(3, 8, 3))), torch.zeros(1, 4, 8, 8), "qdq", "cannot be exported"),
         (
             lambda: quantized(tnn.Sequential(tnn.Conv2d(3, 8, 3))),

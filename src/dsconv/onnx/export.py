@@ -202,9 +202,14 @@ def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
     except Exception as error:
         raise ModelError(f"the model cannot be exported for an input of {tuple(x.shape)}: {error}") from error
     assert program is not None
-    outputs = len(program.model.graph.outputs)
-    if outputs != 1:
-        raise ModelError(f"model {type(qmodel).__name__}: expected one output, it has {outputs}")
+    graph, kind = program.model.graph, type(qmodel).__name__
+    if len(graph.outputs) != 1:
+        raise ModelError(f"model {kind}: expected one output, it has {len(graph.outputs)}")
+    if any(isinstance(value.shape[0], int) for value in (*graph.inputs, *graph.outputs)):
+        raise ModelError(
+            f"model {kind}: the batch size became a constant: its code turns it into a number, as len(x) does: use "
+            "x.shape[0] or flatten(1)"
+        )
     return program.model
 
 
@@ -221,6 +226,7 @@ def _lower(model: Any, lowering: Integers) -> None:
     for value in lowering.op.initializers:
         graph.register_initializer(value)
     for function in lowering.functions():
+        function.graph.opset_imports[""] = model.opset_imports[""]
         model.functions[function.identifier()] = function
     if not model.functions:
         model.opset_imports.pop(DOMAIN, None)

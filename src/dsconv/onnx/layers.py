@@ -71,16 +71,15 @@ class Integers:
         if isinstance(layer, DSLinear):
             return self._linear(name, self._input(x, layer, channels), bias)
         assert isinstance(layer, _DSConvNd)
-        where: dict[str, Any] = {
-            "strides": layer.stride,
-            "pads": layer.zero_padding * 2,
-            "dilations": layer.dilation,
-        }
+        given = {"strides": layer.stride, "pads": layer.zero_padding * 2, "dilations": layer.dilation}
+        # What is the default takes room in the file.
+        where: dict[str, Any] = {n: value for n, value in given.items() if set(value) != {0 if n == "pads" else 1}}
         if self._over_patches(layer):
             kernel = layer.kernel_size
-            x = self._once(("patches", x, kernel, *where.values()), lambda: patches(op, x, channels, kernel, **where))
+            x = self._once(("patches", x, kernel, *given.values()), lambda: patches(op, x, channels, kernel, **where))
             channels, where = channels * math.prod(kernel), {}
-        where["group"] = layer.groups
+        if layer.groups > 1:
+            where["group"] = layer.groups
         x = self._input(x, layer, channels)
         if isinstance(layer, _DSConvTransposeNd):
             return op.ConvTranspose(x, self._weight(name), bias, output_padding=output_padding, **where)
@@ -214,19 +213,18 @@ class Functions(Integers):
         return self._call("BFPQuantize", [x], {**known, **sizes, **magnitude})
 
     def _conv(self, name: str, x: Value, bias: Value, **where: Any) -> Value:
-        dims = self.layers[name].vqk.dim() - 2
-        default = {"strides": [1] * dims, "pads": [0] * 2 * dims, "dilations": [1] * dims}
+        layer, dims = self.layers[name], self.layers[name].vqk.dim() - 2
+        if layer.config.blocks == "flat" and not self._over_patches(layer):
+            return super()._conv(name, x, bias, **where)
+        default = {"strides": [1] * dims, "pads": [0] * 2 * dims, "dilations": [1] * dims, "group": 1}
         return self._fused("DSConv", name, x, bias, default | where)
 
     def _linear(self, name: str, x: Value, bias: Value) -> Value:
         return self._fused("DSLinear", name, x, bias, {})
 
     def _fused(self, function: str, name: str, x: Value, bias: Value, where: dict[str, Any]) -> Value:
-        layer = self.layers[name]
-        if layer.config.blocks == "flat" and not self._over_patches(layer):
-            return super()._conv(name, x, bias, **where) if where else super()._linear(name, x, bias)
         vqk, kds, shift, size = self._parts(name)
-        known = {"weight_bits": layer.config.weight_bits, "block_size": size}
+        known = {"weight_bits": self.layers[name].config.weight_bits, "block_size": size}
         weights = [self._integers(f"{name}.vqk", vqk), kds, *([] if shift is None else [shift])]
         suffix = "" if shift is None else "Shifted"
         return self._call(f"{function}{suffix}", [x, *weights, bias], {**known, **where})
