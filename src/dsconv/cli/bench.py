@@ -25,6 +25,7 @@ from dsconv.cli.common import (
     is_quantized_file,
     json_text,
     load_file,
+    preprocess_for,
     print_json,
     print_table,
     read_config,
@@ -152,7 +153,7 @@ def _images(qmodel: nn.Module, name: str, size: list[int], data: Path | None) ->
     shape = image_shape(qmodel, name, size)
     if data is None:
         return shape
-    return read_images(qmodel, shape, bool(size), data, _CALIBRATION_IMAGES)
+    return read_images(data, preprocess_for(qmodel, shape, bool(size)), _CALIBRATION_IMAGES)
 
 
 def _numbers(option: str, text: str, most: int | None = None) -> list[int]:

@@ -119,11 +119,14 @@ def preprocess_of(network: nn.Module, name: str, given: Mapping[str, Any]) -> Pr
     return Preprocess(**{**(own.model_dump() if own else {}), **given})
 
 
-def read_images(qmodel: nn.Module, shape: tuple[int, int, int], sized: bool, data: Path, limit: int) -> Tensor:
-    """The first ``limit`` images of a folder, evenly spaced, as the network says, but of ``shape`` where ``sized``."""
+def preprocess_for(qmodel: nn.Module, shape: tuple[int, int, int], sized: bool) -> Preprocess:
+    """What a network says of itself, or little where it does not, but for images of ``shape`` where ``sized``."""
     preprocess = zoo.preprocess_of(qmodel) or Preprocess(channels="gray" if shape[0] == 1 else "rgb")
-    if sized:
-        preprocess = preprocess.model_copy(update={"resize": shape[1:], "crop": None})
+    return preprocess.model_copy(update={"resize": shape[1:], "crop": None}) if sized else preprocess
+
+
+def read_images(data: Path, preprocess: Preprocess, limit: int) -> Tensor:
+    """``limit`` images of a folder, evenly spaced."""
     source = batches(data, preprocess=preprocess, batch_size=limit, limit=limit)
     images = [images for images, _ in source]
     for broken in source.broken:

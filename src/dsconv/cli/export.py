@@ -17,6 +17,7 @@ from dsconv.cli.common import (
     check_out,
     image_shape,
     load_file,
+    preprocess_for,
     print_json,
     print_table,
     read_images,
@@ -54,17 +55,21 @@ def export(
     say(f"loading {file}")
     qmodel = load_file(file, model)
     sizes = image_shape(qmodel, str(file), shape)
-    images = None if data is None else read_images(qmodel, sizes, bool(shape), data, limit)
+    preprocess = preprocess_for(qmodel, sizes, bool(shape))
+    # Read before the export, so that it does not end in an error.
+    images = None if data is None else read_images(data, preprocess, limit)
     say(f"exporting as {style}")
     ranges = images if style == "int8" else None
     dsconv.export_onnx(qmodel, torch.zeros(1, *sizes), out, style, images=ranges, opset=opset)
     facts: dict[str, Any] = {"file": str(out), "file_bytes": out.stat().st_size, "style": style, "opset": opset}
     compared = None
-    if images is not None:
-        compared = dsconv.compare(qmodel, OnnxNetwork(out), images, batch_size=batch_size, per_layer=False)
+    if data is not None:
+        options: dict[str, Any] = {"preprocess": preprocess, "limit": limit, "batch_size": batch_size}
+        compared = dsconv.compare(qmodel, OnnxNetwork(out), data, **options, per_layer=False)
     if as_json:
         print_json(facts | ({} if compared is None else {"data": str(data), "comparison": compared.to_dict()}))
         return
     if compared is not None:
         print_table(compared)
+        print("reference: the network in dsconv; quantized: the file in ONNX Runtime.")
     print(f"Wrote {out}: {facts['file_bytes']:,} bytes, style {style}, opset {opset}.")

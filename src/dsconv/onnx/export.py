@@ -205,7 +205,8 @@ def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
     graph, kind = program.model.graph, type(qmodel).__name__
     if len(graph.outputs) != 1:
         raise ModelError(f"model {kind}: expected one output, it has {len(graph.outputs)}")
-    if any(isinstance(value.shape[0], int) for value in (*graph.inputs, *graph.outputs)):
+    shapes = [value.shape for value in (*graph.inputs, *graph.outputs)]
+    if any(shape is None or isinstance(shape[0], int) for shape in shapes):
         raise ModelError(
             f"model {kind}: the batch size became a constant: its code turns it into a number, as len(x) does: use "
             "x.shape[0] or flatten(1)"
