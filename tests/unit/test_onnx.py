@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -284,7 +285,8 @@ def test_ranges_of_images_are_closer_than_those_of_noise(
         ({"images": torch.zeros(2, 1, 8, 8)}, "style 'int8' alone"),
         ({"style": "int8", "images": torch.zeros(2, 3, 8, 8)}, "images: expected at least one of the shape"),
         ({"style": "int8", "images": torch.zeros(0, 1, 8, 8)}, "images: expected at least one of the shape"),
-        ({"example_input": torch.zeros(8)}, "example_input"),
+        ({"example_input": torch.zeros(8)}, r"example_input: expected a tensor .* got \(8,\)"),
+        ({"example_input": [1, 1, 8, 8]}, "example_input: expected a tensor .* got list"),
     ],
 )
 def test_arguments_out_of_range(changes: dict[str, Any], expected: str, qnet: tnn.Module, tmp_path: Path) -> None:
@@ -343,7 +345,7 @@ def test_models_that_cannot_be_exported(make: Any, x: Tensor, style: Any, expect
 
 
 def test_a_missing_package_names_the_extra(qnet: tnn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(MissingExtraError, match=r"onnxscript is not installed: pip install 'dsconv\[onnx\]'"):
         dsconv.export_onnx(qnet, torch.zeros(1, 1, 8, 8), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from dsconv.compilation.compiled import CompiledModel
 from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.convert import swapped
-from dsconv.errors import ConfigError, ModelError, import_extra
+from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
 from dsconv.files import replacing
 from dsconv.nn import DSLayer
 from dsconv.onnx import int8
@@ -106,9 +106,14 @@ def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, opse
         raise ConfigError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
     for module in ("onnx", "onnxscript", *["onnxruntime"] * (style == "int8")):
         import_extra("onnx", module)
+    if not hasattr(torch.onnx, "ops"):
+        raise MissingExtraError("onnx", "PyTorch 2.8 or newer")
     oldest, newest = _OLDEST[style], import_extra("onnx", "onnx").defs.onnx_opset_version()
     if not oldest <= opset <= newest:
         raise ConfigError(f"opset: expected {oldest} to {newest} for style {style!r}, got {opset}")
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ConfigError(f"example_input: expected a tensor (N, ...) of at least 2 dimensions, got {got}")
     kind = type(qmodel).__name__
     if not isinstance(qmodel, nn.Module) or isinstance(qmodel, torch._dynamo.OptimizedModule):
         raise ModelError(f"qmodel: expected a quantized torch.nn.Module, not one of torch.compile, got {kind}")
@@ -120,8 +125,6 @@ def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, opse
     if half or x.dtype != torch.float32:
         what = f"parameter {half[0]!r}" if half else "the example_input"
         raise ModelError(f"model {kind}: {what} is not float32: call float() on model and input before the export")
-    if x.dim() < 2:
-        raise ConfigError(f"example_input: expected (N, ...) of at least 2 dimensions, got {tuple(x.shape)}")
     if images is not None and style != "int8":
         raise ConfigError(f"images: ranges of activations are taken from them for style 'int8' alone, got {style!r}")
     if images is not None and (not len(images) or images.shape[1:] != x.shape[1:] or images.dtype != x.dtype):
