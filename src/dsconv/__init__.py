@@ -20,6 +20,7 @@ from dsconv.cpu import cpu_info
 from dsconv.evaluation import compare, evaluate
 from dsconv.io import load, save
 from dsconv.mixed import search, sensitivity
+from dsconv.onnx import export_onnx
 from dsconv.report import write_report
 from dsconv.tradeoffs import tradeoff
 
@@ -36,6 +37,7 @@ __all__ = [
     "cpu_info",
     "demo",
     "evaluate",
+    "export_onnx",
     "fold_batchnorm",
     "load",
     "nn",

@@ -29,6 +29,7 @@ COMMANDS = (
     "bench",
     "profile",
     "report",
+    "export",
     "inspect",
     "sensitivity",
     "search",

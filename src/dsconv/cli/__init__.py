@@ -13,6 +13,7 @@ from dsconv.cli.calibrate import calibrate
 from dsconv.cli.compare import compare
 from dsconv.cli.demo import demo
 from dsconv.cli.evaluate import evaluate
+from dsconv.cli.export import export
 from dsconv.cli.inspect import inspect
 from dsconv.cli.profile import profile
 from dsconv.cli.quantize import quantize
@@ -49,6 +50,9 @@ dsconv bench resnet50.safetensors --batch-size 1,8 --threads 1,2 --out bench.jso
 
 dsconv bench torchvision/resnet18 torchvision/vgg16 --weights random --preset w4a4 --against onnxruntime,openvino""",
     profile: "dsconv profile resnet50.safetensors --batch-size 8 --threads 2",
+    export: """dsconv export resnet50.safetensors --out resnet50.onnx
+
+dsconv export resnet50.safetensors --style int8 --data photos --out resnet50.int8.onnx""",
     inspect: "dsconv inspect resnet50.safetensors",
     report: """dsconv report resnet50.safetensors --out resnet50.html
 

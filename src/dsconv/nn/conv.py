@@ -71,14 +71,17 @@ class _DSConvNd(DSLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output ``(N, O, *S_out)``, or ``(O, *S_out)`` for ``x (C, *S)``, in the dtype of ``x``."""
-        batched = self._padded(_batched(self, x))
+        batched = self.padded(x)
         weights = self._weights_for_kernels(batched)
         y = self._simulated(batched) if weights is None else self._in_integers(batched, weights)
         return y if x.dim() == batched.dim() else y.squeeze(0)
 
-    def _padded(self, x: Tensor) -> Tensor:
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, self._border, mode=mode) if self._in_front else x
+    def padded(self, x: Tensor) -> Tensor:
+        """``x (N, C, *S)``, with a batch of one where there is none, and all padding but ``zero_padding``."""
+        x = _batched(self, x)
+        if not self._in_front:
+            return x
+        return F.pad(x, self._border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def windows(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """What each output reads of ``x (N, C, *S)``: ``(N, C, *S_out, *K)``, a view of a padded copy.
@@ -87,7 +90,7 @@ class _DSConvNd(DSLayer):
             x: input.
             size: ``S_out``, which the input of a transposed convolution leaves open.
         """
-        return windows(self._padded(x), self.kernel_size, self.stride, self.zero_padding, self.dilation)
+        return windows(self.padded(x), self.kernel_size, self.stride, self.zero_padding, self.dilation)
 
     def _simulated(self, x: Tensor) -> Tensor:
         return ops.conv(
@@ -180,10 +183,7 @@ class _DSConvTransposeNd(_DSConvNd):
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Output ``(N, O, *S_out)``; ``output_size`` settles the size where the stride leaves it open."""
-        batched = _batched(self, x)
-        output_padding = self.output_padding
-        if output_size is not None:
-            output_padding = self._output_padding_for(batched, tuple(output_size)[-self.dims :])
+        batched = self.padded(x)
         y = ops.conv_transpose(
             batched,
             super().dequantized_weight(),
@@ -191,13 +191,21 @@ class _DSConvTransposeNd(_DSConvNd):
             self.config,
             stride=self.stride,
             padding=self.zero_padding,
-            output_padding=output_padding,
+            output_padding=self.output_padding_for(batched, output_size),
             dilation=self.dilation,
             groups=self.groups,
         )
         return y if x.dim() == batched.dim() else y.squeeze(0)
 
-    def _output_padding_for(self, x: Tensor, output_size: tuple[int, ...]) -> tuple[int, ...]:
+    def output_padding_for(self, x: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
+        """What lies beyond the smallest output of ``x`` for one of ``output_size``, by default ``output_padding``.
+
+        Raises:
+            ValueError: the stride does not lead to that size.
+        """
+        if output_size is None:
+            return self.output_padding
+        output_size = tuple(output_size)[-self.dims :]
         smallest = [
             (n - 1) * s - 2 * p + d * (k - 1) + 1
             for n, s, p, d, k in zip(

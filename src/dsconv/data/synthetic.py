@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsconv.data import Preprocess
-from dsconv.data.preprocess import PHOTOGRAPH_DEVIATION, PHOTOGRAPH_MEAN
+from dsconv.data.preprocess import PHOTOGRAPH_DEVIATION, PHOTOGRAPH_MEAN, Preprocess
 from dsconv.errors import ConfigError
 
 
