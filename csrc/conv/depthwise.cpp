@@ -65,12 +65,14 @@ void convolve_depthwise(const Geometry& g, const Layer& l, const Kernels& kernel
       float* const line = o.values ? o.values + image * out.image + y * out.y : finished;
       const std::int64_t pixel = o.values ? out.x : g.channels;
       for (std::int64_t x = 0; x < g.out_width; ++x) {
-        for (std::int64_t k = 0; k < taps; ++k) {
-          const std::int64_t in_y = y * g.stride_h - g.pad_h + k / g.kernel_w * g.dilation_h;
-          const std::int64_t in_x = x * g.stride_w - g.pad_w + k % g.kernel_w * g.dilation_w;
-          const bool inside = in_y >= 0 && in_y < g.height && in_x >= 0 && in_x < g.width;
-          tap[k] = inside ? input + in_y * in.y + in_x * in.x : zero;
-          if (few) tap[k] = std::copy_n(tap[k], g.channels, end + k * kMaxLanes) - g.channels;
+        for (std::int64_t ky = 0, k = 0; ky < g.kernel_h; ++ky) {
+          const std::int64_t in_y = y * g.stride_h - g.pad_h + ky * g.dilation_h;
+          std::int64_t in_x = x * g.stride_w - g.pad_w;
+          for (std::int64_t kx = 0; kx < g.kernel_w; ++kx, ++k, in_x += g.dilation_w) {
+            const bool inside = in_y >= 0 && in_y < g.height && in_x >= 0 && in_x < g.width;
+            tap[k] = inside ? input + in_y * in.y + in_x * in.x : zero;
+            if (few) tap[k] = std::copy_n(tap[k], g.channels, end + k * kMaxLanes) - g.channels;
+          }
         }
         const std::int64_t whole = few ? g.channels : g.channels / kMaxLanes * kMaxLanes;
         run(0, 0, whole, line + x * pixel, residual(0, x));
