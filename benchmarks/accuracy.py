@@ -46,8 +46,10 @@ PREPARED: dict[str, dict[str, Any]] = {
 SIDES = {"imagenet": 224, "tinyimagenet": 64, "cifar10": 32}
 BATCH = 50
 # Bits a weight that the searched rows may come to, and on how many images, or of noise, layers are ranked.
-BUDGET, SMALL_BUDGET, SEEN = 4.7, 3.7, 32
+BUDGET, SMALL_BUDGET, SMALLEST_BUDGET, SEEN = 4.7, 3.7, 2.7, 32
 CALIBRATED = 128
+# Recipe of the distilled rows.
+RECIPE = dsconv.Recipe()
 HEAD = """\
 # Results
 
@@ -70,11 +72,15 @@ Machine: {machine}.
 - `w4a4` and `default` use the `balanced` rule with a shift and float16 KDS, the `adaptive` convention, 8 bits in the
   first convolution, and quantize linear layers too.
 - `searched` rows are what `dsconv.search` made of these presets with a budget of {budget} bits a weight, of `w3a4` with
-  {small_budget}: bits by layer, 8-bit activations in `w4a4` and `w3a4` only where the weights have 8 bits too. It ranks
-  layers on {seen} images of noise, or on as many unlabelled photographs, none of which is evaluated.
-- `w3a4` is `w4a4` with 3-bit weights.
+  {small_budget}, of `w2a4` with {smallest_budget}: bits by layer, 8-bit activations only where the weights have 8 bits
+  too, but for `default`. It ranks layers on {seen} images of noise, or on as many unlabelled photographs, none of which
+  is evaluated.
+- `w3a4` and `w2a4` are `w4a4` with weights of 3 and 2 bits.
 - `calibrated` rows went through `dsconv.calibrate` then, with {calibrated} unlabelled photographs, none of which is
   evaluated (see [Calibrating](calibrate.md)).
+- `distilled` rows went through `dsconv.adapt` after that, with all unlabelled photographs and the recipe `default` (see
+  [Distilling](adapt.md)). Those of CIFAR and Tiny-ImageNet are of the sets that the
+  networks were trained on.
 """
 
 
@@ -82,7 +88,8 @@ Machine: {machine}.
 class Setting:
     """A row of the tables: its name, what is quantized, in which table it stands, and what is done with which images.
 
-    Bits are ``searched`` with noise or images within a ``budget``, and the network may be ``calibrated`` at last.
+    Bits are ``searched`` with noise or images within a ``budget``, the network may be ``calibrated``, and then
+    ``distilled``.
     """
 
     name: str
@@ -91,12 +98,14 @@ class Setting:
     searched: Literal["", "noise", "images"] = ""
     budget: float = BUDGET
     calibrated: bool = False
+    distilled: bool = False
 
 
 def settings() -> list[Setting]:
     """All rows, each once."""
     preset = QuantConfig.preset
-    w4a4, w3a4 = (preset("w4a4", activation_sign="extra", weight_bits=bits) for bits in (4, 3))
+    w4a4, w3a4, w2a4 = (preset("w4a4", activation_sign="extra", weight_bits=bits) for bits in (4, 3, 2))
+    done = "searched with images, calibrated, distilled"
     rows = [
         Setting(f"paper W4A4 {sign}", preset("paper", block_size=block, activation_sign=sign), "presets")
         for block in (16, 32, 64, 128)
@@ -110,8 +119,12 @@ def settings() -> list[Setting]:
         Setting("w4a4 extra, searched", w4a4, "presets", "noise"),
         Setting("w4a4 extra, searched with images", w4a4, "presets", "images"),
         Setting("w4a4 extra, searched with images, calibrated", w4a4, "presets", "images", calibrated=True),
+        Setting(f"w4a4 extra, {done}", w4a4, "presets", "images", BUDGET, True, True),
         Setting("w3a4 extra, searched with images", w3a4, "presets", "images", SMALL_BUDGET),
         Setting("w3a4 extra, searched with images, calibrated", w3a4, "presets", "images", SMALL_BUDGET, True),
+        Setting(f"w3a4 extra, {done}", w3a4, "presets", "images", SMALL_BUDGET, True, True),
+        Setting("w2a4 extra, searched with images, calibrated", w2a4, "presets", "images", SMALLEST_BUDGET, True),
+        Setting(f"w2a4 extra, {done}", w2a4, "presets", "images", SMALLEST_BUDGET, True, True),
         Setting("default (W4A8)", preset("default"), "presets"),
         Setting("default (W4A8), searched", preset("default"), "presets", "noise"),
         Setting("default (W4A8), calibrated", preset("default"), "presets", calibrated=True),
@@ -167,6 +180,8 @@ def measure(nets: Any, name: str, limit: int | None, known: list[dict[str, Any]]
             identity["search"] = [row.searched, row.budget, SEEN]
         if row.calibrated:
             identity["calibrated"] = CALIBRATED
+        if row.distilled:
+            identity["distilled"] = RECIPE.model_dump(mode="json")
         again = [old for old in known if all(old.get(key) == value for key, value in identity.items())]
         if again:
             yield again[0]
@@ -176,6 +191,8 @@ def measure(nets: Any, name: str, limit: int | None, known: list[dict[str, Any]]
         qmodel = dsconv.quantize(network, config)
         if row.calibrated:
             qmodel = dsconv.calibrate(qmodel, network, unlabelled(nets, name, CALIBRATED))
+        if row.distilled:
+            qmodel = dsconv.adapt(qmodel, network, unlabelled(nets, name), recipe=RECIPE)
         seconds = time.perf_counter() - start
         # As all figures of the page are made, also those of other machines.
         with dsconv.ops.simulated():
@@ -203,9 +220,10 @@ def searched(nets: Any, name: str, network: nn.Module, row: Setting) -> QuantCon
     return dsconv.search(network, row.config, budget=row.budget, limit=SEEN, **given).config
 
 
-def unlabelled(nets: Any, name: str, count: int) -> Tensor:
-    """As many images, evenly spaced, of those that are not evaluated."""
+def unlabelled(nets: Any, name: str, count: int | None = None) -> Tensor:
+    """As many images, evenly spaced, of those that are not evaluated; None is all."""
     pictures, _ = nets.images(nets.NETS[name][1], labelled=False)
+    count = count or len(pictures)
     prepared: Tensor = nets.preprocess(name, pictures[:: len(pictures) // count][:count])
     return prepared
 
@@ -213,6 +231,7 @@ def unlabelled(nets: Any, name: str, count: int) -> Tensor:
 def markdown(results: dict[str, Any]) -> str:
     """The page: a table of presets and one of weight rules for each network."""
     figures = {"budget": BUDGET, "small_budget": SMALL_BUDGET, "seen": SEEN, "calibrated": CALIBRATED}
+    figures["smallest_budget"] = SMALLEST_BUDGET
     lines = [HEAD.format(machine=results["machine"], **figures)]
     heads = {
         "presets": "| setting | B | bits | MB | top-1 | agreement | KL | SQNR dB |",
