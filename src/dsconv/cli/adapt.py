@@ -77,10 +77,11 @@ def adapt(
     settings = dsconv.Recipe.preset(recipe, **changed)
     check_out(out, force)
     state = state_beside(out, resume, "training")
-    say(f"loading {file}")
+    tell = say if is_first() else lambda _: None
+    tell(f"loading {file}")
     student = load_file(file, model)
     name = reference or model or original_of(student, str(file))
-    say(f"building {name} with weights {weights}")
+    tell(f"building {name} with weights {weights}")
     teacher = zoo.build(name, weights=weights)
     preprocess = preprocess_of(teacher, name, given)
     try:

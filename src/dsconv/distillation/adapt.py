@@ -207,7 +207,7 @@ class _Training:
         def look(step: int) -> None:
             since = step - self.looks[-1].step if self.looks else 0
             loss, kl, features = (value / since if since else None for value in sums.tolist())
-            seconds, lr = before + time.perf_counter() - start, recipe.lr * self._decay(step)
+            seconds, lr = before + time.perf_counter() - start, recipe.lr * self._decay(max(0, step - 1))
             self.looks.append(Look(step, seconds, lr, loss, kl, features, self._held_back_kl(held)))
             sums.zero_()
             if self._best_step() == step:

@@ -1,6 +1,7 @@
 """The processes that train one network together, as ``torchrun`` starts them; mostly there is but one."""
 
 import os
+import warnings
 from typing import Self
 
 import torch
@@ -39,7 +40,12 @@ class Processes:
 
     def parallel(self, module: nn.Module) -> nn.Module:
         """``module``, whose gradients are the mean over all processes."""
-        return module if self.count == 1 else DistributedDataParallel(module, broadcast_buffers=False)
+        if self.count == 1:
+            return module
+        with warnings.catch_warnings():
+            # The new name of the argument is not known to PyTorch 2.6.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            return DistributedDataParallel(module, broadcast_buffers=False)
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean of what all processes have, on the CPU."""
