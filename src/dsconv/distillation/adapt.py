@@ -23,7 +23,7 @@ from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.fold import add_bias
 from dsconv.data import Images, Preprocess
-from dsconv.distillation.images import drawn, split, varied
+from dsconv.distillation.images import drawn, split
 from dsconv.distillation.processes import Processes
 from dsconv.distillation.recipe import Recipe, as_recipe
 from dsconv.distillation.report import Adaptation, Look, write_csv
@@ -260,8 +260,6 @@ class _Training:
         part = slice(self.processes.rank * share, (self.processes.rank + 1) * share)
         which = self.ours[drawn(step, recipe.batch_size, len(self.ours), self.seed)[part]]
         x = self.x[which].to(self.device)
-        if recipe.augment:
-            x = varied(x, step, self.seed, part, recipe.batch_size)
         with self.autocast:
             with torch.no_grad(), noting_outputs(self.pairs if recipe.features else ()) as outputs:
                 wanted = logits_of("teacher", self.teacher, x)

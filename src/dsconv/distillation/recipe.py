@@ -31,7 +31,6 @@ class Recipe(Strict):
         temperature: T of ``T^2 KL(softmax(f / T) || softmax(q / T))`` between the logits f of teacher and q of student.
         features: what the squared errors of the layers' outputs weigh beside that, as a part of the variance of the
             teacher's, on average over the layers.
-        augment: whether images are cut, resized back and mirrored at random.
 
     Raises:
         ConfigError: a value is out of range or a name is unknown.
@@ -51,7 +50,6 @@ class Recipe(Strict):
     patience: Count = 8
     temperature: Positive = 2.0
     features: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    augment: bool = True
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -77,7 +75,6 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "images": 960,
         "temperature": 1.0,
         "features": 0.0,
-        "augment": False,
     },
 }
 RECIPES = tuple(_RECIPES)
