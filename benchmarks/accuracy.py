@@ -1,6 +1,6 @@
 """Accuracy of real pretrained networks, float against quantized without labels; writes docs/results.md.
 
-    python benchmarks/accuracy.py                            # everything, about an hour on 2 cores
+    python benchmarks/accuracy.py                            # everything, about four hours on 2 cores
     python benchmarks/accuracy.py --networks cifar_resnet20 --images 100 --out part.md --json part.json
 
 Figures are kept in the JSON file as they are made; a row that stands there already, for the same configuration and

@@ -40,13 +40,13 @@ class Recipe(Strict):
     """
 
     weights: Literal["learned", "recomputed"] = "learned"
-    lr: Positive = 0.003
+    lr: Positive = 0.005
     schedule: Literal["cosine", "constant"] = "cosine"
-    steps: Count = 600
+    steps: Count = 300
     batch_size: Count = 32
     images: Count | None = None
     held_back: Annotated[float, Field(gt=0, lt=1)] = 0.125
-    every: Count = 30
+    every: Count = 25
     patience: Count = 8
     temperature: Positive = 2.0
     features: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
