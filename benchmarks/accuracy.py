@@ -1,6 +1,6 @@
 """Accuracy of real pretrained networks, float against quantized without labels; writes docs/results.md.
 
-    python benchmarks/accuracy.py                            # everything, about an hour on 2 cores
+    python benchmarks/accuracy.py                            # everything, about four hours on 2 cores
     python benchmarks/accuracy.py --networks cifar_resnet20 --images 100 --out part.md --json part.json
 
 Figures are kept in the JSON file as they are made; a row that stands there already, for the same configuration and
@@ -47,8 +47,10 @@ PREPARED: dict[str, dict[str, Any]] = {
 SIDES = {"imagenet": 224, "tinyimagenet": 64, "cifar10": 32}
 BATCH = 50
 # Bits a weight that the searched rows may come to, and on how many images, or of noise, layers are ranked.
-BUDGET, SMALL_BUDGET, SEEN = 4.7, 3.7, 32
+BUDGET, SMALL_BUDGET, SMALLEST_BUDGET, SEEN = 4.7, 3.7, 2.7, 32
 CALIBRATED = 128
+# Recipe of the distilled rows.
+RECIPE = dsconv.Recipe()
 HEAD = """\
 # Results
 
@@ -71,11 +73,15 @@ Machine: {machine}.
 - `w4a4` and `default` use the `balanced` rule with a shift and float16 KDS, the `adaptive` convention, 8 bits in the
   first convolution, and quantize linear layers too.
 - `searched` rows are what `dsconv.search` made of these presets with a budget of {budget} bits a weight, of `w3a4` with
-  {small_budget}: bits by layer, 8-bit activations in `w4a4` and `w3a4` only where the weights have 8 bits too. It ranks
-  layers on {seen} images of noise, or on as many unlabelled photographs, none of which is evaluated.
-- `w3a4` is `w4a4` with 3-bit weights.
+  {small_budget}, of `w2a4` with {smallest_budget}: bits by layer, 8-bit activations only where the weights have 8 bits
+  too, but for `default`. It ranks layers on {seen} images of noise, or on as many unlabelled photographs, none of which
+  is evaluated.
+- `w3a4` and `w2a4` are `w4a4` with weights of 3 and 2 bits.
 - `calibrated` rows went through `dsconv.calibrate` then, with {calibrated} unlabelled photographs, none of which is
   evaluated (see [Calibrating](calibrate.md)).
+- `distilled` rows went through `dsconv.adapt` after that, with all unlabelled photographs and the recipe `default` (see
+  [Distilling](adapt.md)). Those of CIFAR and Tiny-ImageNet are of the sets that the
+  networks were trained on.
 - Other formats quantize all layers, weights and activations alike. *Round to nearest*: weights with one scale an
   output, activations with a scale and a zero point an image. MX formats and NVFP4: in blocks along the channels. These
   are simulated in float32; *ONNX Runtime int8* is what that runtime makes and executes, with ranges of activations from
@@ -88,8 +94,8 @@ Machine: {machine}.
 class Setting:
     """A row of the tables: its name, what is quantized, in which table it stands, and what is done with which images.
 
-    Bits are ``searched`` with noise or images within a ``budget``, and the network may be ``calibrated`` at last. A
-    ``baseline`` is quantized its own way.
+    Bits are ``searched`` with noise or images within a ``budget``, the network may be ``calibrated``, and then
+    ``distilled``. A ``baseline`` is quantized its own way.
     """
 
     name: str
@@ -98,6 +104,7 @@ class Setting:
     searched: Literal["", "noise", "images"] = ""
     budget: float = BUDGET
     calibrated: bool = False
+    distilled: bool = False
     baseline: Baseline | None = None
 
     @property
@@ -110,13 +117,16 @@ class Setting:
             found["search"] = [self.searched, self.budget, SEEN]
         if self.calibrated:
             found["calibrated"] = CALIBRATED
+        if self.distilled:
+            found["distilled"] = RECIPE.model_dump(mode="json")
         return found
 
 
 def settings() -> list[Setting]:
     """All rows, each once."""
     preset = QuantConfig.preset
-    w4a4, w3a4 = (preset("w4a4", activation_sign="extra", weight_bits=bits) for bits in (4, 3))
+    w4a4, w3a4, w2a4 = (preset("w4a4", activation_sign="extra", weight_bits=bits) for bits in (4, 3, 2))
+    done = "searched with images, calibrated, distilled"
     rows = [
         Setting(f"paper W4A4 {sign}", preset("paper", block_size=block, activation_sign=sign), "presets")
         for block in (16, 32, 64, 128)
@@ -130,8 +140,12 @@ def settings() -> list[Setting]:
         Setting("w4a4 extra, searched", w4a4, "presets", "noise"),
         Setting("w4a4 extra, searched with images", w4a4, "presets", "images"),
         Setting("w4a4 extra, searched with images, calibrated", w4a4, "presets", "images", calibrated=True),
+        Setting(f"w4a4 extra, {done}", w4a4, "presets", "images", BUDGET, True, True),
         Setting("w3a4 extra, searched with images", w3a4, "presets", "images", SMALL_BUDGET),
         Setting("w3a4 extra, searched with images, calibrated", w3a4, "presets", "images", SMALL_BUDGET, True),
+        Setting(f"w3a4 extra, {done}", w3a4, "presets", "images", SMALL_BUDGET, True, True),
+        Setting("w2a4 extra, searched with images, calibrated", w2a4, "presets", "images", SMALLEST_BUDGET, True),
+        Setting(f"w2a4 extra, {done}", w2a4, "presets", "images", SMALLEST_BUDGET, True, True),
         Setting("default (W4A8)", preset("default"), "presets"),
         Setting("default (W4A8), searched", preset("default"), "presets", "noise"),
         Setting("default (W4A8), calibrated", preset("default"), "presets", calibrated=True),
@@ -228,7 +242,7 @@ class Work:
     def quantized(self, row: Setting) -> tuple[nn.Module, float]:
         """The network that a row is about."""
         key = json.dumps({**row.identity, "distilled": None})
-        if row.calibrated and key in self.calibrated:
+        if key in self.calibrated:
             qmodel, seconds = self.calibrated[key]
         else:
             config, seconds = self.searched(row) if row.searched else (row.config, 0.0)
@@ -238,6 +252,10 @@ class Work:
                 qmodel = dsconv.calibrate(qmodel, self.network, self.unlabelled(CALIBRATED))
             seconds += time.perf_counter() - start
             self.calibrated[key] = qmodel, seconds
+        if row.distilled:
+            start = time.perf_counter()
+            qmodel = dsconv.adapt(qmodel, self.network, self.unlabelled(), recipe=RECIPE)
+            seconds += time.perf_counter() - start
         return qmodel, seconds
 
     def searched(self, row: Setting) -> tuple[QuantConfig, float]:
@@ -253,9 +271,10 @@ class Work:
             self.configs[key] = config, time.perf_counter() - start
         return self.configs[key]
 
-    def unlabelled(self, count: int) -> Tensor:
-        """As many images, evenly spaced, of those that are not evaluated."""
+    def unlabelled(self, count: int | None = None) -> Tensor:
+        """As many images, evenly spaced, of those that are not evaluated; None is all."""
         pictures, _ = self.nets.images(self.nets.NETS[self.name][1], labelled=False)
+        count = count or len(pictures)
         prepared: Tensor = self.nets.preprocess(self.name, pictures[:: len(pictures) // count][:count])
         return prepared
 
@@ -263,6 +282,7 @@ class Work:
 def markdown(results: dict[str, Any]) -> str:
     """The page: for each network a table of presets, one of other formats, and one of weight rules."""
     figures = {"budget": BUDGET, "small_budget": SMALL_BUDGET, "seen": SEEN, "calibrated": CALIBRATED}
+    figures["smallest_budget"] = SMALLEST_BUDGET
     lines = [HEAD.format(machine=results["machine"], **figures)]
     tables = {
         "presets": ("setting", []),

@@ -17,6 +17,7 @@ from dsconv.compilation import compile, profile
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion import fold_batchnorm, quantize, summary
 from dsconv.cpu import cpu_info
+from dsconv.distillation import Recipe, adapt
 from dsconv.evaluation import compare, evaluate
 from dsconv.io import load, save
 from dsconv.mixed import search, sensitivity
@@ -29,7 +30,9 @@ __version__ = metadata.version("dsconv")
 __all__ = [
     "LayerConfig",
     "QuantConfig",
+    "Recipe",
     "__version__",
+    "adapt",
     "bench",
     "calibrate",
     "compare",

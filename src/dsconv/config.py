@@ -19,14 +19,16 @@ FLOAT = "float"
 """Setting of a layer that stays as it is."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Settings that cannot be changed, of known names only; what is wrong with them is a ConfigError."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def __init__(self, **data: Any):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise ConfigError(_one_paragraph(type(self).__name__, error)) from None
+            raise ConfigError(_one_paragraph(type(self), error)) from None
 
     def __repr_args__(self) -> Any:
         return [
@@ -36,7 +38,7 @@ class _Strict(BaseModel):
         ]
 
 
-class LayerConfig(_Strict):
+class LayerConfig(Strict):
     """Settings of one layer.
 
     Attributes:
@@ -268,13 +270,13 @@ def as_config(config: "QuantConfig | Mapping[str, Any] | str | None") -> QuantCo
     )
 
 
-def _one_paragraph(name: str, error: ValidationError) -> str:
+def _one_paragraph(settings: type[BaseModel], error: ValidationError) -> str:
     """Pydantic's findings as ``field: what is wrong, got value`` in a row."""
     found = []
     for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"]) or name
+        where = ".".join(str(part) for part in item["loc"]) or settings.__name__
         if item["type"] == "extra_forbidden":
-            known = ", ".join(QuantConfig.model_fields if name == "QuantConfig" else LayerConfig.model_fields)
+            known = ", ".join(settings.model_fields)
             found.append(f"{where}: unknown setting; known are {known}")
         else:
             got = "" if item["type"] == "value_error" else f", got {item['input']!r}"

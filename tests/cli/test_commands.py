@@ -34,6 +34,7 @@ COMMANDS = (
     "sensitivity",
     "search",
     "calibrate",
+    "adapt",
     "demo",
 )
 
@@ -300,7 +301,7 @@ def test_calibrate_a_model_and_a_file(
 
     assert strict_json(cli("inspect", file, "--json").stdout)["calibrated_on"] == 32
     assert "calibrated on: 32 images" in cli("inspect", file).stdout
-    assert "calibrated on: no images" in cli("inspect", quantized_file).stdout
+    assert "calibrated on: no images; distilled on: no images" in cli("inspect", quantized_file).stdout
     figures = strict_json(cli("evaluate", file, "--data", digits, "--json").stdout)
     assert figures["quantization"]["calibrated_on"] == 32
 
@@ -355,6 +356,28 @@ def test_ctrl_c_in_a_calibration_which_is_then_resumed(cli: Callable[..., Any], 
     tensors, expected = load_file(out), load_file(tmp_path / "whole")
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in tensors.items())
+
+
+def test_adapt_a_file(cli: Callable[..., Any], tmp_path: Path, digits: Path, quantized_file: Path) -> None:
+    out, log = tmp_path / "better.safetensors", tmp_path / "log.csv"
+    short = "--data", digits, "--steps", "3", "--batch-size", "8", "--lr", "0.001"
+    done = cli("adapt", quantized_file, *short, "--limit", "40", "--out", out, "--log", log, "--json")
+    assert done.code == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == [out.name, log.name]
+    made = strict_json(done.stdout)
+    assert (made["images"], made["held_back"], made["recipe"]["lr"]) == (35, 5, 0.001)
+    assert made["effective_bits"] > 4 and made["file_bytes"] == out.stat().st_size
+    assert [look["step"] for look in made["looks"]] == [0, 3] and len(log.read_text().splitlines()) == 3
+    student, teacher = dsconv.load(quantized_file), zoo.build(NET)
+    folder = dsconv.data.ImageFolder(digits, zoo.preprocess_of(teacher))
+    recipe = {"steps": 3, "batch_size": 8, "lr": 0.001}
+    expected = dsconv.adapt(student, teacher, folder, limit=40, recipe=recipe).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in dsconv.load(out).state_dict().items())
+    assert "distilled on: 40 images" in cli("inspect", out).stdout
+    figures = strict_json(cli("evaluate", out, "--data", digits, "--json").stdout)
+    assert figures["quantization"]["adapted_on"] == 40
+    done = cli("adapt", quantized_file, *short, "--recipe", "paper", "--seed", "2", "--out", out, "--force")
+    assert done.code == 0 and "images, seed 2" in done.stdout and f"Wrote {out}: " in done.stdout
 
 
 def test_bench_a_model_and_its_file_side_by_side(

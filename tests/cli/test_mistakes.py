@@ -338,3 +338,30 @@ def test_mistakes_with_calibrate(
     assert done.code == 1 and not done.stdout
     check_paragraph(done.stderr, *expected)
     assert os.listdir(tmp_path) == ["there"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("{file} --data {tmp}/none", ["none", "does not exist"]),
+        ("{file} --data {digits} --limit 3", ["at least 4", "got 3"]),
+        ("{file} --data {digits} --resume", ["there is no training to resume", "leave out --resume"]),
+        ("{file} --data {digits} --out {tmp}/there", ["there", "--force"]),
+        ("{file} --data {digits} --recipe best", ["recipe: expected one of default, paper"]),
+        ("{file} --data {digits} --lr -1", ["lr: "]),
+        ("{file} --data {digits} --log {tmp}/no/a.csv", ["no", "does not exist"]),
+        ("{file} --data {digits} --device tpu9", ["tpu9"]),
+        ("{file} --data {digits} --reference {factory}:net --channels gray", ["teacher: expected", "'conv1'"]),
+        ("{tmp}/there --data {digits}", ["there", "safetensors"]),
+    ],
+)
+def test_mistakes_with_adapt(
+    options: str, expected: list[str], cli: Cli, tmp_path: Path, digits: Path, factory: Path, quantized_file: Path
+) -> None:
+    (tmp_path / "there").touch()
+    places = {"tmp": tmp_path, "file": quantized_file, "digits": digits, "factory": factory}
+    out = [] if "--out" in options else ["--out", tmp_path / "a"]
+    done = cli("adapt", *options.format(**places).split(), *out)
+    assert done.code == 1 and not done.stdout
+    check_paragraph(done.stderr, *expected)
+    assert os.listdir(tmp_path) == ["there"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsconv.calibration.collect import Moments, as_rows, blocks_of, from_rows
 from dsconv.calibration.images import check_images, read_images
-from dsconv.calibration.layers import Pair, pairs_of, trace
+from dsconv.calibration.layers import NAMES, Pair, pairs_of, trace
 from dsconv.calibration.passes import Passes
 from dsconv.calibration.report import CalibratedLayer, Calibration
 from dsconv.calibration.rounding import regression_target, regularized, round_to
@@ -98,7 +98,7 @@ def calibrate(
     for name, value, least in (("positions", positions, 1), ("seed", seed, 0), ("memory_bytes", memory_bytes, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: expected a whole number from {least}, got {value!r}")
-    _check_models(qmodel, reference)
+    check_models(qmodel, reference)
     saved = State(None if state is None else Path(state), resume)
     x = read_images(images, preprocess, limit, qmodel, reference)
     with torch.inference_mode(False):
@@ -139,14 +139,17 @@ def calibrate(
     return result
 
 
-def _check_models(qmodel: nn.Module, reference: nn.Module) -> None:
-    for name, model in (("qmodel", qmodel), ("reference", reference)):
+def check_models(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = NAMES) -> None:
+    """Raise ModelError unless one is a quantized network that can be changed, and the other a network."""
+    for name, model in zip(names, (qmodel, reference), strict=True):
         if not isinstance(model, nn.Module):
             raise ModelError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(qmodel, CompiledModel):
-        raise ModelError("qmodel: it is compiled: calibrate its .model, and compile the result")
+        raise ModelError(f"{names[0]}: it is compiled: pass its .model, and compile the result")
     if not any(isinstance(module, DSLayer) for module in qmodel.modules()):
-        raise ModelError(f"qmodel: {type(qmodel).__name__} holds no quantized layer: convert it with dsconv.quantize")
+        raise ModelError(
+            f"{names[0]}: {type(qmodel).__name__} holds no quantized layer: convert it with dsconv.quantize"
+        )
 
 
 def _round(pair: Pair, moments: Moments, images: int) -> CalibratedLayer:

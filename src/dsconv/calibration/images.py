@@ -13,13 +13,20 @@ from dsconv.errors import DataError
 from dsconv.evaluation import preprocess_for
 from dsconv.zoo import preprocess_of
 
-FEWEST, ENOUGH = 4, 16
+FEWEST, ENOUGH, GOOD = 4, 16, 128
 # How many times as wide or narrow, or how many deviations off, images may be without a warning.
 _ODD = 3.0
 
 
-def read_images(images: Images, preprocess: Preprocess | None, limit: int | None, *models: nn.Module) -> Tensor:
-    """All images as one float32 tensor ``(N, C, H, W)``.
+def read_images(
+    images: Images,
+    preprocess: Preprocess | None,
+    limit: int | None,
+    *models: nn.Module,
+    enough: int = ENOUGH,
+    good: int = GOOD,
+) -> Tensor:
+    """All images as one float32 tensor ``(N, C, H, W)``; a warning where there are not ``enough`` of them.
 
     Raises:
         DataError: there are too few, they differ in shape, or one is not finite.
@@ -37,9 +44,9 @@ def read_images(images: Images, preprocess: Preprocess | None, limit: int | None
             stacklevel=3,
         )
     if count < FEWEST:
-        raise DataError(f"images: expected {ENOUGH} or more (at least {FEWEST}), got {count}: 128 are good")
-    if count < ENOUGH:
-        warnings.warn(f"{count} images are few to calibrate on: expected {ENOUGH} or more, 128 are good", stacklevel=3)
+        raise DataError(f"images: expected {enough} or more (at least {FEWEST}), got {count}: {good} are good")
+    if count < enough:
+        warnings.warn(f"{count} images are few: expected {enough} or more, {good} are good", stacklevel=3)
     x = torch.cat(parts)
     if not (finite := x.isfinite().flatten(1).all(1)).all():
         raise DataError(f"images: image {int((~finite).nonzero()[0])} holds a NaN or an infinity")

@@ -46,8 +46,11 @@ class Pair:
     reason: str | None = None
 
 
-def pairs_of(qmodel: nn.Module, reference: nn.Module) -> list[Pair]:
-    """Every quantized layer with its namesake in ``reference``.
+NAMES = "qmodel", "reference"
+
+
+def pairs_of(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = NAMES) -> list[Pair]:
+    """Every quantized layer with its namesake in ``reference``; ``names`` are those of the two in errors.
 
     Raises:
         ModelError: there is none, or it is another layer.
@@ -83,12 +86,15 @@ def pairs_of(qmodel: nn.Module, reference: nn.Module) -> list[Pair]:
     if wrong:
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise ModelError(
-            f"reference: expected the float network that qmodel was made from, but {'; '.join(wrong[:_SHOWN])}{more}"
+            f"{names[1]}: expected the float network that {names[0]} was made from, "
+            f"but {'; '.join(wrong[:_SHOWN])}{more}"
         )
     return pairs
 
 
-def trace(pairs: Sequence[Pair], qmodel: nn.Module, reference: nn.Module, image: Tensor) -> tuple[list[Pair], int]:
+def trace(
+    pairs: Sequence[Pair], qmodel: nn.Module, reference: nn.Module, image: Tensor, names: tuple[str, str] = NAMES
+) -> tuple[list[Pair], int]:
     """Run both networks on one image ``(1, C, H, W)``.
 
     Returns:
@@ -119,14 +125,14 @@ def trace(pairs: Sequence[Pair], qmodel: nn.Module, reference: nn.Module, image:
             hooks.enter_context(pair.layer.register_forward_hook(lambda _, __, ___, pair=pair: count(pair)))
         f, q = (
             [tuple(t.shape) for t in tensors_of(forward(name, model, image, Exception))]
-            for name, model in (("reference", reference), ("qmodel", qmodel))
+            for name, model in zip(reversed(names), (reference, qmodel), strict=True)
         )
     if f != q:
-        raise ModelError(f"reference: for one image it returns tensors of shapes {f}, but qmodel {q}")
+        raise ModelError(f"{names[1]}: for one image it returns tensors of shapes {f}, but {names[0]} {q}")
     for pair in pairs:
         if calls[pair.name] != len(pair.outputs):
-            counts = f"{calls[pair.name]} times in qmodel, {len(pair.outputs)} times in the reference"
-            raise ModelError(f"layer {pair.name!r}: it runs {counts}: calibrate a network with its own original")
+            counts = f"{calls[pair.name]} times in {names[0]}, {len(pair.outputs)} times in {names[1]}"
+            raise ModelError(f"layer {pair.name!r}: it runs {counts}: give the original that the other was made from")
         if not pair.outputs:
             pair.reason = "forward does not call it"
     ordered = [*order.values(), *(pair for pair in pairs if pair.name not in order)]
@@ -146,3 +152,19 @@ def forward(name: str, model: nn.Module, x: Tensor, errors: type[Exception] = Ru
         return model(x.to(device_of(model)))
     except errors as error:
         raise ModelError(f"{name}: it cannot run on images {tuple(x.shape)}: {first_line(error)}") from error
+
+
+def nonfinite_layer(model: nn.Module, x: Tensor) -> str | None:
+    """Name of the first layer of ``model`` whose output for the images ``x`` holds a NaN or an infinity."""
+    begun: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        if not begun and not all(bool(t.isfinite().all()) for t in tensors_of(output)):
+            begun.append(name)
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if not list(module.children()):
+                hooks.enter_context(module.register_forward_hook(lambda _, __, y, name=name: look(name, y)))
+        forward("model", model, x)
+    return begun[0] if begun else None

@@ -3,13 +3,13 @@
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dsconv.calibration.collect import Moments, as_rows, batched, count_places, inputs_at, outputs_at, places
-from dsconv.calibration.layers import Pair, forward, tensors_of
+from dsconv.calibration.layers import Pair, forward, nonfinite_layer
 from dsconv.errors import ModelError
 
 Key = tuple[str, int, int]
@@ -145,23 +145,7 @@ class Passes:
     def _nonfinite(self, pair: Pair) -> str:
         """Where the NaN or infinities begin that were found at ``pair``."""
         for name, model in (("reference", self.reference), ("qmodel", self.qmodel)):
-            begun: list[str] = []
-
-            def look(inner: str, output: Any, begun: list[str] = begun) -> None:
-                if not all(bool(t.isfinite().all()) for t in tensors_of(output)):
-                    begun.append(inner)
-                    raise _Stop
-
-            with ExitStack() as hooks:
-                for inner, module in model.named_modules():
-                    if not list(module.children()):
-                        hook = module.register_forward_hook(lambda _, __, y, inner=inner: look(inner, y))
-                        hooks.enter_context(hook)
-                for x in self.batches:
-                    with suppress(_Stop):
-                        forward(name, model, x)
-                    if begun:
-                        return (
-                            f"{name}: NaN or infinities begin in layer {begun[0]!r}: check its weights and the images"
-                        )
+            for x in self.batches:
+                if (layer := nonfinite_layer(model, x)) is not None:
+                    return f"{name}: NaN or infinities begin in layer {layer!r}: check its weights and the images"
         return f"layer {pair.name!r}: the squares of its inputs or outputs are too large for float32"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dsconv import __version__
+from dsconv.cli.adapt import adapt
 from dsconv.cli.bench import bench
 from dsconv.cli.calibrate import calibrate
 from dsconv.cli.compare import compare
@@ -66,6 +67,9 @@ dsconv search net.py:make --weights net.pt --crop 224 --data photos --bytes 8e5 
     calibrate: """dsconv calibrate squeezenet.safetensors --data photos --out calibrated.safetensors
 
 dsconv calibrate torchvision/squeezenet1_1 --config mixed.json --data photos --limit 256 --out mixed.safetensors""",
+    adapt: """dsconv adapt calibrated.safetensors --data photos --out adapted.safetensors --log adapted.csv
+
+torchrun --nproc-per-node 2 -m dsconv adapt net.safetensors --data photos --device cuda --out adapted.safetensors""",
     demo: "dsconv demo --out demo-out",
 }
 for command, examples in _EXAMPLES.items():

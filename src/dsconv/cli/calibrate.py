@@ -35,9 +35,9 @@ from dsconv.cli.common import (
     print_table,
     read_config,
     say,
+    state_beside,
 )
 from dsconv.conversion import model_info
-from dsconv.errors import ConfigError
 
 _OUT_HELP = "File to write: *.safetensors."
 _RESUME_HELP = "Continue a calibration that was stopped, from the file beside OUT that it left."
@@ -79,10 +79,7 @@ def calibrate(
         raise typer.BadParameter("a quantized FILE has its own settings: --preset and --config go with a float model.")
     settings = read_config(preset, config)
     check_out(out, force)
-    state = out.with_name(f"{out.name}.state")
-    if state.exists() != resume:
-        there, todo = ("no", "leave out --resume") if resume else ("a", f"add --resume, or delete {state}")
-        raise ConfigError(f"{state}: there is {there} calibration to resume: {todo}")
+    state = state_beside(out, resume, "calibration")
     if is_file:
         say(f"loading {file_or_model}")
         qmodel = load_file(Path(file_or_model), model)

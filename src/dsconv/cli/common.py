@@ -156,6 +156,15 @@ def check_out(path: Path, force: bool) -> None:
         raise PermissionError(f"{path}: {path.parent} is not a folder that can be written to: choose another")
 
 
+def state_beside(out: Path, resume: bool, work: str) -> Path:
+    """File from which ``work`` that was stopped is resumed; it is there if, and only if, that is asked for."""
+    state = out.with_name(f"{out.name}.state")
+    if state.exists() != resume:
+        there, todo = ("no", "leave out --resume") if resume else ("a", f"add --resume, or delete {state}")
+        raise ConfigError(f"{state}: there is {there} {work} to resume: {todo}")
+    return state
+
+
 def check_format(plot: Path) -> None:
     """Likewise with the format of a picture."""
     known = import_extra("report", "matplotlib.figure").Figure().canvas.get_supported_filetypes()

@@ -51,9 +51,11 @@ class ModelInfo:
         folded: name of each BatchNorm that :func:`dsconv.fold_batchnorm` folded, to that of its layer.
         affine: names of those that became a :class:`dsconv.nn.Affine` there.
         calibrated_on: images that :func:`dsconv.calibrate` has seen, 0 where it was not called.
-        biases: names of the layers that have a bias since then, and had none before.
+        biases: names of the layers that have a bias since one of the two, and had none before.
+        adapted_on: images that :func:`dsconv.adapt` has seen, 0 where it was not called.
         not_folded: name of each BatchNorm that was left as it is, to the reason; files do not keep it.
         calibration: the :class:`dsconv.calibration.Calibration` of this model, else None; files do not keep it.
+        adaptation: the :class:`dsconv.distillation.Adaptation` of this model, else None; files do not keep it.
     """
 
     config: QuantConfig
@@ -64,8 +66,10 @@ class ModelInfo:
     affine: tuple[str, ...] = ()
     calibrated_on: int = 0
     biases: tuple[str, ...] = ()
+    adapted_on: int = 0
     not_folded: dict[str, str] = field(default_factory=dict)
     calibration: Any = None
+    adaptation: Any = None
 
 
 def model_info(model: nn.Module) -> ModelInfo | None:
@@ -114,6 +118,7 @@ def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | N
         affine=before.affine if before is not None else (),
         calibrated_on=before.calibrated_on if before is not None else 0,
         biases=before.biases if before is not None else (),
+        adapted_on=before.adapted_on if before is not None else 0,
     )
     swaps: dict[nn.Module, dsnn.DSLayer] = {}
     for found in layers:

@@ -65,6 +65,7 @@ class Header(BaseModel):
     affine: list[str] = []
     calibrated_on: Annotated[int, Field(ge=0)] = 0
     biases: list[str] = []
+    adapted_on: int = 0
     aliases: dict[str, str]
     preprocess: dict[str, Any] | None
 
@@ -209,6 +210,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         tuple(header.affine),
         header.calibrated_on,
         tuple(header.biases),
+        header.adapted_on,
     )
     result = swapped(model, swaps, info)
     _fill(path, header, result, tensors)
@@ -335,6 +337,7 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
         affine=[name for name, module in qmodel.named_modules() if isinstance(module, Affine)],
         calibrated_on=info.calibrated_on,
         biases=list(info.biases),
+        adapted_on=info.adapted_on,
         aliases=aliases,
         preprocess=info.preprocess,
     )

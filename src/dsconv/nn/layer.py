@@ -65,6 +65,8 @@ class DSLayer(nn.Module):
     kds_shift: Tensor | None
     bias: nn.Parameter | None
     _kernel_weights: KernelWeights | None = None
+    # Gives the weight in the place of VQK and KDS while these are trained.
+    _shadow: Callable[[], Tensor] | None = None
 
     def __init__(self, vqk_shape: tuple[int, ...], bias: bool, config: LayerConfig):
         super().__init__()
@@ -86,6 +88,8 @@ class DSLayer(nn.Module):
 
     def dequantized_weight(self) -> Tensor:
         """Float32 weight that VQK and KDS stand for, in the layout of the float layer."""
+        if self._shadow is not None:
+            return self._shadow()
         return dequantize_weight(self._rows(self.vqk), self.kds, self.config.block_size, self.kds_shift).view(
             self.vqk.shape
         )
@@ -102,18 +106,25 @@ class DSLayer(nn.Module):
         Raises:
             ValueError: the weight holds a NaN or an infinity.
         """
+        return self.store_(*self.quantized(weight), weight)
+
+    def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """VQK int8 of the shape of ``weight (O, C/groups, *K)``, KDS and shift, or None, float32, as the config says.
+
+        Raises:
+            ValueError: the weight holds a NaN or an infinity.
+        """
         config = self.config
         rows = self._rows(weight.float())
         if config.weight_shift:
             vqk, kds, shift = quantize_weight_shifted(
                 rows, config.weight_bits, config.block_size, rule=config.weight_rule
             )
-        else:
-            vqk, kds = quantize_weight(
-                rows, config.weight_bits, config.block_size, rule=config.weight_rule, scale=config.weight_scale
-            )
-            shift = None
-        return self.store_(vqk, kds, shift, weight)
+            return vqk.view(weight.shape), kds, shift
+        vqk, kds = quantize_weight(
+            rows, config.weight_bits, config.block_size, rule=config.weight_rule, scale=config.weight_scale
+        )
+        return vqk.view(weight.shape), kds, None
 
     @torch.no_grad()
     def store_(self, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, weight: Tensor) -> Self:

@@ -1,0 +1,342 @@
+"""``dsconv.adapt``: a quantized network trained on unlabelled images to do what its float original does."""
+
+import copy
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dsconv import ops
+from dsconv.calibration.calibrate import check_models
+from dsconv.calibration.images import check_images, read_images
+from dsconv.calibration.layers import Pair, nonfinite_layer, pairs_of, trace
+from dsconv.config import QuantConfig
+from dsconv.conversion import ModelInfo, model_info
+from dsconv.conversion.fold import add_bias
+from dsconv.data import Images, Preprocess
+from dsconv.distillation.images import drawn, split
+from dsconv.distillation.processes import Processes
+from dsconv.distillation.recipe import Recipe, as_recipe
+from dsconv.distillation.report import Adaptation, Look, write_csv
+from dsconv.distillation.student import Student, logits_of, noting_outputs
+from dsconv.errors import ConfigError, ModelError
+from dsconv.evaluation import device_of, first_line, ready
+from dsconv.io.checkpoint import check_place
+from dsconv.io.state import StateFile
+from dsconv.progress import progress_bar
+
+# Images by which the variance of a layer's outputs is told.
+_SEEN = 32
+_ENOUGH, _GOOD = 64, 1000
+
+
+def adapt(
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Images,
+    *,
+    recipe: Recipe | Mapping[str, Any] | str | None = None,
+    preprocess: Preprocess | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    state: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    log: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    autocast: bool = False,
+    progress: bool = False,
+    on_look: Callable[[Look], None] = lambda look: None,
+) -> nn.Module:
+    """A copy of a quantized network that is trained, on unlabelled images, to put out what its float original does.
+
+    Adam minimises the KL divergence of the logits and the errors of all layers' outputs, with gradients that pass
+    straight through the rounding of weights and activations. What is trained are the integers, scales and shifts of
+    the quantized layers, and their biases; layers that had no bias are given one. BatchNorm stays in evaluation mode,
+    all else as it is. Of the images a part is held back; the state that comes closest to the teacher on these is kept,
+    be it the one before training.
+
+    Started by ``torchrun``, all processes work at the same network, each on its part of a batch, and return the same.
+
+    Args:
+        student: from :func:`dsconv.quantize`, :func:`dsconv.calibrate` or :func:`dsconv.load`, BatchNorm folded or not.
+            It is left as it is.
+        teacher: the float network that it was made from.
+        images: a few hundred or more unlabelled images like those to come, as in :func:`dsconv.evaluate`; they are kept
+            in memory.
+        recipe: a :class:`Recipe`, a dictionary of its fields, or the name of one; None is ``default``.
+        preprocess: how a folder is read; None is what the networks say of themselves.
+        limit: use this many images at most; None is as many as the recipe says.
+        seed: of all that is random. The same arguments give the same result on the same machine.
+        state: file to write every ``recipe.every`` steps, so that a training that was stopped can be resumed.
+        resume: continue from ``state``; the result is that of a training that was never stopped.
+        log: file ``*.csv`` to write the :class:`Look` of every ``recipe.every`` steps to.
+        device: where to train; None is where the networks are.
+        autocast: multiply in bfloat16.
+        progress: show a progress bar on stderr.
+        on_look: is called with each :class:`Look`.
+
+    Returns:
+        A model of the same classes, in the same training mode. ``model_info(result).adaptation`` is an
+        :class:`Adaptation`. A NaN ends the training with a warning that says where it began; the best state is kept.
+
+    Raises:
+        ConfigError: an argument is out of range; or ``state`` is there and ``resume`` False, or the other way round.
+        DataError: there are too few images, or unusable ones.
+        ModelError: the networks do not belong together, cannot run on the images, or compute a NaN before training.
+        FileFormatError: ``state`` is damaged, or belongs to other networks, images or arguments.
+        OSError: ``state`` or ``log`` cannot be written; the state before it is left.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; Bengio et al., "Estimating or
+    Propagating Gradients Through Stochastic Neurons", 2013 (straight-through gradients).
+
+    >>> import dsconv
+    >>> from dsconv.conversion import model_info
+    >>> net, (images, _) = dsconv.zoo.build("dsconv/digits_resnet"), dsconv.demo.load_digits("unlabelled")
+    >>> qnet = dsconv.quantize(net, dsconv.QuantConfig.preset("w4a4", weight_bits=2))
+    >>> better = dsconv.adapt(qnet, net, images[:256], recipe={"steps": 40, "every": 20})
+    >>> held_out, _ = dsconv.demo.load_digits("test")
+    >>> before, after = (dsconv.compare(net, q, held_out).kl for q in (qnet, better))
+    >>> after < before, model_info(better).adapted_on
+    (True, 256)
+    """
+    recipe = as_recipe(recipe)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed: expected a whole number from 0, got {seed!r}")
+    names = "student", "teacher"
+    check_models(student, teacher, names)
+    if log is not None:
+        check_place(Path(log))
+    try:
+        place = device_of(student) if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"The device {str(device)!r} cannot be used: {first_line(error)}") from error
+    with Processes(place) as processes:
+        if recipe.batch_size % processes.count:
+            raise ConfigError(
+                f"batch_size: expected a multiple of the {processes.count} processes, got {recipe.batch_size}"
+            )
+        saved = StateFile(None if state is None else Path(state), resume, "distillation")
+        limit = recipe.images if limit is None else limit
+        x = read_images(images, preprocess, limit, student, teacher, enough=_ENOUGH, good=_GOOD)
+        with torch.inference_mode(False):
+            result = copy.deepcopy(student)
+        with ready([result, teacher], processes.device), torch.inference_mode(False), ops.simulated():
+            with torch.no_grad():
+                pairs, _ = trace(pairs_of(result, teacher, names), result, teacher, x[:1], names)
+                check_images(x, teacher, student)
+            pairs = [pair for pair in pairs if pair.outputs]
+            run = _Training(result, teacher, pairs, x, recipe, seed, processes, autocast)
+            settings = {
+                "recipe": recipe.model_dump(mode="json"),
+                "seed": seed,
+                "autocast": autocast,
+                "processes": processes.count,
+                "dsconv version": metadata.version("dsconv"),
+            }
+            found = saved.open({"student": student, "teacher": teacher}, x, settings)
+            if found is not None:
+                run.resume(*found)
+            adaptation = run.train(saved, None if log is None else Path(log), progress, on_look)
+    before = model_info(result) or ModelInfo(QuantConfig())
+    added = (pair.name for pair in pairs if student.get_submodule(pair.name).bias is None)
+    result.dsconv_info = replace(  # type: ignore[assignment]
+        before, adapted_on=len(x), biases=(*before.biases, *added), adaptation=adaptation
+    )
+    return result
+
+
+class _Training:
+    """The networks, the images, and how far the one has come on the others."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        pairs: list[Pair],
+        x: Tensor,
+        recipe: Recipe,
+        seed: int,
+        processes: Processes,
+        autocast: bool,
+    ):
+        self.model, self.teacher, self.pairs, self.x = model, teacher, pairs, x
+        self.recipe, self.seed, self.processes = recipe, seed, processes
+        self.device = device_of(model)
+        self.ours, self.held = split(len(x), recipe.held_back, seed)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
+        for pair in pairs:
+            add_bias(pair.layer, pair.original.weight)
+        self.student = Student(model, pairs, self._variances(), recipe)
+        self.student.check_start()
+        self.optimizer = torch.optim.Adam(self.student.groups(recipe))
+        self.looks: list[Look] = []
+        self.best: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def _variances(self) -> list[float]:
+        """Of each layer's output in the teacher."""
+        x, found = self.x[self.ours[:_SEEN]], []
+        with noting_outputs(self.pairs) as outputs:
+            logits_of("teacher", self.teacher, x)
+        for pair in self.pairs:
+            variance = float(torch.stack([y.var() for y in outputs[pair.name]]).mean())
+            if not math.isfinite(variance):
+                where = nonfinite_layer(self.teacher, x)
+                raise ModelError(
+                    f"teacher: NaN or infinities begin in layer {where!r}: check its weights and the images"
+                )
+            found.append(variance or 1.0)
+        # The same in all processes, whose learning rates depend on them.
+        return cast(list[float], self.processes.mean(torch.tensor(found)).tolist())
+
+    def train(self, saved: StateFile, log: Path | None, progress: bool, on_look: Callable[[Look], None]) -> Adaptation:
+        """Take the steps that are left, and give the network the best state."""
+        recipe, chief, start = self.recipe, self.processes.rank == 0, time.perf_counter()
+        before = self.looks[-1].seconds if self.looks else 0.0
+        sums = torch.zeros(3, dtype=torch.float64)
+
+        def look(step: int) -> None:
+            since = step - self.looks[-1].step if self.looks else 0
+            loss, kl, features = (value / since if since else None for value in sums.tolist())
+            seconds, lr = before + time.perf_counter() - start, recipe.lr * self._decay(max(0, step - 1))
+            self.looks.append(Look(step, seconds, lr, loss, kl, features, self._held_back_kl(held)))
+            sums.zero_()
+            if self._best_step() == step:
+                self.best = {name: p.detach().clone() for name, p in self.student.trained().items()}
+            if chief:
+                saved.write([asdict(one) for one in self.looks], self._state())
+                if log is not None:
+                    write_csv(log, self.looks)
+                on_look(self.looks[-1])
+
+        with self.student.training_(), progress_bar(progress and chief, recipe.steps, "steps/s") as advance:
+            held = self._held_logits()
+            if not self.looks:
+                look(0)
+                if not math.isfinite(self.looks[0].held_back_kl):
+                    where = nonfinite_layer(self.model, held[0][0])
+                    raise ModelError(f"student: NaN or infinities begin in layer {where!r}: quantize it anew")
+            first, stopped = self.looks[-1].step, "all steps are done"
+            schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay, last_epoch=first - 1)
+            network = self.processes.parallel(self.student)
+            advance(first)
+            for step in range(first, recipe.steps):
+                if self.looks[-1].step == step and self._has_stalled():
+                    stopped = f"no better for {recipe.patience} looks"
+                    break
+                terms, where = self._gradients(network, step)
+                if where is not None:
+                    stopped = f"at step {step + 1}, NaN or infinities began in {where}"
+                    if chief:
+                        warnings.warn(f"{stopped}: the state of step {self._best_step()} is kept", stacklevel=3)
+                    break
+                self.optimizer.step()
+                schedule.step()
+                self.student.bound_()
+                sums += terms
+                advance(1)
+                if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
+                    look(step + 1)
+        with torch.no_grad():
+            for name, p in self.student.trained().items():
+                p.copy_(self.best[name])
+        self.student.store()
+        images = len(self.ours), len(self.held)
+        return Adaptation(recipe, *images, self.seed, tuple(self.looks), self._best_step(), stopped)
+
+    def _gradients(self, network: nn.Module, step: int) -> tuple[Tensor, str | None]:
+        """Loss, KL and error of the features ``(3,)`` of a step over all processes; and where not finite."""
+        recipe = self.recipe
+        share = recipe.batch_size // self.processes.count
+        part = slice(self.processes.rank * share, (self.processes.rank + 1) * share)
+        which = self.ours[drawn(step, recipe.batch_size, len(self.ours), self.seed)[part]]
+        x = self.x[which].to(self.device)
+        with self.autocast:
+            with torch.no_grad(), noting_outputs(self.pairs if recipe.features else ()) as outputs:
+                wanted = logits_of("teacher", self.teacher, x)
+            self.student.expect(outputs)
+            logits, features = network(x)
+        kl = divergence(wanted, logits, recipe.temperature)
+        loss = kl + recipe.features * features
+        self.optimizer.zero_grad()
+        loss.backward()
+        terms = self.processes.mean(torch.stack([loss, kl, features]).detach().cpu().double())
+        bad = [name for name, p in self.student.trained().items() if p.grad is None or not p.grad.isfinite().all()]
+        if terms.isfinite().all() and not bad:
+            return terms, None
+        self.student.expect({})
+        with torch.no_grad(), self.autocast:
+            layer = nonfinite_layer(self.model, x)
+        if layer is not None:
+            return terms, f"layer {layer!r}"
+        return terms, f"the gradient of {bad[-1]!r}" if bad else "the loss"
+
+    @torch.no_grad()
+    def _held_logits(self) -> list[tuple[Tensor, Tensor]]:
+        """The images held back that this process looks at, and the teacher's logits."""
+        mine = self.held[self.processes.rank :: self.processes.count]
+        batches = [self.x[which] for which in torch.split(mine, self.recipe.batch_size)]
+        return [(batch, logits_of("teacher", self.teacher, batch)) for batch in batches]
+
+    @torch.no_grad()
+    def _held_back_kl(self, held: list[tuple[Tensor, Tensor]]) -> float:
+        self.student.expect({})
+        total = torch.zeros(1, dtype=torch.float64)
+        for x, wanted in held:
+            with self.autocast:
+                logits, _ = self.student(x)
+            total += float(divergence(wanted, logits, self.recipe.temperature)) * len(x)
+        return float(self.processes.mean(total)) * self.processes.count / len(self.held)
+
+    def _decay(self, step: int) -> float:
+        """Of the learning rate."""
+        return (1 + math.cos(math.pi * step / self.recipe.steps)) / 2 if self.recipe.schedule == "cosine" else 1.0
+
+    def _best_step(self) -> int:
+        return min(self.looks, key=lambda look: look.held_back_kl).step
+
+    def _has_stalled(self) -> bool:
+        since = [look for look in self.looks if look.step > self._best_step()]
+        return len(since) >= self.recipe.patience
+
+    def _state(self) -> dict[str, Tensor]:
+        named = self.student.trained()
+        tensors: dict[str, Tensor] = {f"now/{name}": p for name, p in named.items()}
+        tensors |= {f"best/{name}": value for name, value in self.best.items()}
+        for name, p in named.items():
+            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[p].items()}
+        return tensors
+
+    @torch.no_grad()
+    def resume(self, looks: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+        """Take up a state."""
+        self.looks = [Look(**look) for look in looks]
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            p = self.student.trained()[name]
+            if kind == "now":
+                p.copy_(value)
+            elif kind == "best":
+                self.best[name] = value.to(self.device)
+            else:
+                # The count of steps stays on the CPU.
+                self.optimizer.state[p][kind] = value if kind == "step" else value.to(self.device)
+
+
+def divergence(f: Tensor, q: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean of ``T^2 KL(softmax(f / T) || softmax(q / T))`` in nats over the rows of the logits ``f`` and ``q``.
+
+    >>> divergence(torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+    tensor(0.)
+    """
+    log_f, log_q = ((logits / temperature).log_softmax(1) for logits in (f, q))
+    return temperature**2 * F.kl_div(log_q, log_f, reduction="batchmean", log_target=True)

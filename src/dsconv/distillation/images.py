@@ -1,0 +1,33 @@
+"""Which images are trained on, and which of them a step sees: it follows from the seed and the number of the step."""
+
+import torch
+from torch import Tensor
+
+
+def split(count: int, held_back: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the images to train on, and of those that are held back.
+
+    >>> [len(part) for part in split(64, 0.25, seed=0)]
+    [48, 16]
+    """
+    order = torch.randperm(count, generator=_generator(seed))
+    held = max(1, round(count * held_back))
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def drawn(step: int, batch_size: int, count: int, seed: int) -> Tensor:
+    """Which of ``count`` images step ``step`` sees: all in random order, and then again in another one.
+
+    >>> torch.cat([drawn(step, 3, 6, seed=0) for step in range(2)]).sort().values
+    tensor([0, 1, 2, 3, 4, 5])
+    """
+    first = step * batch_size
+    orders = {
+        epoch: torch.randperm(count, generator=_generator(seed * 1_000_003 + epoch))
+        for epoch in range(first // count, (first + batch_size - 1) // count + 1)
+    }
+    return torch.stack([orders[place // count][place % count] for place in range(first, first + batch_size)])
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed % 2**63)

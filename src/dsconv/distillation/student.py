@@ -1,0 +1,136 @@
+"""The network in training: its layers compute with shadows, and are compared with those of the teacher."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dsconv.calibration.layers import Pair, forward, tensors_of
+from dsconv.distillation.recipe import Recipe
+from dsconv.distillation.shadow import LearnedWeight, RecomputedWeight, Shadow
+from dsconv.errors import ModelError
+from dsconv.nn import DSLayer
+
+# Of its dequantized weight, a layer may differ so much, squared, from what is recomputed at the start.
+_SAME = 1e-3
+# Than a level, a scale or a bias is learned so much slower, since many outputs depend on it.
+_SLOWER = 0.1
+
+
+class Student(nn.Module):
+    """A quantized network whose layers are trained; its forward gives logits, and the errors of the layers' outputs.
+
+    Attributes:
+        model: the network, in which the layers of ``pairs`` use the shadows within :meth:`training_`.
+    """
+
+    def __init__(self, model: nn.Module, pairs: Sequence[Pair], variances: Sequence[float], recipe: Recipe):
+        super().__init__()
+        self.model, self.pairs, self.variances = model, pairs, variances
+        make = LearnedWeight if recipe.weights == "learned" else RecomputedWeight
+        self.shadows = nn.ModuleList(make(pair.layer, pair.weight) for pair in pairs)
+        self.watches = recipe.features > 0
+        self._expected: dict[str, list[Tensor]] = {}
+
+    def expect(self, outputs: dict[str, list[Tensor]]) -> None:
+        """What the layers should put out at the next forward, by name and call."""
+        self._expected = outputs
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        errors: list[Tensor] = []
+        calls: dict[str, int] = defaultdict(int)
+
+        def compare(pair: Pair, variance: float, y: Tensor) -> None:
+            wanted = self._expected[pair.name][calls[pair.name]]
+            calls[pair.name] += 1
+            errors.append((y.float() - wanted).square().mean() / (variance * len(pair.outputs)))
+
+        with ExitStack() as hooks:
+            for pair, variance in zip(self.pairs, self.variances, strict=True):
+                if self.watches and self._expected:
+                    look = lambda _, __, y, pair=pair, variance=variance: compare(pair, variance, y)  # noqa: E731
+                    hooks.enter_context(pair.layer.register_forward_hook(look))
+            logits = logits_of("student", self.model, x)
+        features = torch.stack(errors).sum() / len(self.pairs) if errors else logits.new_zeros(())
+        return logits, features
+
+    def groups(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """Parameters for the optimizer, with their learning rates."""
+        groups: list[dict[str, Any]] = []
+        for pair, shadow, variance in zip(self.pairs, self.shadows, self.variances, strict=True):
+            # A scale moves all levels of its block together, by as much as it is times the largest of them.
+            scales = recipe.lr * _SLOWER / (1 << (pair.layer.config.weight_bits - 1))
+            rates = {"level": recipe.lr, "gain": scales, "offset": scales, "bias": scales * variance**0.5}
+            for name, p in (*shadow.named_parameters(), ("bias", pair.layer.bias)):
+                rate = rates[name] if recipe.weights == "learned" else recipe.lr
+                groups.append({"params": [p], "lr": rate, "initial_lr": rate})
+        return groups
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All that is trained, by name."""
+        named = {f"{pair.name}.{name}": p for pair, s in self._both() for name, p in s.named_parameters()}
+        return named | {f"{pair.name}.bias": cast(nn.Parameter, pair.layer.bias) for pair in self.pairs}
+
+    def bound_(self) -> None:
+        """To be called after each step."""
+        for _, shadow in self._both():
+            cast(Shadow, shadow).bound_()
+
+    @torch.no_grad()
+    def check_start(self) -> None:
+        """Raise ModelError where the shadows do not stand for what the network holds."""
+        for pair, shadow in self._both():
+            held, shadowed = DSLayer.dequantized_weight(pair.layer), cast(Shadow, shadow)()
+            if (held - shadowed).square().sum() > _SAME * held.square().sum():
+                raise ModelError(
+                    f"layer {pair.name!r}: its integers are not those of its rule, as after a calibration, and weights "
+                    "that are recomputed would lose them: use the recipe default, or a network as quantize made it"
+                )
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Give the layers what the shadows stand for."""
+        for pair, shadow in self._both():
+            pair.layer.store_(*cast(Shadow, shadow).stored(), pair.weight)
+
+    @contextmanager
+    def training_(self) -> Iterator[None]:
+        """Within it, the layers compute with the shadows, and nothing else asks for gradients."""
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        trained = {id(p) for p in self.trained().values()}
+        try:
+            for p, _ in flags:
+                p.requires_grad_(id(p) in trained)
+            for pair, shadow in self._both():
+                # Not a submodule: the layer would have its parameters in its state.
+                vars(pair.layer)["_shadow"] = shadow
+            yield
+        finally:
+            for pair in self.pairs:
+                vars(pair.layer).pop("_shadow", None)
+            for p, flag in flags:
+                p.requires_grad_(flag)
+
+    def _both(self) -> Iterator[tuple[Pair, nn.Module]]:
+        return zip(self.pairs, self.shadows, strict=True)
+
+
+@contextmanager
+def noting_outputs(pairs: Sequence[Pair]) -> Iterator[dict[str, list[Tensor]]]:
+    """Yields what the teacher's layers put out within it, by name and call, float32."""
+    outputs: dict[str, list[Tensor]] = defaultdict(list)
+    with ExitStack() as hooks:
+        for pair in pairs:
+            # A copy: a ReLU in place would overwrite it.
+            look = lambda _, __, y, name=pair.name: outputs[name].append(y.float().clone())  # noqa: E731
+            hooks.enter_context(pair.watched.register_forward_hook(look))
+        yield outputs
+
+
+def logits_of(name: str, model: nn.Module, x: Tensor) -> Tensor:
+    """Float32 logits ``(N, classes)``, the first tensor that ``model`` returns."""
+    logits = tensors_of(forward(name, model, x))[0]
+    return logits.float().flatten(1)
