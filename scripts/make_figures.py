@@ -22,6 +22,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "docs" / "figures"
 # Pages are light or dark: pictures have no background, words beside shapes a grey that both carry.
 INTEGER, SCALE, FLOAT, INK, WORD = "#9fd3f3", "#f7c977", "#d4d4d4", "#1a1a1a", "#808080"
 BITS, BLOCK = 4, 8
+# Width of the labels, in cells.
+LEFT = 3.3
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ def example() -> Example:
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure whose unit is a cell."""
-    figure = Figure((0.62 * width, 0.62 * height))
+    """A figure whose unit is a cell, of half an inch."""
+    figure = Figure((0.5 * width, 0.5 * height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     axes.set_axis_off()
@@ -55,13 +57,13 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def box(
-    axes: Axes, x: float, y: float, width: float, text: str, colour: str, size: float = 10, high: float = 1
+    axes: Axes, x: float, y: float, width: float, text: str, colour: str, size: float = 12, high: float = 1
 ) -> None:
     axes.add_patch(matplotlib.patches.Rectangle((x, y), width, high, facecolor=colour, edgecolor=WORD, linewidth=0.7))
     axes.text(x + width / 2, y + high / 2, text, ha="center", va="center", color=INK, fontsize=size)
 
 
-def word(axes: Axes, x: float, y: float, text: str, size: float = 10, ha: str = "center") -> None:
+def word(axes: Axes, x: float, y: float, text: str, size: float = 12, ha: str = "center") -> None:
     axes.text(x, y, text, ha=ha, va="center", color=WORD, fontsize=size, fontweight="bold")
 
 
@@ -70,15 +72,15 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], widt
     axes.annotate("", end, start, arrowprops=style)
 
 
-def row(axes: Axes, y: float, label: str, cells: Sequence[str], colour: str, size: float = 9) -> None:
+def row(axes: Axes, y: float, label: str, cells: Sequence[str], colour: str) -> None:
     """A label and 16 cells, with a gap between the blocks."""
-    word(axes, 3.8, y + 0.5, label, ha="right")
+    word(axes, LEFT - 0.3, y + 0.5, label, ha="right")
     for i, text in enumerate(cells):
-        box(axes, column(i), y, 1, text, colour, size)
+        box(axes, column(i), y, 1, text, colour, 10)
 
 
 def column(i: int) -> float:
-    return 4.1 + i + 0.5 * (i // BLOCK)
+    return LEFT + i + 0.5 * (i // BLOCK)
 
 
 def integers(values: torch.Tensor) -> list[str]:
@@ -95,15 +97,15 @@ def decimals(values: torch.Tensor, digits: int = 2) -> list[str]:
 
 def blocks(e: Example) -> Figure:
     """A row of weights becomes integers and a scale per block, a row of activations mantissas and exponents."""
-    figure, axes = canvas(21, 7.4)
-    rows = [("weights, float32", decimals(e.w), FLOAT), ("VQK, 4 bits", integers(e.vqk), INTEGER)]
+    figure, axes = canvas(20, 7.4)
+    rows = [("weights", decimals(e.w), FLOAT), ("VQK", integers(e.vqk), INTEGER)]
     for y, (label, cells, colour) in enumerate(rows):
         row(axes, 0.2 + 1.1 * y, label, cells, colour)
-    rows = [("activations, float32", decimals(e.x), FLOAT), ("mantissas, 4 bits", integers(e.mantissa), INTEGER)]
+    rows = [("activations", decimals(e.x), FLOAT), ("mantissas", integers(e.mantissa), INTEGER)]
     for y, (label, cells, colour) in enumerate(rows):
         row(axes, 4 + 1.1 * y, label, cells, colour)
-    word(axes, 3.8, 2.9, "KDS, one per block", ha="right")
-    word(axes, 3.8, 6.7, "exponent, one per block", ha="right")
+    word(axes, LEFT - 0.3, 2.9, "KDS", ha="right")
+    word(axes, LEFT - 0.3, 6.7, "exponent", ha="right")
     for block in range(2):
         x = column(BLOCK * block)
         box(axes, x, 2.4, BLOCK, f"\N{MULTIPLICATION SIGN} {decimals(e.kds, 4)[block]}", SCALE)
@@ -114,7 +116,7 @@ def blocks(e: Example) -> Figure:
 
 def rounding(e: Example) -> Figure:
     """Activations of the two blocks on the grids of their exponents."""
-    figure = Figure((11, 3.4))
+    figure = Figure((10, 3.4))
     for block, axes in enumerate(figure.subplots(1, 2)):
         part = slice(block * BLOCK, (block + 1) * BLOCK)
         step = 2.0 ** int(e.exponent[block])
@@ -134,19 +136,19 @@ def rounding(e: Example) -> Figure:
         )
         axes.set_facecolor("none")
         axes.spines[:].set_visible(False)
-    figure.supxlabel("bars: values; lines: what they are rounded to; below: mantissas", color=WORD, fontsize=10)
+    figure.supxlabel("bars: values; lines: what they are rounded to; below: mantissas", color=WORD, fontsize=12)
     figure.tight_layout()
     return figure
 
 
 def inner_loop(e: Example) -> Figure:
     """The two blocks multiplied and summed as integers, then one multiply-add of floats for each."""
-    figure, axes = canvas(21, 8.6)
+    figure, axes = canvas(20, 8.4)
     row(axes, 0.2, "VQK", integers(e.vqk), INTEGER)
     row(axes, 1.3, "mantissas", integers(e.mantissa), INTEGER)
-    word(axes, 3.8, 3.6, "integers: sum of 8 products", ha="right")
-    word(axes, 3.8, 5.3, "float: one multiply-add", ha="right")
-    word(axes, 3.8, 7.6, "output", ha="right")
+    word(axes, LEFT - 0.3, 3.6, "integers", ha="right")
+    word(axes, LEFT - 0.3, 5.3, "float", ha="right")
+    word(axes, LEFT - 0.3, 7.6, "output", ha="right")
     total = 0.0
     for block in range(2):
         part = slice(block * BLOCK, (block + 1) * BLOCK)
@@ -155,14 +157,14 @@ def inner_loop(e: Example) -> Figure:
         total += kds * 2.0**exponent * s
         middle = column(BLOCK * block) + BLOCK / 2
         arrow(axes, (middle, 2.35), (middle, 3.05))
-        box(axes, middle - 2, 3.1, 4, f"S = {integers(torch.tensor([s]))[0]}", INTEGER, 11)
+        box(axes, middle - 2, 3.1, 4, f"S = {integers(torch.tensor([s]))[0]}", INTEGER, 13)
         arrow(axes, (middle, 4.15), (middle, 4.75))
         scale = f"y += {decimals(e.kds, 4)[block]} \N{MULTIPLICATION SIGN} {power(exponent)} \N{MULTIPLICATION SIGN} S"
-        box(axes, middle - 3.2, 4.8, 6.4, scale, SCALE, 11)
+        box(axes, middle - 3.6, 4.8, 7.2, scale, SCALE, 13)
         arrow(axes, (middle, 5.85), (column(BLOCK) + (block - 1) * 0.8, 7.05))
     exact = float(e.w @ e.x)
     text = f"y = {decimals(torch.tensor([total]), 3)[0]}    in float32: {decimals(torch.tensor([exact]), 3)[0]}"
-    box(axes, column(BLOCK) - 4.9, 7.1, 9.3, text, FLOAT, 11)
+    box(axes, column(BLOCK) - 4.9, 7.1, 9.3, text, FLOAT, 13)
     return figure
 
 
@@ -174,7 +176,7 @@ def levels(_: Example) -> Figure:
         "KDS q": (*quantize_weight(block, BITS, 64), None),
         "KDS q + shift": quantize_weight_shifted(block, BITS, 64),
     }
-    figure = Figure((11, 2.9))
+    figure = Figure((10, 2.9))
     axes = figure.add_axes((0.17, 0.13, 0.8, 0.8))
     for y, (vqk, kds, shift) in enumerate(rules.values()):
         half = 2 ** (BITS - 1)
@@ -195,33 +197,24 @@ def levels(_: Example) -> Figure:
 
 
 def folding(_: Example) -> Figure:
-    """The same four operations called one by one, and as a step of a program."""
-    figure, axes = canvas(24, 8.2)
+    """The same operations called one by one, and as a step of a program."""
+    figure, axes = canvas(23.4, 7.4)
     parts = ["quantize", "DSConv", "BatchNorm", "+ residual", "ReLU", "quantize", "DSConv"]
-    word(axes, 0.2, 0.5, "one by one", 11, "left")
+    word(axes, 0.1, 0.5, "one by one", 13, "left")
     for i, text in enumerate(parts):
-        x = 0.2 + 3.4 * i
-        box(axes, x, 1.2, 2.6, text, INTEGER if text in ("quantize", "DSConv") else FLOAT, 10, 1.3)
+        x = 0.1 + 3.4 * i
+        box(axes, x, 1.1, 2.7, text, INTEGER if text in ("quantize", "DSConv") else FLOAT, high=1.3)
         if i:
-            arrow(axes, (x - 0.75, 1.85), (x - 0.05, 1.85), 3.5 if parts[i - 1] == "quantize" else 1.2)
-    word(axes, 0.2, 4.2, "as a program", 11, "left")
-    box(
-        axes,
-        3.6,
-        4.9,
-        12.8,
-        "DSConv, BatchNorm in its KDS and bias,  then + residual,  ReLU,  quantize",
-        INTEGER,
-        10,
-        1.3,
-    )
-    box(axes, 20.6, 4.9, 2.6, "DSConv", INTEGER, 10, 1.3)
-    arrow(axes, (1.2, 5.55), (3.55, 5.55), 3.5)
-    arrow(axes, (16.45, 5.55), (20.55, 5.55), 3.5)
-    arrow(axes, (0.4, 7.6), (2.4, 7.6), 3.5)
-    word(axes, 2.7, 7.6, "mantissas and exponents", ha="left")
-    arrow(axes, (11.4, 7.6), (13.4, 7.6))
-    word(axes, 13.7, 7.6, "float32, through memory", ha="left")
+            arrow(axes, (x - 0.65, 1.75), (x - 0.05, 1.75), 3.5 if parts[i - 1] == "quantize" else 1.2)
+    word(axes, 0.1, 3.7, "as a program", 13, "left")
+    fused = "DSConv, with BatchNorm in KDS and bias;  + residual;  ReLU;  quantize"
+    box(axes, 3.5, 4.3, 13, fused, INTEGER, high=1.3)
+    box(axes, 20.5, 4.3, 2.7, "DSConv", INTEGER, high=1.3)
+    arrow(axes, (1.1, 4.95), (3.45, 4.95), 3.5)
+    arrow(axes, (16.55, 4.95), (20.45, 4.95), 3.5)
+    for x, width, text in ((0.1, 3.5, "mantissas and exponents"), (11.5, 1.2, "float32, through memory")):
+        arrow(axes, (x, 6.9), (x + 2, 6.9), width)
+        word(axes, x + 2.3, 6.9, text, ha="left")
     return figure
 
 
