@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import dsconv
 import machine
+from baselines import Baseline, baselines
 from dsconv import QuantConfig
 from dsconv.data import Preprocess
 
@@ -46,7 +47,8 @@ PREPARED: dict[str, dict[str, Any]] = {
 SIDES = {"imagenet": 224, "tinyimagenet": 64, "cifar10": 32}
 BATCH = 50
 # Bits a weight that the searched rows may come to, and on how many images, or of noise, layers are ranked.
-BUDGET, SEEN = 4.7, 32
+BUDGET, SMALL_BUDGET, SEEN = 4.7, 3.7, 32
+CALIBRATED = 128
 HEAD = """\
 # Results
 
@@ -59,7 +61,7 @@ Machine: {machine}.
   float32 included; in brackets those of the quantized layers alone. **MB** is the size of the file but for its header.
 - **agreement** is the share of images with the same top-1 class as the float network, **KL** the mean of
   KL(softmax(float) || softmax(quantized)) in nats, **SQNR** that of the logits.
-- No step of the quantization sees an image, but for the row that says so. But the two constants of the `balanced`
+- No step of the quantization sees an image, but for the rows that say so. The two constants of the `balanced`
   rule were chosen, among a handful, by trying them on SqueezeNet and Tiny Darknet with 250 of the 650 ImageNet images,
   and the kind of noise of the `searched` rows, out of three, with 150 of them and the CIFAR images: on those networks
   the figures may flatter them a little. ResNet-18 and its images had no part in either.
@@ -68,25 +70,53 @@ Machine: {machine}.
   layers in float32. Their activation convention is in the name (see [Choosing bits and blocks](choosing.md)).
 - `w4a4` and `default` use the `balanced` rule with a shift and float16 KDS, the `adaptive` convention, 8 bits in the
   first convolution, and quantize linear layers too.
-- `searched` rows are what `dsconv.search` made of these presets with a budget of {budget} bits a weight: bits by layer,
-  8-bit activations in `w4a4` only where the weights have 8 bits too. It ranks layers on {seen} images of noise, or on
-  as many unlabelled photographs, none of which is evaluated.
+- `searched` rows are what `dsconv.search` made of these presets with a budget of {budget} bits a weight, of `w3a4` with
+  {small_budget}: bits by layer, 8-bit activations in `w4a4` and `w3a4` only where the weights have 8 bits too. It ranks
+  layers on {seen} images of noise, or on as many unlabelled photographs, none of which is evaluated.
+- `w3a4` is `w4a4` with 3-bit weights.
+- `calibrated` rows went through `dsconv.calibrate` then, with {calibrated} unlabelled photographs, none of which is
+  evaluated (see [Calibrating](calibrate.md)).
+- Other formats quantize all layers, weights and activations alike. *Round to nearest*: weights with one scale an
+  output, activations with a scale and a zero point an image. MX formats and NVFP4: in blocks along the channels. These
+  are simulated in float32; *ONNX Runtime int8* is what that runtime makes and executes, with ranges of activations from
+  {seen} unlabelled photographs.
+- **seconds** is what all that the name of a row says took, on a machine that did other work too.
 """
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the tables: its name, what is quantized, in which table it stands, and what bits are searched with."""
+    """A row of the tables: its name, what is quantized, in which table it stands, and what is done with which images.
+
+    Bits are ``searched`` with noise or images within a ``budget``, and the network may be ``calibrated`` at last. A
+    ``baseline`` is quantized its own way.
+    """
 
     name: str
     config: QuantConfig
     table: str
     searched: Literal["", "noise", "images"] = ""
+    budget: float = BUDGET
+    calibrated: bool = False
+    baseline: Baseline | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its figures depend on besides network and images."""
+        found: dict[str, Any] = {"config": self.config.to_dict()}
+        if self.baseline:
+            found["config"] = {"block_size": self.baseline.block}
+        if self.searched:
+            found["search"] = [self.searched, self.budget, SEEN]
+        if self.calibrated:
+            found["calibrated"] = CALIBRATED
+        return found
 
 
 def settings() -> list[Setting]:
     """All rows, each once."""
     preset = QuantConfig.preset
+    w4a4, w3a4 = (preset("w4a4", activation_sign="extra", weight_bits=bits) for bits in (4, 3))
     rows = [
         Setting(f"paper W4A4 {sign}", preset("paper", block_size=block, activation_sign=sign), "presets")
         for block in (16, 32, 64, 128)
@@ -96,12 +126,20 @@ def settings() -> list[Setting]:
         Setting("paper W3A4 extra", preset("paper", weight_bits=3), "presets"),
         Setting("paper W4A8 extra", preset("paper", activation_bits=8), "presets"),
         Setting("w4a4 adaptive", preset("w4a4"), "presets"),
-        Setting("w4a4 extra", preset("w4a4", activation_sign="extra"), "presets"),
-        Setting("w4a4 extra, searched", preset("w4a4", activation_sign="extra"), "presets", "noise"),
-        Setting("w4a4 extra, searched with images", preset("w4a4", activation_sign="extra"), "presets", "images"),
+        Setting("w4a4 extra", w4a4, "presets"),
+        Setting("w4a4 extra, searched", w4a4, "presets", "noise"),
+        Setting("w4a4 extra, searched with images", w4a4, "presets", "images"),
+        Setting("w4a4 extra, searched with images, calibrated", w4a4, "presets", "images", calibrated=True),
+        Setting("w3a4 extra, searched with images", w3a4, "presets", "images", SMALL_BUDGET),
+        Setting("w3a4 extra, searched with images, calibrated", w3a4, "presets", "images", SMALL_BUDGET, True),
         Setting("default (W4A8)", preset("default"), "presets"),
         Setting("default (W4A8), searched", preset("default"), "presets", "noise"),
+        Setting("default (W4A8), calibrated", preset("default"), "presets", calibrated=True),
+        Setting(
+            "default (W4A8), searched with images, calibrated", preset("default"), "presets", "images", calibrated=True
+        ),
     ]
+    rows += [Setting(baseline.name, preset("default"), "baselines", baseline=baseline) for baseline in baselines()]
     rules: list[tuple[str, int, bool, str]] = [
         ("paper", 32, False, "float32"),
         ("paper", 32, False, "float16"),
@@ -142,32 +180,20 @@ def measure(nets: Any, name: str, limit: int | None, known: list[dict[str, Any]]
     inputs, targets = nets.preprocess(name, pictures[:limit]), torch.from_numpy(labels[:limit])
     batches = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
     reference = Remembered(network)
+    work = Work(nets, name, network)
     for row in settings():
-        identity: dict[str, Any] = {
-            "setting": row.name,
-            "table": row.table,
-            "images": len(inputs),
-            "config": row.config.to_dict(),
-        }
-        if row.searched:
-            identity["search"] = [row.searched, BUDGET, SEEN]
+        identity = {"setting": row.name, "table": row.table, "images": len(inputs), **row.identity}
         again = [old for old in known if all(old.get(key) == value for key, value in identity.items())]
         if again:
             yield again[0]
             continue
-        start = time.perf_counter()
-        config = searched(nets, name, network, row) if row.searched else row.config
-        qmodel = dsconv.quantize(network, config)
-        seconds = time.perf_counter() - start
+        model, seconds = work.baseline(row.baseline) if row.baseline else work.quantized(row)
         # As all figures of the page are made, also those of other machines.
         with dsconv.ops.simulated():
-            result = dsconv.compare(reference, qmodel, batches, per_layer=False)
-        summary = dsconv.summary(qmodel)
+            result = dsconv.compare(reference, model, batches, per_layer=False)
         yield identity | {
             "float_top1": result.reference.top1,
-            "effective_bits": summary.effective_bits,
-            "effective_bits_quantized": summary.effective_bits_quantized,
-            "megabytes": summary.bytes_after / 1e6,
+            **(row.baseline.sizes(network) if row.baseline else sizes(model)),
             "top1": result.top1,
             "agreement": result.agreement,
             "kl": result.kl,
@@ -176,36 +202,88 @@ def measure(nets: Any, name: str, limit: int | None, known: list[dict[str, Any]]
         }
 
 
-def searched(nets: Any, name: str, network: nn.Module, row: Setting) -> QuantConfig:
-    """The config that a search within the budget makes of a row's."""
-    kind, side = nets.NETS[name][2], SIDES[nets.NETS[name][1]]
-    given: dict[str, Any] = {"preprocess": Preprocess(crop=side, **PREPARED[kind])}
-    if row.searched == "images":
-        pictures, _ = nets.images(nets.NETS[name][1], labelled=False)
-        given = {"images": nets.preprocess(name, pictures[:: len(pictures) // SEEN])}
-    return dsconv.search(network, row.config, budget=BUDGET, limit=SEEN, **given).config
+def sizes(qmodel: nn.Module) -> dict[str, float]:
+    """Effective bits and megabytes of a quantized network."""
+    summary = dsconv.summary(qmodel)
+    return {
+        "effective_bits": summary.effective_bits,
+        "effective_bits_quantized": summary.effective_bits_quantized,
+        "megabytes": summary.bytes_after / 1e6,
+    }
+
+
+class Work:
+    """Makes the networks of the rows, and how many seconds that took; what several rows need is made once."""
+
+    def __init__(self, nets: Any, name: str, network: nn.Module):
+        self.nets, self.name, self.network = nets, name, network
+        self.configs: dict[Any, tuple[QuantConfig, float]] = {}
+        self.calibrated: dict[Any, tuple[nn.Module, float]] = {}
+
+    def baseline(self, baseline: Baseline) -> tuple[nn.Module, float]:
+        """The network in another number format."""
+        images, start = self.unlabelled(SEEN), time.perf_counter()
+        return baseline.make(self.network, images), time.perf_counter() - start
+
+    def quantized(self, row: Setting) -> tuple[nn.Module, float]:
+        """The network that a row is about."""
+        key = json.dumps({**row.identity, "distilled": None})
+        if row.calibrated and key in self.calibrated:
+            qmodel, seconds = self.calibrated[key]
+        else:
+            config, seconds = self.searched(row) if row.searched else (row.config, 0.0)
+            start = time.perf_counter()
+            qmodel = dsconv.quantize(self.network, config)
+            if row.calibrated:
+                qmodel = dsconv.calibrate(qmodel, self.network, self.unlabelled(CALIBRATED))
+            seconds += time.perf_counter() - start
+            self.calibrated[key] = qmodel, seconds
+        return qmodel, seconds
+
+    def searched(self, row: Setting) -> tuple[QuantConfig, float]:
+        """The config that a search within the budget makes of a row's."""
+        key = json.dumps([row.identity["config"], row.identity["search"]])
+        if key not in self.configs:
+            kind, side = self.nets.NETS[self.name][2], SIDES[self.nets.NETS[self.name][1]]
+            given: dict[str, Any] = {"preprocess": Preprocess(crop=side, **PREPARED[kind])}
+            if row.searched == "images":
+                given = {"images": self.unlabelled(SEEN)}
+            start = time.perf_counter()
+            config = dsconv.search(self.network, row.config, budget=row.budget, limit=SEEN, **given).config
+            self.configs[key] = config, time.perf_counter() - start
+        return self.configs[key]
+
+    def unlabelled(self, count: int) -> Tensor:
+        """As many images, evenly spaced, of those that are not evaluated."""
+        pictures, _ = self.nets.images(self.nets.NETS[self.name][1], labelled=False)
+        prepared: Tensor = self.nets.preprocess(self.name, pictures[:: len(pictures) // count][:count])
+        return prepared
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The page: a table of presets and one of weight rules for each network."""
-    lines = [HEAD.format(machine=results["machine"], budget=BUDGET, seen=SEEN)]
-    heads = {
-        "presets": "| setting | B | bits | MB | top-1 | agreement | KL | SQNR dB |",
-        "rules": "| weight rule | B | bits | MB | top-1 | agreement | KL | SQNR dB |",
+    """The page: for each network a table of presets, one of other formats, and one of weight rules."""
+    figures = {"budget": BUDGET, "small_budget": SMALL_BUDGET, "seen": SEEN, "calibrated": CALIBRATED}
+    lines = [HEAD.format(machine=results["machine"], **figures)]
+    tables = {
+        "presets": ("setting", []),
+        "baselines": ("other format", ["What other number formats make of all layers:", ""]),
+        "rules": ("weight rule", ["Weight rules, everything else as in preset `default` (W4A8):", ""]),
     }
     for name, rows in results["networks"].items():
         images, top1 = rows[0]["images"], rows[0]["float_top1"]
         lines += [f"## {TITLES[name]}", "", f"{images} images, float32 top-1 {top1:.1f} %.", ""]
-        for table, head in heads.items():
-            if table == "rules":
-                lines += ["Weight rules, everything else as in preset `default` (W4A8):", ""]
-            lines += [head, "|---|---|---|---|---|---|---|---|"]
+        for table, (head, introduction) in tables.items():
+            lines += [*introduction, f"| {head} | B | bits | MB | top-1 | agreement | KL | SQNR dB | seconds |"]
+            lines += ["|---|---|---|---|---|---|---|---|---|"]
             for row in rows:
                 if row["table"] == table:
-                    bits = f"{row['effective_bits']:.2f} ({row['effective_bits_quantized']:.2f})"
+                    whole, inner = row["effective_bits"], row["effective_bits_quantized"]
+                    bits = f"{whole:.2f}" + (f" ({inner:.2f})" if table != "baselines" else "")
+                    block = row["config"]["block_size"] or "row"
                     lines.append(
-                        f"| {row['setting']} | {row['config']['block_size']} | {bits} | {row['megabytes']:.2f} "
-                        f"| {row['top1']:.1f} | {row['agreement']:.1f} | {row['kl']:.4f} | {row['sqnr_db']:.1f} |"
+                        f"| {row['setting']} | {block} | {bits} | {row['megabytes']:.2f} "
+                        f"| {row['top1']:.1f} | {row['agreement']:.1f} | {row['kl']:.4f} | {row['sqnr_db']:.1f} "
+                        f"| {row['quantize_seconds']:.1f} |"
                     )
             lines.append("")
     return "\n".join(lines)

@@ -40,11 +40,21 @@ class Baseline:
     scale_bits: int
     make: Callable[[nn.Module, Tensor], nn.Module]
 
-    def effective_bits(self, network: nn.Module) -> float:
-        """Bits per weight of all layers, scales included."""
-        weights = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-        scales = sum(len(w) * math.ceil(w[0].numel() / (self.block or w[0].numel())) for w in weights)
-        return self.bits + self.scale_bits * scales / sum(w.numel() for w in weights)
+    def sizes(self, network: nn.Module) -> dict[str, float]:
+        """Effective bits per weight of all layers, scales included, and megabytes of the whole network."""
+        layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        weights = sum(layer.weight.numel() for layer in layers)
+        reads = [layer.weight[0].numel() for layer in layers]
+        scales = sum(
+            len(layer.weight) * math.ceil(n / (self.block or n)) for layer, n in zip(layers, reads, strict=True)
+        )
+        bits = self.bits * weights + self.scale_bits * scales
+        others = sum(tensor.numel() for tensor in network.state_dict().values()) - weights
+        return {
+            "effective_bits": bits / weights,
+            "effective_bits_quantized": bits / weights,
+            "megabytes": (bits / 8 + 4 * others) / 1e6,
+        }
 
 
 def shared_exponent(x: Tensor, block: int, largest: int, element: Rounding) -> Tensor:

@@ -35,7 +35,7 @@ qnet = dsconv.quantize(net)
 with torch.inference_mode():
     expected = qnet(images).argmax(1)
 
-# qdq: integers of 4 bits with a scale per block; it computes what dsconv computes, at the speed of float32 or less.
+# qdq: integers of 4 bits with a scale per block; it computes what dsconv computes, slower than float32.
 # int8: rounded once more, a scale per tensor with ranges from the images; what runtimes are fast at.
 for style in ("qdq", "int8"):
     ranges = images if style == "int8" else None

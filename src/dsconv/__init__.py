@@ -12,6 +12,7 @@ from importlib import metadata
 
 from dsconv import demo, nn, numerics, ops, zoo
 from dsconv.benchmarking import bench
+from dsconv.calibration import calibrate
 from dsconv.compilation import compile, profile
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion import fold_batchnorm, quantize, summary
@@ -19,6 +20,8 @@ from dsconv.cpu import cpu_info
 from dsconv.evaluation import compare, evaluate
 from dsconv.io import load, save
 from dsconv.mixed import search, sensitivity
+from dsconv.onnx import export_onnx
+from dsconv.report import write_report
 from dsconv.tradeoffs import tradeoff
 
 __version__ = metadata.version("dsconv")
@@ -28,11 +31,13 @@ __all__ = [
     "QuantConfig",
     "__version__",
     "bench",
+    "calibrate",
     "compare",
     "compile",
     "cpu_info",
     "demo",
     "evaluate",
+    "export_onnx",
     "fold_batchnorm",
     "load",
     "nn",
@@ -45,5 +50,6 @@ __all__ = [
     "sensitivity",
     "summary",
     "tradeoff",
+    "write_report",
     "zoo",
 ]

@@ -18,6 +18,7 @@ from dsconv.data.folder import Batches, BrokenImage, ImageFolder, Images, batche
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, ModelError
 from dsconv.numerics import sqnr_db
+from dsconv.progress import progress_bar
 from dsconv.zoo import preprocess_of
 
 Sums = dict[str, float]
@@ -158,7 +159,7 @@ def evaluate(
     >>> result.images, result.top1
     (8, 87.5)
     """
-    preprocess = _preprocess(images, preprocess, model)
+    preprocess = preprocess_for(images, preprocess, model)
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
     run = _Run(source, progress, on_interrupt)
 
@@ -166,7 +167,7 @@ def evaluate(
         logits, seconds = _forward(model, "model", x)
         return _score(logits, labels, seconds, source.folder)
 
-    with _ready([model], device):
+    with ready([model], device):
         scores = run.over(step)
     return Evaluation(**run.figures(scores))
 
@@ -184,6 +185,7 @@ def compare(
     progress: bool = False,
     on_interrupt: Literal["raise", "partial"] = "raise",
     per_layer: bool = True,
+    each: Callable[[Tensor, Tensor | None, Tensor, Tensor], object] | None = None,
 ) -> Comparison:
     """How close a quantized network stays to its float original on the same images; labels are not needed.
 
@@ -192,6 +194,8 @@ def compare(
         qmodel: its quantized copy.
         per_layer: compare the outputs of every DSConv layer as well. It keeps the reference's outputs of one batch in
             memory and adds to the measured times.
+        each: called with every batch: images, labels or None, and the logits of both networks, the reference's first,
+            float64 ``(N, classes)`` on the CPU.
         images, preprocess, batch_size, workers, device, limit, progress, on_interrupt: as in `evaluate`.
 
     Raises:
@@ -217,6 +221,7 @@ def compare(
         progress=progress,
         on_interrupt=on_interrupt,
         per_layer=per_layer,
+        each=each,
     ).values()
     return result
 
@@ -234,9 +239,10 @@ def compare_each(
     progress: bool = False,
     on_interrupt: Literal["raise", "partial"] = "raise",
     per_layer: bool = True,
+    each: Callable[[Tensor, Tensor | None, Tensor, Tensor], object] | None = None,
 ) -> dict[str, Comparison]:
     """`compare` with each of several quantized networks, by name, in one pass over the images."""
-    preprocess = _preprocess(images, preprocess, *qmodels.values(), reference)
+    preprocess = preprocess_for(images, preprocess, *qmodels.values(), reference)
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
     run = _Run(source, progress, on_interrupt)
 
@@ -249,11 +255,13 @@ def compare_each(
             if f.shape != q.shape:
                 shapes = f"{tuple(f.shape)} from the reference, {tuple(q.shape)} from the {name}"
                 raise ModelError(f"The two networks return logits of different shapes: {shapes}.")
+            if each is not None:
+                each(x, labels, f, q)
             found[name] = _score(q, labels, q_seconds, None), _closeness(f, q), take_layer_errors[name]()
         return f_score, found
 
     with ExitStack() as stack:
-        stack.enter_context(_ready([reference, *qmodels.values()], device))
+        stack.enter_context(ready([reference, *qmodels.values()], device))
         take_layer_errors = {
             name: stack.enter_context(_layer_errors(reference, qmodel, per_layer)) for name, qmodel in qmodels.items()
         }
@@ -278,7 +286,7 @@ def _comparison(
     )
 
 
-def _preprocess(images: Images, given: Preprocess | None, *models: nn.Module) -> Preprocess | None:
+def preprocess_for(images: Images, given: Preprocess | None, *models: nn.Module) -> Preprocess | None:
     """What was given, or for a folder what a model says of itself."""
     if given is not None or not isinstance(images, str | os.PathLike):
         return given
@@ -301,7 +309,7 @@ class _Run:
     def over(self, step: Callable[[Tensor, Tensor | None], Step]) -> list[Step]:
         # One entry per whole batch, added up afterwards: an interrupt never leaves half a batch counted.
         results: list[Step] = []
-        with _progress_bar(self.progress, self.batches.total) as advance:
+        with progress_bar(self.progress, self.batches.total, "img/s") as advance:
             try:
                 for x, labels in self.batches:
                     results.append(step(x, labels))
@@ -332,10 +340,10 @@ class _Run:
 
 
 @contextmanager
-def _ready(models: list[nn.Module], device: str | torch.device | None) -> Iterator[None]:
+def ready(models: list[nn.Module], device: str | torch.device | None) -> Iterator[None]:
     """Evaluation mode, inference mode and ``device`` for as long as the block lasts."""
     training = [(module, module.training) for model in models for module in model.modules()]
-    homes = [_device_of(model) for model in models]
+    homes = [device_of(model) for model in models]
     try:
         for model in models:
             model.eval()
@@ -343,7 +351,7 @@ def _ready(models: list[nn.Module], device: str | torch.device | None) -> Iterat
                 try:
                     model.to(device)
                 except (RuntimeError, AssertionError) as error:
-                    raise ConfigError(f"The device {str(device)!r} cannot be used: {_first_line(error)}") from error
+                    raise ConfigError(f"The device {str(device)!r} cannot be used: {first_line(error)}") from error
         with torch.inference_mode():
             yield
     finally:
@@ -354,20 +362,20 @@ def _ready(models: list[nn.Module], device: str | torch.device | None) -> Iterat
                 model.to(home)
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
 def _forward(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, float]:
     """Float64 logits (N, classes) on the CPU and the seconds they took; copying them waits for the device."""
-    x = x.to(_device_of(model))
+    x = x.to(device_of(model))
     start = time.perf_counter()
     try:
         output = model(x)
     except RuntimeError as error:
         what = f"images of shape {tuple(x.shape)}, {x.dtype}, {x.device}"
-        raise ModelError(f"The {name} cannot run on {what}: {_first_line(error)}") from error
+        raise ModelError(f"The {name} cannot run on {what}: {first_line(error)}") from error
     logits = _logits_of(output)
     if not isinstance(logits, Tensor):
         raise ModelError(f"The {name} must return logits (N, classes), got {type(output).__name__}.")
@@ -493,28 +501,8 @@ def _json(value: float | None) -> float | None:
     return value if value is None or math.isfinite(value) else None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextmanager
-def _progress_bar(shown: bool, total: int | None) -> Iterator[Callable[[int], None]]:
-    if not shown:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text("- img/s" if speed is None else f"{speed:.1f} img/s")
-
-    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("images", total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 def _table(columns: Mapping[str, Evaluation]) -> Any:

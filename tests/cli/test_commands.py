@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,29 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import dsconv
 from dsconv import zoo
 from dsconv.demo import load_digits, load_network
 
+NET = "dsconv/digits_resnet"
 GREY = ("--resize", "8x8", "--channels", "gray")
+
+COMMANDS = (
+    "quantize",
+    "evaluate",
+    "compare",
+    "bench",
+    "profile",
+    "report",
+    "export",
+    "inspect",
+    "sensitivity",
+    "search",
+    "calibrate",
+    "demo",
+)
 
 
 def strict_json(text: str) -> Any:
@@ -32,16 +50,11 @@ def strict_json(text: str) -> Any:
 def test_help_and_version_in_a_process_of_its_own(dsconv_cli: Callable[..., Any]) -> None:
     done = dsconv_cli("--help")
     assert done.returncode == 0 and not done.stderr
-    assert all(
-        command in done.stdout
-        for command in ("quantize", "evaluate", "compare", "bench", "inspect", "sensitivity", "search", "demo")
-    )
+    assert all(command in done.stdout for command in COMMANDS)
     assert dsconv_cli("--version").stdout.strip() == f"dsconv {dsconv.__version__}"
 
 
-@pytest.mark.parametrize(
-    "command", ["quantize", "evaluate", "compare", "bench", "inspect", "sensitivity", "search", "demo"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str, cli: Callable[..., Any]) -> None:
     done = cli(command, "--help")
     assert done.code == 0
@@ -269,6 +282,79 @@ def test_ctrl_c_ends_a_search_without_a_file(
     done = cli("search", "dsconv/digits_resnet", "--effective-bits", "4.5", "--out", tmp_path / "mixed.json")
     assert done.code == 130 and not done.stdout and "Traceback" not in done.stderr
     assert not os.listdir(tmp_path)
+
+
+def test_calibrate_a_model_and_a_file(
+    cli: Callable[..., Any], tmp_path: Path, digits: Path, quantized_file: Path
+) -> None:
+    file = tmp_path / "better.safetensors"
+    done = cli("calibrate", NET, "--preset", "w4a4", "--data", digits, "--limit", "32", "--out", file, "--json")
+    assert done.code == 0, done.stderr
+    made = strict_json(done.stdout)
+    assert os.listdir(tmp_path) == [file.name]
+    assert made["images"] == 32 and made["file_bytes"] == file.stat().st_size
+    assert made["layers"][0]["name"] == "conv1" and made["layers"][0]["error_after"] < 0.01
+    network, folder = zoo.build(NET), dsconv.data.ImageFolder(digits, zoo.preprocess_of(zoo.build(NET)))
+    expected = dsconv.calibrate(dsconv.quantize(network, "w4a4"), network, folder, limit=32).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in dsconv.load(file).state_dict().items())
+
+    assert strict_json(cli("inspect", file, "--json").stdout)["calibrated_on"] == 32
+    assert "calibrated on: 32 images" in cli("inspect", file).stdout
+    assert "calibrated on: no images" in cli("inspect", quantized_file).stdout
+    figures = strict_json(cli("evaluate", file, "--data", digits, "--json").stdout)
+    assert figures["quantization"]["calibrated_on"] == 32
+
+    done = cli("calibrate", quantized_file, "--data", digits, "--out", file, "--force", "--seed", "3")
+    assert done.code == 0, done.stderr
+    assert "Calibrated on 60 images, seed 3." in done.stdout and f"Wrote {file}: " in done.stdout
+    assert os.listdir(tmp_path) == [file.name]
+    done = cli("calibrate", file, "--reference", NET, "--data", digits, "--out", tmp_path / "twice", "--memory", "0.01")
+    assert done.code == 0, done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is no POSIX signal here")
+def test_ctrl_c_in_a_calibration_which_is_then_resumed(cli: Callable[..., Any], tmp_path: Path, digits: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time, torch\n"
+        "from torch import nn\n"
+        "class Slow(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        time.sleep(1.5 if len(x) > 1 else 0)\n"
+        "        return x\n"
+        "def net():\n"
+        "    torch.manual_seed(0)\n"
+        "    head = nn.AdaptiveAvgPool2d(1), nn.Flatten()\n"
+        "    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), Slow(), nn.Conv2d(8, 10, 3), *head).eval()\n"
+    )
+    out = tmp_path / "out.safetensors"
+    state = tmp_path / "out.safetensors.state"
+    arguments = ["calibrate", f"{tmp_path}/slow.py:net", "--data", digits, "--out", out, *GREY]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsconv", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not state.exists():
+        assert process.poll() is None, "ended before it was interrupted"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and not stdout and "Traceback" not in stderr
+    assert f"what is done is in {state}; the same command with --resume" in " ".join(stderr.split())
+    assert sorted(os.listdir(tmp_path)) == [state.name, "slow.py"]
+
+    done = cli(*arguments)
+    assert done.code == 1 and f"error: {state}: there is a calibration to resume: add --resume" in done.stderr
+    done = cli(*arguments, "--resume", "--json")
+    assert done.code == 0, done.stderr
+    assert not state.exists() and strict_json(done.stdout)["layers"][1]["samples"] > 0
+    whole = cli(*arguments[:5], tmp_path / "whole", *GREY)
+    assert whole.code == 0, whole.stderr
+    tensors, expected = load_file(out), load_file(tmp_path / "whole")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in tensors.items())
 
 
 def test_bench_a_model_and_its_file_side_by_side(

@@ -287,3 +287,54 @@ def test_mistakes_with_sensitivity_and_search(
     assert done.code == 1 and not done.stdout
     check_paragraph(done.stderr, *expected)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("{net} --out {tmp}/a", "--data"),
+        ("{net} --data {digits}", "--out"),
+        ("{net} --data {digits} --out {tmp}/a --memory 0", "--memory"),
+        ("{net} --data {digits} --out {tmp}/a --seed -1", "--seed"),
+        ("{net} --data {digits} --out {tmp}/a --reference {net}", "go with a quantized FILE"),
+        ("{file} --data {digits} --out {tmp}/a --preset paper", "has its own settings"),
+    ],
+)
+def test_wrong_usage_of_calibrate(
+    options: str, expected: str, cli: Cli, tmp_path: Path, digits: Path, quantized_file: Path
+) -> None:
+    done = cli("calibrate", *options.format(net=NET, tmp=tmp_path, file=quantized_file, digits=digits).split())
+    assert done.code == 2 and not done.stdout
+    assert expected in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("{net} --data {tmp}/none", ["none", "does not exist"]),
+        ("{net} --data {digits} --limit 3", ["at least 4", "got 3"]),
+        ("{net} --data {digits} --resume", ["there is no calibration to resume", "leave out --resume"]),
+        ("{net} --data {digits} --out {tmp}/there", ["there", "--force"]),
+        ("{net} --data {digits} --out {tmp}/no/such/a", ["no/such", "written to"]),
+        ("{net} --data {digits} --channels rgb", ["cannot run on images", "3, 8, 8"]),
+        ("{net} --data {digits} --device tpu9", ["'tpu9'"]),
+        ("{factory}:net --data {digits}", ["does not say how its images", "--crop"]),
+        ("{factory}:no_layers --data {digits} --crop 8", ["no convolution"]),
+        ("{tmp}/there --data {digits}", ["there", "safetensors"]),
+        (
+            "{file} --data {digits} --reference {factory}:net --channels gray",
+            ["reference: expected the float network", "'conv1'"],
+        ),
+        ("{net} --data {digits} --weights random --config {tmp}/none.json", ["none.json"]),
+    ],
+)
+def test_mistakes_with_calibrate(
+    options: str, expected: list[str], cli: Cli, tmp_path: Path, digits: Path, factory: Path, quantized_file: Path
+) -> None:
+    (tmp_path / "there").touch()
+    places = {"net": NET, "tmp": tmp_path, "file": quantized_file, "digits": digits, "factory": factory}
+    out = [] if "--out" in options else ["--out", tmp_path / "a"]
+    done = cli("calibrate", *options.format(**places).split(), *out)
+    assert done.code == 1 and not done.stdout
+    check_paragraph(done.stderr, *expected)
+    assert os.listdir(tmp_path) == ["there"]

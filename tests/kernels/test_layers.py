@@ -34,7 +34,7 @@ from dsconv.numerics import (
     sqnr_db,
 )
 from dsconv.ops import cpu
-from dsconv.ops.simulate import _patches
+from dsconv.ops.simulate import patches
 
 pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
 
@@ -148,7 +148,9 @@ def test_one_dimension_is_a_row_of_two(config: LayerConfig, padding: Any) -> Non
     layer, x = nn.DSConv1d.from_float(float_layer, config), image()[:, :, 0]
     with torch.inference_mode():
         assert calls(layer, x) == ["conv2d"]
-    row = nn.DSConv2d(40, 12, (1, 4), padding=(0, layer._zeros[0]), groups=2, dilation=(1, 2), config=layer.config)
+    row = nn.DSConv2d(
+        40, 12, (1, 4), padding=(0, layer.zero_padding[0]), groups=2, dilation=(1, 2), config=layer.config
+    )
     state = {name: value.view(getattr(row, name).shape) for name, value in layer.state_dict().items()}
     row.load_state_dict(state)
     padded = F.pad(x, layer._border) if layer._in_front else x
@@ -265,7 +267,7 @@ def bounds(layer: nn.DSConv2d | nn.DSLinear, x: Tensor) -> tuple[Reference, Tens
     if isinstance(layer, nn.DSConv2d):
         where = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         if config.blocks == "flat":
-            x, where = _patches(x, vqk.shape[2:], *where.values()), {}
+            x, where = patches(x, vqk.shape[2:], *where.values()), {}
             vqk, kds = vqk.flatten(1)[..., None, None], kds[..., None, None]
             shift = None if shift is None else shift[..., None, None]
         where["groups"] = layer.groups

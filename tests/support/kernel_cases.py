@@ -19,7 +19,7 @@ from dsconv.numerics import (
     reference_conv,
 )
 from dsconv.ops import cpu
-from dsconv.ops.simulate import _patches
+from dsconv.ops.simulate import patches
 
 LAYOUTS = ("contiguous", "channels last", "every second", "transposed")
 
@@ -79,7 +79,7 @@ class Case:
         config, vqk, kds, shift = self.config, self.vqk, self.kds, self.shift
         x, where = self.x, {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         if config.blocks == "flat":
-            x, where = _patches(x, self.kernel, **where), {}
+            x, where = patches(x, self.kernel, **where), {}
             vqk, kds = vqk.flatten(1)[..., None, None], kds[..., None, None]
             shift = None if shift is None else shift[..., None, None]
         size, sign = config.block_size, config.activation_sign

@@ -43,7 +43,7 @@ def test_error_of_a_block_is_within_its_largest_step(baselines: ModuleType, name
     largest = layer.weight.view(8, -1, baseline.block).abs().amax(-1, keepdim=True)
     unit = largest if name == "NVFP4" else torch.exp2(largest.log2().floor())
     assert 0 < (blocks.abs() / unit).max() <= worst + 1e-6
-    assert baseline.effective_bits(layer) == baseline.bits + 8 / baseline.block
+    assert baseline.sizes(layer)["effective_bits"] == baseline.bits + 8 / baseline.block
 
 
 @pytest.mark.parametrize("channels", [3, 40])

@@ -365,7 +365,7 @@ def craft(
     texts = {name: texts[name] for name in plain} | {name: json.dumps(value) for name, value in header.items()}
     texts |= entries or {}
     tensors = {name: value.contiguous() for name, value in tensors.items()}
-    texts["checksum"] = checkpoint._checksum(texts, tensors)
+    texts["checksum"] = checkpoint.checksum(texts, tensors)
     save_file(tensors, path, texts)
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import dsconv
 from dsconv import QuantConfig
-from dsconv.data import Preprocess
+from dsconv.data import Preprocess, synthetic_images
 from dsconv.demo import PREPROCESS, load_digits, load_network
 from dsconv.errors import ConfigError, DataError, MissingExtraError, ModelError
-from dsconv.mixed import Sensitivity, Trial, search, sensitivity, synthetic_images
+from dsconv.mixed import Sensitivity, Trial, search, sensitivity
 from dsconv.mixed.measure import with_overrides
 from dsconv.mixed.selection import point_of, select
 from dsconv.tables import as_text

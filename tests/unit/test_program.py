@@ -218,7 +218,7 @@ def residual_net() -> Net:
 def test_a_sum_takes_the_place_of_its_residual() -> None:
     fast = compiled(residual_net(), W4A4_64)
     one = fast.program_for(torch.zeros(1, 3, 9, 9))[0]
-    # The residual in float32 and the quantized input of a layer, or later the sum, twice: for the average, in another order.
+    # The residual and a quantized input, or in the end the sum, twice: the average reads it in another order.
     assert one.memory_bytes < 2 * 4 * 64 * 81 + 1024
     same_bits(fast)
 

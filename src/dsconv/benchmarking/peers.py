@@ -4,7 +4,6 @@ All take float32 ``(N, C, H, W)`` and return float32, and quantize and convert w
 """
 
 import copy
-import logging
 import subprocess
 import sys
 import warnings
@@ -23,6 +22,7 @@ from dsconv.benchmarking.results import OURS
 from dsconv.compilation import compile
 from dsconv.conversion import model_info, summary
 from dsconv.errors import import_extra
+from dsconv.onnx import int8
 
 PEERS = ("torch", "onnxruntime", "openvino")
 _OPSET = 17
@@ -94,38 +94,10 @@ class OnnxModels:
 
     def _quantized(self, name: str, operators: list[str] | None) -> Path:
         import_extra("bench", "onnx")
-        quantization = import_extra("bench", "onnxruntime.quantization")
-        shape_inference = import_extra("bench", "onnxruntime.quantization.shape_inference")
-        prepared, path = self.folder / "prepared.onnx", self.folder / name
-        disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # it says of every BatchNorm that there is one scale for all its channels
-        try:
-            shape_inference.quant_pre_process(self.float32, prepared)
-            quantization.quantize_static(
-                prepared,
-                path,
-                _OneByOne(self.images),
-                quant_format=quantization.QuantFormat.QDQ,
-                op_types_to_quantize=operators,
-                per_channel=True,
-                activation_type=quantization.QuantType.QUInt8,
-                weight_type=quantization.QuantType.QInt8,
-            )
-        finally:
-            logging.disable(disabled)
-            prepared.unlink(missing_ok=True)
+        import_extra("bench", "onnxruntime")
+        path = self.folder / name
+        int8.quantize(self.float32, path, self.images, operators=operators)
         return path
-
-
-class _OneByOne:
-    """Images as ``onnxruntime.quantization`` asks for them."""
-
-    def __init__(self, images: Tensor):
-        self.rest = iter(images.numpy())
-
-    def get_next(self) -> dict[str, Any] | None:
-        image = next(self.rest, None)
-        return None if image is None else {"x": image[None]}
 
 
 def _weight_bytes(path: Path) -> int:

@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconv.benchmarking.machine import machine_notes
+from dsconv.errors import FileFormatError
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:
@@ -157,6 +160,21 @@ class Bench:
         yield from machine_notes(self.machine)
         if self.unsettled_turns:
             yield f"{self.unsettled_turns} turns began while another contestant's threads may still have been spinning."
+
+
+def read_benches(path: str | os.PathLike[str]) -> list[Bench]:
+    """What ``dsconv bench --out`` wrote.
+
+    Raises:
+        FileFormatError: the file is something else.
+        OSError: it cannot be read.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(dict[str, list[Bench]]).validate_json(Path(path).read_bytes())["networks"]
+    except (ValidationError, KeyError):
+        raise FileFormatError(f"{os.fspath(path)}: expected JSON that dsconv bench --out wrote") from None
 
 
 def plural(threads: int) -> str:

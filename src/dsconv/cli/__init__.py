@@ -9,12 +9,15 @@ import typer
 
 from dsconv import __version__
 from dsconv.cli.bench import bench
+from dsconv.cli.calibrate import calibrate
 from dsconv.cli.compare import compare
 from dsconv.cli.demo import demo
 from dsconv.cli.evaluate import evaluate
+from dsconv.cli.export import export
 from dsconv.cli.inspect import inspect
 from dsconv.cli.profile import profile
 from dsconv.cli.quantize import quantize
+from dsconv.cli.report import report
 from dsconv.cli.search import search
 from dsconv.cli.sensitivity import sensitivity
 from dsconv.errors import DSConvError
@@ -47,13 +50,22 @@ dsconv bench resnet50.safetensors --batch-size 1,8 --threads 1,2 --out bench.jso
 
 dsconv bench torchvision/resnet18 torchvision/vgg16 --weights random --preset w4a4 --against onnxruntime,openvino""",
     profile: "dsconv profile resnet50.safetensors --batch-size 8 --threads 2",
+    export: """dsconv export resnet50.safetensors --out resnet50.onnx
+
+dsconv export resnet50.safetensors --style int8 --data photos --out resnet50.int8.onnx""",
     inspect: "dsconv inspect resnet50.safetensors",
+    report: """dsconv report resnet50.safetensors --out resnet50.html
+
+dsconv report resnet50.safetensors --reference torchvision/resnet50 --data photos --out resnet50.html""",
     sensitivity: """dsconv sensitivity torchvision/squeezenet1_1 --preset w4a4 --plot layers.png
 
 dsconv sensitivity squeezenet.safetensors --data photos""",
     search: """dsconv search torchvision/squeezenet1_1 --preset w4a4 --effective-bits 4.7 --out mixed.json
 
 dsconv search net.py:make --weights net.pt --crop 224 --data photos --bytes 8e5 --plot pareto.png --out mixed.json""",
+    calibrate: """dsconv calibrate squeezenet.safetensors --data photos --out calibrated.safetensors
+
+dsconv calibrate torchvision/squeezenet1_1 --config mixed.json --data photos --limit 256 --out mixed.safetensors""",
     demo: "dsconv demo --out demo-out",
 }
 for command, examples in _EXAMPLES.items():

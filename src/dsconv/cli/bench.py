@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from torch import Tensor, nn
 
@@ -26,16 +25,16 @@ from dsconv.cli.common import (
     is_quantized_file,
     json_text,
     load_file,
+    preprocess_for,
     print_json,
     print_table,
     read_config,
+    read_images,
     read_size,
     say,
 )
 from dsconv.config import QuantConfig
 from dsconv.conversion import model_info
-from dsconv.data import Preprocess, batches
-from dsconv.errors import DataError
 from dsconv.files import replacing
 from dsconv.nn import DSLayer
 
@@ -154,16 +153,7 @@ def _images(qmodel: nn.Module, name: str, size: list[int], data: Path | None) ->
     shape = image_shape(qmodel, name, size)
     if data is None:
         return shape
-    preprocess = zoo.preprocess_of(qmodel) or Preprocess(channels="gray" if shape[0] == 1 else "rgb")
-    if size:
-        preprocess = preprocess.model_copy(update={"resize": shape[1:], "crop": None})
-    source = batches(data, preprocess=preprocess, batch_size=_CALIBRATION_IMAGES, limit=_CALIBRATION_IMAGES)
-    images = [images for images, _ in source]
-    for broken in source.broken:
-        say(f"left out: {broken.path}: {broken.reason}")
-    if not images:
-        raise DataError(f"none of the first images of {data} can be read")
-    return torch.cat(images)
+    return read_images(data, preprocess_for(qmodel, shape, bool(size)), _CALIBRATION_IMAGES)
 
 
 def _numbers(option: str, text: str, most: int | None = None) -> list[int]:

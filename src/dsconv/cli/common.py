@@ -10,15 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import dsconv
 from dsconv import zoo
 from dsconv.config import PRESETS, QuantConfig
 from dsconv.conversion import model_info
-from dsconv.data import Preprocess
+from dsconv.data import Preprocess, batches
 from dsconv.errors import ConfigError, DataError, ModelError, import_extra
 
 MODEL_HELP = (
@@ -126,6 +127,23 @@ def preprocess_of(network: nn.Module, name: str, given: Mapping[str, Any]) -> Pr
             f"{name} does not say how its images are prepared: give --resize, --crop, --mean, --std, as it was trained"
         )
     return Preprocess(**{**(own.model_dump() if own else {}), **given})
+
+
+def preprocess_for(qmodel: nn.Module, shape: tuple[int, int, int], sized: bool) -> Preprocess:
+    """What a network says of itself, or little where it does not, but for images of ``shape`` where ``sized``."""
+    preprocess = zoo.preprocess_of(qmodel) or Preprocess(channels="gray" if shape[0] == 1 else "rgb")
+    return preprocess.model_copy(update={"resize": shape[1:], "crop": None}) if sized else preprocess
+
+
+def read_images(data: Path, preprocess: Preprocess, limit: int) -> Tensor:
+    """``limit`` images of a folder, evenly spaced."""
+    source = batches(data, preprocess=preprocess, batch_size=limit, limit=limit)
+    images = [images for images, _ in source]
+    for broken in source.broken:
+        say(f"left out: {broken.path}: {broken.reason}")
+    if not images:
+        raise DataError(f"none of the first images of {data} can be read")
+    return torch.cat(images)
 
 
 def check_out(path: Path, force: bool) -> None:

@@ -99,5 +99,5 @@ def _quantization(network: nn.Module) -> dict[str, Any] | None:
         return None
     names = ("weight_bits", "activation_bits", "activation_sign", "block_size", "weight_shift")
     found = dsconv.summary(network)
-    settings = {name: getattr(info.config, name) for name in names}
+    settings = {name: getattr(info.config, name) for name in names} | {"calibrated_on": info.calibrated_on}
     return {"effective_bits": round(found.effective_bits, 3), **settings, "backend": ", ".join(found.backends)}

@@ -27,6 +27,7 @@ def inspect(
         f"architecture: {header.architecture or 'not named'}, a {header.model_class}",
         f"config: {header.config}",
         f"preparation of images: {header.preprocess or 'not stated'}",
+        f"calibrated on: {header.calibrated_on or 'no'} images",
         sep="\n",
     )
     print_table(summary)

@@ -50,7 +50,10 @@ class ModelInfo:
         preprocess: how its images are prepared, as plain data, None where unknown.
         folded: name of each BatchNorm that :func:`dsconv.fold_batchnorm` folded, to that of its layer.
         affine: names of those that became a :class:`dsconv.nn.Affine` there.
-        not_folded: name of each that it left, to the reason; files do not keep it.
+        calibrated_on: images that :func:`dsconv.calibrate` has seen, 0 where it was not called.
+        biases: names of the layers that have a bias since then, and had none before.
+        not_folded: name of each BatchNorm that was left as it is, to the reason; files do not keep it.
+        calibration: the :class:`dsconv.calibration.Calibration` of this model, else None; files do not keep it.
     """
 
     config: QuantConfig
@@ -59,7 +62,10 @@ class ModelInfo:
     preprocess: dict[str, Any] | None = None
     folded: dict[str, str] = field(default_factory=dict)
     affine: tuple[str, ...] = ()
+    calibrated_on: int = 0
+    biases: tuple[str, ...] = ()
     not_folded: dict[str, str] = field(default_factory=dict)
+    calibration: Any = None
 
 
 def model_info(model: nn.Module) -> ModelInfo | None:
@@ -106,6 +112,8 @@ def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | N
         preprocess=preprocess.model_dump(mode="json") if preprocess is not None else None,
         folded=dict(before.folded) if before is not None else {},
         affine=before.affine if before is not None else (),
+        calibrated_on=before.calibrated_on if before is not None else 0,
+        biases=before.biases if before is not None else (),
     )
     swaps: dict[nn.Module, dsnn.DSLayer] = {}
     for found in layers:
@@ -115,7 +123,7 @@ def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | N
         settings = None if reason else layer_config(config, found, layers)
         weight = None
         if settings is not None:
-            weight, reason = _effective_weight(found.layer)
+            weight, reason = effective_weight(found.layer)
         elif not reason:
             reason = "the config leaves it in float"
         if weight is None or settings is None:
@@ -234,7 +242,7 @@ def _check_overrides(config: QuantConfig, layers: list[FoundLayer]) -> None:
             )
 
 
-def _effective_weight(layer: Any) -> tuple[Tensor | None, str]:
+def effective_weight(layer: Any) -> tuple[Tensor | None, str]:
     """The weight that ``layer`` convolves with, or None and the reason why it cannot be told."""
     with torch.no_grad():
         for hook in layer._forward_pre_hooks.values():

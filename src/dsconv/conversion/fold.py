@@ -116,18 +116,17 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
         assert isinstance(taking, DSLayer)
         taking.config = taking.config.model_copy(update={"kds_dtype": "float32"})
         taking.kds, taking.kds_shift = folded.kds, folded.kds_shift
-        add_bias(taking, batchnorm)
+        add_bias(taking, batchnorm.bias)
         taking.bias = nn.Parameter(folded.bias, requires_grad=taking.bias is not None and taking.bias.requires_grad)
         taking.pack_()
     return result
 
 
-def add_bias(layer: DSLayer, batchnorm: nn.Module) -> None:
-    """Give a layer without a bias one of zeros, trainable where that of ``batchnorm`` is."""
+def add_bias(layer: DSLayer, like: object) -> None:
+    """Give a layer without a bias one of zeros, trainable where the parameter ``like`` is."""
     if layer.bias is None:
-        bias = batchnorm.bias
         zeros = torch.zeros(len(layer.vqk), device=layer.vqk.device)
-        layer.bias = nn.Parameter(zeros, requires_grad=isinstance(bias, Tensor) and bias.requires_grad)
+        layer.bias = nn.Parameter(zeros, requires_grad=isinstance(like, Tensor) and like.requires_grad)
 
 
 @torch.no_grad()

@@ -2,5 +2,6 @@
 
 from dsconv.data.folder import EXTENSIONS, Batches, BrokenImage, ImageFolder, Images, batches
 from dsconv.data.preprocess import Preprocess
+from dsconv.data.synthetic import synthetic_images
 
-__all__ = ["EXTENSIONS", "Batches", "BrokenImage", "ImageFolder", "Images", "Preprocess", "batches"]
+__all__ = ["EXTENSIONS", "Batches", "BrokenImage", "ImageFolder", "Images", "Preprocess", "batches", "synthetic_images"]

@@ -179,17 +179,19 @@ class Batches:
         total: number of images, broken ones included, or None where it is not known beforehand.
         broken: the files that the latest pass could not read.
         folder: the `ImageFolder` that the images come from, or None.
+        files: of its images, those that the latest pass has read so far, in its order.
     """
 
     def __init__(self, images: Images, batch_size: int, workers: int, limit: int | None):
         self._images, self._batch_size, self._workers, self._limit = images, batch_size, workers, limit
         self.folder = images if isinstance(images, ImageFolder) else None
         self.broken: list[BrokenImage] = []
+        self.files: list[Path] = []
         known = _count(images)
         self.total = min(known, limit) if known is not None and limit is not None else known
 
     def __iter__(self) -> Iterator[Labelled]:
-        self.broken = []
+        self.broken, self.files = [], []
         seen, labelled = 0, None
         for item in self._items():
             images, labels = _check(item)
@@ -226,6 +228,7 @@ class Batches:
         first: tuple[int, torch.Size] | None = None
         for images, indices, broken in loader:
             self.broken += broken
+            self.files += [folder.files[index] for index in indices]
             for index, image in zip(indices, images, strict=True):
                 first = first or (index, image.shape)
                 if image.shape != first[1] and self._batch_size > 1:
@@ -296,7 +299,7 @@ def batches(
     Args:
         images: a preprocessed floating-point tensor ``(N, C, H, W)``; an iterable of such batches or of
             ``(batch, labels)``, whose batches are used as they come; the path of a folder (see `ImageFolder`), or an
-            `ImageFolder`.
+            `ImageFolder`; or `Batches`, which are returned as they are.
         preprocess: how to read a folder given by its path; needed there and nowhere else.
         batch_size: images per batch, for a tensor or a folder.
         workers: processes that read a folder; 0 reads in this one.
@@ -314,6 +317,8 @@ def batches(
     >>> [(tuple(x.shape), labels) for x, labels in batches(torch.zeros(5, 3, 8, 8), batch_size=4)]
     [((4, 3, 8, 8), None), ((1, 3, 8, 8), None)]
     """
+    if isinstance(images, Batches):
+        return images
     for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("limit", limit, 1)):
         if value is not None and (not isinstance(value, int) or value < least):
             raise ConfigError(f"{name} must be a whole number from {least}, got {value!r}.")

@@ -17,6 +17,8 @@ PerChannel = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PHOTOGRAPH_MEAN, PHOTOGRAPH_DEVIATION = 0.45, 0.25
+"""Of a photograph's pixels, white being 1."""
 
 
 class Preprocess(BaseModel):
@@ -109,6 +111,22 @@ class Preprocess(BaseModel):
             x = x.flip(0)
         x.div_(255 / self.scale)
         return x.sub_(torch.tensor(self.mean).view(-1, 1, 1)).div_(torch.tensor(self.std).view(-1, 1, 1))
+
+    def picture(self, x: Tensor) -> "Image.Image":
+        """The picture of a network's input ``(C, H, W)``, resized and cropped as it is; values beyond it are clipped.
+
+        >>> from PIL import Image
+        >>> preprocess = Preprocess.imagenet(size=32)
+        >>> preprocess.picture(preprocess(Image.new("RGB", (36, 36), (10, 200, 30)))).getpixel((0, 0))
+        (10, 200, 30)
+        """
+        from PIL import Image
+
+        x = x.detach().float().cpu() * torch.tensor(self.std).view(-1, 1, 1) + torch.tensor(self.mean).view(-1, 1, 1)
+        pixels = (x * (255 / self.scale)).round().clamp(0, 255).byte()
+        if self.channels == "bgr":
+            pixels = pixels.flip(0)
+        return Image.fromarray((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous()).numpy())
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         match self.resize:

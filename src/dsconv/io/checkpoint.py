@@ -63,6 +63,8 @@ class Header(BaseModel):
     in_float: dict[str, str]
     folded: dict[str, str] = {}
     affine: list[str] = []
+    calibrated_on: Annotated[int, Field(ge=0)] = 0
+    biases: list[str] = []
     aliases: dict[str, str]
     preprocess: dict[str, Any] | None
 
@@ -99,15 +101,30 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     if isinstance(qmodel, CompiledModel):
         qmodel = qmodel.model
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: its folder {path.parent} does not exist")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected the name of a file, it is a folder")
+    check_place(path)
     tensors, aliases = _stored_tensors(qmodel)
     header = _header(qmodel, aliases, architecture)
     entries = {"format": _MAGIC, "format_version": str(FORMAT_VERSION)}
     entries |= {name: json.dumps(value) for name, value in header.model_dump().items()}
-    entries["checksum"] = _checksum(entries, tensors)
+    entries["checksum"] = checksum(entries, tensors)
+    write(path, tensors, entries)
+    return path
+
+
+def check_place(path: Path) -> None:
+    """Raise the OSError that writing to ``path`` would end in, where that can be told before."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: its folder {path.parent} does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected the name of a file, it is a folder")
+
+
+def write(path: Path, tensors: dict[str, Tensor], entries: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     try:
         with replacing(path) as beside:
             beside.touch()
@@ -117,7 +134,6 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
             beside.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from None
-    return path
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -161,7 +177,11 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             wrong.append(f"layer {name!r}: the file has weights of shape {shapes}")
             continue
         quantized.weight_sqnr_db = record.sqnr_db
+        if name in header.biases:
+            add_bias(quantized, layer.weight)
         swaps[layer] = quantized
+    unknown = [name for name in header.biases if name not in header.layers]
+    wrong += [f"layer {name!r}: the file has a bias for it, but no such layer" for name in unknown]
     for name, layer_name in header.folded.items():
         batchnorm, layer = modules.get(name), modules.get(layer_name)
         quantized_layer = swaps.get(layer) if layer is not None else None
@@ -170,7 +190,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
                 f"module {name!r}: the file has it as a BatchNorm folded into {layer_name!r}, the model has not"
             )
             continue
-        add_bias(quantized_layer, batchnorm)
+        add_bias(quantized_layer, batchnorm.bias)
         swaps[batchnorm] = nn.Identity().train(batchnorm.training)
     for name in header.affine:
         batchnorm = modules.get(name)
@@ -180,8 +200,16 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             wrong.append(f"module {name!r}: the file has it as a BatchNorm in its inference form, the model has not")
     _refuse(path, header, model, wrong)
     config = _config(path, header.config)
-    affine = tuple(header.affine)
-    info = ModelInfo(config, header.architecture, header.in_float, header.preprocess, header.folded, affine)
+    info = ModelInfo(
+        config,
+        header.architecture,
+        header.in_float,
+        header.preprocess,
+        header.folded,
+        tuple(header.affine),
+        header.calibrated_on,
+        tuple(header.biases),
+    )
     result = swapped(model, swaps, info)
     _fill(path, header, result, tensors)
     return result
@@ -305,6 +333,8 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
         in_float=info.in_float,
         folded=_folded(qmodel),
         affine=[name for name, module in qmodel.named_modules() if isinstance(module, Affine)],
+        calibrated_on=info.calibrated_on,
+        biases=list(info.biases),
         aliases=aliases,
         preprocess=info.preprocess,
     )
@@ -324,7 +354,7 @@ def _class_name(model: nn.Module) -> str:
     return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
-def _checksum(entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+def checksum(entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over all entries but the checksum, and over name, dtype, shape and bytes of all tensors, in order."""
     digest = hashlib.sha256()
     described: list[Any] = [[name, entries[name]] for name in sorted(entries) if name != "checksum"]
@@ -357,7 +387,7 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
         raise
     except (SafetensorError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
         raise FileFormatError(f"{path}: not a complete safetensors file ({error}): get or write it again") from None
-    if _checksum(entries, tensors) != entries.get("checksum"):
+    if checksum(entries, tensors) != entries.get("checksum"):
         raise FileFormatError(f"{path}: its contents do not match its checksum, it was changed: get or write it again")
     try:
         fields = {name: json.loads(text) for name, text in entries.items() if name in Header.model_fields}

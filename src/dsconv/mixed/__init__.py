@@ -1,6 +1,5 @@
 """Mixed precision: what each layer's bits cost in accuracy, without labels, and the best of them under a budget."""
 
-from dsconv.mixed.images import synthetic_images
 from dsconv.mixed.measure import Sensitivity, Trial, sensitivity
 from dsconv.mixed.selection import Budget, Point, SearchResult, choices_of, search
 
@@ -13,5 +12,4 @@ __all__ = [
     "choices_of",
     "search",
     "sensitivity",
-    "synthetic_images",
 ]

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from dsconv.config import FLOAT, LayerConfig, QuantConfig, as_config
 from dsconv.conversion import LayerSummary, ModelInfo, model_info, quantize, summary
 from dsconv.conversion.convert import swapped
-from dsconv.data import Batches, Images, Preprocess, batches
+from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import compare, evaluate
-from dsconv.mixed.images import synthetic_images
 from dsconv.nn import DSLayer
 from dsconv.tables import as_text
 from dsconv.zoo import preprocess_of

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from dsconv import ops
 from dsconv.config import LayerConfig
 from dsconv.nn.layer import DSLayer, KernelWeights
+from dsconv.ops.simulate import windows
 
 Size = int | Sequence[int]
 
@@ -46,7 +47,7 @@ class _DSConvNd(DSLayer):
         # Padding that the convolution itself cannot do goes in front of it.
         self._in_front = padding_mode != "zeros" or before != after
         self._border = [p for pair in reversed(list(zip(before, after, strict=True))) for p in pair]
-        self._zeros = (0,) * self.dims if self._in_front else before
+        self.zero_padding = (0,) * self.dims if self._in_front else before
 
     def _per_dim(self, value: Size) -> tuple[int, ...]:
         return (value,) * self.dims if isinstance(value, int) else tuple(value)
@@ -70,13 +71,26 @@ class _DSConvNd(DSLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output ``(N, O, *S_out)``, or ``(O, *S_out)`` for ``x (C, *S)``, in the dtype of ``x``."""
-        batched = _batched(self, x)
-        if self._in_front:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            batched = F.pad(batched, self._border, mode=mode)
+        batched = self.padded(x)
         weights = self._weights_for_kernels(batched)
         y = self._simulated(batched) if weights is None else self._in_integers(batched, weights)
         return y if x.dim() == batched.dim() else y.squeeze(0)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """``x (N, C, *S)``, with a batch of one where there is none, and all padding but ``zero_padding``."""
+        x = _batched(self, x)
+        if not self._in_front:
+            return x
+        return F.pad(x, self._border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def windows(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """What each output reads of ``x (N, C, *S)``: ``(N, C, *S_out, *K)``, a view of a padded copy.
+
+        Args:
+            x: input.
+            size: ``S_out``, which the input of a transposed convolution leaves open.
+        """
+        return windows(self.padded(x), self.kernel_size, self.stride, self.zero_padding, self.dilation)
 
     def _simulated(self, x: Tensor) -> Tensor:
         return ops.conv(
@@ -85,7 +99,7 @@ class _DSConvNd(DSLayer):
             self.bias,
             self.config,
             stride=self.stride,
-            padding=self._zeros,
+            padding=self.zero_padding,
             dilation=self.dilation,
             groups=self.groups,
         )
@@ -99,7 +113,7 @@ class _DSConvNd(DSLayer):
             self._kernel_bias(),
             [1] * missing + list(self.kernel_size),
             [1] * missing + list(self.stride),
-            [0] * missing + list(self._zeros),
+            [0] * missing + list(self.zero_padding),
             [1] * missing + list(self.dilation),
             self.groups,
             self.config.blocks == "flat",
@@ -157,30 +171,45 @@ class _DSConvTransposeNd(_DSConvNd):
         """Float32 weight ``(C, O/groups, *K)`` that VQK and KDS stand for, the layout of the float layer."""
         return ops.transposed_layout(super().dequantized_weight(), self.groups)
 
+    def windows(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """See the base class. The taps are in reverse: it is a convolution of inputs with zeros between them."""
+        taken = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)))
+        spread[:, :, *(slice(None, None, s) for s in self.stride)] = x
+        before = [t - p for t, p in zip(taken, self.zero_padding, strict=True)]
+        after = [wanted + t - b - n for wanted, t, b, n in zip(size, taken, before, spread.shape[2:], strict=True)]
+        border = [pad for pair in reversed(list(zip(before, after, strict=True))) for pad in pair]
+        return windows(F.pad(spread, border), self.kernel_size, (1,) * self.dims, (0,) * self.dims, self.dilation)
+
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Output ``(N, O, *S_out)``; ``output_size`` settles the size where the stride leaves it open."""
-        batched = _batched(self, x)
-        output_padding = self.output_padding
-        if output_size is not None:
-            output_padding = self._output_padding_for(batched, tuple(output_size)[-self.dims :])
+        batched = self.padded(x)
         y = ops.conv_transpose(
             batched,
             super().dequantized_weight(),
             self.bias,
             self.config,
             stride=self.stride,
-            padding=self._zeros,
-            output_padding=output_padding,
+            padding=self.zero_padding,
+            output_padding=self.output_padding_for(batched, output_size),
             dilation=self.dilation,
             groups=self.groups,
         )
         return y if x.dim() == batched.dim() else y.squeeze(0)
 
-    def _output_padding_for(self, x: Tensor, output_size: tuple[int, ...]) -> tuple[int, ...]:
+    def output_padding_for(self, x: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
+        """What lies beyond the smallest output of ``x`` for one of ``output_size``, by default ``output_padding``.
+
+        Raises:
+            ValueError: the stride does not lead to that size.
+        """
+        if output_size is None:
+            return self.output_padding
+        output_size = tuple(output_size)[-self.dims :]
         smallest = [
             (n - 1) * s - 2 * p + d * (k - 1) + 1
             for n, s, p, d, k in zip(
-                x.shape[2:], self.stride, self._zeros, self.dilation, self.kernel_size, strict=True
+                x.shape[2:], self.stride, self.zero_padding, self.dilation, self.kernel_size, strict=True
             )
         ]
         extra = tuple(want - least for want, least in zip(output_size, smallest, strict=True))

@@ -97,9 +97,7 @@ class DSLayer(nn.Module):
 
     @torch.no_grad()
     def quantize_(self, weight: Tensor) -> Self:
-        """Set VQK, KDS and shift from a float ``weight`` ``(O, C/groups, *K)``; returns the layer.
-
-        KDS that float16 cannot hold, for being too large or so small that digits would be lost, are kept in float32.
+        """Set VQK, KDS and shift from a float ``weight`` ``(O, C/groups, *K)``; returns the layer. See :meth:`store_`.
 
         Raises:
             ValueError: the weight holds a NaN or an infinity.
@@ -115,19 +113,34 @@ class DSLayer(nn.Module):
                 rows, config.weight_bits, config.block_size, rule=config.weight_rule, scale=config.weight_scale
             )
             shift = None
-        if config.kds_dtype == "float16" and not _fits_float16(kds, shift):
+        return self.store_(vqk, kds, shift, weight)
+
+    @torch.no_grad()
+    def store_(self, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, weight: Tensor) -> Self:
+        """Set VQK, KDS and shift that stand for the float ``weight``; returns the layer.
+
+        KDS that float16 cannot hold, for being too large or so small that digits would be lost, are kept in float32.
+
+        Args:
+            vqk: int8, of as many values as ``weight``.
+            kds, kds_shift: float32, in the shape of the buffers.
+            weight: ``(O, C/groups, *K)``, for :attr:`weight_sqnr_db`.
+        """
+        config = self.config
+        if config.kds_dtype == "float16" and not _fits_float16(kds, kds_shift):
             self.config = config = config.model_copy(update={"kds_dtype": "float32"})
         self.vqk = vqk.view(weight.shape)
         self.kds = kds.to(config.torch_kds_dtype)
-        self.kds_shift = None if shift is None else shift.to(config.torch_kds_dtype)
+        self.kds_shift = None if kds_shift is None else kds_shift.to(config.torch_kds_dtype)
+        rows, vqk = self._rows(weight.float()), self._rows(self.vqk)
         signal = noise = 0.0
         # A part at a time: float64 copies of a large weight would take several times its memory.
         size = max(1, (1 << 20) // max(1, rows[:1].numel()))
         for o in range(0, len(rows), size):
-            w, q, kds = rows[o : o + size], vqk[o : o + size], self.kds[o : o + size]
+            w, q, scale = rows[o : o + size], vqk[o : o + size], self.kds[o : o + size]
             c = None if self.kds_shift is None else self.kds_shift[o : o + size]
             signal += w.double().square().sum().item()
-            noise += (w - dequantize_weight(q, kds, config.block_size, c)).double().square().sum().item()
+            noise += (w - dequantize_weight(q, scale, config.block_size, c)).double().square().sum().item()
         self.weight_sqnr_db = sqnr_db(signal, noise)
         return self.pack_()
 

@@ -13,7 +13,7 @@ import torch
 
 from dsconv.config import LayerConfig
 from dsconv.ops import cpu
-from dsconv.ops.simulate import conv, conv_transpose, linear, transposed_layout
+from dsconv.ops.simulate import conv, conv_transpose, linear, patches, transposed_layout
 
 SIMULATION = "float simulation"
 IN_FLOAT = "PyTorch float"
@@ -94,6 +94,7 @@ __all__ = [
     "cpu",
     "is_simulated",
     "linear",
+    "patches",
     "simulated",
     "transposed_layout",
 ]

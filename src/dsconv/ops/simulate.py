@@ -31,11 +31,11 @@ def conv(
     """Convolution of ``x (N, C, *S)``, with ``padding`` zeros on both sides of each dimension."""
     if config.blocks == "flat" and config.activation_bits is not None:
         kernel, ones = weight.shape[2:], (1,) * (weight.dim() - 2)
-        x_q = _quantized(_patches(x, kernel, stride, padding, dilation), config, groups)
+        x_q = quantized(patches(x, kernel, stride, padding, dilation), config, groups)
         weight = weight.reshape(len(weight), -1, *ones)
         stride, padding, dilation = ones, (0,) * len(ones), ones
     else:
-        x_q = _quantized(x, config, groups)
+        x_q = quantized(x, config, groups)
     operator = _CONV[weight.dim() - 3]
     return operator(x_q, weight, _float(bias), list(stride), list(padding), list(dilation), groups).to(x.dtype)
 
@@ -56,7 +56,7 @@ def conv_transpose(
     torch_weight = transposed_layout(weight, groups)
     operator = _CONV_TRANSPOSE[weight.dim() - 3]
     y = operator(
-        _quantized(x, config, groups),
+        quantized(x, config, groups),
         torch_weight,
         _float(bias),
         list(stride),
@@ -71,7 +71,7 @@ def conv_transpose(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: LayerConfig) -> Tensor:
     """Linear layer on the last dimension of ``x (..., C)``."""
     rows = x.reshape(-1, x.shape[-1])
-    return F.linear(_quantized(rows, config, groups=1).view(x.shape), weight, _float(bias)).to(x.dtype)
+    return F.linear(quantized(rows, config, groups=1).view(x.shape), weight, _float(bias)).to(x.dtype)
 
 
 def transposed_layout(weight: Tensor, groups: int) -> Tensor:
@@ -84,7 +84,8 @@ def transposed_layout(weight: Tensor, groups: int) -> Tensor:
     return torch.unflatten(weight, 0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _quantized(x: Tensor, config: LayerConfig, groups: int) -> Tensor:
+def quantized(x: Tensor, config: LayerConfig, groups: int) -> Tensor:
+    """Float32 ``x (N, C, *S)`` after the rounding that ``config`` asks for."""
     if config.activation_bits is None:
         return x.float()
     return fake_quantize_activation(
@@ -96,13 +97,23 @@ def _float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float()
 
 
-def _patches(
+def windows(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """What each output reads: ``(N, C, *S)`` to ``(N, C * prod(kernel), *S_out)``, a channel's taps side by side."""
-    dims = len(kernel)
+    """What each output reads, as a view of padded ``x (N, C, *S)``: ``(N, C, *S_out, *kernel)``."""
     x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
-    for d in range(dims):
+    for d in range(len(kernel)):
         x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
+    return x
+
+
+def patches(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """What each output of a convolution reads: ``(N, C, *S)`` to ``(N, C * prod(kernel), *S_out)``, the taps of a
+    channel side by side.
+    """
+    dims = len(kernel)
+    x = windows(x, kernel, stride, padding, dilation)
     x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
     return x.flatten(1, 1 + dims)

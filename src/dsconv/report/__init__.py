@@ -1,6 +1,18 @@
-"""Pictures of what was found. Needs matplotlib: ``pip install 'dsconv[report]'``."""
+"""Pictures of what was found, and a page that holds all of it: ``pip install 'dsconv[report]'``."""
 
 from dsconv.report.benches import draw_benches
+from dsconv.report.gathering import Report, gather
+from dsconv.report.page import write_page, write_report
 from dsconv.report.pictures import draw, draw_pareto, draw_sensitivity, draw_tradeoff
 
-__all__ = ["draw", "draw_benches", "draw_pareto", "draw_sensitivity", "draw_tradeoff"]
+__all__ = [
+    "Report",
+    "draw",
+    "draw_benches",
+    "draw_pareto",
+    "draw_sensitivity",
+    "draw_tradeoff",
+    "gather",
+    "write_page",
+    "write_report",
+]

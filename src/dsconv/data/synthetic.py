@@ -3,11 +3,8 @@
 import torch
 from torch import Tensor
 
-from dsconv.data import Preprocess
+from dsconv.data.preprocess import PHOTOGRAPH_DEVIATION, PHOTOGRAPH_MEAN, Preprocess
 from dsconv.errors import ConfigError
-
-# Of a photograph's pixels, white being 1.
-_MEAN, _DEVIATION = 0.45, 0.25
 
 
 def synthetic_images(count: int, preprocess: Preprocess, *, seed: int = 0) -> Tensor:
@@ -40,6 +37,6 @@ def synthetic_images(count: int, preprocess: Preprocess, *, seed: int = 0) -> Te
     frequency[0, 0] = torch.inf  # no mean
     x = torch.fft.irfft2(spectrum / frequency, s=(height, width))
     x += 2 * x.mean(1, keepdim=True)
-    x *= _DEVIATION / x.std((1, 2, 3), keepdim=True).clamp_min(1e-9)  # a single pixel does not deviate
-    pixels = (x + _MEAN).clamp_(0, 1).mul_(255).byte().permute(0, 2, 3, 1)
+    x *= PHOTOGRAPH_DEVIATION / x.std((1, 2, 3), keepdim=True).clamp_min(1e-9)  # a single pixel does not deviate
+    pixels = (x + PHOTOGRAPH_MEAN).clamp_(0, 1).mul_(255).byte().permute(0, 2, 3, 1)
     return torch.stack([preprocess(Image.fromarray(image.contiguous().numpy())) for image in pixels])

@@ -1,0 +1,183 @@
+"""``dsconv.calibrate``: the layers of a quantized network rounded again, in the order in which they run."""
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dsconv.calibration.collect import Moments, as_rows, blocks_of, from_rows
+from dsconv.calibration.images import check_images, read_images
+from dsconv.calibration.layers import Pair, pairs_of, trace
+from dsconv.calibration.passes import Passes
+from dsconv.calibration.report import CalibratedLayer, Calibration
+from dsconv.calibration.rounding import regression_target, regularized, round_to
+from dsconv.calibration.state import State
+from dsconv.compilation import CompiledModel
+from dsconv.config import QuantConfig
+from dsconv.conversion import ModelInfo, model_info
+from dsconv.conversion.fold import add_bias
+from dsconv.data import Images, Preprocess
+from dsconv.errors import ConfigError, ModelError
+from dsconv.evaluation import ready
+from dsconv.nn import DSLayer
+from dsconv.progress import progress_bar
+
+# Places of an image that count as independent samples, since its pixels resemble one another.
+_INDEPENDENT = 16
+# Of its largest activation, a network holds about as many copies at a time.
+_COPIES = 4
+
+
+def calibrate(
+    qmodel: nn.Module,
+    reference: nn.Module,
+    images: Images,
+    *,
+    preprocess: Preprocess | None = None,
+    limit: int | None = 256,
+    positions: int = 256,
+    seed: int = 0,
+    state: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    device: str | torch.device | None = None,
+    memory_bytes: int = 4 << 30,
+    progress: bool = False,
+    on_layer: Callable[[CalibratedLayer], None] = lambda layer: None,
+) -> nn.Module:
+    """A copy of a quantized network whose weights are rounded again, so that each layer puts out what it did in float.
+
+    One layer after the other: its inputs are what the layers before it, calibrated already, make of the images, and
+    its outputs should be those of the float network. Weights that lead from one to the other with the least squared
+    error are computed and rounded (:mod:`dsconv.calibration.rounding`), so that errors of earlier layers are corrected
+    and do not add up. The bias makes the mean output right; layers that had none are given one. There are no labels
+    and there is no training. The settings of all layers stay as they are, and so do layers in float.
+
+    Args:
+        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, BatchNorm folded or not. It is left as it is.
+        reference: the float network that it was made from.
+        images: 16 to 256 unlabelled images like those to come, as in :func:`dsconv.evaluate`; they are kept in memory.
+        preprocess: how a folder is read; None is what the networks say of themselves.
+        limit: use this many images at most: the first ones, or, of a folder, evenly spaced ones; None is all.
+        positions: places of an image, on average, at which the output of a layer is looked at.
+        seed: of the choice of these. The same arguments give the same result on the same machine.
+        state: file to write after each layer, so that a calibration that was stopped can be resumed.
+        resume: continue from ``state``; the result is that of a calibration that was never stopped.
+        device: where to run; None is where the networks are.
+        memory_bytes: rough bound of what the networks' activations take. Images that are too many for it go through
+            the network in several batches, for each layer anew.
+        progress: show a progress bar on stderr.
+        on_layer: is called with what became of a layer as soon as it is done.
+
+    Returns:
+        A model of the same classes, in the same training mode. ``model_info(result).calibration`` is the table of its
+        layers, a :class:`Calibration`.
+
+    Raises:
+        ConfigError: an argument is out of range; or ``state`` is there and ``resume`` False, or the other way round.
+        DataError: there are too few images, or unusable ones.
+        ModelError: the networks do not belong together, cannot run on the images, or compute a NaN.
+        FileFormatError: ``state`` is damaged, or belongs to other networks, images or arguments.
+        OSError: ``state`` cannot be written.
+
+    >>> import dsconv
+    >>> from dsconv.conversion import model_info
+    >>> net, (images, _) = dsconv.zoo.build("dsconv/digits_resnet"), dsconv.demo.load_digits("unlabelled")
+    >>> qnet = dsconv.quantize(net, "w4a4")
+    >>> better = dsconv.calibrate(qnet, net, images[:128])
+    >>> held_out, _ = dsconv.demo.load_digits("test")
+    >>> plain, calibrated = (dsconv.compare(net, q, held_out).kl for q in (qnet, better))
+    >>> calibrated < plain, model_info(better).calibration.images
+    (True, 128)
+    """
+    for name, value, least in (("positions", positions, 1), ("seed", seed, 0), ("memory_bytes", memory_bytes, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}: expected a whole number from {least}, got {value!r}")
+    _check_models(qmodel, reference)
+    saved = State(None if state is None else Path(state), resume)
+    x = read_images(images, preprocess, limit, qmodel, reference)
+    with torch.inference_mode(False):
+        result = copy.deepcopy(qmodel)
+    with ready([result, reference], device), torch.inference_mode(False), torch.no_grad():
+        pairs, largest = trace(pairs_of(result, reference), result, reference, x[:1])
+        check_images(x, reference, qmodel)
+        batch_size = min(len(x), max(1, memory_bytes // (_COPIES * largest)))
+        settings = [(pair.name, pair.layer.config.model_dump_json()) for pair in pairs]
+        arguments = {"positions": positions, "seed": seed, "images at a time": batch_size, "settings": settings}
+        arguments["dsconv version"] = metadata.version("dsconv")
+        saved.open({"qmodel": qmodel, "reference": reference}, x, arguments)
+        pending = [pair for pair in pairs if pair.name not in saved.done and pair.reason is None]
+        with progress_bar(progress, len(pairs), "layers/s") as advance:
+
+            def finish(pair: Pair, moments: Moments) -> None:
+                record = _round(pair, moments, len(x))
+                layer = pair.layer
+                saved.add(record, vqk=layer.vqk, kds=layer.kds, kds_shift=layer.kds_shift, bias=layer.bias)
+                advance(1)
+                on_layer(record)
+
+            for pair in pairs:
+                if pair.name in saved.done:
+                    _store(pair, **saved.tensors_of(pair.name))
+            advance(len(pairs) - len(pending))
+            passes = Passes(result, reference, torch.split(x, batch_size), positions, seed)
+            passes.collect(pending, finish, memory_bytes // 4)
+    info = model_info(result) or ModelInfo(QuantConfig())
+    added = (p.name for p in pairs if p.reason is None and qmodel.get_submodule(p.name).bias is None)
+    records = [saved.done.get(pair.name, CalibratedLayer(pair.name, reason=pair.reason)) for pair in pairs]
+    result.dsconv_info = replace(  # type: ignore[assignment]
+        info,
+        calibrated_on=len(x),
+        biases=(*info.biases, *added),
+        calibration=Calibration(tuple(records), len(x), seed),
+    )
+    return result
+
+
+def _check_models(qmodel: nn.Module, reference: nn.Module) -> None:
+    for name, model in (("qmodel", qmodel), ("reference", reference)):
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(qmodel, CompiledModel):
+        raise ModelError("qmodel: it is compiled: calibrate its .model, and compile the result")
+    if not any(isinstance(module, DSLayer) for module in qmodel.modules()):
+        raise ModelError(f"qmodel: {type(qmodel).__name__} holds no quantized layer: convert it with dsconv.quantize")
+
+
+def _round(pair: Pair, moments: Moments, images: int) -> CalibratedLayer:
+    """Give a layer the integers, scales and bias that its moments ask for."""
+    since = time.perf_counter()
+    layer = pair.layer
+    moments.finish()
+
+    def error() -> float:
+        bias = torch.zeros_like(moments.mean_r) if layer.bias is None else layer.bias.float().view_as(moments.mean_r)
+        return moments.error(as_rows(layer, DSLayer.dequantized_weight(layer)), bias)
+
+    before = error()
+    # One sample for each number that is looked for asks for a ridge as large as the inputs' variance.
+    ridge = moments.w.shape[2] / min(moments.count, _INDEPENDENT * images)
+    h = regularized(moments.h, ridge)
+    target = regression_target(moments.w, h, moments.g)
+    q, scale, shift = round_to(target, h, blocks_of(layer), layer.config.weight_bits, shift=layer.config.weight_shift)
+    vqk = from_rows(layer, q, layer.vqk.shape).to(torch.int8)
+    kds_shift = None if shift is None else from_rows(layer, shift, layer.kds.shape)
+    _store(pair, vqk, from_rows(layer, scale, layer.kds.shape), kds_shift)
+    assert layer.bias is not None
+    layer.bias.copy_(moments.bias(as_rows(layer, DSLayer.dequantized_weight(layer))).flatten())
+    return CalibratedLayer(pair.name, moments.count, before, error(), time.perf_counter() - since)
+
+
+def _store(pair: Pair, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None = None, bias: Tensor | None = None) -> None:
+    layer, home = pair.layer, pair.layer.vqk.device
+    shift = None if kds_shift is None else kds_shift.to(home, torch.float32)
+    layer.store_(vqk.to(home), kds.to(home, torch.float32), shift, pair.weight)
+    add_bias(layer, pair.original.weight)
+    if bias is not None:
+        assert layer.bias is not None
+        layer.bias.copy_(bias)

@@ -1,0 +1,167 @@
+"""What calibration knows of a layer: the moments of its quantized inputs, and of what the float network puts out.
+
+A layer's weight is seen as ``(G, R, d)``: G groups, R outputs of each, and the d values that an output reads, in the
+order in which blocks run: tap by tap, the channels of a tap side by side; or channel by channel for flattened blocks.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsconv.calibration.rounding import Blocks, quadratic
+from dsconv.nn import DSLayer, DSLinear
+from dsconv.ops.simulate import quantized
+
+# Inputs that are looked at at a time.
+_CHUNK = 1 << 22
+
+
+def blocks_of(layer: DSLayer) -> Blocks:
+    """How the values that an output of ``layer`` reads fall into blocks."""
+    reads, channels = layer.vqk[0].numel(), layer.vqk.shape[1]
+    width = reads if layer.config.blocks == "flat" else channels
+    return Blocks(reads // width, width, min(width, layer.config.block_size))
+
+
+def as_rows(layer: DSLayer, value: Tensor) -> Tensor:
+    """A weight ``(O, C/groups, *K)``, or what is as large as the KDS, as ``(G, R, d)`` or ``(G, R, blocks)``."""
+    tapwise = value if layer.config.blocks == "flat" or value.dim() == 2 else value.flatten(2).mT
+    return tapwise.reshape(layer.groups, len(value) // layer.groups, -1)
+
+
+def from_rows(layer: DSLayer, rows: Tensor, shape: torch.Size) -> Tensor:
+    """Inverse of :func:`as_rows`."""
+    if layer.config.blocks == "flat" or len(shape) == 2:
+        return rows.reshape(shape)
+    return rows.reshape(shape[0], -1, shape[1]).mT.reshape(shape)
+
+
+def places(total: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """Up to ``wanted`` different numbers below ``total``, int64, in order.
+
+    >>> places(3, 5, torch.Generator())
+    tensor([0, 1, 2])
+    """
+    if total <= wanted:
+        return torch.arange(total)
+    return torch.randperm(total, generator=generator)[:wanted].sort().values
+
+
+def count_places(layer: DSLayer, y: Tensor) -> int:
+    """Places at which ``layer`` computes its output ``y``: images times pixels."""
+    return y.numel() // len(layer.vqk)
+
+
+def batched(layer: Any, value: Tensor) -> Tensor:
+    """``value``, an input or output of ``layer``, with a dimension of images also where there was none."""
+    return value if isinstance(layer, DSLinear) or value.dim() == layer.dims + 2 else value.unsqueeze(0)
+
+
+def outputs_at(layer: DSLayer, y: Tensor, where: Tensor) -> Tensor:
+    """Float32 ``(n, O)``: the output ``y`` of ``layer``, or of its float original, at the places ``where`` ``(n,)``."""
+    if isinstance(layer, DSLinear):
+        return y.reshape(-1, y.shape[-1])[where].float()
+    return _channels_at(y, (len(y), *y.shape[2:]), where).float()
+
+
+def inputs_at(layer: Any, x: Tensor, size: torch.Size, where: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """What ``layer`` reads of its input ``x`` for the output of ``size`` at the places ``where``, after its rounding.
+
+    Yields float32 ``(G, n, d)`` and the part of ``where`` that it belongs to.
+    """
+    linear = isinstance(layer, DSLinear)
+    read = x.reshape(-1, x.shape[-1]) if linear else layer.windows(x, size[2:])
+    step = max(1, _CHUNK // (layer.vqk[0].numel() * layer.groups))
+    for start in range(0, len(where), step):
+        part = slice(start, start + step)
+        if linear:
+            yield quantized(read[where[part]], layer.config, groups=1)[None], part
+            continue
+        taps = _channels_at(read, (size[0], *size[2:]), where[part])
+        taps = (taps.flip(tuple(range(2, taps.dim()))) if layer.transposed else taps).flatten(2)
+        if layer.config.blocks == "flat":
+            taken = torch.unflatten(quantized(taps.flatten(1), layer.config, layer.groups), 1, (layer.groups, -1))
+        else:
+            # A pixel's blocks are the same wherever it is read.
+            taken = torch.unflatten(quantized(taps, layer.config, layer.groups), 1, (layer.groups, -1)).mT.flatten(2)
+        yield taken.transpose(0, 1), part
+
+
+def _channels_at(value: Tensor, size: tuple[int, ...], where: Tensor) -> Tensor:
+    """``value (N, C, *S, ...)`` at places of ``size (N, *S)``: ``(n, C, ...)``."""
+    index: list[Any] = [*torch.unravel_index(where, size)]
+    return value[(index[0], slice(None), *index[1:])]
+
+
+class Moments:
+    """First and second moments of inputs ``x`` and of what the float weight ``w`` leaves of outputs ``y``.
+
+    With ``r = y - w x``, after :meth:`finish`:
+
+    Attributes:
+        count: samples.
+        h: covariance of x ``(G, d, d)``.
+        g: covariance of r with x ``(G, R, d)``.
+        mean_x, mean_r: ``(G, d)`` and ``(G, R)``.
+        noise, signal: variances of r and of y ``(G, R)``.
+    """
+
+    def __init__(self, w: Tensor):
+        groups, rows, reads = w.shape
+        self.w, self.count = w, 0
+        self.h, self.g = w.new_zeros(groups, reads, reads), w.new_zeros(groups, rows, reads)
+        self.mean_x, self.mean_r, self.mean_y = w.new_zeros(groups, reads), *w.new_zeros(2, groups, rows)
+        self.noise, self.signal = w.new_zeros(2, groups, rows)
+        self._origin: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Samples ``x (G, n, d)`` and ``y (n, O)``."""
+        y = torch.unflatten(y, 1, self.w.shape[:2]).transpose(0, 1)
+        r = y - x @ self.w.mT
+        if self._origin is None:
+            # Near the means, float32 sums of squares are exact enough.
+            self._origin = x.mean(1), r.mean(1), y.mean(1)
+        x, r, y = (value - origin.unsqueeze(1) for value, origin in zip((x, r, y), self._origin, strict=True))
+        self.count += x.shape[1]
+        self.h += x.mT @ x
+        self.g += r.mT @ x
+        for mean, square, value in (
+            (self.mean_x, None, x),
+            (self.mean_r, self.noise, r),
+            (self.mean_y, self.signal, y),
+        ):
+            mean += value.sum(1)
+            if square is not None:
+                square += value.square().sum(1)
+
+    def is_finite(self) -> bool:
+        """Whether all samples were."""
+        return all(bool(sums.isfinite().all()) for sums in (self.h, self.g, self.noise, self.signal))
+
+    def finish(self) -> None:
+        """From sums to moments."""
+        assert self._origin is not None
+        for sums in (self.h, self.g, self.mean_x, self.mean_r, self.mean_y, self.noise, self.signal):
+            sums /= self.count
+        self.h -= self.mean_x.unsqueeze(2) * self.mean_x.unsqueeze(1)
+        self.g -= self.mean_r.unsqueeze(2) * self.mean_x.unsqueeze(1)
+        self.noise -= self.mean_r.square()
+        self.signal -= self.mean_y.square()
+        self.mean_x += self._origin[0]
+        self.mean_r += self._origin[1]
+
+    def bias(self, v: Tensor) -> Tensor:
+        """Bias ``(G, R)`` that makes the mean output of the weights ``v`` that of the float network."""
+        bias: Tensor = self.mean_r - ((v - self.w) @ self.mean_x.unsqueeze(2)).squeeze(2)
+        return bias
+
+    def error(self, v: Tensor, bias: Tensor) -> float:
+        """Mean squared error of the outputs of weights ``v`` and ``bias``, as a part of their variance, NaN without."""
+        change = v - self.w
+        squares = self.noise - 2 * (change * self.g).sum(2) + quadratic(change, self.h)
+        squares = squares + (self.bias(v) - bias).square()
+        signal = float(self.signal.sum())
+        return max(0.0, float(squares.sum())) / signal if signal > 0 else math.nan

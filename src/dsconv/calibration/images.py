@@ -1,0 +1,108 @@
+"""The images of a calibration: read once, and looked at whether they can be what the network was trained on."""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dsconv.data import Images, Preprocess, batches
+from dsconv.data.preprocess import PHOTOGRAPH_DEVIATION, PHOTOGRAPH_MEAN
+from dsconv.errors import DataError
+from dsconv.evaluation import preprocess_for
+from dsconv.zoo import preprocess_of
+
+FEWEST, ENOUGH = 4, 16
+# How many times as wide or narrow, or how many deviations off, images may be without a warning.
+_ODD = 3.0
+
+
+def read_images(images: Images, preprocess: Preprocess | None, limit: int | None, *models: nn.Module) -> Tensor:
+    """All images as one float32 tensor ``(N, C, H, W)``.
+
+    Raises:
+        DataError: there are too few, they differ in shape, or one is not finite.
+    """
+    source = batches(images, preprocess=preprocess_for(images, preprocess, *models), limit=limit)
+    parts = [x.float() for x, _ in source]
+    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(shapes) > 1:
+        raise DataError(f"images: expected all of one shape, got {shapes[0]} and {shapes[1]}: resize or crop them")
+    count = sum(map(len, parts))
+    if source.broken:
+        warnings.warn(
+            f"{len(source.broken)} files could not be read, the first {source.broken[0].path}: "
+            f"{source.broken[0].reason}",
+            stacklevel=3,
+        )
+    if count < FEWEST:
+        raise DataError(f"images: expected {ENOUGH} or more (at least {FEWEST}), got {count}: 128 are good")
+    if count < ENOUGH:
+        warnings.warn(f"{count} images are few to calibrate on: expected {ENOUGH} or more, 128 are good", stacklevel=3)
+    x = torch.cat(parts)
+    if not (finite := x.isfinite().flatten(1).all(1)).all():
+        raise DataError(f"images: image {int((~finite).nonzero()[0])} holds a NaN or an infinity")
+    return x
+
+
+def check_images(x: Tensor, reference: nn.Module, qmodel: nn.Module) -> None:
+    """Warn of images that are not prepared as the network expects, as far as it tells.
+
+    It tells by its ``dsconv.data.Preprocess``, of which photographs have a known mean and deviation, and by the
+    statistics that its first BatchNorm kept of the images it was trained on.
+    """
+    known = next((found for model in (qmodel, reference) if (found := preprocess_of(model)) is not None), None)
+    said, seen = [], f"their mean is {float(x.mean()):.3g} and their deviation {float(x.std()):.3g}"
+    if known is not None:
+        size = known.crop or known.resize
+        if isinstance(size, tuple) and tuple(x.shape[2:]) != size:
+            got, wanted = ("x".join(map(str, pixels)) for pixels in (x.shape[2:], size))
+            said.append(f"they are {got}, the network's preparation makes them {wanted}")
+        mean, std = torch.tensor(known.mean), torch.tensor(known.std)
+        expected = (
+            float(((known.scale * PHOTOGRAPH_MEAN - mean) / std).mean()),
+            float((known.scale * PHOTOGRAPH_DEVIATION / std).mean()),
+        )
+        if _is_odd(float(x.std()) / expected[1], (float(x.mean()) - expected[0]) / expected[1]):
+            said.append(
+                f"photographs as the network's preparation makes them have {expected[0]:.3g} and {expected[1]:.3g}"
+            )
+    batchnorm = next((name for name, module in reference.named_modules() if isinstance(module, _BatchNorm)), None)
+    read = None if batchnorm is None else _read_by(reference, batchnorm, x[:ENOUGH])
+    if read is not None:
+        width, offset = read
+        if _is_odd(width, offset):
+            said.append(
+                f"the first BatchNorm, {batchnorm!r}, reads values of {width:.3g} times the deviation, and means "
+                f"{offset:.3g} deviations off those, that it was trained on"
+            )
+    if said:
+        warnings.warn(f"images: {seen}, but {'; '.join(said)}: prepare them as for evaluation", stacklevel=3)
+
+
+def _is_odd(width: float, offset: float) -> bool:
+    return not 1 / _ODD <= width <= _ODD or abs(offset) > _ODD
+
+
+def _read_by(reference: nn.Module, name: str, x: Tensor) -> tuple[float, float] | None:
+    """Of what a BatchNorm reads: deviation, and distance of the means, in deviations of its running statistics."""
+    batchnorm = reference.get_submodule(name)
+    mean, var = getattr(batchnorm, "running_mean", None), getattr(batchnorm, "running_var", None)
+    if mean is None or var is None:
+        return None
+    found: list[tuple[float, float]] = []
+
+    def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].float().transpose(0, 1).flatten(1)
+        used = var > var.mean() * 1e-6
+        width = (values.var(1) / var)[used].mean().sqrt()
+        offset = ((values.mean(1) - mean).square() / var)[used].mean().sqrt()
+        found.append((float(width), float(offset)))
+
+    hook = batchnorm.register_forward_pre_hook(look)
+    try:
+        reference(x.to(mean.device))
+    finally:
+        hook.remove()
+    return found[0] if found and all(map(math.isfinite, found[0])) else None

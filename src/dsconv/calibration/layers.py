@@ -1,0 +1,148 @@
+"""The quantized layers of a network beside those of its float original."""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from dsconv.calibration.collect import count_places
+from dsconv.conversion.convert import FLOAT_TYPES, effective_weight, model_info, quantized_type
+from dsconv.errors import ModelError
+from dsconv.evaluation import device_of, first_line
+from dsconv.nn import Affine, DSLayer
+
+# The covariance of what an output reads is a matrix of at most so many rows.
+_MOST_READ = 9216
+_SHOWN = 5
+
+
+@dataclass(eq=False)
+class Pair:
+    """A quantized layer and its float original.
+
+    Attributes:
+        name: in both networks.
+        layer, original: the two.
+        watched: the module of the reference whose output is what ``layer`` should put out: ``original``, or the
+            BatchNorm that was folded into ``layer``.
+        weight: float32, what ``layer`` stands for, in the layout of VQK.
+        outputs: of one image, at each call: places at which an output is computed.
+        index: place, among the layers to be calibrated, in the order of first calls.
+        reason: why the layer is left as it is, else None.
+    """
+
+    name: str
+    layer: DSLayer
+    original: nn.Module
+    watched: nn.Module
+    weight: Tensor
+    outputs: list[int] = field(default_factory=list)
+    index: int = 0
+    reason: str | None = None
+
+
+def pairs_of(qmodel: nn.Module, reference: nn.Module) -> list[Pair]:
+    """Every quantized layer with its namesake in ``reference``.
+
+    Raises:
+        ModelError: there is none, or it is another layer.
+    """
+    info = model_info(qmodel)
+    batchnorms = {layer: name for name, layer in info.folded.items()} if info is not None else {}
+    modules = dict(reference.named_modules(remove_duplicate=False))
+    pairs: list[Pair] = []
+    wrong: list[str] = []
+    for name, layer in qmodel.named_modules():
+        if not isinstance(layer, DSLayer):
+            continue
+        original, watched = modules.get(name), modules.get(batchnorms.get(name, name))
+        if not isinstance(original, FLOAT_TYPES) or not isinstance(layer, quantized_type(original)):
+            got = "none" if original is None else f"a {type(original).__name__}"
+            wrong.append(f"layer {name!r} is a {type(layer).__name__}, and the reference has {got} there")
+            continue
+        if watched is None or (name in batchnorms and not isinstance(watched, _BatchNorm)):
+            wrong.append(f"the reference has no BatchNorm {batchnorms[name]!r}, which is folded into layer {name!r}")
+            continue
+        weight, reason = effective_weight(original)
+        shape = tuple(layer.vqk.shape)
+        weight = None if weight is None else layer._conv_layout(weight).float()
+        if weight is None or weight.shape != shape:
+            found = reason if weight is None else f"it is {tuple(weight.shape)} in the reference"
+            wrong.append(f"layer {name!r} has a weight {shape}, but {found}")
+            continue
+        if isinstance(watched, _BatchNorm):
+            weight = weight * Affine.from_batchnorm(watched).scale.view(-1, *[1] * (weight.dim() - 1))
+        pairs.append(Pair(name, layer, original, watched, weight))
+        if (reads := layer.vqk[:1].numel()) > _MOST_READ:
+            pairs[-1].reason = f"each output reads {reads:,} values, more than {_MOST_READ:,}"
+    if wrong:
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise ModelError(
+            f"reference: expected the float network that qmodel was made from, but {'; '.join(wrong[:_SHOWN])}{more}"
+        )
+    return pairs
+
+
+def trace(pairs: Sequence[Pair], qmodel: nn.Module, reference: nn.Module, image: Tensor) -> tuple[list[Pair], int]:
+    """Run both networks on one image ``(1, C, H, W)``.
+
+    Returns:
+        The pairs in the order in which their layers run first, those that do not run last; and the bytes of the
+        reference's largest activation.
+
+    Raises:
+        ModelError: they cannot run on the image, return something else each, or call a layer not as often.
+    """
+    largest = [image.nbytes]
+    # That of qmodel, since a BatchNorm that is folded into a layer may run long after it in the reference.
+    order: dict[str, Pair] = {}
+    calls: Counter[str] = Counter()
+
+    def count(pair: Pair) -> None:
+        order.setdefault(pair.name, pair)
+        calls[pair.name] += 1
+
+    with ExitStack() as hooks:
+        for module in reference.modules():
+            look = module.register_forward_hook(lambda _, __, y: largest.extend(t.nbytes for t in tensors_of(y)))
+            hooks.enter_context(look)
+        for pair in pairs:
+            note = pair.watched.register_forward_hook(
+                lambda _, __, y, pair=pair: pair.outputs.append(count_places(pair.layer, y))
+            )
+            hooks.enter_context(note)
+            hooks.enter_context(pair.layer.register_forward_hook(lambda _, __, ___, pair=pair: count(pair)))
+        f, q = (
+            [tuple(t.shape) for t in tensors_of(forward(name, model, image, Exception))]
+            for name, model in (("reference", reference), ("qmodel", qmodel))
+        )
+    if f != q:
+        raise ModelError(f"reference: for one image it returns tensors of shapes {f}, but qmodel {q}")
+    for pair in pairs:
+        if calls[pair.name] != len(pair.outputs):
+            counts = f"{calls[pair.name]} times in qmodel, {len(pair.outputs)} times in the reference"
+            raise ModelError(f"layer {pair.name!r}: it runs {counts}: calibrate a network with its own original")
+        if not pair.outputs:
+            pair.reason = "forward does not call it"
+    ordered = [*order.values(), *(pair for pair in pairs if pair.name not in order)]
+    for index, pair in enumerate(pair for pair in ordered if pair.reason is None):
+        pair.index = index
+    return ordered, max(largest)
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors in what a module returned."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def forward(name: str, model: nn.Module, x: Tensor, errors: type[Exception] = RuntimeError) -> Any:
+    """Output of ``model``, called ``name`` in the ModelError that takes the place of ``errors``."""
+    try:
+        return model(x.to(device_of(model)))
+    except errors as error:
+        raise ModelError(f"{name}: it cannot run on images {tuple(x.shape)}: {first_line(error)}") from error

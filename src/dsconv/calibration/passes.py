@@ -1,0 +1,167 @@
+"""Runs the two networks over the images, as far as a layer needs it."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dsconv.calibration.collect import Moments, as_rows, batched, count_places, inputs_at, outputs_at, places
+from dsconv.calibration.layers import Pair, forward, tensors_of
+from dsconv.errors import ModelError
+
+Key = tuple[str, int, int]
+"""Layer, batch and call."""
+
+
+class Target(NamedTuple):
+    """What a layer should put out at some ``places``: float32 ``y (n, O)``; ``size`` is that of the whole output."""
+
+    size: torch.Size
+    places: Tensor
+    y: Tensor
+
+
+class _Stop(BaseException):
+    """Ends a forward pass that has gone far enough. Not an Exception, so that no model takes it for an error."""
+
+
+class Passes:
+    """Both networks, and ``batches`` of images."""
+
+    def __init__(self, qmodel: nn.Module, reference: nn.Module, batches: Sequence[Tensor], positions: int, seed: int):
+        self.qmodel, self.reference, self.batches = qmodel, reference, batches
+        self.positions, self.seed = positions, seed
+
+    def collect(self, pairs: Sequence[Pair], finish: Callable[[Pair, Moments], None], memory_bytes: int) -> None:
+        """Collect the moments of each layer in turn, which ``finish`` has to calibrate before the next has its turn.
+
+        What the reference puts out is kept for as many layers at a time as fit into ``memory_bytes``.
+        """
+        for group in self._groups(pairs, memory_bytes):
+            self._collect(group, finish)
+
+    def _groups(self, pairs: Sequence[Pair], memory_bytes: int) -> Iterator[list[Pair]]:
+        group: list[Pair] = []
+        used, images = 0, sum(map(len, self.batches))
+        for pair in pairs:
+            size = 4 * len(pair.layer.vqk) * images * sum(min(count, self.positions) for count in pair.outputs)
+            if group and used + size > memory_bytes:
+                yield group
+                group, used = [], 0
+            group.append(pair)
+            used += size
+        if group:
+            yield group
+
+    def _collect(self, group: list[Pair], finish: Callable[[Pair, Moments], None]) -> None:
+        targets = self._targets(group)
+        waiting = deque(group)
+        calls: Counter[str] = Counter()
+        moments: Moments | None = None
+        seen = batch = 0
+        failed: Pair | None = None
+
+        def before(pair: Pair, x: Tensor) -> None:
+            nonlocal moments, seen, failed
+            if pair is not waiting[0]:
+                return
+            if batch != self._batch(pair, seen):
+                raise _Stop
+            moments = moments or Moments(as_rows(pair.layer, pair.weight))
+            size, where, y = targets.pop((pair.name, batch, calls[pair.name]))
+            calls[pair.name] += 1
+            for read, part in inputs_at(pair.layer, batched(pair.layer, x), size, where):
+                moments.add(read, y[part])
+            if calls[pair.name] < len(pair.outputs):
+                return
+            seen += 1
+            if seen < len(self.batches):
+                raise _Stop
+            if not moments.is_finite():
+                failed = pair
+                waiting.clear()
+                raise _Stop
+            finish(pair, moments)
+            waiting.popleft()
+            seen, moments = 0, None
+            # The batch goes on to the next layer, unless earlier calls of this one ran with other weights.
+            if not waiting or len(pair.outputs) > 1:
+                raise _Stop
+
+        with ExitStack() as hooks:
+            for pair in group:
+                hook = pair.layer.register_forward_pre_hook(lambda _, inputs, pair=pair: before(pair, inputs[0]))
+                hooks.enter_context(hook)
+            while waiting:
+                batch = self._batch(waiting[0], seen)
+                calls.clear()
+                with suppress(_Stop):
+                    forward("qmodel", self.qmodel, self.batches[batch])
+                    raise ModelError(self._unsteady(waiting[0], "qmodel"))
+        if failed is not None:
+            raise ModelError(self._nonfinite(failed))
+
+    def _batch(self, pair: Pair, seen: int) -> int:
+        """The batch that ``pair`` looks at after so many: back and forth, so that the last goes on to the next layer.
+
+        The order is that of the layer, wherever a calibration begins: sums depend on it, in their last digits.
+        """
+        return seen if pair.index % 2 == 0 else len(self.batches) - 1 - seen
+
+    def _targets(self, group: list[Pair]) -> dict[Key, Target]:
+        found: dict[Key, Target] = {}
+        # Of its own for each layer: what is chosen does not depend on which layers are done already.
+        seeds = {pair.name: (self.seed * 1_000_003 + pair.index) % 2**63 for pair in group}
+        generators = {name: torch.Generator().manual_seed(seed) for name, seed in seeds.items()}
+        calls: Counter[str] = Counter()
+        batch = 0
+
+        def after(pair: Pair, y: Tensor) -> None:
+            y = batched(pair.layer, y)
+            total = count_places(pair.layer, y)
+            where = places(total, self.positions * len(self.batches[batch]), generators[pair.name]).to(y.device)
+            found[pair.name, batch, calls[pair.name]] = Target(y.shape, where, outputs_at(pair.layer, y, where))
+            calls[pair.name] += 1
+
+        with ExitStack() as hooks:
+            for pair in group:
+                hook = pair.watched.register_forward_hook(lambda _, __, y, pair=pair: after(pair, y))
+                hooks.enter_context(hook)
+            for index, x in enumerate(self.batches):
+                batch = index
+                calls.clear()
+                forward("reference", self.reference, x)
+                for pair in group:
+                    if calls[pair.name] != len(pair.outputs):
+                        raise ModelError(self._unsteady(pair, "reference"))
+        return found
+
+    def _unsteady(self, pair: Pair, name: str) -> str:
+        return f"layer {pair.name!r}: in {name}, it does not run as often for all images as for the first"
+
+    def _nonfinite(self, pair: Pair) -> str:
+        """Where the NaN or infinities begin that were found at ``pair``."""
+        for name, model in (("reference", self.reference), ("qmodel", self.qmodel)):
+            begun: list[str] = []
+
+            def look(inner: str, output: Any, begun: list[str] = begun) -> None:
+                if not all(bool(t.isfinite().all()) for t in tensors_of(output)):
+                    begun.append(inner)
+                    raise _Stop
+
+            with ExitStack() as hooks:
+                for inner, module in model.named_modules():
+                    if not list(module.children()):
+                        hook = module.register_forward_hook(lambda _, __, y, inner=inner: look(inner, y))
+                        hooks.enter_context(hook)
+                for x in self.batches:
+                    with suppress(_Stop):
+                        forward(name, model, x)
+                    if begun:
+                        return (
+                            f"{name}: NaN or infinities begin in layer {begun[0]!r}: check its weights and the images"
+                        )
+        return f"layer {pair.name!r}: the squares of its inputs or outputs are too large for float32"

@@ -1,0 +1,79 @@
+"""What a calibration did to each layer, as a table."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsconv.tables import as_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """What became of a layer. The figures of one that was left as it is are None.
+
+    Attributes:
+        name: in the model.
+        samples: outputs that it was fitted to, at each of which all channels count.
+        error_before, error_after: mean squared error of its output on the calibration images, its input being what the
+            calibrated layers before it make; as a part of the variance of the float network's output.
+        seconds: of rounding, without running the networks.
+        reason: why it was left as it is, else None.
+    """
+
+    name: str
+    samples: int | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    seconds: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """All layers of a calibrated model in the order in which they ran; prints as a table.
+
+    Attributes:
+        layers: one of each.
+        images: number of images.
+        seed: of the choice of places in them.
+    """
+
+    layers: tuple[CalibratedLayer, ...]
+    images: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> "Table":
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table
+
+        left: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.reason is not None:
+                left.setdefault(layer.reason, []).append(layer.name)
+        notes = [
+            f"Calibrated on {self.images} images, seed {self.seed}. Errors: of a layer's output on these images, in "
+            "percent of its variance, those of the layers before it included.",
+            *(f"Left as it was, {reason}: {', '.join(names)}." for reason, names in left.items()),
+        ]
+        table = Table(
+            box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=escape("\n".join(notes)), caption_justify="left"
+        )
+        table.add_column("layer", overflow="fold")
+        for column in ("samples", "error before", "after", "s"):
+            table.add_column(column, justify="right")
+        for layer in self.layers:
+            figures = (layer.samples, layer.error_before, layer.error_after, layer.seconds)
+            shown = ("{:,}", "{:.3%}", "{:.3%}", "{:.1f}")
+            cells = ["" if value is None else text.format(value) for text, value in zip(shown, figures, strict=True)]
+            table.add_row(escape(layer.name), *cells, style="yellow" if layer.reason else None)
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self)

@@ -1,0 +1,129 @@
+"""``dsconv calibrate``: a quantized network is rounded again on unlabelled images."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import dsconv
+from dsconv import zoo
+from dsconv.cli.common import (
+    FILE_HELP,
+    REFERENCE_HELP,
+    Channels,
+    Config,
+    Crop,
+    Force,
+    Interpolation,
+    Json,
+    Limit,
+    Mean,
+    ModelOfFile,
+    Preset,
+    Resize,
+    Scale,
+    Std,
+    Weights,
+    check_out,
+    is_quantized_file,
+    load_file,
+    original_of,
+    preparation,
+    preprocess_of,
+    print_json,
+    print_table,
+    read_config,
+    say,
+)
+from dsconv.conversion import model_info
+from dsconv.errors import ConfigError
+
+_OUT_HELP = "File to write: *.safetensors."
+_RESUME_HELP = "Continue a calibration that was stopped, from the file beside OUT that it left."
+
+
+def calibrate(
+    file_or_model: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help=FILE_HELP, show_default=False)],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Images, which need no labels.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help=_OUT_HELP, show_default=False)],
+    reference: Annotated[str | None, typer.Option(metavar="MODEL", help=REFERENCE_HELP)] = None,
+    weights: Weights = "default",
+    model: ModelOfFile = None,
+    preset: Preset = "default",
+    config: Config = None,
+    limit: Limit = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of places in the images.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
+    memory: Annotated[float, typer.Option(min=0.01, metavar="GIB", help="Rough bound of what activations take.")] = 4.0,
+    device: Annotated[str, typer.Option(help="Where to run, as PyTorch names it: cpu, cuda.")] = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    channels: Channels = None,
+    interpolation: Interpolation = None,
+) -> None:
+    """Round the weights of a quantized network again so that, on your images, each layer puts out what it did in float.
+
+    FILE, or MODEL quantized as --preset or --config say. The images need no labels, and there is no training.
+    """
+    given = preparation(locals())
+    is_file = is_quantized_file(file_or_model)
+    if not is_file and (reference or model):
+        raise typer.BadParameter("--reference and --model go with a quantized FILE, not with a float model.")
+    if is_file and (preset != "default" or config is not None):
+        raise typer.BadParameter("a quantized FILE has its own settings: --preset and --config go with a float model.")
+    settings = read_config(preset, config)
+    check_out(out, force)
+    state = out.with_name(f"{out.name}.state")
+    if state.exists() != resume:
+        there, todo = ("no", "leave out --resume") if resume else ("a", f"add --resume, or delete {state}")
+        raise ConfigError(f"{state}: there is {there} calibration to resume: {todo}")
+    if is_file:
+        say(f"loading {file_or_model}")
+        qmodel = load_file(Path(file_or_model), model)
+        name = reference or model or original_of(qmodel, file_or_model)
+    else:
+        name = file_or_model
+    say(f"building {name} with weights {weights}")
+    network = zoo.build(name, weights=weights)
+    if not is_file:
+        say("quantizing")
+        qmodel = dsconv.quantize(network, settings)
+    preprocess = preprocess_of(network, name, given)
+    start = time.perf_counter()
+    try:
+        result = dsconv.calibrate(
+            qmodel,
+            network,
+            data,
+            preprocess=preprocess,
+            limit=limit,
+            seed=seed,
+            state=state,
+            resume=resume,
+            device=device,
+            memory_bytes=int(memory * 2**30),
+            progress=True,
+        )
+        seconds = time.perf_counter() - start
+        dsconv.save(result, out)
+    except (KeyboardInterrupt, OSError):
+        if state.exists():
+            say(f"stopped: what is done is in {state}; the same command with --resume goes on from there")
+        raise
+    state.unlink()
+    info, file_bytes = model_info(result), out.stat().st_size
+    assert info is not None
+    if as_json:
+        facts = {"model": file_or_model, "reference_model": name, "data": str(data), "file": str(out)}
+        work = {"file_bytes": file_bytes, "calibrate_seconds": seconds, "config": info.config.to_dict()}
+        figures = {"effective_bits": dsconv.summary(result).effective_bits, **info.calibration.to_dict()}
+        print_json({**facts, **work, "preprocess": preprocess.model_dump(mode="json"), **figures})
+    else:
+        print_table(info.calibration)
+        print(f"Wrote {out}: {file_bytes:,} bytes; calibrated in {seconds:.1f} s.")

@@ -1,0 +1,260 @@
+"""``dsconv.export_onnx``: a quantized network as an ONNX file, in the style that suits what is to read it."""
+
+import json
+import os
+import tempfile
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dsconv.compilation.compiled import CompiledModel
+from dsconv.config import QuantConfig
+from dsconv.conversion import ModelInfo, model_info
+from dsconv.conversion.convert import swapped
+from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
+from dsconv.files import replacing
+from dsconv.nn import DSLayer
+from dsconv.onnx import int8
+from dsconv.onnx.layers import DOMAIN, Floats, Functions, Integers, StandIn
+
+Style = Literal["qdq", "function", "int8", "float"]
+STYLES: tuple[str, ...] = get_args(Style)
+OPSET = 21
+"""The first with 4-bit integers, and with scales of blocks."""
+_OLDEST = {"qdq": OPSET, "function": OPSET, "int8": 18, "float": 18}
+_LOWERINGS: dict[str, type[Integers]] = {"qdq": Integers, "function": Functions, "int8": Floats, "float": Floats}
+# A protobuf message cannot be larger.
+_LARGEST_BYTES = (1 << 31) - 1
+
+
+def export_onnx(
+    qmodel: nn.Module,
+    example_input: Tensor,
+    path: str | os.PathLike[str],
+    style: Style = "qdq",
+    *,
+    images: Tensor | None = None,
+    opset: int = OPSET,
+) -> Path:
+    """Write a quantized network to an ONNX file; an existing file is replaced when the new one is complete.
+
+    =============  =============================================  ==================================================
+    ``style``      weights                                        activations
+    =============  =============================================  ==================================================
+    ``qdq``        VQK as INT4 (INT8 above 4 bits) and KDS, made  block floating point in ONNX's own operators,
+                   float by ``DequantizeLinear`` of blocks        value for value that of :mod:`dsconv.numerics`
+    ``function``   the same                                       the same, layers and roundings being calls of the
+                                                                  model-local functions ``dsconv::DSConv`` etc.
+    ``int8``       rounded once more, to INT8 with one scale for  UINT8 with one scale for each tensor
+                   each output channel
+    ``float``      float32                                        float32
+    =============  =============================================  ==================================================
+
+    See docs/onnx.md for which runtime does what with them. Input ``x`` and output ``y`` have any batch size and the
+    image size of the example. The file's metadata tell style, bits, block sizes and conventions.
+
+    Args:
+        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, float32, with one input and one
+            output. Of a compiled model its ``model`` is written.
+        example_input: ``(N, ...)``; only its shape and dtype count.
+        path: of the file, usually ``*.onnx``, in an existing folder.
+        style: see above.
+        images: for ``int8``, float32 inputs ``(N, ...)`` from which the ranges of activations are taken; labels are not
+            needed. None: ranges are those of noise in a network whose BatchNorms have the mean and the deviation on
+            that noise that training left in them.
+        opset: of ONNX, from 21 on, for ``int8`` and ``float`` from 18 on.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: an argument has an unusable value.
+        ModelError: the model holds no quantized layer, is not one for inference in float32, or cannot be exported.
+        MissingExtraError: the extra ``dsconv[onnx]`` is not installed.
+        OSError: the file cannot be written.
+
+    >>> import dsconv, onnx, tempfile
+    >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3)).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model = onnx.load(export_onnx(dsconv.quantize(net), torch.zeros(1, 3, 8, 8), folder + "/net.onnx"))
+    >>> [(t.name, list(t.dims)) for t in model.graph.initializer if "vqk" in t.name]
+    [('0.vqk', [32, 27, 1, 1]), ('2.vqk', [64, 32, 3, 3])]
+    """
+    if isinstance(qmodel, CompiledModel):
+        qmodel = qmodel.model
+    path = Path(path)
+    _check(qmodel, example_input, style, images, opset)
+    facts = _facts(qmodel, style)
+    with replacing(path) as beside:
+        beside.touch()  # what cannot be written is not worth the work
+        if style == "int8":
+            facts["dsconv.ranges"] = "noise and BatchNorm" if images is None else f"{len(images)} images"
+            _write_int8(qmodel, example_input, beside, images, opset)
+            model = import_extra("onnx", "onnx").load(beside)
+        else:
+            model = _exported(qmodel, example_input, style, opset)
+        _write(model, beside, facts)
+    return path
+
+
+def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, opset: int) -> None:
+    if style not in STYLES:
+        raise ConfigError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
+    for module in ("onnx", "onnxscript", *["onnxruntime"] * (style == "int8")):
+        import_extra("onnx", module)
+    if not hasattr(torch.onnx, "ops"):
+        raise MissingExtraError("onnx", "PyTorch 2.8 or newer")
+    oldest, newest = _OLDEST[style], import_extra("onnx", "onnx").defs.onnx_opset_version()
+    if not oldest <= opset <= newest:
+        raise ConfigError(f"opset: expected {oldest} to {newest} for style {style!r}, got {opset}")
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ConfigError(f"example_input: expected a tensor (N, ...) of at least 2 dimensions, got {got}")
+    kind = type(qmodel).__name__
+    if not isinstance(qmodel, nn.Module) or isinstance(qmodel, torch._dynamo.OptimizedModule):
+        raise ModelError(f"qmodel: expected a quantized torch.nn.Module, not one of torch.compile, got {kind}")
+    if not _layers(qmodel):
+        raise ModelError(f"model {kind} holds no quantized layer: convert it with dsconv.quantize first")
+    if any(module.training for module in qmodel.modules()):
+        raise ModelError(f"model {kind} is in training mode: call its eval() before the export")
+    half = [name for name, value in qmodel.named_parameters() if value.dtype != torch.float32]
+    if half or x.dtype != torch.float32:
+        what = f"parameter {half[0]!r}" if half else "the example_input"
+        raise ModelError(f"model {kind}: {what} is not float32: call float() on model and input before the export")
+    if images is not None and style != "int8":
+        raise ConfigError(f"images: ranges of activations are taken from them for style 'int8' alone, got {style!r}")
+    if images is not None and (not len(images) or images.shape[1:] != x.shape[1:] or images.dtype != x.dtype):
+        raise ConfigError(
+            f"images: expected at least one of the shape of the example_input {tuple(x.shape[1:])} in float32, "
+            f"got {images.dtype} {tuple(images.shape)}"
+        )
+
+
+def _layers(model: nn.Module) -> dict[str, DSLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, DSLayer)}
+
+
+def _facts(qmodel: nn.Module, style: str) -> dict[str, str]:
+    """What the metadata of the file say."""
+    settings: dict[str, list[str]] = {}
+    for name, layer in _layers(qmodel).items():
+        settings.setdefault(layer.config.model_dump_json(), []).append(name)
+    # The most common settings, and what the others are for.
+    common, *others = sorted(settings, key=lambda text: -len(settings[text]))
+    config = json.loads(common)
+    facts = {"version": metadata.version("dsconv"), "style": style, "config": common}
+    facts |= {name: str(config[name]) for name in ("weight_bits", "activation_bits", "activation_sign", "block_size")}
+    facts["other_layers"] = json.dumps({name: json.loads(text) for text in others for name in settings[text]})
+    return {f"dsconv.{name}": text for name, text in facts.items()}
+
+
+def _write_int8(qmodel: nn.Module, x: Tensor, path: Path, images: Tensor | None, opset: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+
+        def in_float(name: str, model: nn.Module) -> Path:
+            file = Path(folder, f"{name}.onnx")
+            _write(_exported(model, x, "float", opset), file, {})
+            return file
+
+        like = None
+        if images is None:
+            images = int8.noise(qmodel, x.shape[1:])
+            like = in_float("like", int8.normalized(qmodel, images))
+        int8.quantize(in_float("network", qmodel), path, images, like=like)
+
+
+def _exported(qmodel: nn.Module, x: Tensor, style: str, opset: int) -> Any:
+    """The network as an ``onnx.ModelProto``."""
+    model = _captured(qmodel, x, opset)
+    _lower(model, _LOWERINGS[style](_layers(qmodel)))
+    _simplify_pools(model.graph)
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.name = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    proto = import_extra("onnx", "onnx_ir").to_proto(model)
+    del proto.graph.value_info[:]
+    return proto
+
+
+def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
+    """The network as an ``onnx_ir.Model`` in which a node of its name stands for each layer."""
+    stand_ins: dict[nn.Module, nn.Module] = {layer: StandIn(name, layer) for name, layer in _layers(qmodel).items()}
+    model = swapped(qmodel, stand_ins, model_info(qmodel) or ModelInfo(QuantConfig()))
+    example = x.new_zeros((2, *x.shape[1:]))  # a batch of one would be taken for a constant
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                input_names=["x"],
+                output_names=["y"],
+                opset_version=opset,
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1 << 16)},),
+                verbose=False,
+            )
+    except Exception as error:
+        raise ModelError(f"the model cannot be exported for an input of {tuple(x.shape)}: {error}") from error
+    assert program is not None
+    graph, kind = program.model.graph, type(qmodel).__name__
+    if len(graph.outputs) != 1:
+        raise ModelError(f"model {kind}: expected one output, it has {len(graph.outputs)}")
+    shapes = [value.shape for value in (*graph.inputs, *graph.outputs)]
+    if any(shape is None or isinstance(shape[0], int) for shape in shapes):
+        raise ModelError(
+            f"model {kind}: the batch size became a constant: its code turns it into a number, as len(x) does: use "
+            "x.shape[0] or flatten(1)"
+        )
+    return program.model
+
+
+def _lower(model: Any, lowering: Integers) -> None:
+    """Put the operators of layers in the place of the nodes that stand for them."""
+    graph, ir = model.graph, lowering.op.ir
+    for node in [node for node in graph if node.domain == DOMAIN]:
+        lowering.op.made.clear()
+        padding = node.attributes.get("output_padding")
+        y = lowering.layer(node.attributes["layer"].as_string(), node.inputs[0], padding and padding.as_ints())
+        (old,) = node.outputs
+        y.type, y.shape = old.type, old.shape
+        ir.convenience.replace_nodes_and_values(graph, node, [node], lowering.op.made, [old], [y])
+    for value in lowering.op.initializers:
+        graph.register_initializer(value)
+    for function in lowering.functions():
+        function.graph.opset_imports[""] = model.opset_imports[""]
+        model.functions[function.identifier()] = function
+    if not model.functions:
+        model.opset_imports.pop(DOMAIN, None)
+
+
+def _simplify_pools(graph: Any) -> None:
+    """Round the sizes of pools down where it makes no difference: rounding up goes wrong in ONNX's own evaluator."""
+    for node in graph:
+        given = {
+            name: node.attributes[name].value for name in ("kernel_shape", "strides", "pads") if name in node.attributes
+        }
+        if "ceil_mode" not in node.attributes or len(given) < 3 or node.attributes.get_int("ceil_mode", 0) == 0:
+            continue
+        sizes = zip(node.inputs[0].shape[2:], given["kernel_shape"], given["strides"], strict=True)
+        dims, pads = len(given["strides"]), given["pads"]
+        if all((n + pads[i] + pads[i + dims] - k) % s == 0 for i, (n, k, s) in enumerate(sizes)):
+            del node.attributes["ceil_mode"]
+
+
+def _write(model: Any, path: Path, facts: dict[str, str]) -> None:
+    onnx = import_extra("onnx", "onnx")
+    model.producer_name, model.producer_version = "dsconv", metadata.version("dsconv")
+    onnx.helper.set_model_props(model, facts)
+    if model.ByteSize() > _LARGEST_BYTES:
+        raise ModelError(f"{path}: an ONNX file holds 2 GB at most, this has {model.ByteSize():,} bytes")
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString())

@@ -1,0 +1,132 @@
+"""Plain 8-bit ONNX files, which today's runtimes run in their own integers, and the ranges of activations for them."""
+
+import copy
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dsconv.data import Preprocess, synthetic_images
+from dsconv.errors import ModelError, import_extra
+from dsconv.zoo import preprocess_of
+
+_NOISE_IMAGES = 16
+# Of ranges on noise: on photographs, features have longer tails than that. Clipping them costs far more than a bit.
+_MARGIN = 2.0
+
+
+def quantize(
+    network: Path, path: Path, images: Tensor, *, like: Path | None = None, operators: Sequence[str] | None = None
+) -> None:
+    """Write a float ONNX file with activations as uint8, of one scale per tensor, and weights as int8, one per output.
+
+    Both stand between QuantizeLinear and DequantizeLinear, which a runtime takes into its layers.
+
+    Args:
+        network: the float file, with one input ``x``.
+        path: of the file to write.
+        images: inputs ``(N, ...)`` that are run, one by one, to find the ranges of activations.
+        like: file of a network with the same tensors, to run on noise in the place of ``network`` on images.
+        operators: types of the nodes to quantize; None: all that ONNX Runtime can.
+
+    Raises:
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    quantization = import_extra("onnx", "onnxruntime.quantization")
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        options = {} if like is None else {"TensorQuantOverrides": _ranges(_prepared(like, folder), images, folder)}
+        quantization.quantize_static(
+            _prepared(network, folder),
+            path,
+            _OneByOne(images if like is None else images[:1]),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=operators,
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            extra_options=options,
+        )
+
+
+def normalized(qmodel: nn.Module, images: Tensor) -> nn.Module:
+    """A copy of a network whose BatchNorms have the statistics of ``images`` in the place of those of training.
+
+    Their outputs then have the means and deviations that they have on the images of training, whatever ``images`` are:
+    those that scale and shift say.
+
+    Raises:
+        ModelError: the network has no BatchNorm.
+    """
+    result = copy.deepcopy(qmodel)
+    found = [m for m in result.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not found:
+        raise ModelError(
+            f"images: expected some for style 'int8', since {type(qmodel).__name__} has no BatchNorm that tells the "
+            "ranges of activations (any more, if it was folded): pass images, which need no labels"
+        )
+    for batchnorm in found:
+        batchnorm.reset_running_stats()
+        batchnorm.momentum = None  # a plain mean over all images
+        batchnorm.train()
+    with torch.no_grad():
+        result(images)
+    return result.eval()
+
+
+def noise(qmodel: nn.Module, shape: Sequence[int]) -> Tensor:
+    """Inputs of ``shape (C, ...)`` made of chance, prepared as the network says; of unit variance if it does not."""
+    preprocess = preprocess_of(qmodel)
+    if preprocess is not None and len(shape) == 3 and shape[0] == (1 if preprocess.channels == "gray" else 3):
+        sized = {**preprocess.model_dump(), "resize": tuple(shape[1:]), "crop": None}
+        return synthetic_images(_NOISE_IMAGES, Preprocess(**sized))
+    return torch.randn(_NOISE_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
+
+
+class _OneByOne:
+    """Images as ``onnxruntime.quantization`` asks for them."""
+
+    def __init__(self, images: Tensor):
+        self.rest = iter(images.numpy())
+
+    def get_next(self) -> dict[str, Any] | None:
+        image = next(self.rest, None)
+        return None if image is None else {"x": image[None]}
+
+
+def _prepared(network: Path, folder: str) -> Path:
+    """The file with shapes, and with BatchNorm folded where it can be."""
+    inference = import_extra("onnx", "onnxruntime.quantization.shape_inference")
+    prepared = Path(folder, f"prepared_{network.name}")
+    inference.quant_pre_process(network, prepared)
+    return prepared
+
+
+def _ranges(network: Path, images: Tensor, folder: str) -> dict[str, list[dict[str, Any]]]:
+    """Ranges of all tensors of a network on noise, with a margin, as ``quantize_static`` takes them."""
+    quantization = import_extra("onnx", "onnxruntime.quantization")
+    calibrator = quantization.create_calibrator(network, augmented_model_path=str(Path(folder, "augmented.onnx")))
+    calibrator.collect_data(_OneByOne(images))
+    found = calibrator.compute_data()
+    ranges = {}
+    for name in found.keys():  # noqa: SIM118
+        low, high = (np.float32(value.item() * (1 if name == "x" else _MARGIN)) for value in found[name].range_value)
+        ranges[name] = [{"rmin": low, "rmax": high}]
+    return ranges
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the quantizer says of every BatchNorm: that there is one scale for all its channels."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)

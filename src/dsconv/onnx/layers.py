@@ -1,0 +1,266 @@
+"""What becomes of a quantized layer: a node of its name while the model is captured, then operators of ONNX."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dsconv.config import LayerConfig
+from dsconv.errors import import_extra
+from dsconv.nn import DSLayer, DSLinear
+from dsconv.nn.conv import _DSConvNd, _DSConvTransposeNd
+from dsconv.onnx.activations import Magnitude, patches, quantize, quantize_of_attributes
+from dsconv.onnx.graph import Nodes, Value
+
+DOMAIN = "dsconv"
+_STAND_IN = f"{DOMAIN}::Layer"
+
+
+class StandIn(nn.Module):
+    """Takes the place of a quantized layer while the model around it is captured: a node with the layer's name."""
+
+    def __init__(self, name: str, layer: DSLayer):
+        super().__init__()
+        self.name = name
+        self.__dict__["layer"] = layer  # which thus is no part of the model
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """As that of the layer."""
+        layer: DSLayer = self.__dict__["layer"]
+        if isinstance(layer, DSLinear):
+            rows = x.reshape(-1, layer.in_features)
+            y = self._node(rows, (layer.out_features,))
+            return y if x.dim() == 2 else y.reshape(*x.shape[:-1], layer.out_features)
+        assert isinstance(layer, _DSConvNd)
+        x = layer.padded(x)
+        sides = zip(x.shape[2:], layer.kernel_size, layer.stride, layer.zero_padding, layer.dilation, strict=True)
+        if not isinstance(layer, _DSConvTransposeNd):
+            return self._node(x, (len(layer.vqk), *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)))
+        more = layer.output_padding_for(x, output_size)
+        size = [(n - 1) * s - 2 * p + d * (k - 1) + 1 + e for (n, k, s, p, d), e in zip(sides, more, strict=True)]
+        return self._node(x, (len(layer.vqk), *size), output_padding=list(more))
+
+    def _node(self, x: Tensor, shape: tuple[int, ...], **attributes: Any) -> Tensor:
+        attributes = {"layer": self.name, **attributes}
+        return torch.onnx.ops.symbolic(
+            _STAND_IN, (x,), attributes, dtype=x.dtype, shape=(x.shape[0], *shape), version=1
+        )
+
+
+class Integers:
+    """Quantized layers by name as operators of ONNX: weights dequantized from integers, inputs rounded in place.
+
+    Attributes:
+        op: the nodes made.
+    """
+
+    def __init__(self, layers: dict[str, DSLayer]):
+        self.layers = layers
+        self.op = Nodes()
+        # Several layers may read one tensor, and one layer may be called several times.
+        self._made: dict[tuple[Any, ...], Value] = {}
+
+    def layer(self, name: str, x: Value, output_padding: Sequence[int] | None) -> Value:
+        """Output of a layer for ``x``."""
+        layer, op = self.layers[name], self.op
+        bias = None if layer.bias is None else self._tensor(f"{name}.bias", layer.bias.float())
+        channels = layer.vqk.shape[1] * layer.groups
+        if isinstance(layer, DSLinear):
+            return self._linear(name, self._input(x, layer, channels), bias)
+        assert isinstance(layer, _DSConvNd)
+        given = {"strides": layer.stride, "pads": layer.zero_padding * 2, "dilations": layer.dilation}
+        # What is the default takes room in the file.
+        where: dict[str, Any] = {n: value for n, value in given.items() if set(value) != {0 if n == "pads" else 1}}
+        if self._over_patches(layer):
+            kernel = layer.kernel_size
+            x = self._once(("patches", x, kernel, *given.values()), lambda: patches(op, x, channels, kernel, **where))
+            channels, where = channels * math.prod(kernel), {}
+        if layer.groups > 1:
+            where["group"] = layer.groups
+        x = self._input(x, layer, channels)
+        if isinstance(layer, _DSConvTransposeNd):
+            return op.ConvTranspose(x, self._weight(name), bias, output_padding=output_padding, **where)
+        return self._conv(name, x, bias, **where)
+
+    def functions(self) -> list[Any]:
+        """Model-local functions that the nodes made so far call."""
+        return []
+
+    def _over_patches(self, layer: DSLayer) -> bool:
+        """Whether the blocks of a layer's input are of what each output reads."""
+        return layer.config.blocks == "flat" and layer.config.activation_bits is not None and layer.vqk.dim() > 2
+
+    def _input(self, x: Value, layer: DSLayer, channels: int) -> Value:
+        config = layer.config
+        if config.activation_bits is None:
+            return x
+        key = ("quantize", x, config.activation_bits, config.block_size, config.activation_sign, channels, layer.groups)
+        return self._once(key, lambda: self._quantized(x, config, channels, layer.groups))
+
+    def _quantized(self, x: Value, config: LayerConfig, channels: int, groups: int) -> Value:
+        return quantize(self.op, x, config, channels, groups)
+
+    def _conv(self, name: str, x: Value, bias: Value, **where: Any) -> Value:
+        return self.op.Conv(x, self._weight(name), bias, **where)
+
+    def _linear(self, name: str, x: Value, bias: Value) -> Value:
+        return self.op.Gemm(x, self._weight(name), bias, transB=1)
+
+    def _weight(self, name: str) -> Value:
+        """Float32 weight of a layer in the layout of ONNX, which is PyTorch's."""
+        return self._once(("weight", name), lambda: self._made_weight(name))
+
+    def _made_weight(self, name: str) -> Value:
+        op, layer = self.op, self.layers[name]
+        weight = self._dequantized(name)
+        if layer.config.blocks == "flat" and layer.vqk.dim() > 2 and not self._over_patches(layer):
+            weight = op.Reshape(weight, op.shape(*layer.vqk.shape))
+        if layer.transposed:  # as dsconv.ops.transposed_layout
+            inputs, kernel = layer.vqk.shape[1], layer.vqk.shape[2:]
+            grouped = op.Reshape(weight, op.shape(layer.groups, -1, inputs, *kernel))
+            swapped = op.Transpose(grouped, perm=[0, 2, 1, *range(3, 3 + len(kernel))])
+            weight = op.Reshape(swapped, op.shape(layer.groups * inputs, -1, *kernel))
+        return weight
+
+    def _dequantized(self, name: str) -> Value:
+        """``KDS * VQK (+ shift)``, in the shape of the integers as :meth:`_parts` has them."""
+        op = self.op
+        vqk, kds, shift, size = self._parts(name)
+        depth = vqk.shape[1]
+        if depth % size == 0:
+            integers, scales = [self._integers(f"{name}.vqk", vqk)], [kds]
+        else:  # OpenVINO knows no short block
+            whole = depth - depth % size
+            integers = [
+                self._integers(f"{name}.vqk", vqk[:, :whole]),
+                self._integers(f"{name}.vqk_last", vqk[:, whole:]),
+            ]
+            scales = op.call("", "Split", (kds, op.shape(whole // size, 1)), {"axis": 1}, outputs=2)
+        parts = [
+            op.DequantizeLinear(q, scale, axis=1, block_size=min(size, q.shape[1]))
+            for q, scale in zip(integers, scales, strict=True)
+        ]
+        weight = parts[0] if len(parts) == 1 else op.Concat(*parts, axis=1)
+        if shift is None:
+            return weight
+        places = self._once(("places", depth, size), lambda: _block_of(op, op.constant(depth, np.int64), size))
+        return op.Add(weight, op.Gather(shift, places, axis=1))
+
+    def _parts(self, name: str) -> tuple[Tensor, Value, Value | None, int]:
+        """Integers ``(O, D, ...)``, float32 scale and shift of their blocks ``(O, CB, ...)``, and the blocks' size."""
+        layer = self.layers[name]
+        vqk = layer.vqk.flatten(1) if layer.config.blocks == "flat" else layer.vqk
+        ones = (1,) * (layer.vqk.dim() - vqk.dim()) if self._over_patches(layer) else ()
+
+        def scale(part: str, value: Tensor) -> Value:
+            made = self._tensor(f"{name}.{part}", value.reshape(*value.shape, *ones))
+            return made if value.dtype == torch.float32 else self.op.Cast(made, to=self.op.FLOAT)
+
+        size = min(layer.config.block_size, vqk.shape[1])
+        shift = None if layer.kds_shift is None else scale("kds_shift", layer.kds_shift)
+        return vqk.reshape(*vqk.shape, *ones), scale("kds", layer.kds), shift, size
+
+    def _integers(self, name: str, vqk: Tensor) -> Value:
+        bits = self.layers[name.rpartition(".")[0]].config.weight_bits
+        return self._tensor(name, vqk, import_extra("onnx", "ml_dtypes").int4 if bits <= 4 else None)
+
+    def _tensor(self, name: str, value: Tensor, dtype: Any = None) -> Value:
+        """Initialiser of the values of a tensor."""
+        ir = self.op.ir
+        value = value.detach().cpu().contiguous()
+        tensor = ir.tensor(value.numpy().astype(dtype)) if dtype else ir.tensor_adapters.TorchTensor(value)
+        return self._once(("tensor", name), lambda: self.op.initializer(name, tensor))
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Value]) -> Value:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def _block_of(op: Nodes, depth: Value, size: "int | Value") -> Value:
+    """Number of the block that each of ``depth`` values is in."""
+    places = op.Range(op.constant(0, np.int64), depth, op.constant(1, np.int64))
+    return op.Div(places, op.constant(size, np.int64) if isinstance(size, int) else size)
+
+
+class Floats(Integers):
+    """Layers as operators on float weights and float inputs."""
+
+    def _over_patches(self, layer: DSLayer) -> bool:
+        return False
+
+    def _input(self, x: Value, layer: DSLayer, channels: int) -> Value:
+        return x
+
+    def _made_weight(self, name: str) -> Value:
+        return self._tensor(f"{name}.weight", self.layers[name].dequantized_weight())
+
+
+class Functions(Integers):
+    """Layers as calls of model-local functions, which a runtime may know by their names and replace by its own."""
+
+    def __init__(self, layers: dict[str, DSLayer]):
+        super().__init__(layers)
+        self._called: dict[str, Any] = {}
+
+    def _quantized(self, x: Value, config: LayerConfig, channels: int, groups: int) -> Value:
+        known = {"bits": config.activation_bits, "sign": config.activation_sign}
+        magnitude = {name: [int(value)] for name, value in Magnitude.of(config)._asdict().items()}
+        sizes = {"block_size": [config.block_size], "group": [groups]}
+        return self._call("BFPQuantize", [x], {**known, **sizes, **magnitude})
+
+    def _conv(self, name: str, x: Value, bias: Value, **where: Any) -> Value:
+        layer, dims = self.layers[name], self.layers[name].vqk.dim() - 2
+        if layer.config.blocks == "flat" and not self._over_patches(layer):
+            return super()._conv(name, x, bias, **where)
+        default = {"strides": [1] * dims, "pads": [0] * 2 * dims, "dilations": [1] * dims, "group": 1}
+        return self._fused("DSConv", name, x, bias, default | where)
+
+    def _linear(self, name: str, x: Value, bias: Value) -> Value:
+        return self._fused("DSLinear", name, x, bias, {})
+
+    def _fused(self, function: str, name: str, x: Value, bias: Value, where: dict[str, Any]) -> Value:
+        vqk, kds, shift, size = self._parts(name)
+        known = {"weight_bits": self.layers[name].config.weight_bits, "block_size": size}
+        weights = [self._integers(f"{name}.vqk", vqk), kds, *([] if shift is None else [shift])]
+        suffix = "" if shift is None else "Shifted"
+        return self._call(f"{function}{suffix}", [x, *weights, bias], {**known, **where})
+
+    def _call(self, function: str, inputs: list[Value | None], attributes: dict[str, Any]) -> Value:
+        if function not in self._called:
+            self._called[function] = _function(function, list(attributes))
+        return self.op.call(DOMAIN, function, inputs, attributes)[0]
+
+    def functions(self) -> list[Any]:
+        return list(self._called.values())
+
+
+def _function(name: str, attributes: list[str]) -> Any:
+    """The function of a name, which has these attributes."""
+    op = Nodes(in_function=True)
+    inputs = [op.ir.Value(name=part) for part in ("x", "vqk", "kds", "kds_shift", "bias")]
+    if name == "BFPQuantize":
+        inputs = inputs[:1]
+        y = quantize_of_attributes(op, *inputs)
+    else:
+        x, vqk, kds, shift, bias = inputs
+        weight = op.DequantizeLinear(vqk, kds, axis=1, block_size=op.attribute("block_size", "INT"))
+        if name.endswith("Shifted"):
+            size = op.Constant(value_int=op.attribute("block_size", "INT"))
+            depth = op.Squeeze(op.Shape(vqk, start=1, end=2))
+            weight = op.Add(weight, op.Gather(shift, _block_of(op, depth, size), axis=1))
+        else:
+            inputs.remove(shift)
+        if name.startswith("DSLinear"):
+            y = op.Gemm(x, weight, bias, transB=1)
+        else:
+            where = {n: op.attribute(n, "INTS") for n in ("strides", "pads", "dilations")}
+            y = op.Conv(x, weight, bias, group=op.attribute("group", "INT"), **where)
+    ir = op.ir
+    graph = ir.Graph(inputs, [y], nodes=op.made, opset_imports={"": 21})
+    return ir.Function(
+        DOMAIN, name, graph=graph, attributes=[ir.Attr(n, ir.AttributeType.UNDEFINED, None) for n in attributes]
+    )

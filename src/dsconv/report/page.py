@@ -1,0 +1,159 @@
+"""A report as one page of HTML that needs nothing but itself: no network, no scripts."""
+
+import base64
+import datetime
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dsconv.benchmarking.machine import machine_notes
+from dsconv.benchmarking.results import OURS, Timing, digits, plural
+from dsconv.conversion import LayerSummary
+from dsconv.errors import import_extra
+from dsconv.files import replacing
+from dsconv.report.gathering import Report, gather
+
+_SIGNS = {
+    "adaptive": "a sign bit only in blocks that hold a negative value",
+    "extra": "a sign beside the bits",
+    "included": "two's complement",
+}
+
+
+def write_page(path: str | os.PathLike[str], report: Report) -> Path:
+    """Write a report as a page of HTML, never left half written.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+        OSError: the file cannot be written.
+    """
+    text, path = page(report), Path(path)
+    with replacing(path) as beside:
+        beside.write_text(text, "utf-8")
+    return path
+
+
+def write_report(path: str | os.PathLike[str], qmodel: nn.Module, **options: Any) -> Path:
+    """Measure a quantized network and write what was found as one page of HTML.
+
+    Args:
+        path: of the file, which is replaced where there is one.
+        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`.
+        options: of :func:`dsconv.report.gather`, such as ``reference`` and ``images``.
+
+    Raises:
+        ConfigError, DataError, ModelError: as :func:`dsconv.report.gather`.
+        MissingExtraError: jinja2 is not installed: ``pip install 'dsconv[report]'``.
+        OSError: the file cannot be written.
+
+    >>> import dsconv, tempfile
+    >>> net = dsconv.zoo.build("dsconv/digits_resnet")
+    >>> images, labels = dsconv.demo.load_digits()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     page = write_report(f"{folder}/digits.html", dsconv.quantize(net), reference=net, images=images[:32])
+    ...     page.read_text()[:15]
+    '<!doctype html>'
+    """
+    import_extra("report", "jinja2")
+    return write_page(path, gather(qmodel, **options))
+
+
+def page(report: Report) -> str:
+    """The page as text."""
+    jinja2 = import_extra("report", "jinja2")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dsconv", "report"),
+        autoescape=True,  # names of files, layers and classes are a user's
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.tests["contains"] = lambda text, part: part in text
+    environment.filters |= {
+        "groupby_setting": _by_setting,
+        "base64": lambda data: base64.b64encode(data).decode(),
+        "db": _db,
+        "digits": _digits,
+        "mb": lambda size: f"{size / 1e6:.2f}",
+        "share": lambda part, whole=1: f"{100 * part / whole:.1f}\N{NO-BREAK SPACE}%",
+        "signed": lambda value: f"{value:.3g}".replace("-", "\N{MINUS SIGN}"),
+        "size": lambda shape: "\N{MULTIPLICATION SIGN}".join(map(str, shape)),
+    }
+    text: str = environment.get_template("page.html.j2").render(
+        report=report,
+        signs=_SIGNS,
+        OURS=OURS,
+        plural=plural,
+        machine_notes=machine_notes,
+        steps=_steps,
+        settings=_settings,
+        part=_part,
+        height=_height,
+        log_range=_log_range,
+        isfinite=math.isfinite,
+        today=datetime.date.today().isoformat(),
+        versions=", ".join(f"{name} {metadata.version(name)}" for name in ("dsconv", "torch")),
+    )
+    return text
+
+
+def _steps(counts: Sequence[int], most: int, width: float, base: float, *, log: bool) -> str:
+    """Outline of a histogram as the path of an SVG, its columns ``width`` wide in all and ``base`` high at most."""
+    step = width / len(counts)
+    tops = [base * (1 - _height(count, most, log=log)) for count in counts]
+    points = "".join(f"V{top:.1f}H{step * (i + 1):.1f}" for i, top in enumerate(tops))
+    return f"M0 {base:g}{points}V{base:g}Z"
+
+
+def _height(count: int, most: int, *, log: bool = False) -> float:
+    """Of a column, 0..1; on a logarithmic scale that a single value still shows on."""
+    return math.log1p(count) / math.log1p(most) if log else count / most
+
+
+def _log_range(values: Sequence[float]) -> tuple[int, int]:
+    """Whole powers of ten, as exponents, between which the positive ones of ``values`` lie."""
+    logs = [math.log10(value) for value in values if value > 0 and math.isfinite(value)]
+    low = math.floor(min(logs, default=0.0))
+    return low, max(low + 1, math.ceil(max(logs, default=1.0)))
+
+
+def _part(value: float, low: float, high: float, *, log: bool = False) -> float:
+    """Length of a bar, 0..1, between these values, or these powers of ten; 0 for what is none."""
+    if math.isnan(value) or (log and value <= 0):
+        return 0.0
+    return min(1.0, max(0.0, ((math.log10(value) if log else value) - low) / (high - low)))
+
+
+def _by_setting(timings: Sequence[Timing]) -> list[tuple[tuple[int, int], list[Timing]]]:
+    """By batch size and number of threads."""
+    grouped = itertools.groupby(timings, key=lambda timing: (timing.batch_size, timing.threads))
+    return [(setting, list(group)) for setting, group in grouped]
+
+
+def _settings(row: LayerSummary) -> str:
+    """In words: bits, block and where the sign of an activation goes."""
+    activations = (
+        f"activations {row.activation_bits} bits {row.activation_sign}"
+        if row.activation_bits
+        else "activations in float"
+    )
+    shift = ", a shift per block" if row.weight_shift else ""
+    flat = " of flattened values" if row.blocks == "flat" else ""
+    return f"weights {row.weight_bits} bits, {activations}, blocks of {row.block_size}{flat}{shift}"
+
+
+def _digits(value: float) -> str:
+    """As :func:`dsconv.benchmarking.results.digits`, and of the smallest times a little more."""
+    return digits(value) if value >= 0.1 else f"{value:.4f}"
+
+
+def _db(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "\N{EN DASH}"
+    return ("exact" if value > 0 else "no signal") if math.isinf(value) else f"{value:.1f}"
