@@ -103,7 +103,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 def test_commands_and_reference_follow_the_code() -> None:
-    pages = runpy.run_path(str(ROOT / "scripts" / "site" / "pages.py"))
+    pages = runpy.run_path(str(ROOT / "scripts" / "docs" / "pages.py"))
     reference = pages["on_page_markdown"]((ROOT / "docs" / "reference.md").read_text("utf-8"))
     public = [name for name in dsconv.__all__ if callable(getattr(dsconv, name))]
     assert {f"heading: dsconv.{name}\n" in reference for name in [*public, "nn.DSConv2d", "data.Preprocess"]} == {True}
