@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ TERMINAL = ("", "console", "sh", "bash")
 BLOCK = re.compile(r"^(?:<!-- needs: (?P<needs>.+?) -->\n+)?```(?P<language>\S*)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Words of each line of a page's terminal blocks, from the name of a program that is known here on."""
-    texts = [block["text"] for block in BLOCK.finditer(page.read_text("utf-8")) if block["language"] in TERMINAL]
+def terminal(page: Path) -> str:
+    """The terminal blocks of a page."""
+    return "".join(b["text"] for b in BLOCK.finditer(page.read_text("utf-8")) if b["language"] in TERMINAL)
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of each line, from the name of a program that is known here on."""
     found = []
-    for line in "".join(texts).replace("\\\n", " ").splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if start := [i for i, word in enumerate(words) if word in ("dsconv", "make", "python")]:
             found.append(words[start[0] :])
@@ -66,7 +71,7 @@ def is_there(module: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_of_pages_exist(page: Path) -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
-    for words in commands(page):
+    for words in commands(terminal(page)):
         match words:
             case ["dsconv", *_]:
                 parse(words)
@@ -76,11 +81,13 @@ def test_commands_of_pages_exist(page: Path) -> None:
                 assert (ROOT / script).is_file(), words
 
 
-def test_commands_in_the_help_exist() -> None:
-    examples = [line for text in cli._EXAMPLES.values() for line in text.splitlines() if line]
-    assert len(examples) >= len(cli._EXAMPLES)
-    for line in examples:
-        parse(shlex.split(line))
+@pytest.mark.parametrize("command", cli._EXAMPLES, ids=lambda command: command.__name__)
+def test_commands_in_the_help_exist(command: Callable[..., None]) -> None:
+    examples = commands(cli._EXAMPLES[command])
+    assert examples
+    for words in examples:
+        assert words[1] == command.__name__
+        parse(words)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def commands() -> str:
     text = text[text.index("\n## ") :]
     # Typer leaves these as they are; Markdown would set *.png, *.svg in italics and run examples together.
     text = re.sub(r"(?m)^(\* `[^`]+`:)(.*)$", lambda line: line[1] + line[2].replace("*", r"\*"), text)
-    return re.sub(r"(?m)^dsconv .*$", r"```console\n\g<0>\n```", text)
+    return re.sub(r"(?m)^(dsconv|torchrun) .*$", r"```console\n\g<0>\n```", text)
 
 
 def names(module: str) -> str:
