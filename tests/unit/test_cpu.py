@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import dsconv
 from dsconv.cpu import cpu_info
+from dsconv.errors import ModelError
 from dsconv.ops import cpu
 
 needs_extension = pytest.mark.skipif(
@@ -65,6 +67,13 @@ def test_absent_extension_is_reported_and_no_error(monkeypatch: pytest.MonkeyPat
     assert "unknown without the extension" in str(info)
     assert info.isa_used is info.parallel is None
     assert "none: layers run as a float simulation in PyTorch" in str(info)
+
+
+def test_compile_without_extension_says_that_it_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dsconv._C", None)
+    qnet = dsconv.quantize(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)).eval())
+    with pytest.raises(ModelError, match=r"needs the extension dsconv._C, not built"):
+        dsconv.compile(qnet, torch.zeros(1, 3, 8, 8))
 
 
 def test_broken_extension_is_told_apart_from_an_absent_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from dsconv.compilation.lowering import lower
 from dsconv.compilation.plan import Plan, plan_of
 from dsconv.compilation.program import Program
 from dsconv.conversion import fold_batchnorm
+from dsconv.cpu import cpu_info
+from dsconv.errors import ModelError
 
 _SIZES_KEPT = 16
 
@@ -89,7 +91,7 @@ def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
     Raises:
         TypeError, ValueError: ``example_input`` is no such tensor.
         ModelError: the model holds no quantized layer, is in training mode or cannot be captured; the message has the
-            line of its code where that is known.
+            line of its code where that is known. Or dsconv was installed without its extension.
 
     >>> import dsconv
     >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
@@ -103,6 +105,8 @@ def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
             "example_input: expected float32 on the CPU (N, ...) with a batch of at least one, "
             f"got {tuple(example_input.shape)}"
         )
+    if missing := cpu_info().extension:
+        raise ModelError(f"compile needs the extension dsconv._C, {missing}: call the quantized model itself")
     return CompiledModel(fold_batchnorm(qmodel), example_input)
 
 

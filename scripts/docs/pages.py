@@ -1,0 +1,37 @@
+"""Hook of MkDocs: docs/commands.md and docs/reference.md follow the code, at every build."""
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from typing import Any
+
+_MARK = re.compile(r"<!-- (commands|names of (\S+)) -->")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """The page, with what its marks ask for in their place."""
+    return _MARK.sub(lambda mark: names(mark[2]) if mark[2] else commands(), markdown)
+
+
+def commands() -> str:
+    """Every command with its arguments, options and examples, as typer documents them."""
+    call = [sys.executable, "-m", "typer", "dsconv.cli", "utils", "docs", "--name", "dsconv"]
+    text = subprocess.run(call, check=True, capture_output=True, text=True).stdout
+    text = text[text.index("\n## ") :]
+    # Typer leaves these as they are; Markdown would set *.png, *.svg in italics and run examples together.
+    text = re.sub(r"(?m)^(\* `[^`]+`:)(.*)$", lambda line: line[1] + line[2].replace("*", r"\*"), text)
+    return re.sub(r"(?m)^(dsconv|torchrun) .*$", r"```console\n\g<0>\n```", text)
+
+
+def names(module: str) -> str:
+    """What a module makes public, in the words of mkdocstrings: each where it is defined, by the name to import."""
+    source = importlib.import_module(module)
+    blocks = []
+    for name in source.__all__:
+        thing = getattr(source, name)
+        if inspect.isroutine(thing) or inspect.isclass(thing):
+            where = f"{thing.__module__}.{thing.__qualname__}"
+            blocks.append(f"::: {where}\n    options:\n      heading: {module}.{name}\n      toc_label: {name}\n")
+    return "\n".join(blocks)
