@@ -159,12 +159,16 @@ def test_no_gradient_is_computed_and_none_is_needed() -> None:
 
 
 def test_plan_prints_what_runs_and_by_what() -> None:
-    fast = compiled(
-        nn.Sequential(conv(3, 16), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10)), torch.zeros(1, 3, 4, 4)
-    )
+    layers = (conv(3, 16), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10), nn.Softmax(1))
+    fast = compiled(nn.Sequential(*layers), torch.zeros(1, 3, 4, 4))
     text = str(fast.plan)
-    assert [step.operator for step in fast.plan.in_pytorch] == ["aten.flatten"]
-    assert "dsconv.conv2d" in text and "1 by PyTorch" in text and f"integers ({cpu.isa()})" in text
+    assert [step.operator for step in fast.plan.in_pytorch] == ["aten.softmax"]
+    assert (
+        "dsconv.conv2d" in text
+        and "dsconv.flatten" in text
+        and "1 by PyTorch" in text
+        and f"integers ({cpu.isa()})" in text
+    )
     assert "MB between steps for an image" in text and fast.plan.memory_bytes > 0
     assert fast.plan.weight_bytes > 0
 

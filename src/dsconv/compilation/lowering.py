@@ -251,7 +251,7 @@ class _Lowering:
             result.outside = result.in_float = True
         lines = None
         if node.target in AVERAGES and reads and node.args[0].meta["val"].dim() == 4:  # type: ignore[union-attr]
-            lines = Value(node, (math.prod(reads[0].size), 1, 1), in_float=True)
+            lines = Value(reads[0].node, (math.prod(reads[0].size), 1, 1), in_float=True)
             self.steps.append(Step(node, Flatten(reads[0]), lines))
         return Step(node, Call(reads, lines), result)
 
