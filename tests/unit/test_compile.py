@@ -173,6 +173,12 @@ def test_plan_prints_what_runs_and_by_what() -> None:
     assert fast.plan.weight_bytes > 0
 
 
+def test_plan_counts_the_weights_of_layers_that_pytorch_calls() -> None:
+    fast = compiled(nn.Linear(64, 64), torch.zeros(1, 5, 64))  # rows of no image
+    (step,) = fast.plan.steps
+    assert step.backend == f"integers ({cpu.isa()})" and step.weight_bytes > 64 * 64 // 2
+
+
 @pytest.mark.parametrize("config", dsconv.config.PRESETS)
 def test_digits_network_gives_the_same_bits_under_every_preset(config: str) -> None:
     images, _ = dsconv.demo.load_digits()

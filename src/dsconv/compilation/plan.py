@@ -1,9 +1,10 @@
 """What a compiled network consists of, as a table."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from dsconv import ops
 from dsconv.compilation import lowering
@@ -85,14 +86,15 @@ class Plan:
 
 def plan_of(program: Program) -> Plan:
     """Table of the steps of a program."""
-    return Plan(tuple(_step(step) for step in program.steps), program.memory_bytes)
+    return Plan(tuple(_step(step, program.constants) for step in program.steps), program.memory_bytes)
 
 
-def _step(step: lowering.Step) -> Step:
+def _step(step: lowering.Step, tensors: Mapping[fx.Node, Tensor]) -> Step:
     node, does = step.node, step.does
     constants: list[Tensor | None] = []
     if isinstance(does, lowering.Call):
         backend = f"integers ({ops.cpu.isa()})" if node.target in INTEGER_OPERATORS else "PyTorch"
+        constants = [tensors.get(n) for n in node.all_input_nodes]
     elif isinstance(does, lowering.Convolution):
         backend = f"integers ({ops.cpu.isa()})"
         constants = [does.arguments[name] for name in ("weight", "kds", "kds_shift", "bias")]
