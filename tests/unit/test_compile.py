@@ -174,9 +174,11 @@ def test_plan_prints_what_runs_and_by_what() -> None:
 
 
 def test_plan_counts_the_weights_of_layers_that_pytorch_calls() -> None:
-    fast = compiled(nn.Linear(64, 64), torch.zeros(1, 5, 64))  # rows of no image
-    (step,) = fast.plan.steps
-    assert step.backend == f"integers ({cpu.isa()})" and step.weight_bytes > 64 * 64 // 2
+    x = torch.randn(3, 16, 9)  # lines
+    fast = compiled(nn.Sequential(nn.Conv1d(16, 32, 3), nn.ReLU(), nn.Conv1d(32, 8, 3)), x[:1])
+    layers = [step for step in fast.plan.steps if step.backend == f"integers ({cpu.isa()})"]
+    assert len(layers) == 2 and all(layer.weight_bytes > 16 * 32 * 3 // 4 for layer in layers)
+    assert_same_bits(fast, x)
 
 
 @pytest.mark.parametrize("config", dsconv.config.PRESETS)

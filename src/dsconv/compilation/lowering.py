@@ -186,8 +186,8 @@ class _Lowering:
         self.batch = self.placeholder.meta["val"].shape[0]
 
     def lowered(self) -> Lowered:
-        source = self._value(self.placeholder)
-        assert source is not None
+        # What is neither images nor rows is for PyTorch alone.
+        source = self._value(self.placeholder) or Value(self.placeholder, (1, 1, 1))
         source.outside = True
         for node in self.module.graph.nodes:
             if node.op == "call_function" and node not in self.absorbed and self._constant(node) is None:
