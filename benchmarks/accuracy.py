@@ -1,6 +1,7 @@
 """Accuracy of real pretrained networks, float against quantized without labels; writes docs/results.md.
 
-    python benchmarks/accuracy.py                            # everything, about four hours on 2 cores
+    python benchmarks/accuracy.py                            # everything, several hours on 2 cores
+    python benchmarks/accuracy.py --settings '*calibrated'   # besides what is known, only such rows
     python benchmarks/accuracy.py --networks cifar_resnet20 --images 100 --out part.md --json part.json
 
 Figures are kept in the JSON file as they are made; a row that stands there already, for the same configuration and
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,8 +189,13 @@ class Remembered(nn.Module):
         return self.outputs[key]
 
 
-def measure(nets: Any, name: str, limit: int | None, known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Figures of one network under all settings, as they are made; those of ``known`` again where they are the same."""
+def measure(
+    nets: Any, name: str, limit: int | None, known: list[dict[str, Any]], wanted: str
+) -> Iterator[dict[str, Any]]:
+    """Figures of one network under all settings, as they are made; those of ``known`` again where they are the same.
+
+    New ones only of settings whose name matches the pattern ``wanted``.
+    """
     network = nets.load(name)
     pictures, labels = nets.images(nets.NETS[name][1])
     inputs, targets = nets.preprocess(name, pictures[:limit]), torch.from_numpy(labels[:limit])
@@ -200,6 +207,8 @@ def measure(nets: Any, name: str, limit: int | None, known: list[dict[str, Any]]
         again = [old for old in known if all(old.get(key) == value for key, value in identity.items())]
         if again:
             yield again[0]
+            continue
+        if not fnmatchcase(row.name, wanted):
             continue
         model, seconds = work.baseline(row.baseline) if row.baseline else work.quantized(row)
         # As all figures of the page are made, also those of other machines.
@@ -312,6 +321,7 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--settings", default="*", metavar="PATTERN", help="measure only rows of such names anew")
     parser.add_argument("--images", type=int, help="use only the first so many of each set")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md", help="page to write")
     parser.add_argument(
@@ -331,7 +341,7 @@ def main() -> None:
     for name in arguments.networks:
         rows: list[dict[str, Any]] = []
         results["networks"][name] = rows
-        for row in measure(nets, name, arguments.images, known.get(name, [])):
+        for row in measure(nets, name, arguments.images, known.get(name, []), arguments.settings):
             rows.append(row)
             print(
                 f"{name}: {row['setting']}, B = {row['config']['block_size']}: top-1 {row['top1']:.1f} of "
