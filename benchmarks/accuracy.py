@@ -348,8 +348,10 @@ def main() -> None:
                 f"{row['float_top1']:.1f}, agreement {row['agreement']:.1f}, KL {row['kl']:.4f}",
                 flush=True,
             )
-            # What is known of networks that have not had their turn is kept.
-            write(arguments.json, json.dumps(results | {"networks": known | results["networks"]}, indent=1))
+            # What has not had its turn is kept.
+            later = [old for old in known.get(name, []) if all(old is not row for row in rows)]
+            networks = known | results["networks"] | {name: rows + later}
+            write(arguments.json, json.dumps(results | {"networks": networks}, indent=1))
     write(arguments.out, markdown(results))
 
 
