@@ -160,7 +160,8 @@ def test_blocks_never_span_groups(groups: int, channels: int, block_size: int, r
     vqk, kds = quantize_weight(w, 4, block_size, groups=groups, rule=rule)
     for part, q, k in zip(w.chunk(groups), vqk.chunk(groups), kds.chunk(groups), strict=True):
         alone = quantize_weight(part, 4, block_size, rule=rule)
-        assert torch.equal(q, alone[0]) and torch.equal(k, alone[1])
+        assert torch.equal(q, alone[0])
+        torch.testing.assert_close(k, alone[1], rtol=1e-5, atol=0)  # sums of products need not have one order
 
 
 @given(float_weights(moderate=True), bits_, st.integers(1, 40), rules, st.integers(-60, 60), st.booleans())
