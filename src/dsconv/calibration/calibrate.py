@@ -88,7 +88,7 @@ def calibrate(
     >>> import dsconv
     >>> from dsconv.conversion import model_info
     >>> net, (images, _) = dsconv.zoo.build("dsconv/digits_resnet"), dsconv.demo.load_digits("unlabelled")
-    >>> qnet = dsconv.quantize(net, "w4a4")
+    >>> qnet = dsconv.quantize(net, dsconv.QuantConfig.preset("w4a4", weight_bits=3))
     >>> better = dsconv.calibrate(qnet, net, images[:128])
     >>> held_out, _ = dsconv.demo.load_digits("test")
     >>> plain, calibrated = (dsconv.compare(net, q, held_out).kl for q in (qnet, better))

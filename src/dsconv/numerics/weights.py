@@ -202,7 +202,8 @@ def _quantize(
     for first, last, size in ((0, whole, block_size), (whole, channels, channels - whole)):
         if first == last or not taps:
             continue
-        step = max(1, _CHUNK // ((last - first) * taps))
+        # `balanced` has more temporaries of the size of a chunk.
+        step = max(1, (_CHUNK // 4 if rule == "balanced" else _CHUNK) // ((last - first) * taps))
         if inputs is not None and groups > 1:  # whole groups, each of which has inputs of its own
             step = -(-step // (outputs // groups)) * (outputs // groups)
         blocks = slice(first // block_size, block_count(last, block_size))
