@@ -25,7 +25,7 @@ demo: $(VENV)/package.stamp  ## quantize the embedded network and write a file a
 	$(BIN)/dsconv demo --out demo-out
 
 test: $(VENV)/dev.stamp  ## run all tests and examples, with coverage; or some: ARGS="-k packing"
-	$(BIN)/pytest $(or $(ARGS),--cov)
+	$(BIN)/pytest -n 2 --dist worksteal $(or $(ARGS),--cov)
 
 native: $(VENV)/dev.stamp  ## test the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/native -DDSCONV_NATIVE_TEST=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \

@@ -99,7 +99,7 @@ class QuantConfig(LayerConfig):
     The fields of :class:`LayerConfig` hold for every convolution and linear layer. On top of them come, each winning
     over those before it, ``linear`` (linear layers), ``depthwise`` (convolutions of one input channel per group),
     ``first_layer`` (the first convolution), ``last_layer`` (the last convolution or linear layer) and ``overrides``.
-    First and last go by the order in which the model registers its layers, since a model is not run to be converted.
+    First and last go by the order in which the model registers its layers.
     Each is a dictionary of the fields that differ, or ``"float"`` to leave the layers as they are, or None.
 
     Attributes:
@@ -108,6 +108,8 @@ class QuantConfig(LayerConfig):
         last_layer, linear: by default None, as every other layer.
         overrides: pattern of layer names (as in ``fnmatch``) to settings; all that match apply, in order. A pattern
             that matches no layer of the model is an error.
+        batchnorm_statistics: rule ``balanced`` expects inputs with the means and variances that BatchNorms tell, where
+            one stands in front of a layer.
 
     Raises:
         ConfigError: a value is out of range or a name is unknown.
@@ -124,6 +126,7 @@ class QuantConfig(LayerConfig):
     last_layer: Settings = None
     linear: Settings = None
     overrides: dict[str, Settings] = {}
+    batchnorm_statistics: bool = True
 
     @field_validator("first_layer", "depthwise", "last_layer", "linear")
     @classmethod

@@ -423,7 +423,7 @@ def test_networks_that_do_not_belong_together() -> None:
     once.forward = lambda x: once.normed(
         once.line(once.transposed(once.twice(once.depthwise(once.groups(once.stem(x))))).flatten(2)).mean(2)
     )
-    with pytest.raises(ModelError, match="'twice': it runs 2 times in qmodel, 1 times in the reference"):
+    with pytest.raises(ModelError, match="'twice': it runs 2 times in qmodel, 1 times in reference"):
         dsconv.calibrate(dsconv.quantize(varied()), once, x)
 
 

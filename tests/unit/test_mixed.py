@@ -263,7 +263,7 @@ class TestSearch:
                 return (30 * self.loud(x) + 0.3 * self.quiet(x)).flatten(1)
 
         torch.manual_seed(0)
-        config = QuantConfig.preset("w4a4", first_layer=None)
+        config = QuantConfig.preset("w4a4", first_layer=None, weight_shift=False)
         model = Sum()
         even = dsconv.summary(dsconv.quantize(model, config)).effective_bits
         chosen = search(model, config, budget=even, images=images(16)).chosen
@@ -271,7 +271,7 @@ class TestSearch:
 
     def test_is_closer_than_one_width_for_all_at_the_same_size(self) -> None:
         model, (x, _) = load_network(), load_digits("unlabelled")
-        config = QuantConfig.preset("w4a4", first_layer=None, last_layer={"weight_bits": 4})
+        config = QuantConfig.preset("w4a4", first_layer=None, weight_shift=False)
         plain = dsconv.quantize(model, config)
         found = search(model, config, budget=dsconv.summary(plain).effective_bits, images=x, limit=64)
         test, labels = load_digits("test")

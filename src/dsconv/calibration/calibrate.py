@@ -16,7 +16,6 @@ from dsconv.calibration.images import check_images, read_images
 from dsconv.calibration.layers import NAMES, Pair, pairs_of, trace
 from dsconv.calibration.passes import Passes
 from dsconv.calibration.report import CalibratedLayer, Calibration
-from dsconv.calibration.rounding import regression_target, regularized, round_to
 from dsconv.calibration.state import State
 from dsconv.compilation import CompiledModel
 from dsconv.config import QuantConfig
@@ -26,6 +25,7 @@ from dsconv.data import Images, Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import ready
 from dsconv.nn import DSLayer
+from dsconv.numerics.rounding import regression_target, regularized, round_to
 from dsconv.progress import progress_bar
 
 # Places of an image that count as independent samples, since its pixels resemble one another.
@@ -54,7 +54,7 @@ def calibrate(
 
     One layer after the other: its inputs are what the layers before it, calibrated already, make of the images, and
     its outputs should be those of the float network. Weights that lead from one to the other with the least squared
-    error are computed and rounded (:mod:`dsconv.calibration.rounding`), so that errors of earlier layers are corrected
+    error are computed and rounded (:mod:`dsconv.numerics.rounding`), so that errors of earlier layers are corrected
     and do not add up. The bias makes the mean output right; layers that had none are given one. There are no labels
     and there is no training. The settings of all layers stay as they are, and so do layers in float.
 
@@ -88,7 +88,7 @@ def calibrate(
     >>> import dsconv
     >>> from dsconv.conversion import model_info
     >>> net, (images, _) = dsconv.zoo.build("dsconv/digits_resnet"), dsconv.demo.load_digits("unlabelled")
-    >>> qnet = dsconv.quantize(net, "w4a4")
+    >>> qnet = dsconv.quantize(net, dsconv.QuantConfig.preset("w4a4", weight_bits=3))
     >>> better = dsconv.calibrate(qnet, net, images[:128])
     >>> held_out, _ = dsconv.demo.load_digits("test")
     >>> plain, calibrated = (dsconv.compare(net, q, held_out).kl for q in (qnet, better))

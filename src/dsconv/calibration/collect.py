@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsconv.calibration.rounding import Blocks, quadratic
 from dsconv.nn import DSLayer, DSLinear
+from dsconv.numerics.rounding import Blocks, quadratic
 from dsconv.ops.simulate import quantized
 
 # Inputs that are looked at at a time.

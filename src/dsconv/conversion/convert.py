@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from dsconv import nn as dsnn
 from dsconv.config import LayerConfig, QuantConfig, as_config
+from dsconv.conversion.statistics import input_moments
 from dsconv.errors import ConfigError, ModelError
+from dsconv.numerics import InputMoments
 
 QUANTIZED_TYPES: tuple[type[dsnn.DSLayer], ...] = (
     dsnn.DSConv1d,
@@ -81,10 +83,11 @@ def model_info(model: nn.Module) -> ModelInfo | None:
 def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | None = None) -> nn.Module:
     """A copy of ``model`` whose convolutions and linear layers are quantized. ``model`` itself is left as it is.
 
-    No data is needed and the model is not run. A layer that appears at several places stays one layer. Weight and
-    spectral normalization, pruning, parametrizations and subclasses that compute their weight are resolved: the weight
-    they make now is quantized. Layers that are quantized already stay as they are. What is left in float is listed,
-    with the reason, by :func:`dsconv.summary`.
+    No data is needed. Under rule ``balanced``, a copy of a model with BatchNorm runs on noise for a moment: BatchNorm
+    tells the means and variances of the inputs of the layers behind it. A layer that appears at several places stays
+    one layer. Weight and spectral normalization, pruning, parametrizations and subclasses that compute their weight are
+    resolved: the weight they make now is quantized. Layers that are quantized already stay as they are. What is left in
+    float is listed, with the reason, by :func:`dsconv.summary`.
 
     Args:
         model: a trained float model.
@@ -106,7 +109,11 @@ def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | N
         raise ModelError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("model: TorchScript cannot be converted: pass the Python model it was made from")
-    config = as_config(config)
+    return quantize_for(model, as_config(config), None)
+
+
+def quantize_for(model: nn.Module, config: QuantConfig, inputs: Mapping[nn.Module, InputMoments] | None) -> nn.Module:
+    """:func:`quantize` with what is known of the inputs of layers; None: what BatchNorms tell."""
     layers = _find_layers(model)
     _check_overrides(config, layers)
     preprocess, before = getattr(model, "dsconv_preprocess", None), model_info(model)
@@ -134,8 +141,12 @@ def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | N
         if weight is None or settings is None:
             info.in_float[found.name] = reason
             continue
+        if inputs is None and settings.weight_rule == "balanced" and config.batchnorm_statistics:
+            inputs = input_moments(model, preprocess)
+        known = None if inputs is None else inputs.get(found.layer)
+        kind = quantized_type(found.layer)
         try:
-            swaps[found.layer] = quantized_type(found.layer).from_float(found.layer, settings, weight=weight)
+            swaps[found.layer] = kind.from_float(found.layer, settings, weight=weight, inputs=known)
         except ValueError as error:
             raise ModelError(f"layer {found.name!r}: {error}") from None
     if not swaps and not any(isinstance(module, dsnn.DSLayer) for module in model.modules()):

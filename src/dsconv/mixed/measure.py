@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dsconv.config import FLOAT, LayerConfig, QuantConfig, as_config
 from dsconv.conversion import LayerSummary, ModelInfo, model_info, quantize, summary
-from dsconv.conversion.convert import swapped
+from dsconv.conversion.convert import quantize_for, swapped
+from dsconv.conversion.statistics import input_moments
 from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import compare, evaluate
@@ -307,9 +308,10 @@ def _as_chosen(
     while everything in config.overrides:
         everything += "*"
     in_float = QuantConfig(**{**config.to_dict(), "overrides": {**config.overrides, everything: FLOAT}})
+    known = input_moments(model, preprocess_of(model)) if config.batchnorm_statistics else {}
     for name in names:
         for choice in choices:
-            yield name, choice, quantize(model, with_overrides(in_float, {name: dict(choice)}))
+            yield name, choice, quantize_for(model, with_overrides(in_float, {name: dict(choice)}), known)
 
 
 def _milliseconds(model: nn.Module, name: str, x: Tensor) -> float:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from dsconv import ops
 from dsconv.config import LayerConfig, LayerKind, QuantConfig, as_config
 from dsconv.errors import ConfigError
-from dsconv.numerics import block_count, dequantize_weight, quantize_weight, quantize_weight_shifted, sqnr_db
+from dsconv.numerics import (
+    InputMoments,
+    block_count,
+    dequantize_weight,
+    quantize_weight,
+    quantize_weight_shifted,
+    sqnr_db,
+)
 from dsconv.ops import cpu
 
 # PyTorch 2.6 cannot tell.
@@ -100,15 +107,17 @@ class DSLayer(nn.Module):
         return self.dequantized_weight()
 
     @torch.no_grad()
-    def quantize_(self, weight: Tensor) -> Self:
+    def quantize_(self, weight: Tensor, inputs: InputMoments | None = None) -> Self:
         """Set VQK, KDS and shift from a float ``weight`` ``(O, C/groups, *K)``; returns the layer. See :meth:`store_`.
+
+        ``inputs`` is what is known of the layer's inputs, for rule ``balanced``.
 
         Raises:
             ValueError: the weight holds a NaN or an infinity.
         """
-        return self.store_(*self.quantized(weight), weight)
+        return self.store_(*self.quantized(weight, inputs), weight)
 
-    def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def quantized(self, weight: Tensor, inputs: InputMoments | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """VQK int8 of the shape of ``weight (O, C/groups, *K)``, KDS and shift, or None, float32, as the config says.
 
         Raises:
@@ -116,14 +125,13 @@ class DSLayer(nn.Module):
         """
         config = self.config
         rows = self._rows(weight.float())
+        if inputs is not None and rows.dim() < weight.dim():  # each tap of a channel
+            inputs = InputMoments(*(m.repeat_interleave(weight[0, 0].numel(), 1) for m in inputs))
+        given: dict[str, Any] = {"groups": self.groups, "rule": config.weight_rule, "inputs": inputs}
         if config.weight_shift:
-            vqk, kds, shift = quantize_weight_shifted(
-                rows, config.weight_bits, config.block_size, rule=config.weight_rule
-            )
+            vqk, kds, shift = quantize_weight_shifted(rows, config.weight_bits, config.block_size, **given)
             return vqk.view(weight.shape), kds, shift
-        vqk, kds = quantize_weight(
-            rows, config.weight_bits, config.block_size, rule=config.weight_rule, scale=config.weight_scale
-        )
+        vqk, kds = quantize_weight(rows, config.weight_bits, config.block_size, scale=config.weight_scale, **given)
         return vqk.view(weight.shape), kds, None
 
     @torch.no_grad()
@@ -256,7 +264,14 @@ class DSLayer(nn.Module):
         return made.train(layer.training)
 
     @classmethod
-    def from_float(cls, layer: Any, config: LayerConfig | str | None = None, *, weight: Tensor | None = None) -> Self:
+    def from_float(
+        cls,
+        layer: Any,
+        config: LayerConfig | str | None = None,
+        *,
+        weight: Tensor | None = None,
+        inputs: InputMoments | None = None,
+    ) -> Self:
         """Quantized layer of a float one, which is left as it is.
 
         Args:
@@ -264,6 +279,7 @@ class DSLayer(nn.Module):
             config: a LayerConfig, or a QuantConfig or the name of a preset, of which the general settings apply; None
                 is the preset ``default``.
             weight: weight to quantize in the place of ``layer.weight``, of the same shape.
+            inputs: what is known of the layer's inputs, for rule ``balanced``.
 
         Raises:
             TypeError: ``layer`` is of another kind.
@@ -277,7 +293,7 @@ class DSLayer(nn.Module):
             raise TypeError(f"{cls.__name__}: expected a {cls.float_type.__name__}, got {type(layer).__name__}")
         made = cls.like(layer, cls._layer_config(config))
         float_weight: Tensor = layer.weight if weight is None else weight  # type: ignore[assignment]
-        return made.quantize_(made._conv_layout(float_weight.detach()))
+        return made.quantize_(made._conv_layout(float_weight.detach()), inputs)
 
     @classmethod
     def _geometry(cls, layer: Any) -> tuple[Any, ...]:

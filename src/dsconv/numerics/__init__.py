@@ -15,6 +15,7 @@ from dsconv.numerics.reference import Reference, reference_conv
 from dsconv.numerics.weights import (
     WEIGHT_RULES,
     WEIGHT_SCALES,
+    InputMoments,
     QuantizedWeight,
     WeightRule,
     WeightScale,
@@ -33,6 +34,7 @@ __all__ = [
     "WEIGHT_RULES",
     "WEIGHT_SCALES",
     "ActivationSign",
+    "InputMoments",
     "QuantizedWeight",
     "Reference",
     "WeightRule",

@@ -9,6 +9,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dsconv.numerics.rounding import Blocks, regularized, round_to
+from dsconv.numerics.scales import round_rows
+
 WeightRule = Literal["paper", "refined", "balanced"]
 WeightScale = Literal["l2", "kl"]
 WEIGHT_RULES: tuple[str, ...] = get_args(WeightRule)
@@ -16,10 +19,8 @@ WEIGHT_SCALES: tuple[str, ...] = get_args(WeightScale)
 
 # Weights that are worked on at a time: a chunk bounds the extra memory, a part of it stays in cache.
 _CHUNK, _PART = 1 << 20, 1 << 18
-# Start values of a refined scale, as fractions of the one that maps the extreme value onto the last level.
-_GRID = (1.0, 0.9, 0.8)
-# The model of a layer's inputs under which `balanced` rounds, see _balance.
-_TAP_CORRELATION, _MEAN_POWER = 0.7, 0.4
+# The model of a layer's inputs under which `balanced` rounds, see _expected.
+_TAP_CORRELATION, _MEAN_POWER, _RIDGE = 0.7, 0.4, 0.1
 _NEWTON_STEPS = 8
 _MIN_BITS, _MAX_BITS = 2, 8
 
@@ -30,6 +31,13 @@ class QuantizedWeight(NamedTuple):
     vqk: Tensor
     kds: Tensor
     kds_shift: Tensor
+
+
+class InputMoments(NamedTuple):
+    """What is known of a layer's inputs: ``mean`` and ``variance`` of each channel, float32 ``(groups, C/groups)``."""
+
+    mean: Tensor
+    variance: Tensor
 
 
 def block_count(channels: int, block_size: int) -> int:
@@ -45,6 +53,7 @@ def quantize_weight(
     groups: int = 1,
     rule: WeightRule = "paper",
     scale: WeightScale = "l2",
+    inputs: InputMoments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Variable quantized kernel and kernel distribution shift of a float weight.
 
@@ -55,10 +64,12 @@ def quantize_weight(
         groups: convolution groups. They divide ``O``; a block never spans two, as ``w`` holds the inputs of one.
         rule: ``paper``: the value of largest magnitude, with its sign, lands on ``-2^(bits-1)``, the rest is rounded
             half to even. ``refined``: the scale of either sign that leaves the least squared error, by rounding and
-            least squares in turn from several starts. ``balanced``: ``refined``, and then integers are moved
-            so that the errors of a block, and those of each input channel over the taps, come to cancel.
+            least squares in turn from several starts. ``balanced``: scales and integers together, so that the expected
+            error of a block's output is small, rather than that of its weights: errors come to cancel over a block,
+            and over the taps of each input channel.
         scale: ``l2`` least squares, ``sum(w q) / sum(q^2)``; ``kl`` minimises ``sum T log(T / I)``,
             ``T = softmax(w)``, ``I = softmax(scale q)`` per block, within half and one and a half times ``l2``.
+        inputs: under which ``balanced`` expects errors; None is a variance of 1 and a squared mean of 0.4 everywhere.
 
     Returns:
         VQK int8 ``(O, C/groups, *K)`` in ``[-2^(bits-1), 2^(bits-1) - 1]`` and KDS float32 ``(O, CB, *K)``.
@@ -76,12 +87,18 @@ def quantize_weight(
     >>> dequantize_weight(vqk, kds, block_size=4)
     tensor([[ 0.8000, -0.4000,  0.1000, -0.0000]])
     """
-    vqk, kds, _ = _quantize(w, bits, block_size, groups, rule, scale, shift=False)
+    vqk, kds, _ = _quantize(w, bits, block_size, groups, rule, scale, inputs, shift=False)
     return vqk, kds
 
 
 def quantize_weight_shifted(
-    w: Tensor, bits: int, block_size: int, *, groups: int = 1, rule: WeightRule = "paper"
+    w: Tensor,
+    bits: int,
+    block_size: int,
+    *,
+    groups: int = 1,
+    rule: WeightRule = "paper",
+    inputs: InputMoments | None = None,
 ) -> QuantizedWeight:
     """As :func:`quantize_weight`, with a shift per block beside the scale: ``w ~ kds * vqk + kds_shift``.
 
@@ -100,7 +117,7 @@ def quantize_weight_shifted(
     >>> vqk.tolist(), kds.tolist(), shift.tolist()
     ([[-2, -1, 0, 1]], [[0.25]], [[1.5]])
     """
-    return _quantize(w, bits, block_size, groups, rule, "l2", shift=True)
+    return _quantize(w, bits, block_size, groups, rule, "l2", inputs, shift=True)
 
 
 def dequantize_weight(vqk: Tensor, kds: Tensor, block_size: int, kds_shift: Tensor | None = None) -> Tensor:
@@ -146,7 +163,15 @@ def check_block_size(block_size: int) -> None:
 
 
 def _quantize(
-    w: Tensor, bits: int, block_size: int, groups: int, rule: str, scale: str, *, shift: bool
+    w: Tensor,
+    bits: int,
+    block_size: int,
+    groups: int,
+    rule: str,
+    scale: str,
+    inputs: InputMoments | None,
+    *,
+    shift: bool,
 ) -> QuantizedWeight:
     check_bits("bits", bits)
     check_block_size(block_size)
@@ -163,9 +188,12 @@ def _quantize(
     if w.numel() and not torch.isfinite(torch.stack(w.detach().aminmax())).all():
         bad = int((~torch.isfinite(w)).sum())
         raise ValueError(f"w: expected finite values, got {bad} NaN or infinite of {w.numel()}")
+    outputs, channels, kernel = w.shape[0], w.shape[1], w.shape[2:]
+    for name, moment in (("mean", inputs and inputs.mean), ("variance", inputs and inputs.variance)):
+        if moment is not None and moment.shape != (groups, channels):
+            raise ValueError(f"inputs.{name}: expected shape {(groups, channels)}, got {tuple(moment.shape)}")
 
     w = w.detach()
-    outputs, channels, kernel = w.shape[0], w.shape[1], w.shape[2:]
     taps, whole = kernel.numel(), channels - channels % block_size
     vqk = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     kds = w.new_empty((outputs, block_count(channels, block_size), *kernel), dtype=torch.float32)
@@ -174,132 +202,76 @@ def _quantize(
     for first, last, size in ((0, whole, block_size), (whole, channels, channels - whole)):
         if first == last or not taps:
             continue
-        step = max(1, _CHUNK // ((last - first) * taps))
+        # `balanced` has more temporaries of the size of a chunk.
+        step = max(1, (_CHUNK // 4 if rule == "balanced" else _CHUNK) // ((last - first) * taps))
+        if inputs is not None and groups > 1:  # whole groups, each of which has inputs of its own
+            step = -(-step // (outputs // groups)) * (outputs // groups)
         blocks = slice(first // block_size, block_count(last, block_size))
         for o in range(0, outputs, step):
             part = w[o : o + step, first:last].float()
-            rows = part.reshape(-1, size, taps).transpose(1, 2)
-            q, a, c = _solve(rows.contiguous(), bits, rule, scale, shift)
+            rows = part.reshape(-1, size, taps).transpose(1, 2).contiguous()
+            if rule == "balanced":
+                known = _known(inputs, slice(first, last), size, groups, outputs, o, len(part))
+                q, a, c = _balanced(rows, known, bits, shift)
+            else:
+                # Temporaries of the size of a part stay in cache.
+                many = max(1, _PART // rows[:1].numel()) if w.is_cpu else len(rows)
+                solved = [round_rows(few, 1 << (bits - 1), rule, shift) for few in torch.split(rows, many)]
+                q, a, c = (torch.cat(column) for column in zip(*solved, strict=True))
+            if scale == "kl":
+                a = _kl_scale(rows.double(), q.double(), a.double()).float()
             vqk[o : o + step, first:last] = q.transpose(1, 2).reshape(part.shape)
-            kds[o : o + step, blocks] = a.view(len(part), -1, *kernel)
+            kds[o : o + step, blocks] = a.reshape(len(part), -1, *kernel)
             if shift:
-                kds_shift[o : o + step, blocks] = c.view(len(part), -1, *kernel)
+                kds_shift[o : o + step, blocks] = c.reshape(len(part), -1, *kernel)
     return QuantizedWeight(vqk, kds, kds_shift)
 
 
-# Below, ``w`` and ``q`` are ``(R, T, n)``: rows of n values that share one scale, the T taps of a block together;
-# ``scale`` and ``shift`` are ``(R, T, 1)``. ``q`` is float and holds whole numbers.
+# Below, ``w`` and ``q`` are ``(R, T, n)``: rows of n values that share one scale, the T taps of a block together, the
+# blocks of an output side by side; ``scale`` and ``shift`` are ``(R, T, 1)``. ``q`` is float and holds whole numbers.
 
 
-def _solve(w: Tensor, bits: int, rule: str, scale: str, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
-    half = 1 << (bits - 1)
-    # Temporaries of the size of a part stay in cache; the descent below wants longer vectors.
-    step = max(1, _PART // w[:1].numel()) if w.is_cpu else len(w)
-    parts = [_round_rows(part, half, rule, shift) for part in torch.split(w, step)]
-    q, a, c = (torch.cat(column) for column in zip(*parts, strict=True))
-    if rule == "balanced":
-        q = _balance(w, q, a, c, half)
-    if scale == "kl":
-        columns = (torch.split(column.double(), step) for column in (w, q, a))
-        a = torch.cat([_kl_scale(*part).float() for part in zip(*columns, strict=True)])
-    return q, a, c
+def _known(
+    inputs: InputMoments | None, channels: slice, size: int, groups: int, outputs: int, first: int, count: int
+) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance ``(groups, blocks, n)`` of what the outputs from ``first`` on read of ``channels``."""
+    if inputs is None:
+        return None
+    per_group = outputs // groups
+    taken = slice(first // per_group, -(-(first + count) // per_group))
+    mean, variance = (torch.unflatten(m[taken, channels].float(), 1, (-1, size)) for m in inputs)
+    return mean, variance
 
 
-def _round_rows(w: Tensor, half: int, rule: str, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers, scale and shift of each row for itself, by rule ``paper`` or ``refined``."""
-    # Divided by its extreme value a row stays within [-1, 1], be it subnormal or huge.
-    extreme = w.gather(2, w.abs().argmax(2, keepdim=True))
-    unit = torch.where(extreme == 0, 1.0, extreme.abs())
-    ratio = w / unit
-    starts = _shifted_starts(ratio, half) if shift else _signed_starts(extreme / unit, half)
-    if rule == "paper":
-        starts = starts[:1]
-    q = _best_start(ratio, starts, half, shift)
-    if rule != "paper":
-        a, c = _fit(ratio, q, shift)
-        q = _round(ratio, a, c, half)
-    a, c = _fit(w.double(), q.double(), shift)
-    return q, a.float(), c.float()
+def _balanced(w: Tensor, known: tuple[Tensor, Tensor] | None, bits: int, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounds each block, all taps together, under a model of its inputs that needs no data.
 
-
-def _signed_starts(extreme: Tensor, half: int) -> list[tuple[Tensor, Tensor]]:
-    """Scales that put the extreme value, or one a little smaller, onto the last level of either side."""
-    zero = torch.zeros_like(extreme)
-    negative = [(extreme * (-g / half), zero) for g in _GRID]
-    return negative + [(extreme * (g / (half - 1)), zero) for g in _GRID]
-
-
-def _shifted_starts(w: Tensor, half: int) -> list[tuple[Tensor, Tensor]]:
-    """Scales and shifts that spread the values, or a little less than their range, over all levels."""
-    low, high = w.aminmax(dim=2, keepdim=True)
-    middle, step = (low + high) / 2, (high - low) / (2 * half - 1)
-    return [(step * g, middle + step * (g / 2)) for g in _GRID]
-
-
-def _round(w: Tensor, scale: Tensor, shift: Tensor, half: int) -> Tensor:
-    """``clamp(round_half_even((w - shift) / scale))``, 0 where the scale is 0."""
-    q = (w - shift).div_(torch.where(scale == 0, torch.inf, scale))
-    return q.round_().clamp_(-half, half - 1)
-
-
-def _fit(w: Tensor, q: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
-    """Least-squares scale, and shift where asked for, of each row; a scale of 0 where q is constant (or zero)."""
-    wq, qq = (w * q).sum(2, keepdim=True), (q * q).sum(2, keepdim=True)
-    if not shift:
-        return wq / torch.where(qq == 0, 1.0, qq), torch.zeros_like(wq)
-    n = w.shape[2]
-    w_mean, q_mean = w.mean(2, keepdim=True), q.mean(2, keepdim=True)
-    qq = qq - n * q_mean * q_mean
-    scale = torch.where(qq > 0, (wq - n * w_mean * q_mean) / torch.where(qq > 0, qq, 1.0), 0.0)
-    return scale, w_mean - scale * q_mean
-
-
-def _best_start(w: Tensor, starts: list[tuple[Tensor, Tensor]], half: int, shift: bool) -> Tensor:
-    """Integers of the start that, its scale and shift fitted again, leaves the least squared error in each row."""
-    best_scale, best_shift = starts[0]
-    least: Tensor | None = None
-    if len(starts) > 1:
-        for scale, offset in starts:
-            q = _round(w, scale, offset, half)
-            a, c = _fit(w, q, shift)
-            error = q.mul_(a).add_(c).sub_(w).square_().sum(2, keepdim=True)
-            better = error < (torch.inf if least is None else least)
-            best_scale, best_shift = torch.where(better, scale, best_scale), torch.where(better, offset, best_shift)
-            least = error if least is None else torch.minimum(error, least)
-    return _round(w, best_scale, best_shift, half)
-
-
-def _balance(w: Tensor, q: Tensor, scale: Tensor, shift: Tensor, half: int) -> Tensor:
-    """Coordinate descent on the integers under a model of the inputs that needs no data.
-
-    With ``e = w - scale q - shift`` it lowers, for each row of taps, ``e' H e`` where ``H = (1 - r) I + r [same input
-    channel] + k 1 1'``: neighbouring pixels of a channel are alike (correlation r), and after a ReLU every input has a
-    positive mean (its square, as a fraction of the variance, is k). Errors of one channel's taps, and those of a whole
-    block, thus come to cancel.
+    The inputs of a channel at different taps are pixels side by side, with a correlation r, and each channel has a mean
+    m and a variance v. Channels do not depend on one another. With the error e of the weights, the expected squared
+    error of the output is ``e' H e``, ``H = [same channel] v (1 if same tap else r) + m m'``.
     """
-    taps, n = w.shape[1:]
-    tap_correlation = _TAP_CORRELATION if taps > 1 else 0.0
-    unit = w.abs().amax((1, 2), keepdim=True)
+    rows, taps, n = w.shape
+    unit = w.abs().amax((1, 2), keepdim=True)  # next to the largest float, squares would overflow
     unit = torch.where(unit == 0, 1.0, unit)
-    # One contiguous vector over the rows per coordinate: the loop below is sequential in taps * n, parallel in rows.
-    step = (scale / unit).permute(1, 2, 0).contiguous()
-    # Divided first: next to the largest float, q * scale would overflow.
-    error = (w / unit - q * (scale / unit) - shift / unit).permute(1, 2, 0).contiguous()
-    q = q.permute(1, 2, 0).contiguous()
-    channel_error = error.sum(0)
-    block_error = channel_error.sum(0)
-    inverse = torch.where(step == 0, 0.0, 1 / (step * (1 + _MEAN_POWER)))
-    for c in range(n):
-        for t in range(taps):
-            slope = error[t, c] * (1 - tap_correlation)
-            slope.add_(channel_error[c], alpha=tap_correlation).add_(block_error, alpha=_MEAN_POWER)
-            moved = slope.mul_(inverse[t, 0]).round_().add_(q[t, c]).clamp_(-half, half - 1)
-            change = (moved - q[t, c]).mul_(step[t, 0])
-            q[t, c] = moved
-            error[t, c] -= change
-            channel_error[c] -= change
-            block_error -= change
-    return q.permute(2, 0, 1)
+    if known is None:
+        mean, variance = w.new_full((1, n), _MEAN_POWER**0.5), w.new_ones(1, n)
+        groups, blocks = 1, 1
+    else:
+        groups, blocks = known[0].shape[:2]
+        mean, variance = (moment.flatten(0, 1).to(w.device) for moment in known)
+    alike = w.new_full((taps, taps), _TAP_CORRELATION).fill_diagonal_(1.0)
+    h = torch.einsum("st,gn,nm->gsntm", alike, variance, torch.eye(n, device=w.device)).reshape(-1, taps * n, taps * n)
+    mean = mean.repeat(1, taps)
+    h = regularized(h + mean.unsqueeze(2) * mean.unsqueeze(1), _RIDGE)
+    # (outputs of each group, blocks of an output) to blocks as groups of their own.
+    target = (w / unit).reshape(groups, -1, blocks, taps * n).transpose(1, 2).flatten(0, 1)
+    found = round_to(target, h, Blocks(taps, n, n), bits, shift=shift, sweeps=1)
+
+    def back(value: Tensor) -> Tensor:
+        return torch.unflatten(value, 0, (groups, blocks)).transpose(1, 2).reshape(rows, taps, -1)
+
+    a, c = back(found.scale) * unit, None if found.shift is None else back(found.shift) * unit
+    return back(found.q), a, torch.zeros_like(a) if c is None else c
 
 
 def _kl_scale(w: Tensor, q: Tensor, scale: Tensor) -> Tensor:

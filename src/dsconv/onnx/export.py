@@ -10,16 +10,19 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv.compilation.compiled import CompiledModel
 from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.convert import swapped
+from dsconv.conversion.statistics import noise, normalized
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
 from dsconv.files import replacing
 from dsconv.nn import DSLayer
 from dsconv.onnx import int8
 from dsconv.onnx.layers import DOMAIN, Floats, Functions, Integers, StandIn
+from dsconv.zoo import preprocess_of
 
 Style = Literal["qdq", "function", "int8", "float"]
 STYLES: tuple[str, ...] = get_args(Style)
@@ -162,8 +165,13 @@ def _write_int8(qmodel: nn.Module, x: Tensor, path: Path, images: Tensor | None,
 
         like = None
         if images is None:
-            images = int8.noise(qmodel, x.shape[1:])
-            like = in_float("like", int8.normalized(qmodel, images))
+            if not any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in qmodel.modules()):
+                raise ModelError(
+                    f"images: expected some for style 'int8', since {type(qmodel).__name__} has no BatchNorm that "
+                    "tells the ranges of activations (any more, if it was folded): pass images, which need no labels"
+                )
+            images = noise(preprocess_of(qmodel), x.shape[1:])
+            like = in_float("like", normalized(qmodel, images))
         int8.quantize(in_float("network", qmodel), path, images, like=like)
 
 

@@ -1,6 +1,5 @@
 """Plain 8-bit ONNX files, which today's runtimes run in their own integers, and the ranges of activations for them."""
 
-import copy
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -9,15 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
-from dsconv.data import Preprocess, synthetic_images
-from dsconv.errors import ModelError, import_extra
-from dsconv.zoo import preprocess_of
+from dsconv.errors import import_extra
 
-_NOISE_IMAGES = 16
 # Of ranges on noise: on photographs, features have longer tails than that. Clipping them costs far more than a bit.
 _MARGIN = 2.0
 
@@ -53,40 +47,6 @@ def quantize(
             weight_type=quantization.QuantType.QInt8,
             extra_options=options,
         )
-
-
-def normalized(qmodel: nn.Module, images: Tensor) -> nn.Module:
-    """A copy of a network whose BatchNorms have the statistics of ``images`` in the place of those of training.
-
-    Their outputs then have the means and deviations that they have on the images of training, whatever ``images`` are:
-    those that scale and shift say.
-
-    Raises:
-        ModelError: the network has no BatchNorm.
-    """
-    result = copy.deepcopy(qmodel)
-    found = [m for m in result.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not found:
-        raise ModelError(
-            f"images: expected some for style 'int8', since {type(qmodel).__name__} has no BatchNorm that tells the "
-            "ranges of activations (any more, if it was folded): pass images, which need no labels"
-        )
-    for batchnorm in found:
-        batchnorm.reset_running_stats()
-        batchnorm.momentum = None  # a plain mean over all images
-        batchnorm.train()
-    with torch.no_grad():
-        result(images)
-    return result.eval()
-
-
-def noise(qmodel: nn.Module, shape: Sequence[int]) -> Tensor:
-    """Inputs of ``shape (C, ...)`` made of chance, prepared as the network says; of unit variance if it does not."""
-    preprocess = preprocess_of(qmodel)
-    if preprocess is not None and len(shape) == 3 and shape[0] == (1 if preprocess.channels == "gray" else 3):
-        sized = {**preprocess.model_dump(), "resize": tuple(shape[1:]), "crop": None}
-        return synthetic_images(_NOISE_IMAGES, Preprocess(**sized))
-    return torch.randn(_NOISE_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
 
 
 class _OneByOne:

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsconv.numerics import quantize_weight, quantize_weight_shifted
+from dsconv.numerics.scales import round_rows
 
-_SWEEPS = 3
 # Holds scales where they are that the integers do not determine, as a fraction of what the others are held by.
 _HELD = 1e-4
 # Numbers in the normal equations of the scales that are solved at a time.
@@ -90,7 +89,7 @@ def quadratic(e: Tensor, h: Tensor) -> Tensor:
     return ((e @ h) * e).sum(-1)
 
 
-def round_to(target: Tensor, h: Tensor, blocks: Blocks, bits: int, *, shift: bool = False) -> Rounded:
+def round_to(target: Tensor, h: Tensor, blocks: Blocks, bits: int, *, shift: bool = False, sweeps: int = 3) -> Rounded:
     """Integers, scales and shifts for which ``(v - target) h (v - target)'`` of each row is small.
 
     Columns are rounded one after the other, each making up for the errors of those before it; the scale of a block
@@ -103,6 +102,7 @@ def round_to(target: Tensor, h: Tensor, blocks: Blocks, bits: int, *, shift: boo
         blocks: columns that share a scale.
         bits: 2..8, width of the integers.
         shift: whether a block has a shift beside its scale.
+        sweeps: how often each integer has its turn at last.
 
     Returns:
         A block that is all zero has integers 0 and scale 0.
@@ -114,8 +114,8 @@ def round_to(target: Tensor, h: Tensor, blocks: Blocks, bits: int, *, shift: boo
     <torch._C.Generator object at ...>
     >>> w, x = torch.randn(1, 16, 64), torch.randn(1, 1000, 64) @ torch.randn(64, 64)
     >>> h = x.mT @ x / 1000
-    >>> vqk, kds = quantize_weight(w[0], bits=4, block_size=32, rule="refined")
-    >>> plain = Rounded(vqk[None].float(), kds[None], None)
+    >>> q, scale, _ = round_rows(w.view(-1, 1, 32), half=8, rule="refined", shift=False)
+    >>> plain = Rounded(q.view(1, 16, 64), scale.view(1, 16, 2), None)
     >>> blocks = Blocks(runs=1, width=64, size=32)
     >>> errors = [float(quadratic(r.weight(blocks) - w, h).mean()) for r in (plain, round_to(w, h, blocks, bits=4))]
     >>> errors[1] < 0.5 * errors[0]
@@ -123,7 +123,7 @@ def round_to(target: Tensor, h: Tensor, blocks: Blocks, bits: int, *, shift: boo
     """
     rounded = nearest_plane(target, h, blocks, bits, shift=shift)
     rounded = refit(target, h, blocks, rounded)
-    return refit(target, h, blocks, descend(target, h, blocks, rounded, bits))
+    return refit(target, h, blocks, descend(target, h, blocks, rounded, bits, sweeps))
 
 
 def nearest_plane(target: Tensor, h: Tensor, blocks: Blocks, bits: int, *, shift: bool = False) -> Rounded:
@@ -145,11 +145,7 @@ def nearest_plane(target: Tensor, h: Tensor, blocks: Blocks, bits: int, *, shift
         wanted = target[..., part]
         free = wanted + torch.linalg.solve_triangular(inner, carried, upper=False, left=False)
         flat = free.flatten(0, 1)
-        if shift:
-            _, scale, offset = quantize_weight_shifted(flat, bits, flat.shape[1], rule="refined")
-        else:
-            _, scale = quantize_weight(flat, bits, flat.shape[1], rule="refined")
-            offset = torch.zeros_like(scale)
+        _, scale, offset = round_rows(flat.unsqueeze(1), half, "refined", shift)
         scale, offset = scale.view(groups, rows), offset.view(groups, rows)
         step = torch.where(scale == 0, torch.inf, scale)
         for k in range(flat.shape[1] - 1, -1, -1):
@@ -203,7 +199,7 @@ def _refit(target: Tensor, h: Tensor, blocks: Blocks, rounded: Rounded) -> tuple
     return fitted[..., 0], fitted[..., -1]
 
 
-def descend(target: Tensor, h: Tensor, blocks: Blocks, rounded: Rounded, bits: int) -> Rounded:
+def descend(target: Tensor, h: Tensor, blocks: Blocks, rounded: Rounded, bits: int, sweeps: int = 1) -> Rounded:
     """Move each integer in turn to where the error is least, scales and the other integers being as they are."""
     half = 1 << (bits - 1)
     q, scale, shift = rounded
@@ -211,7 +207,7 @@ def descend(target: Tensor, h: Tensor, blocks: Blocks, rounded: Rounded, bits: i
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     error = target - Rounded(q, scale, shift).weight(blocks)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
-    for _ in range(_SWEEPS):
+    for _ in range(sweeps):
         for block, part in enumerate(blocks.parts()):
             slope = error @ h[:, :, part]
             inner = h[:, part, part]

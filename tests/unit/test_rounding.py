@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dsconv.calibration.collect import Moments
-from dsconv.calibration.rounding import (
+from dsconv.numerics import quantize_weight, quantize_weight_shifted
+from dsconv.numerics.rounding import (
     Blocks,
     Rounded,
     descend,
@@ -19,7 +20,6 @@ from dsconv.calibration.rounding import (
     regularized,
     round_to,
 )
-from dsconv.numerics import quantize_weight, quantize_weight_shifted
 
 # Runs of 7 columns, cut into blocks of 3, 3 and 1.
 BLOCKS = Blocks(runs=2, width=7, size=3)

@@ -1,0 +1,120 @@
+"""What the BatchNorms of a network tell of the inputs of its layers, without data.
+
+Behind a BatchNorm in inference, the mean and the deviation of a channel over the images of training are its shift and
+its scale. What an activation, a pooling or a sum makes of them is measured on noise: a copy of the network runs on it
+with BatchNorms that normalise the noise, so that behind each of them channels have just these moments.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dsconv.data import Preprocess, synthetic_images
+from dsconv.numerics import InputMoments
+
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_IMAGES = 16
+# Sizes of noise for networks that do not tell their input's: of the first that does where the next is not needed.
+_SIDES = (64, 224, 32)
+# Places whose mean and variance are taken for those of a channel, at least.
+_ENOUGH = 512
+
+
+def input_moments(model: nn.Module, preprocess: Preprocess | None = None) -> dict[nn.Module, InputMoments]:
+    """Mean and variance of the input channels of each layer between which and the last BatchNorm is no other layer.
+
+    Layers that no BatchNorm stands before are not among them, nor those with too few pixels to tell; nor any of a
+    network that cannot run on noise. ``model`` is left as it is, and is not changed by its run.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    >>> moments = input_moments(net)[net[3]]
+    >>> moments.mean.shape, bool((moments.mean - 0.4).abs().max() < 0.05)  # of a normal variable's positive part
+    (torch.Size([1, 8]), True)
+    """
+    first = next((layer for layer in model.modules() if isinstance(layer, (*LAYERS, nn.Conv1d, nn.Conv3d))), None)
+    if not isinstance(first, nn.Conv2d) or not _with_statistics(model):
+        return {}
+    known = preprocess is not None and (preprocess.crop or preprocess.resize) is not None
+    found: dict[nn.Module, InputMoments] = {}
+    for side in (None,) if known else _SIDES:
+        images = noise(preprocess, (first.in_channels, *((side,) * 2 if side else _size(preprocess))))
+        try:
+            found, missing = _measured(model, images.to(first.weight))
+        except Exception:  # whatever a network has to say to inputs that it was not made for
+            continue
+        if not missing:
+            break
+    return found
+
+
+def normalized(model: nn.Module, images: Tensor) -> nn.Module:
+    """A copy of a network whose BatchNorms have the statistics of ``images`` in the place of those of training.
+
+    Their outputs then have the means and deviations that they have on the images of training, whatever ``images`` are:
+    those that scale and shift say.
+    """
+    result = copy.deepcopy(model).eval()
+    for batchnorm in _with_statistics(result):
+        batchnorm.reset_running_stats()
+        batchnorm.momentum = None  # a plain mean over all images
+        batchnorm.train()
+    with torch.no_grad():
+        result(images)
+    return result.eval()
+
+
+def noise(preprocess: Preprocess | None, shape: Sequence[int], count: int = _IMAGES) -> Tensor:
+    """Inputs of ``shape (C, ...)`` made of chance, prepared as ``preprocess`` says; of unit variance without one."""
+    if preprocess is not None and len(shape) == 3 and shape[0] == (1 if preprocess.channels == "gray" else 3):
+        sized = {**preprocess.model_dump(), "resize": tuple(shape[1:]), "crop": None}
+        return synthetic_images(count, Preprocess(**sized))
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _with_statistics(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def _size(preprocess: Preprocess | None) -> tuple[int, ...]:
+    assert preprocess is not None
+    size = preprocess.crop or preprocess.resize
+    return (size, size) if isinstance(size, int) else tuple(size or ())
+
+
+def _measured(model: nn.Module, images: Tensor) -> tuple[dict[nn.Module, InputMoments], bool]:
+    """The moments, and whether there would be more with larger images."""
+    run = normalized(model, images)
+    original: Mapping[nn.Module, nn.Module] = dict(zip(run.modules(), model.modules(), strict=True))
+    found: dict[nn.Module, InputMoments] = {}
+    told = missing = False
+
+    def before(layer: Any, inputs: tuple[Any, ...]) -> None:
+        nonlocal told, missing
+        if not told or original[layer] in found:
+            return
+        x = inputs[0].detach().float()
+        values = x.flatten(0, -2).mT if isinstance(layer, nn.Linear) else x.transpose(0, 1).flatten(1)
+        if values.shape[1] < _ENOUGH:
+            missing = missing or not isinstance(layer, nn.Linear)
+            return
+        variance, mean = torch.var_mean(values, 1)
+        if variance.isfinite().all():
+            groups = getattr(layer, "groups", 1)
+            found[original[layer]] = InputMoments(mean.view(groups, -1), variance.view(groups, -1))
+
+    def after(module: nn.Module, *_: Any) -> None:
+        nonlocal told
+        told = isinstance(module, _BatchNorm)
+
+    for module in run.modules():
+        if isinstance(module, LAYERS):
+            module.register_forward_pre_hook(before)
+        if isinstance(module, (*LAYERS, _BatchNorm)):
+            module.register_forward_hook(after)
+    with torch.no_grad():
+        run(images)
+    return found, missing

@@ -1,0 +1,111 @@
+"""What BatchNorms tell of the inputs of layers, and what quantization makes of it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dsconv
+from dsconv.conversion.statistics import input_moments
+
+
+def batchnorm(channels: int) -> nn.BatchNorm2d:
+    """One that was trained, on inputs of other moments than noise has."""
+    layer = nn.BatchNorm2d(channels)
+    layer.running_mean.normal_(3)
+    layer.running_var.uniform_(4, 9)
+    with torch.no_grad():
+        layer.weight.uniform_(0.2, 3)
+        layer.bias.normal_()
+    return layer
+
+
+def network(*between: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 32, 3), batchnorm(32), *between, nn.Conv2d(32, 16, 3)).eval()
+
+
+def test_scale_and_shift_are_deviation_and_mean() -> None:
+    net = network()
+    found = input_moments(net)
+    assert list(found) == [net[2]]  # nothing stands before the first layer
+    torch.testing.assert_close(found[net[2]].mean, net[1].bias.detach()[None], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found[net[2]].variance, net[1].weight.detach().square()[None], atol=0.01, rtol=1e-2)
+
+
+def test_behind_a_relu_they_are_those_of_a_cut_normal_variable() -> None:
+    net = network(nn.ReLU())
+    m, s = net[1].bias.detach(), net[1].weight.detach()
+    normal = torch.distributions.Normal(0.0, 1.0)
+    density, inside = (-(m / s).square() / 2).exp() / math.sqrt(2 * math.pi), normal.cdf(m / s)
+    mean = m * inside + s * density
+    variance = (m * m + s * s) * inside + m * s * density - mean * mean
+    found = input_moments(net)[net[3]]
+    # The noise behind a convolution is nearly normal.
+    torch.testing.assert_close(found.mean[0], mean, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(found.variance[0], variance, atol=0.1, rtol=0.1)
+
+
+def test_groups_have_inputs_of_their_own_and_what_no_batchnorm_tells_is_left_out() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        batchnorm(8),
+        nn.Conv2d(8, 8, 3, groups=4),
+        nn.Conv2d(8, 8, 3),
+        batchnorm(8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    ).eval()
+    found = input_moments(net)
+    assert list(found) == [net[2]] and found[net[2]].mean.shape == (4, 2)
+
+
+def test_the_network_stays_as_it_was() -> None:
+    net = network(nn.ReLU(), nn.Dropout()).train()
+    before = copy.deepcopy(net.state_dict())
+    assert input_moments(net)
+    assert net.training and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+class Particular(nn.Module):
+    """Runs on nothing but inputs of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network(nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[2:] == (17, 19)
+        y: Tensor = self.net(x)
+        return y
+
+
+@pytest.mark.parametrize(
+    "net", [Particular(), nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 16, 3)), nn.Sequential(nn.Linear(64, 8))]
+)
+def test_what_cannot_be_told_is_not(net: nn.Module) -> None:
+    assert input_moments(net) == {}
+    told, plain = (
+        dsconv.quantize(net, dsconv.QuantConfig.preset("default", batchnorm_statistics=known))
+        for known in (True, False)
+    )
+    assert all(torch.equal(told.state_dict()[name], value) for name, value in plain.state_dict().items())
+
+
+def test_networks_come_closer_to_their_originals() -> None:
+    net = network(nn.ReLU())
+    x = torch.randn(8, 3, 16, 16)
+    with torch.inference_mode():
+        mean, variance = net[0](x).mean((0, 2, 3)), net[0](x).var((0, 2, 3))
+        net[1].running_mean.copy_(mean)
+        net[1].running_var.copy_(variance)
+    error = {}
+    for known in (True, False):
+        settings = {"weight_bits": 2, "weight_shift": False, "first_layer": "float", "batchnorm_statistics": known}
+        qnet = dsconv.quantize(net, dsconv.QuantConfig.preset("default", **settings))
+        with torch.inference_mode():
+            error[known] = (qnet(x) - net(x)).square().mean().item()
+    assert error[True] < 0.95 * error[False]
