@@ -49,7 +49,7 @@ PREPARED: dict[str, dict[str, Any]] = {
 SIDES = {"imagenet": 224, "tinyimagenet": 64, "cifar10": 32}
 BATCH = 50
 # Bits a weight that the searched rows may come to, and on how many images, or of noise, layers are ranked.
-BUDGET, SMALL_BUDGET, SMALLEST_BUDGET, SEEN = 4.7, 3.7, 2.7, 32
+BUDGET, SMALL_BUDGET, SMALLEST_BUDGET, SEEN = 4.7, 3.7, 2.8, 32
 CALIBRATED = 128
 # Recipe of the distilled rows.
 RECIPE = dsconv.Recipe()

@@ -36,7 +36,7 @@ def input_moments(model: nn.Module, preprocess: Preprocess | None = None) -> dic
     (torch.Size([1, 8]), True)
     """
     first = next((layer for layer in model.modules() if isinstance(layer, (*LAYERS, nn.Conv1d, nn.Conv3d))), None)
-    if not isinstance(first, nn.Conv2d) or not _with_statistics(model):
+    if not isinstance(first, nn.Conv2d) or not with_statistics(model):
         return {}
     known = preprocess is not None and (preprocess.crop or preprocess.resize) is not None
     found: dict[nn.Module, InputMoments] = {}
@@ -58,7 +58,7 @@ def normalized(model: nn.Module, images: Tensor) -> nn.Module:
     those that scale and shift say.
     """
     result = copy.deepcopy(model).eval()
-    for batchnorm in _with_statistics(result):
+    for batchnorm in with_statistics(result):
         batchnorm.reset_running_stats()
         batchnorm.momentum = None  # a plain mean over all images
         batchnorm.train()
@@ -75,7 +75,8 @@ def noise(preprocess: Preprocess | None, shape: Sequence[int], count: int = _IMA
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def _with_statistics(model: nn.Module) -> list[_BatchNorm]:
+def with_statistics(model: nn.Module) -> list[_BatchNorm]:
+    """Its BatchNorms that remember what they were trained on."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 

@@ -13,12 +13,13 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from dsconv.config import FLOAT, LayerConfig, QuantConfig, as_config
 from dsconv.conversion import LayerSummary, ModelInfo, model_info, quantize, summary
 from dsconv.conversion.convert import quantize_for, swapped
-from dsconv.conversion.statistics import input_moments
+from dsconv.conversion.statistics import input_moments, normalized, with_statistics
 from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import compare, evaluate
@@ -176,14 +177,12 @@ def sensitivity(
     if isinstance(config, nn.Module):
         if list(choices) != [{}]:
             raise ConfigError("choices: a quantized network has made its own: pass a config to try others")
-        quantized, names = config, _names(model, config)
-        tried = _as_they_are(model, quantized, names)
+        quantized = config
     else:
         config = as_config(config)
         _check(choices)
         quantized = quantize(model, config)
-        names = _names(model, quantized)
-        tried = _as_chosen(model, config, names, choices)
+    names = _names(model, quantized)
     source = _batches(model, images, preprocess, limit, batch_size, seed)
     kept = [(x, None) for x, _ in source]
     if source.broken:
@@ -192,6 +191,13 @@ def sensitivity(
             f"{source.broken[0].reason}",
             stacklevel=2,
         )
+    if images is None and with_statistics(model):
+        # With its own statistics, noise has the moments behind a BatchNorm that images have.
+        model = normalized(model, torch.cat([x for x, _ in kept]))
+    if isinstance(config, nn.Module):
+        tried = _as_they_are(model, config, names)
+    else:
+        tried = _as_chosen(model, config, names, choices)
     reference = _Recorded(model, kept)
     trials = []
     for name, choice, alone in _tracked(tried, len(names) * len(choices), progress):

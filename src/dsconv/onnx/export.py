@@ -10,13 +10,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv.compilation.compiled import CompiledModel
 from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.convert import swapped
-from dsconv.conversion.statistics import noise, normalized
+from dsconv.conversion.statistics import noise, normalized, with_statistics
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
 from dsconv.files import replacing
 from dsconv.nn import DSLayer
@@ -165,7 +164,7 @@ def _write_int8(qmodel: nn.Module, x: Tensor, path: Path, images: Tensor | None,
 
         like = None
         if images is None:
-            if not any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in qmodel.modules()):
+            if not with_statistics(qmodel):
                 raise ModelError(
                     f"images: expected some for style 'int8', since {type(qmodel).__name__} has no BatchNorm that "
                     "tells the ranges of activations (any more, if it was folded): pass images, which need no labels"
