@@ -303,6 +303,8 @@ def markdown(results: dict[str, Any]) -> str:
         images, top1 = rows[0]["images"], rows[0]["float_top1"]
         lines += [f"## {TITLES[name]}", "", f"{images} images, float32 top-1 {top1:.1f} %.", ""]
         for table, (head, introduction) in tables.items():
+            if all(row["table"] != table for row in rows):
+                continue
             lines += [*introduction, f"| {head} | B | bits | MB | top-1 | agreement | KL | SQNR dB | seconds |"]
             lines += ["|---|---|---|---|---|---|---|---|---|"]
             for row in rows:
