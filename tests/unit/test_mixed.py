@@ -273,7 +273,7 @@ class TestSearch:
 
     def test_is_closer_than_one_width_for_all_at_the_same_size(self) -> None:
         model, (x, _) = load_network(), load_digits("unlabelled")
-        config = QuantConfig.preset("w4a4", first_layer=None, weight_shift=False)
+        config = QuantConfig.preset("w4a4", first_layer=None, last_layer={"weight_bits": 4})
         plain = dsconv.quantize(model, config)
         found = search(model, config, budget=dsconv.summary(plain).effective_bits, images=x, limit=64)
         test, labels = load_digits("test")
