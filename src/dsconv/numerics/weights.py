@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dsconv.numerics.rounding import Blocks, regularized, round_to
+from dsconv.numerics.rounding import Blocks, quadratic, regularized, round_to
 from dsconv.numerics.scales import round_rows
 
 WeightRule = Literal["paper", "refined", "balanced"]
@@ -202,8 +202,8 @@ def _quantize(
     for first, last, size in ((0, whole, block_size), (whole, channels, channels - whole)):
         if first == last or not taps:
             continue
-        # `balanced` has more temporaries of the size of a chunk.
-        step = max(1, (_CHUNK // 4 if rule == "balanced" else _CHUNK) // ((last - first) * taps))
+        # `balanced` has more temporaries of the size of a chunk, and wider ones.
+        step = max(1, (_CHUNK // 16 if rule == "balanced" else _CHUNK) // ((last - first) * taps))
         if inputs is not None and groups > 1:  # whole groups, each of which has inputs of its own
             step = -(-step // (outputs // groups)) * (outputs // groups)
         blocks = slice(first // block_size, block_count(last, block_size))
@@ -253,25 +253,43 @@ def _balanced(w: Tensor, known: tuple[Tensor, Tensor] | None, bits: int, shift: 
     rows, taps, n = w.shape
     unit = w.abs().amax((1, 2), keepdim=True)  # next to the largest float, squares would overflow
     unit = torch.where(unit == 0, 1.0, unit)
+    # In float64, so that what rows are worked on together does not show in the result.
     if known is None:
-        mean, variance = w.new_full((1, n), _MEAN_POWER**0.5), w.new_ones(1, n)
+        mean, variance = (
+            w.new_full((1, n), _MEAN_POWER**0.5, dtype=torch.float64),
+            w.new_ones(1, n, dtype=torch.float64),
+        )
         groups, blocks = 1, 1
     else:
         groups, blocks = known[0].shape[:2]
-        mean, variance = (moment.flatten(0, 1).to(w.device) for moment in known)
-    alike = w.new_full((taps, taps), _TAP_CORRELATION).fill_diagonal_(1.0)
-    h = torch.einsum("st,gn,nm->gsntm", alike, variance, torch.eye(n, device=w.device)).reshape(-1, taps * n, taps * n)
+        mean, variance = (moment.flatten(0, 1).to(w.device, torch.float64) for moment in known)
+    alike = mean.new_full((taps, taps), _TAP_CORRELATION).fill_diagonal_(1.0)
+    h = torch.einsum("st,gn,nm->gsntm", alike, variance, torch.eye(n).to(variance)).reshape(-1, taps * n, taps * n)
     mean = mean.repeat(1, taps)
-    h = regularized(h + mean.unsqueeze(2) * mean.unsqueeze(1), _RIDGE)
-    # (outputs of each group, blocks of an output) to blocks as groups of their own.
-    target = (w / unit).reshape(groups, -1, blocks, taps * n).transpose(1, 2).flatten(0, 1)
-    found = round_to(target, h, Blocks(taps, n, n), bits, shift=shift, sweeps=1)
+    h += mean.unsqueeze(2) * mean.unsqueeze(1)
 
-    def back(value: Tensor) -> Tensor:
+    # (outputs of each group, blocks of an output) to blocks as groups of their own, and back.
+    def by_block(value: Tensor) -> Tensor:
+        return value.reshape(groups, -1, blocks, taps * n).transpose(1, 2).flatten(0, 1)
+
+    def by_row(value: Tensor) -> Tensor:
         return torch.unflatten(value, 0, (groups, blocks)).transpose(1, 2).reshape(rows, taps, -1)
 
-    a, c = back(found.scale) * unit, None if found.shift is None else back(found.shift) * unit
-    return back(found.q), a, torch.zeros_like(a) if c is None else c
+    found = round_to(
+        by_block(w.double() / unit), regularized(h, _RIDGE), Blocks(taps, n, n), bits, shift=shift, sweeps=1
+    )
+    shifts = torch.zeros_like(found.scale) if found.shift is None else found.shift
+    balanced = by_row(found.q), (by_row(found.scale) * unit).float(), (by_row(shifts) * unit).float()
+    # What is made for the output is not always better for it than what is made for the weights.
+    refined = round_rows(w, 1 << (bits - 1), "refined", shift)
+
+    def error(q: Tensor, a: Tensor, c: Tensor) -> Tensor:
+        missed = quadratic(by_block((w.double() - q.double() * a - c) / unit), h)
+        return torch.unflatten(missed, 0, (groups, blocks)).transpose(1, 2).reshape(rows, 1, 1)
+
+    better = error(*balanced) <= error(*refined)
+    q, a, c = (torch.where(better, new.float(), old) for new, old in zip(balanced, refined, strict=True))
+    return q, a, c
 
 
 def _kl_scale(w: Tensor, q: Tensor, scale: Tensor) -> Tensor:
