@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsconv.calibration.collect import Moments
 from dsconv.numerics import quantize_weight, quantize_weight_shifted
+from dsconv.numerics.balanced import round_balanced
 from dsconv.numerics.rounding import (
     Blocks,
     Rounded,
@@ -20,6 +21,7 @@ from dsconv.numerics.rounding import (
     regularized,
     round_to,
 )
+from dsconv.numerics.scales import round_rows
 
 # Runs of 7 columns, cut into blocks of 3, 3 and 1.
 BLOCKS = Blocks(runs=2, width=7, size=3)
@@ -201,3 +203,37 @@ def test_moments_are_those_of_numpy() -> None:
     assert moments.error(v, bias) == pytest.approx(squares / variance, rel=1e-4)
     moments.add(torch.full((2, 1, 14), torch.inf), y[:1])
     assert not moments.is_finite()
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("taps", [1, 4, 9])
+@pytest.mark.parametrize("known", [False, True])
+def test_balanced_is_the_same_under_a_matrix_that_is_built_in_full(known: bool, taps: int, shift: bool) -> None:
+    """Groups, and blocks of one output, that differ in their inputs; some integers at the end of their range."""
+    generator = torch.Generator().manual_seed(taps)
+    groups, outputs, blocks, n = (2, 5, 3, 16) if known else (1, 15, 1, 16)
+    w = torch.randn(groups * outputs * blocks, taps, n, generator=generator)
+    mean, variance = torch.rand(2, groups, blocks, n, generator=generator)
+    if not known:
+        mean, variance = torch.full_like(mean, 0.4**0.5), torch.ones_like(variance)
+    q, scale, offset = round_balanced(w, (mean, variance) if known else None, 3, shift)
+
+    alike = torch.full((taps, taps), 0.7).fill_diagonal_(1.0)
+    h = torch.einsum("st,gbn,nm->gbsntm", alike, variance, torch.eye(n)).reshape(groups, blocks, taps * n, taps * n)
+    h = (h + torch.einsum("gbi,gbj->gbij", *[mean.repeat(1, 1, taps)] * 2)).double().flatten(0, 1)
+    target = w.double().view(groups, outputs, blocks, taps * n).transpose(1, 2).flatten(0, 1)
+    cut = Blocks(taps, n, n)
+    full = round_to(target, regularized(h, 0.1), cut, 3, shift=shift, sweeps=1)
+
+    def by_block(value: Tensor) -> Tensor:
+        return value.view(groups, outputs, blocks, -1).transpose(1, 2).flatten(0, 1)
+
+    found = Rounded(by_block(q).double(), by_block(scale).double(), by_block(offset).double())
+    refined = [by_block(value).double() for value in round_rows(w, 4, "refined", shift)]
+    plain = quadratic(Rounded(*refined).weight(cut) - target, h)
+    assert torch.allclose(
+        quadratic(found.weight(cut) - target, h), quadratic(full.weight(cut) - target, h).minimum(plain)
+    )
+    same = (found.q == full.q).all(-1)
+    assert same.float().mean() > 0.8  # the others are those of rule refined
+    assert (found.q[~same] == refined[0][~same]).all()

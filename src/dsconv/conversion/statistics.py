@@ -57,11 +57,7 @@ def normalized(model: nn.Module, images: Tensor) -> nn.Module:
     Their outputs then have the means and deviations that they have on the images of training, whatever ``images`` are:
     those that scale and shift say.
     """
-    result = copy.deepcopy(model).eval()
-    for batchnorm in with_statistics(result):
-        batchnorm.reset_running_stats()
-        batchnorm.momentum = None  # a plain mean over all images
-        batchnorm.train()
+    result = _normalizing(model)
     with torch.no_grad():
         result(images)
     return result.eval()
@@ -80,6 +76,16 @@ def with_statistics(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
+def _normalizing(model: nn.Module) -> nn.Module:
+    """A copy whose BatchNorms normalise what they get, and keep its statistics."""
+    result = copy.deepcopy(model).eval()
+    for batchnorm in with_statistics(result):
+        batchnorm.reset_running_stats()
+        batchnorm.momentum = None  # a plain mean over all images
+        batchnorm.train()
+    return result
+
+
 def _size(preprocess: Preprocess | None) -> tuple[int, ...]:
     assert preprocess is not None
     size = preprocess.crop or preprocess.resize
@@ -88,7 +94,7 @@ def _size(preprocess: Preprocess | None) -> tuple[int, ...]:
 
 def _measured(model: nn.Module, images: Tensor) -> tuple[dict[nn.Module, InputMoments], bool]:
     """The moments, and whether there would be more with larger images."""
-    run = normalized(model, images)
+    run = _normalizing(model)
     original: Mapping[nn.Module, nn.Module] = dict(zip(run.modules(), model.modules(), strict=True))
     found: dict[nn.Module, InputMoments] = {}
     told = missing = False

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dsconv.numerics.rounding import Blocks, quadratic, regularized, round_to
+from dsconv.numerics.balanced import round_balanced
 from dsconv.numerics.scales import round_rows
 
 WeightRule = Literal["paper", "refined", "balanced"]
@@ -19,8 +19,6 @@ WEIGHT_SCALES: tuple[str, ...] = get_args(WeightScale)
 
 # Weights that are worked on at a time: a chunk bounds the extra memory, a part of it stays in cache.
 _CHUNK, _PART = 1 << 20, 1 << 18
-# The model of a layer's inputs under which `balanced` rounds, see _expected.
-_TAP_CORRELATION, _MEAN_POWER, _RIDGE = 0.7, 0.4, 0.1
 _NEWTON_STEPS = 8
 _MIN_BITS, _MAX_BITS = 2, 8
 
@@ -203,7 +201,7 @@ def _quantize(
         if first == last or not taps:
             continue
         # `balanced` has more temporaries of the size of a chunk, and wider ones.
-        step = max(1, (_CHUNK // 16 if rule == "balanced" else _CHUNK) // ((last - first) * taps))
+        step = max(1, (_CHUNK // 4 if rule == "balanced" else _CHUNK) // ((last - first) * taps))
         if inputs is not None and groups > 1:  # whole groups, each of which has inputs of its own
             step = -(-step // (outputs // groups)) * (outputs // groups)
         blocks = slice(first // block_size, block_count(last, block_size))
@@ -212,7 +210,7 @@ def _quantize(
             rows = part.reshape(-1, size, taps).transpose(1, 2).contiguous()
             if rule == "balanced":
                 known = _known(inputs, slice(first, last), size, groups, outputs, o, len(part))
-                q, a, c = _balanced(rows, known, bits, shift)
+                q, a, c = round_balanced(rows, known, bits, shift)
             else:
                 # Temporaries of the size of a part stay in cache.
                 many = max(1, _PART // rows[:1].numel()) if w.is_cpu else len(rows)
@@ -241,55 +239,6 @@ def _known(
     taken = slice(first // per_group, -(-(first + count) // per_group))
     mean, variance = (torch.unflatten(m[taken, channels].float(), 1, (-1, size)) for m in inputs)
     return mean, variance
-
-
-def _balanced(w: Tensor, known: tuple[Tensor, Tensor] | None, bits: int, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounds each block, all taps together, under a model of its inputs that needs no data.
-
-    The inputs of a channel at different taps are pixels side by side, with a correlation r, and each channel has a mean
-    m and a variance v. Channels do not depend on one another. With the error e of the weights, the expected squared
-    error of the output is ``e' H e``, ``H = [same channel] v (1 if same tap else r) + m m'``.
-    """
-    rows, taps, n = w.shape
-    unit = w.abs().amax((1, 2), keepdim=True)  # next to the largest float, squares would overflow
-    unit = torch.where(unit == 0, 1.0, unit)
-    # In float64, so that what rows are worked on together does not show in the result.
-    if known is None:
-        mean, variance = (
-            w.new_full((1, n), _MEAN_POWER**0.5, dtype=torch.float64),
-            w.new_ones(1, n, dtype=torch.float64),
-        )
-        groups, blocks = 1, 1
-    else:
-        groups, blocks = known[0].shape[:2]
-        mean, variance = (moment.flatten(0, 1).to(w.device, torch.float64) for moment in known)
-    alike = mean.new_full((taps, taps), _TAP_CORRELATION).fill_diagonal_(1.0)
-    h = torch.einsum("st,gn,nm->gsntm", alike, variance, torch.eye(n).to(variance)).reshape(-1, taps * n, taps * n)
-    mean = mean.repeat(1, taps)
-    h += mean.unsqueeze(2) * mean.unsqueeze(1)
-
-    # (outputs of each group, blocks of an output) to blocks as groups of their own, and back.
-    def by_block(value: Tensor) -> Tensor:
-        return value.reshape(groups, -1, blocks, taps * n).transpose(1, 2).flatten(0, 1)
-
-    def by_row(value: Tensor) -> Tensor:
-        return torch.unflatten(value, 0, (groups, blocks)).transpose(1, 2).reshape(rows, taps, -1)
-
-    found = round_to(
-        by_block(w.double() / unit), regularized(h, _RIDGE), Blocks(taps, n, n), bits, shift=shift, sweeps=1
-    )
-    shifts = torch.zeros_like(found.scale) if found.shift is None else found.shift
-    balanced = by_row(found.q), (by_row(found.scale) * unit).float(), (by_row(shifts) * unit).float()
-    # What is made for the output is not always better for it than what is made for the weights.
-    refined = round_rows(w, 1 << (bits - 1), "refined", shift)
-
-    def error(q: Tensor, a: Tensor, c: Tensor) -> Tensor:
-        missed = quadratic(by_block((w.double() - q.double() * a - c) / unit), h)
-        return torch.unflatten(missed, 0, (groups, blocks)).transpose(1, 2).reshape(rows, 1, 1)
-
-    better = error(*balanced) <= error(*refined)
-    q, a, c = (torch.where(better, new.float(), old) for new, old in zip(balanced, refined, strict=True))
-    return q, a, c
 
 
 def _kl_scale(w: Tensor, q: Tensor, scale: Tensor) -> Tensor:
