@@ -1,5 +1,10 @@
-import importlib.util
 import os
+
+# Processes of tests side by side, each with threads for all cores, take turns at waiting for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable

@@ -42,6 +42,22 @@ def test_a_page_of_everything(cli: Cli, tmp_path: Path, quantized_file: Path, di
     assert marked not in text and marked in out.read_text()
 
 
+def test_the_figures_of_a_page_for_other_programs(cli: Cli, tmp_path: Path, quantized_file: Path, digits: Path) -> None:
+    options = ("--reference", NET, "--data", digits, "--sensitivity-images", "2", "--runs", "2", "--json")
+    done = cli("report", quantized_file, "--out", tmp_path / "page.html", *options)
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["page"] == str(tmp_path / "page.html") and (tmp_path / "page.html").is_file()
+    measured = json.loads(cli("evaluate", quantized_file, "--data", digits, "--reference", NET, "--json").stdout)
+    assert found["accuracy"]["kl"] == measured["kl"] and found["images"] == str(digits)
+    layer = found["layers"][0]
+    assert layer["name"] == "conv1" and sum(layer["exponents"].values()) > 0
+    assert max(layer["kl"] for layer in found["layers"]) > 0
+    assert layer["weights"]["figures"]["maximum"] and found["profile"]["steps"] and "benches" in found["missing"]
+    assert found["summary"]["bytes_after"] < found["summary"]["int8_bytes"] < found["summary"]["bytes_before"]
+    assert all("jpeg" not in one for one in found["disagreements"])
+
+
 def test_a_page_of_the_file_alone(cli: Cli, tmp_path: Path, quantized_file: Path) -> None:
     done = cli("report", quantized_file, "--out", tmp_path / "page.html", "--runs", "2")
     assert done.code == 0, done.stderr

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 # The last bit of a sum, which runtimes add up in their own order, may tip the rounding of a mantissa, and that others
 # in turn. What that costs stays far below the error of the rounding itself, of some per cent.
-TIPPED = 0.04
+TIPPED = 0.02
 
 
 def by_reference(path: Path, x: Tensor) -> Tensor:
@@ -72,16 +72,20 @@ def test_networks_of_torchvision(name: str, tmp_path: Path) -> None:
     qnet = dsconv.quantize(dsconv.zoo.build(f"torchvision/{name}", weights="random"))
     x = torch.randn(2, 3, 32, 32)
     path = dsconv.export_onnx(qnet, x, tmp_path / "a.onnx")
-    check(qnet, x, path, "qdq", list(RUNTIMES))
+    check(qnet, x, path, "qdq", ["onnxruntime", "openvino"])
+    check(qnet, x[:1], path, "qdq", ["reference"])  # which takes its time
     model = onnx.load(path)
     tensors = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     assert path.stat().st_size - tensors <= 0.05 * packed_bytes(qnet)
     if name == "resnet18":
-        check(qnet, x, dsconv.export_onnx(qnet, x, path, "function"), "function", ["reference", "onnxruntime"])
+        function = dsconv.export_onnx(qnet, x, path, "function")
+        check(qnet, x, function, "function", ["onnxruntime"])
+        check(qnet, x[:1], function, "function", ["reference"])
         with torch.inference_mode():
             expected = dequantized(qnet)(x)
+        dsconv.export_onnx(qnet, x, path, "float")
         for runtime in RUNTIMES.values():
-            y = runtime(dsconv.export_onnx(qnet, x, path, "float"), x)
+            y = runtime(path, x)
             assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

@@ -12,6 +12,7 @@ from dsconv.cli.common import (
     Crop,
     Force,
     Interpolation,
+    Json,
     Mean,
     ModelOfFile,
     Resize,
@@ -24,6 +25,7 @@ from dsconv.cli.common import (
     load_file,
     preparation,
     preprocess_of,
+    print_json,
     read_size,
     say,
 )
@@ -53,6 +55,7 @@ def report(
     bench: Annotated[Path | None, typer.Option(metavar="FILE.json", help="What dsconv bench --out wrote.")] = None,
     size: Size = None,
     force: Force = False,
+    as_json: Json = False,
     resize: Resize = None,
     crop: Crop = None,
     mean: Mean = None,
@@ -102,4 +105,7 @@ def report(
     for broken in found.accuracy.broken if found.accuracy else ():
         say(f"left out: {broken.path}: {broken.reason}")
     write_page(out, found)
-    print(f"Wrote {out}: {out.stat().st_size:,} bytes.")
+    if as_json:
+        print_json({"page": str(out), **found.to_dict()})
+    else:
+        print(f"Wrote {out}: {out.stat().st_size:,} bytes.")

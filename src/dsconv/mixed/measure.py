@@ -181,7 +181,8 @@ def sensitivity(
     else:
         config = as_config(config)
         _check(choices)
-        quantized = quantize(model, config)
+        # For names and sizes, which do not depend on what is known of the inputs.
+        quantized = quantize(model, QuantConfig(**{**config.to_dict(), "batchnorm_statistics": False}))
     names = _names(model, quantized)
     source = _batches(model, images, preprocess, limit, batch_size, seed)
     kept = [(x, None) for x, _ in source]

@@ -6,7 +6,7 @@ import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -182,6 +182,26 @@ class Report:
         """``accuracy`` where there is a reference."""
         return self.accuracy if isinstance(self.accuracy, Comparison) else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON: the figures of the page, without its images."""
+        seen = [asdict(disagreement) for disagreement in self.disagreements]
+        return {
+            "name": self.name,
+            "reference": self.reference,
+            "images": self.images,
+            "config": self.config and self.config.to_dict(),
+            "summary": self.summary.to_dict() | {"int8_bytes": self.int8_bytes},
+            "layers": [_figures(layer) for layer in self.layers],
+            "accuracy": self.accuracy and self.accuracy.to_dict(),
+            "sensitivity_images": self.sensitivity_images,
+            "disagreements": [{name: value for name, value in one.items() if name != "jpeg"} for one in seen],
+            "classes": list(self.classes),
+            "profile": self.profile and self.profile.to_dict(),
+            "benches": [bench.to_dict() for bench in self.benches],
+            "missing": self.missing,
+            "warnings": self.warnings,
+        }
+
 
 def gather(
     qmodel: nn.Module,
@@ -308,6 +328,11 @@ def gather(
         missing=missing,
         warnings=warnings,
     )
+
+
+def _figures(layer: Layer) -> dict[str, Any]:
+    figures = asdict(layer)
+    return {"name": figures.pop("summary")["name"], **figures}
 
 
 def _name(model: nn.Module, info: ModelInfo | None) -> str:
