@@ -124,8 +124,8 @@ def _nearest_plane(target: Tensor, model: _Model, half: int, shift: bool) -> _Ro
     sums = torch.zeros_like(target[0])
     for tap in reversed(range(len(target))):
         # Before its tap is rounded, and after it, a channel has one more free tap.
-        more, less = (free / (own + free * shared) for free in (tap + 1, tap))
-        pull, push = ((mean * (1 - free * shared)).expand_as(sums) for free in (more, less))
+        more, less = (count / (own + count * shared) for count in (tap + 1, tap))
+        pull, push = ((mean * (1 - share * shared)).expand_as(sums) for share in (more, less))
         # The columns that are still to come have `more`, those behind `less`.
         power = mean.square() * torch.stack([more, less])
         spread = 1 + power[0].cumsum(0) + power[1].sum(0) - power[1].cumsum(0)
