@@ -129,8 +129,9 @@ def settings() -> list[Setting]:
     """All rows, each once."""
     preset = QuantConfig.preset
     w4a4, w3a4, w2a4 = (preset("w4a4", activation_sign="extra", weight_bits=bits) for bits in (4, 3, 2))
-    plain = preset("w4a4", activation_sign="extra", block_size=32, weight_shift=False)
-    done = "searched with images, calibrated, distilled"
+    plain = {"activation_sign": "extra", "block_size": 32, "weight_shift": False}
+    w4_plain, w3_plain = (preset("w4a4", **plain, weight_bits=bits) for bits in (4, 3))
+    done, no_shift = "searched with images, calibrated, distilled", "extra, no shift, searched with images, calibrated"
     rows = [
         Setting(f"paper W4A4 {sign}", preset("paper", block_size=block, activation_sign=sign), "presets")
         for block in (16, 32, 64, 128)
@@ -145,10 +146,11 @@ def settings() -> list[Setting]:
         Setting("w4a4 extra, searched with images", w4a4, "presets", "images"),
         Setting("w4a4 extra, searched with images, calibrated", w4a4, "presets", "images", calibrated=True),
         Setting(f"w4a4 extra, {done}", w4a4, "presets", "images", BUDGET, True, True),
-        Setting("w4a4 extra, no shift, searched with images, calibrated", plain, "presets", "images", calibrated=True),
+        Setting(f"w4a4 {no_shift}", w4_plain, "presets", "images", calibrated=True),
         Setting("w3a4 extra, searched with images", w3a4, "presets", "images", SMALL_BUDGET),
         Setting("w3a4 extra, searched with images, calibrated", w3a4, "presets", "images", SMALL_BUDGET, True),
         Setting(f"w3a4 extra, {done}", w3a4, "presets", "images", SMALL_BUDGET, True, True),
+        Setting(f"w3a4 {no_shift}", w3_plain, "presets", "images", SMALL_BUDGET, True),
         Setting("w2a4 extra, searched with images, calibrated", w2a4, "presets", "images", SMALLEST_BUDGET, True),
         Setting(f"w2a4 extra, {done}", w2a4, "presets", "images", SMALLEST_BUDGET, True, True),
         Setting("default (W4A8)", preset("default"), "presets"),
