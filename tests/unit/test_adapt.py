@@ -18,6 +18,7 @@ import dsconv
 from dsconv.config import LayerConfig
 from dsconv.conversion import fold_batchnorm, model_info
 from dsconv.demo import load_digits
+from dsconv.distillation import Adaptation
 from dsconv.distillation.images import drawn
 from dsconv.distillation.shadow import LearnedWeight, RecomputedWeight
 from dsconv.errors import ConfigError, DataError, FileFormatError, ModelError
@@ -57,6 +58,12 @@ def images() -> Tensor:
 
 def state_of(model: tnn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def adaptation_of(model: tnn.Module) -> Adaptation:
+    info = model_info(model)
+    assert info is not None
+    return info.adaptation
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -206,6 +213,17 @@ def test_autocast_trains(teacher: tnn.Module, student: tnn.Module, images: Tenso
     better = dsconv.adapt(student, teacher, images, recipe={"steps": 40, "every": 20}, autocast=True)
     looks = model_info(better).adaptation.looks
     assert looks[-1].held_back_kl < 0.7 * looks[0].held_back_kl
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_gpu_trains_as_a_cpu_does(teacher: tnn.Module, student: tnn.Module, images: Tensor, autocast: bool) -> None:
+    settings: dict[str, Any] = {"recipe": QUICK, "autocast": autocast}
+    found = [dsconv.adapt(student, teacher, images, device=device, **settings) for device in ("cpu", "cuda")]
+    assert all(parameter.is_cpu for net in (*found, teacher) for parameter in net.parameters())
+    before, after = zip(*[(a.looks[0], a.looks[-1]) for a in map(adaptation_of, found)], strict=True)
+    for looks in (before, after):
+        assert looks[0].held_back_kl == pytest.approx(looks[1].held_back_kl, rel=0.1)
 
 
 SCRIPT = """
