@@ -211,6 +211,27 @@ def test_a_calibrated_network_is_saved_loaded_compiled_and_calibrated_again(tmp_
         dsconv.calibrate(dsconv.compile(better, x), sequence, x)
 
 
+def test_scales_keep_their_size() -> None:
+    """Next to these shifts the steps are so fine that ``quantize`` would take float32."""
+    torch.manual_seed(0)
+    net = tnn.Sequential(tnn.Conv2d(3, 8, 12), tnn.Flatten()).eval()
+    net[0].weight.data.mul_(1e-3).add_(1)
+    config = {"weight_bits": 8, "weight_shift": True, "kds_dtype": "float16", "first_layer": None}
+    qnet = dsconv.quantize(net, config)
+    layer = qnet[0]
+    assert layer.config.kds_dtype == "float32"
+    layer.config = layer.config.model_copy(update={"kds_dtype": "float16"})
+    layer.kds, layer.kds_shift = layer.kds.half(), layer.kds_shift.half()
+    x = pictures()
+    better = dsconv.calibrate(qnet, net, x)
+    assert better[0].config.kds_dtype == "float16" and better[0].kds_shift.dtype == torch.float16
+    before, after = (dsconv.compare(net, q, x, per_layer=False).logit_sqnr_db for q in (qnet, better))
+    assert after > before
+    # Beyond the largest float16 there is no choice.
+    layer.store_(layer.vqk, layer.kds.float(), layer.kds_shift.float() + 1e5, net[0].weight, keep_size=True)
+    assert layer.config.kds_dtype == "float32"
+
+
 def test_a_file_with_a_bias_for_no_layer_is_refused(tmp_path: Path) -> None:
     net = chain()
     file = dsconv.save(dsconv.calibrate(dsconv.quantize(net), net, pictures()), tmp_path / "net.safetensors")

@@ -179,7 +179,8 @@ def _round(pair: Pair, moments: Moments, images: int) -> CalibratedLayer:
 def _store(pair: Pair, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None = None, bias: Tensor | None = None) -> None:
     layer, home = pair.layer, pair.layer.vqk.device
     shift = None if kds_shift is None else kds_shift.to(home, torch.float32)
-    layer.store_(vqk.to(home), kds.to(home, torch.float32), shift, pair.weight)
+    # What float16 loses of a shift multiplies the sum of a block, for whose mean the bias makes up.
+    layer.store_(vqk.to(home), kds.to(home, torch.float32), shift, pair.weight, keep_size=True)
     add_bias(layer, pair.original.weight)
     if bias is not None:
         assert layer.bias is not None

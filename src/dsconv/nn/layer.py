@@ -135,7 +135,9 @@ class DSLayer(nn.Module):
         return vqk.view(weight.shape), kds, None
 
     @torch.no_grad()
-    def store_(self, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, weight: Tensor) -> Self:
+    def store_(
+        self, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, weight: Tensor, *, keep_size: bool = False
+    ) -> Self:
         """Set VQK, KDS and shift that stand for the float ``weight``; returns the layer.
 
         KDS that float16 cannot hold, for being too large or so small that digits would be lost, are kept in float32.
@@ -144,9 +146,11 @@ class DSLayer(nn.Module):
             vqk: int8, of as many values as ``weight``.
             kds, kds_shift: float32, in the shape of the buffers.
             weight: ``(O, C/groups, *K)``, for :attr:`weight_sqnr_db`.
+            keep_size: keep float16 where it loses digits, but not where it overflows.
         """
         config = self.config
-        if config.kds_dtype == "float16" and not _fits_float16(kds, kds_shift):
+        fits = _within_float16 if keep_size else _fits_float16
+        if config.kds_dtype == "float16" and not fits(kds, kds_shift):
             self.config = config = config.model_copy(update={"kds_dtype": "float32"})
         self.vqk = vqk.view(weight.shape)
         self.kds = kds.to(config.torch_kds_dtype)
@@ -338,6 +342,11 @@ def _warn_of_gradients() -> None:
         "to run them in integers.",
         stacklevel=2,
     )
+
+
+def _within_float16(kds: Tensor, shift: Tensor | None) -> bool:
+    """Whether nothing overflows in float16."""
+    return all(bool(value.half().isfinite().all()) for value in (kds, shift) if value is not None)
 
 
 def _fits_float16(kds: Tensor, shift: Tensor | None) -> bool:
