@@ -79,17 +79,18 @@ Machine: {machine}.
   {small_budget}, of `w2a4` with {smallest_budget}: bits by layer, 8-bit activations only where the weights have 8 bits
   too, but for `default`. It ranks layers on {seen} images of noise, or on as many unlabelled photographs, none of which
   is evaluated.
-- `w3a4` and `w2a4` are `w4a4` with weights of 3 and 2 bits.
+- `w3a4` and `w2a4` are `w4a4` with weights of 3 and 2 bits. *No shift* is without the shift, in blocks of 32; that it
+  serves calibrated networks better was learned from these figures.
 - `calibrated` rows went through `dsconv.calibrate` then, with {calibrated} unlabelled photographs, none of which is
   evaluated (see [Calibrating](calibrate.md)).
 - `distilled` rows went through `dsconv.adapt` after that, with all unlabelled photographs and the recipe `default` (see
-  [Distilling](adapt.md)). Those of CIFAR and Tiny-ImageNet are of the sets that the
-  networks were trained on.
+  [Distilling](adapt.md)). Those of CIFAR and Tiny-ImageNet are of the sets that the networks were trained on, and tell
+  less of others.
 - Other formats quantize all layers, weights and activations alike. *Round to nearest*: weights with one scale an
   output, activations with a scale and a zero point an image. MX formats and NVFP4: in blocks along the channels. These
   are simulated in float32; *ONNX Runtime int8* is what that runtime makes and executes, with ranges of activations from
   {seen} unlabelled photographs.
-- **seconds** is what all that the name of a row says took, on a machine that did other work too.
+- **seconds** is what all that the name of a row says took one thread, on a machine that did other work too.
 """
 
 
