@@ -179,7 +179,8 @@ def settings() -> list[Setting]:
     for rule, block, shift, dtype in rules:
         config = preset("default", weight_rule=rule, block_size=block, weight_shift=shift, kds_dtype=dtype)
         rows.append(Setting(f"{rule}{' + shift' if shift else ''}, {dtype} KDS", config, "rules"))
-    return rows
+    untold = preset("default", batchnorm_statistics=False)
+    return [*rows, Setting("balanced + shift, float16 KDS, no BatchNorm statistics", untold, "rules")]
 
 
 class Remembered(nn.Module):
