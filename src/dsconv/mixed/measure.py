@@ -181,8 +181,9 @@ def sensitivity(
     else:
         config = as_config(config)
         _check(choices)
-        # For names and sizes, which do not depend on what is known of the inputs.
-        quantized = quantize(model, QuantConfig(**{**config.to_dict(), "batchnorm_statistics": False}))
+        # For the names of its layers, and the sizes of the others, which do not depend on how weights are rounded.
+        quickly = {"weight_rule": "paper", "batchnorm_statistics": False}
+        quantized = quantize(model, QuantConfig(**{**config.to_dict(), **quickly}))
     names = _names(model, quantized)
     source = _batches(model, images, preprocess, limit, batch_size, seed)
     kept = [(x, None) for x, _ in source]

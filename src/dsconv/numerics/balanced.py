@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsconv.numerics.rounding import HELD
+from dsconv.numerics.rounding import solve_held
 from dsconv.numerics.scales import round_rows
 
 # Without knowledge, inputs have a variance of 1 and this squared mean.
@@ -187,8 +187,6 @@ def _refit(target: Tensor, model: _Model, rounded: _Rounded, shift: bool) -> _Ro
     if len(q) > 1:
         normal += torch.einsum("ftnr,gsnr->rftgs", factors, shared * factors).flatten(1, 2).flatten(2)
     normal += inner.unsqueeze(2) * inner.unsqueeze(1)
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    held = torch.where(diagonal > 0, HELD * diagonal, 1.0)
-    fitted = torch.linalg.solve(normal + torch.diag_embed(held), right + held * before)
+    fitted = solve_held(normal, right, before)
     found = torch.unflatten(fitted.T, 0, (-1, len(q), 1))
     return q, found[0], found[1] if shift else offset

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from dsconv.numerics.scales import round_rows
 
 # Holds scales where they are that the integers do not determine, as a fraction of what the others are held by.
-HELD = 1e-4
+_HELD = 1e-4
 # Numbers in the normal equations of the scales that are solved at a time.
 _CHUNK = 1 << 23
 
@@ -192,11 +192,16 @@ def _refit(target: Tensor, h: Tensor, blocks: Blocks, rounded: Rounded) -> tuple
         for f in multiplied
     ]
     normal = torch.stack(columns, 2).flatten(3).double()
-    own = normal.diagonal(dim1=-2, dim2=-1)
-    held = torch.where(own > 0, HELD * own, 1.0)
-    fitted = torch.linalg.solve(normal + torch.diag_embed(held), right + held * before.flatten(-2))
-    fitted = fitted.to(target.dtype).view(before.shape)
+    fitted = solve_held(normal, right, before.flatten(-2)).to(target.dtype).view(before.shape)
     return fitted[..., 0], fitted[..., -1]
+
+
+def solve_held(normal: Tensor, right: Tensor, before: Tensor) -> Tensor:
+    """Solutions ``(..., k)`` of normal equations ``(..., k, k)``, lightly held where they were ``before``."""
+    own = normal.diagonal(dim1=-2, dim2=-1)
+    held = torch.where(own > 0, _HELD * own, 1.0)
+    solved: Tensor = torch.linalg.solve(normal + torch.diag_embed(held), right + held * before)
+    return solved
 
 
 def descend(target: Tensor, h: Tensor, blocks: Blocks, rounded: Rounded, bits: int, sweeps: int = 1) -> Rounded:
