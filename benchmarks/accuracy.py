@@ -327,6 +327,19 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def shared_nets() -> Any:
+    """The module ``nets.py`` of the folder of real networks and images; ends the program where there is none."""
+    shared = Path(os.environ.get("DSCONV_SHARED") or ROOT.parent / "shared")
+    if not (shared / "nets.py").is_file():
+        sys.exit(f"no networks to measure: there is no {shared / 'nets.py'} (set DSCONV_SHARED)")
+    sys.path[:0] = [str(shared), str(ROOT / "tests" / "support")]
+    import nets
+    import torchvision_shim
+
+    torchvision_shim.install()
+    return nets
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
@@ -337,14 +350,7 @@ def main() -> None:
         "--json", type=Path, default=ROOT / "benchmarks" / "accuracy.json", help="file that keeps the figures"
     )
     arguments = parser.parse_args()
-    shared = Path(os.environ.get("DSCONV_SHARED") or ROOT.parent / "shared")
-    if not (shared / "nets.py").is_file():
-        sys.exit(f"no networks to measure: there is no {shared / 'nets.py'} (set DSCONV_SHARED)")
-    sys.path[:0] = [str(shared), str(ROOT / "tests" / "support")]
-    import nets
-    import torchvision_shim
-
-    torchvision_shim.install()
+    nets = shared_nets()
     results: dict[str, Any] = {"machine": machine.describe(), "networks": {}}
     known = json.loads(arguments.json.read_text())["networks"] if arguments.json.exists() else {}
     for name in arguments.networks:
