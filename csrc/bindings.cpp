@@ -73,6 +73,11 @@ int checked_bits(int bits) {
 
 bool is_wide(int weight_bits) { return checked_bits(weight_bits) > 4; }
 
+Terms terms(Address bias, Address gain, Address offset) {
+  if (!gain != !offset) throw std::invalid_argument("gain and offset come together");
+  return {at<const float>(bias), at<const float>(gain), at<const float>(offset)};
+}
+
 template <class Enum>
 Enum one_of(const char* what, int value, int count) {
   if (value < 0 || value >= count) throw std::invalid_argument(std::string(what) + " is out of range");
@@ -133,13 +138,13 @@ NB_MODULE(_C, m) {
   });
   m.def("convolve", [](std::string_view isa, const Sizes& sizes, Address input,
                        const std::array<std::int64_t, 4>& input_strides, Address weight, Address kds, Address kds_shift,
-                       Address bias, Address residual, Address output,
+                       Address bias, Address gain, Address offset, Address residual, Address output,
                        const std::array<std::int64_t, 4>& output_strides, int weight_bits, int activation_bits, int sign,
                        int activation, float slope) {
     const Geometry g = geometry(sizes);
     const Kernels& kernels = kernels_of(isa);
     const Layer layer{at<const std::uint8_t>(weight), at<const float>(kds), at<const float>(kds_shift),
-                      at<const float>(bias), is_wide(weight_bits), checked_bits(activation_bits),
+                      terms(bias, gain, offset), is_wide(weight_bits), checked_bits(activation_bits),
                       one_of<Sign>("sign", sign, 3), one_of<Activation>("activation", activation, 5), slope};
     const Strides to = strides(output_strides);
     const Output out{at<float>(output), to, {at<const float>(residual), to}, {}};
@@ -185,16 +190,16 @@ NB_MODULE(_C, m) {
           "Bytes that a quantized tensor of an image takes.")
       .def("convolve",
            [](Program& self, const Sizes& sizes, int from, int input, Address weight, Address kds, Address kds_shift,
-              Address bias, int weight_bits, int activation_bits, int sign, const Uses& uses) {
+              Address bias, Address gain, Address offset, int weight_bits, int activation_bits, int sign, const Uses& uses) {
              self.convolve(geometry(sizes),
                            {at<const std::uint8_t>(weight), at<const float>(kds), at<const float>(kds_shift),
-                            at<const float>(bias), is_wide(weight_bits), checked_bits(activation_bits),
+                            terms(bias, gain, offset), is_wide(weight_bits), checked_bits(activation_bits),
                             one_of<Sign>("sign", sign, 3), Activation::none, 0.0f},
                            from, input, use(uses));
            })
       .def("map",
-           [](Program& self, int from, Address scale, Address shift, const Uses& uses) {
-             self.map(from, at<const float>(scale), at<const float>(shift), use(uses));
+           [](Program& self, int from, Address scale, Address shift, bool once, const Uses& uses) {
+             self.map(from, at<const float>(scale), at<const float>(shift), once, use(uses));
            })
       .def("flatten", &Program::flatten)
       .def("pool",

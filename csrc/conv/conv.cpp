@@ -169,7 +169,7 @@ class Tasks {
         t.panels = outputs > kPanel ? 2 : 1;
         kernels_.sum(t);
         const std::int64_t channel = o_.values ? to.channel : 1;
-        kernels_.store({sums, t.pixels, outputs, place, residual_place, channel, l_.bias ? l_.bias + output : nullptr,
+        kernels_.store({sums, t.pixels, outputs, place, residual_place, channel, l_.terms.from(output),
                         o_.residual.values ? o_.residual.values + output * add.channel : nullptr,
                         values + (from - begin) * channel, l_.activation, l_.slope});
       }

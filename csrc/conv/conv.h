@@ -42,7 +42,7 @@ struct Layer {
   const std::uint8_t* weight;    // packed
   const float* kds;              // packed
   const float* kds_shift;        // packed, or null
-  const float* bias;             // (outputs,) or null
+  Terms terms;
   bool wide;                     // weights of more than 4 bits
   int bits;                      // of its activations
   Sign sign;

@@ -37,17 +37,17 @@ void convolve_depthwise(const Geometry& g, const Layer& l, const Kernels& kernel
     Lines cut(g, 1, 1, scratch.take<float>(0));
     std::fill_n(zero, zeros, 0.0f);
     std::fill_n(end, ends, 0.0f);
-    float few_biases[kMaxLanes] = {};
-    if (few && l.bias) std::copy_n(l.bias, g.channels, few_biases);
+    float few_terms[3][kMaxLanes] = {};
+    const auto filled = [&](const float* from, float* to) { return from ? std::copy_n(from, g.channels, to) - g.channels : nullptr; };
+    const Terms terms = few ? Terms{filled(l.terms.bias, few_terms[0]), filled(l.terms.gain, few_terms[1]), filled(l.terms.offset, few_terms[2])}
+                            : l.terms;
 
     // `lanes` outputs, of filter `output` or of the filters from there on, which read from tap[k][first].
     const auto run = [&](std::int64_t output, std::int64_t first, std::int64_t lanes, float* to, const float* residual) {
-      const auto from = [&](const float* p) { return p ? p + output : nullptr; };
-      const Store store{nullptr, 0, 0, nullptr, nullptr, 1, few && l.bias ? few_biases : from(l.bias), residual, to,
-                        l.activation, l.slope};
+      const Store store{nullptr, 0, 0, nullptr, nullptr, 1, terms.from(output), residual, to, l.activation, l.slope};
       kernels.depthwise({tap, first, static_cast<int>(lanes), by_lane, static_cast<int>(taps),
                          static_cast<int>(g.block_size), l.bits, l.sign,
-                         reinterpret_cast<const std::int32_t*>(l.weight) + output, l.kds + output, from(l.kds_shift),
+                         reinterpret_cast<const std::int32_t*>(l.weight) + output, l.kds + output, l.kds_shift ? l.kds_shift + output : nullptr,
                          g.outputs, store});
     };
     for (std::int64_t y = stripe * lines; y < std::min(g.out_height, (stripe + 1) * lines); ++y) {

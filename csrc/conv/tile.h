@@ -61,26 +61,40 @@ struct Sums {
   std::uint8_t* workspace;    // as many bytes as Kernels::workspace says, aligned to 64
 };
 
-// Sums to outputs: adds the bias and the residual, applies the activation.
+// What every output does to its sum: (sum + bias) * gain + offset, the product and the offset rounded once. Each may be null;
+// gain and offset, of a BatchNorm, come together.
+struct Terms {
+  const float* bias;
+  const float* gain;
+  const float* offset;
+
+  Terms from(std::int64_t output) const {
+    const auto at = [&](const float* p) { return p ? p + output : nullptr; };
+    return {at(bias), at(gain), at(offset)};
+  }
+};
+
+// Sums to outputs: applies the terms, adds the residual, applies the activation.
 struct Store {
   const float* sums;          // [pixels][kPair]
   int pixels, outputs;
   const std::int64_t* place;  // of each pixel in the output
   const std::int64_t* residual_place;
   std::int64_t channel;       // how far apart the outputs of a pixel are, in both
-  const float* bias;          // or null
+  Terms terms;
   const float* residual;      // or null
   float* output;
   Activation activation;
   float slope;
 };
 
-// Values of pixels whose channels lie side by side: x * scale + shift, rounded twice, plus another, activated.
+// Values of pixels whose channels lie side by side: x * scale + shift, rounded once or twice, plus another, activated.
 struct Map {
   const float* input;
   std::int64_t input_stride;  // from pixel to pixel, in values
   const float* scale;         // of each channel, or null with shift
   const float* shift;
+  bool once;
   const float* other;         // or null
   std::int64_t other_stride;
   float* output;
@@ -99,7 +113,7 @@ struct Pool {
   float* output;
 };
 
-// Depthwise: every lane is a filter of its own (by_lane), or a pixel of one filter. Weights, KDS and biases of filters lie
+// Depthwise: every lane is a filter of its own (by_lane), or a pixel of one filter. Weights, KDS and terms of filters lie
 // side by side, so they are read up to kMaxLanes behind the last one.
 struct Depthwise {
   const float* const* tap;    // what each reads: that of lane i is at tap[k][at + i]

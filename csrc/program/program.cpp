@@ -155,7 +155,7 @@ void Program::convolve(const Geometry& one, const Layer& layer, int from, int in
   });
 }
 
-void Program::map(int from, const float* scale, const float* shift, const Use& use) {
+void Program::map(int from, const float* scale, const float* shift, bool once, const Use& use) {
   const Values v = values_of(from);
   require(v.dense(), "expected a dense tensor");
   require(!scale == !shift, "scale and shift come together");
@@ -176,7 +176,7 @@ void Program::map(int from, const float* scale, const float* shift, const Use& u
       if (!plain) {
         float* to = output.values ? const_cast<float*>(output.values) + first * output.strides.x : scratch.take<float>(0);
         stride = output.values ? output.strides.x : v.channels;
-        kernels_.map({made, v.strides.x, scale, shift, other.values ? other.values + first * other.strides.x : nullptr,
+        kernels_.map({made, v.strides.x, scale, shift, once, other.values ? other.values + first * other.strides.x : nullptr,
                       other.strides.x, to, stride, count, v.channels, use.activation, use.slope});
         made = to;
       }

@@ -51,8 +51,8 @@ class Program {
 
   // Of quantized tensor `input`, or with flattened blocks of float tensor `from`.
   void convolve(const Geometry&, const Layer&, int from, int input, const Use&);
-  // Every value times its channel's scale plus its shift, where these are given.
-  void map(int from, const float* scale, const float* shift, const Use&);
+  // Every value times its channel's scale plus its shift, where these are given, rounded once or twice.
+  void map(int from, const float* scale, const float* shift, bool once, const Use&);
   // All values of an image as channels of one pixel, those of a channel one after another.
   void flatten(int from, int to);
   // Over windows of the kernel size: the maximum, or the average, in which zeros of the padding count if they are to.

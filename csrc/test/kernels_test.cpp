@@ -49,9 +49,9 @@ struct Case {
   Geometry g{};
   int weight_bits, activation_bits, sign, target_bits;
   std::int64_t block_size;  // of its outputs
-  bool shift, bias, add, channels_last;
+  bool shift, bias, norm, add, channels_last;
   Activation activation;
-  std::vector<float> input, kds, kds_shift, biases, residual;
+  std::vector<float> input, kds, kds_shift, biases, gains, offsets, residual;
   std::vector<std::int8_t> vqk;
 };
 
@@ -79,7 +79,7 @@ Case random_case() {
   c.activation_bits = static_cast<int>(pick(2, 8));
   c.sign = static_cast<int>(pick(0, 2));
   c.target_bits = static_cast<int>(pick(2, 8)), c.block_size = 16 * pick(1, 8);
-  c.shift = pick(0, 1), c.bias = pick(0, 1), c.add = pick(0, 1);
+  c.shift = pick(0, 1), c.bias = pick(0, 1), c.norm = pick(0, 1), c.add = pick(0, 1);
   c.channels_last = pick(0, 1) && (!g.depthwise() || g.outputs == g.channels);
   c.activation = static_cast<Activation>(pick(0, 4));
   const float magnitude = std::exp2(static_cast<float>(pick(-90, 90)));
@@ -96,7 +96,7 @@ Case random_case() {
     c.kds.push_back(normal());
     c.kds_shift.push_back(normal());
   }
-  for (std::int64_t i = 0; i < g.outputs; ++i) c.biases.push_back(normal());
+  for (std::int64_t i = 0; i < g.outputs; ++i) c.biases.push_back(normal()), c.gains.push_back(normal()), c.offsets.push_back(normal());
   for (std::int64_t i = 0; i < g.images * g.outputs * g.out_height * g.out_width; ++i)
     c.residual.push_back(normal() * magnitude);
   return c;
@@ -150,7 +150,8 @@ Made run(const Case& c, const Kernels& kernels) {
   pack_kds(g, c.kds.data(), kds.data());
   pack_kds(g, c.kds_shift.data(), shift.data());
   std::vector<float> output(c.residual.size(), 7.0f);
-  const Layer layer{weight.data(), kds.data(), c.shift ? shift.data() : nullptr, c.bias ? c.biases.data() : nullptr,
+  const Layer layer{weight.data(), kds.data(), c.shift ? shift.data() : nullptr,
+                    {c.bias ? c.biases.data() : nullptr, c.norm ? c.gains.data() : nullptr, c.norm ? c.offsets.data() : nullptr},
                     wide, c.activation_bits, static_cast<Sign>(c.sign), c.activation, kSlope};
   const Strides to = strides_of(c, g.outputs, g.out_height, g.out_width);
   const Input input{c.input.data(), strides_of(c, g.channels, g.height, g.width)}, residual{c.add ? c.residual.data() : nullptr, to};
@@ -181,12 +182,12 @@ bool pixels_alike(const Kernels& kernels) {
   for (float& v : shift) v = normal();
   std::vector<const float*> tap;
   for (int k = 0; k < taps; ++k) tap.push_back(input.data() + k * channels);
-  const bool affine = pick(0, 1), other = pick(0, 1), average = pick(0, 1);
+  const bool affine = pick(0, 1), once = pick(0, 1), other = pick(0, 1), average = pick(0, 1);
   const auto activation = static_cast<Activation>(pick(0, 4));
   for (int i = 0; i < 2; ++i) {
     const Kernels& used = i ? kernels : scalar::kernels;
     made[i].assign(channels * (pixels + 1), 7.0f);
-    used.map({input.data(), channels, affine ? scale.data() : nullptr, affine ? shift.data() : nullptr,
+    used.map({input.data(), channels, affine ? scale.data() : nullptr, affine ? shift.data() : nullptr, once,
               other ? input.data() : nullptr, channels, made[i].data(), channels, pixels, channels, activation, kSlope});
     used.pool({tap.data(), static_cast<int>(taps), channels, average ? static_cast<float>(taps) : 0.0f, made[i].data() + pixels * channels});
   }
@@ -244,6 +245,7 @@ std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
               size += std::fabs(term) + std::fabs(more);
               terms += c.shift ? 2 : 1;
             }
+          if (c.norm) sum = sum * c.gains[o] + c.offsets[o], size = size * std::fabs(c.gains[o]) + std::fabs(c.offsets[o]), ++terms;
           if (c.add) sum += c.residual[at], size += std::fabs(c.residual[at]), ++terms;
           const double bound = static_cast<double>(terms + 1) * std::ldexp(size, -24) * 1.5;  // activated once more
           sum = activated(c, sum);

@@ -29,6 +29,7 @@ def conv(groups: int = 1, filters: int = 1) -> dict[str, Any]:
     outputs = 24 * filters
     case = Case(torch.randn(2, 24, 9, 8), outputs, (3, 3), SHIFT, groups, padding=(1, 1), bias=torch.randn(outputs))
     more = {"residual": torch.randn(2, outputs, 9, 8), "activation": "leaky_relu", "slope": 0.2}
+    more |= {"gain": torch.randn(outputs), "offset": torch.randn(outputs)}
     return case.arguments() | more
 
 
@@ -38,6 +39,7 @@ def linear() -> dict[str, Any]:
     packed = cpu.pack(*quantize_weight(torch.randn(20, 24), 4, 16), None, config, groups=1)
     settings = {"outputs": 20, "weight_bits": 4, "activation_bits": 8, "sign": "adaptive", "block_size": 16}
     more = {"bias": torch.randn(20), "residual": torch.randn(3, 20), "activation": "relu6"}
+    more |= {"gain": torch.randn(20), "offset": torch.randn(20)}
     return {"x": torch.randn(3, 24), **packed._asdict(), **settings, **more}
 
 
@@ -59,7 +61,7 @@ def test_operator_passes_opcheck(operator: Any, arguments: Callable[[], dict[str
     given = arguments()
     if not optional:
         given |= {"bias": None, "kds_shift": None}
-        for name in ("residual", "activation", "slope"):
+        for name in ("residual", "activation", "slope", "gain", "offset"):
             given.pop(name, None)
     torch.library.opcheck(operator.default, (), given)
     if given["x"].dim() == 4:
@@ -174,6 +176,10 @@ BAD_ANYWHERE = [
     ("kds_shift", zeros(7), "kds_shift: expected"),
     ("bias", zeros(41), "bias: expected"),
     ("bias", lambda value: value.half(), "bias: expected .*float32.* got torch.float16"),
+    ("gain", zeros(41), "gain: expected"),
+    ("gain", None, "gain and offset come together"),
+    ("offset", lambda value: value.double(), "offset: expected .*float32.* got torch.float64"),
+    ("offset", None, "gain and offset come together"),
     ("outputs", 0, ""),
     ("outputs", -24, ""),
     ("outputs", 97, ""),

@@ -112,9 +112,12 @@ def test_growing_concatenations_are_one_piece_of_memory() -> None:
             norm4=nn.BatchNorm2d(112),
         )
     )
-    assert steps(fast, Map) == [("scale", "shift", "relu")] * 4
+    assert steps(fast, Map) == [("batch_norm", "relu")] * 4
     assert len(steps(fast, Pool)) == 2 and not steps(fast, Call)
     same_bits(fast)
+    folded = dsconv.compile(dsconv.fold_batchnorm(fast.model), torch.zeros(1, 3, 9, 9))
+    assert steps(folded, Map) == [("scale", "shift", "relu")] * 4
+    same_bits(folded)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +336,7 @@ def test_the_extension_refuses_steps_that_do_not_fit() -> None:
     uses = (values, -1, [], 0, 0.0)
 
     def convolve(sizes: tuple[int, ...] = whole, source: int = -1, read: int = 1000, use: object = uses) -> None:
-        one.convolve(sizes, source, quantized if read == 1000 else read, address, address, 0, 0, 4, 4, 0, use)
+        one.convolve(sizes, source, quantized if read == 1000 else read, address, address, 0, 0, 0, 0, 4, 4, 0, use)
 
     convolve()
     for wrong in (
@@ -355,8 +358,8 @@ def test_the_extension_refuses_steps_that_do_not_fit() -> None:
         lambda: one.quantized(0, 16, 12, 1, (4, 4, 1, 1), 4, 4, 0, False),
         lambda: one.quantized(0, 16, 16, 1, (4, 4, -1, 1), 4, 4, 0, False),
         lambda: one.quantized(0, 16, 16, 1, (4, 4, 1, 1), 4, 9, 0, False),
-        lambda: one.map(values, address, 0, uses),
-        lambda: one.map(values, 0, 0, nothing),
+        lambda: one.map(values, address, 0, False, uses),
+        lambda: one.map(values, 0, 0, False, nothing),
         lambda: one.pool(values, (3, 3, 1, 1, 9, 1, 1, 1), False, False, 0, (4, 4), uses),
         lambda: one.pool(values, (3, 3, 0, 1, 1, 1, 1, 1), False, False, 0, (4, 4), uses),
         lambda: one.pool(values, (3, 3, 1, 1, 1, 1, 1, 1), False, False, 0, (2, 2), uses),

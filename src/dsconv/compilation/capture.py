@@ -1,5 +1,6 @@
 """From a model to a graph of functional ATen and ``dsconv`` operators."""
 
+import operator
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ _FRESH = (
     _aten.adaptive_avg_pool2d.default,
     _aten.mean.dim,
     _aten.softmax.int,
+    _aten.batch_norm.default,
 )
 # and what may return a view of its input.
 _VIEWS = (
@@ -53,6 +55,8 @@ def capture(model: nn.Module, x: Tensor) -> fx.GraphModule:
             # PyTorch's own way to functional operators takes three times as long as the capture.
             if not isinstance(module, fx.GraphModule) or not make_functional(module.graph):
                 module = program.run_decompositions({}).module(check_guards=False)
+                assert isinstance(module, fx.GraphModule)
+                _join_batchnorms(module.graph)
     except Exception as error:
         fixed = "specialized it to be a constant" in str(error)
         hint = " (its code turns the batch size into a number, as len(x) does: use x.shape[0] or flatten(1))" * fixed
@@ -77,6 +81,8 @@ def make_functional(graph: fx.Graph) -> bool:
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     if not all(node.target in (*_IN_PLACE, *_FRESH, *_VIEWS, *_NEITHER) for node in nodes):
         return False
+    if any(node.target is _aten.batch_norm.default and node.args[5] for node in nodes):
+        return False  # it is in training mode, and changes its statistics
     # The node whose memory each may share.
     shared: dict[fx.Node, fx.Node] = {}
     for node in nodes:
@@ -98,6 +104,21 @@ def make_functional(graph: fx.Graph) -> bool:
         elif node.target is _aten._assert_tensor_metadata.default:
             graph.erase_node(node)
     return True
+
+
+def _join_batchnorms(graph: fx.Graph) -> None:
+    """What decompositions made of a BatchNorm that is not in training mode is one operator again."""
+    for node in list(graph.nodes):
+        read = node.args[0] if node.target is operator.getitem else None
+        if isinstance(read, fx.Node) and read.target is _aten._native_batch_norm_legit_no_training.default:
+            *given, momentum, eps = read.args
+            with graph.inserting_before(node):
+                whole = graph.call_function(_aten.batch_norm.default, (*given, False, momentum, eps, False))
+            whole.meta = dict(node.meta)
+            node.replace_all_uses_with(whole)
+            graph.erase_node(node)
+            if not read.users:
+                graph.erase_node(read)
 
 
 def _does_nothing(node: fx.Node) -> bool:

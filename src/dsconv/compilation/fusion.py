@@ -12,13 +12,14 @@ INTEGER_OPERATORS = (_dsconv.conv2d.default, _dsconv.linear.default)
 AVERAGES = (_aten.adaptive_avg_pool2d.default, _aten.avg_pool2d.default, _aten.mean.dim)
 
 
-def fuse(graph: fx.Graph) -> None:
-    """Rewrite ``graph``, which holds functional ATen and ``dsconv`` operators, in place.
+def fuse(module: fx.GraphModule) -> None:
+    """Rewrite the graph of ``module``, which holds functional ATen and ``dsconv`` operators, in place.
 
-    A sum with another tensor, and ReLU, ReLU6, LeakyReLU or hardswish, that follow a convolution or linear layer become
-    its residual and its activation: it computes them in the same order, so that no bit changes. What they are called
-    is kept in ``node.meta["fused"]``.
+    A BatchNorm, a sum with another tensor, and ReLU, ReLU6, LeakyReLU or hardswish, that follow a convolution or linear
+    layer become its gain and offset, its residual and its activation: it computes them in the same order, so that no
+    bit changes. What they are called is kept in ``node.meta["fused"]``.
     """
+    graph = module.graph
     for node in list(graph.nodes):
         if node.target is _aten._assert_tensor_metadata.default:
             graph.erase_node(node)
@@ -31,6 +32,7 @@ def fuse(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target in INTEGER_OPERATORS:
             node.meta["fused"] = []
+            _take_batchnorm(module, node)
             _take_residual(node, order)
             _take_activation(node)
     graph.lint()
@@ -43,6 +45,58 @@ def _does_nothing(node: fx.Node) -> bool:
         return False
     read: Any = node.args[0]
     return tuple(read.meta["val"].shape[-2:]) == tuple(node.args[1])  # type: ignore[arg-type]  # averages of one value
+
+
+def _take_batchnorm(module: fx.GraphModule, node: fx.Node) -> None:
+    follower = only_user(node)
+    squeezed = follower is not None and follower.target is _aten.squeeze.dim  # a layer over sequences
+    norm = only_user(follower) if follower is not None and squeezed else follower
+    if norm is None or norm.target is not _aten.batch_norm.default or norm.args[0] not in (node, follower):
+        return
+    terms = batchnorm_terms(module, norm)
+    if terms is None:
+        return
+    for name, value in zip(("gain", "offset"), terms, strict=True):
+        module.register_buffer(f"_{node.name}_{name}", value)
+        with module.graph.inserting_before(node):
+            constant = module.graph.get_attr(f"_{node.name}_{name}")
+        constant.meta["val"] = value
+        node.kwargs = {**node.kwargs, name: constant}
+    node.meta["fused"].append("batch_norm")
+    norm.replace_all_uses_with(norm.args[0])
+    module.graph.erase_node(norm)
+
+
+def batchnorm_terms(module: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Tensor] | None:
+    """``gain`` and ``offset`` of a BatchNorm, which PyTorch computes as ``x * gain + offset``, rounded once.
+
+    None where it is in training mode, or not of numbers that are known and finite in float32.
+    """
+    weight, bias, mean, var = (None if n is None else constant(module, n) for n in norm.args[1:5])
+    unknown = any(value is None and n is not None for value, n in zip((weight, bias, mean, var), norm.args[1:5]))
+    known = [value for value in (weight, bias, mean, var) if value is not None]
+    training, eps = norm.args[5], norm.args[7]
+    if unknown or training or mean is None or var is None or any(v.dtype != torch.float32 for v in known):
+        return None
+    # The very bits that PyTorch uses: what it makes of 1 without a mean and a bias, and of 0 with them.
+    zeros = torch.zeros_like(mean)
+    with torch.no_grad():
+        gain = torch.batch_norm(zeros[None] + 1, weight, None, zeros, var, False, 0.0, eps, False)[0]
+        offset = torch.batch_norm(zeros[None], weight, bias, mean, var, False, 0.0, eps, False)[0]
+    return (gain, offset) if bool(gain.isfinite().all() and offset.isfinite().all()) else None
+
+
+def constant(module: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor of the model that a node stands for; None where it is another one."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        if isinstance(node, fx.Node) and node.target in (_aten.reshape.default, _aten.view.default):
+            of = constant(module, node.args[0])
+            return None if of is None else of.reshape(node.args[1])  # type: ignore[arg-type]
+        return None
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, Tensor) else None
 
 
 def _take_residual(node: fx.Node, order: dict[fx.Node, int]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from dsconv.compilation.fusion import ACTIVATIONS, AVERAGES, only_user
+from dsconv.compilation.fusion import ACTIVATIONS, AVERAGES, batchnorm_terms, constant, only_user
 from dsconv.ops import cpu
 
 _aten, _dsconv = torch.ops.aten, torch.ops.dsconv
@@ -86,11 +86,12 @@ class Convolution:
 
 @dataclass(eq=False)
 class Map:
-    """``source * scale + shift``, or ``source``."""
+    """``source * scale + shift``, rounded ``once`` or twice, or ``source``."""
 
     source: Value
     scale: Tensor | None = None
     shift: Tensor | None = None
+    once: bool = False
 
 
 @dataclass(eq=False)
@@ -225,15 +226,7 @@ class _Lowering:
 
     def _constant(self, node: Any) -> Tensor | None:
         """A tensor of the model."""
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
-            if isinstance(node, fx.Node) and node.target in (_aten.reshape.default, _aten.view.default):
-                of = self._constant(node.args[0])
-                return None if of is None else of.reshape(node.args[1])  # type: ignore[arg-type]
-            return None
-        value: Any = self.module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return value if isinstance(value, Tensor) else None
+        return constant(self.module, node)
 
     # What becomes of a node
 
@@ -262,10 +255,9 @@ class _Lowering:
         given = cpu.arguments_of(node.target, node.args, node.kwargs)
         source, residual = self._native(given["x"]), self._native(given["residual"])
         result = self._value(node)
-        names = ("weight", "kds", "kds_shift", "bias")
         if source is None or result is None or (given["residual"] is not None and residual is None):
             return None
-        for name in names:
+        for name in cpu.WEIGHTS:
             tensor = self._constant(given[name])
             if tensor is None and given[name] is not None:
                 return None
@@ -308,6 +300,12 @@ class _Lowering:
         scale, shift = (c.flatten().contiguous() for c in constants if c is not None)
         self.absorbed.add(node)
         return self._map(add, Map(source, scale, shift), ["scale", "shift"])
+
+    def _batchnorm(self, node: fx.Node) -> Step | None:
+        source, terms = self._native(node.args[0]), batchnorm_terms(self.module, node)
+        if source is None or terms is None:
+            return None
+        return self._map(node, Map(source, *terms, once=True), ["batch_norm"])
 
     def _sum(self, node: fx.Node) -> Step | None:
         source, other = (self._native(n) for n in node.args[:2])
@@ -469,6 +467,7 @@ _NATIVE: dict[Any, Callable[[_Lowering, fx.Node], Step | None]] = {
     _dsconv.conv2d.default: _Lowering._convolution,
     _dsconv.linear.default: _Lowering._convolution,
     _aten.mul.Tensor: _Lowering._affine,
+    _aten.batch_norm.default: _Lowering._batchnorm,
     _aten.add.Tensor: _Lowering._sum,
     _aten.max_pool2d.default: _Lowering._pool,
     _aten.avg_pool2d.default: _Lowering._pool,

@@ -97,7 +97,7 @@ def _step(step: lowering.Step, tensors: Mapping[fx.Node, Tensor]) -> Step:
         constants = [tensors.get(n) for n in node.all_input_nodes]
     elif isinstance(does, lowering.Convolution):
         backend = f"integers ({ops.cpu.isa()})"
-        constants = [does.arguments[name] for name in ("weight", "kds", "kds_shift", "bias")]
+        constants = [does.arguments[name] for name in ops.cpu.WEIGHTS]
     else:
         backend = f"float32 ({ops.cpu.isa()})"
         constants = [does.scale, does.shift] if isinstance(does, lowering.Map) else []

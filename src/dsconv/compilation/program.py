@@ -30,6 +30,7 @@ _BY_IMAGE = (
     _aten.hardsigmoid.default,
     _aten.hardswish.default,
     _aten.gelu.default,
+    _aten.batch_norm.default,
 )
 _ELEMENTWISE = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
 _SPARE = 4  # pieces of memory that are kept for the next calls
@@ -185,14 +186,14 @@ class Program:
                 does.sizes,
                 -1 if does.quantized is not None else self._value_id(does.source),
                 -1 if does.quantized is None else self._quantized_id(does.quantized),
-                *(_address(given[name]) for name in ("weight", "kds", "kds_shift", "bias")),
+                *(_address(given[name]) for name in cpu.WEIGHTS),
                 given["weight_bits"],
                 given["activation_bits"],
                 ACTIVATION_SIGNS.index(given["sign"]),
                 uses,
             )
         elif isinstance(does, Map):
-            native.map(self._value_id(does.source), _address(does.scale), _address(does.shift), uses)
+            native.map(self._value_id(does.source), _address(does.scale), _address(does.shift), does.once, uses)
         elif isinstance(does, Flatten):
             native.flatten(self._value_id(does.source), result)
         elif isinstance(does, Pool):

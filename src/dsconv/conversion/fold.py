@@ -77,16 +77,7 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
     ...     torch.allclose(folded(x), qnet(x), atol=1e-5)
     True
     """
-    if not isinstance(qmodel, nn.Module):
-        raise ModelError(f"qmodel: expected a torch.nn.Module, got {type(qmodel).__name__}")
-    kind = type(qmodel).__name__
-    if not any(isinstance(module, DSLayer) for module in qmodel.modules()):
-        raise ModelError(f"model {kind} holds no quantized layer: convert it with dsconv.quantize first")
-    if qmodel.training:
-        raise ModelError(
-            f"model {kind} is in training mode, in which BatchNorm uses the statistics of each batch: "
-            "call its eval() before folding"
-        )
+    check_inference(qmodel, "folding")
     names = {module: name for name, module in qmodel.named_modules()}
     batchnorms = [module for module in names if isinstance(module, _BatchNorm)]
     uses = _uses(qmodel, names) if batchnorms else None
@@ -120,6 +111,24 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
         taking.bias = nn.Parameter(folded.bias, requires_grad=taking.bias is not None and taking.bias.requires_grad)
         taking.pack_()
     return result
+
+
+def check_inference(qmodel: object, doing: str) -> None:
+    """Refuse what is no quantized model in eval mode.
+
+    Raises:
+        ModelError: with what to do before ``doing``.
+    """
+    if not isinstance(qmodel, nn.Module):
+        raise ModelError(f"qmodel: expected a torch.nn.Module, got {type(qmodel).__name__}")
+    kind = type(qmodel).__name__
+    if not any(isinstance(module, DSLayer) for module in qmodel.modules()):
+        raise ModelError(f"model {kind} holds no quantized layer: convert it with dsconv.quantize first")
+    if qmodel.training:
+        raise ModelError(
+            f"model {kind} is in training mode, in which BatchNorm uses the statistics of each batch: "
+            f"call its eval() before {doing}"
+        )
 
 
 def add_bias(layer: DSLayer, like: object) -> None:

@@ -1,7 +1,7 @@
 """DSConv in integers on the CPU, by the kernels of the extension ``dsconv._C``.
 
-``dsconv::conv2d`` and ``dsconv::linear`` take packed weights (:func:`pack`) and return ``activation(y + bias +
-residual)``, the same bits on every instruction set, number of threads and split of the batch; see the exactness notes
+``dsconv::conv2d`` and ``dsconv::linear`` take packed weights (:func:`pack`) and return ``activation((y + bias) * gain +
+offset + residual)``, of which the product and ``offset``, a BatchNorm, are rounded once; the same bits on every instruction set, number of threads and split of the batch; see the exactness notes
 in docs/numerics.md. Their overloads ``out`` write into memory that is there. ``dsconv::quantize_activation`` returns
 what :func:`dsconv.numerics.quantize_activation` does.
 """
@@ -22,6 +22,8 @@ from dsconv.errors import ConfigError
 from dsconv.numerics import ACTIVATION_SIGNS, block_count, quantize_activation
 
 MAX_BLOCK_SIZE = 512
+# What a layer reads besides its input, in the order of csrc/bindings.cpp.
+WEIGHTS = ("weight", "kds", "kds_shift", "bias", "gain", "offset")
 # In the order of csrc/conv/tile.h, and so is ACTIVATION_SIGNS.
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish")
 
@@ -205,7 +207,7 @@ def _check_layer(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: Lay
 _library: Any = torch.library.Library("dsconv", "DEF")  # type: ignore[no-untyped-call]
 _SETTINGS = (
     "int outputs, int weight_bits, int activation_bits, str sign, int block_size, "
-    "Tensor? residual=None, str activation='none', float slope=0.01"
+    "Tensor? residual=None, str activation='none', float slope=0.01, Tensor? gain=None, Tensor? offset=None"
 )
 _WEIGHTS = "Tensor weight, Tensor kds, Tensor? kds_shift, Tensor? bias"
 _WHERE = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool flat"
@@ -261,9 +263,9 @@ def _plan(
     assert module is not None
     sizes = _sizes(x, outputs, kernel, stride, padding, dilation, groups, block_size, flat)
     weight_bytes, kds_count = module.packed_sizes(sizes, weight_bits)
-    counts = {"weight": weight_bytes, "kds": kds_count, "kds_shift": kds_count, "bias": outputs}
-    dtypes = (torch.uint8, torch.float32, torch.float32, torch.float32)
-    return _Plan(sizes, tuple((name, dtype, (n,)) for dtype, (name, n) in zip(dtypes, counts.items(), strict=True)))
+    counts = (weight_bytes, kds_count, kds_count, outputs, outputs, outputs)
+    dtypes = (torch.uint8, *[torch.float32] * 5)
+    return _Plan(sizes, tuple((name, dtype, (n,)) for name, dtype, n in zip(WEIGHTS, dtypes, counts, strict=True)))
 
 
 def _check_weights(name: str, plan: _Plan, weights: Sequence[Tensor | None]) -> None:
@@ -288,6 +290,8 @@ class _Settings(NamedTuple):
     residual: Tensor | None = None
     activation: str = "none"
     slope: float = 0.01
+    gain: Tensor | None = None
+    offset: Tensor | None = None
 
 
 def arguments_of(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -306,7 +310,7 @@ def checked_sizes(x: tuple[int, int, int], given: dict[str, Any]) -> tuple[int, 
     where = [tuple(given.get(name, default)) for name, default in (("kernel_size", one), ("stride", one))]
     where += [tuple(given.get("padding", (0, 0))), tuple(given.get("dilation", one))]
     plan = _plan((1, *x), given["outputs"], *where, given.get("groups", 1), *settings)
-    _check_weights("conv2d", plan, [given[name] for name in ("weight", "kds", "kds_shift", "bias")])
+    _check_weights("conv2d", plan, [given[name] for name in WEIGHTS])
     return plan.sizes
 
 
@@ -392,13 +396,13 @@ def _conv2d(
 ) -> Tensor:
     settings = _Settings(*rest, **named)
     if out is not None and groups == x.shape[1] > 1:  # depthwise writes in the layout of x
-        weights = (weight, kds, kds_shift, bias)
-        y = _conv2d(x, *weights, kernel_size, stride, padding, dilation, groups, flat, *rest, **named)
+        where = (kernel_size, stride, padding, dilation, groups, flat)
+        y = _conv2d(x, weight, kds, kds_shift, bias, *where, *rest, **named)
         return _checked_out("conv2d", out, tuple(y.shape)).copy_(y)
     _check_input("conv2d", x, 4, settings.sign)
-    where = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
-    plan = _plan(x.shape, settings.outputs, *where, settings.block_size, flat, settings.weight_bits)
-    weights = (weight, kds, kds_shift, bias)
+    sizes = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
+    plan = _plan(x.shape, settings.outputs, *sizes, settings.block_size, flat, settings.weight_bits)
+    weights = (weight, kds, kds_shift, bias, settings.gain, settings.offset)
     _check_weights("conv2d", plan, weights)
     x = x if _channels_last(x) else x.contiguous()
     if out is None:
@@ -444,7 +448,7 @@ def _linear(
     # The weights are checked against a row of at least one.
     row = (1, x.shape[-1], 1, max(1, x.shape[0]))
     plan = _plan(row, outputs, one, one, (0, 0), one, 1, settings.block_size, False, settings.weight_bits)
-    weights = (weight, kds, kds_shift, bias)
+    weights = (weight, kds, kds_shift, bias, settings.gain, settings.offset)
     _check_weights("linear", plan, weights)
     x = x.contiguous()
     shape = (len(x), outputs)
