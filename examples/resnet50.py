@@ -26,7 +26,7 @@ net = dsconv.zoo.build("torchvision/resnet50", weights=options.weights)
 qnet = dsconv.quantize(net)
 print(dsconv.summary(qnet))
 
-# One program, BatchNorm folded: for inference on the CPU, with any number of images at once.
+# One program: for inference on the CPU, with any number of images at once.
 images = torch.randn(options.images, 3, options.size, options.size)
 fast = dsconv.compile(qnet, images[:1])
 print(fast.plan)

@@ -207,7 +207,7 @@ def folding(_: Example) -> Figure:
         if i:
             arrow(axes, (x - 0.65, 1.75), (x - 0.05, 1.75), 3.5 if parts[i - 1] == "quantize" else 1.2)
     word(axes, 0.1, 3.7, "as a program", 13, "left")
-    fused = "DSConv, with BatchNorm in KDS and bias;  + residual;  ReLU;  quantize"
+    fused = "DSConv;  BatchNorm;  + residual;  ReLU;  quantize"
     box(axes, 3.5, 4.3, 13, fused, INTEGER, high=1.3)
     box(axes, 20.5, 4.3, 2.7, "DSConv", INTEGER, high=1.3)
     arrow(axes, (1.1, 4.95), (3.45, 4.95), 3.5)
