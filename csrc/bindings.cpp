@@ -93,7 +93,7 @@ Format format(std::int64_t depth, std::int64_t block_size, std::int64_t groups, 
 using Uses = std::tuple<int, int, std::vector<std::pair<int, std::int64_t>>, int, float>;
 Use use(const Uses& u) {
   const auto& [values, residual, targets, activation, slope] = u;
-  return {values, residual, targets, one_of<Activation>("activation", activation, 5), slope};
+  return {values, residual, targets, one_of<Activation>("activation", activation, kActivations), slope};
 }
 
 }  // namespace
@@ -145,7 +145,7 @@ NB_MODULE(_C, m) {
     const Kernels& kernels = kernels_of(isa);
     const Layer layer{at<const std::uint8_t>(weight), at<const float>(kds), at<const float>(kds_shift),
                       terms(bias, gain, offset), is_wide(weight_bits), checked_bits(activation_bits),
-                      one_of<Sign>("sign", sign, 3), one_of<Activation>("activation", activation, 5), slope};
+                      one_of<Sign>("sign", sign, 3), one_of<Activation>("activation", activation, kActivations), slope};
     const Strides to = strides(output_strides);
     const Output out{at<float>(output), to, {at<const float>(residual), to}, {}};
     nb::gil_scoped_release released;
@@ -198,9 +198,10 @@ NB_MODULE(_C, m) {
                            from, input, use(uses));
            })
       .def("map",
-           [](Program& self, int from, Address scale, Address shift, bool once, const Uses& uses) {
-             self.map(from, at<const float>(scale), at<const float>(shift), once, use(uses));
+           [](Program& self, int from, Address scale, Address shift, bool once, int gate, const Uses& uses) {
+             self.map(from, at<const float>(scale), at<const float>(shift), once, gate, use(uses));
            })
+      .def("average", &Program::average)
       .def("flatten", &Program::flatten)
       .def("pool",
            [](Program& self, int from, const std::array<std::int64_t, 8>& w, bool average, bool count_zeros,

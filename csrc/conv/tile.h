@@ -15,7 +15,8 @@ inline constexpr int kMaxTask = 384;
 inline constexpr int kMaxBlock = 512;
 
 enum class Sign : int { adaptive, extra, included };  // the order of ACTIVATION_SIGNS in Python
-enum class Activation : int { none, relu, relu6, leaky_relu, hardswish };
+enum class Activation : int { none, relu, relu6, leaky_relu, hardswish, hardsigmoid, silu, sigmoid };
+inline constexpr int kActivations = 8;
 
 // The quantized input: one row of mantissas for each pixel of the bordered image, and for each of its blocks 2^e, NaN where
 // the block is not finite, and the sum of the mantissas in the two forms in which it is needed. Weights are stored as
@@ -88,13 +89,16 @@ struct Store {
   float slope;
 };
 
-// Values of pixels whose channels lie side by side: x * scale + shift, rounded once or twice, plus another, activated.
+// Values of pixels whose channels lie side by side: x * scale + shift, rounded once or twice, times a gate, plus another,
+// activated.
 struct Map {
   const float* input;
   std::int64_t input_stride;  // from pixel to pixel, in values
   const float* scale;         // of each channel, or null with shift
   const float* shift;
   bool once;
+  const float* gate;          // or null
+  std::int64_t gate_stride;   // 0: one pixel for all
   const float* other;         // or null
   std::int64_t other_stride;
   float* output;

@@ -155,20 +155,39 @@ void Program::convolve(const Geometry& one, const Layer& layer, int from, int in
   });
 }
 
-void Program::map(int from, const float* scale, const float* shift, bool once, const Use& use) {
+void Program::map(int from, const float* scale, const float* shift, bool once, int gate_id, const Use& use) {
   const Values v = values_of(from);
-  require(v.dense(), "expected a dense tensor");
   require(!scale == !shift, "scale and shift come together");
+  const bool one_gate = gate_id >= 0 && values_of(gate_id).height * values_of(gate_id).width == 1;
+  if (gate_id >= 0) {
+    const Values& gate = values_of(gate_id);
+    require(gate.dense() && gate.channels == v.channels && (one_gate || (gate.height == v.height && gate.width == v.width)),
+            "gate: expected a dense tensor of the input's channels, of its size or of one pixel");
+  }
   check(use, v.channels, v.height, v.width, true);
   require(use.values >= 0 || !use.targets.empty(), "a step without an output");
-  const bool plain = !scale && use.residual < 0 && use.activation == Activation::none && use.values < 0;
+  const bool plain = !scale && gate_id < 0 && use.residual < 0 && use.activation == Activation::none && use.values < 0;
+  if (!v.dense()) {  // an input as it comes, channel by channel
+    require(plain && std::all_of(use.targets.begin(), use.targets.end(), [&](const auto& target) {
+              const Format& format = tensor_of(target.first).format;
+              return target.second == 0 && format.cut.depth * format.groups == v.channels;
+            }),
+            "expected a dense tensor, or nothing to do but to quantize it whole");
+    steps_.push_back([=, this](const Run& run) {
+      for (const auto& [id, first] : use.targets) quantize(quantized(run, id), kernels_, address(run, v), v.strides);
+    });
+    return;
+  }
   steps_.push_back([=, this](const Run& run) {
     const std::vector<Target> into = targets(run, use);
     const float* values = address(run, v);
-    const Input other = input(run, use.residual), output = input(run, use.values);
-    const std::int64_t pixels = run.images * v.height * v.width;
-    parallel((pixels + kPixels - 1) / kPixels, [&](std::int64_t task) {
-      const std::int64_t first = task * kPixels, count = std::min(kPixels, pixels - first);
+    const Input other = input(run, use.residual), output = input(run, use.values), gate = input(run, gate_id);
+    // What has a gate for each image is cut where an image ends.
+    const std::int64_t of_image = v.height * v.width, pixels = one_gate ? of_image : run.images * of_image;
+    const std::int64_t tasks = (pixels + kPixels - 1) / kPixels;
+    parallel((one_gate ? run.images : 1) * tasks, [&](std::int64_t task) {
+      const std::int64_t image = task / tasks, begin = task % tasks * kPixels;
+      const std::int64_t first = image * of_image + begin, count = std::min(kPixels, pixels - begin);
       struct User;
       Scratch<User> scratch(plain || output.values ? 0 : count * v.channels * 4);
       const float* made = values + first * v.strides.x;
@@ -176,7 +195,8 @@ void Program::map(int from, const float* scale, const float* shift, bool once, c
       if (!plain) {
         float* to = output.values ? const_cast<float*>(output.values) + first * output.strides.x : scratch.take<float>(0);
         stride = output.values ? output.strides.x : v.channels;
-        kernels_.map({made, v.strides.x, scale, shift, once, other.values ? other.values + first * other.strides.x : nullptr,
+        const float* gates = gate.values ? gate.values + (one_gate ? image * gate.strides.image : first * gate.strides.x) : nullptr;
+        kernels_.map({made, v.strides.x, scale, shift, once, gates, one_gate ? 0 : gate.strides.x, other.values ? other.values + first * other.strides.x : nullptr,
                       other.strides.x, to, stride, count, v.channels, use.activation, use.slope});
         made = to;
       }
@@ -195,6 +215,8 @@ void Program::pool(int from, const Window& w, std::int64_t out_height, std::int6
           "pool: expected a padding smaller than the kernel, and nothing else to do");
   check(use, v.channels, out_height, out_width, true);
   require(use.values >= 0 || !use.targets.empty(), "a step without an output");
+  // Windows that overlap share the maxima over the lines that they cover.
+  const bool by_line = !w.average && w.kernel_h > 1 && w.kernel_w > w.stride_w && v.strides.x == v.channels;
   steps_.push_back([=, this](const Run& run) {
     const std::vector<Target> into = targets(run, use);
     const Input output = input(run, use.values);
@@ -203,21 +225,34 @@ void Program::pool(int from, const Window& w, std::int64_t out_height, std::int6
       const float* values = address(run, v) + image * v.strides.image;
       struct User;
       using Mine = Scratch<User>;
-      const std::int64_t kept = output.values ? 0 : out_width * v.channels;
-      Mine scratch(Mine::size<const float*>(w.kernel_h * w.kernel_w) + Mine::size<float>(kept));
+      const std::int64_t kept = output.values ? 0 : out_width * v.channels, merged = by_line ? v.width * v.channels : 0;
+      Mine scratch(Mine::size<const float*>(w.kernel_h * w.kernel_w) + Mine::size<float>(kept) + Mine::size<float>(merged));
       const float** tap = scratch.take<const float*>(w.kernel_h * w.kernel_w);
       float* made = scratch.take<float>(kept);
+      float* const maxima = scratch.take<float>(merged);
       if (output.values) made = const_cast<float*>(output.values) + line * out_width * output.strides.x;
       const std::int64_t stride = output.values ? output.strides.x : v.channels;
+      const std::int64_t top = y * w.stride_h - w.pad_h;
+      const auto line_of = [&](std::int64_t ky) -> const float* {
+        const std::int64_t in_y = top + ky * w.dilation_h;
+        return in_y >= 0 && in_y < v.height ? values + in_y * v.strides.y : nullptr;
+      };
+      if (by_line) {
+        int lines = 0;
+        for (std::int64_t ky = 0; ky < w.kernel_h; ++ky)
+          if (const float* from = line_of(ky)) tap[lines++] = from;
+        kernels_.pool({tap, lines, merged, 0.0f, maxima});
+      }
       for (std::int64_t x = 0; x < out_width; ++x) {
         int taps = 0;
-        const std::int64_t top = y * w.stride_h - w.pad_h, left = x * w.stride_w - w.pad_w;
-        for (std::int64_t ky = 0; ky < w.kernel_h; ++ky)
-          for (std::int64_t kx = 0; kx < w.kernel_w; ++kx) {
-            const std::int64_t in_y = top + ky * w.dilation_h, in_x = left + kx * w.dilation_w;
-            if (in_y >= 0 && in_y < v.height && in_x >= 0 && in_x < v.width)
-              tap[taps++] = values + in_y * v.strides.y + in_x * v.strides.x;
+        const std::int64_t left = x * w.stride_w - w.pad_w;
+        for (std::int64_t ky = 0; ky < (by_line ? 1 : w.kernel_h); ++ky) {
+          const float* from = by_line ? maxima : line_of(ky);
+          for (std::int64_t kx = 0; from && kx < w.kernel_w; ++kx) {
+            const std::int64_t in_x = left + kx * w.dilation_w;
+            if (in_x >= 0 && in_x < v.width) tap[taps++] = from + in_x * v.strides.x;
           }
+        }
         // The padding counts as far as the window would go without the rounding up of the output's size.
         const std::int64_t counted = (std::min(top + w.kernel_h, v.height + w.pad_h) - top) *
                                      (std::min(left + w.kernel_w, v.width + w.pad_w) - left);
@@ -226,6 +261,32 @@ void Program::pool(int from, const Window& w, std::int64_t out_height, std::int6
       }
       for (const Target& target : into)
         quantize_into(target, kernels_, made, stride, line * out_width, out_width, 0, v.channels);
+    });
+  });
+}
+
+void Program::average(int from, int to) {
+  const Values v = values_of(from), made = values_of(to);
+  require(v.strides.channel == 1 && made.strides.channel == 1 && made.channels == v.channels && made.height * made.width == 1,
+          "average: expected tensors of the same channels side by side, and one pixel");
+  steps_.push_back([=, this](const Run& run) {
+    constexpr std::int64_t kTogether = 4 * kMaxLanes;
+    const std::int64_t parts = (v.channels + kTogether - 1) / kTogether;
+    parallel(run.images * parts, [&](std::int64_t task) {
+      const std::int64_t image = task / parts, first = task % parts * kTogether, count = std::min(kTogether, v.channels - first);
+      struct User;
+      using Mine = Scratch<User>;
+      Mine scratch(Mine::size<const float*>(std::max(v.height, v.width)) + Mine::size<float>(v.height * kTogether));
+      const float** tap = scratch.take<const float*>(std::max(v.height, v.width));
+      float* const lines = scratch.take<float>(v.height * kTogether);
+      const float* values = address(run, v) + image * v.strides.image + first;
+      for (std::int64_t y = 0; y < v.height; ++y) {
+        for (std::int64_t x = 0; x < v.width; ++x) tap[x] = values + y * v.strides.y + x * v.strides.x;
+        kernels_.pool({tap, static_cast<int>(v.width), count, 1.0f, lines + y * kTogether});
+      }
+      for (std::int64_t y = 0; y < v.height; ++y) tap[y] = lines + y * kTogether;
+      kernels_.pool({tap, static_cast<int>(v.height), count, static_cast<float>(v.height * v.width),
+                     address(run, made) + image * made.strides.image + first});
     });
   });
 }

@@ -81,7 +81,7 @@ Case random_case() {
   c.target_bits = static_cast<int>(pick(2, 8)), c.block_size = 16 * pick(1, 8);
   c.shift = pick(0, 1), c.bias = pick(0, 1), c.norm = pick(0, 1), c.add = pick(0, 1);
   c.channels_last = pick(0, 1) && (!g.depthwise() || g.outputs == g.channels);
-  c.activation = static_cast<Activation>(pick(0, 4));
+  c.activation = static_cast<Activation>(pick(0, kActivations - 1));
   const float magnitude = std::exp2(static_cast<float>(pick(-90, 90)));
   const bool rectified = pick(0, 1);
   for (std::int64_t i = 0; i < g.images * g.channels * g.height * g.width; ++i) {
@@ -182,13 +182,14 @@ bool pixels_alike(const Kernels& kernels) {
   for (float& v : shift) v = normal();
   std::vector<const float*> tap;
   for (int k = 0; k < taps; ++k) tap.push_back(input.data() + k * channels);
-  const bool affine = pick(0, 1), once = pick(0, 1), other = pick(0, 1), average = pick(0, 1);
-  const auto activation = static_cast<Activation>(pick(0, 4));
+  const bool affine = pick(0, 1), once = pick(0, 1), gate = pick(0, 1), other = pick(0, 1), average = pick(0, 1);
+  const auto activation = static_cast<Activation>(pick(0, kActivations - 1));
+  const std::int64_t stride = pick(0, 1) * channels;
   for (int i = 0; i < 2; ++i) {
     const Kernels& used = i ? kernels : scalar::kernels;
     made[i].assign(channels * (pixels + 1), 7.0f);
     used.map({input.data(), channels, affine ? scale.data() : nullptr, affine ? shift.data() : nullptr, once,
-              other ? input.data() : nullptr, channels, made[i].data(), channels, pixels, channels, activation, kSlope});
+              gate ? input.data() : nullptr, stride, other ? input.data() : nullptr, channels, made[i].data(), channels, pixels, channels, activation, kSlope});
     used.pool({tap.data(), static_cast<int>(taps), channels, average ? static_cast<float>(taps) : 0.0f, made[i].data() + pixels * channels});
   }
   for (std::size_t k = 0; k < made[0].size(); ++k)
@@ -197,11 +198,15 @@ bool pixels_alike(const Kernels& kernels) {
 }
 
 double activated(const Case& c, double v) {
+  if (std::isnan(v)) return v;
   switch (c.activation) {
     case Activation::none: return v;
     case Activation::relu: return v < 0 ? 0 : v;
     case Activation::relu6: return v < 0 ? 0 : v > 6 ? 6 : v;
     case Activation::leaky_relu: return v < 0 ? kSlope * v : v;
+    case Activation::hardsigmoid: return std::fmin(std::fmax(v + 3, 0), 6) / 6;
+    case Activation::silu: return v / (1 + std::exp(-v));
+    case Activation::sigmoid: return 1 / (1 + std::exp(-v));
     case Activation::hardswish: return v * std::fmin(std::fmax(v + 3, 0), 6) / 6;
   }
   return v;
@@ -247,8 +252,9 @@ std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
             }
           if (c.norm) sum = sum * c.gains[o] + c.offsets[o], size = size * std::fabs(c.gains[o]) + std::fabs(c.offsets[o]), ++terms;
           if (c.add) sum += c.residual[at], size += std::fabs(c.residual[at]), ++terms;
-          const double bound = static_cast<double>(terms + 1) * std::ldexp(size, -24) * 1.5;  // activated once more
           sum = activated(c, sum);
+          // Activated once more, and an exponential has a few roundings of its own.
+          const double bound = 1.5 * (static_cast<double>(terms + 1) * std::ldexp(size, -24) + std::ldexp(std::fabs(sum), -22));
           if (std::isnan(sum) ? !std::isnan(output[at]) : !(std::fabs(output[at] - sum) <= bound)) return at;
         }
   return -1;

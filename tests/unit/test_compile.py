@@ -82,6 +82,13 @@ def test_addition_and_activation_go_into_the_convolution(
     assert_same_bits(fast, x)
 
 
+def test_the_first_layer_may_read_many_channels() -> None:
+    for groups in (1, 2):
+        fast = compiled(nn.Sequential(nn.Conv2d(64, 32, 3, groups=groups), nn.ReLU()), torch.randn(1, 64, 9, 7))
+        for x in (torch.randn(3, 64, 9, 7), torch.randn(2, 64, 9, 7).to(memory_format=torch.channels_last)):
+            assert_same_bits(fast, x)
+
+
 def test_what_others_read_as_well_is_not_fused() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.compilation.capture import capture
-from dsconv.compilation.fusion import fuse
+from dsconv.compilation.fusion import EXACT, INEXACT, fuse
 from dsconv.compilation.lowering import lower
 from dsconv.compilation.plan import Plan, plan_of
 from dsconv.compilation.program import Program
@@ -29,12 +29,13 @@ class CompiledModel(nn.Module):
 
     Attributes:
         model: a copy of the quantized model of which it was made.
+        fast_math: as it was given.
         plan: table of what runs for an image of the size of the example.
     """
 
-    def __init__(self, model: nn.Module, example_input: Tensor):
+    def __init__(self, model: nn.Module, example_input: Tensor, fast_math: bool = False):
         super().__init__()
-        self.model = model
+        self.model, self.fast_math = model, fast_math
         self._captured: dict[tuple[int, ...], _Captured] = {}
         self._lock = threading.Lock()
         self.plan = self.program_for(example_input)[1]
@@ -58,7 +59,7 @@ class CompiledModel(nn.Module):
             with self._lock:  # one thread captures, the others wait for it
                 found = self._captured.get(size)
                 if found is None:
-                    found = _captured(self.model, x)
+                    found = _captured(self.model, x, self.fast_math)
                     # Of ever new sizes the oldest go.
                     kept = list(self._captured.items())[1 - _SIZES_KEPT :]
                     self._captured = dict([*kept, (size, found)])
@@ -73,7 +74,7 @@ class CompiledModel(nn.Module):
         self._lock = threading.Lock()
 
 
-def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
+def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False) -> CompiledModel:
     """A quantized network as one program for inference on the CPU.
 
     The network is captured by :mod:`torch.export`, and its layers compute the BatchNorm, the additions and activations
@@ -88,6 +89,10 @@ def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
         qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, on the CPU; it is left as it is.
         example_input: float32 ``(N, ...)`` of at least one image, of the size of those to come. The batch may vary
             afterwards, and other image sizes are captured when they come.
+        fast_math: compute SiLU, sigmoid and averages over whole images by kernels of our own as well, not by PyTorch:
+            faster, and a few units in the last place from its results, so that here and there a mantissa of a later
+            layer falls on its other side. The bits then depend on neither instruction set, threads nor batch, which is
+            more than PyTorch's do.
 
     Returns:
         A module to be called as ``qmodel`` is; ``print(compiled.plan)`` shows its steps.
@@ -112,7 +117,7 @@ def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
     if missing := cpu_info().extension:
         raise ModelError(f"compile needs the extension dsconv._C, {missing}: call the quantized model itself")
     check_inference(qmodel, "compiling")
-    return CompiledModel(copy.deepcopy(qmodel), example_input)
+    return CompiledModel(copy.deepcopy(qmodel), example_input, fast_math)
 
 
 def _check(name: str, x: Tensor) -> None:
@@ -122,9 +127,10 @@ def _check(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected float32 on the CPU, got {x.dtype} on {x.device}")
 
 
-def _captured(model: nn.Module, x: Tensor) -> _Captured:
+def _captured(model: nn.Module, x: Tensor, fast_math: bool) -> _Captured:
     module = capture(model, x)
-    fuse(module)
+    activations = EXACT | INEXACT if fast_math else EXACT
+    fuse(module, activations)
     module.graph.eliminate_dead_code()
-    program = Program(lower(module))
+    program = Program(lower(module, activations, own_averages=fast_math))
     return _Captured(program, plan_of(program))

@@ -12,12 +12,12 @@ INTEGER_OPERATORS = (_dsconv.conv2d.default, _dsconv.linear.default)
 AVERAGES = (_aten.adaptive_avg_pool2d.default, _aten.avg_pool2d.default, _aten.mean.dim)
 
 
-def fuse(module: fx.GraphModule) -> None:
+def fuse(module: fx.GraphModule, activations: "Activations") -> None:
     """Rewrite the graph of ``module``, which holds functional ATen and ``dsconv`` operators, in place.
 
-    A BatchNorm, a sum with another tensor, and ReLU, ReLU6, LeakyReLU or hardswish, that follow a convolution or linear
-    layer become its gain and offset, its residual and its activation: it computes them in the same order, so that no
-    bit changes. What they are called is kept in ``node.meta["fused"]``.
+    A BatchNorm, a sum with another tensor, and one of ``activations``, that follow a convolution or linear layer become
+    its gain and offset, its residual and its activation: it computes them in the same order, so that no bit changes but
+    by :data:`INEXACT`. What they are called is kept in ``node.meta["fused"]``.
     """
     graph = module.graph
     for node in list(graph.nodes):
@@ -34,7 +34,7 @@ def fuse(module: fx.GraphModule) -> None:
             node.meta["fused"] = []
             _take_batchnorm(module, node)
             _take_residual(node, order)
-            _take_activation(node)
+            _take_activation(node, activations)
     graph.lint()
 
 
@@ -109,10 +109,10 @@ def _take_residual(node: fx.Node, order: dict[fx.Node, int]) -> None:
         _replace(node, add, "add", residual=other)
 
 
-def _take_activation(node: fx.Node) -> None:
+def _take_activation(node: fx.Node, activations: "Activations") -> None:
     user = only_user(node)
-    if user is not None and user.target in ACTIVATIONS:
-        found = ACTIVATIONS[user.target](user)
+    if user is not None and user.target in activations:
+        found = activations[user.target](user)
         if found is not None:
             _replace(node, user, found["activation"], **found)
 
@@ -125,13 +125,22 @@ def _hardtanh(node: fx.Node) -> dict[str, Any] | None:
     return {"activation": "relu6"} if tuple(node.args[1:]) == (0, 6) and not node.kwargs else None
 
 
-ACTIVATIONS: dict[Any, Callable[[fx.Node], dict[str, Any] | None]] = {
+Activations = dict[Any, Callable[[fx.Node], dict[str, Any] | None]]
+"""Of an operator, what makes the arguments ``activation`` and ``slope`` of a layer of it."""
+EXACT: Activations = {
     _aten.relu.default: lambda _: {"activation": "relu"},
     _aten.leaky_relu.default: _leaky_relu,
     _aten.hardtanh.default: _hardtanh,
     _aten.relu6.default: lambda _: {"activation": "relu6"},
     _aten.hardswish.default: lambda _: {"activation": "hardswish"},
+    _aten.hardsigmoid.default: lambda _: {"activation": "hardsigmoid"},
 }
+"""Activations of which our kernels and PyTorch compute the same bits."""
+INEXACT: Activations = {
+    _aten.silu.default: lambda _: {"activation": "silu"},
+    _aten.sigmoid.default: lambda _: {"activation": "sigmoid"},
+}
+"""Activations that hold an exponential, which every library rounds in its own way."""
 
 
 def _replace(node: fx.Node, follower: fx.Node, called: str, **arguments: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from dsconv.compilation.fusion import ACTIVATIONS, AVERAGES, batchnorm_terms, constant, only_user
+from dsconv.compilation.fusion import AVERAGES, Activations, batchnorm_terms, constant, only_user
 from dsconv.ops import cpu
 
 _aten, _dsconv = torch.ops.aten, torch.ops.dsconv
@@ -86,12 +86,13 @@ class Convolution:
 
 @dataclass(eq=False)
 class Map:
-    """``source * scale + shift``, rounded ``once`` or twice, or ``source``."""
+    """``source * scale + shift``, rounded ``once`` or twice, or ``source``; times ``gate``."""
 
     source: Value
     scale: Tensor | None = None
     shift: Tensor | None = None
     once: bool = False
+    gate: Value | None = None
 
 
 @dataclass(eq=False)
@@ -103,6 +104,13 @@ class Pool:
     average: bool = False
     count_zeros: bool = False
     divisor: int = 0
+
+
+@dataclass(eq=False)
+class Average:
+    """The average of every channel of an image."""
+
+    source: Value
 
 
 @dataclass(eq=False)
@@ -131,7 +139,7 @@ class Step:
     """
 
     node: fx.Node
-    does: Convolution | Map | Pool | Flatten | Call
+    does: Convolution | Map | Pool | Average | Flatten | Call
     result: Value | None = None
     residual: Value | None = None
     activation: str = "none"
@@ -147,6 +155,8 @@ class Step:
                 yield self.does.lines
         elif not isinstance(self.does, Convolution) or self.does.quantized is None:
             yield self.does.source
+        if isinstance(self.does, Map) and self.does.gate is not None:
+            yield self.does.gate
         if self.residual is not None:
             yield self.residual
         if self.result is not None and self.result.in_float:
@@ -172,14 +182,17 @@ class Lowered(NamedTuple):
     constants: dict[fx.Node, Tensor]
 
 
-def lower(module: fx.GraphModule) -> Lowered:
-    """Steps of a graph after :func:`dsconv.compilation.fusion.fuse` that takes one tensor of images."""
-    return _Lowering(module).lowered()
+def lower(module: fx.GraphModule, activations: Activations, own_averages: bool) -> Lowered:
+    """Steps of a graph after :func:`dsconv.compilation.fusion.fuse` that takes one tensor of images.
+
+    Averages of whole images are left to PyTorch but for ``own_averages``, for it sums up in another order.
+    """
+    return _Lowering(module, activations, own_averages).lowered()
 
 
 class _Lowering:
-    def __init__(self, module: fx.GraphModule):
-        self.module = module
+    def __init__(self, module: fx.GraphModule, activations: Activations, own_averages: bool):
+        self.module, self.activations, self.own_averages = module, activations, own_averages
         self.values: dict[fx.Node, Value] = {}
         self.steps: list[Step] = []
         self.absorbed: set[fx.Node] = set()
@@ -231,7 +244,7 @@ class _Lowering:
     # What becomes of a node
 
     def _step(self, node: fx.Node) -> Step:
-        make = _NATIVE.get(node.target)
+        make = _Lowering._activation if node.target in self.activations else _NATIVE.get(node.target)
         step = make(self, node) if make is not None and self._value(node) is not None else None
         return step or self._call(node)
 
@@ -287,6 +300,21 @@ class _Lowering:
         fused = ["bias"] * (given["bias"] is not None) + node.meta.get("fused", [])
         return Step(node, layer, result, residual, given["activation"], given["slope"], fused)
 
+    def _product(self, node: fx.Node) -> Step | None:
+        return self._affine(node) or self._gate(node)
+
+    def _gate(self, node: fx.Node) -> Step | None:
+        """A product of two tensors, one of which may be of one pixel."""
+        pair = sorted(((v, n) for n in node.args if (v := self._native(n))), key=lambda pair: -math.prod(pair[0].size))
+        if len(pair) < 2 or node.kwargs:
+            return None
+        (source, whole), (gate, part) = pair
+        alike = len({n.meta["val"].dim() for n in (whole, part, node)}) == 1
+        if not alike or gate.size not in (source.size, (source.size[0], 1, 1)):
+            return None
+        gate.in_float = True
+        return self._map(node, Map(source, gate=gate), ["mul"])
+
     def _affine(self, node: fx.Node) -> Step | None:
         """A product and a sum with a number for each channel."""
         add = only_user(node)
@@ -315,15 +343,15 @@ class _Lowering:
         return self._map(node, Map(source), ["add"], residual=other)
 
     def _activation(self, node: fx.Node) -> Step | None:
-        source, found = self._native(node.args[0]), ACTIVATIONS[node.target](node)
+        source, found = self._native(node.args[0]), self.activations[node.target](node)
         return None if source is None or found is None else self._map(node, Map(source), [], **found)
 
     def _map(self, node: fx.Node, does: Map, fused: list[str], **settings: Any) -> Step | None:
         does.source.in_float = True
         self.absorbed.add(node)
         follower = only_user(node)
-        if "activation" not in settings and follower is not None and follower.target in ACTIVATIONS:
-            found = ACTIVATIONS[follower.target](follower)
+        if "activation" not in settings and follower is not None and follower.target in self.activations:
+            found = self.activations[follower.target](follower)
             if found is not None:
                 settings |= found
                 node = follower
@@ -349,6 +377,15 @@ class _Lowering:
         source.in_float = True
         result.direct = True
         return Step(node, Pool(source, window, average, zeros, divisor), result)
+
+    def _average(self, node: fx.Node) -> Step | None:
+        source, result = self._native(node.args[0]), self._value(node)
+        if not self.own_averages or source is None or result is None or result.size != (source.size[0], 1, 1):
+            return None
+        if node.args[0].meta["val"].dim() != 4:  # type: ignore[union-attr]
+            return None
+        source.in_float = result.in_float = True
+        return Step(node, Average(source), result)
 
     def _flatten(self, node: fx.Node) -> Step | None:
         source, result = self._native(node.args[0]), self._value(node)
@@ -466,13 +503,14 @@ def _index(whole: Sequence[Value], part: Sequence[Value]) -> int | None:
 _NATIVE: dict[Any, Callable[[_Lowering, fx.Node], Step | None]] = {
     _dsconv.conv2d.default: _Lowering._convolution,
     _dsconv.linear.default: _Lowering._convolution,
-    _aten.mul.Tensor: _Lowering._affine,
+    _aten.mul.Tensor: _Lowering._product,
     _aten.batch_norm.default: _Lowering._batchnorm,
     _aten.add.Tensor: _Lowering._sum,
     _aten.max_pool2d.default: _Lowering._pool,
     _aten.avg_pool2d.default: _Lowering._pool,
+    _aten.adaptive_avg_pool2d.default: _Lowering._average,
+    _aten.mean.dim: _Lowering._average,
     _aten.cat.default: _Lowering._concatenation,
     _aten.flatten.using_ints: _Lowering._flatten,
     _aten.reshape.default: _Lowering._flatten,
-    **dict.fromkeys(ACTIVATIONS, _Lowering._activation),
 }

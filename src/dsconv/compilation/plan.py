@@ -24,8 +24,8 @@ class Step:
         name: of the module it comes from; empty for what the model calls itself.
         operator: what is called.
         backend: ``integers (ISA)``, ``float32 (ISA)`` of our own kernels, or ``PyTorch``.
-        fused: what it computes besides, in order: ``bias``, ``add``, an activation, and ``quantize``: it writes its
-            output as mantissas and exponents for the layers that read it.
+        fused: what it computes besides, in order: ``bias``, ``batch_norm``, ``add``, an activation, and ``quantize``: it
+            writes its output as mantissas and exponents for the layers that read it.
         shape: of its output for a batch of one.
         weight_bytes: of what it reads besides its input.
     """
@@ -101,7 +101,7 @@ def _step(step: lowering.Step, tensors: Mapping[fx.Node, Tensor]) -> Step:
     else:
         backend = f"float32 ({ops.cpu.isa()})"
         constants = [does.scale, does.shift] if isinstance(does, lowering.Map) else []
-    own = {lowering.Map: "dsconv.map", lowering.Flatten: "dsconv.flatten"}
+    own = {lowering.Map: "dsconv.map", lowering.Average: "dsconv.average", lowering.Flatten: "dsconv.flatten"}
     operator: Any = own.get(type(does)) or getattr(node.target, "overloadpacket", node.target)
     quantizes = ["quantize"] if step.targets and "quantize" not in step.fused else []
     stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())

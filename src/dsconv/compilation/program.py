@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from dsconv.compilation.fusion import AVERAGES
-from dsconv.compilation.lowering import Call, Convolution, Flatten, Lowered, Map, Pool, Quantized, Step, Value
+from dsconv.compilation.lowering import Average, Call, Convolution, Flatten, Lowered, Map, Pool, Quantized, Step, Value
 from dsconv.compilation.memory import ALIGNMENT, Buffer, place
 from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.ops import cpu
@@ -193,7 +193,10 @@ class Program:
                 uses,
             )
         elif isinstance(does, Map):
-            native.map(self._value_id(does.source), _address(does.scale), _address(does.shift), does.once, uses)
+            gate = -1 if does.gate is None else self._value_id(does.gate)
+            native.map(self._value_id(does.source), _address(does.scale), _address(does.shift), does.once, gate, uses)
+        elif isinstance(does, Average):
+            native.average(self._value_id(does.source), result)
         elif isinstance(does, Flatten):
             native.flatten(self._value_id(does.source), result)
         elif isinstance(does, Pool):

@@ -25,7 +25,7 @@ MAX_BLOCK_SIZE = 512
 # What a layer reads besides its input, in the order of csrc/bindings.cpp.
 WEIGHTS = ("weight", "kds", "kds_shift", "bias", "gain", "offset")
 # In the order of csrc/conv/tile.h, and so is ACTIVATION_SIGNS.
-ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish")
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "silu", "sigmoid")
 
 
 class Packed(NamedTuple):
