@@ -19,6 +19,8 @@ def convolve(
     kds: int,
     kds_shift: int,
     bias: int,
+    gain: int,
+    offset: int,
     residual: int,
     output: int,
     output_strides: Sequence[int],
@@ -68,12 +70,15 @@ class Program:
         kds: int,
         kds_shift: int,
         bias: int,
+        gain: int,
+        offset: int,
         weight_bits: int,
         activation_bits: int,
         sign: int,
         uses: _Uses,
     ) -> None: ...
-    def map(self, source: int, scale: int, shift: int, uses: _Uses) -> None: ...
+    def map(self, source: int, scale: int, shift: int, once: bool, gate: int, uses: _Uses) -> None: ...
+    def average(self, from_: int, to: int) -> None: ...
     def flatten(self, from_: int, to: int) -> None: ...
     def pool(
         self,

@@ -119,7 +119,9 @@ ACTIVATIONS = {
     "relu6": lambda y, slope: F.relu6(y),
     "leaky_relu": F.leaky_relu,
     "hardswish": lambda y, slope: F.hardswish(y),
+    "hardsigmoid": lambda y, slope: F.hardsigmoid(y),
 }
+WITH_EXPONENTIAL = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 @given(st.data(), cases(), any_layout)
@@ -145,11 +147,28 @@ def test_what_follows_a_layer_is_what_pytorch_makes_of_the_plain_output(
         if data.draw(st.booleans()) and residual.numel():
             residual[-1, 0, 0, 0] = data.draw(st.sampled_from((torch.nan, torch.inf, -torch.inf)))
         expected = expected + residual
-    activation = data.draw(st.sampled_from(cpu.ACTIVATIONS))
+    activation = data.draw(st.sampled_from(list(ACTIVATIONS)))
     slope = data.draw(st.sampled_from((0.01, 0.0, 0.3, 1.0, 2.0, -0.5)))
     expected = ACTIVATIONS[activation](expected, slope)
     for isa, y in by_isa(lambda: case.run(residual=residual, activation=activation, slope=slope, **norm)).items():
         assert same_bits(y, expected), (isa, activation)
+
+
+@pytest.mark.parametrize("groups", [1, 40])
+@pytest.mark.parametrize("activation", WITH_EXPONENTIAL)
+def test_exponentials_are_near_and_the_same_everywhere(activation: str, groups: int) -> None:
+    torch.manual_seed(0)
+    ends = torch.tensor([0.0, -0.0, 1e-30, 1e-45, 80.0, 87.5, 88.8, 104.0, 1e3, 1e30, 3e38, torch.inf])
+    x = torch.cat([torch.randn(1000), torch.randn(1000) * 30, torch.arange(-110, 110), ends, -ends])
+    # What a layer adds to nothing is its bias.
+    case = Case(torch.zeros(1, 40, 1, 64), 40, (1, 1), LayerConfig(), groups)
+    for bias in x[: len(x) // 40 * 40].view(-1, 40).unbind():
+        found = by_isa(lambda bias=bias: case.run(bias=bias, activation=activation))
+        first = next(iter(found.values()))
+        assert all(same_bits(y, first) for y in found.values())
+        exact = WITH_EXPONENTIAL[activation](bias.double())[:, None].expand(40, 64)
+        # A silu of -infinity is not a number, and below -88.7 it is 0, both as in PyTorch.
+        torch.testing.assert_close(first[0, :, 0].double(), exact, rtol=3e-7, atol=1e-36, equal_nan=True)
 
 
 @pytest.mark.parametrize("groups", [1, 40])

@@ -1,5 +1,6 @@
 """The program of a compiled network: what its steps write and where, in any batch, order and number of threads."""
 
+import copy
 import threading
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 import dsconv
 from dsconv.compilation import CompiledModel, capture, program
-from dsconv.compilation.lowering import Call, Map, Pool
+from dsconv.compilation.lowering import Average, Call, Map, Pool
 from dsconv.compilation.memory import ALIGNMENT, Buffer, place
 from dsconv.ops import cpu
 
@@ -181,9 +182,63 @@ def test_pooling_is_pytorchs(average: bool, ceil_mode: bool, data: st.DataObject
     assert len(steps(fast, Pool)) == 1
     x = torch.randn(2, 3, 9, 9)
     if data.draw(st.booleans()):
-        x[0, :, 2, 3] = torch.nan
+        x[0, :, 2, 3] = data.draw(st.sampled_from((torch.nan, torch.inf, -torch.inf)))
     with torch.inference_mode():
         assert torch.equal(fast(x).nan_to_num(9.0), fast.model(x).nan_to_num(9.0))
+
+
+def excited(m: Net, x: Tensor) -> Tensor:
+    """Squeeze and excitation, as in EfficientNet."""
+    y = F.silu(m.norm(m.deep(F.silu(m.stem(x)))))
+    gate = torch.sigmoid(m.up(F.silu(m.down(F.adaptive_avg_pool2d(y, 1)))))
+    return m.last((m.project(gate * y) * m.project(y)).mean((2, 3)))
+
+
+def excitation() -> Net:
+    torch.manual_seed(0)
+    return Net(
+        excited,
+        stem=conv(3, 48),
+        deep=conv(48, 48, groups=48),
+        norm=nn.BatchNorm2d(48),
+        down=conv(48, 8, 1),
+        up=conv(8, 48, 1),
+        project=conv(48, 40),
+        last=nn.Linear(40, 10),
+    )
+
+
+def test_gates_are_steps_of_the_program_and_exponentials_are_those_of_pytorch() -> None:
+    fast = compiled(excitation())
+    assert ("mul",) in steps(fast, Map) and ("mul", "quantize") not in steps(fast, Map)
+    called = [step.operator for step in fast.plan.in_pytorch]
+    assert sorted(called) == ["aten.adaptive_avg_pool2d", "aten.mean", "aten.sigmoid", *["aten.silu"] * 3]
+    same_bits(fast)
+
+
+def test_with_fast_math_nothing_is_left_to_pytorch() -> None:
+    qmodel = dsconv.quantize(excitation(), "w8a8")
+    exact, x = dsconv.compile(qmodel, torch.zeros(1, 3, 9, 9)), torch.randn(7, 3, 9, 9)
+    fast = dsconv.compile(qmodel, torch.zeros(1, 3, 9, 9), fast_math=True)
+    assert not fast.plan.in_pytorch and len(steps(fast, Average)) == 2 and len(fast.plan.steps) < len(exact.plan.steps)
+    y = fast(x)
+    assert (y - exact(x)).abs().max() < 0.02 * y.abs().max()
+    # The same bits whatever runs beside them.
+    assert torch.equal(y, torch.cat([fast(one) for one in x.split([1, 4, 2])]))
+    assert torch.equal(copy.deepcopy(fast)(x), y)
+
+
+@pytest.mark.parametrize("size", [1, 7, 56])
+def test_averages_are_as_near_as_those_of_pytorch(size: int) -> None:
+    net = Net(lambda m, x: F.adaptive_avg_pool2d(m.a(x), 1), a=conv(3, 150, 1))
+    x = torch.randn(3, 3, size, size) + 2
+    qmodel = dsconv.quantize(net, "w4a4")
+    fast = dsconv.compile(qmodel, x, fast_math=True)
+    with torch.inference_mode():
+        exact = qmodel.a(x).double().mean((2, 3), keepdim=True)
+    averages = [step for step in fast.plan.steps if step.operator == "dsconv.average"]
+    assert len(averages) == (size > 1)  # of one value, it does nothing
+    torch.testing.assert_close(fast(x).double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30), st.integers(0, 10)), max_size=30))

@@ -35,6 +35,7 @@ def bench(
     threads: Sequence[int] = (1,),
     turns: int | None = None,
     seconds: float = 10.0,
+    fast_math: bool = False,
     name: str | None = None,
     progress: bool = False,
     on_interrupt: Literal["raise", "partial"] = "raise",
@@ -60,6 +61,7 @@ def bench(
         threads: of each contestant.
         turns: of each contestant, at least 2; None is as many as fit into ``seconds``, and at least 5.
         seconds: for all contestants together, for each batch size and number of threads, once they are warm.
+        fast_math: of the compiled network, as :func:`dsconv.compile` takes it.
         name: of the network, for the table; None is how :func:`dsconv.zoo.build` was told, or its class.
         progress: show a progress bar on stderr.
         on_interrupt: what Ctrl-C does: ``"raise"`` KeyboardInterrupt, or end with the times so far (``"partial"``), if
@@ -81,7 +83,9 @@ def bench(
     name = name or str(getattr(reference, "dsconv_architecture", type(reference).__name__))
     interrupted = False
     with TemporaryDirectory() as folder, _progress_bar(progress, len(batch_sizes) * len(threads)) as show:
-        run = _Run(reference, qmodel, x, against, Path(folder), lambda what, done: show(f"{name}, {what}", done))
+        made = OnnxModels(reference, x, Path(folder))
+        ours = partial(peers.ours, qmodel, fast_math=fast_math)
+        run = _Run(reference, ours, made, x, against, lambda what, done: show(f"{name}, {what}", done))
         try:
             for batch_size in batch_sizes:
                 run.batch(batch_size, threads, turns, seconds)
@@ -145,14 +149,13 @@ class _Run:
     def __init__(
         self,
         reference: nn.Module,
-        qmodel: nn.Module,
+        ours: Callable[[Tensor], list[Contestant]],
+        onnx: OnnxModels,
         images: Tensor,
         against: Sequence[str],
-        folder: Path,
         show: Callable[[str, float], None],
     ):
-        self.reference, self.qmodel, self.images, self.show = reference, qmodel, images, show
-        self.onnx = OnnxModels(reference, images, folder)
+        self.reference, self.ours, self.onnx, self.images, self.show = reference, ours, onnx, images, show
         self.makers = {name: make for peer in against for name, make in peers.CONTESTANTS[peer].items()}
         self.timings: list[Timing] = []
         self.not_run: dict[str, str] = {}
@@ -164,7 +167,7 @@ class _Run:
         x = self.images.repeat(copies, *[1] * (self.images.dim() - 1))[:batch_size].contiguous()
         y = _output(self.reference, x)
         self.show(f"batch {batch_size}: compiling", self.settings_done)
-        ours = peers.ours(self.qmodel, x)
+        ours = self.ours(x)
         for count in threads:
             torch.set_num_threads(count)
             what = f"batch {batch_size}, {plural(count)}"

@@ -146,16 +146,16 @@ class Case:
     threads: int
 
 
-def ours(qmodel: nn.Module, x: Tensor) -> list[Contestant]:
+def ours(qmodel: nn.Module, x: Tensor, *, fast_math: bool = False) -> list[Contestant]:
     """A quantized network compiled, and as it is."""
-    compiled, found, info = compile(qmodel, x), summary(qmodel), model_info(qmodel)
+    compiled, found, info = compile(qmodel, x, fast_math=fast_math), summary(qmodel), model_info(qmodel)
     bits = f"W{info.config.weight_bits}A{info.config.activation_bits or 'float'}, " if info is not None else ""
     executed = f"{bits}{', '.join(found.backends)}"
 
-    def contestant(name: str, network: nn.Module) -> Contestant:
-        return Contestant(name, executed, found.bytes_after, lambda: network(x), lambda: network(x))
+    def contestant(name: str, network: nn.Module, how: str = "") -> Contestant:
+        return Contestant(name, executed + how, found.bytes_after, lambda: network(x), lambda: network(x))
 
-    return [contestant(OURS, compiled), contestant(f"{OURS}, not compiled", qmodel)]
+    return [contestant(OURS, compiled, ", fast math" * fast_math), contestant(f"{OURS}, not compiled", qmodel)]
 
 
 def _torch(case: Case, dtype: torch.dtype) -> Contestant:

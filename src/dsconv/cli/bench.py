@@ -13,6 +13,7 @@ from dsconv.benchmarking.machine import cores
 from dsconv.cli.common import (
     FILE_HELP,
     Config,
+    FastMath,
     Force,
     Json,
     ModelOfFile,
@@ -58,6 +59,7 @@ def bench(
     preset: Preset = "default",
     config: Config = None,
     model: ModelOfFile = None,
+    fast_math: FastMath = False,
     seconds: Annotated[float | None, typer.Option(min=0.001, help=_SECONDS_HELP)] = None,
     turns: Annotated[int | None, typer.Option(min=2, help="Of each runtime, in place of --seconds.")] = None,
     out: Annotated[
@@ -100,6 +102,7 @@ def bench(
                 threads=counts,
                 turns=turns,
                 seconds=seconds or 10.0,
+                fast_math=fast_math,
                 name=name,
                 progress=True,
                 on_interrupt="partial",

@@ -38,6 +38,9 @@ ModelOfFile = Annotated[str | None, typer.Option("--model", metavar="MODEL", hel
 _SIZE_HELP = "Of an image, in place of what the model asks for."
 Size = Annotated[str | None, typer.Option(metavar="PIXELS|[CHANNELSx]HEIGHTxWIDTH", help=_SIZE_HELP)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")]
+FastMath = Annotated[
+    bool, typer.Option("--fast-math", help="SiLU, sigmoid and averages by kernels of dsconv, too, not by PyTorch.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of images, which need no labels; none: noise.")]
 Limit = Annotated[int, typer.Option(min=1, help="Use this many images, evenly spaced.")]

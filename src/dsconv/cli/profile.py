@@ -12,6 +12,7 @@ from dsconv.benchmarking.machine import cores
 from dsconv.cli.common import (
     FILE_HELP,
     Config,
+    FastMath,
     Json,
     ModelOfFile,
     Preset,
@@ -38,6 +39,7 @@ def profile(
     preset: Preset = "default",
     config: Config = None,
     model: ModelOfFile = None,
+    fast_math: FastMath = False,
     as_json: Json = False,
 ) -> None:
     """Time each step of a compiled network on random images."""
@@ -54,5 +56,5 @@ def profile(
     x = torch.randn(batch_size, *image_shape(qmodel, model_or_file, shape))
     torch.set_num_threads(threads)
     say("compiling")
-    found = dsconv.profile(dsconv.compile(qmodel, x), x, runs=runs)
+    found = dsconv.profile(dsconv.compile(qmodel, x, fast_math=fast_math), x, runs=runs)
     print_json(found.to_dict()) if as_json else print_table(found)

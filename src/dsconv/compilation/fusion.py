@@ -59,11 +59,12 @@ def _take_batchnorm(module: fx.GraphModule, node: fx.Node) -> None:
     for name, value in zip(("gain", "offset"), terms, strict=True):
         module.register_buffer(f"_{node.name}_{name}", value)
         with module.graph.inserting_before(node):
-            constant = module.graph.get_attr(f"_{node.name}_{name}")
-        constant.meta["val"] = value
-        node.kwargs = {**node.kwargs, name: constant}
+            term = module.graph.get_attr(f"_{node.name}_{name}")
+        term.meta["val"] = value
+        node.kwargs = {**node.kwargs, name: term}
     node.meta["fused"].append("batch_norm")
-    norm.replace_all_uses_with(norm.args[0])
+    read: Any = norm.args[0]
+    norm.replace_all_uses_with(read)
     module.graph.erase_node(norm)
 
 
@@ -72,11 +73,12 @@ def batchnorm_terms(module: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Tens
 
     None where it is in training mode, or not of numbers that are known and finite in float32.
     """
-    weight, bias, mean, var = (None if n is None else constant(module, n) for n in norm.args[1:5])
-    unknown = any(value is None and n is not None for value, n in zip((weight, bias, mean, var), norm.args[1:5]))
-    known = [value for value in (weight, bias, mean, var) if value is not None]
-    training, eps = norm.args[5], norm.args[7]
-    if unknown or training or mean is None or var is None or any(v.dtype != torch.float32 for v in known):
+    arguments: Any = norm.args
+    _, *nodes, training, _, eps, _ = arguments
+    values = [None if n is None else constant(module, n) for n in nodes]
+    weight, bias, mean, var = values
+    given = [value for value, n in zip(values, nodes, strict=True) if n is not None]
+    if training or mean is None or var is None or any(v is None or v.dtype != torch.float32 for v in given):
         return None
     # The very bits that PyTorch uses: what it makes of 1 without a mean and a bias, and of 0 with them.
     zeros = torch.zeros_like(mean)

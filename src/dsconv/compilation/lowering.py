@@ -305,12 +305,11 @@ class _Lowering:
 
     def _gate(self, node: fx.Node) -> Step | None:
         """A product of two tensors, one of which may be of one pixel."""
-        pair = sorted(((v, n) for n in node.args if (v := self._native(n))), key=lambda pair: -math.prod(pair[0].size))
-        if len(pair) < 2 or node.kwargs:
+        pair = [value for n in node.args if (value := self._native(n)) is not None]
+        if len(pair) < 2 or node.kwargs or len({v.node.meta["val"].dim() for v in pair}) > 1:
             return None
-        (source, whole), (gate, part) = pair
-        alike = len({n.meta["val"].dim() for n in (whole, part, node)}) == 1
-        if not alike or gate.size not in (source.size, (source.size[0], 1, 1)):
+        source, gate = sorted(pair, key=lambda value: -math.prod(value.size))
+        if gate.size not in (source.size, (source.size[0], 1, 1)):
             return None
         gate.in_float = True
         return self._map(node, Map(source, gate=gate), ["mul"])

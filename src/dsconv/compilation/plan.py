@@ -24,8 +24,8 @@ class Step:
         name: of the module it comes from; empty for what the model calls itself.
         operator: what is called.
         backend: ``integers (ISA)``, ``float32 (ISA)`` of our own kernels, or ``PyTorch``.
-        fused: what it computes besides, in order: ``bias``, ``batch_norm``, ``add``, an activation, and ``quantize``: it
-            writes its output as mantissas and exponents for the layers that read it.
+        fused: what it computes besides, in order: ``bias``, ``batch_norm``, ``add``, an activation, and ``quantize``:
+            it writes its output as mantissas and exponents for the layers that read it.
         shape: of its output for a batch of one.
         weight_bytes: of what it reads besides its input.
     """

@@ -1,9 +1,10 @@
 """DSConv in integers on the CPU, by the kernels of the extension ``dsconv._C``.
 
 ``dsconv::conv2d`` and ``dsconv::linear`` take packed weights (:func:`pack`) and return ``activation((y + bias) * gain +
-offset + residual)``, of which the product and ``offset``, a BatchNorm, are rounded once; the same bits on every instruction set, number of threads and split of the batch; see the exactness notes
-in docs/numerics.md. Their overloads ``out`` write into memory that is there. ``dsconv::quantize_activation`` returns
-what :func:`dsconv.numerics.quantize_activation` does.
+offset + residual)``, the same bits on every instruction set, number of threads and split of the batch; see the
+exactness notes in docs/numerics.md. ``gain`` and ``offset`` are a BatchNorm, and rounded once. Their overloads ``out``
+write into memory that is there. ``dsconv::quantize_activation`` returns what
+:func:`dsconv.numerics.quantize_activation` does.
 """
 
 import ctypes
