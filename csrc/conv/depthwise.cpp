@@ -8,6 +8,8 @@
 
 namespace dsconv {
 
+constexpr std::int64_t kLargestLine = 5;  // the larger of the sizes of filters that depthwise_line knows
+
 void convolve_depthwise(const Geometry& g, const Layer& l, const Kernels& kernels, const Input& from, const Output& o) {
   const Strides& in = from.strides;
   const Strides& out = o.strides;
@@ -17,6 +19,8 @@ void convolve_depthwise(const Geometry& g, const Layer& l, const Kernels& kernel
   const bool by_lane = in.channel == 1 && (!o.values || out.channel == 1) && per_group == 1;
   if (!by_lane && (!o.targets.empty() || out.x != 1))
     throw std::invalid_argument("a depthwise convolution needs an output whose lines are dense");
+  const bool in_lines = by_lane && g.channels >= kMaxLanes && g.kernel_h == g.kernel_w && (g.kernel_w == 3 || g.kernel_w == kLargestLine) &&
+                        g.stride_w <= 2 && g.dilation_w == 1 && taps <= g.block_size;
   const std::int64_t parts = by_lane ? 1 : g.groups;
   const std::int64_t values = std::max<std::int64_t>(1, g.out_width * (by_lane ? g.channels : 1));
   const std::int64_t lines = std::clamp<std::int64_t>(4096 / values, 1, std::max<std::int64_t>(1, g.out_height));
@@ -64,7 +68,19 @@ void convolve_depthwise(const Geometry& g, const Layer& l, const Kernels& kernel
       }
       float* const line = o.values ? o.values + image * out.image + y * out.y : finished;
       const std::int64_t pixel = o.values ? out.x : g.channels;
-      for (std::int64_t x = 0; x < g.out_width; ++x) {
+      if (in_lines) {
+        const float* lines_read[kLargestLine];
+        std::int64_t step[kLargestLine];
+        for (std::int64_t k = 0; k < g.kernel_h; ++k) {
+          const std::int64_t in_y = y * g.stride_h - g.pad_h + k * g.dilation_h;
+          const bool inside = in_y >= 0 && in_y < g.height;
+          lines_read[k] = inside ? input + in_y * in.y : zero, step[k] = inside ? in.x : 0;
+        }
+        kernels.depthwise_line({static_cast<int>(g.kernel_w), static_cast<int>(g.stride_w), lines_read, step, -g.pad_w, g.width,
+                                g.out_width, g.channels, l.bits, l.sign, reinterpret_cast<const std::int32_t*>(l.weight), l.kds,
+                                l.kds_shift, terms, residual(0, 0), add.x, line, pixel, l.activation, l.slope});
+      }
+      for (std::int64_t x = in_lines ? g.out_width : 0; x < g.out_width; ++x) {
         for (std::int64_t ky = 0, k = 0; ky < g.kernel_h; ++ky) {
           const std::int64_t in_y = y * g.stride_h - g.pad_h + ky * g.dilation_h;
           std::int64_t in_x = x * g.stride_w - g.pad_w;

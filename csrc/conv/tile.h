@@ -133,6 +133,27 @@ struct Depthwise {
   Store store;                // lane i goes to output + i
 };
 
+// Depthwise, a line of outputs whose channels lie side by side: square filters of 3 or 5 that are one block, stride 1 or 2.
+struct DepthwiseLine {
+  int size, stride;
+  const float* const* line;   // what each line of taps reads: pixel x at line[k] + x * step[k]
+  const std::int64_t* step;
+  std::int64_t first, width;  // the first output reads from pixel `first` on; pixels but 0 to `width` are zeros
+  std::int64_t outputs, channels;  // no fewer than kMaxLanes channels
+  int bits;
+  Sign sign;
+  const std::int32_t* weight;  // [taps][channels]
+  const float* kds;
+  const float* kds_shift;     // or null
+  Terms terms;
+  const float* residual;      // or null; pixels are residual_step apart
+  std::int64_t residual_step;
+  float* output;
+  std::int64_t output_step;
+  Activation activation;
+  float slope;
+};
+
 struct Kernels {
   const char* isa;
   int lanes;                                       // pixels that quantize_pixels takes
@@ -146,6 +167,7 @@ struct Kernels {
   void (*sum)(const Sums&);
   void (*store)(const Store&);
   void (*depthwise)(const Depthwise&);
+  void (*depthwise_line)(const DepthwiseLine&);
   void (*map)(const Map&);
   void (*pool)(const Pool&);
 };

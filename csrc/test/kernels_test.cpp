@@ -66,6 +66,8 @@ Case random_case() {
   g.kernel_h = pick(1, 3), g.kernel_w = pick(1, 5);
   g.stride_h = pick(1, 3), g.stride_w = pick(1, 3);
   g.dilation_h = pick(1, 2), g.dilation_w = pick(1, 2);
+  const bool common = depthwise && pick(0, 1);  // what depthwise_line knows
+  if (common) g.kernel_h = g.kernel_w = pick(0, 1) ? 3 : 5, g.stride_w = pick(1, 2), g.dilation_w = 1;
   g.pad_h = pick(0, 3), g.pad_w = pick(0, 3);
   do {
     g.height = pick(1, 9), g.width = pick(1, 20);
@@ -74,7 +76,7 @@ Case random_case() {
   } while (g.height + 2 * g.pad_h < g.dilation_h * (g.kernel_h - 1) + 1 ||
            g.width + 2 * g.pad_w < g.dilation_w * (g.kernel_w - 1) + 1);
   g.flat = depthwise || pick(0, 3) == 0;
-  g.block_size = depthwise ? pick(1, 20) : 16 * pick(1, 8);
+  g.block_size = common ? 32 : depthwise ? pick(1, 20) : 16 * pick(1, 8);
   c.weight_bits = static_cast<int>(pick(2, 8));
   c.activation_bits = static_cast<int>(pick(2, 8));
   c.sign = static_cast<int>(pick(0, 2));

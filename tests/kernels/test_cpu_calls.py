@@ -195,7 +195,7 @@ BAD_ANYWHERE = [
     ("block_size", 7, ""),
     ("block_size", 520, ""),
     ("block_size", 8, ""),
-    ("activation", "gelu", "activation: expected one of none, relu, relu6, leaky_relu, hardswish, got 'gelu'"),
+    ("activation", "gelu", f"activation: expected one of {', '.join(cpu.ACTIVATIONS)}, got 'gelu'"),
     ("residual", lambda value: value[1:], "residual: expected"),
     ("residual", lambda value: value[:1], "residual: expected"),
     ("residual", lambda value: value[..., None], "residual: expected"),
