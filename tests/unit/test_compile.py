@@ -82,6 +82,49 @@ def test_addition_and_activation_go_into_the_convolution(
     assert_same_bits(fast, x)
 
 
+def normed(*layers: nn.Module) -> nn.Sequential:
+    for layer in layers:
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "fused"),
+    [
+        ((nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40), nn.ReLU()), (3, 9, 7), ("bias", "batch_norm", "relu")),
+        ((conv(3, 40), nn.BatchNorm2d(40, affine=False), nn.Tanh()), (3, 8, 8), ("batch_norm",)),
+        ((nn.Conv1d(16, 40, 3), nn.BatchNorm1d(40), nn.ReLU()), (16, 9), ("bias", "batch_norm")),
+        ((nn.Linear(20, 40), nn.BatchNorm1d(40), nn.ReLU6()), (20,), ("bias", "batch_norm", "relu6")),
+        ((nn.Conv2d(40, 40, 3, groups=40), nn.BatchNorm2d(40)), (40, 9, 7), ("bias", "batch_norm")),
+        ((nn.Conv2d(24, 48, 3, groups=24), nn.BatchNorm2d(48)), (24, 9, 7), ("batch_norm",)),  # by its operator
+    ],
+)
+def test_batchnorm_goes_into_the_layer_in_front(
+    layers: tuple[nn.Module, ...], shape: tuple[int, ...], fused: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    fast = dsconv.compile(dsconv.quantize(normed(*layers).eval(), "w4a4"), torch.zeros(1, *shape))
+    (layer,) = [step for step in fast.plan.steps if step.backend.startswith("integers")]
+    assert layer.fused[: len(fused)] == fused
+    assert not any("batch_norm" in step.operator for step in fast.plan.steps)
+    for images in (1, 5):
+        assert_same_bits(fast, torch.randn(images, *shape))
+
+
+def test_a_batchnorm_that_learns_is_left_to_pytorch() -> None:
+    model = normed(conv(3, 40), nn.BatchNorm2d(40), nn.ReLU()).eval()
+    qmodel = dsconv.quantize(model, "w4a4")
+    qmodel[1].train()
+    x = torch.randn(4, 3, 9, 7)
+    fast = dsconv.compile(qmodel, x)
+    assert [step.fused for step in fast.plan.steps if step.backend.startswith("integers")] == [()]
+    with torch.inference_mode():
+        # Its sums over the batch are in another order.
+        torch.testing.assert_close(fast(x), qmodel(x))
+
+
 def test_the_first_layer_may_read_many_channels() -> None:
     for groups in (1, 2):
         fast = compiled(nn.Sequential(nn.Conv2d(64, 32, 3, groups=groups), nn.ReLU()), torch.randn(1, 64, 9, 7))

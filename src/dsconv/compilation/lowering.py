@@ -259,7 +259,7 @@ class _Lowering:
         if node.target in AVERAGES and reads and node.args[0].meta["val"].dim() == 4:  # type: ignore[union-attr]
             lines = Value(reads[0].node, (math.prod(reads[0].size), 1, 1), in_float=True)
             self.steps.append(Step(node, Flatten(reads[0]), lines))
-        return Step(node, Call(reads, lines), result)
+        return Step(node, Call(reads, lines), result, fused=list(node.meta.get("fused", [])))
 
     def _native(self, node: Any) -> Value | None:
         return self._value(node) if isinstance(node, fx.Node) else None
