@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import dsconv
 from dsconv import zoo
 from dsconv.demo import load_digits, load_network
+from dsconv.ops import cpu
 
 NET = "dsconv/digits_resnet"
 GREY = ("--resize", "8x8", "--channels", "gray")
@@ -506,3 +507,15 @@ def test_a_written_file_has_the_permissions_of_any_new_file(cli: Callable[..., A
     (tmp_path / "plain").touch()
     assert cli("quantize", "dsconv/digits_resnet", "--preset", "paper", "--out", tmp_path / "net").code == 0
     assert (tmp_path / "net").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+def test_fast_math_leaves_no_average_to_pytorch(cli: Callable[..., Any]) -> None:
+    for options, expected in (((), {"PyTorch"}), (("--fast-math",), set())):
+        found = strict_json(cli("profile", NET, "--runs", "2", "--json", *options).stdout)
+        operators = {step["operator"]: step["backend"] for step in found["steps"]}
+        assert {operators[name] for name in operators if "mean" in name} == expected
+        assert ("dsconv.average" in operators) == bool(options)
+    found = strict_json(cli("bench", NET, "--against", "torch", "--turns", "2", "--json", "--fast-math").stdout)
+    executed = {t["contestant"]: t["executed"] for t in found["networks"][0]["timings"]}
+    assert executed["dsconv"].endswith(", fast math") and "fast math" not in executed["dsconv, not compiled"]

@@ -241,6 +241,14 @@ def test_averages_are_as_near_as_those_of_pytorch(size: int) -> None:
     torch.testing.assert_close(fast(x).double(), exact, rtol=1e-5, atol=1e-6)
 
 
+def test_an_average_over_channels_is_not_one_over_images() -> None:
+    for dims in ((1, 2), (1, 3), (2, 3), (-1, -2)):
+        net = Net(lambda m, x, dims=dims: m.a(x).mean(dims), a=conv(3, 9, 1))  # as many channels as lines and columns
+        qmodel, x = dsconv.quantize(net, "w4a4"), torch.randn(2, 3, 9, 9)
+        with torch.inference_mode():
+            torch.testing.assert_close(dsconv.compile(qmodel, x, fast_math=True)(x), qmodel(x))
+
+
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30), st.integers(0, 10)), max_size=30))
 def test_no_two_buffers_share_memory_while_both_are_needed(sizes: list[tuple[int, int, int]]) -> None:
     buffers = [Buffer(size * ALIGNMENT, first, first + more) for size, first, more in sizes]

@@ -381,7 +381,9 @@ class _Lowering:
         source, result = self._native(node.args[0]), self._value(node)
         if not self.own_averages or source is None or result is None or result.size != (source.size[0], 1, 1):
             return None
-        if node.args[0].meta["val"].dim() != 4:  # type: ignore[union-attr]
+        given = cpu.arguments_of(node.target, node.args, node.kwargs)
+        over_images = sorted(dim % 4 for dim in given.get("dim") or (2, 3)) == [2, 3]
+        if node.args[0].meta["val"].dim() != 4 or not over_images:  # type: ignore[union-attr]
             return None
         source.in_float = result.in_float = True
         return Step(node, Average(source), result)
