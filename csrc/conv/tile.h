@@ -16,7 +16,7 @@ inline constexpr int kMaxBlock = 512;
 
 enum class Sign : int { adaptive, extra, included };  // the order of ACTIVATION_SIGNS in Python
 enum class Activation : int { none, relu, relu6, leaky_relu, hardswish, hardsigmoid, silu, sigmoid };
-inline constexpr int kActivations = 8;
+inline constexpr int kActivations = static_cast<int>(Activation::sigmoid) + 1;
 
 // The quantized input: one row of mantissas for each pixel of the bordered image, and for each of its blocks 2^e, NaN where
 // the block is not finite, and the sum of the mantissas in the two forms in which it is needed. Weights are stored as

@@ -184,6 +184,19 @@ def test_compiled_networks_return_the_bits_of_the_model_and_of_the_folded_one(
             assert all(torch.equal(fast(part), model(part)) for part in x.split(50))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "images"), COMPILED, ids=[name for name, _ in COMPILED])
+def test_folded_networks_return_nearly_what_the_unfolded_do(name: str, images: str, nets: ModuleType) -> None:
+    qmodel = dsconv.quantize(nets.load(name), "default")
+    x = nets.preprocess(name, nets.images(images)[0][:200])
+    folded, unfolded = (dsconv.compile(model, x[:1])(x) for model in (dsconv.fold_batchnorm(qmodel), qmodel))
+    noise = (folded - unfolded).square().sum().item()
+    assert dsconv.numerics.sqnr_db(unfolded.square().sum().item(), noise) > 40
+    # Tiny Darknet, quantized, is torn between two classes more often than others.
+    others = int((folded.argmax(1) != unfolded.argmax(1)).sum())
+    assert others <= (8 if name == "tiny_darknet" else 4)
+
+
 def test_layers_whose_weights_are_read_but_never_called_stay_in_float() -> None:
     config = dsconv.QuantConfig.preset("default", weight_rule="paper")
     quantized = dsconv.quantize(zoo.build("torchvision/swin_t", weights="random"), config)
