@@ -38,7 +38,7 @@ static void eight(const Sums& t, const std::int64_t* pixel, const std::uint8_t* 
     }
     for (int b = 0; b < rows.blocks; ++b) {
       int32x4_t s[M][2];
-      for (int m = 0; m < M; ++m) s[m][0] = s[m][1] = vdupq_n_s32(Wide ? 0 : rows.start[block[m] + b]);
+      for (int m = 0; m < M; ++m) s[m][0] = s[m][1] = vdupq_n_s32(Wide ? 0 : rows.ends[block[m] + b].start);
       const int octets = b + 1 < rows.blocks ? t.octets : t.last_octets;
       for (int o = 0; o < octets; ++o, w += Wide ? 128 : 64) {
         int8x16_t first[2], second[2];
@@ -62,7 +62,7 @@ static void eight(const Sums& t, const std::int64_t* pixel, const std::uint8_t* 
       }
       for (int m = 0; m < M; ++m) {
         x[m] += 8 * octets;
-        const float e = rows.scale[block[m] + b];
+        const float e = rows.ends[block[m] + b].scale;
         for (int v = 0; v < 2; ++v) {
           const float32x4_t term = vmulq_n_f32(vcvtq_f32_s32(s[m][v]), e);
           y[m][v] = vfmaq_f32(y[m][v], vld1q_f32(kds + 4 * v), term);

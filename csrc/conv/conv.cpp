@@ -121,21 +121,23 @@ class Tasks {
   template <class RowOf>
   void run(const Rows& rows, RowOf row_of, std::int64_t step, std::int64_t group, std::int64_t first, std::int64_t end,
            std::int64_t begin_unit, std::int64_t end_unit) const {
-    const std::int64_t of_image = g_.out_height * g_.out_width, per_group = g_.group_outputs();
-    const std::int64_t panel = g_.panel_bytes(l_.wide), blocks = g_.cut().blocks();
-    std::int64_t row[kMaxTask], place[kMaxTask], residual_place[kMaxTask];
+    const std::int64_t per_group = g_.group_outputs(), panel = g_.panel_bytes(l_.wide), blocks = g_.cut().blocks();
     const Strides& to = o_.strides;
     const Strides& add = o_.residual.strides;
-    std::int64_t image = first / of_image, y = first % of_image / g_.out_width, x = first % g_.out_width;
-    for (std::int64_t p = 0; p < end - first; ++y, x = 0) {  // a line, or what is left of it
-      if (y == g_.out_height) y = 0, ++image;
-      const std::int64_t stop = std::min(end - first, p + g_.out_width - x);
-      std::int64_t at = o_.values ? image * to.image + y * to.y + x * to.x : p * unit_, next = o_.values ? to.x : unit_;
-      std::int64_t added = image * add.image + y * add.y + x * add.x, read = row_of(image, y, x);
-      for (; p < stop; ++p, at += next, added += add.x, read += step)
-        place[p] = at, residual_place[p] = added, row[p] = read;
-    }
-    alignas(64) float sums[kMaxTask * kPair];
+    const int pixels = static_cast<int>(end - first);
+    std::int64_t row[kMaxTask], place[kMaxTask], residual_place[kMaxTask];
+    const auto by_line = [&](std::int64_t* of_pixel, std::int64_t step, auto of_line) {
+      std::int64_t image = first / (g_.out_height * g_.out_width), y = first / g_.out_width % g_.out_height, x = first % g_.out_width;
+      for (std::int64_t p = 0; p < pixels; ++y, x = 0) {  // a line, or what is left of it
+        if (y == g_.out_height) y = 0, ++image;
+        const std::int64_t stop = std::min(pixels + std::int64_t{0}, p + g_.out_width - x);
+        for (std::int64_t at = of_line(image, y, x); p < stop; ++p, at += step) of_pixel[p] = at;
+      }
+    };
+    const auto in = [](const Strides& s) { return [&s](std::int64_t image, std::int64_t y, std::int64_t x) { return image * s.image + y * s.y + x * s.x; }; };
+    by_line(row, step, row_of);
+    if (o_.values) by_line(place, to.x, in(to));
+    if (o_.residual.values) by_line(residual_place, add.x, in(add));
     Sums t{};
     t.rows = rows;
     t.octets = static_cast<int>(g_.cut().octets());
@@ -147,35 +149,48 @@ class Tasks {
     t.tap = tap_.data();
     t.taps = static_cast<int>(g_.taps());
     t.pixel = row;
-    t.pixels = static_cast<int>(end - first);
-    t.output = sums;
+    t.pixels = pixels;
+    // What is written far apart is quantized some pixels at a time, while it is still in the nearest cache.
+    const int together = o_.values && !o_.targets.empty() ? kMaxLanes : pixels;
+    const std::int64_t pairs = (unit_ + kPair - 1) / kPair, kept = o_.values ? 0 : pixels * unit_, targets = o_.targets.size();
     struct User;
     using Mine = Scratch<User>;
     const std::int64_t needed = kernels_.workspace ? kernels_.workspace(t) : 0;
-    const std::int64_t kept = o_.values ? 0 : t.pixels * unit_;
-    Mine scratch(Mine::template size<std::uint8_t>(needed) + Mine::template size<float>(kept));
+    Mine scratch(Mine::template size<std::uint8_t>(needed) + Mine::template size<float>(pixels * pairs * kPair) +
+                 Mine::template size<float>(kept) + Mine::template size<std::int64_t>(targets * pixels));
     t.workspace = scratch.template take<std::uint8_t>(needed);
+    float* const sums = scratch.template take<float>(pixels * pairs * kPair);
     float* const finished = scratch.template take<float>(kept);
+    std::int64_t* const target_rows = scratch.template take<std::int64_t>(targets * pixels);
+    if (!o_.values)
+      for (int p = 0; p < pixels; ++p) place[p] = p * unit_;
+    for (std::int64_t i = 0; i < targets; ++i) o_.targets[i].quantized.rows_of(first, pixels, target_rows + i * pixels);
+    const std::int64_t channel = o_.values ? to.channel : 1, apart = o_.values ? to.x : unit_;
     for (std::int64_t u = begin_unit; u < end_unit; ++u) {
       const std::int64_t begin = u * unit_, stop = std::min(per_group, begin + unit_);  // outputs of the group
-      float* const values = o_.values ? o_.values + (group * per_group + begin) * to.channel : finished;
-      for (std::int64_t from = begin; from < stop; from += kPair) {
+      float* const values = o_.values ? o_.values + (group * per_group + begin) * channel : finished;
+      t.output = sums;
+      for (std::int64_t from = begin; from < stop; from += kPair, t.output += pixels * kPair) {
         const std::int64_t pair = group * g_.pairs() + from / kPair, scales = pair * t.taps * blocks * kPair;
         t.weight = l_.weight + pair * 2 * panel;
         t.kds = l_.kds + scales;
         t.kds_shift = l_.kds_shift ? l_.kds_shift + scales : nullptr;
-        const std::int64_t output = group * per_group + from;
-        const int outputs = static_cast<int>(std::min<std::int64_t>(kPair, stop - from));
-        t.panels = outputs > kPanel ? 2 : 1;
+        t.panels = stop - from > kPanel ? 2 : 1;
         kernels_.sum(t);
-        const std::int64_t channel = o_.values ? to.channel : 1;
-        kernels_.store({sums, t.pixels, outputs, place, residual_place, channel, l_.terms.from(output),
-                        o_.residual.values ? o_.residual.values + output * add.channel : nullptr,
-                        values + (from - begin) * channel, l_.activation, l_.slope});
       }
-      for (const Target& target : o_.targets)
-        quantize_into(target, kernels_, values + place[0], o_.values ? to.x : unit_, first, t.pixels, group * per_group + begin,
-                      group * per_group + stop);
+      for (int p = 0; p < pixels; p += together) {
+        const int now = std::min(together, pixels - p);
+        for (std::int64_t from = begin; from < stop; from += kPair) {
+          const std::int64_t output = group * per_group + from;
+          const int outputs = static_cast<int>(std::min<std::int64_t>(kPair, stop - from));
+          kernels_.store({sums + (from - begin) * pixels + p * kPair, now, outputs, place + p, residual_place + p, channel,
+                          l_.terms.from(output), o_.residual.values ? o_.residual.values + output * add.channel : nullptr,
+                          values + (from - begin) * channel, l_.activation, l_.slope});
+        }
+        for (std::int64_t i = 0; i < targets; ++i)
+          quantize_into(o_.targets[i], kernels_, values + place[p], apart, target_rows + i * pixels + p, now,
+                        group * per_group + begin, group * per_group + stop);
+      }
     }
   }
 
@@ -292,7 +307,7 @@ void quantize_activation(const Geometry& g, const Layer& l, const Kernels& kerne
       for (std::int64_t c = 0; c < depth; ++c) mantissa[(task * depth + c) * pixels + p] = r.mantissa[row * r.row_bytes + c];
       for (std::int64_t b = 0; b < blocks; ++b) {
         std::uint32_t word;
-        std::memcpy(&word, r.scale + row * blocks + b, 4);
+        std::memcpy(&word, &r.ends[row * blocks + b].scale, 4);
         exponent[(task * blocks + b) * pixels + p] = static_cast<std::int8_t>(static_cast<int>(word >> 23 & 255) - 127);
       }
     }

@@ -15,18 +15,6 @@ std::int64_t padded(std::int64_t count) {
   return Scratch<void>::size<T>(count);
 }
 
-// Rows of neighbouring pixels, from line to line and from image to image.
-void rows_of(const Quantized& q, std::int64_t first, std::int64_t pixels, std::int64_t* row) {
-  const Grid& grid = q.grid();
-  const std::int64_t of_image = grid.height * grid.width;
-  std::int64_t image = first / of_image, y = first % of_image / grid.width, x = first % grid.width;
-  for (std::int64_t p = 0; p < pixels; ++p) {
-    row[p] = q.row(image, y, x);
-    if (++x == grid.width) x = 0, ++y;
-    if (y == grid.height) y = 0, ++image;
-  }
-}
-
 }  // namespace
 
 Block block_of(const Quantized& to, std::int64_t group, std::int64_t index, const std::int64_t* row, std::int64_t pixels) {
@@ -42,7 +30,7 @@ bool Format::operator==(const Format& other) const {
 
 std::int64_t Quantized::bytes(const Format& f, const Grid& grid) {
   const std::int64_t rows = f.groups * grid.rows();
-  return padded<std::int8_t>(rows * f.cut.row_octets() * 8 + kSlack) + (f.shift ? 3 : 2) * padded<float>(rows * f.cut.blocks());
+  return padded<std::int8_t>(rows * f.cut.row_octets() * 8 + kSlack) + padded<Ends>(rows * f.cut.blocks()) + (f.shift ? padded<float>(rows * f.cut.blocks()) : 0);
 }
 
 Quantized::Quantized(const Format& f, const Grid& grid, std::byte* memory) : format_(f), grid_(grid) {
@@ -50,8 +38,7 @@ Quantized::Quantized(const Format& f, const Grid& grid, std::byte* memory) : for
   const auto take = [&](std::int64_t bytes) { return std::exchange(memory, memory + bytes); };
   rows_.row_bytes = f.cut.row_octets() * 8;
   rows_.mantissa = reinterpret_cast<std::int8_t*>(take(padded<std::int8_t>(rows * rows_.row_bytes + kSlack)));
-  rows_.scale = reinterpret_cast<float*>(take(padded<float>(rows * blocks)));
-  rows_.start = reinterpret_cast<std::int32_t*>(take(padded<std::int32_t>(rows * blocks)));
+  rows_.ends = reinterpret_cast<Ends*>(take(padded<Ends>(rows * blocks)));
   rows_.shifted = f.shift ? reinterpret_cast<float*>(memory) : nullptr;
   rows_.blocks = static_cast<int>(blocks);
   rows_.zero = f.wide ? 128 : 8;
@@ -61,16 +48,14 @@ Rows Quantized::of_group(std::int64_t group) const {
   Rows r = rows_;
   const std::int64_t first = group * grid_.rows();
   r.mantissa += first * r.row_bytes;
-  r.scale += first * r.blocks;
-  r.start += first * r.blocks;
+  r.ends += first * r.blocks;
   if (r.shifted) r.shifted += first * r.blocks;
   return r;
 }
 
 void Quantized::blank(const Rows& r, std::int64_t row, std::int64_t count) const {
   std::memset(r.mantissa + row * r.row_bytes, 0, count * r.row_bytes);
-  std::fill_n(r.scale + row * r.blocks, count * r.blocks, 1.0f);
-  std::fill_n(r.start + row * r.blocks, count * r.blocks, 0);
+  std::fill_n(r.ends + row * r.blocks, count * r.blocks, Ends{0, 1.0f});
   if (r.shifted) std::fill_n(r.shifted + row * r.blocks, count * r.blocks, 0.0f);
 }
 
@@ -89,20 +74,33 @@ void Quantized::fill_borders() const {
   });
 }
 
+void Quantized::rows_of(std::int64_t first_pixel, std::int64_t pixels, std::int64_t* to) const {
+  const std::int64_t of_image = grid_.height * grid_.width;
+  std::int64_t image = first_pixel / of_image, y = first_pixel % of_image / grid_.width, x = first_pixel % grid_.width;
+  for (std::int64_t p = 0; p < pixels; ++y, x = 0) {  // a line, or what is left of it
+    if (y == grid_.height) y = 0, ++image;
+    const std::int64_t stop = std::min(pixels, p + grid_.width - x);
+    for (std::int64_t at = row(image, y, x); p < stop; ++p) to[p] = at++;
+  }
+}
+
+void quantize_into(const Target& target, const Kernels& kernels, const float* values, std::int64_t stride,
+                   const std::int64_t* row, std::int64_t pixels, std::int64_t from, std::int64_t to) {
+  const Cut& cut = target.quantized.format().cut;
+  for (std::int64_t channel = target.first + from; channel < target.first + to;) {
+    const std::int64_t group = channel / cut.depth, index = channel % cut.depth / cut.block_size;
+    kernels.quantize_channels(block_of(target.quantized, group, index, row, pixels), values + (channel - target.first - from), stride);
+    channel += cut.size(index);
+  }
+}
+
 void quantize_into(const Target& target, const Kernels& kernels, const float* values, std::int64_t stride,
                    std::int64_t first_pixel, std::int64_t pixels, std::int64_t from, std::int64_t to) {
-  const Quantized& q = target.quantized;
-  const Cut& cut = q.format().cut;
   std::int64_t row[kMaxTask];
   for (std::int64_t done = 0; done < pixels; done += kMaxTask) {
     const std::int64_t now = std::min<std::int64_t>(kMaxTask, pixels - done);
-    rows_of(q, first_pixel + done, now, row);
-    for (std::int64_t channel = target.first + from; channel < target.first + to;) {
-      const std::int64_t group = channel / cut.depth, index = channel % cut.depth / cut.block_size;
-      kernels.quantize_channels(block_of(q, group, index, row, now),
-                                values + done * stride + (channel - target.first - from), stride);
-      channel += cut.size(index);
-    }
+    target.quantized.rows_of(first_pixel + done, now, row);
+    quantize_into(target, kernels, values + done * stride, stride, row, now, from, to);
   }
 }
 
@@ -142,7 +140,7 @@ void quantize(const Quantized& to, const Kernels& kernels, const float* from, co
           const std::int64_t x0 = direct && run >= step ? std::min(done, run - step) : done;
           const std::int64_t pixels = std::min(step, run - x0);
           std::int64_t row[kMaxLanes];
-          rows_of(to, pixel + (top + line) * width + x0, pixels, row);
+          to.rows_of(pixel + (top + line) * width + x0, pixels, row);
           const Block block = block_of(to, group, b, row, pixels);
           if (direct && pixels == step) {
             kernels.quantize_pixels(block, channel, x0);

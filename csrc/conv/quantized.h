@@ -61,6 +61,8 @@ class Quantized {
   std::int64_t row(std::int64_t image, std::int64_t y, std::int64_t x) const {
     return image * grid_.image() + (grid_.pad_h + y) * grid_.line() + grid_.pad_w + x;
   }
+  // Of neighbouring pixels, from line to line and from image to image.
+  void rows_of(std::int64_t first_pixel, std::int64_t pixels, std::int64_t* row) const;
   void fill_borders() const;
 
  private:
@@ -80,8 +82,12 @@ struct Target {
 // One block of a group, of the pixels that have these rows.
 Block block_of(const Quantized& to, std::int64_t group, std::int64_t index, const std::int64_t* row, std::int64_t pixels);
 
-// Quantizes channels `from` to `to`, whole blocks of the target, of neighbouring pixels: the channels of a pixel lie side
-// by side from values[i * stride] on, where that of channel `from` is.
+// Quantizes channels `from` to `to`, whole blocks of the target, of the pixels that have these rows: the channels of a pixel lie
+// side by side from values[i * stride] on, where that of channel `from` is.
+void quantize_into(const Target&, const Kernels&, const float* values, std::int64_t stride, const std::int64_t* row,
+                   std::int64_t pixels, std::int64_t from, std::int64_t to);
+
+// The same of neighbouring pixels, of all images one after another.
 void quantize_into(const Target&, const Kernels&, const float* values, std::int64_t stride, std::int64_t first_pixel,
                    std::int64_t pixels, std::int64_t from, std::int64_t to);
 

@@ -29,7 +29,7 @@ static void sum(const Sums& t) {
         const std::int8_t* x = rows.mantissa + at * rows.row_bytes;
         for (int b = 0; b < rows.blocks; ++b) {
           const int octets = b + 1 < rows.blocks ? t.octets : t.last_octets;
-          std::int32_t s = rows.start[at * rows.blocks + b];
+          std::int32_t s = rows.ends[at * rows.blocks + b].start;
           for (int o = 0; o < octets; ++o, x += 8)
             if (t.wide) {
               for (int i = 0; i < 8; ++i) s += w[(i / 4) * 64 + i % 4] * x[i];
@@ -38,7 +38,7 @@ static void sum(const Sums& t) {
               for (int i = 0; i < 4; ++i) s += (w[i] & 15) * x[i] + (w[i] >> 4) * x[i + 4];
               w += 64;
             }
-          const float scale = rows.scale[at * rows.blocks + b];
+          const float scale = rows.ends[at * rows.blocks + b].scale;
           y = __builtin_fmaf(*kds, static_cast<float>(s) * scale, y);
           kds += kPair;
           if (shift) {

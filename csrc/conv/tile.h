@@ -18,13 +18,17 @@ enum class Sign : int { adaptive, extra, included };  // the order of ACTIVATION
 enum class Activation : int { none, relu, relu6, leaky_relu, hardswish, hardsigmoid, silu, sigmoid };
 inline constexpr int kActivations = static_cast<int>(Activation::sigmoid) + 1;
 
-// The quantized input: one row of mantissas for each pixel of the bordered image, and for each of its blocks 2^e, NaN where
-// the block is not finite, and the sum of the mantissas in the two forms in which it is needed. Weights are stored as
-// unsigned numbers of which `zero` stands for 0, so sums start at -zero times the sum of the mantissas.
+// What the sums over a block begin with and are multiplied by. Weights are stored as unsigned numbers of which `zero` stands
+// for 0, so sums start at -zero times the sum of the mantissas.
+struct Ends {
+  std::int32_t start;
+  float scale;                // 2^e, NaN where the block is not finite
+};
+
+// The quantized input: one row of mantissas for each pixel of the bordered image, and what belongs to each of its blocks.
 struct Rows {
   std::int8_t* mantissa;      // [rows][row_bytes]
-  float* scale;               // [rows][blocks]
-  std::int32_t* start;        // [rows][blocks], -zero * sum
+  Ends* ends;                 // [rows][blocks]
   float* shifted;             // [rows][blocks], 2^e * sum; null where there is no shift
   std::int64_t row_bytes;
   int blocks;

@@ -171,10 +171,10 @@ struct Group {
 template <int N, int P, bool Shift>
 static void scale_blocks(const Sums& t, const Group& g, int from, int to) {
   __m512 kds[N][P], shift[N][P];
-  const float* scale[N];
+  const Ends* ends[N];
   const float* shifted[N];
   for (int n = 0; n < N; ++n) {
-    scale[n] = t.rows.scale + g.block[n];
+    ends[n] = t.rows.ends + g.block[n];
     if constexpr (Shift) shifted[n] = t.rows.shifted + g.block[n];
     for (int p = 0; p < P; ++p) {
       kds[n][p] = _mm512_loadu_ps(g.kds + n * kPair + p * kPanel);
@@ -191,7 +191,7 @@ static void scale_blocks(const Sums& t, const Group& g, int from, int to) {
     __m512 y[P];
     for (int p = 0; p < P; ++p) y[p] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(output + p * kPanel);
     for (int n = 0; n < N; ++n) {
-      const __m512 e = _mm512_set1_ps(scale[n][at]);
+      const __m512 e = _mm512_set1_ps(ends[n][at].scale);
       for (int p = 0; p < P; ++p) {
         const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(s + n * kBlockSums + p * kPanel)), e);
         y[p] = _mm512_fmadd_ps(kds[n][p], term, y[p]);

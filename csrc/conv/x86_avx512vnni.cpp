@@ -18,12 +18,22 @@ static inline __m512i spread(const std::int8_t* from) {
   return _mm512_set1_epi32(four);
 }
 
-// A template, so that all sums stay in registers.
+// A template, so that all sums stay in registers. Loops are known to run once at least, and what a tap or a block changes is
+// one offset for all pixels: otherwise the compiler keeps many more values than there are registers.
 template <int M, int P, bool Wide, bool Shift>
 static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
   // Low tiles have few sums: two of each, so that one does not wait for the other.
   constexpr int kParts = M * P <= 4 ? 2 : 1;
   const Rows& rows = t.rows;
+  const std::int64_t row_bytes = rows.row_bytes, panel_bytes = t.panel_bytes, blocks = rows.blocks;
+  const std::int8_t* x[M];
+  const Ends* ends[M];
+  const float* shifted[M];
+  for (int m = 0; m < M; ++m) {
+    x[m] = rows.mantissa + pixel[m] * row_bytes;
+    ends[m] = rows.ends + pixel[m] * blocks;
+    if constexpr (Shift) shifted[m] = rows.shifted + pixel[m] * blocks;
+  }
   __m512 y[M][P];
   for (int m = 0; m < M; ++m)
     for (int p = 0; p < P; ++p) y[m][p] = _mm512_setzero_ps();
@@ -31,63 +41,59 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
   const float* kds = t.kds;
   const float* shift = t.kds_shift;
   const __m512i low = _mm512_set1_epi8(15);
-  for (int k = 0; k < t.taps; ++k) {
-    const std::int8_t* x[M];
-    std::int64_t block[M];
-    for (int m = 0; m < M; ++m) {
-      const std::int64_t at = pixel[m] + t.tap[k];
-      x[m] = rows.mantissa + at * rows.row_bytes;
-      block[m] = at * rows.blocks;
-    }
-    for (int b = 0; b < rows.blocks; ++b) {
+  const std::int64_t* tap = t.tap;
+  const std::int64_t* const no_tap = tap + t.taps;
+  do {
+    std::int64_t at = *tap * row_bytes, block = *tap * blocks;
+    const std::int64_t last = block + blocks - 1;
+    do {
       __m512i s[M][P][kParts];
       for (int m = 0; m < M; ++m)
         for (int p = 0; p < P; ++p) {
-          s[m][p][0] = _mm512_set1_epi32(rows.start[block[m] + b]);
+          s[m][p][0] = _mm512_set1_epi32(ends[m][block].start);
           if constexpr (kParts == 2) s[m][p][1] = _mm512_setzero_si512();
         }
-      const int octets = b + 1 < rows.blocks ? t.octets : t.last_octets;
-      for (int o = 0; o < octets; ++o) {
-        const auto add = [&](const __m512i (&weights)[P], int part, int four) {
+      const std::int64_t end = at + 8 * (block < last ? t.octets : t.last_octets);
+      do {
+        __m512i weights[P];
+        const auto add = [&](int part, int four) {
           for (int m = 0; m < M; ++m) {
-            const __m512i a = spread(x[m] + 8 * o + four);
+            const __m512i a = spread(x[m] + at + four);
             for (int p = 0; p < P; ++p) s[m][p][part] = _mm512_dpbusd_epi32(s[m][p][part], weights[p], a);
           }
         };
-        __m512i first[P], second[P];
         for (int p = 0; p < P; ++p) {
-          const std::uint8_t* row = w + p * t.panel_bytes;
+          const std::uint8_t* row = w + p * panel_bytes;
           // A low tile waits for its weights: ask for them before the processor would, across pages too.
           if constexpr (kParts == 2) _mm_prefetch(reinterpret_cast<const char*>(row) + kAhead, _MM_HINT_T0);
-          first[p] = _mm512_loadu_si512(row);
-          if constexpr (!Wide) {
-            second[p] = _mm512_and_si512(_mm512_srli_epi16(first[p], 4), low);
-            first[p] = _mm512_and_si512(first[p], low);
-          }
+          weights[p] = _mm512_loadu_si512(row);
+          if constexpr (!Wide) weights[p] = _mm512_and_si512(weights[p], low);
         }
-        add(first, 0, 0);
-        if constexpr (Wide)
-          for (int p = 0; p < P; ++p) second[p] = _mm512_loadu_si512(w + p * t.panel_bytes + 64);
-        add(second, kParts - 1, 4);
+        add(0, 0);
+        for (int p = 0; p < P; ++p) {
+          weights[p] = _mm512_loadu_si512(w + p * panel_bytes + (Wide ? 64 : 0));
+          if constexpr (!Wide) weights[p] = _mm512_and_si512(_mm512_srli_epi16(weights[p], 4), low);
+        }
+        add(kParts - 1, 4);
         w += Wide ? 128 : 64;
-      }
+        at += 8;
+      } while (at < end);
       for (int m = 0; m < M; ++m) {
-        x[m] += 8 * octets;
-        const float e = rows.scale[block[m] + b];
+        const __m512 e = _mm512_set1_ps(ends[m][block].scale);
         for (int p = 0; p < P; ++p) {
           if constexpr (kParts == 2) s[m][p][0] = _mm512_add_epi32(s[m][p][0], s[m][p][1]);
-          const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(s[m][p][0]), _mm512_set1_ps(e));
+          const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(s[m][p][0]), e);
           y[m][p] = _mm512_fmadd_ps(_mm512_loadu_ps(kds + p * kPanel), term, y[m][p]);
         }
         if constexpr (Shift) {
-          const __m512 term = _mm512_set1_ps(rows.shifted[block[m] + b]);
+          const __m512 term = _mm512_set1_ps(shifted[m][block]);
           for (int p = 0; p < P; ++p) y[m][p] = _mm512_fmadd_ps(_mm512_loadu_ps(shift + p * kPanel), term, y[m][p]);
         }
       }
       kds += kPair;
       if constexpr (Shift) shift += kPair;
-    }
-  }
+    } while (++block <= last);
+  } while (++tap != no_tap);
   for (int m = 0; m < M; ++m)
     for (int p = 0; p < P; ++p) _mm512_storeu_ps(output + m * kPair + p * kPanel, y[m][p]);
 }

@@ -135,9 +135,9 @@ std::vector<std::byte> rows_of(const Quantized& q) {
     all.insert(all.end(), static_cast<const std::byte*>(from), static_cast<const std::byte*>(from) + bytes);
   };
   add(r.mantissa, rows * r.row_bytes);
-  add(r.start, 4 * blocks);
   for (std::size_t i = 0; i < blocks; ++i) {  // a NaN is a NaN
-    const float both[2] = {r.scale[i], r.shifted ? r.shifted[i] : 0.0f};
+    add(&r.ends[i].start, 4);
+    const float both[2] = {r.ends[i].scale, r.shifted ? r.shifted[i] : 0.0f};
     for (const float v : both) std::isnan(v) ? add("NaN", 3) : add(&v, 4);
   }
   return all;

@@ -18,6 +18,7 @@ from dsconv.ops import cpu
 
 # Memory of this size stays in the caches; more images at a time would not.
 _CACHED_BYTES = 8 << 20
+_GAP = 16  # values, a line of cache
 _aten = torch.ops.aten
 # Of PyTorch's operators, those that treat every image as if it were alone, where they make a tensor of images.
 _BY_IMAGE = (
@@ -64,6 +65,7 @@ class Program:
         self._buffers: dict[Value | Quantized, Buffer] = {}
         self._ids: dict[Value | Quantized, int] = {}
         self._nchw = self._input_as_it_comes()
+        self._spread = self._find_spread()
         self._plan_memory()
         self._segments = self._build()
         # What steps of the extension make outside the memory: the network's outputs.
@@ -106,6 +108,28 @@ class Program:
     def _root(self, value: Value) -> Value:
         return value if value.home is None else value.home
 
+    def _pixel(self, root: Value) -> int:
+        """How many values after a pixel the next one begins."""
+        return root.size[0] + (_GAP if root in self._spread else 0)
+
+    def _find_spread(self) -> set[Value]:
+        """Tensors with a gap behind each pixel, without which pixels a power of two apart would share few places in a cache.
+
+        Only layers and maps can do with gaps: PyTorch sums in another order then.
+        """
+        able, unable = set[Value](), set[Value]()
+        for step in self.steps:
+            roots = {self._root(value) for value in step.float_values()}
+            (able if isinstance(step.does, Convolution | Map) else unable).update(roots)
+        return {
+            root
+            for root in able - unable
+            if root.size[0] % 256 == 0
+            and math.prod(root.size[1:]) > 1
+            and not root.outside
+            and root.node not in self._outputs
+        }
+
     def _plan_memory(self) -> None:
         end = len(self.steps)
         outputs = [node for node in self._outputs if isinstance(node, fx.Node)]
@@ -121,7 +145,8 @@ class Program:
             for value in step.float_values():
                 root = self._root(value)
                 if not root.outside:
-                    self._use(root, 4 * math.prod(root.size), index, end if root.node in outputs else until)
+                    height, width = root.size[1:]
+                    self._use(root, 4 * self._pixel(root) * height * width, index, end if root.node in outputs else until)
                 elif not isinstance(step.does, Call):
                     self._bases.setdefault(root, len(self._bases) + 1)
             for quantized in step.quantized_tensors():
@@ -144,7 +169,8 @@ class Program:
             mine, its = self._buffers.get(result), self._buffers.get(other)
             if mine is None or its is None or mine is its or its.last != index or mine.first != index:
                 continue
-            if result.size == other.size and result.home is None and other.home is None:
+            alike = result.size == other.size and self._pixel(result) == self._pixel(other)
+            if alike and result.home is None and other.home is None:
                 its.use(mine.last)
                 self._buffers[result] = its
 
@@ -212,7 +238,8 @@ class Program:
             base = self._bases.get(root, 0)
             offset = 0 if base else self._buffers[root].offset
             channels, height, width = root.size
-            strides = (channels * height * width, 1, width * channels, channels)
+            pixel = self._pixel(root)
+            strides = (pixel * height * width, 1, width * pixel, pixel)
             if value is self._input and self._nchw:
                 strides = (channels * height * width, height * width, width, 1)
             self._ids[value] = self._native.values(base, offset, value.first, value.size, strides)
