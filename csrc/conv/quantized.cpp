@@ -131,7 +131,11 @@ void quantize(const Quantized& to, const Kernels& kernels, const float* from, co
     const float* channel[kMaxBlock];
     const float* copy[kMaxBlock];
     for (std::int64_t i = 0; i < kMaxBlock; ++i) copy[i] = copied + i * kMaxLanes;
-    for (std::int64_t line = 0; line < runs; ++line)
+    struct User;
+    Scratch<User> scratch(run * sizeof(std::int64_t));
+    std::int64_t* const row = scratch.template take<std::int64_t>(run);
+    for (std::int64_t line = 0; line < runs; ++line) {
+      to.rows_of(pixel + (top + line) * width, run, row);
       for (std::int64_t b = 0; b < cut.blocks(); ++b) {
         const std::int64_t count = cut.size(b);
         for (std::int64_t c = 0; c < count; ++c) channel[c] = values + (b * cut.block_size + c) * s.channel + (top + line) * s.y;
@@ -139,9 +143,7 @@ void quantize(const Quantized& to, const Kernels& kernels, const float* from, co
           // The last pixels of a run are quantized with those before them once more, where there are enough.
           const std::int64_t x0 = direct && run >= step ? std::min(done, run - step) : done;
           const std::int64_t pixels = std::min(step, run - x0);
-          std::int64_t row[kMaxLanes];
-          to.rows_of(pixel + (top + line) * width + x0, pixels, row);
-          const Block block = block_of(to, group, b, row, pixels);
+          const Block block = block_of(to, group, b, row + x0, pixels);
           if (direct && pixels == step) {
             kernels.quantize_pixels(block, channel, x0);
             continue;
@@ -149,15 +151,17 @@ void quantize(const Quantized& to, const Kernels& kernels, const float* from, co
           for (std::int64_t c = 0; c < count; ++c) {
             float* into = copied + c * kMaxLanes;
             const float* values_of = channel[c] + x0 * s.x;
-            std::memset(into, 0, kMaxLanes * sizeof(float));
-            if (pixels == kMaxLanes && s.x == 2)
+            if (pixels == kMaxLanes && s.x == 2) {
               for (int i = 0; i < kMaxLanes; ++i) into[i] = values_of[2 * i];
-            else
+            } else {
               for (std::int64_t i = 0; i < pixels; ++i) into[i] = values_of[i * s.x];
+              std::fill(into + pixels, into + kMaxLanes, 0.0f);
+            }
           }
           kernels.quantize_pixels(block, copy, 0);
         }
       }
+    }
   });
 }
 
