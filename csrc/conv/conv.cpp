@@ -126,15 +126,19 @@ class Tasks {
     const Strides& add = o_.residual.strides;
     const int pixels = static_cast<int>(end - first);
     std::int64_t row[kMaxTask], place[kMaxTask], residual_place[kMaxTask];
-    const auto by_line = [&](std::int64_t* of_pixel, std::int64_t step, auto of_line) {
-      std::int64_t image = first / (g_.out_height * g_.out_width), y = first / g_.out_width % g_.out_height, x = first % g_.out_width;
+    // Where the pixels of a line lie `apart` one behind the other from of_line(image, y, x) on.
+    const auto by_line = [&](std::int64_t* of_pixel, std::int64_t apart, auto of_line) {
+      const std::int64_t width = g_.out_width, height = g_.out_height;
+      std::int64_t image = first / width / height, y = first / width % height, x = first % width;
       for (std::int64_t p = 0; p < pixels; ++y, x = 0) {  // a line, or what is left of it
-        if (y == g_.out_height) y = 0, ++image;
-        const std::int64_t stop = std::min(pixels + std::int64_t{0}, p + g_.out_width - x);
-        for (std::int64_t at = of_line(image, y, x); p < stop; ++p, at += step) of_pixel[p] = at;
+        if (y == height) y = 0, ++image;
+        const std::int64_t stop = std::min<std::int64_t>(pixels, p + width - x);
+        for (std::int64_t at = of_line(image, y, x); p < stop; ++p, at += apart) of_pixel[p] = at;
       }
     };
-    const auto in = [](const Strides& s) { return [&s](std::int64_t image, std::int64_t y, std::int64_t x) { return image * s.image + y * s.y + x * s.x; }; };
+    const auto in = [](const Strides& s) {
+      return [&s](std::int64_t image, std::int64_t y, std::int64_t x) { return image * s.image + y * s.y + x * s.x; };
+    };
     by_line(row, step, row_of);
     if (o_.values) by_line(place, to.x, in(to));
     if (o_.residual.values) by_line(residual_place, add.x, in(add));
@@ -152,14 +156,15 @@ class Tasks {
     t.pixels = pixels;
     // What is written far apart is quantized some pixels at a time, while it is still in the nearest cache.
     const int together = o_.values && !o_.targets.empty() ? kMaxLanes : pixels;
-    const std::int64_t pairs = (unit_ + kPair - 1) / kPair, kept = o_.values ? 0 : pixels * unit_, targets = o_.targets.size();
+    const std::int64_t summed = pixels * ((unit_ + kPair - 1) / kPair * kPair), kept = o_.values ? 0 : pixels * unit_;
+    const std::int64_t targets = o_.targets.size();
     struct User;
     using Mine = Scratch<User>;
     const std::int64_t needed = kernels_.workspace ? kernels_.workspace(t) : 0;
-    Mine scratch(Mine::template size<std::uint8_t>(needed) + Mine::template size<float>(pixels * pairs * kPair) +
+    Mine scratch(Mine::template size<std::uint8_t>(needed) + Mine::template size<float>(summed) +
                  Mine::template size<float>(kept) + Mine::template size<std::int64_t>(targets * pixels));
     t.workspace = scratch.template take<std::uint8_t>(needed);
-    float* const sums = scratch.template take<float>(pixels * pairs * kPair);
+    float* const sums = scratch.template take<float>(summed);
     float* const finished = scratch.template take<float>(kept);
     std::int64_t* const target_rows = scratch.template take<std::int64_t>(targets * pixels);
     if (!o_.values)

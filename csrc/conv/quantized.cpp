@@ -30,7 +30,8 @@ bool Format::operator==(const Format& other) const {
 
 std::int64_t Quantized::bytes(const Format& f, const Grid& grid) {
   const std::int64_t rows = f.groups * grid.rows();
-  return padded<std::int8_t>(rows * f.cut.row_octets() * 8 + kSlack) + padded<Ends>(rows * f.cut.blocks()) + (f.shift ? padded<float>(rows * f.cut.blocks()) : 0);
+  return padded<std::int8_t>(rows * f.cut.row_octets() * 8 + kSlack) + padded<Ends>(rows * f.cut.blocks()) +
+         (f.shift ? padded<float>(rows * f.cut.blocks()) : 0);
 }
 
 Quantized::Quantized(const Format& f, const Grid& grid, std::byte* memory) : format_(f), grid_(grid) {
@@ -75,6 +76,7 @@ void Quantized::fill_borders() const {
 }
 
 void Quantized::rows_of(std::int64_t first_pixel, std::int64_t pixels, std::int64_t* to) const {
+  if (!pixels) return;  // of an image without any, perhaps
   const std::int64_t of_image = grid_.height * grid_.width;
   std::int64_t image = first_pixel / of_image, y = first_pixel % of_image / grid_.width, x = first_pixel % grid_.width;
   for (std::int64_t p = 0; p < pixels; ++y, x = 0) {  // a line, or what is left of it
@@ -89,7 +91,8 @@ void quantize_into(const Target& target, const Kernels& kernels, const float* va
   const Cut& cut = target.quantized.format().cut;
   for (std::int64_t channel = target.first + from; channel < target.first + to;) {
     const std::int64_t group = channel / cut.depth, index = channel % cut.depth / cut.block_size;
-    kernels.quantize_channels(block_of(target.quantized, group, index, row, pixels), values + (channel - target.first - from), stride);
+    kernels.quantize_channels(block_of(target.quantized, group, index, row, pixels), values + (channel - target.first - from),
+                              stride);
     channel += cut.size(index);
   }
 }

@@ -169,6 +169,15 @@ def test_padding_of_every_mode_and_on_one_side(config: LayerConfig, mode: str, k
     assert_near(run(layer, x), run_simulated(layer, x))
 
 
+@pytest.mark.parametrize("size", [(4, 0), (0, 4)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_image_without_pixels_is_its_border(size: tuple[int, int], layout: torch.memory_format) -> None:
+    layer, x = conv(kernel_size=1, padding=1), torch.zeros(2, 40, *size).contiguous(memory_format=layout)
+    with torch.inference_mode():
+        y = layer(x)
+    assert layer.bias is not None and torch.equal(y, layer.bias[:, None, None].expand(2, 12, size[0] + 2, size[1] + 2))
+
+
 def test_an_image_without_a_batch_and_a_batch_of_none() -> None:
     layer, x = conv(), image()
     assert torch.equal(run(layer, x[0]), run(layer, x)[0])

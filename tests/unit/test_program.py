@@ -138,8 +138,29 @@ def test_growing_concatenations_are_one_piece_of_memory() -> None:
         lambda m, x: F.leaky_relu(F.relu(m.a(x)) - 0.1, 0.2),
     ],
 )
-def test_whatever_is_done_with_tensors_gives_the_same_bits(run: Callable[[Net, Tensor], Tensor]) -> None:
-    same_bits(compiled(Net(run, a=conv(3, 48), b=conv(96, 16, 1), c=conv(48, 48))))
+@pytest.mark.parametrize("channels", [48, 256])  # of 256, pixels have gaps between them where no step minds
+def test_whatever_is_done_with_tensors_gives_the_same_bits(run: Callable[[Net, Tensor], Tensor], channels: int) -> None:
+    same_bits(compiled(Net(run, a=conv(3, channels), b=conv(2 * channels, 16, 1), c=conv(channels, channels))))
+
+
+def test_steps_of_all_kinds_read_pixels_with_gaps_between_them() -> None:
+    def run(m: Net, x: Tensor) -> Tensor:
+        x = F.relu(m.stem(x))
+        y = F.relu(m.depthwise(x) + x)
+        y = F.hardswish(m.grouped(y)) * F.hardsigmoid(m.gate(y)) + x
+        return m.last(F.relu(m.norm(torch.cat([y, m.plain(x)], 1))))
+
+    net = Net(
+        run,
+        stem=conv(3, 256),
+        depthwise=conv(256, 256, groups=256),
+        grouped=conv(256, 256, groups=4),
+        gate=conv(256, 256, 1),
+        plain=conv(256, 256, 1),
+        norm=nn.BatchNorm2d(512),
+        last=conv(512, 16, 1, stride=2),
+    )
+    same_bits(compiled(net))
 
 
 @pytest.mark.parametrize("config", ["paper", "w4a4", "default", {"activation_bits": 3, "block_size": 32}])
@@ -269,7 +290,7 @@ def sums(m: Net, x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("channels", [64, 256])  # of 256, pixels have gaps between them but where PyTorch reads them
+@pytest.mark.parametrize("channels", [64, 256])
 def test_sums_are_in_the_order_of_the_layout_of_the_input(channels: int) -> None:
     fast = compiled(residual_net(channels))
     for layout in (torch.contiguous_format, torch.channels_last):

@@ -113,7 +113,7 @@ class Program:
         return root.size[0] + (_GAP if root in self._spread else 0)
 
     def _find_spread(self) -> set[Value]:
-        """Tensors with a gap behind each pixel, without which pixels a power of two apart would share few places in a cache.
+        """Tensors with a gap behind each pixel: a power of two apart, pixels would share few places in a cache.
 
         Only layers and maps can do with gaps: PyTorch sums in another order then.
         """
@@ -145,8 +145,8 @@ class Program:
             for value in step.float_values():
                 root = self._root(value)
                 if not root.outside:
-                    height, width = root.size[1:]
-                    self._use(root, 4 * self._pixel(root) * height * width, index, end if root.node in outputs else until)
+                    size = 4 * self._pixel(root) * math.prod(root.size[1:])
+                    self._use(root, size, index, end if root.node in outputs else until)
                 elif not isinstance(step.does, Call):
                     self._bases.setdefault(root, len(self._bases) + 1)
             for quantized in step.quantized_tensors():
