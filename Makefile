@@ -28,8 +28,8 @@ test: $(VENV)/dev.stamp  ## run all tests and examples, with coverage; or some: 
 	$(BIN)/pytest -n 2 --dist worksteal $(or $(ARGS),--cov)
 
 native: $(VENV)/dev.stamp  ## test the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/cmake -S . -B build/native -DDSCONV_NATIVE_TEST=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-		-DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all"
+	$(BIN)/cmake -S . -B build/native -DDSCONV_NATIVE_TEST=ON -DCMAKE_BUILD_TYPE=None \
+		-DCMAKE_CXX_FLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 	$(BIN)/cmake --build build/native --parallel 2
 	build/native/kernels_test 300
 
