@@ -126,15 +126,8 @@ class Tasks {
     const Strides& add = o_.residual.strides;
     const int pixels = static_cast<int>(end - first);
     std::int64_t row[kMaxTask], place[kMaxTask], residual_place[kMaxTask];
-    // Where the pixels of a line lie `apart` one behind the other from of_line(image, y, x) on.
-    const auto by_line = [&](std::int64_t* of_pixel, std::int64_t apart, auto of_line) {
-      const std::int64_t width = g_.out_width, height = g_.out_height;
-      std::int64_t image = first / width / height, y = first / width % height, x = first % width;
-      for (std::int64_t p = 0; p < pixels; ++y, x = 0) {  // a line, or what is left of it
-        if (y == height) y = 0, ++image;
-        const std::int64_t stop = std::min<std::int64_t>(pixels, p + width - x);
-        for (std::int64_t at = of_line(image, y, x); p < stop; ++p, at += apart) of_pixel[p] = at;
-      }
+    const auto by_line = [&](std::int64_t* to, std::int64_t apart, auto of_line) {
+      places_of(first, pixels, g_.out_height, g_.out_width, apart, of_line, to);
     };
     const auto in = [](const Strides& s) {
       return [&s](std::int64_t image, std::int64_t y, std::int64_t x) { return image * s.image + y * s.y + x * s.x; };

@@ -76,14 +76,8 @@ void Quantized::fill_borders() const {
 }
 
 void Quantized::rows_of(std::int64_t first_pixel, std::int64_t pixels, std::int64_t* to) const {
-  if (!pixels) return;  // of an image without any, perhaps
-  const std::int64_t of_image = grid_.height * grid_.width;
-  std::int64_t image = first_pixel / of_image, y = first_pixel % of_image / grid_.width, x = first_pixel % grid_.width;
-  for (std::int64_t p = 0; p < pixels; ++y, x = 0) {  // a line, or what is left of it
-    if (y == grid_.height) y = 0, ++image;
-    const std::int64_t stop = std::min(pixels, p + grid_.width - x);
-    for (std::int64_t at = row(image, y, x); p < stop; ++p) to[p] = at++;
-  }
+  const auto of_line = [this](std::int64_t image, std::int64_t y, std::int64_t x) { return row(image, y, x); };
+  places_of(first_pixel, pixels, grid_.height, grid_.width, 1, of_line, to);
 }
 
 void quantize_into(const Target& target, const Kernels& kernels, const float* values, std::int64_t stride,

@@ -1,6 +1,7 @@
 // A tensor of mantissas and exponents, as the sums read it.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -72,6 +73,20 @@ class Quantized {
   Grid grid_{};
   Rows rows_{};
 };
+
+// Where neighbouring pixels of images of this size lie, from line to line and from image to image: those of a line `apart` one
+// behind the other from of_line(image, y, x) on.
+template <class OfLine>
+void places_of(std::int64_t first, std::int64_t pixels, std::int64_t height, std::int64_t width, std::int64_t apart,
+               OfLine of_line, std::int64_t* to) {
+  if (!pixels) return;  // of an image without any, perhaps
+  std::int64_t image = first / width / height, y = first / width % height, x = first % width;
+  for (std::int64_t p = 0; p < pixels; ++y, x = 0) {  // a line, or what is left of it
+    if (y == height) y = 0, ++image;
+    const std::int64_t stop = std::min(pixels, p + width - x);
+    for (std::int64_t at = of_line(image, y, x); p < stop; ++p, at += apart) to[p] = at;
+  }
+}
 
 // The quantized tensors that channels of a tensor go to as well: its first channel is `first` there.
 struct Target {
