@@ -62,9 +62,10 @@ static void eight(const Sums& t, const std::int64_t* pixel, const std::uint8_t* 
       }
       for (int m = 0; m < M; ++m) {
         x[m] += 8 * octets;
-        const float e = rows.ends[block[m] + b].scale;
+        const float e = rows.ends[block[m] + b].end;
         for (int v = 0; v < 2; ++v) {
-          const float32x4_t term = vmulq_n_f32(vcvtq_f32_s32(s[m][v]), e);
+          const float32x4_t term = Wide ? vmulq_n_f32(vcvtq_f32_s32(s[m][v]), e)
+                                        : vsubq_f32(vreinterpretq_f32_s32(s[m][v]), vdupq_n_f32(e));
           y[m][v] = vfmaq_f32(y[m][v], vld1q_f32(kds + 4 * v), term);
           if constexpr (Shift) {
             const float32x4_t shifted = vdupq_n_f32(rows.shifted[block[m] + b]);

@@ -7,6 +7,7 @@
 
 #include "../parallel.h"
 #include "../scratch.h"
+#include "kernels.h"
 #include "lines.h"
 
 namespace dsconv {
@@ -137,11 +138,12 @@ class Tasks {
     if (o_.residual.values) by_line(residual_place, add.x, in(add));
     Sums t{};
     t.rows = rows;
+    const bool beyond = std::find(rows.beyond, rows.beyond + blocks, 1) != rows.beyond + blocks;
+    const auto sum = beyond ? scalar::kernels.sum : kernels_.sum;
     t.octets = static_cast<int>(g_.cut().octets());
     t.last_octets = static_cast<int>(g_.cut().last_octets());
     t.panel_bytes = panel;
     t.panels = 2;
-    t.wide = l_.wide;
     t.largest = l_.bits == 8 ? 128 : (1 << l_.bits) - 1;
     t.tap = tap_.data();
     t.taps = static_cast<int>(g_.taps());
@@ -174,7 +176,7 @@ class Tasks {
         t.kds = l_.kds + scales;
         t.kds_shift = l_.kds_shift ? l_.kds_shift + scales : nullptr;
         t.panels = stop - from > kPanel ? 2 : 1;
-        kernels_.sum(t);
+        sum(t);
       }
       for (int p = 0; p < pixels; p += together) {
         const int now = std::min(together, pixels - p);
@@ -240,6 +242,7 @@ void convolve_windows(const Geometry& g, const Layer& l, const Kernels& kernels,
     struct User;
     Scratch<User> scratch(Quantized::bytes(format, grid));
     const Quantized q(format, grid, scratch.template take<std::byte>(0));
+    q.begin(0, format.cut.depth);
     quantize_windows(g, q, kernels, input, group, image, top, count);
     const std::int64_t begin = (image * g.out_height + top) * g.out_width, end = begin + count * g.out_width;
     const auto row_of = [&](std::int64_t i, std::int64_t y, std::int64_t x) { return (i * g.out_height + y) * g.out_width + x - begin; };
@@ -304,8 +307,7 @@ void quantize_activation(const Geometry& g, const Layer& l, const Kernels& kerne
       const std::int64_t row = image * pixels + p;
       for (std::int64_t c = 0; c < depth; ++c) mantissa[(task * depth + c) * pixels + p] = r.mantissa[row * r.row_bytes + c];
       for (std::int64_t b = 0; b < blocks; ++b) {
-        std::uint32_t word;
-        std::memcpy(&word, &r.ends[row * blocks + b].scale, 4);
+        const std::uint32_t word = std::bit_cast<std::uint32_t>(scale_of(r.ends[row * blocks + b], r.wide));
         exponent[(task * blocks + b) * pixels + p] = static_cast<std::int8_t>(static_cast<int>(word >> 23 & 255) - 127);
       }
     }

@@ -1,6 +1,7 @@
 #include "conv.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <numeric>
 #include <vector>
@@ -12,12 +13,12 @@ namespace dsconv {
 double peak_rate(const Kernels& kernels, double seconds) {
   constexpr int kDepth = 512, kRows = 24;  // weights and mantissas fit the first cache, and there is one block
   std::vector<float> kds(kPair, 1.0f), output(kRows * kPair);
-  std::vector<Ends> ends(kRows, Ends{0, 1.0f});
+  std::vector<Ends> ends(kRows, Ends{kOneAndHalf, std::bit_cast<float>(kOneAndHalf)});
   std::vector<std::int64_t> pixel(kRows);
   std::iota(pixel.begin(), pixel.end(), 0);
   const std::int64_t tap = 0;
   Sums t{};
-  t.rows = {nullptr, ends.data(), nullptr, kDepth, 1, 8};
+  t.rows = {nullptr, ends.data(), nullptr, nullptr, kDepth, 1, false};
   t.octets = t.last_octets = kDepth / 8;
   t.panel_bytes = kDepth / 8 * 64;
   t.panels = 2;

@@ -31,6 +31,7 @@ bool Format::operator==(const Format& other) const {
 std::int64_t Quantized::bytes(const Format& f, const Grid& grid) {
   const std::int64_t rows = f.groups * grid.rows();
   return padded<std::int8_t>(rows * f.cut.row_octets() * 8 + kSlack) + padded<Ends>(rows * f.cut.blocks()) +
+         padded<std::uint8_t>(f.groups * f.cut.blocks()) +
          (f.shift ? padded<float>(rows * f.cut.blocks()) : 0);
 }
 
@@ -40,9 +41,10 @@ Quantized::Quantized(const Format& f, const Grid& grid, std::byte* memory) : for
   rows_.row_bytes = f.cut.row_octets() * 8;
   rows_.mantissa = reinterpret_cast<std::int8_t*>(take(padded<std::int8_t>(rows * rows_.row_bytes + kSlack)));
   rows_.ends = reinterpret_cast<Ends*>(take(padded<Ends>(rows * blocks)));
+  rows_.beyond = reinterpret_cast<std::uint8_t*>(take(padded<std::uint8_t>(f.groups * blocks)));
   rows_.shifted = f.shift ? reinterpret_cast<float*>(memory) : nullptr;
   rows_.blocks = static_cast<int>(blocks);
-  rows_.zero = f.wide ? 128 : 8;
+  rows_.wide = f.wide;
 }
 
 Rows Quantized::of_group(std::int64_t group) const {
@@ -50,14 +52,24 @@ Rows Quantized::of_group(std::int64_t group) const {
   const std::int64_t first = group * grid_.rows();
   r.mantissa += first * r.row_bytes;
   r.ends += first * r.blocks;
+  r.beyond += group * r.blocks;
   if (r.shifted) r.shifted += first * r.blocks;
   return r;
 }
 
 void Quantized::blank(const Rows& r, std::int64_t row, std::int64_t count) const {
   std::memset(r.mantissa + row * r.row_bytes, 0, count * r.row_bytes);
-  std::fill_n(r.ends + row * r.blocks, count * r.blocks, Ends{0, 1.0f});
+  const std::uint32_t end = r.wide ? kOne : kOneAndHalf, start = r.wide ? 0 : end;
+  std::fill_n(r.ends + row * r.blocks, count * r.blocks, Ends{static_cast<std::int32_t>(start), std::bit_cast<float>(end)});
   if (r.shifted) std::fill_n(r.shifted + row * r.blocks, count * r.blocks, 0.0f);
+}
+
+void Quantized::begin(std::int64_t first, std::int64_t channels) const {
+  const auto block = [this](std::int64_t channel) {
+    return channel / format_.cut.depth * rows_.blocks + channel % format_.cut.depth / format_.cut.block_size;
+  };
+  if (channels > 0) std::fill(rows_.beyond + block(first), rows_.beyond + block(first + channels - 1) + 1, 0);
+  if (first == 0) fill_borders();
 }
 
 void Quantized::fill_borders() const {
@@ -104,7 +116,7 @@ void quantize_into(const Target& target, const Kernels& kernels, const float* va
 void quantize(const Quantized& to, const Kernels& kernels, const float* from, const Strides& s) {
   const auto [images, height, width, pad_h, pad_w] = to.grid();
   const Cut& cut = to.format().cut;
-  to.fill_borders();
+  to.begin(0, to.format().groups * cut.depth);
   // Lines of some hundred pixels make a task.
   const std::int64_t lines = std::clamp<std::int64_t>(256 / std::max<std::int64_t>(1, width), 1, std::max<std::int64_t>(1, height));
   const std::int64_t parts = (height + lines - 1) / lines;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -64,9 +65,12 @@ class Quantized {
   }
   // Of neighbouring pixels, from line to line and from image to image.
   void rows_of(std::int64_t first_pixel, std::int64_t pixels, std::int64_t* row) const;
-  void fill_borders() const;
+  // To be called before channels are quantized, from the first of a block to the last of one. Where the first channel is among
+  // them, the border is filled.
+  void begin(std::int64_t first, std::int64_t channels) const;
 
  private:
+  void fill_borders() const;
   void blank(const Rows&, std::int64_t row, std::int64_t count) const;
 
   Format format_{};
@@ -86,6 +90,12 @@ void places_of(std::int64_t first, std::int64_t pixels, std::int64_t height, std
     const std::int64_t stop = std::min(pixels, p + width - x);
     for (std::int64_t at = of_line(image, y, x); p < stop; ++p, at += apart) to[p] = at;
   }
+}
+
+// 2^e of a block, NaN where it is not finite.
+inline float scale_of(const Ends& ends, bool wide) {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(ends.end);
+  return std::bit_cast<float>(wide || bits == kNaN ? bits : bits - (kOneAndHalf - kOne));
 }
 
 // The quantized tensors that channels of a tensor go to as well: its first channel is `first` there.

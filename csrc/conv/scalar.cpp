@@ -1,5 +1,8 @@
-// The reference that every other instruction set equals bit for bit.
+// The reference that every other instruction set equals bit for bit. It sums blocks of any exponent.
+#include <bit>
+
 #include "kernels.h"
+#include "quantized.h"
 
 namespace dsconv::scalar {
 
@@ -29,16 +32,17 @@ static void sum(const Sums& t) {
         const std::int8_t* x = rows.mantissa + at * rows.row_bytes;
         for (int b = 0; b < rows.blocks; ++b) {
           const int octets = b + 1 < rows.blocks ? t.octets : t.last_octets;
-          std::int32_t s = rows.ends[at * rows.blocks + b].start;
+          const Ends& ends = rows.ends[at * rows.blocks + b];
+          const float scale = scale_of(ends, rows.wide);
+          std::int32_t s = rows.wide ? ends.start : ends.start - std::bit_cast<std::int32_t>(ends.end);
           for (int o = 0; o < octets; ++o, x += 8)
-            if (t.wide) {
+            if (rows.wide) {
               for (int i = 0; i < 8; ++i) s += w[(i / 4) * 64 + i % 4] * x[i];
               w += 128;
             } else {
               for (int i = 0; i < 4; ++i) s += (w[i] & 15) * x[i] + (w[i] >> 4) * x[i + 4];
               w += 64;
             }
-          const float scale = rows.ends[at * rows.blocks + b].scale;
           y = __builtin_fmaf(*kds, static_cast<float>(s) * scale, y);
           kds += kPair;
           if (shift) {

@@ -18,21 +18,29 @@ enum class Sign : int { adaptive, extra, included };  // the order of ACTIVATION
 enum class Activation : int { none, relu, relu6, leaky_relu, hardswish, hardsigmoid, silu, sigmoid };
 inline constexpr int kActivations = static_cast<int>(Activation::sigmoid) + 1;
 
-// What the sums over a block begin with and are multiplied by. Weights are stored as unsigned numbers of which `zero` stands
-// for 0, so sums start at -zero times the sum of the mantissas.
+inline constexpr int kZero = 8, kWideZero = 128;  // what stands for 0 in weights, which are stored as unsigned numbers
+
+// What the sums over a block start at, and what then makes S * 2^e of them; a NaN where the block is not finite.
+// - Wide weights: sums start at -kWideZero times the sum of the mantissas. `end` is 2^e, a factor.
+// - Narrow weights, |S| < 2^22: `end` is 1.5 * 2^(23 + e), and sums start at its bits, less kZero times the sum of the mantissas.
+//   They come to the bits of the float end + S * 2^e. That less `end` is exact: no conversion is needed, and no product.
 struct Ends {
   std::int32_t start;
-  float scale;                // 2^e, NaN where the block is not finite
+  float end;
 };
+// Bits of `end` where e is 0, and of the NaN, which are those of no 1.5 * 2^(23 + e) even where that is too large for a float.
+inline constexpr std::uint32_t kOne = 0x3f800000, kOneAndHalf = 0x4b400000, kNaN = 0x7fffffff;
+inline constexpr int kLargestExponent = 104;  // beyond which it is
 
 // The quantized input: one row of mantissas for each pixel of the bordered image, and what belongs to each of its blocks.
 struct Rows {
   std::int8_t* mantissa;      // [rows][row_bytes]
   Ends* ends;                 // [rows][blocks]
+  std::uint8_t* beyond;       // [blocks], not 0 where weights are narrow and an exponent is beyond kLargestExponent
   float* shifted;             // [rows][blocks], 2^e * sum; null where there is no shift
   std::int64_t row_bytes;
   int blocks;
-  int zero;
+  bool wide;                  // the weights
 };
 
 // One block of some pixels, to be quantized into rows.
@@ -53,7 +61,6 @@ struct Sums {
   int octets, last_octets;    // groups of eight values in a block, and in the last one
   const std::uint8_t* weight;  // of the first panel: a nibble each in narrow weights, a byte in wide ones
   std::int64_t panel_bytes;    // from there to the second
-  bool wide;
   int panels;                 // 1 or 2
   int largest;                // magnitude of a mantissa
   const float* kds;           // [taps * blocks][kPair]

@@ -42,7 +42,7 @@ static std::int64_t workspace(const Sums& t) {
 // Weights to signed bytes: in each row of 64 bytes four values of 16 outputs.
 template <bool Wide>
 static void unpack(const Sums& t, const Depth& depth, std::int8_t* to) {
-  const __m512i low = _mm512_set1_epi8(15), zero = _mm512_set1_epi8(static_cast<char>(t.rows.zero));
+  const __m512i low = _mm512_set1_epi8(15), zero = _mm512_set1_epi8(static_cast<char>(Wide ? kWideZero : kZero));
   for (int p = 0; p < t.panels; ++p) {
     const std::uint8_t* w = t.weight + p * t.panel_bytes;
     for (int k = 0; k < t.taps; ++k)
@@ -168,7 +168,15 @@ struct Group {
   std::int32_t* sums;
 };
 
-template <int N, int P, bool Shift>
+// S * 2^e, of a tile's sums, which start at zero.
+template <bool Wide>
+static inline __m512 scaled(__m512i s, const Ends& ends) {
+  const __m512 end = _mm512_set1_ps(ends.end);
+  if constexpr (Wide) return _mm512_mul_ps(_mm512_cvtepi32_ps(s), end);
+  return _mm512_sub_ps(_mm512_castsi512_ps(_mm512_add_epi32(s, _mm512_castps_si512(end))), end);
+}
+
+template <int N, int P, bool Wide, bool Shift>
 static void scale_blocks(const Sums& t, const Group& g, int from, int to) {
   __m512 kds[N][P], shift[N][P];
   const Ends* ends[N];
@@ -191,9 +199,8 @@ static void scale_blocks(const Sums& t, const Group& g, int from, int to) {
     __m512 y[P];
     for (int p = 0; p < P; ++p) y[p] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(output + p * kPanel);
     for (int n = 0; n < N; ++n) {
-      const __m512 e = _mm512_set1_ps(ends[n][at].scale);
       for (int p = 0; p < P; ++p) {
-        const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(s + n * kBlockSums + p * kPanel)), e);
+        const __m512 term = scaled<Wide>(_mm512_load_si512(s + n * kBlockSums + p * kPanel), ends[n][at]);
         y[p] = _mm512_fmadd_ps(kds[n][p], term, y[p]);
       }
       if constexpr (Shift) {
@@ -205,23 +212,23 @@ static void scale_blocks(const Sums& t, const Group& g, int from, int to) {
   }
 }
 
-template <int P, bool Shift>
+template <int P, bool Wide, bool Shift>
 static inline void scale_group(const Sums& t, const Group& g, int from, int to) {
   static_assert(kGroup == 3);
   if (from == to) return;
   if (g.blocks == 3)
-    scale_blocks<3, P, Shift>(t, g, from, to);
+    scale_blocks<3, P, Wide, Shift>(t, g, from, to);
   else
-    g.blocks == 2 ? scale_blocks<2, P, Shift>(t, g, from, to) : scale_blocks<1, P, Shift>(t, g, from, to);
+    g.blocks == 2 ? scale_blocks<2, P, Wide, Shift>(t, g, from, to) : scale_blocks<1, P, Wide, Shift>(t, g, from, to);
 }
 
 // Returns how many pixels are done.
-template <int P, bool Shift>
+template <int P, bool Wide, bool Shift>
 static int tiles(const Sums& t) {
   const Depth depth(t);
   std::int8_t* const copies = reinterpret_cast<std::int8_t*>(t.workspace + kSumsBytes);
   std::int8_t* const weight = copies + 2 * kTileBytes;
-  t.wide ? unpack<true>(t, depth, weight) : unpack<false>(t, depth, weight);
+  unpack<Wide>(t, depth, weight);
 
   Pixels pixels[2];
   for (int i = 0; i < 2; ++i) pixels[i].copy = copies + i * kTileBytes;
@@ -256,7 +263,7 @@ static int tiles(const Sums& t) {
         g.block[n] = t.tap[k] * t.rows.blocks + b;
         multiply<P>(pixels, at, w, depth, steps);
         const int part = last.pixels * (n + 1) / g.blocks;
-        scale_group<P, Shift>(t, last, scaled, part);
+        scale_group<P, Wide, Shift>(t, last, scaled, part);
         scaled = part;
         store_sums<P>(pixels, g.sums + n * kBlockSums);
         w += steps * depth.octets * kOctetBytes;
@@ -271,19 +278,24 @@ static int tiles(const Sums& t) {
     m += pixels[0].count + pixels[1].count;
   }
   TILE_RELEASE();  // others may use tiles on this thread
-  scale_group<P, Shift>(t, groups[now ^ 1], 0, groups[now ^ 1].pixels);
+  scale_group<P, Wide, Shift>(t, groups[now ^ 1], 0, groups[now ^ 1].pixels);
   return m;
 }
 
-template <bool Shift>
+template <bool Wide, bool Shift>
 static int panels(const Sums& t) {
-  return t.panels == 2 ? tiles<2, Shift>(t) : tiles<1, Shift>(t);
+  return t.panels == 2 ? tiles<2, Wide, Shift>(t) : tiles<1, Wide, Shift>(t);
+}
+
+template <bool Wide>
+static int tiles(const Sums& t) {
+  return t.kds_shift ? panels<Wide, true>(t) : panels<Wide, false>(t);
 }
 
 static void sum(const Sums& t) {
   Sums rest = t;
   if (t.pixels >= kFewest) {
-    const int done = t.kds_shift ? panels<true>(t) : panels<false>(t);
+    const int done = t.rows.wide ? tiles<true>(t) : tiles<false>(t);
     rest.pixel += done;
     rest.output += done * kPair;
     rest.pixels -= done;

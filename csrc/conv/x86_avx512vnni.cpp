@@ -79,10 +79,11 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
         at += 8;
       } while (at < end);
       for (int m = 0; m < M; ++m) {
-        const __m512 e = _mm512_set1_ps(ends[m][block].scale);
+        const __m512 e = _mm512_set1_ps(ends[m][block].end);
         for (int p = 0; p < P; ++p) {
           if constexpr (kParts == 2) s[m][p][0] = _mm512_add_epi32(s[m][p][0], s[m][p][1]);
-          const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(s[m][p][0]), e);
+          const __m512 term = Wide ? _mm512_mul_ps(_mm512_cvtepi32_ps(s[m][p][0]), e)
+                                   : _mm512_sub_ps(_mm512_castsi512_ps(s[m][p][0]), e);
           y[m][p] = _mm512_fmadd_ps(_mm512_loadu_ps(kds + p * kPanel), term, y[m][p]);
         }
         if constexpr (Shift) {

@@ -19,12 +19,6 @@ void require(bool holds, const char* what) {
 
 bool is_size(std::int64_t n) { return n > 0 && n < (std::int64_t{1} << 31); }
 
-// The borders of what is written a part at a time.
-void fill_borders(const std::vector<Target>& targets) {
-  for (const Target& target : targets)
-    if (target.first == 0) target.quantized.fill_borders();
-}
-
 // To (images, channels, pixels), from pixels and images that are so many values apart.
 void to_lines(const float* from, std::int64_t image_stride, std::int64_t pixel_stride, std::int64_t images,
               std::int64_t channels, std::int64_t pixels, float* to) {
@@ -97,10 +91,13 @@ Quantized Program::quantized(const Run& run, int id) const {
   return {t.format, grid, reinterpret_cast<std::byte*>(run.bases[0] + t.offset * run.images)};
 }
 
-std::vector<Target> Program::targets(const Run& run, const Use& use) const {
+// Of so many channels, which may be quantized now.
+std::vector<Target> Program::targets(const Run& run, const Use& use, std::int64_t channels) const {
   std::vector<Target> all;
-  for (const auto& [id, first] : use.targets) all.push_back({quantized(run, id), first});
-  fill_borders(all);
+  for (const auto& [id, first] : use.targets) {
+    all.push_back({quantized(run, id), first});
+    all.back().quantized.begin(first, channels);
+  }
   return all;
 }
 
@@ -145,7 +142,7 @@ void Program::convolve(const Geometry& one, const Layer& layer, int from, int in
   steps_.push_back([=, this](const Run& run) {
     Geometry now = g;
     now.images = run.images;
-    const std::vector<Target> into = targets(run, use);
+    const std::vector<Target> into = targets(run, use, g.outputs);
     Layer l = layer;
     l.activation = use.activation, l.slope = use.slope;
     const Input output = input(run, use.values);
@@ -179,7 +176,7 @@ void Program::map(int from, const float* scale, const float* shift, bool once, i
     return;
   }
   steps_.push_back([=, this](const Run& run) {
-    const std::vector<Target> into = targets(run, use);
+    const std::vector<Target> into = targets(run, use, v.channels);
     const float* values = address(run, v);
     const Input other = input(run, use.residual), output = input(run, use.values), gate = input(run, gate_id);
     // What has a gate for each image is cut where an image ends.
@@ -218,7 +215,7 @@ void Program::pool(int from, const Window& w, std::int64_t out_height, std::int6
   // Windows that overlap share the maxima over the lines that they cover.
   const bool by_line = !w.average && w.kernel_h > 1 && w.kernel_w > w.stride_w && v.strides.x == v.channels;
   steps_.push_back([=, this](const Run& run) {
-    const std::vector<Target> into = targets(run, use);
+    const std::vector<Target> into = targets(run, use, v.channels);
     const Input output = input(run, use.values);
     parallel(run.images * out_height, [&](std::int64_t line) {
       const std::int64_t image = line / out_height, y = line % out_height;

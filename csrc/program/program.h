@@ -84,7 +84,7 @@ class Program {
   float* address(const Run&, const Values&) const;
   Input input(const Run&, int id) const;
   Quantized quantized(const Run&, int id) const;
-  std::vector<Target> targets(const Run&, const Use&) const;
+  std::vector<Target> targets(const Run&, const Use&, std::int64_t channels) const;
   void check(const Use&, std::int64_t channels, std::int64_t height, std::int64_t width, bool whole) const;
 
   const Kernels& kernels_;

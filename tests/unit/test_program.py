@@ -183,6 +183,23 @@ def test_layers_of_all_kinds_read_what_others_write(config: str, groups: int, st
     same_bits(compiled(net, config))
 
 
+def test_exponents_beyond_those_of_narrow_weights_give_the_same_bits_and_are_forgotten() -> None:
+    def run(m: Net, x: Tensor) -> Tensor:
+        large, small = m.large(x), m.small(x)  # computed in this order, concatenated in the other
+        return m.last(torch.cat([small, large], 1))
+
+    net = Net(run, large=conv(3, 64), small=conv(3, 64), last=conv(128, 20))
+    for layer in (net.small, net.last):
+        layer.weight.data.mul_(1e-3)
+    fast = compiled(net)
+    for magnitude in (1e33, 1.0, 1e35, 1e30):
+        x = torch.randn(2, 3, 9, 9) * magnitude
+        with torch.inference_mode():
+            expected, found = fast.model(x), fast(x)
+        assert expected.isfinite().all() and expected.abs().max() > magnitude * 1e-5
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("ceil_mode", [False, True])
 @pytest.mark.parametrize("average", [False, True])
 @settings(max_examples=12)  # each captures a network
