@@ -8,8 +8,9 @@ namespace dsconv::avx512vnni {
 
 static constexpr int kAhead = 2048;  // bytes
 
+constexpr int kSums = 12;       // and as many of floats, in the 32 registers
 template <int P>
-constexpr int kHeight = 12 / P;  // 12 integer and 12 float sums in the 32 registers
+constexpr int kHeight = kSums / P;
 
 // Four bytes to all lanes, straight from memory.
 static inline __m512i spread(const std::int8_t* from) {
@@ -19,7 +20,8 @@ static inline __m512i spread(const std::int8_t* from) {
 }
 
 // A template, so that all sums stay in registers. Loops are known to run once at least, and what a tap or a block changes is
-// one offset for all pixels: otherwise the compiler keeps many more values than there are registers.
+// one offset for all pixels: otherwise the compiler keeps many more values than there are registers. Full tiles take octets
+// in fours, since every turn of a loop copies the sums.
 template <int M, int P, bool Wide, bool Shift>
 static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
   // Low tiles have few sums: two of each, so that one does not wait for the other.
@@ -53,8 +55,7 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
           s[m][p][0] = _mm512_set1_epi32(ends[m][block].start);
           if constexpr (kParts == 2) s[m][p][1] = _mm512_setzero_si512();
         }
-      const std::int64_t end = at + 8 * (block < last ? t.octets : t.last_octets);
-      do {
+      const auto octet = [&]() __attribute__((always_inline)) {
         __m512i weights[P];
         const auto add = [&](int part, int four) {
           for (int m = 0; m < M; ++m) {
@@ -77,7 +78,15 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
         add(kParts - 1, 4);
         w += Wide ? 128 : 64;
         at += 8;
-      } while (at < end);
+      };
+      int left = block < last ? t.octets : t.last_octets;
+      if constexpr (M * P == kSums) {
+        for (; left >= 4; left -= 4) octet(), octet(), octet(), octet();
+        for (; left > 0; --left) octet();
+      } else {
+        do octet();
+        while (--left > 0);
+      }
       for (int m = 0; m < M; ++m) {
         const __m512 e = _mm512_set1_ps(ends[m][block].end);
         for (int p = 0; p < P; ++p) {
