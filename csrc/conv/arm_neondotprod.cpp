@@ -7,10 +7,11 @@ namespace dsconv::neondotprod {
 #define DSCONV_LANES 4
 #include "lanes.inc"
 
-static inline void store_bytes(std::int8_t* to, Int v) {
-  const int16x4_t words = vmovn_s32(reinterpret_cast<int32x4_t>(v));
-  const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
-  __builtin_memcpy(to, &bytes, 4);
+static inline Int narrowed(Int a, Int b, Int c, Int d) {
+  const auto words = [](Int a, Int b) {
+    return vcombine_s16(vqmovn_s32(reinterpret_cast<int32x4_t>(a)), vqmovn_s32(reinterpret_cast<int32x4_t>(b)));
+  };
+  return reinterpret_cast<Int>(vcombine_s8(vqmovn_s16(words(a, b)), vqmovn_s16(words(c, d))));
 }
 static inline Float fused(Float a, Float b, Float c) {
   return reinterpret_cast<Float>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),

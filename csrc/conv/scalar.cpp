@@ -1,4 +1,5 @@
 // The reference that every other instruction set equals bit for bit. It sums blocks of any exponent.
+#include <algorithm>
 #include <bit>
 
 #include "kernels.h"
@@ -9,8 +10,11 @@ namespace dsconv::scalar {
 #define DSCONV_LANES 4
 #include "lanes.inc"
 
-static void store_bytes(std::int8_t* to, Int v) {
-  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<std::int8_t>(v[i]);
+static Int narrowed(Int a, Int b, Int c, Int d) {
+  const Int from[] = {a, b, c, d};
+  Bytes to;
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<std::int8_t>(std::clamp(from[i / 4][i % 4], -128, 127));
+  return reinterpret_cast<Int>(to);
 }
 static Float fused(Float a, Float b, Float c) {
   for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
