@@ -210,19 +210,17 @@ void quantize_windows(const Geometry& g, const Quantized& to, const Kernels& ker
   const std::int64_t channels = g.channels / g.groups;
   struct User;
   using Mine = Scratch<User>;
-  Mine scratch(Mine::size<const float*>(cut.depth) + Lines::bytes(g, channels, count));
+  Mine scratch(Mine::size<const float*>(cut.depth) + Mine::size<std::int64_t>(count * g.out_width) + Lines::bytes(g, channels, count));
   const float** const channel = scratch.take<const float*>(cut.depth);
+  std::int64_t* const row = scratch.take<std::int64_t>(count * g.out_width);
+  std::iota(row, row + count * g.out_width, 0);
   Lines lines(g, channels, count, scratch.take<float>(0));
   lines.read(input.values + image * input.strides.image + group * channels * input.strides.channel, input.strides, top);
   for (std::int64_t c = 0; c < cut.depth; ++c) channel[c] = lines.at(c);
   for (std::int64_t y = 0; y < count; ++y)
     for (std::int64_t b = 0; b < cut.blocks(); ++b)
-      for (std::int64_t x = 0; x < g.out_width; x += kernels.lanes) {
-        const std::int64_t pixels = std::min<std::int64_t>(kernels.lanes, g.out_width - x);
-        std::int64_t row[kMaxLanes];
-        std::iota(row, row + pixels, y * g.out_width + x);
-        kernels.quantize_pixels(block_of(to, 0, b, row, pixels), channel + b * cut.block_size, y * lines.next_line() + x);
-      }
+      kernels.quantize_pixels(block_of(to, 0, b, row + y * g.out_width, g.out_width), channel + b * cut.block_size,
+                              y * lines.next_line());
 }
 
 // A task quantizes what it reads, and sums over it while that is in cache.

@@ -117,59 +117,48 @@ void quantize(const Quantized& to, const Kernels& kernels, const float* from, co
   const auto [images, height, width, pad_h, pad_w] = to.grid();
   const Cut& cut = to.format().cut;
   to.begin(0, to.format().groups * cut.depth);
-  // Lines of some hundred pixels make a task.
-  const std::int64_t lines = std::clamp<std::int64_t>(256 / std::max<std::int64_t>(1, width), 1, std::max<std::int64_t>(1, height));
-  const std::int64_t parts = (height + lines - 1) / lines;
-  parallel(to.format().groups * images * parts, [&](std::int64_t task) {
-    const std::int64_t part = task % parts, image = task / parts % images, group = task / parts / images;
-    const std::int64_t top = part * lines, bottom = std::min(height, top + lines);
-    const float* values = from + image * s.image + group * cut.depth * s.channel;
-    const std::int64_t pixel = image * height * width;
+  // A task is some hundred pixels: lines, or a part of one. Those that do not lie side by side are copied first, fewer at a time.
+  const bool dense = s.channel == 1 || (s.x == 1 && s.y == width);
+  const std::int64_t most = dense ? 256 : 128, columns = std::clamp<std::int64_t>(width, 1, most);
+  const std::int64_t lines = width > most ? 1 : std::clamp<std::int64_t>(most / columns, 1, std::max<std::int64_t>(1, height));
+  const std::int64_t across = (width + columns - 1) / columns, down = (height + lines - 1) / lines;
+  parallel(to.format().groups * images * down * across, [&](std::int64_t task) {
+    const std::int64_t left = task % across * columns, top = task / across % down * lines;
+    const std::int64_t image = task / across / down % images, group = task / across / down / images;
+    const std::int64_t wide = std::min(width - left, columns), count = std::min(height - top, lines);
+    const float* values = from + image * s.image + group * cut.depth * s.channel + top * s.y + left * s.x;
+    const std::int64_t first = (image * height + top) * width + left, pixels = count * wide;
     if (s.channel == 1) {
-      const bool one_run = s.y == width * s.x;
-      const std::int64_t run = one_run ? bottom - top : 1;
-      for (std::int64_t y = top; y < bottom; y += run)
-        quantize_into({to, group * cut.depth}, kernels, values + y * s.y, s.x, pixel + y * width, run * width, 0, cut.depth);
+      const std::int64_t run = s.y == wide * s.x ? count : 1;
+      for (std::int64_t y = 0; y < count; y += run)
+        quantize_into({to, group * cut.depth}, kernels, values + y * s.y, s.x, first + y * width, run * wide, 0, cut.depth);
       return;
     }
-    const bool direct = s.x == 1;                   // neighbouring pixels lie side by side
-    const bool one_run = direct && s.y == width;    // over the ends of lines
-    const std::int64_t run = one_run ? (bottom - top) * width : width, runs = one_run ? 1 : bottom - top;
-    const std::int64_t step = kernels.lanes;
-    alignas(64) float copied[kMaxBlock * kMaxLanes];
-    const float* channel[kMaxBlock];
-    const float* copy[kMaxBlock];
-    for (std::int64_t i = 0; i < kMaxBlock; ++i) copy[i] = copied + i * kMaxLanes;
+    const bool copy = !dense || pixels < kernels.lanes;
+    const std::int64_t room = (pixels + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
     struct User;
-    Scratch<User> scratch(run * sizeof(std::int64_t));
-    std::int64_t* const row = scratch.template take<std::int64_t>(run);
-    for (std::int64_t line = 0; line < runs; ++line) {
-      to.rows_of(pixel + (top + line) * width, run, row);
-      for (std::int64_t b = 0; b < cut.blocks(); ++b) {
-        const std::int64_t count = cut.size(b);
-        for (std::int64_t c = 0; c < count; ++c) channel[c] = values + (b * cut.block_size + c) * s.channel + (top + line) * s.y;
-        for (std::int64_t done = 0; done < run; done += step) {
-          // The last pixels of a run are quantized with those before them once more, where there are enough.
-          const std::int64_t x0 = direct && run >= step ? std::min(done, run - step) : done;
-          const std::int64_t pixels = std::min(step, run - x0);
-          const Block block = block_of(to, group, b, row + x0, pixels);
-          if (direct && pixels == step) {
-            kernels.quantize_pixels(block, channel, x0);
-            continue;
-          }
-          for (std::int64_t c = 0; c < count; ++c) {
-            float* into = copied + c * kMaxLanes;
-            const float* values_of = channel[c] + x0 * s.x;
-            if (pixels == kMaxLanes && s.x == 2) {
-              for (int i = 0; i < kMaxLanes; ++i) into[i] = values_of[2 * i];
-            } else {
-              for (std::int64_t i = 0; i < pixels; ++i) into[i] = values_of[i * s.x];
-              std::fill(into + pixels, into + kMaxLanes, 0.0f);
-            }
-          }
-          kernels.quantize_pixels(block, copy, 0);
+    using Mine = Scratch<User>;
+    Mine scratch(Mine::template size<std::int64_t>(pixels) + Mine::template size<float>(copy ? cut.block_size * room : 0));
+    std::int64_t* const row = scratch.template take<std::int64_t>(pixels);
+    float* const copied = scratch.template take<float>(0);
+    to.rows_of(first, pixels, row);
+    for (std::int64_t b = 0; b < cut.blocks(); ++b) {
+      const float* channel[kMaxBlock];
+      for (std::int64_t c = 0; c < cut.size(b); ++c) {
+        const float* const line = values + (b * cut.block_size + c) * s.channel;
+        channel[c] = copy ? copied + c * room : line;
+        if (!copy) continue;
+        for (std::int64_t y = 0; y < count; ++y) {
+          const float* const from = line + y * s.y;
+          float* const into = copied + c * room + y * wide;
+          if (s.x == 2)
+            for (std::int64_t x = 0; x < wide; ++x) into[x] = from[2 * x];
+          else
+            for (std::int64_t x = 0; x < wide; ++x) into[x] = from[x * s.x];
         }
+        std::fill(copied + c * room + pixels, copied + (c + 1) * room, 0.0f);
       }
+      kernels.quantize_pixels(block_of(to, group, b, row, pixels), channel, 0);
     }
   });
 }

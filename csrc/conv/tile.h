@@ -167,11 +167,11 @@ struct DepthwiseLine {
 
 struct Kernels {
   const char* isa;
-  int lanes;                                       // pixels that quantize_pixels takes
+  int lanes;                                       // pixels that quantize_pixels takes together
   int tile;                                        // pixels that sum takes together
   int task;                                        // pixels that sum is best given at once, a multiple of that
   std::int64_t (*workspace)(const Sums&);          // or null: none is needed
-  // Neighbouring pixels lie side by side: channel c of pixel i at channel[c][at + i].
+  // Neighbouring pixels lie side by side: channel c of pixel i at channel[c][at + i]. As many as `lanes` can be read.
   void (*quantize_pixels)(const Block&, const float* const* channel, std::int64_t at);
   // The channels of a pixel lie side by side: channel c of pixel i at values[i * stride + c].
   void (*quantize_channels)(const Block&, const float* values, std::int64_t stride);
