@@ -89,6 +89,14 @@ Format format(std::int64_t depth, std::int64_t block_size, std::int64_t groups, 
   return {{depth, block_size}, groups, checked_bits(bits), one_of<Sign>("sign", sign, 3), is_wide(weight_bits), shift};
 }
 
+// A convolution of given sizes and layouts, of whichever tensors.
+struct Convolution {
+  const Kernels& kernels;
+  Geometry geometry;
+  Strides from, to;
+  Layer layer;  // but for its weights
+};
+
 // (float tensor, residual, [(quantized tensor, first channel)], activation, slope): dsconv/compilation/program.py.
 using Uses = std::tuple<int, int, std::vector<std::pair<int, std::int64_t>>, int, float>;
 Use use(const Uses& u) {
@@ -136,21 +144,6 @@ NB_MODULE(_C, m) {
   m.def("pack_kds", [](const Sizes& sizes, Address kds, Address packed) {
     pack_kds(geometry(sizes), at<const float>(kds), at<float>(packed));
   });
-  m.def("convolve", [](std::string_view isa, const Sizes& sizes, Address input,
-                       const std::array<std::int64_t, 4>& input_strides, Address weight, Address kds, Address kds_shift,
-                       Address bias, Address gain, Address offset, Address residual, Address output,
-                       const std::array<std::int64_t, 4>& output_strides, int weight_bits, int activation_bits, int sign,
-                       int activation, float slope) {
-    const Geometry g = geometry(sizes);
-    const Kernels& kernels = kernels_of(isa);
-    const Layer layer{at<const std::uint8_t>(weight), at<const float>(kds), at<const float>(kds_shift),
-                      terms(bias, gain, offset), is_wide(weight_bits), checked_bits(activation_bits),
-                      one_of<Sign>("sign", sign, 3), one_of<Activation>("activation", activation, kActivations), slope};
-    const Strides to = strides(output_strides);
-    const Output out{at<float>(output), to, {at<const float>(residual), to}, {}};
-    nb::gil_scoped_release released;
-    convolve(g, layer, kernels, {at<const float>(input), strides(input_strides)}, out);
-  });
   m.def("quantize_activation", [](std::string_view isa, const Sizes& sizes, Address input,
                                   const std::array<std::int64_t, 4>& input_strides, int bits, int sign,
                                   Address mantissa, Address exponent) {
@@ -163,6 +156,27 @@ NB_MODULE(_C, m) {
     nb::gil_scoped_release released;
     quantize_activation(g, layer, kernels, {at<const float>(input), strides(input_strides)}, at<std::int8_t>(mantissa), at<std::int8_t>(exponent));
   });
+
+  nb::class_<Convolution>(m, "Convolution")
+      .def("__init__",
+           [](Convolution* self, std::string_view isa, const Sizes& sizes, const std::array<std::int64_t, 4>& input_strides,
+              const std::array<std::int64_t, 4>& output_strides, int weight_bits, int activation_bits, int sign, int activation,
+              float slope) {
+             Layer layer{};
+             layer.wide = is_wide(weight_bits), layer.bits = checked_bits(activation_bits);
+             layer.sign = one_of<Sign>("sign", sign, 3);
+             layer.activation = one_of<Activation>("activation", activation, kActivations), layer.slope = slope;
+             new (self) Convolution{kernels_of(isa), geometry(sizes), strides(input_strides), strides(output_strides), layer};
+           })
+      .def("__call__", [](const Convolution& self, Address input, Address weight, Address kds, Address kds_shift, Address bias,
+                          Address gain, Address offset, Address residual, Address output) {
+        Layer layer = self.layer;
+        layer.weight = at<const std::uint8_t>(weight), layer.kds = at<const float>(kds);
+        layer.kds_shift = at<const float>(kds_shift), layer.terms = terms(bias, gain, offset);
+        const Output out{at<float>(output), self.to, {at<const float>(residual), self.to}, {}};
+        nb::gil_scoped_release released;
+        convolve(self.geometry, layer, self.kernels, {at<const float>(input), self.from}, out);
+      });
 
   nb::class_<Program>(m, "Program", "A network as a list of steps over tensors that lie in one piece of memory.")
       .def("__init__", [](Program* self, std::string_view isa) { new (self) Program(kernels_of(isa)); })

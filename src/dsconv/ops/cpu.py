@@ -9,7 +9,7 @@ write into memory that is there. ``dsconv::quantize_activation`` returns what
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -223,19 +223,17 @@ _library.define(
 )
 
 
-def _check_input(name: str, x: Tensor, dims: int, sign: str) -> None:
-    if extension() is None:
-        raise RuntimeError(f"dsconv::{name}: the extension dsconv._C is not built")
-    if sign not in ACTIVATION_SIGNS:
-        raise ValueError(f"dsconv::{name}: sign: expected one of {', '.join(ACTIVATION_SIGNS)}, got {sign!r}")
+def _check_input(name: str, x: Tensor, dims: int) -> None:
     if x.dtype != torch.float32 or x.dim() != dims:
         raise ValueError(f"dsconv::{name}: expected float32 x of {dims} dimensions, got {x.dtype} {tuple(x.shape)}")
 
 
 class _Plan(NamedTuple):
-    """The sizes of a call in the order of csrc/bindings.cpp, and what the weights have to be for them."""
+    """The sizes of a call in the order of csrc/bindings.cpp, and what its output and the weights have to be."""
 
     sizes: tuple[int, ...]
+    output: tuple[int, ...]
+    """Height and width."""
     expected: tuple[tuple[str, torch.dtype, tuple[int]], ...]
 
 
@@ -261,38 +259,31 @@ def _plan(
             f"kernel {kernel} with dilation {dilation} (stride {stride})"
         )
     module = extension()
-    assert module is not None
+    if module is None:
+        raise RuntimeError("dsconv::conv2d: the extension dsconv._C is not built")
     sizes = _sizes(x, outputs, kernel, stride, padding, dilation, groups, block_size, flat)
     weight_bytes, kds_count = module.packed_sizes(sizes, weight_bits)
     counts = (weight_bytes, kds_count, kds_count, outputs, outputs, outputs)
     dtypes = (torch.uint8, *[torch.float32] * 5)
-    return _Plan(sizes, tuple((name, dtype, (n,)) for name, dtype, n in zip(WEIGHTS, dtypes, counts, strict=True)))
+    return _Plan(
+        sizes, sizes[5:7], tuple((name, dtype, (n,)) for name, dtype, n in zip(WEIGHTS, dtypes, counts, strict=True))
+    )
 
 
-def _check_weights(name: str, plan: _Plan, weights: Sequence[Tensor | None]) -> None:
+def _addresses(name: str, plan: _Plan, weights: Sequence[Tensor | None]) -> list[int]:
+    """Of weights that are what they have to be; 0 where there are none."""
+    addresses = []
     for (argument, dtype, shape), value in zip(plan.expected, weights, strict=True):
         if value is None:
+            addresses.append(0)
             continue
         if value.dtype != dtype or value.shape != shape or not value.is_contiguous() or not value.is_cpu:
             raise ValueError(
                 f"dsconv::{name}: {argument}: expected contiguous {dtype} {shape} on the CPU for these settings, "
                 f"got {value.dtype} {tuple(value.shape)}"
             )
-
-
-class _Settings(NamedTuple):
-    """The arguments that convolutions and linear layers end with."""
-
-    outputs: int
-    weight_bits: int
-    activation_bits: int
-    sign: str
-    block_size: int
-    residual: Tensor | None = None
-    activation: str = "none"
-    slope: float = 0.01
-    gain: Tensor | None = None
-    offset: Tensor | None = None
+        addresses.append(value.data_ptr())
+    return addresses
 
 
 def arguments_of(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -311,65 +302,54 @@ def checked_sizes(x: tuple[int, int, int], given: dict[str, Any]) -> tuple[int, 
     where = [tuple(given.get(name, default)) for name, default in (("kernel_size", one), ("stride", one))]
     where += [tuple(given.get("padding", (0, 0))), tuple(given.get("dilation", one))]
     plan = _plan((1, *x), given["outputs"], *where, given.get("groups", 1), *settings)
-    _check_weights("conv2d", plan, [given[name] for name in WEIGHTS])
+    _addresses("conv2d", plan, [given[name] for name in WEIGHTS])
     return plan.sizes
 
 
-def _run(
+@lru_cache(maxsize=4096)
+def _convolution(
     name: str,
-    x: Tensor,
-    x_strides: tuple[int, ...],
-    weights: Sequence[Tensor | None],
-    y: Tensor,
-    y_strides: tuple[int, ...],
     sizes: tuple[int, ...],
-    settings: _Settings,
-) -> Tensor:
+    x_strides: tuple[int, ...],
+    y_strides: tuple[int, ...],
+    weight_bits: int,
+    activation_bits: int,
+    sign: str,
+    activation: str,
+    slope: float,
+) -> Callable[..., None]:
+    """Takes the addresses of the input, the weights, the residual and the output."""
+    for argument, value, known in (("sign", sign, ACTIVATION_SIGNS), ("activation", activation, ACTIVATIONS)):
+        if value not in known:
+            raise ValueError(f"dsconv::{name}: {argument}: expected one of {', '.join(known)}, got {value!r}")
+    numbers = (ACTIVATION_SIGNS.index(sign), ACTIVATIONS.index(activation))
     module = extension()
     assert module is not None
-    if settings.activation not in ACTIVATIONS:
+    run: Callable[..., None] = module.Convolution(
+        isa(), sizes, x_strides, y_strides, weight_bits, activation_bits, *numbers, slope
+    )
+    return run
+
+
+def _residual(name: str, residual: Tensor, y: Tensor) -> Tensor:
+    if residual.shape != y.shape or residual.dtype != y.dtype or not residual.is_cpu:
         raise ValueError(
-            f"dsconv::{name}: activation: expected one of {', '.join(ACTIVATIONS)}, got {settings.activation!r}"
+            f"dsconv::{name}: residual: expected float32 {tuple(y.shape)} on the CPU, "
+            f"got {residual.dtype} {tuple(residual.shape)}"
         )
-    residual = settings.residual
-    if residual is not None:
-        if residual.shape != y.shape or residual.dtype != y.dtype or not residual.is_cpu:
-            raise ValueError(
-                f"dsconv::{name}: residual: expected float32 {tuple(y.shape)} on the CPU, "
-                f"got {residual.dtype} {tuple(residual.shape)}"
-            )
-        if residual.stride() != y.stride():
-            residual = torch.empty_like(y).copy_(residual)
-    if y.numel():
-        use_threads()
-        module.convolve(
-            isa(),
-            sizes,
-            x.data_ptr(),
-            x_strides,
-            *(0 if value is None else value.data_ptr() for value in (*weights, residual)),
-            y.data_ptr(),
-            y_strides,
-            settings.weight_bits,
-            settings.activation_bits,
-            ACTIVATION_SIGNS.index(settings.sign),
-            ACTIVATIONS.index(settings.activation),
-            settings.slope,
-        )
-    return y
+    return residual if residual.stride() == y.stride() else torch.empty_like(y).copy_(residual)
 
 
 def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _checked_out(name: str, out: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _check_out(name: str, out: Tensor, shape: tuple[int, ...]) -> None:
     dense = out.is_contiguous() or (out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last))
     if out.shape != shape or out.dtype != torch.float32 or not out.is_cpu or not dense:
         raise ValueError(
             f"dsconv::{name}: out: expected dense float32 {shape} on the CPU, got {out.dtype} {tuple(out.shape)}"
         )
-    return out
 
 
 def _empty_output(x: Tensor, outputs: int, size: Sequence[int], groups: int = 1) -> Tensor:
@@ -391,26 +371,35 @@ def _conv2d(
     dilation: Sequence[int],
     groups: int,
     flat: bool,
-    *rest: Any,
+    outputs: int,
+    weight_bits: int,
+    activation_bits: int,
+    sign: str,
+    block_size: int,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.01,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
     out: Tensor | None = None,
-    **named: Any,
 ) -> Tensor:
-    settings = _Settings(*rest, **named)
-    if out is not None and groups == x.shape[1] > 1:  # depthwise writes in the layout of x
-        where = (kernel_size, stride, padding, dilation, groups, flat)
-        y = _conv2d(x, weight, kds, kds_shift, bias, *where, *rest, **named)
-        return _checked_out("conv2d", out, tuple(y.shape)).copy_(y)
-    _check_input("conv2d", x, 4, settings.sign)
-    sizes = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
-    plan = _plan(x.shape, settings.outputs, *sizes, settings.block_size, flat, settings.weight_bits)
-    weights = (weight, kds, kds_shift, bias, settings.gain, settings.offset)
-    _check_weights("conv2d", plan, weights)
+    _check_input("conv2d", x, 4)
+    where = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
+    plan = _plan(x.shape, outputs, *where, block_size, flat, weight_bits)
+    addresses = _addresses("conv2d", plan, (weight, kds, kds_shift, bias, gain, offset))
     x = x if _channels_last(x) else x.contiguous()
-    if out is None:
-        y = _empty_output(x, settings.outputs, plan.sizes[5:7], groups)
-    else:
-        y = _checked_out("conv2d", out, (len(x), settings.outputs, *plan.sizes[5:7]))
-    return _run("conv2d", x, x.stride(), weights, y, y.stride(), plan.sizes, settings)
+    # Depthwise writes in the layout of x.
+    y = _empty_output(x, outputs, plan.output, groups) if out is None or groups == x.shape[1] > 1 else out
+    if out is not None:
+        _check_out("conv2d", out, (len(x), outputs, *plan.output))
+    settings = (weight_bits, activation_bits, sign, activation, slope)
+    run = _convolution("conv2d", plan.sizes, x.stride(), y.stride(), *settings)
+    added = None if residual is None else _residual("conv2d", residual, y)
+    if y.numel():
+        use_threads()
+        run(x.data_ptr(), *addresses, 0 if added is None else added.data_ptr(), y.data_ptr())
+    return y if out is None or out is y else out.copy_(y)
 
 
 def _conv2d_fake(
@@ -438,23 +427,37 @@ def _linear(
     kds: Tensor,
     kds_shift: Tensor | None,
     bias: Tensor | None,
-    *rest: Any,
+    outputs: int,
+    weight_bits: int,
+    activation_bits: int,
+    sign: str,
+    block_size: int,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.01,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
     out: Tensor | None = None,
-    **named: Any,
 ) -> Tensor:
-    settings = _Settings(*rest, **named)
-    _check_input("linear", x, 2, settings.sign)
-    one, outputs = (1, 1), settings.outputs
+    _check_input("linear", x, 2)
+    one = (1, 1)
     # A row of pixels whose channels lie side by side.
     # The weights are checked against a row of at least one.
     row = (1, x.shape[-1], 1, max(1, x.shape[0]))
-    plan = _plan(row, outputs, one, one, (0, 0), one, 1, settings.block_size, False, settings.weight_bits)
-    weights = (weight, kds, kds_shift, bias, settings.gain, settings.offset)
-    _check_weights("linear", plan, weights)
+    plan = _plan(row, outputs, one, one, (0, 0), one, 1, block_size, False, weight_bits)
+    addresses = _addresses("linear", plan, (weight, kds, kds_shift, bias, gain, offset))
     x = x.contiguous()
     shape = (len(x), outputs)
-    y = x.new_empty(shape) if out is None else _checked_out("linear", out, shape)
-    return _run("linear", x, (0, 1, 0, x.shape[1]), weights, y, (0, 1, 0, outputs), plan.sizes, settings)
+    y = x.new_empty(shape) if out is None else out
+    _check_out("linear", y, shape)
+    settings = (weight_bits, activation_bits, sign, activation, slope)
+    run = _convolution("linear", plan.sizes, (0, 1, 0, x.shape[1]), (0, 1, 0, outputs), *settings)
+    added = None if residual is None else _residual("linear", residual, y)
+    if y.numel():
+        use_threads()
+        run(x.data_ptr(), *addresses, 0 if added is None else added.data_ptr(), y.data_ptr())
+    return y
 
 
 def _linear_fake(
