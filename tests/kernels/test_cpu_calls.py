@@ -146,6 +146,21 @@ def test_output_into_given_memory(operator: Any, arguments: Callable[[], dict[st
             operator.out(**given, out=wrong)
 
 
+@each_layer
+def test_a_bound_call_reads_what_its_tensors_hold_by_then(
+    operator: Any, arguments: Callable[[], dict[str, Any]]
+) -> None:
+    given = arguments()
+    x, out = given["x"], operator(**given)
+    call = cpu.bind(operator._qualified_op_name.removeprefix("dsconv::"), **given, out=out)
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        assert call() is out
+        assert same_bits(out, operator(**given))
+    with pytest.raises(ValueError, match="one had to be copied"):
+        cpu.bind("conv2d" if x.dim() == 4 else "linear", **given | {"x": torch.stack([x, x], -1)[..., 0]}, out=out)
+
+
 def test_quantizing_is_exported_with_any_batch() -> None:
     class Model(torch.nn.Module):
         def forward(self, x: Tensor) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -359,7 +359,22 @@ def _empty_output(x: Tensor, outputs: int, size: Sequence[int], groups: int = 1)
     return torch.empty((x.shape[0], outputs, *size), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _conv2d(
+class _Ready(NamedTuple):
+    """A convolution, and the tensors that it reads and writes."""
+
+    run: Callable[..., None]
+    addresses: tuple[int, ...]
+    tensors: tuple[Tensor | None, ...]
+    y: Tensor
+
+    def __call__(self) -> Tensor:
+        if self.y.numel():
+            use_threads()
+            self.run(*self.addresses)
+        return self.y
+
+
+def _ready_conv2d(
     x: Tensor,
     weight: Tensor,
     kds: Tensor,
@@ -383,22 +398,29 @@ def _conv2d(
     offset: Tensor | None = None,
     *,
     out: Tensor | None = None,
-) -> Tensor:
+) -> _Ready:
     _check_input("conv2d", x, 4)
     where = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
     plan = _plan(x.shape, outputs, *where, block_size, flat, weight_bits)
-    addresses = _addresses("conv2d", plan, (weight, kds, kds_shift, bias, gain, offset))
+    weights = (weight, kds, kds_shift, bias, gain, offset)
+    addresses = _addresses("conv2d", plan, weights)
     x = x if _channels_last(x) else x.contiguous()
-    # Depthwise writes in the layout of x.
-    y = _empty_output(x, outputs, plan.output, groups) if out is None or groups == x.shape[1] > 1 else out
     if out is not None:
         _check_out("conv2d", out, (len(x), outputs, *plan.output))
+    if out is None or groups == x.shape[1] > 1:  # depthwise writes in the layout of x
+        y = _empty_output(x, outputs, plan.output, groups)
+        y = out if out is not None and out.stride() == y.stride() else y
+    else:
+        y = out
     settings = (weight_bits, activation_bits, sign, activation, slope)
     run = _convolution("conv2d", plan.sizes, x.stride(), y.stride(), *settings)
     added = None if residual is None else _residual("conv2d", residual, y)
-    if y.numel():
-        use_threads()
-        run(x.data_ptr(), *addresses, 0 if added is None else added.data_ptr(), y.data_ptr())
+    ends = (0 if added is None else added.data_ptr(), y.data_ptr())
+    return _Ready(run, (x.data_ptr(), *addresses, *ends), (x, *weights, added), y)
+
+
+def _conv2d(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
+    y = _ready_conv2d(*args, out=out, **named)()
     return y if out is None or out is y else out.copy_(y)
 
 
@@ -421,7 +443,7 @@ def _conv2d_fake(
     return _empty_output(x, outputs, _output_size(x.shape[2:], kernel_size, stride, padding, dilation), groups)
 
 
-def _linear(
+def _ready_linear(
     x: Tensor,
     weight: Tensor,
     kds: Tensor,
@@ -439,14 +461,15 @@ def _linear(
     offset: Tensor | None = None,
     *,
     out: Tensor | None = None,
-) -> Tensor:
+) -> _Ready:
     _check_input("linear", x, 2)
     one = (1, 1)
     # A row of pixels whose channels lie side by side.
     # The weights are checked against a row of at least one.
     row = (1, x.shape[-1], 1, max(1, x.shape[0]))
     plan = _plan(row, outputs, one, one, (0, 0), one, 1, block_size, False, weight_bits)
-    addresses = _addresses("linear", plan, (weight, kds, kds_shift, bias, gain, offset))
+    weights = (weight, kds, kds_shift, bias, gain, offset)
+    addresses = _addresses("linear", plan, weights)
     x = x.contiguous()
     shape = (len(x), outputs)
     y = x.new_empty(shape) if out is None else out
@@ -454,10 +477,12 @@ def _linear(
     settings = (weight_bits, activation_bits, sign, activation, slope)
     run = _convolution("linear", plan.sizes, (0, 1, 0, x.shape[1]), (0, 1, 0, outputs), *settings)
     added = None if residual is None else _residual("linear", residual, y)
-    if y.numel():
-        use_threads()
-        run(x.data_ptr(), *addresses, 0 if added is None else added.data_ptr(), y.data_ptr())
-    return y
+    ends = (0 if added is None else added.data_ptr(), y.data_ptr())
+    return _Ready(run, (x.data_ptr(), *addresses, *ends), (x, *weights, added), y)
+
+
+def _linear(*args: Any, **named: Any) -> Tensor:
+    return _ready_linear(*args, **named)()
 
 
 def _linear_fake(
@@ -471,6 +496,41 @@ def _linear_fake(
     **named: object,
 ) -> Tensor:
     return x.new_empty((x.shape[0], outputs))
+
+
+def bind(
+    operator: Literal["conv2d", "linear"], x: Tensor, *args: Any, out: Tensor, **named: Any
+) -> Callable[[], Tensor]:
+    """A call of an operator on tensors that stay where they are, without what PyTorch does for every call.
+
+    Args:
+        operator: ``conv2d`` or ``linear``.
+        x, args, out, named: what its overload ``out`` takes. What the tensors hold may change from call to call.
+
+    Returns:
+        What writes into ``out`` and returns it, as often as it is called.
+
+    Raises:
+        ValueError: the arguments do not belong together, or a tensor would have to be copied for every call.
+
+    >>> x, out = torch.ones(3, 64), torch.empty(3, 8)
+    >>> vqk, kds, config = torch.ones(8, 64, dtype=torch.int8), torch.full((8, 1), 0.5), LayerConfig(block_size=64)
+    >>> packed = pack(vqk, kds, None, config, 1)
+    >>> call = bind("linear", x, *packed, None, 8, 4, 4, "adaptive", 64, out=out)
+    >>> float(call()[0, 0])
+    32.0
+    >>> doubled = x.mul_(2)
+    >>> float(call()[0, 0])
+    64.0
+    """
+    prepare = _ready_conv2d if operator == "conv2d" else _ready_linear
+    ready = prepare(x, *args, out=out, **named)
+    given = {id(value) for value in (x, *args, out, *named.values())}
+    if any(taken is not None and id(taken) not in given for taken in (*ready.tensors, ready.y)):
+        raise ValueError(
+            f"dsconv::{operator}: expected x and the residual dense and in the layout of out: one had to be copied"
+        )
+    return ready.__call__
 
 
 def _quantize_activation(
