@@ -189,6 +189,16 @@ def test_channels_last_gives_the_same_bits() -> None:
     assert torch.equal(run(layer, x.to(memory_format=torch.channels_last)), run(layer, x))
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_long_line_gives_what_its_pieces_give(config: LayerConfig, stride: int, layout: torch.memory_format) -> None:
+    layer, x = conv(config, kernel_size=1, stride=stride), torch.randn(2, 40, 3, 1201)
+    with torch.inference_mode():
+        pieces = [layer(piece.contiguous()) for piece in x.split(100, dim=3)]
+        assert torch.equal(layer(x.to(memory_format=layout)), torch.cat(pieces, 3))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("make", [conv, linear])
 def test_halves_go_through_float32(make: Any, dtype: torch.dtype) -> None:
