@@ -49,6 +49,7 @@ from dsconv.benchmarking.machine import cores, machine, machine_notes, why_no_bf
 from dsconv.benchmarking.measure import Race, quartiles, shortest
 from dsconv.benchmarking.results import plural
 from dsconv.config import LayerConfig
+from dsconv.files import replacing
 from dsconv.numerics import quantize_weight, quantize_weight_shifted
 from dsconv.ops import cpu
 
@@ -744,6 +745,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="write the roofline here")
     parser.add_argument("--quick", action="store_true", help="ResNet-50, batch 1, one thread, B = 64, 0.05 seconds")
     given = parser.parse_args()
+    for option, path in (("--json", given.json), ("--plot", given.plot)):
+        if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            parser.error(f"argument {option}: {path.parent} is no folder that can be written to")
     if given.quick:
         given.networks, given.batches, given.threads, given.blocks = ("resnet50",), (1,), (1,), (64,)
         given.seconds = 0.05
@@ -821,7 +825,8 @@ def write_json(path: Path, about: dict[str, Any], bench: Bench) -> None:
         "unsettled_turns": bench.unsettled,
         "results": [asdict(result) | {"gmacs": result.gmacs} for result in bench.results],
     }
-    path.write_text(json.dumps(about | found, indent=1) + "\n")
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(about | found, indent=1) + "\n")
 
 
 def main() -> None:

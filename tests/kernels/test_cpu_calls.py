@@ -159,6 +159,11 @@ def test_a_bound_call_reads_what_its_tensors_hold_by_then(
         assert same_bits(out, operator(**given))
     with pytest.raises(ValueError, match="one had to be copied"):
         cpu.bind("conv2d" if x.dim() == 4 else "linear", **given | {"x": torch.stack([x, x], -1)[..., 0]}, out=out)
+    for wrong in (x.to("meta"), x.double(), x[None]):
+        with pytest.raises(ValueError, match="expected float32 x of"):
+            cpu.bind("conv2d" if x.dim() == 4 else "linear", **given | {"x": wrong}, out=out)
+    with pytest.raises(ValueError, match="expected conv2d or linear, got 'conv3d'"):
+        cpu.bind("conv3d", **given, out=out)  # type: ignore[arg-type]
 
 
 def test_quantizing_is_exported_with_any_batch() -> None:

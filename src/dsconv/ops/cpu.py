@@ -224,8 +224,11 @@ _library.define(
 
 
 def _check_input(name: str, x: Tensor, dims: int) -> None:
-    if x.dtype != torch.float32 or x.dim() != dims:
-        raise ValueError(f"dsconv::{name}: expected float32 x of {dims} dimensions, got {x.dtype} {tuple(x.shape)}")
+    if x.dtype != torch.float32 or x.dim() != dims or not x.is_cpu:
+        raise ValueError(
+            f"dsconv::{name}: expected float32 x of {dims} dimensions on the CPU, "
+            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+        )
 
 
 class _Plan(NamedTuple):
@@ -359,6 +362,21 @@ def _empty_output(x: Tensor, outputs: int, size: Sequence[int], groups: int = 1)
     return torch.empty((x.shape[0], outputs, *size), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
+class _Settings(NamedTuple):
+    """The arguments that convolutions and linear layers end with."""
+
+    outputs: int
+    weight_bits: int
+    activation_bits: int
+    sign: str
+    block_size: int
+    residual: Tensor | None = None
+    activation: str = "none"
+    slope: float = 0.01
+    gain: Tensor | None = None
+    offset: Tensor | None = None
+
+
 class _Ready(NamedTuple):
     """A convolution, and the tensors that it reads and writes."""
 
@@ -374,6 +392,25 @@ class _Ready(NamedTuple):
         return self.y
 
 
+def _ready(
+    name: str,
+    plan: _Plan,
+    x: Tensor,
+    x_strides: tuple[int, ...],
+    weights: Sequence[Tensor | None],
+    y: Tensor,
+    y_strides: tuple[int, ...],
+    s: _Settings,
+) -> _Ready:
+    weights = (*weights, s.gain, s.offset)
+    addresses = _addresses(name, plan, weights)
+    numbers = (s.weight_bits, s.activation_bits, s.sign, s.activation, s.slope)
+    run = _convolution(name, plan.sizes, x_strides, y_strides, *numbers)
+    added = None if s.residual is None else _residual(name, s.residual, y)
+    ends = (0 if added is None else added.data_ptr(), y.data_ptr())
+    return _Ready(run, (x.data_ptr(), *addresses, *ends), (x, *weights, added), y)
+
+
 def _ready_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -386,37 +423,23 @@ def _ready_conv2d(
     dilation: Sequence[int],
     groups: int,
     flat: bool,
-    outputs: int,
-    weight_bits: int,
-    activation_bits: int,
-    sign: str,
-    block_size: int,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    slope: float = 0.01,
-    gain: Tensor | None = None,
-    offset: Tensor | None = None,
-    *,
+    *rest: Any,
     out: Tensor | None = None,
+    **named: Any,
 ) -> _Ready:
     _check_input("conv2d", x, 4)
+    s = _Settings(*rest, **named)
     where = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
-    plan = _plan(x.shape, outputs, *where, block_size, flat, weight_bits)
-    weights = (weight, kds, kds_shift, bias, gain, offset)
-    addresses = _addresses("conv2d", plan, weights)
+    plan = _plan(x.shape, s.outputs, *where, s.block_size, flat, s.weight_bits)
     x = x if _channels_last(x) else x.contiguous()
     if out is not None:
-        _check_out("conv2d", out, (len(x), outputs, *plan.output))
+        _check_out("conv2d", out, (len(x), s.outputs, *plan.output))
+    y = out
     if out is None or groups == x.shape[1] > 1:  # depthwise writes in the layout of x
-        y = _empty_output(x, outputs, plan.output, groups)
-        y = out if out is not None and out.stride() == y.stride() else y
-    else:
-        y = out
-    settings = (weight_bits, activation_bits, sign, activation, slope)
-    run = _convolution("conv2d", plan.sizes, x.stride(), y.stride(), *settings)
-    added = None if residual is None else _residual("conv2d", residual, y)
-    ends = (0 if added is None else added.data_ptr(), y.data_ptr())
-    return _Ready(run, (x.data_ptr(), *addresses, *ends), (x, *weights, added), y)
+        made = _empty_output(x, s.outputs, plan.output, groups)
+        y = out if out is not None and out.stride() == made.stride() else made
+    assert y is not None
+    return _ready("conv2d", plan, x, x.stride(), (weight, kds, kds_shift, bias), y, y.stride(), s)
 
 
 def _conv2d(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
@@ -449,36 +472,22 @@ def _ready_linear(
     kds: Tensor,
     kds_shift: Tensor | None,
     bias: Tensor | None,
-    outputs: int,
-    weight_bits: int,
-    activation_bits: int,
-    sign: str,
-    block_size: int,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    slope: float = 0.01,
-    gain: Tensor | None = None,
-    offset: Tensor | None = None,
-    *,
+    *rest: Any,
     out: Tensor | None = None,
+    **named: Any,
 ) -> _Ready:
     _check_input("linear", x, 2)
-    one = (1, 1)
+    s = _Settings(*rest, **named)
+    one, shape = (1, 1), (len(x), s.outputs)
     # A row of pixels whose channels lie side by side.
     # The weights are checked against a row of at least one.
     row = (1, x.shape[-1], 1, max(1, x.shape[0]))
-    plan = _plan(row, outputs, one, one, (0, 0), one, 1, block_size, False, weight_bits)
-    weights = (weight, kds, kds_shift, bias, gain, offset)
-    addresses = _addresses("linear", plan, weights)
+    plan = _plan(row, s.outputs, one, one, (0, 0), one, 1, s.block_size, False, s.weight_bits)
     x = x.contiguous()
-    shape = (len(x), outputs)
     y = x.new_empty(shape) if out is None else out
     _check_out("linear", y, shape)
-    settings = (weight_bits, activation_bits, sign, activation, slope)
-    run = _convolution("linear", plan.sizes, (0, 1, 0, x.shape[1]), (0, 1, 0, outputs), *settings)
-    added = None if residual is None else _residual("linear", residual, y)
-    ends = (0 if added is None else added.data_ptr(), y.data_ptr())
-    return _Ready(run, (x.data_ptr(), *addresses, *ends), (x, *weights, added), y)
+    x_strides, y_strides = (0, 1, 0, x.shape[1]), (0, 1, 0, s.outputs)
+    return _ready("linear", plan, x, x_strides, (weight, kds, kds_shift, bias), y, y_strides, s)
 
 
 def _linear(*args: Any, **named: Any) -> Tensor:
@@ -523,6 +532,8 @@ def bind(
     >>> float(call()[0, 0])
     64.0
     """
+    if operator not in ("conv2d", "linear"):
+        raise ValueError(f"dsconv::bind: operator: expected conv2d or linear, got {operator!r}")
     prepare = _ready_conv2d if operator == "conv2d" else _ready_linear
     ready = prepare(x, *args, out=out, **named)
     given = {id(value) for value in (x, *args, out, *named.values())}
