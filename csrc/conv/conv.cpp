@@ -52,7 +52,7 @@ bool Geometry::valid() const {
 
 void pack_weight(const Geometry& g, const std::int8_t* vqk, int bits, std::uint8_t* packed) {
   const bool wide = bits > 4;
-  const int zero = 1 << (wide ? 7 : 3);
+  const int zero = wide ? kWideZero : kZero;
   const std::int64_t taps = g.taps(), depth = g.cut().depth, per_group = g.group_outputs();
   if (g.depthwise()) {
     std::memset(packed, 0, g.packed_bytes(wide));
