@@ -128,6 +128,17 @@ struct Pool {
   float* output;
 };
 
+// The average of each channel over all pixels, summed up as PyTorch sums up values that lie side by side on vectors of `lanes`:
+// value i goes to one of 4 * lanes sums, these are added up in the end, and long sums are sums of shorter ones. What it makes
+// depends on `lanes`, and not on the instruction set.
+struct Average {
+  const float* input;
+  std::int64_t stride;        // from pixel to pixel, in values
+  std::int64_t pixels, channels;
+  int lanes;                  // 1 to kMaxLanes
+  float* output;
+};
+
 // Depthwise: every lane is a filter of its own (by_lane), or a pixel of one filter. Weights, KDS and terms of filters lie
 // side by side, so they are read up to kMaxLanes behind the last one.
 struct Depthwise {
@@ -181,6 +192,7 @@ struct Kernels {
   void (*depthwise_line)(const DepthwiseLine&);
   void (*map)(const Map&);
   void (*pool)(const Pool&);
+  void (*average)(const Average&);
 };
 
 }  // namespace dsconv

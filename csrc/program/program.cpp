@@ -262,28 +262,18 @@ void Program::pool(int from, const Window& w, std::int64_t out_height, std::int6
   });
 }
 
-void Program::average(int from, int to) {
+void Program::average(int from, int lanes, int to) {
   const Values v = values_of(from), made = values_of(to);
-  require(v.strides.channel == 1 && made.strides.channel == 1 && made.channels == v.channels && made.height * made.width == 1,
-          "average: expected tensors of the same channels side by side, and one pixel");
+  require(v.dense() && made.strides.channel == 1 && made.channels == v.channels && made.height * made.width == 1 &&
+              lanes > 0 && lanes <= kMaxLanes,
+          "average: expected dense tensors of the same channels, the second of one pixel, and 1 to 16 lanes");
   steps_.push_back([=, this](const Run& run) {
     constexpr std::int64_t kTogether = 4 * kMaxLanes;
     const std::int64_t parts = (v.channels + kTogether - 1) / kTogether;
     parallel(run.images * parts, [&](std::int64_t task) {
-      const std::int64_t image = task / parts, first = task % parts * kTogether, count = std::min(kTogether, v.channels - first);
-      struct User;
-      using Mine = Scratch<User>;
-      Mine scratch(Mine::size<const float*>(std::max(v.height, v.width)) + Mine::size<float>(v.height * kTogether));
-      const float** tap = scratch.take<const float*>(std::max(v.height, v.width));
-      float* const lines = scratch.take<float>(v.height * kTogether);
-      const float* values = address(run, v) + image * v.strides.image + first;
-      for (std::int64_t y = 0; y < v.height; ++y) {
-        for (std::int64_t x = 0; x < v.width; ++x) tap[x] = values + y * v.strides.y + x * v.strides.x;
-        kernels_.pool({tap, static_cast<int>(v.width), count, 1.0f, lines + y * kTogether});
-      }
-      for (std::int64_t y = 0; y < v.height; ++y) tap[y] = lines + y * kTogether;
-      kernels_.pool({tap, static_cast<int>(v.height), count, static_cast<float>(v.height * v.width),
-                     address(run, made) + image * made.strides.image + first});
+      const std::int64_t image = task / parts, first = task % parts * kTogether;
+      kernels_.average({address(run, v) + image * v.strides.image + first, v.strides.x, v.height * v.width,
+                        std::min(kTogether, v.channels - first), lanes, address(run, made) + image * made.strides.image + first});
     });
   });
 }

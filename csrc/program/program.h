@@ -54,8 +54,8 @@ class Program {
   // Every value times its channel's scale plus its shift, where these are given, rounded once or twice; times that of `gate`,
   // a tensor of that size or of one pixel, where it is not -1.
   void map(int from, const float* scale, const float* shift, bool once, int gate, const Use&);
-  // The average of every channel of an image, summed up line by line.
-  void average(int from, int to);
+  // The average of every channel of an image, as an Average sums up on so many lanes.
+  void average(int from, int lanes, int to);
   // All values of an image as channels of one pixel, those of a channel one after another.
   void flatten(int from, int to);
   // Over windows of the kernel size: the maximum, or the average, in which zeros of the padding count if they are to.

@@ -188,12 +188,15 @@ bool pixels_alike(const Kernels& kernels) {
   const bool affine = pick(0, 1), once = pick(0, 1), gate = pick(0, 1), other = pick(0, 1), average = pick(0, 1);
   const auto activation = static_cast<Activation>(pick(0, kActivations - 1));
   const std::int64_t stride = pick(0, 1) * channels;
+  const std::int64_t apart = pick(0, 1) ? channels : 1, averaged = (taps * pixels - 1) * channels / apart + 1;
+  const int lanes = 1 << pick(0, 4);
   for (int i = 0; i < 2; ++i) {
     const Kernels& used = i ? kernels : scalar::kernels;
-    made[i].assign(channels * (pixels + 1), 7.0f);
+    made[i].assign(channels * (pixels + 2), 7.0f);
     used.map({input.data(), channels, affine ? scale.data() : nullptr, affine ? shift.data() : nullptr, once,
               gate ? input.data() : nullptr, stride, other ? input.data() : nullptr, channels, made[i].data(), channels, pixels, channels, activation, kSlope});
     used.pool({tap.data(), static_cast<int>(taps), channels, average ? static_cast<float>(taps) : 0.0f, made[i].data() + pixels * channels});
+    used.average({input.data(), apart, averaged, channels, lanes, made[i].data() + (pixels + 1) * channels});
   }
   for (std::size_t k = 0; k < made[0].size(); ++k)
     if (std::memcmp(&made[0][k], &made[1][k], 4) && !(std::isnan(made[0][k]) && std::isnan(made[1][k]))) return false;

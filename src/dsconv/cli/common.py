@@ -39,7 +39,11 @@ _SIZE_HELP = "Of an image, in place of what the model asks for."
 Size = Annotated[str | None, typer.Option(metavar="PIXELS|[CHANNELSx]HEIGHTxWIDTH", help=_SIZE_HELP)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")]
 FastMath = Annotated[
-    bool, typer.Option("--fast-math", help="SiLU, sigmoid and averages by kernels of dsconv, too, not by PyTorch.")
+    bool,
+    typer.Option(
+        "--fast-math",
+        help="SiLU and sigmoid by kernels of dsconv, too, not by PyTorch; averages in an order of its own.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of images, which need no labels; none: noise.")]

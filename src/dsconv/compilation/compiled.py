@@ -89,10 +89,10 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
         qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, on the CPU; it is left as it is.
         example_input: float32 ``(N, ...)`` of at least one image, of the size of those to come. The batch may vary
             afterwards, and other image sizes are captured when they come.
-        fast_math: compute SiLU, sigmoid and averages over whole images by kernels of our own as well, not by PyTorch:
-            faster, and a few units in the last place from its results, so that here and there a mantissa of a later
-            layer falls on its other side. The bits then depend on neither instruction set, threads nor batch, which is
-            more than PyTorch's do.
+        fast_math: compute SiLU and sigmoid by kernels of our own as well, not by PyTorch, and averages over whole
+            images in an order of our own: faster, and a few units in the last place from its results, so that here and
+            there a mantissa of a later layer falls on its other side. The bits then depend on neither instruction set,
+            threads nor batch, which is more than PyTorch's do.
 
     Returns:
         A module to be called as ``qmodel`` is; ``print(compiled.plan)`` shows its steps.

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from dsconv.compilation.fusion import AVERAGES, Activations, batchnorm_terms, constant, only_user
+from dsconv.compilation.averages import OWN_LANES, lanes_of_pytorch
+from dsconv.compilation.fusion import Activations, batchnorm_terms, constant, only_user
 from dsconv.ops import cpu
 
 _aten, _dsconv = torch.ops.aten, torch.ops.dsconv
@@ -108,9 +109,11 @@ class Pool:
 
 @dataclass(eq=False)
 class Average:
-    """The average of every channel of an image."""
+    """The average of every channel of an image; ``alike``: as PyTorch's of lines of channels, to the bit."""
 
     source: Value
+    lanes: int
+    alike: bool
 
 
 @dataclass(eq=False)
@@ -122,10 +125,9 @@ class Flatten:
 
 @dataclass(eq=False)
 class Call:
-    """Something that PyTorch computes, of native values ``reads``, of which ``lines`` is the first one flattened."""
+    """Something that PyTorch computes, of native values ``reads``."""
 
     reads: tuple[Value, ...]
-    lines: Value | None = None
 
 
 @dataclass(eq=False)
@@ -151,8 +153,6 @@ class Step:
         """What it reads and writes in float32."""
         if isinstance(self.does, Call):
             yield from self.does.reads
-            if self.does.lines is not None:
-                yield self.does.lines
         elif not isinstance(self.does, Convolution) or self.does.quantized is None:
             yield self.does.source
         if isinstance(self.does, Map) and self.does.gate is not None:
@@ -185,7 +185,7 @@ class Lowered(NamedTuple):
 def lower(module: fx.GraphModule, activations: Activations, own_averages: bool) -> Lowered:
     """Steps of a graph after :func:`dsconv.compilation.fusion.fuse` that takes one tensor of images.
 
-    Averages of whole images are left to PyTorch but for ``own_averages``, for it sums up in another order.
+    Averages of whole images have the bits of PyTorch's but for ``own_averages``, which are the same everywhere.
     """
     return _Lowering(module, activations, own_averages).lowered()
 
@@ -255,11 +255,7 @@ class _Lowering:
         result = self._value(node)
         if result is not None:
             result.outside = result.in_float = True
-        lines = None
-        if node.target in AVERAGES and reads and node.args[0].meta["val"].dim() == 4:  # type: ignore[union-attr]
-            lines = Value(reads[0].node, (math.prod(reads[0].size), 1, 1), in_float=True)
-            self.steps.append(Step(node, Flatten(reads[0]), lines))
-        return Step(node, Call(reads, lines), result, fused=list(node.meta.get("fused", [])))
+        return Step(node, Call(reads), result, fused=list(node.meta.get("fused", [])))
 
     def _native(self, node: Any) -> Value | None:
         return self._value(node) if isinstance(node, fx.Node) else None
@@ -379,14 +375,17 @@ class _Lowering:
 
     def _average(self, node: fx.Node) -> Step | None:
         source, result = self._native(node.args[0]), self._value(node)
-        if not self.own_averages or source is None or result is None or result.size != (source.size[0], 1, 1):
+        if source is None or result is None or result.size != (source.size[0], 1, 1):
             return None
         given = cpu.arguments_of(node.target, node.args, node.kwargs)
         over_images = sorted(dim % 4 for dim in given.get("dim") or (2, 3)) == [2, 3]
         if node.args[0].meta["val"].dim() != 4 or not over_images:  # type: ignore[union-attr]
             return None
+        lanes = OWN_LANES if self.own_averages else lanes_of_pytorch(source.size)
+        if lanes is None:
+            return None
         source.in_float = result.in_float = True
-        return Step(node, Average(source), result)
+        return Step(node, Average(source, lanes, alike=not self.own_averages), result)
 
     def _flatten(self, node: fx.Node) -> Step | None:
         source, result = self._native(node.args[0]), self._value(node)

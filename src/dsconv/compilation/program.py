@@ -67,7 +67,12 @@ class Program:
         self._nchw = self._input_as_it_comes()
         self._spread = self._find_spread()
         self._plan_memory()
-        self._segments = self._build()
+        for step in self.steps:
+            self._add(step)
+        self._segments = self._segments_around({Call})
+        # Of channels side by side, PyTorch takes an average in another order.
+        alike = any(isinstance(step.does, Average) and step.does.alike for step in self.steps)
+        self._segments_of_pixels = self._segments_around({Call, Average}) if alike else self._segments
         # What steps of the extension make outside the memory: the network's outputs.
         self._returns = {s.result for s in self.steps if s.result in self._bases and not isinstance(s.does, Call)}
         self.memory_bytes: int = self._native.bytes(1)
@@ -185,14 +190,11 @@ class Program:
 
     # Steps of the extension
 
-    def _build(self) -> list[_Segment]:
+    def _segments_around(self, calls: set[type]) -> list[_Segment]:
+        """All steps, with what PyTorch does alone."""
         segments: list[_Segment] = []
         for index, step in enumerate(self.steps):
-            call = step if isinstance(step.does, Call) else None
-            if call is None:
-                self._add(step)
-            else:
-                self._native.skip()  # so that both number steps alike
+            call = step if type(step.does) in calls else None
             if call is None and segments and segments[-1].call is None:
                 segments[-1] = segments[-1]._replace(last=index + 1)
             else:
@@ -201,6 +203,9 @@ class Program:
 
     def _add(self, step: Step) -> None:
         does, native = step.does, self._native
+        if isinstance(does, Call):
+            native.skip()  # so that both number steps alike
+            return
         result = -1 if step.result is None or not step.result.in_float else self._value_id(step.result)
         residual = -1 if step.residual is None else self._value_id(step.residual)
         targets = [(self._quantized_id(q), first) for q, first in step.targets]
@@ -222,7 +227,7 @@ class Program:
             gate = -1 if does.gate is None else self._value_id(does.gate)
             native.map(self._value_id(does.source), _address(does.scale), _address(does.shift), does.once, gate, uses)
         elif isinstance(does, Average):
-            native.average(self._value_id(does.source), result)
+            native.average(self._value_id(does.source), does.lanes, result)
         elif isinstance(does, Flatten):
             native.flatten(self._value_id(does.source), result)
         elif isinstance(does, Pool):
@@ -280,7 +285,7 @@ class Program:
                     env[value.node] = y = _empty(images, value)
                     addresses[base] = y.data_ptr()
             cpu.use_threads()
-            for segment in self._segments:
+            for segment in self._segments if lines else self._segments_of_pixels:
                 if segment.call is None:
                     times = 0 if seconds is None else seconds.data_ptr()
                     self._native.run(images, addresses, segment.first, segment.last, times)
@@ -294,17 +299,19 @@ class Program:
     def _call(
         self, step: Step, images: int, lines: bool, env: dict[fx.Node, Any], memory: Tensor, addresses: list[int]
     ) -> None:
-        assert isinstance(step.does, Call)
-        for value in step.does.reads:
+        """A step, by PyTorch."""
+        for value in step.does.reads if isinstance(step.does, Call) else (step.does.source,):
             if value.node not in env:
                 env[value.node] = self._view(value, images, memory)
         node: Any = step.node
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-        if lines and step.does.lines is not None:
-            at = self._buffers[step.does.lines].offset * images // 4
-            args = (memory[at : at + args[0].numel()].view(args[0].shape), *args[1:])
+        if lines and node.target in AVERAGES and args[0].dim() == 4:
+            args = (args[0].contiguous(), *args[1:])
         made = node.target(*args, **kwargs)
-        if step.result in self._bases:
+        if isinstance(step.does, Average):
+            assert step.result is not None
+            made = (env[node] if step.result in self._bases else self._view(step.result, images, memory)).copy_(made)
+        elif step.result in self._bases:
             made = made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made.contiguous()
             addresses[self._bases[step.result]] = made.data_ptr()
         env[node] = made
