@@ -8,9 +8,11 @@ namespace dsconv::avx512vnni {
 
 static constexpr int kAhead = 2048;  // bytes
 
-constexpr int kSums = 12;       // and as many of floats, in the 32 registers
+constexpr int kSums = 14;       // and as many of floats, in the 32 registers
 template <int P>
 constexpr int kHeight = kSums / P;
+
+static inline void ask_for(const void* bytes) { _mm_prefetch(static_cast<const char*>(bytes), _MM_HINT_T0); }
 
 // Four bytes to all lanes, straight from memory.
 static inline __m512i spread(const std::int8_t* from) {
@@ -20,8 +22,8 @@ static inline __m512i spread(const std::int8_t* from) {
 }
 
 // A template, so that all sums stay in registers. Loops are known to run once at least, and what a tap or a block changes is
-// one offset for all pixels: otherwise the compiler keeps many more values than there are registers. Full tiles take octets
-// in fours, since every turn of a loop copies the sums.
+// one offset for all pixels: otherwise the compiler keeps many more values than there are registers. All but low tiles take
+// octets in fours, since every turn of a loop copies the sums.
 template <int M, int P, bool Wide, bool Shift>
 static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
   // Low tiles have few sums: two of each, so that one does not wait for the other.
@@ -43,6 +45,12 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
   const float* kds = t.kds;
   const float* shift = t.kds_shift;
   const __m512i low = _mm512_set1_epi8(15);
+  // Weights come from a cache far away, or from none, in three times as long as the sums over them take: tiles over the first
+  // pixels ask for those of the next outputs, each for a fourth, and the first one for its own, earlier than the processor would.
+  constexpr int kLines = Wide ? 4 : 2;
+  const std::int64_t turn = (pixel - t.pixel) / M;
+  const std::int64_t next = turn < 4 ? (P + turn / 2) * panel_bytes + turn % 2 * kLines * 64 : 0;
+  const std::int64_t next_kds = turn == 0 ? t.taps * blocks * kPair : 0;
   const std::int64_t* tap = t.tap;
   const std::int64_t* const no_tap = tap + t.taps;
   do {
@@ -65,8 +73,7 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
         };
         for (int p = 0; p < P; ++p) {
           const std::uint8_t* row = w + p * panel_bytes;
-          // A low tile waits for its weights: ask for them before the processor would, across pages too.
-          if constexpr (kParts == 2) _mm_prefetch(reinterpret_cast<const char*>(row) + kAhead, _MM_HINT_T0);
+          if constexpr (kParts == 2) ask_for(row + kAhead);  // a low tile waits for nothing else
           weights[p] = _mm512_loadu_si512(row);
           if constexpr (!Wide) weights[p] = _mm512_and_si512(weights[p], low);
         }
@@ -80,8 +87,15 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
         at += 8;
       };
       int left = block < last ? t.octets : t.last_octets;
-      if constexpr (M * P == kSums) {
-        for (; left >= 4; left -= 4) octet(), octet(), octet(), octet();
+      if constexpr (kParts == 1) {
+        for (; left >= 4; left -= 4) {
+          for (int i = 0; i < kLines; ++i) ask_for(w + next + i * 64);
+          if (turn == 0)
+            for (int p = 0; p < P; ++p)
+              for (int i = 0; i < 2 * kLines; ++i) ask_for(w + p * panel_bytes + kAhead + i * 64);
+          octet(), octet(), octet(), octet();
+        }
+        for (int i = 0; i < P; ++i) ask_for(kds + next_kds + i * kPanel);
         for (; left > 0; --left) octet();
       } else {
         do octet();
@@ -111,6 +125,6 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
 #include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"avx512vnni", kLanes, 6, 96, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{"avx512vnni", kLanes, 7, 98, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise, depthwise_line, map, pool, average};
 
 }  // namespace dsconv::avx512vnni
