@@ -149,6 +149,7 @@ class Tasks {
     t.taps = static_cast<int>(g_.taps());
     t.pixel = row;
     t.pixels = pixels;
+    t.next_place = o_.residual.values ? residual_place : place;
     // What is written far apart is quantized some pixels at a time, while it is still in the nearest cache.
     const int together = o_.values && !o_.targets.empty() ? kMaxLanes : pixels;
     const std::int64_t summed = pixels * ((unit_ + kPair - 1) / kPair * kPair), kept = o_.values ? 0 : pixels * unit_;
@@ -171,11 +172,13 @@ class Tasks {
       float* const values = o_.values ? o_.values + (group * per_group + begin) * channel : finished;
       t.output = sums;
       for (std::int64_t from = begin; from < stop; from += kPair, t.output += pixels * kPair) {
-        const std::int64_t pair = group * g_.pairs() + from / kPair, scales = pair * t.taps * blocks * kPair;
+        const std::int64_t output = group * per_group + from, pair = group * g_.pairs() + from / kPair;
+        const std::int64_t scales = pair * t.taps * blocks * kPair;
         t.weight = l_.weight + pair * 2 * panel;
         t.kds = l_.kds + scales;
         t.kds_shift = l_.kds_shift ? l_.kds_shift + scales : nullptr;
         t.panels = stop - from > kPanel ? 2 : 1;
+        if (o_.values && channel == 1) t.next = o_.residual.values ? o_.residual.values + output : o_.values + output;
         sum(t);
       }
       for (int p = 0; p < pixels; p += together) {

@@ -70,6 +70,8 @@ struct Sums {
   const std::int64_t* tap;    // how much further each tap is, in rows
   int taps;
   float* output;              // [pixels][kPair]
+  const float* next;          // what is then read or written: kPair floats of each pixel, so far behind; or null
+  const std::int64_t* next_place;
   std::uint8_t* workspace;    // as many bytes as Kernels::workspace says, aligned to 64
 };
 
