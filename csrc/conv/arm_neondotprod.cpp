@@ -1,5 +1,7 @@
 #include <arm_neon.h>
 
+#include <bit>
+
 #include "kernels.h"
 
 namespace dsconv::neondotprod {
@@ -39,7 +41,11 @@ static void eight(const Sums& t, const std::int64_t* pixel, const std::uint8_t* 
     }
     for (int b = 0; b < rows.blocks; ++b) {
       int32x4_t s[M][2];
-      for (int m = 0; m < M; ++m) s[m][0] = s[m][1] = vdupq_n_s32(Wide ? 0 : rows.ends[block[m] + b].start);
+      for (int m = 0; m < M; ++m) {
+        const Ends& ends = rows.ends[block[m] + b];
+        const std::int32_t start = Wide ? rows.factors ? 0 : std::bit_cast<std::int32_t>(ends.end) : ends.start;
+        s[m][0] = s[m][1] = vdupq_n_s32(start);
+      }
       const int octets = b + 1 < rows.blocks ? t.octets : t.last_octets;
       for (int o = 0; o < octets; ++o, w += Wide ? 128 : 64) {
         int8x16_t first[2], second[2];
@@ -65,7 +71,7 @@ static void eight(const Sums& t, const std::int64_t* pixel, const std::uint8_t* 
         x[m] += 8 * octets;
         const float e = rows.ends[block[m] + b].end;
         for (int v = 0; v < 2; ++v) {
-          const float32x4_t term = Wide ? vmulq_n_f32(vcvtq_f32_s32(s[m][v]), e)
+          const float32x4_t term = Wide && rows.factors ? vmulq_n_f32(vcvtq_f32_s32(s[m][v]), e)
                                         : vsubq_f32(vreinterpretq_f32_s32(s[m][v]), vdupq_n_f32(e));
           y[m][v] = vfmaq_f32(y[m][v], vld1q_f32(kds + 4 * v), term);
           if constexpr (Shift) {

@@ -308,7 +308,7 @@ void quantize_activation(const Geometry& g, const Layer& l, const Kernels& kerne
       const std::int64_t row = image * pixels + p;
       for (std::int64_t c = 0; c < depth; ++c) mantissa[(task * depth + c) * pixels + p] = r.mantissa[row * r.row_bytes + c];
       for (std::int64_t b = 0; b < blocks; ++b) {
-        const std::uint32_t word = std::bit_cast<std::uint32_t>(scale_of(r.ends[row * blocks + b], r.wide));
+        const std::uint32_t word = std::bit_cast<std::uint32_t>(scale_of(r.ends[row * blocks + b], r.factors));
         exponent[(task * blocks + b) * pixels + p] = static_cast<std::int8_t>(static_cast<int>(word >> 23 & 255) - 127);
       }
     }

@@ -18,7 +18,7 @@ double peak_rate(const Kernels& kernels, double seconds) {
   std::iota(pixel.begin(), pixel.end(), 0);
   const std::int64_t tap = 0;
   Sums t{};
-  t.rows = {nullptr, ends.data(), nullptr, nullptr, kDepth, 1, false};
+  t.rows = {nullptr, ends.data(), nullptr, nullptr, kDepth, 1, false, false};
   t.octets = t.last_octets = kDepth / 8;
   t.panel_bytes = kDepth / 8 * 64;
   t.panels = 2;

@@ -45,6 +45,7 @@ Quantized::Quantized(const Format& f, const Grid& grid, std::byte* memory) : for
   rows_.shifted = f.shift ? reinterpret_cast<float*>(memory) : nullptr;
   rows_.blocks = static_cast<int>(blocks);
   rows_.wide = f.wide;
+  rows_.factors = f.factors();
 }
 
 Rows Quantized::of_group(std::int64_t group) const {
@@ -59,7 +60,7 @@ Rows Quantized::of_group(std::int64_t group) const {
 
 void Quantized::blank(const Rows& r, std::int64_t row, std::int64_t count) const {
   std::memset(r.mantissa + row * r.row_bytes, 0, count * r.row_bytes);
-  const std::uint32_t end = r.wide ? kOne : kOneAndHalf, start = r.wide ? 0 : end;
+  const std::uint32_t end = r.factors ? kOne : kOneAndHalf, start = r.factors ? 0 : end;
   std::fill_n(r.ends + row * r.blocks, count * r.blocks, Ends{static_cast<std::int32_t>(start), std::bit_cast<float>(end)});
   if (r.shifted) std::fill_n(r.shifted + row * r.blocks, count * r.blocks, 0.0f);
 }

@@ -36,6 +36,8 @@ struct Format {
   bool wide;   // whether its weights are
   bool shift;  // whether it has one
 
+  // Whether ends are factors: whether |S| can come to 2^22.
+  bool factors() const { return wide && cut.block_size * kWideZero * (bits == 8 ? 128 : (1 << bits) - 1) >= 1 << 22; }
   bool operator==(const Format&) const;
 };
 
@@ -93,9 +95,9 @@ void places_of(std::int64_t first, std::int64_t pixels, std::int64_t height, std
 }
 
 // 2^e of a block, NaN where it is not finite.
-inline float scale_of(const Ends& ends, bool wide) {
+inline float scale_of(const Ends& ends, bool factors) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(ends.end);
-  return std::bit_cast<float>(wide || bits == kNaN ? bits : bits - (kOneAndHalf - kOne));
+  return std::bit_cast<float>(factors || bits == kNaN ? bits : bits - (kOneAndHalf - kOne));
 }
 
 // The quantized tensors that channels of a tensor go to as well: its first channel is `first` there.

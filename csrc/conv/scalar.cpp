@@ -37,8 +37,8 @@ static void sum(const Sums& t) {
         for (int b = 0; b < rows.blocks; ++b) {
           const int octets = b + 1 < rows.blocks ? t.octets : t.last_octets;
           const Ends& ends = rows.ends[at * rows.blocks + b];
-          const float scale = scale_of(ends, rows.wide);
-          std::int32_t s = rows.wide ? ends.start : ends.start - std::bit_cast<std::int32_t>(ends.end);
+          const float scale = scale_of(ends, rows.factors);
+          std::int32_t s = rows.factors ? ends.start : ends.start - std::bit_cast<std::int32_t>(ends.end);
           for (int o = 0; o < octets; ++o, x += 8)
             if (rows.wide) {
               for (int i = 0; i < 8; ++i) s += w[(i / 4) * 64 + i % 4] * x[i];

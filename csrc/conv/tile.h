@@ -20,10 +20,11 @@ inline constexpr int kActivations = static_cast<int>(Activation::sigmoid) + 1;
 
 inline constexpr int kZero = 8, kWideZero = 128;  // what stands for 0 in weights, which are stored as unsigned numbers
 
-// What the sums over a block start at, and what then makes S * 2^e of them; a NaN where the block is not finite.
-// - Wide weights: sums start at -kWideZero times the sum of the mantissas. `end` is 2^e, a factor.
-// - Narrow weights, |S| < 2^22: `end` is 1.5 * 2^(23 + e), and sums start at its bits, less kZero times the sum of the mantissas.
-//   They come to the bits of the float end + S * 2^e. That less `end` is exact: no conversion is needed, and no product.
+// What the sums over a block start at, less the weights' zero times the sum of the mantissas, and what then makes S * 2^e of
+// them; a NaN where the block is not finite.
+// - Where |S| < 2^22, `end` is 1.5 * 2^(23 + e), and sums start at its bits. They come to the bits of the float end + S * 2^e. That
+//   less `end` is exact: no conversion is needed, and no product.
+// - With wide weights and large blocks, `end` is a factor, 2^e, and sums start at 0.
 struct Ends {
   std::int32_t start;
   float end;
@@ -36,11 +37,12 @@ inline constexpr int kLargestExponent = 104;  // beyond which it is
 struct Rows {
   std::int8_t* mantissa;      // [rows][row_bytes]
   Ends* ends;                 // [rows][blocks]
-  std::uint8_t* beyond;       // [blocks], not 0 where weights are narrow and an exponent is beyond kLargestExponent
+  std::uint8_t* beyond;       // [blocks], not 0 where an exponent is beyond kLargestExponent, and ends are no factors
   float* shifted;             // [rows][blocks], 2^e * sum; null where there is no shift
   std::int64_t row_bytes;
   int blocks;
   bool wide;                  // the weights
+  bool factors;               // the ends
 };
 
 // One block of some pixels, to be quantized into rows.

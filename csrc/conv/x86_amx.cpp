@@ -169,14 +169,14 @@ struct Group {
 };
 
 // S * 2^e, of a tile's sums, which start at zero.
-template <bool Wide>
+template <bool Factors>
 static inline __m512 scaled(__m512i s, const Ends& ends) {
   const __m512 end = _mm512_set1_ps(ends.end);
-  if constexpr (Wide) return _mm512_mul_ps(_mm512_cvtepi32_ps(s), end);
+  if constexpr (Factors) return _mm512_mul_ps(_mm512_cvtepi32_ps(s), end);
   return _mm512_sub_ps(_mm512_castsi512_ps(_mm512_add_epi32(s, _mm512_castps_si512(end))), end);
 }
 
-template <int N, int P, bool Wide, bool Shift>
+template <int N, int P, bool Factors, bool Shift>
 static void scale_blocks(const Sums& t, const Group& g, int from, int to) {
   __m512 kds[N][P], shift[N][P];
   const Ends* ends[N];
@@ -200,7 +200,7 @@ static void scale_blocks(const Sums& t, const Group& g, int from, int to) {
     for (int p = 0; p < P; ++p) y[p] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(output + p * kPanel);
     for (int n = 0; n < N; ++n) {
       for (int p = 0; p < P; ++p) {
-        const __m512 term = scaled<Wide>(_mm512_load_si512(s + n * kBlockSums + p * kPanel), ends[n][at]);
+        const __m512 term = scaled<Factors>(_mm512_load_si512(s + n * kBlockSums + p * kPanel), ends[n][at]);
         y[p] = _mm512_fmadd_ps(kds[n][p], term, y[p]);
       }
       if constexpr (Shift) {
@@ -216,10 +216,13 @@ template <int P, bool Wide, bool Shift>
 static inline void scale_group(const Sums& t, const Group& g, int from, int to) {
   static_assert(kGroup == 3);
   if (from == to) return;
-  if (g.blocks == 3)
-    scale_blocks<3, P, Wide, Shift>(t, g, from, to);
-  else
-    g.blocks == 2 ? scale_blocks<2, P, Wide, Shift>(t, g, from, to) : scale_blocks<1, P, Wide, Shift>(t, g, from, to);
+  const auto of_ends = [&]<bool Factors>() {
+    if (g.blocks == 3)
+      scale_blocks<3, P, Factors, Shift>(t, g, from, to);
+    else
+      g.blocks == 2 ? scale_blocks<2, P, Factors, Shift>(t, g, from, to) : scale_blocks<1, P, Factors, Shift>(t, g, from, to);
+  };
+  Wide && t.rows.factors ? of_ends.template operator()<true>() : of_ends.template operator()<false>();
 }
 
 // Returns how many pixels are done.

@@ -24,8 +24,8 @@ static inline __m512i spread(const std::int8_t* from) {
 // A template, so that all sums stay in registers. Loops are known to run once at least, and what a tap or a block changes is
 // one offset for all pixels: otherwise the compiler keeps many more values than there are registers. All but low tiles take
 // octets in fours, since every turn of a loop copies the sums.
-template <int M, int P, bool Wide, bool Shift>
-static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
+template <int M, int P, bool Wide, bool Factors, bool Shift>
+static void tile_of(const Sums& t, const std::int64_t* pixel, float* output) {
   // Low tiles have few sums: two of each, so that one does not wait for the other.
   constexpr int kParts = M * P <= 4 ? 2 : 1;
   const Rows& rows = t.rows;
@@ -88,7 +88,8 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
       };
       int left = block < last ? t.octets : t.last_octets;
       if constexpr (kParts == 1) {
-        for (; left >= 4; left -= 4) {
+        for (; left % 4; --left) octet();
+        for (; left > 0; left -= 4) {
           for (int i = 0; i < kLines; ++i) ask_for(w + next + i * 64);
           if (turn == 0)
             for (int p = 0; p < P; ++p)
@@ -96,7 +97,6 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
           octet(), octet(), octet(), octet();
         }
         for (int i = 0; i < P; ++i) ask_for(kds + next_kds + i * kPanel);
-        for (; left > 0; --left) octet();
       } else {
         do octet();
         while (--left > 0);
@@ -105,8 +105,8 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
         const __m512 e = _mm512_set1_ps(ends[m][block].end);
         for (int p = 0; p < P; ++p) {
           if constexpr (kParts == 2) s[m][p][0] = _mm512_add_epi32(s[m][p][0], s[m][p][1]);
-          const __m512 term = Wide ? _mm512_mul_ps(_mm512_cvtepi32_ps(s[m][p][0]), e)
-                                   : _mm512_sub_ps(_mm512_castsi512_ps(s[m][p][0]), e);
+          const __m512 term = Factors ? _mm512_mul_ps(_mm512_cvtepi32_ps(s[m][p][0]), e)
+                                      : _mm512_sub_ps(_mm512_castsi512_ps(s[m][p][0]), e);
           y[m][p] = _mm512_fmadd_ps(_mm512_loadu_ps(kds + p * kPanel), term, y[m][p]);
         }
         if constexpr (Shift) {
@@ -120,6 +120,13 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
   } while (++tap != no_tap);
   for (int m = 0; m < M; ++m)
     for (int p = 0; p < P; ++p) _mm512_storeu_ps(output + m * kPair + p * kPanel, y[m][p]);
+}
+
+template <int M, int P, bool Wide, bool Shift>
+static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
+  if constexpr (Wide)
+    if (t.rows.factors) return tile_of<M, P, true, true, Shift>(t, pixel, output);
+  tile_of<M, P, Wide, false, Shift>(t, pixel, output);
 }
 
 #include "sum_by_height.inc"

@@ -76,7 +76,7 @@ Case random_case() {
   } while (g.height + 2 * g.pad_h < g.dilation_h * (g.kernel_h - 1) + 1 ||
            g.width + 2 * g.pad_w < g.dilation_w * (g.kernel_w - 1) + 1);
   g.flat = depthwise || pick(0, 3) == 0;
-  g.block_size = common ? 32 : depthwise ? pick(1, 20) : 16 * pick(1, 8);
+  g.block_size = common ? 32 : depthwise ? pick(1, 20) : 16 * (pick(0, 5) ? pick(1, 8) : pick(15, 32));
   c.weight_bits = static_cast<int>(pick(2, 8));
   c.activation_bits = static_cast<int>(pick(2, 8));
   c.sign = static_cast<int>(pick(0, 2));
@@ -84,8 +84,8 @@ Case random_case() {
   c.shift = pick(0, 1), c.bias = pick(0, 1), c.norm = pick(0, 1), c.add = pick(0, 1);
   c.channels_last = pick(0, 1) && (!g.depthwise() || g.outputs == g.channels);
   c.activation = static_cast<Activation>(pick(0, kActivations - 1));
-  // Sometimes beyond the exponents that narrow weights usually meet.
-  const float magnitude = std::exp2(static_cast<float>(c.weight_bits <= 4 && pick(0, 9) == 0 ? pick(104, 110) : pick(-90, 90)));
+  // Sometimes beyond the exponents that are usually met.
+  const float magnitude = std::exp2(static_cast<float>(pick(0, 9) ? pick(-90, 90) : pick(104, 110)));
   const bool rectified = pick(0, 1);
   for (std::int64_t i = 0; i < g.images * g.channels * g.height * g.width; ++i) {
     const float v = normal() * magnitude;
