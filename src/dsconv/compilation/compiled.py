@@ -19,7 +19,9 @@ from dsconv.errors import ModelError
 _SIZES_KEPT = 16
 
 
-class _Captured(NamedTuple):
+class Captured(NamedTuple):
+    """What runs for images of a size, and its table."""
+
     program: Program
     plan: Plan
 
@@ -36,24 +38,25 @@ class CompiledModel(nn.Module):
     def __init__(self, model: nn.Module, example_input: Tensor, fast_math: bool = False):
         super().__init__()
         self.model, self.fast_math = model, fast_math
-        self._captured: dict[tuple[int, ...], _Captured] = {}
+        self._captured: dict[tuple[int, ...], Captured] = {}
         self._lock = threading.Lock()
-        self.plan = self.program_for(example_input)[1]
+        self.plan = self.program_for(example_input).plan
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Output for ``x`` of any batch size; a new image size is captured first, and the last 16 are remembered."""
-        with torch.inference_mode():
-            y: Tensor = self.program_for(x)[0](x)
+        program = self.program_for(x).program
+        if torch.is_inference_mode_enabled():
+            y: Tensor = program(x)
+        else:
+            with torch.inference_mode():
+                y = program(x)
         return y
 
-    def program_for(self, x: Tensor) -> tuple[Program, Plan]:
+    def program_for(self, x: Tensor) -> Captured:
         """What runs for images of the size of ``x``, and its table."""
         _check("compiled model", x)
-        return self._of_size(x)
-
-    def _of_size(self, x: Tensor) -> _Captured:
-        size = tuple(x.shape[1:])
+        size = x.shape[1:]
         found = self._captured.get(size)
         if found is None:
             with self._lock:  # one thread captures, the others wait for it
@@ -123,14 +126,14 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
 def _check(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype != torch.float32 or x.device.type != "cpu":
+    if x.dtype != torch.float32 or not x.is_cpu:
         raise ValueError(f"{name}: expected float32 on the CPU, got {x.dtype} on {x.device}")
 
 
-def _captured(model: nn.Module, x: Tensor, fast_math: bool) -> _Captured:
+def _captured(model: nn.Module, x: Tensor, fast_math: bool) -> Captured:
     module = capture(model, x)
     activations = EXACT | INEXACT if fast_math else EXACT
     fuse(module, activations)
     module.graph.eliminate_dead_code()
     program = Program(lower(module, activations, own_averages=fast_math))
-    return _Captured(program, plan_of(program))
+    return Captured(program, plan_of(program))

@@ -8,6 +8,7 @@ it writes all of them. What is concatenated is written where it will be needed.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -216,7 +217,11 @@ class _Lowering:
         self._write_quantized(source)
         nodes = [node for node in self.module.graph.nodes if node.op in ("get_attr", "call_function")]
         constants = {node: value for node in nodes if (value := self._constant(node)) is not None}
-        return Lowered(self.steps, source, tuple(output.args[0]), self.module.graph._codegen.process_outputs, constants)
+        outputs, any_one = tuple(output.args[0]), object()
+        structure: Callable[[Any], Any] = self.module.graph._codegen.process_outputs
+        if len(outputs) == 1 and structure([any_one]) is any_one:
+            structure = itemgetter(0)  # faster
+        return Lowered(self.steps, source, outputs, structure, constants)
 
     def _value(self, node: fx.Node) -> Value | None:
         """The tensor of images that a node makes; None where it makes something else."""

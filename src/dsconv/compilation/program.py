@@ -1,10 +1,9 @@
 """Runs the steps of a network: most in one call of the extension, over one piece of memory; some in PyTorch."""
 
 import math
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,16 +73,18 @@ class Program:
         alike = any(isinstance(step.does, Average) and step.does.alike for step in self.steps)
         self._segments_of_pixels = self._segments_around({Call, Average}) if alike else self._segments
         # What steps of the extension make outside the memory: the network's outputs.
-        self._returns = {s.result for s in self.steps if s.result in self._bases and not isinstance(s.does, Call)}
+        made = {s.result for s in self.steps if s.result in self._bases and not isinstance(s.does, Call)}
+        self._returns = {v.node: (base, *_layout(v)) for v, base in self._bases.items() if v in made}
         self.memory_bytes: int = self._native.bytes(1)
         self.images_at_once = _CACHED_BYTES // max(1, self.memory_bytes) if self._treats_images_alone() else None
-        self._spare: list[Tensor] = []
-        self._lock = threading.Lock()
+        self._spare: deque[Tensor] = deque(maxlen=_SPARE)
 
     def __call__(self, x: Tensor, seconds: Tensor | None = None) -> Any:
         """What the network returns for ``x``; adds what each step took to float64 ``seconds (steps,)``, if given."""
-        at_once = len(x) if self.images_at_once is None else max(self.images_at_once, torch.get_num_threads())
-        parts = [self._run(part, seconds) for part in (torch.split(x, at_once) if len(x) > at_once else (x,))]
+        if self.images_at_once is None or len(x) <= max(1, self.images_at_once):
+            return self._structure(self._run(x, seconds))
+        at_once = max(self.images_at_once, torch.get_num_threads())
+        parts = [self._run(part, seconds) for part in torch.split(x, at_once)]
         return self._structure([_joined(outputs) for outputs in zip(*parts, strict=True)])
 
     # Memory
@@ -269,32 +270,36 @@ class Program:
     # Running
 
     def _run(self, x: Tensor, seconds: Tensor | None) -> list[Any]:
-        images = len(x)
+        # What is done for every call takes long where the network has just emptied the caches: little is.
+        images, contiguous, four = len(x), x.is_contiguous(), x.dim() == 4
         # In the layout of the input, layers run one by one leave theirs, and the order of a sum follows from it.
-        lines = x.dim() != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
-        x = x.contiguous() if self._nchw or x.dim() != 4 else x.contiguous(memory_format=torch.channels_last)
-        env: dict[fx.Node, Any] = dict(self.constants)
-        env[self._input.node] = x
+        lines = contiguous or not four or not x.is_contiguous(memory_format=torch.channels_last)
+        if four and not self._nchw:
+            x = x.contiguous(memory_format=torch.channels_last)
+        elif not contiguous:
+            x = x.contiguous()
+        env: dict[fx.Node, Any] = {**self.constants, self._input.node: x}
+        memory = self._memory(self._native.bytes(images))
         addresses = [0] * (len(self._bases) + 1)
-        with self._memory(self._native.bytes(images)) as memory:
-            addresses[0] = memory.data_ptr()
-            for value, base in self._bases.items():
-                if value is self._input:
-                    addresses[base] = x.data_ptr()
-                elif value in self._returns:
-                    env[value.node] = y = _empty(images, value)
-                    addresses[base] = y.data_ptr()
-            cpu.use_threads()
-            for segment in self._segments if lines else self._segments_of_pixels:
-                if segment.call is None:
-                    times = 0 if seconds is None else seconds.data_ptr()
-                    self._native.run(images, addresses, segment.first, segment.last, times)
-                else:
-                    since = time.perf_counter()
-                    self._call(segment.call, images, lines, env, memory, addresses)
-                    if seconds is not None:
-                        seconds[segment.first] += time.perf_counter() - since
-            return [self._returned(output, images, env, memory) for output in self._outputs]
+        addresses[0] = memory.data_ptr()
+        if self._input in self._bases:
+            addresses[self._bases[self._input]] = x.data_ptr()
+        for node, (base, size, layout) in self._returns.items():
+            env[node] = y = torch.empty(images, *size, memory_format=layout)
+            addresses[base] = y.data_ptr()
+        cpu.use_threads()
+        for segment in self._segments if lines else self._segments_of_pixels:
+            if segment.call is None:
+                times = 0 if seconds is None else seconds.data_ptr()
+                self._native.run(images, addresses, segment.first, segment.last, times)
+            else:
+                since = time.perf_counter()
+                self._call(segment.call, images, lines, env, memory, addresses)
+                if seconds is not None:
+                    seconds[segment.first] += time.perf_counter() - since
+        outputs = [self._returned(output, images, env, memory) for output in self._outputs]
+        self._spare.append(memory)
+        return outputs
 
     def _call(
         self, step: Step, images: int, lines: bool, env: dict[fx.Node, Any], memory: Tensor, addresses: list[int]
@@ -329,6 +334,8 @@ class Program:
     def _returned(self, node: Any, images: int, env: dict[fx.Node, Any], memory: Tensor) -> Any:
         if not isinstance(node, fx.Node):
             return node
+        if node in self._returns:
+            return env[node]
         if node not in env:
             value = next(v for v in self._buffers if isinstance(v, Value) and v.node is node)
             return self._view(value, images, memory).clone()
@@ -336,27 +343,26 @@ class Program:
         inside = isinstance(made, Tensor) and made.untyped_storage().data_ptr() == memory.data_ptr()
         return made.clone() if inside else made
 
-    @contextmanager
-    def _memory(self, size: int) -> Iterator[Tensor]:
+    def _memory(self, size: int) -> Tensor:
         """Float32 memory of so many bytes that no other call uses at this time."""
-        with self._lock:
-            memory = self._spare.pop() if self._spare else None
+        try:
+            memory = self._spare.pop()
+        except IndexError:
+            memory = None
         if memory is None or memory.nbytes < size:
             memory = torch.empty(max(1, -(-size // 4)))
-        yield memory
-        with self._lock:
-            if len(self._spare) < _SPARE:
-                self._spare.append(memory)
+        return memory
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _empty(images: int, value: Value) -> Tensor:
+def _layout(value: Value) -> tuple[tuple[int, ...], torch.memory_format]:
+    """Sizes of an image, and the format of images."""
     if value.node.meta["val"].dim() == 2:
-        return torch.empty(images, value.size[0])
-    return torch.empty(images, *value.size, memory_format=torch.channels_last)
+        return value.size[:1], torch.contiguous_format
+    return value.size, torch.channels_last
 
 
 def _joined(parts: Sequence[Any]) -> Any:
