@@ -16,7 +16,7 @@ from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.ops import cpu
 
 # Memory of this size stays in the caches; more images at a time would not.
-_CACHED_BYTES = 8 << 20
+_CACHED_BYTES = 10 << 20
 _GAP = 16  # values, a line of cache
 _aten = torch.ops.aten
 # Of PyTorch's operators, those that treat every image as if it were alone, where they make a tensor of images.
