@@ -100,6 +100,6 @@ constexpr int kHeight = 6;
 #include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"neondotprod", kLanes, 6, 96, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{"neondotprod", kLanes, 6, 96, nullptr, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
 
 }  // namespace dsconv::neondotprod

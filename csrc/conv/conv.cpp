@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "../parallel.h"
@@ -183,13 +184,17 @@ class Tasks {
       }
       for (int p = 0; p < pixels; p += together) {
         const int now = std::min(together, pixels - p);
-        for (std::int64_t from = begin; from < stop; from += kPair) {
+        const auto outputs_from = [&](std::int64_t from, std::int64_t end) -> Store {
           const std::int64_t output = group * per_group + from;
-          const int outputs = static_cast<int>(std::min<std::int64_t>(kPair, stop - from));
-          kernels_.store({sums + (from - begin) * pixels + p * kPair, now, outputs, place + p, residual_place + p, channel,
-                          l_.terms.from(output), o_.residual.values ? o_.residual.values + output * add.channel : nullptr,
-                          values + (from - begin) * channel, l_.activation, l_.slope});
-        }
+          return {sums + (from - begin) * pixels + p * kPair, now, static_cast<int>(end - from), place + p, residual_place + p, channel,
+                  l_.terms.from(output), o_.residual.values ? o_.residual.values + output * add.channel : nullptr,
+                  values + (from - begin) * channel, l_.activation, l_.slope};
+        };
+        if (const auto block = block_made(group * per_group + begin, stop - begin, target_rows + p, now);
+            block && kernels_.store_block(outputs_from(begin, stop), pixels * kPair, *block, apart))
+          continue;
+        for (std::int64_t from = begin; from < stop; from += kPair)
+          kernels_.store(outputs_from(from, std::min<std::int64_t>(from + kPair, stop)));
         for (std::int64_t i = 0; i < targets; ++i)
           quantize_into(o_.targets[i], kernels_, values + place[p], apart, target_rows + i * pixels + p, now,
                         group * per_group + begin, group * per_group + stop);
@@ -198,6 +203,16 @@ class Tasks {
   }
 
  private:
+  // The block of the only target that these outputs are, if they are one.
+  std::optional<Block> block_made(std::int64_t first, std::int64_t outputs, const std::int64_t* row, std::int64_t pixels) const {
+    if (o_.targets.size() != 1 || (o_.values && o_.strides.channel != 1)) return {};
+    const Target& target = o_.targets.front();
+    const Cut& cut = target.quantized.format().cut;
+    const std::int64_t channel = target.first + first, index = channel % cut.depth / cut.block_size;
+    if (cut.size(index) != outputs) return {};
+    return block_of(target.quantized, channel / cut.depth, index, row, pixels);
+  }
+
   const Geometry& g_;
   const Layer& l_;
   const Kernels& kernels_;

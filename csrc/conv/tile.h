@@ -192,6 +192,9 @@ struct Kernels {
   void (*quantize_channels)(const Block&, const float* values, std::int64_t stride);
   void (*sum)(const Sums&);
   void (*store)(const Store&);
+  // The same of a whole block, which is quantized in one go: outputs of pixels lie `stride` apart, sums of pairs of panels
+  // `apart`. False, with nothing done, where the one has to be done after the other.
+  bool (*store_block)(const Store&, std::int64_t apart, const Block&, std::int64_t stride);
   void (*depthwise)(const Depthwise&);
   void (*depthwise_line)(const DepthwiseLine&);
   void (*map)(const Map&);

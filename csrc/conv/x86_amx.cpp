@@ -307,6 +307,6 @@ static void sum(const Sums& t) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels{"amx", kLanes, 32, 384, workspace, quantize_pixels, quantize_channels, sum, store, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{"amx", kLanes, 32, 384, workspace, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
 
 }  // namespace dsconv::amx

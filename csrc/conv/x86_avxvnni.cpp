@@ -18,6 +18,6 @@ constexpr int kHeight = 3;
 #include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"avxvnni", kLanes, 3, 96, nullptr, quantize_pixels, quantize_channels, sum, store, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{"avxvnni", kLanes, 3, 96, nullptr, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
 
 }  // namespace dsconv::avxvnni

@@ -62,7 +62,7 @@ Case random_case() {
   g.groups = depthwise ? pick(2, 40) : pick(0, 3) ? 1 : pick(2, 3);
   g.images = pick(0, 9) ? pick(1, 2) : 0;
   g.channels = depthwise ? g.groups : g.groups * pick(1, pick(0, 3) ? 40 : 257);
-  g.outputs = g.groups * (depthwise ? pick(0, 3) ? 1 : pick(2, 3) : pick(1, 70));
+  g.outputs = g.groups * (depthwise ? pick(0, 3) ? 1 : pick(2, 3) : pick(0, 4) ? pick(1, 70) : 64 * pick(1, 3));
   g.kernel_h = pick(1, 3), g.kernel_w = pick(1, 5);
   g.stride_h = pick(1, 3), g.stride_w = pick(1, 3);
   g.dilation_h = pick(1, 2), g.dilation_w = pick(1, 2);
@@ -80,10 +80,10 @@ Case random_case() {
   c.weight_bits = static_cast<int>(pick(2, 8));
   c.activation_bits = static_cast<int>(pick(2, 8));
   c.sign = static_cast<int>(pick(0, 2));
-  c.target_bits = static_cast<int>(pick(2, 8)), c.block_size = 16 * pick(1, 8);
+  c.target_bits = static_cast<int>(pick(2, 8)), c.block_size = pick(0, 2) ? 16 * pick(1, 8) : 64 * pick(1, 2);
   c.shift = pick(0, 1), c.bias = pick(0, 1), c.norm = pick(0, 1), c.add = pick(0, 1);
   c.channels_last = pick(0, 1) && (!g.depthwise() || g.outputs == g.channels);
-  c.activation = static_cast<Activation>(pick(0, kActivations - 1));
+  c.activation = static_cast<Activation>(pick(0, pick(0, 1) ? 1 : kActivations - 1));
   // Sometimes beyond the exponents that are usually met.
   const float magnitude = std::exp2(static_cast<float>(pick(0, 9) ? pick(-90, 90) : pick(104, 110)));
   const bool rectified = pick(0, 1);
