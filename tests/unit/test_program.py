@@ -267,11 +267,10 @@ def test_with_fast_math_nothing_is_left_to_pytorch() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["own", "pytorch"])
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("channels", [1, 2, 37, 150])
-@pytest.mark.parametrize("size", [(1, 3), (2, 6), (7, 7), (13, 17), (31, 33), (64, 90)])
+@pytest.mark.parametrize("channels", [1, 2, 150])
+@pytest.mark.parametrize("size", [(1, 3), (2, 6), (7, 7), (13, 17), (64, 90)])
 def test_averages_have_the_bits_of_pytorchs(
-    size: tuple[int, int], channels: int, threads: int, known: bool, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int], channels: int, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not known:  # another order of sums than any that we know
         monkeypatch.setattr(lowering, "lanes_of_pytorch", lambda _: None)
@@ -286,11 +285,12 @@ def test_averages_have_the_bits_of_pytorchs(
     fast = dsconv.compile(dsconv.quantize(net, "w8a8"), x)
     assert len(steps(fast, Average)) == 2 * (known and channels > 1)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     try:
-        with torch.inference_mode():
-            for images in (x, x[:1], x.to(memory_format=torch.channels_last)):
-                assert torch.equal(fast(images), fast.model(images))
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                for images in (x, x[:1], x.to(memory_format=torch.channels_last)):
+                    assert torch.equal(fast(images), fast.model(images))
     finally:
         torch.set_num_threads(before)
 
