@@ -145,7 +145,7 @@ class Tasks {
     t.last_octets = static_cast<int>(g_.cut().last_octets());
     t.panel_bytes = panel;
     t.panels = 2;
-    t.largest = l_.bits == 8 ? 128 : (1 << l_.bits) - 1;
+    t.largest = largest_mantissa(l_.bits);
     t.tap = tap_.data();
     t.taps = static_cast<int>(g_.taps());
     t.pixel = row;
@@ -182,6 +182,7 @@ class Tasks {
         if (o_.values && channel == 1) t.next = o_.residual.values ? o_.residual.values + output : o_.values + output;
         sum(t);
       }
+      std::optional<Block> block = block_made(group * per_group + begin, stop - begin, target_rows);
       for (int p = 0; p < pixels; p += together) {
         const int now = std::min(together, pixels - p);
         const auto outputs_from = [&](std::int64_t from, std::int64_t end) -> Store {
@@ -190,9 +191,10 @@ class Tasks {
                   l_.terms.from(output), o_.residual.values ? o_.residual.values + output * add.channel : nullptr,
                   values + (from - begin) * channel, l_.activation, l_.slope};
         };
-        if (const auto block = block_made(group * per_group + begin, stop - begin, target_rows + p, now);
-            block && kernels_.store_block(outputs_from(begin, stop), pixels * kPair, *block, apart))
-          continue;
+        if (block) {
+          block->row = target_rows + p, block->pixels = now;
+          if (kernels_.store_block(outputs_from(begin, stop), pixels * kPair, *block, apart)) continue;
+        }
         for (std::int64_t from = begin; from < stop; from += kPair)
           kernels_.store(outputs_from(from, std::min<std::int64_t>(from + kPair, stop)));
         for (std::int64_t i = 0; i < targets; ++i)
@@ -203,14 +205,14 @@ class Tasks {
   }
 
  private:
-  // The block of the only target that these outputs are, if they are one.
-  std::optional<Block> block_made(std::int64_t first, std::int64_t outputs, const std::int64_t* row, std::int64_t pixels) const {
+  // The block of the only target that these outputs are, if they are one; of no pixels yet.
+  std::optional<Block> block_made(std::int64_t first, std::int64_t outputs, const std::int64_t* row) const {
     if (o_.targets.size() != 1 || (o_.values && o_.strides.channel != 1)) return {};
     const Target& target = o_.targets.front();
     const Cut& cut = target.quantized.format().cut;
     const std::int64_t channel = target.first + first, index = channel % cut.depth / cut.block_size;
     if (cut.size(index) != outputs) return {};
-    return block_of(target.quantized, channel / cut.depth, index, row, pixels);
+    return block_of(target.quantized, channel / cut.depth, index, row, 0);
   }
 
   const Geometry& g_;

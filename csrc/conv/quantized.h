@@ -37,7 +37,7 @@ struct Format {
   bool shift;  // whether it has one
 
   // Whether ends are factors: whether |S| can come to 2^22.
-  bool factors() const { return wide && cut.block_size * kWideZero * (bits == 8 ? 128 : (1 << bits) - 1) >= 1 << 22; }
+  bool factors() const { return wide && cut.block_size * kWideZero * largest_mantissa(bits) >= 1 << 22; }
   bool operator==(const Format&) const;
 };
 

@@ -20,6 +20,9 @@ inline constexpr int kActivations = static_cast<int>(Activation::sigmoid) + 1;
 
 inline constexpr int kZero = 8, kWideZero = 128;  // what stands for 0 in weights, which are stored as unsigned numbers
 
+// The largest magnitude that a mantissa of so many bits can have: only of 8 the sign is always one.
+constexpr int largest_mantissa(int bits) { return bits == 8 ? 128 : (1 << bits) - 1; }
+
 // What the sums over a block start at, less the weights' zero times the sum of the mantissas, and what then makes S * 2^e of
 // them; a NaN where the block is not finite.
 // - Where |S| < 2^22, `end` is 1.5 * 2^(23 + e), and sums start at its bits. They come to the bits of the float end + S * 2^e. That

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import interrupts
 import pytest
 import torch
 from PIL import Image
@@ -259,7 +260,7 @@ def test_ctrl_c_prints_the_figures_so_far(digits: Path, factory: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         # Where the tests run in the background, the shell makes their processes ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=interrupts.heeded,
     )
     assert process.stderr is not None
     seen = 0
@@ -337,7 +338,7 @@ def test_ctrl_c_in_a_calibration_which_is_then_resumed(cli: Callable[..., Any], 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=interrupts.heeded,
     )
     while not state.exists():
         assert process.poll() is None, "ended before it was interrupted"
@@ -476,7 +477,7 @@ def test_ctrl_c_in_bench_prints_the_figures_so_far(factory: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=interrupts.heeded,
     )
     assert process.stderr is not None
     while "waiting" not in (line := process.stderr.readline()):
@@ -510,11 +511,13 @@ def test_a_written_file_has_the_permissions_of_any_new_file(cli: Callable[..., A
 
 
 @pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
-def test_fast_math_is_an_option_of_profile_and_bench(cli: Callable[..., Any]) -> None:
-    for options in ((), ("--fast-math",)):
-        found = strict_json(cli("profile", NET, "--runs", "2", "--json", *options).stdout)
+def test_fast_math_leaves_nothing_to_pytorch(cli: Callable[..., Any], factory: Path) -> None:
+    for options, in_pytorch in (((), {"aten.silu"}), (("--fast-math",), set())):
+        model = (f"{factory}:swish", "--size", "1x12x12", "--weights", "random")
+        found = strict_json(cli("profile", *model, "--runs", "2", "--json", *options).stdout)
         backends = {step["operator"]: step["backend"] for step in found["steps"]}
-        assert "PyTorch" not in backends.values() and backends["dsconv.average"].startswith("float32")
+        assert {name for name, backend in backends.items() if backend == "PyTorch"} == in_pytorch
+        assert backends["dsconv.average"].startswith("float32")
     found = strict_json(cli("bench", NET, "--against", "torch", "--turns", "2", "--json", "--fast-math").stdout)
     executed = {t["contestant"]: t["executed"] for t in found["networks"][0]["timings"]}
     assert executed["dsconv"].endswith(", fast math") and "fast math" not in executed["dsconv, not compiled"]

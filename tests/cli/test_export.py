@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import interrupts
 import pytest
 
 onnx = pytest.importorskip("onnx", reason="needs the extra 'onnx'")
@@ -76,8 +76,7 @@ def test_ctrl_c_leaves_the_old_file_and_no_part(quantized_file: Path, tmp_path: 
     out = tmp_path / "a.onnx"
     out.write_text("the old one")
     command = [sys.executable, "-m", "dsconv", "export", str(quantized_file), "--out", str(out), "--force"]
-    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background does not
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds) as running:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=interrupts.heeded) as running:
         assert running.stderr is not None
         for line in running.stderr:
             if "exporting" in line:

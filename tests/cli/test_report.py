@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import interrupts
 import pytest
 from PIL import Image
 
@@ -145,8 +145,7 @@ def test_a_missing_extra_is_named_before_anything_is_measured(
 def test_ctrl_c_leaves_nothing(tmp_path: Path, quantized_file: Path, factory: Path) -> None:
     arguments = ["report", quantized_file, "--out", tmp_path / "a.html", "--reference", f"{factory}:waits"]
     command = [sys.executable, "-m", "dsconv", *map(str, arguments)]
-    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background does not
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=interrupts.heeded) as process:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
         assert any("waiting" in line for line in lines)

@@ -116,6 +116,11 @@ class Average:
     lanes: int
     alike: bool
 
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        """What PyTorch reads where it takes the average."""
+        return (self.source,)
+
 
 @dataclass(eq=False)
 class Flatten:

@@ -305,7 +305,8 @@ class Program:
         self, step: Step, images: int, lines: bool, env: dict[fx.Node, Any], memory: Tensor, addresses: list[int]
     ) -> None:
         """A step, by PyTorch."""
-        for value in step.does.reads if isinstance(step.does, Call) else (step.does.source,):
+        assert isinstance(step.does, Call | Average)
+        for value in step.does.reads:
             if value.node not in env:
                 env[value.node] = self._view(value, images, memory)
         node: Any = step.node
