@@ -30,6 +30,7 @@ import machine
 from baselines import Baseline, baselines
 from dsconv import QuantConfig
 from dsconv.data import Preprocess
+from dsconv.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = ("cifar_resnet20", "cifar_resnet44", "resnet18_tiny", "squeezenet1_1", "tiny_darknet")
@@ -372,9 +373,8 @@ def main() -> None:
 
 def write(path: Path, text: str) -> None:
     """Replace a file by a new one, whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text + "\n")
-    beside.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(text + "\n")
 
 
 if __name__ == "__main__":

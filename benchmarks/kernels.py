@@ -661,7 +661,8 @@ def plot_roofline(path: Path, results: Sequence[Result], ceilings: dict[int, Cei
     figure.legend(
         [named[name] for name in order], order, loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )
-    figure.savefig(path, dpi=130)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=130)
     pyplot.close(figure)
 
 

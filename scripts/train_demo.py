@@ -14,7 +14,6 @@ Needs ``torch``, ``safetensors`` and ``scikit-learn``, and ``dsconv`` installed 
 """
 
 import argparse
-import os
 import sys
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsconv.demo import DigitsResNet, load_digits, load_network
+from dsconv.files import replacing
 
 SEED = 0
 TEST_IMAGES, UNLABELLED_IMAGES = 540, 256
@@ -86,9 +86,8 @@ def report(right: int, count: int) -> str:
 
 def write(path: Path, tensors: dict[str, Tensor], key: str, value: str) -> None:
     # One metadata entry only: safetensors writes several in no fixed order, and the file would not be reproducible.
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {key: value}))
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {key: value}))
     print(f"{path}: {path.stat().st_size:,} bytes")
 
 

@@ -1,5 +1,27 @@
-"""``python -m dsconv``."""
+"""``dsconv`` and ``python -m dsconv``: the command line, which can be stopped while it is imported, runs or exits."""
 
-from dsconv.cli import main
+import signal
+import sys
 
-main()
+from dsconv import stopping
+
+
+def main() -> None:
+    """Run the command line; see :func:`dsconv.cli.main`."""
+    stopping.install()
+    try:
+        from dsconv.cli import main as run
+
+        run()
+    except BaseException as error:
+        # Modules that are stopped while they are imported may raise anything.
+        if not isinstance(error, SystemExit) and (code := stopping.exit_code()):
+            sys.exit(code)
+        raise
+    finally:
+        # The interpreter is taken down: there is nothing left to stop, and its exit code is settled.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    main()

@@ -129,6 +129,27 @@ class DSConvModel(
         """How its images are prepared, or None where that is not known."""
         return zoo.preprocess_of(self.model)
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Write the folder, each file whole or not at all; see :class:`huggingface_hub.ModelHubMixin`."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save_pretrained(folder)
+        card = folder / "README.md"
+        if not card.exists():
+            with replacing(card) as beside:
+                self.generate_model_card(**(model_card_kwargs or {})).save(beside)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **options)
+
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """As that of :class:`huggingface_hub.ModelHubMixin`; returns the URL of the commit."""
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}

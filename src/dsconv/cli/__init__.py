@@ -1,13 +1,15 @@
 """The command line. Each command is a module here: it reads its options, calls the library and prints."""
 
+import io
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from dsconv import __version__
+from dsconv import __version__, stopping
 from dsconv.cli.adapt import adapt
 from dsconv.cli.bench import bench
 from dsconv.cli.calibrate import calibrate
@@ -92,12 +94,36 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 a mistake to mend, 2 wrong usage, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 a mistake to mend, 2 wrong usage, 130 interrupted, 143 terminated."""
     warnings.showwarning = lambda message, *_: print(f"warning: {_one_paragraph(message)}", file=sys.stderr)
-    try:
-        app()
-    except (DSConvError, OSError) as error:
-        sys.exit(f"error: {_one_paragraph(error)}")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files and layers may hold characters that the terminal, or any, encoding lacks.
+            stream.reconfigure(errors="backslashreplace")
+    with stopping.stoppable():
+        try:
+            app()
+        except BaseException as error:
+            sys.exit(_exit(error))
+
+
+def _exit(error: BaseException) -> int | str | None:
+    """Return what ``sys.exit`` takes for what ended a command."""
+    failed = not isinstance(error, SystemExit) or bool(error.code)
+    # What is stopped while it is imported may raise anything.
+    if failed and (code := stopping.exit_code()):
+        return code
+    match error:
+        case SystemExit():
+            return error.code
+        case DSConvError() | OSError():
+            return f"error: {_one_paragraph(error)}"
+        case MemoryError():
+            return "error: there is not enough memory: use fewer images at a time, smaller ones, or a smaller network"
+        case KeyboardInterrupt():
+            return 130
+    traceback.print_exception(error)
+    return "error: this is a bug of dsconv: please report it, with the lines above"
 
 
 def _one_paragraph(error: object) -> str:

@@ -21,6 +21,7 @@ from dsconv.config import PRESETS, QuantConfig
 from dsconv.conversion import model_info
 from dsconv.data import Preprocess, batches
 from dsconv.errors import ConfigError, DataError, ModelError, import_extra
+from dsconv.files import check_place
 
 MODEL_HELP = (
     "torchvision/NAME, timm/NAME, dsconv/digits_resnet or path/to/file.py:factory; "
@@ -155,12 +156,9 @@ def read_images(data: Path, preprocess: Preprocess, limit: int) -> Tensor:
 
 def check_out(path: Path, force: bool) -> None:
     """A command may take minutes: what is wrong with the file it is to write is said before."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected the name of a file to write, it is a folder")
+    check_place(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path}: there is such a file already: add --force to replace it, or choose another")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path}: {path.parent} is not a folder that can be written to: choose another")
 
 
 def state_beside(out: Path, resume: bool, work: str) -> Path:

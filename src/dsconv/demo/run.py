@@ -1,6 +1,5 @@
 """What the demo computes: the embedded network under several settings, on digits that it has never seen."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dsconv.config import QuantConfig
 from dsconv.conversion import quantize, summary
 from dsconv.demo.network import load_digits
 from dsconv.evaluation import compare
+from dsconv.files import check_place
 from dsconv.io import load, save
 
 _WRITTEN = "default W4A8"
@@ -54,6 +54,8 @@ def run(folder: Path, on_step: Callable[[str], None] = lambda name: None) -> Dem
         scratch = TemporaryDirectory(prefix=".dsconv-", dir=folder)
     except OSError as error:
         raise OSError(f"{folder}: not a folder that can be written to ({error.strerror}): choose another") from None
+    written = folder / FILE_NAME
+    check_place(written)
     network = zoo.build("dsconv/digits_resnet")
     images, labels = load_digits("test")
     quantized: dict[str, nn.Module] = {}
@@ -76,17 +78,16 @@ def run(folder: Path, on_step: Callable[[str], None] = lambda name: None) -> Dem
                 "file_bytes": file.stat().st_size,
                 "quantize_seconds": seconds,
             }
-        file = folder / FILE_NAME
-        os.replace(Path(scratch.name, _WRITTEN), file)
+    save(quantized[_WRITTEN], written)
     with torch.inference_mode():
-        equal = torch.equal(load(file)(images), quantized[_WRITTEN](images))
+        equal = torch.equal(load(written)(images), quantized[_WRITTEN](images))
     float_bytes = len(safetensors.torch.save(network.state_dict()))
     figures = {
         "images": len(images),
         "backend": settings[_WRITTEN]["backend"],
         "float32": {"top1": result.reference.top1, "effective_bits": 32.0, "file_bytes": float_bytes},
         "settings": settings,
-        "file": str(file),
+        "file": str(written),
         "reloaded_equal": equal,
     }
     return Demo(network, quantized, figures)

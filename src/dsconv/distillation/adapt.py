@@ -30,7 +30,7 @@ from dsconv.distillation.report import Adaptation, Look, write_csv
 from dsconv.distillation.student import Student, logits_of, noting_outputs
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import device_of, first_line, ready
-from dsconv.io.checkpoint import check_place
+from dsconv.files import check_place
 from dsconv.io.state import StateFile
 from dsconv.progress import progress_bar
 

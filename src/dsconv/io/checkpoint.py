@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ from dsconv.conversion.convert import FLOAT_TYPES, ModelInfo, model_info, quanti
 from dsconv.conversion.fold import add_bias
 from dsconv.conversion.summary import LayerSummary, Summary, quantized_row
 from dsconv.errors import ConfigError, FileFormatError, ModelError
-from dsconv.files import replacing
+from dsconv.files import check_place, replacing
 from dsconv.nn import Affine, DSLayer
 from dsconv.numerics import pack, unpack
 
@@ -112,29 +113,20 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     return path
 
 
-def check_place(path: Path) -> None:
-    """Raise the OSError that writing to ``path`` would end in, where that can be told before."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: its folder {path.parent} does not exist")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected the name of a file, it is a folder")
-
-
 def write(path: Path, tensors: dict[str, Tensor], entries: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all.
 
     Raises:
         OSError: the file cannot be written.
     """
-    try:
-        with replacing(path) as beside:
-            beside.touch()
-            mode = beside.stat().st_mode
+    _check_name(path)
+    with replacing(path) as beside:
+        try:
             save_file(tensors, beside, entries)
-            # safetensors makes files that nobody but their owner may read.
-            beside.chmod(mode)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written: {error}") from None
+        except SafetensorError as error:
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+            raise OSError(f"{path}: cannot be written: {error}") from None
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -369,7 +361,15 @@ def checksum(entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise OSError(f"{str(path)!r}: expected a path in UTF-8, safetensors takes no other: choose another") from None
+
+
 def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    _check_name(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a file written by dsconv, there is none")
     # Reading one byte first tells a file that cannot be read from one that is broken.

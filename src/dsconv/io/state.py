@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dsconv.errors import ConfigError, FileFormatError
-from dsconv.io.checkpoint import check_place, checksum, write
+from dsconv.files import check_place
+from dsconv.io.checkpoint import checksum, write
 
 
 class StateFile:
@@ -32,11 +33,12 @@ class StateFile:
                 f"resume: there is no state file to resume from (state={None if path is None else str(path)!r})"
             )
         if path is not None:
-            check_place(path)
+            place = check_place(path)
             if path.exists() and not resume:
                 raise ConfigError(
                     f"state: there is a file {path} already: pass resume=True to continue it, or delete it"
                 )
+            path = place
         self._path, self._resume, self._format = path, resume, f"dsconv {work}"
         self._made_of: dict[str, str] = {}
 

@@ -92,7 +92,6 @@ def export_onnx(
     _check(qmodel, example_input, style, images, opset)
     facts = _facts(qmodel, style)
     with replacing(path) as beside:
-        beside.touch()  # what cannot be written is not worth the work
         if style == "int8":
             facts["dsconv.ranges"] = "noise and BatchNorm" if images is None else f"{len(images)} images"
             _write_int8(qmodel, example_input, beside, images, opset)
