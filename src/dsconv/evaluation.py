@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dsconv.data.folder import Batches, BrokenImage, ImageFolder, Images, batches
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, ModelError
+from dsconv.modes import evaluation_mode
 from dsconv.numerics import sqnr_db
 from dsconv.progress import progress_bar
 from dsconv.zoo import preprocess_of
@@ -342,21 +343,17 @@ class _Run:
 @contextmanager
 def ready(models: list[nn.Module], device: str | torch.device | None) -> Iterator[None]:
     """Evaluation mode, inference mode and ``device`` for as long as the block lasts."""
-    training = [(module, module.training) for model in models for module in model.modules()]
     homes = [device_of(model) for model in models]
     try:
         for model in models:
-            model.eval()
             if device is not None:
                 try:
                     model.to(device)
                 except (RuntimeError, AssertionError) as error:
                     raise ConfigError(f"The device {str(device)!r} cannot be used: {first_line(error)}") from error
-        with torch.inference_mode():
+        with evaluation_mode(models), torch.inference_mode():
             yield
     finally:
-        for module, flag in training:
-            module.training = flag
         if device is not None:
             for model, home in zip(models, homes, strict=True):
                 model.to(home)

@@ -183,7 +183,7 @@ class DSConvModel(
     @classmethod
     def _from_pretrained(cls, *, model_id: str, model: nn.Module | None = None, **download: Any) -> Self:
         path = model_id if os.path.isdir(model_id) else hf_hub_download(model_id, FILE_NAME, **download)
-        return cls(load(path, model))
+        return cls(load(path, model)).eval()
 
 
 def _figures(found: Summary, evaluation: Evaluation | None) -> Iterator[tuple[str, str, str]]:

@@ -20,6 +20,7 @@ from dsconv.data.folder import Images
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import Comparison, Evaluation, compare_each
+from dsconv.modes import evaluation_mode
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:
@@ -256,7 +257,8 @@ def tradeoff(
     interrupted = any(found.interrupted for found in evaluations.values())
     if time_shape is not None and not interrupted:
         try:
-            _time(named, torch.randn(1, *time_shape), threads, seconds, times)
+            with evaluation_mode(named.values()):
+                _time(named, torch.randn(1, *time_shape), threads, seconds, times)
         except KeyboardInterrupt:
             if on_interrupt == "raise":
                 raise

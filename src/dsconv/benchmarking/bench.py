@@ -19,6 +19,7 @@ from dsconv.benchmarking.peers import PEERS, Case, Contestant, NotRun, OnnxModel
 from dsconv.benchmarking.results import Bench, Timing, plural
 from dsconv.conversion import model_info
 from dsconv.errors import ConfigError, MissingExtraError, ModelError
+from dsconv.modes import check_evaluation_mode
 
 _RANDOM_IMAGES = 8
 # Beyond it, a float32 runtime did not compute the network.
@@ -128,8 +129,7 @@ def _check(
         raise ConfigError(f"expected turns of at least 2 and seconds above 0, got {turns} and {seconds}")
     if on_interrupt not in ("raise", "partial"):
         raise ConfigError(f"on_interrupt must be 'raise' or 'partial', got {on_interrupt!r}.")
-    if reference.training:
-        raise ModelError("the reference is in training mode: call its eval() before")
+    check_evaluation_mode(reference, "timing it")
 
 
 def _images(images: Tensor | Sequence[int]) -> tuple[Tensor, str]:

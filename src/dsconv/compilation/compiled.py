@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class CompiledModel(nn.Module):
         self._captured: dict[tuple[int, ...], Captured] = {}
         self._lock = threading.Lock()
         self.plan = self.program_for(example_input).plan
-        self.eval()
+        self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Output for ``x`` of any batch size; a new image size is captured first, and the last 16 are remembered."""
@@ -52,6 +52,10 @@ class CompiledModel(nn.Module):
             with torch.inference_mode():
                 y = program(x)
         return y
+
+    def train(self, mode: bool = True) -> Self:
+        """Change nothing: further image sizes are captured of the model as it was when it was compiled."""
+        return self
 
     def program_for(self, x: Tensor) -> Captured:
         """What runs for images of the size of ``x``, and its table."""

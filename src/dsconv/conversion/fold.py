@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dsconv.config import QuantConfig
 from dsconv.conversion.convert import FLOAT_TYPES, QUANTIZED_TYPES, ModelInfo, model_info, swapped
 from dsconv.errors import ModelError
+from dsconv.modes import check_evaluation_mode
 from dsconv.nn import Affine, DSLayer
 
 _BATCHNORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -124,11 +125,8 @@ def check_inference(qmodel: object, doing: str) -> None:
     kind = type(qmodel).__name__
     if not any(isinstance(module, DSLayer) for module in qmodel.modules()):
         raise ModelError(f"model {kind} holds no quantized layer: convert it with dsconv.quantize first")
-    if qmodel.training:
-        raise ModelError(
-            f"model {kind} is in training mode, in which BatchNorm uses the statistics of each batch: "
-            f"call its eval() before {doing}"
-        )
+    # A part in training mode on purpose goes on computing what it did.
+    check_evaluation_mode(qmodel, doing, parts=False)
 
 
 def add_bias(layer: DSLayer, like: object) -> None:

@@ -130,7 +130,7 @@ def write(path: Path, tensors: dict[str, Tensor], entries: dict[str, str]) -> No
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """Read a quantized model; it computes bitwise what the saved one did.
+    """Read a quantized model, in evaluation mode; it computes bitwise what the saved one does there.
 
     Args:
         path: of a file that :func:`save` wrote, or of a folder that holds it as ``model.safetensors``.
@@ -184,11 +184,11 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             )
             continue
         add_bias(quantized_layer, batchnorm.bias)
-        swaps[batchnorm] = nn.Identity().train(batchnorm.training)
+        swaps[batchnorm] = nn.Identity()
     for name in header.affine:
         batchnorm = modules.get(name)
         if isinstance(batchnorm, _BatchNorm):
-            swaps[batchnorm] = Affine(batchnorm.num_features).train(batchnorm.training)
+            swaps[batchnorm] = Affine(batchnorm.num_features)
         else:
             wrong.append(f"module {name!r}: the file has it as a BatchNorm in its inference form, the model has not")
     _refuse(path, header, model, wrong)
@@ -206,7 +206,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     )
     result = swapped(model, swaps, info)
     _fill(path, header, result, tensors)
-    return result
+    return result.eval()
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

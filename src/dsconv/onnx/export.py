@@ -18,6 +18,7 @@ from dsconv.conversion.convert import swapped
 from dsconv.conversion.statistics import noise, normalized, with_statistics
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
 from dsconv.files import replacing
+from dsconv.modes import check_evaluation_mode
 from dsconv.nn import DSLayer
 from dsconv.onnx import int8
 from dsconv.onnx.layers import DOMAIN, Floats, Functions, Integers, StandIn
@@ -120,8 +121,7 @@ def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, opse
         raise ModelError(f"qmodel: expected a quantized torch.nn.Module, not one of torch.compile, got {kind}")
     if not _layers(qmodel):
         raise ModelError(f"model {kind} holds no quantized layer: convert it with dsconv.quantize first")
-    if any(module.training for module in qmodel.modules()):
-        raise ModelError(f"model {kind} is in training mode: call its eval() before the export")
+    check_evaluation_mode(qmodel, "the export")
     half = [name for name, value in qmodel.named_parameters() if value.dtype != torch.float32]
     if half or x.dtype != torch.float32:
         what = f"parameter {half[0]!r}" if half else "the example_input"

@@ -24,6 +24,7 @@ from dsconv.data.folder import Batches
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import Comparison, Evaluation, compare, evaluate
 from dsconv.mixed import sensitivity
+from dsconv.modes import evaluation_mode
 from dsconv.nn import DSConv1d, DSConv2d, DSConv3d, DSLayer
 from dsconv.numerics import NONFINITE, dequantize_activation, quantize_activation, sqnr_db
 from dsconv.zoo import preprocess_of
@@ -378,7 +379,8 @@ def _profile(qmodel: nn.Module, shape: Sequence[int] | None, runs: int) -> Profi
         )
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     try:
-        return profile(compile(qmodel, x), x, runs=runs)
+        with evaluation_mode([qmodel]):
+            return profile(compile(qmodel, x), x, runs=runs)
     except ModelError as error:
         return f"The network cannot be compiled: {error}".replace("`", "'")
 
