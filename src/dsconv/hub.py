@@ -167,7 +167,7 @@ class DSConvModel(
             "by_name": architecture is not None and zoo.is_registered(architecture),
             "model_class": type(self.model).__name__,
             "repo_id": "path/to/this/folder",
-            "preprocess": ", ".join(f"{name} {value}" for name, value in self.preprocess or ()),
+            "preprocess": str(self.preprocess or ""),
             "settings": Counter(_settings(layer) for layer in found.layers if layer.quantized),
             "in_float": [layer for layer in found.layers if not layer.quantized],
         }

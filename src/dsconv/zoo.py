@@ -2,6 +2,9 @@
 
 A name is ``torchvision/resnet50``, ``timm/resnet50``, ``dsconv/digits_resnet`` or ``path/to/file.py:factory``; the
 arguments of its factory may follow, as in ``torchvision/resnet18?num_classes=200``.
+
+A file says how the images of its models are prepared by an attribute ``preprocess``, of the model or of the file
+itself: a :class:`dsconv.data.Preprocess` or a dictionary of its fields.
 """
 
 import difflib
@@ -18,8 +21,11 @@ from urllib.parse import parse_qsl
 import torch
 from torch import Tensor, nn
 
+from dsconv.conversion.preparation import offered, preprocess_of, set_preprocess
 from dsconv.data import Preprocess
-from dsconv.errors import DSConvError, ModelError, import_extra
+from dsconv.errors import ConfigError, DSConvError, ModelError, import_extra
+
+__all__ = ["build", "is_registered", "preprocess_of", "set_preprocess"]
 
 _SHOWN = 5
 # Trained without the auxiliary classifiers that these build by default, as the published weights are loaded.
@@ -80,21 +86,9 @@ def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Modul
     if path is not None:
         _load_weights(model, path)
     model.dsconv_architecture = name  # type: ignore[assignment]
-    model.dsconv_preprocess = preprocess  # type: ignore[assignment]
+    if preprocess is not None:
+        set_preprocess(model, preprocess)
     return model.eval()
-
-
-def preprocess_of(model: nn.Module) -> Preprocess | None:
-    """How a model says its images are prepared, as one of :func:`build`, of a file or of timm does; else None."""
-    from dsconv.conversion import model_info
-
-    info = model_info(model)
-    if info is not None and info.preprocess is not None:
-        return Preprocess(**info.preprocess)
-    preprocess = getattr(model, "dsconv_preprocess", None)
-    if preprocess is None and hasattr(model, "pretrained_cfg"):
-        return Preprocess.from_timm(model)
-    return preprocess if isinstance(preprocess, Preprocess) else None
 
 
 def _arguments(name: str, query: str) -> dict[str, Any]:
@@ -123,7 +117,7 @@ def _torchvision(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[n
         arguments = {"aux_logits": False, **({} if trained else {"init_weights": False}), **arguments}
     default = models.get_model_weights(name).DEFAULT
     model = models.get_model(name, weights=default if trained else None, **arguments)
-    return model, Preprocess.from_torchvision(default)
+    return model, _stated(Preprocess.from_torchvision, default)
 
 
 def _timm(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
@@ -134,7 +128,15 @@ def _timm(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Modul
         # timm may unpickle it; and a name can come from a file that is not trusted.
         raise ModelError(f"model {name!r}: checkpoint_path cannot be part of a name: pass the file as weights")
     model = timm.create_model(name, pretrained=trained, **arguments)
-    return model, Preprocess.from_timm(model)
+    return model, _stated(Preprocess.from_timm, model)
+
+
+def _stated(read: Callable[[Any], Preprocess], source: Any) -> Preprocess | None:
+    """Return what ``source`` says; None where it says nothing that a Preprocess can express, as for segmentation."""
+    try:
+        return read(source)
+    except ConfigError:
+        return None
 
 
 def _own(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
@@ -170,7 +172,10 @@ def _from_file(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, Preproc
         raise ModelError(f"model {name!r}: {factory_name}() failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {name!r}: expected a torch.nn.Module, {factory_name}() made a {type(model).__name__}")
-    return model, None
+    try:
+        return model, preprocess_of(model) or offered(getattr(module, "preprocess", None))
+    except ConfigError as error:
+        raise ModelError(f"model {name!r}: {error}") from None
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.calibration.collect import Moments, as_rows, blocks_of, from_rows
-from dsconv.calibration.images import check_images, read_images
+from dsconv.calibration.images import check_images, prepared_as, read_images
 from dsconv.calibration.layers import NAMES, Pair, pairs_of, trace
 from dsconv.calibration.passes import Passes
 from dsconv.calibration.report import CalibratedLayer, Calibration
@@ -21,6 +21,7 @@ from dsconv.compilation import CompiledModel
 from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.fold import add_bias
+from dsconv.conversion.preparation import set_preprocess
 from dsconv.data import Images, Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import ready
@@ -62,7 +63,7 @@ def calibrate(
         qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, BatchNorm folded or not. It is left as it is.
         reference: the float network that it was made from.
         images: 16 to 256 unlabelled images like those to come, as in :func:`dsconv.evaluate`; they are kept in memory.
-        preprocess: how a folder is read; None is what the networks say of themselves.
+        preprocess: how a folder is read; None is what the networks say of themselves. The result says so of its images.
         limit: use this many images at most: the first ones, or, of a folder, evenly spaced ones; None is all.
         positions: places of an image, on average, at which the output of a layer is looked at.
         seed: of the choice of these. The same arguments give the same result on the same machine.
@@ -103,9 +104,11 @@ def calibrate(
     x = read_images(images, preprocess, limit, qmodel, reference)
     with torch.inference_mode(False):
         result = copy.deepcopy(qmodel)
+    if (prepared := prepared_as(images, preprocess, qmodel, reference)) is not None:
+        set_preprocess(result, prepared)
     with ready([result, reference], device), torch.inference_mode(False), torch.no_grad():
         pairs, largest = trace(pairs_of(result, reference), result, reference, x[:1])
-        check_images(x, reference, qmodel)
+        check_images(x, reference, result)
         batch_size = min(len(x), max(1, memory_bytes // (_COPIES * largest)))
         settings = [(pair.name, pair.layer.config.model_dump_json()) for pair in pairs]
         arguments = {"positions": positions, "seed": seed, "images at a time": batch_size, "settings": settings}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dsconv.data import Images, Preprocess, batches
+from dsconv.data import Batches, ImageFolder, Images, Preprocess, batches
 from dsconv.data.preprocess import PHOTOGRAPH_DEVIATION, PHOTOGRAPH_MEAN
 from dsconv.errors import DataError
 from dsconv.evaluation import preprocess_for
@@ -53,13 +53,21 @@ def read_images(
     return x
 
 
+def prepared_as(images: Images, given: Preprocess | None, *models: nn.Module) -> Preprocess | None:
+    """Return how ``images`` are prepared: as a folder or ``given`` says, else as the first of ``models`` that knows."""
+    folder = images.folder if isinstance(images, Batches) else images
+    if isinstance(folder, ImageFolder):
+        return folder.preprocess
+    return given or next((found for model in models if (found := preprocess_of(model)) is not None), None)
+
+
 def check_images(x: Tensor, reference: nn.Module, qmodel: nn.Module) -> None:
     """Warn of images that are not prepared as the network expects, as far as it tells.
 
     It tells by its ``dsconv.data.Preprocess``, of which photographs have a known mean and deviation, and by the
     statistics that its first BatchNorm kept of the images it was trained on.
     """
-    known = next((found for model in (qmodel, reference) if (found := preprocess_of(model)) is not None), None)
+    known = prepared_as(x, None, qmodel, reference)
     said, seen = [], f"their mean is {float(x.mean()):.3g} and their deviation {float(x.std()):.3g}"
     if known is not None:
         size = known.crop or known.resize

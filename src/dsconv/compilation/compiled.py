@@ -13,7 +13,9 @@ from dsconv.compilation.lowering import lower
 from dsconv.compilation.plan import Plan, plan_of
 from dsconv.compilation.program import Program
 from dsconv.conversion.fold import check_inference
+from dsconv.conversion.preparation import preprocess_of
 from dsconv.cpu import cpu_info
+from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ModelError
 
 _SIZES_KEPT = 16
@@ -56,6 +58,11 @@ class CompiledModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Change nothing: further image sizes are captured of the model as it was when it was compiled."""
         return self
+
+    @property
+    def preprocess(self) -> Preprocess | None:
+        """How its images are prepared: what ``model`` says."""
+        return preprocess_of(self.model)
 
     def program_for(self, x: Tensor) -> Captured:
         """What runs for images of the size of ``x``, and its table."""

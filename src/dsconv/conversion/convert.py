@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from dsconv import nn as dsnn
 from dsconv.config import LayerConfig, QuantConfig, as_config
+from dsconv.conversion.preparation import laid_over, preprocess_of
 from dsconv.conversion.statistics import input_moments
+from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.numerics import InputMoments
 
@@ -80,7 +82,12 @@ def model_info(model: nn.Module) -> ModelInfo | None:
     return info if isinstance(info, ModelInfo) else None
 
 
-def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | None = None) -> nn.Module:
+def quantize(
+    model: nn.Module,
+    config: QuantConfig | Mapping[str, Any] | str | None = None,
+    *,
+    preprocess: Preprocess | Mapping[str, Any] | None = None,
+) -> nn.Module:
     """A copy of ``model`` whose convolutions and linear layers are quantized. ``model`` itself is left as it is.
 
     No data is needed. Under rule ``balanced``, a copy of a model with BatchNorm runs on noise for a moment: BatchNorm
@@ -92,12 +99,15 @@ def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | N
     Args:
         model: a trained float model.
         config: a :class:`QuantConfig`, a dictionary of its fields, or the name of a preset; None is ``default``.
+        preprocess: how the images of the model are prepared; the copy and all that is made from it say so. A
+            :class:`dsconv.data.Preprocess`, or a dictionary of the fields that differ from what the model says; None is
+            what the model says (:func:`dsconv.zoo.preprocess_of`).
 
     Returns:
         A model of the same classes otherwise, in the same training mode.
 
     Raises:
-        ConfigError: the config is not valid, or an override matches no layer.
+        ConfigError: the config or ``preprocess`` is not valid, or an override matches no layer.
         ModelError: there is nothing to quantize, or a weight holds a NaN or an infinity.
 
     >>> from torch import nn
@@ -109,18 +119,25 @@ def quantize(model: nn.Module, config: QuantConfig | Mapping[str, Any] | str | N
         raise ModelError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("model: TorchScript cannot be converted: pass the Python model it was made from")
-    return quantize_for(model, as_config(config), None)
+    return quantize_for(model, as_config(config), None, preprocess)
 
 
-def quantize_for(model: nn.Module, config: QuantConfig, inputs: Mapping[nn.Module, InputMoments] | None) -> nn.Module:
+def quantize_for(
+    model: nn.Module,
+    config: QuantConfig,
+    inputs: Mapping[nn.Module, InputMoments] | None,
+    preprocess: Preprocess | Mapping[str, Any] | None = None,
+) -> nn.Module:
     """:func:`quantize` with what is known of the inputs of layers; None: what BatchNorms tell."""
     layers = _find_layers(model)
     _check_overrides(config, layers)
-    preprocess, before = getattr(model, "dsconv_preprocess", None), model_info(model)
+    prepared, before = preprocess_of(model), model_info(model)
+    if preprocess is not None:
+        prepared = laid_over(prepared, preprocess)
     info = ModelInfo(
         config,
         architecture=getattr(model, "dsconv_architecture", None),
-        preprocess=preprocess.model_dump(mode="json") if preprocess is not None else None,
+        preprocess=prepared.model_dump(mode="json") if prepared is not None else None,
         folded=dict(before.folded) if before is not None else {},
         affine=before.affine if before is not None else (),
         calibrated_on=before.calibrated_on if before is not None else 0,
@@ -142,7 +159,7 @@ def quantize_for(model: nn.Module, config: QuantConfig, inputs: Mapping[nn.Modul
             info.in_float[found.name] = reason
             continue
         if inputs is None and settings.weight_rule == "balanced" and config.batchnorm_statistics:
-            inputs = input_moments(model, preprocess)
+            inputs = input_moments(model, prepared)
         known = None if inputs is None else inputs.get(found.layer)
         kind = quantized_type(found.layer)
         try:

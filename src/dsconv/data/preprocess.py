@@ -128,6 +128,16 @@ class Preprocess(BaseModel):
             pixels = pixels.flip(0)
         return Image.fromarray((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous()).numpy())
 
+    def __str__(self) -> str:
+        """Return all settings in the words of the command line's options, in the order in which they apply.
+
+        >>> str(Preprocess.imagenet(224))
+        'resize 256, crop 224x224, interpolation bilinear, channels rgb, scale 1, mean 0.485,0.456,0.406, \
+std 0.229,0.224,0.225'
+        """
+        order = ("resize", "crop", "interpolation", "channels", "scale", "mean", "std")
+        return ", ".join(f"{name} {_as_option(name, getattr(self, name))}" for name in order)
+
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         match self.resize:
             case None:
@@ -203,6 +213,12 @@ class Preprocess(BaseModel):
             interpolation=config["interpolation"],
             channels="gray" if channels == 1 else "rgb",
         )
+
+
+def _as_option(name: str, value: Any) -> str:
+    if isinstance(value, tuple):
+        return ("x" if name in ("resize", "crop") else ",").join(f"{number:g}" for number in value)
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def _crop_centre(image: "Image.Image", height: int, width: int) -> "Image.Image":

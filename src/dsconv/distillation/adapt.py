@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from dsconv import ops
 from dsconv.calibration.calibrate import check_models
-from dsconv.calibration.images import check_images, read_images
+from dsconv.calibration.images import check_images, prepared_as, read_images
 from dsconv.calibration.layers import Pair, nonfinite_layer, pairs_of, trace
 from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.fold import add_bias
+from dsconv.conversion.preparation import set_preprocess
 from dsconv.data import Images, Preprocess
 from dsconv.distillation.images import drawn, split
 from dsconv.distillation.processes import Processes
@@ -73,7 +74,7 @@ def adapt(
         images: a few hundred or more unlabelled images like those to come, as in :func:`dsconv.evaluate`; they are kept
             in memory.
         recipe: a :class:`Recipe`, a dictionary of its fields, or the name of one; None is ``default``.
-        preprocess: how a folder is read; None is what the networks say of themselves.
+        preprocess: how a folder is read; None is what the networks say of themselves. The result says so of its images.
         limit: use this many images at most; None is as many as the recipe says.
         seed: of all that is random. The same arguments give the same result on the same machine.
         state: file to write every ``recipe.every`` steps, so that a training that was stopped can be resumed.
@@ -129,10 +130,12 @@ def adapt(
         x = read_images(images, preprocess, limit, student, teacher, enough=_ENOUGH, good=_GOOD)
         with torch.inference_mode(False):
             result = copy.deepcopy(student)
+        if (prepared := prepared_as(images, preprocess, student, teacher)) is not None:
+            set_preprocess(result, prepared)
         with ready([result, teacher], processes.device), torch.inference_mode(False), ops.simulated():
             with torch.no_grad():
                 pairs, _ = trace(pairs_of(result, teacher, names), result, teacher, x[:1], names)
-                check_images(x, teacher, student)
+                check_images(x, teacher, result)
             pairs = [pair for pair in pairs if pair.outputs]
             run = _Training(result, teacher, pairs, x, recipe, seed, processes, autocast)
             settings = {

@@ -21,6 +21,7 @@ from dsconv.compilation import CompiledModel
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion.convert import FLOAT_TYPES, ModelInfo, model_info, quantized_type, swapped
 from dsconv.conversion.fold import add_bias
+from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.summary import LayerSummary, Summary, quantized_row
 from dsconv.errors import ConfigError, FileFormatError, ModelError
 from dsconv.files import check_place, replacing
@@ -316,7 +317,7 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
         raise ModelError(
             f"model {type(qmodel).__name__} holds no quantized layer: convert it with dsconv.quantize first"
         )
-    info = model_info(qmodel) or ModelInfo(QuantConfig())
+    info, preprocess = model_info(qmodel) or ModelInfo(QuantConfig()), preprocess_of(qmodel)
     return Header(
         dsconv_version=metadata.version("dsconv"),
         model_class=_class_name(qmodel),
@@ -331,7 +332,7 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
         biases=list(info.biases),
         adapted_on=info.adapted_on,
         aliases=aliases,
-        preprocess=info.preprocess,
+        preprocess=None if preprocess is None else preprocess.model_dump(mode="json"),
     )
 
 

@@ -156,7 +156,7 @@ def sensitivity(
             settings of it. By default those alone. Layers that the config leaves in float stay so.
         images: unlabelled images, as in :func:`dsconv.evaluate`; None is noise, as the network's preprocessing makes
             it of pictures.
-        preprocess: how a folder is read or noise prepared; None is what the model says of itself.
+        preprocess: how a folder is read or noise prepared; None is what the networks say of themselves.
         limit: number of images.
         batch_size: images per batch.
         seed: of the noise.
@@ -185,7 +185,9 @@ def sensitivity(
         quickly = {"weight_rule": "paper", "batchnorm_statistics": False}
         quantized = quantize(model, QuantConfig(**{**config.to_dict(), **quickly}))
     names = _names(model, quantized)
-    source = _batches(model, images, preprocess, limit, batch_size, seed)
+    if images is None or isinstance(images, str | os.PathLike):
+        preprocess = preprocess or preprocess_of(quantized) or preprocess_of(model)
+    source = _batches(preprocess, images, limit, batch_size, seed)
     kept = [(x, None) for x, _ in source]
     if source.broken:
         warnings.warn(
@@ -271,21 +273,16 @@ class _Recorded(nn.Module):
         return self._next()
 
 
-def _batches(
-    model: nn.Module, images: Images | None, preprocess: Preprocess | None, limit: int, batch_size: int, seed: int
-) -> Batches:
-    known = preprocess or preprocess_of(model)
+def _batches(preprocess: Preprocess | None, images: Images | None, limit: int, batch_size: int, seed: int) -> Batches:
     if images is None:
-        if known is None:
+        if preprocess is None:
             raise ConfigError(
                 "images: without any, noise takes their place, and the model does not say how images are prepared: "
                 "pass preprocess=Preprocess(crop=224, mean=..., std=...), or images"
             )
         if limit < 1:
             raise ConfigError(f"limit must be a whole number from 1, got {limit!r}.")
-        images, preprocess = synthetic_images(limit, known, seed=seed), None
-    elif isinstance(images, str | os.PathLike):
-        preprocess = known
+        images, preprocess = synthetic_images(limit, preprocess, seed=seed), None
     return batches(images, preprocess=preprocess, batch_size=batch_size, limit=limit)
 
 

@@ -15,6 +15,7 @@ from dsconv.compilation.compiled import CompiledModel
 from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.convert import swapped
+from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.statistics import noise, normalized, with_statistics
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
 from dsconv.files import replacing
@@ -22,7 +23,6 @@ from dsconv.modes import check_evaluation_mode
 from dsconv.nn import DSLayer
 from dsconv.onnx import int8
 from dsconv.onnx.layers import DOMAIN, Floats, Functions, Integers, StandIn
-from dsconv.zoo import preprocess_of
 
 Style = Literal["qdq", "function", "int8", "float"]
 STYLES: tuple[str, ...] = get_args(Style)
@@ -67,8 +67,8 @@ def export_onnx(
         path: of the file, usually ``*.onnx``, in an existing folder.
         style: see above.
         images: for ``int8``, float32 inputs ``(N, ...)`` from which the ranges of activations are taken; labels are not
-            needed. None: ranges are those of noise in a network whose BatchNorms have the mean and the deviation on
-            that noise that training left in them.
+            needed. None: ranges are those of noise, prepared as the network says (:func:`dsconv.zoo.preprocess_of`), in
+            a network whose BatchNorms have the mean and the deviation on that noise that training left in them.
         opset: of ONNX, from 21 on, for ``int8`` and ``float`` from 18 on.
 
     Returns:
@@ -76,7 +76,8 @@ def export_onnx(
 
     Raises:
         ConfigError: an argument has an unusable value.
-        ModelError: the model holds no quantized layer, is not one for inference in float32, or cannot be exported.
+        ModelError: the model holds no quantized layer, is not one for inference in float32, or cannot be exported; or
+            ``int8`` needs ``images``, since the model has no BatchNorm or does not say how its images are prepared.
         MissingExtraError: the extra ``dsconv[onnx]`` is not installed.
         OSError: the file cannot be written.
 
@@ -149,6 +150,8 @@ def _facts(qmodel: nn.Module, style: str) -> dict[str, str]:
     config = json.loads(common)
     facts = {"version": metadata.version("dsconv"), "style": style, "config": common}
     facts |= {name: str(config[name]) for name in ("weight_bits", "activation_bits", "activation_sign", "block_size")}
+    if (preprocess := preprocess_of(qmodel)) is not None:
+        facts["preprocess"] = preprocess.model_dump_json()
     facts["other_layers"] = json.dumps({name: json.loads(text) for text in others for name in settings[text]})
     return {f"dsconv.{name}": text for name, text in facts.items()}
 
@@ -168,7 +171,14 @@ def _write_int8(qmodel: nn.Module, x: Tensor, path: Path, images: Tensor | None,
                     f"images: expected some for style 'int8', since {type(qmodel).__name__} has no BatchNorm that "
                     "tells the ranges of activations (any more, if it was folded): pass images, which need no labels"
                 )
-            images = noise(preprocess_of(qmodel), x.shape[1:])
+            preprocess = preprocess_of(qmodel)
+            if preprocess is None:
+                raise ModelError(
+                    f"images: expected some for style 'int8', since {type(qmodel).__name__} does not say how its "
+                    "images are prepared, from which the range of its input follows: pass images, which need no "
+                    "labels, or state the preparation (dsconv.zoo.set_preprocess)"
+                )
+            images = noise(preprocess, x.shape[1:])
             like = in_float("like", normalized(qmodel, images))
         int8.quantize(in_float("network", qmodel), path, images, like=like)
 

@@ -1,15 +1,20 @@
 """An ONNX file as a network that :func:`dsconv.evaluate` and :func:`dsconv.compare` can run."""
 
+import json
 import os
 
 import torch
 from torch import Tensor, nn
 
+from dsconv.data.preprocess import Preprocess
 from dsconv.errors import import_extra
 
 
 class OnnxNetwork(nn.Module):
     """An ONNX file of one input and one output, run by ONNX Runtime on the CPU with as many threads as PyTorch has.
+
+    Attributes:
+        preprocess: how its images are prepared, as the file's metadata say, or None where they do not.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
@@ -32,6 +37,8 @@ class OnnxNetwork(nn.Module):
         # Otherwise weights in blocks are dequantized anew at every call.
         options.add_session_config_entry("session.disable_quant_qdq", str(int(_in_blocks(path))))
         self.session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        stated = self.session.get_modelmeta().custom_metadata_map.get("dsconv.preprocess")
+        self.preprocess = None if stated is None else Preprocess(**json.loads(stated))
 
     def forward(self, x: Tensor) -> Tensor:
         """Output for ``x``, both float32 on the CPU."""

@@ -150,6 +150,7 @@ class Report:
         reference: name of the float network, None without one.
         images: folder that the images are from, None where it was none.
         config: the settings it was quantized with, None where unknown.
+        preprocess: how the images were prepared, or are to be where there are none; None where unknown.
         accuracy: beside the reference, or alone, or None without images.
         sensitivity_images: number of images that ``Layer.kl`` was measured on.
         classes: names of the classes.
@@ -163,6 +164,7 @@ class Report:
     summary: Summary
     config: QuantConfig | None
     layers: list[Layer]
+    preprocess: Preprocess | None = None
     accuracy: Evaluation | None = None
     sensitivity_images: int = 0
     disagreements: list[Disagreement] = field(default_factory=list)
@@ -191,6 +193,7 @@ class Report:
             "reference": self.reference,
             "images": self.images,
             "config": self.config and self.config.to_dict(),
+            "preprocess": self.preprocess and self.preprocess.model_dump(mode="json"),
             "summary": self.summary.to_dict() | {"int8_bytes": self.int8_bytes},
             "layers": [_figures(layer) for layer in self.layers],
             "accuracy": self.accuracy and self.accuracy.to_dict(),
@@ -320,6 +323,7 @@ def gather(
         summary=known,
         config=None if info is None else info.config,
         layers=[Layer(**facts) for facts in measured.values()],
+        preprocess=preprocess,
         accuracy=accuracy,
         sensitivity_images=tried,
         disagreements=disagreements,

@@ -1,0 +1,84 @@
+"""How a network's images are prepared: an attribute of the network, which travels with all that is made from it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from dsconv.conversion import convert
+from dsconv.data.preprocess import Preprocess
+from dsconv.errors import ConfigError
+
+
+def preprocess_of(model: nn.Module) -> Preprocess | None:
+    """Return how a network says that its images are prepared, or None where it does not say.
+
+    The first of these that there is: what it was quantized, calibrated or loaded with; what :func:`dsconv.zoo.build` or
+    :func:`set_preprocess` noted; its attribute ``preprocess``, a :class:`dsconv.data.Preprocess` or a dictionary of its
+    fields; the pretrained configuration of a timm model, where a ``Preprocess`` can express it.
+
+    Raises:
+        ConfigError: a dictionary holds an unknown field or a value out of range.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 64, 3))
+    >>> net.preprocess = {"crop": 32, "mean": 0.5}
+    >>> str(preprocess_of(net))
+    'resize none, crop 32x32, interpolation bilinear, channels rgb, scale 1, mean 0.5, std 1'
+    """
+    info = convert.model_info(model)
+    if info is not None and info.preprocess is not None:
+        return Preprocess(**info.preprocess)
+    noted = getattr(model, "dsconv_preprocess", None)
+    if isinstance(noted, Preprocess):
+        return noted
+    own = offered(getattr(model, "preprocess", None))
+    if own is None and getattr(model, "pretrained_cfg", None):
+        try:
+            return Preprocess.from_timm(model)
+        except ConfigError:
+            return None
+    return own
+
+
+def set_preprocess(model: nn.Module, preprocess: Preprocess | Mapping[str, Any]) -> None:
+    """Let a network, float or quantized, say how its images are prepared. Files and ONNX files made from it say so too.
+
+    Args:
+        model: any network; it is changed in place.
+        preprocess: a :class:`dsconv.data.Preprocess`, or a dictionary of the fields that differ from what the network
+            says so far, or from the defaults of ``Preprocess`` where it says nothing.
+
+    Raises:
+        ConfigError: it is neither, holds an unknown field or a value out of range.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 64, 3))
+    >>> set_preprocess(net, Preprocess.imagenet(224))
+    >>> set_preprocess(net, {"crop": 192})
+    >>> preprocess_of(net).resize, preprocess_of(net).crop
+    (256, (192, 192))
+    """
+    stated = laid_over(preprocess_of(model), preprocess)
+    info = convert.model_info(model)
+    if info is None:
+        model.dsconv_preprocess = stated  # type: ignore[assignment]
+    else:
+        changed = replace(info, preprocess=stated.model_dump(mode="json"))
+        model.dsconv_info = changed  # type: ignore[assignment]
+
+
+def laid_over(known: Preprocess | None, given: Preprocess | Mapping[str, Any]) -> Preprocess:
+    """Return ``given`` if it is complete, else ``known`` (or the defaults) with the fields that are ``given``."""
+    if isinstance(given, Preprocess):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            "preprocess: expected a dsconv.data.Preprocess or a dictionary of its fields, got "
+            f"{type(given).__name__}: Preprocess.from_torchvision and Preprocess.from_timm make one"
+        )
+    return Preprocess(**{**(known.model_dump() if known else {}), **given})
+
+
+def offered(value: Any) -> Preprocess | None:
+    """Return what an attribute ``preprocess`` holds; None where it is something else, such as a method of that name."""
+    return laid_over(None, value) if isinstance(value, Preprocess | Mapping) else None
