@@ -216,7 +216,13 @@ def test_balanced_is_the_same_under_a_matrix_that_is_built_in_full(known: bool, 
     mean, variance = torch.rand(2, groups, blocks, n, generator=generator)
     if not known:
         mean, variance = torch.full_like(mean, 0.4**0.5), torch.ones_like(variance)
-    q, scale, offset = round_balanced(w, (mean, variance) if known else None, 3, shift)
+    # Rows of one kind of inputs side by side: (T, n, groups, blocks, outputs).
+    order = torch.unflatten(w, 0, (groups, outputs, blocks)).permute(3, 4, 0, 2, 1)
+    moments = mean.flatten(0, 1).mT, variance.flatten(0, 1).mT
+    solved = round_balanced(order.flatten(2), moments if known else None, 3, shift)
+    q, scale, offset = (
+        torch.unflatten(value, 2, (groups, blocks, outputs)).permute(2, 4, 3, 0, 1).flatten(0, 2) for value in solved
+    )
 
     alike = torch.full((taps, taps), 0.7).fill_diagonal_(1.0)
     h = torch.einsum("st,gbn,nm->gbsntm", alike, variance, torch.eye(n)).reshape(groups, blocks, taps * n, taps * n)

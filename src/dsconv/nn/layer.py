@@ -158,12 +158,12 @@ class DSLayer(nn.Module):
         rows, vqk = self._rows(weight.float()), self._rows(self.vqk)
         signal = noise = 0.0
         # A part at a time: float64 copies of a large weight would take several times its memory.
-        size = max(1, (1 << 20) // max(1, rows[:1].numel()))
+        size = max(1, (1 << 17) // max(1, rows[:1].numel()))
         for o in range(0, len(rows), size):
             w, q, scale = rows[o : o + size], vqk[o : o + size], self.kds[o : o + size]
             c = None if self.kds_shift is None else self.kds_shift[o : o + size]
-            signal += w.double().square().sum().item()
-            noise += (w - dequantize_weight(q, scale, config.block_size, c)).double().square().sum().item()
+            signal += _energy(w)
+            noise += _energy(w - dequantize_weight(q, scale, config.block_size, c))
         self.weight_sqnr_db = sqnr_db(signal, noise)
         return self.pack_()
 
@@ -328,6 +328,12 @@ class DSLayer(nn.Module):
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _energy(x: Tensor) -> float:
+    """Return the sum of squares, in float64."""
+    x = x.double().flatten()
+    return torch.dot(x, x).item()
 
 
 def _versions(made_of: tuple[Tensor | LayerConfig | None, ...]) -> tuple[int, ...]:

@@ -23,12 +23,15 @@ _MEAN_POWER = 0.4
 _TAP_CORRELATION = 0.7
 # What is added to the diagonal of H, as a fraction of its mean.
 _RIDGE = 0.1
+# Weights of a tap that are worked on at a time: they stay in cache, and PyTorch uses one thread for so few. Numbers of
+# all taps, and of the normal equations of scales, at a time.
+_SLAB, _MOST = 1 << 15, 1 << 20
 
 
 class _Model(NamedTuple):
     """``e' H e = sum_c own_c sum_t e_tc^2 + sum_c shared_c (sum_t e_tc)^2 + (sum_tc mean_c e_tc)^2``.
 
-    Each is ``(n, R)``, or ``(n, 1)`` where it is the same for all rows.
+    Each is ``(n, M)``: M kinds of rows, which follow one another in runs of equal length.
     """
 
     own: Tensor
@@ -45,11 +48,26 @@ class _Model(NamedTuple):
         diagonal = (self.own + self.shared + self.mean.square()).mean(0)
         return self._replace(own=self.own + torch.where(diagonal > 0, ridge * diagonal, 1.0))
 
+    def rows(self, count: int) -> "_Model":
+        """Return the model of each of ``count`` rows, ``(n, count)``; or ``(n, 1)`` where they are all of one kind."""
+        return _Model(*(_rows(value, count) for value in self))
+
     def value(self, e: Tensor) -> Tensor:
         """``e' H e`` of errors ``(T, n, R)``: ``(R,)``."""
+        own, shared, mean = self.rows(e.shape[2])
         sums = e.sum(0)
-        inner = self.own * e.square().sum(0) + self.shared * sums.square()
-        return inner.sum(0) + (self.mean * sums).sum(0).square()
+        inner = torch.stack([(own * tap).mul_(tap).sum(0) for tap in e]).sum(0)
+        return inner + (shared * sums).mul_(sums).sum(0) + (mean * sums).sum(0).square()
+
+
+def _rows(value: Tensor, count: int) -> Tensor:
+    """Spread ``(n, M)`` to ``(n, count)``; ``(n, 1)`` serves every row as it is, and takes less time."""
+    return value if value.shape[1] == 1 else value.repeat_interleave(count // value.shape[1], 1)
+
+
+def most_rows(taps: int, n: int, on_cpu: bool) -> int:
+    """Return how many rows :func:`round_balanced` should get at a time: many for its loops, few for the cache."""
+    return max(1, min((_SLAB if on_cpu else 32 * _SLAB) // n, _MOST // (taps * n), _MOST // taps**2))
 
 
 def round_balanced(
@@ -58,56 +76,57 @@ def round_balanced(
     """Integers, scales and shifts for which the expected error of each block's share of its output is small.
 
     Args:
-        w: ``(R, T, n)``: rows of n channels at T taps each, in the order (groups, outputs of a group, blocks).
-        known: mean and variance of the inputs, each ``(groups, blocks, n)``; None: nothing is known of them.
+        w: float32 ``(T, n, R)``: R rows of n channels at T taps each, rows of one kind of inputs side by side.
+        known: mean and variance of the inputs, each ``(n, M)`` for M kinds, which R is a multiple of; None: nothing is
+            known of them.
         bits: 2..8, width of the integers.
         shift: whether a scale has a shift beside it.
 
     Returns:
-        Float32 integers ``(R, T, n)``, and scales and shifts ``(R, T, 1)``. By the measure that rows are rounded for,
-        none is worse than by rule ``refined``.
+        Float64 integers ``(T, n, R)``, and float32 scales and shifts ``(T, 1, R)``. By the measure that rows are
+        rounded for, none is worse than by rule ``refined``.
 
-    >>> w = torch.randn(100, 9, 32, generator=torch.Generator().manual_seed(0))
-    >>> found = round_rows(w, 8, "refined", False), round_balanced(w, None, 4, False)
-    >>> before, after = (float((w - q * a).sum((1, 2)).std()) for q, a, _ in found)
+    >>> w = torch.randn(9, 32, 100, generator=torch.Generator().manual_seed(0))
+    >>> found = round_rows(w, 8, "refined", False, dim=1), round_balanced(w, None, 4, False)
+    >>> before, after = (float((w - q * a).sum((0, 1)).std()) for q, a, _ in found)
     >>> after < 0.1 * before
     True
     """
     half = 1 << (bits - 1)
-    rows, taps, n = w.shape
-    unit = w.abs().amax((1, 2))  # next to the largest float, squares would overflow
+    unit = torch.maximum(w.amax((0, 1)), -w.amin((0, 1)))  # next to the largest float, squares would overflow
     unit = torch.where(unit == 0, 1.0, unit)
     # In float64, so that what rows are worked on together does not show in the result.
     if known is None:
-        mean, variance = (torch.full((n, 1), m, dtype=torch.float64) for m in (_MEAN_POWER**0.5, 1.0))
+        mean, variance = (torch.full((w.shape[1], 1), m, dtype=torch.float64) for m in (_MEAN_POWER**0.5, 1.0))
     else:
-        groups, blocks = known[0].shape[:2]
-        outputs = rows // groups // blocks
-        mean, variance = (
-            m.double().permute(2, 0, 1).unsqueeze(2).expand(n, groups, outputs, blocks).reshape(n, rows) for m in known
-        )
-    model = _Model.of(mean.to(w.device), variance.to(w.device), taps)
-    target = w.permute(1, 2, 0).double().contiguous() / unit
+        mean, variance = known
+    model = _Model.of(mean.to(w.device, torch.float64), variance.to(w.device, torch.float64), len(w))
+    target = w.double().mul_(1 / unit.double())
     held = model.regularized(_RIDGE)
     found = _refit(target, held, _nearest_plane(target, held, half, shift), shift)
     found = _refit(target, held, _descend(target, held, found, half), shift)
 
     # What is made for the output is not always better for it than what is made for the weights.
-    q, a, c = (value.permute(1, 2, 0) for value in round_rows(w, half, "refined", shift))
+    plain = [round_rows(tap, half, "refined", shift, dim=0) for tap in w]
+    q, a, c = (torch.stack(values).double() for values in zip(*plain, strict=True))
     refined = q, a / unit, c / unit
-    better = model.value(target - _weight(*found)) <= model.value(target - _weight(*refined))
-    q, a, c = (torch.where(better, new, old).permute(2, 0, 1) for new, old in zip(found, refined, strict=True))
-    unit = unit.view(-1, 1, 1)
-    return q.float(), (a * unit).float(), (c * unit).float()
+    better = model.value(_missed(target, found)) <= model.value(_missed(target, refined))
+    q, a, c = (torch.where(better, new, old) for new, old in zip(found, refined, strict=True))
+    return q, (a * unit).float(), (c * unit).float()
 
 
-# Below, integers and targets are ``(T, n, R)`` and scales and shifts ``(T, 1, R)``, all float64.
+# Below, integers and targets are ``(T, n, R)`` and scales and shifts ``(T, 1, R)``, all float64. One tap at a time
+# stays in cache.
 
 _Rounded = tuple[Tensor, Tensor, Tensor]
 
 
-def _weight(q: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return q * scale + shift
+def _missed(target: Tensor, rounded: _Rounded) -> Tensor:
+    q, scale, shift = rounded
+    missed = target - shift
+    for tap, level, step in zip(missed, q, scale, strict=True):
+        tap.addcmul_(level, step, value=-1)
+    return missed
 
 
 def _nearest_plane(target: Tensor, model: _Model, half: int, shift: bool) -> _Rounded:
@@ -119,74 +138,95 @@ def _nearest_plane(target: Tensor, model: _Model, half: int, shift: bool) -> _Ro
         -k (shared S + mean (sum mean S - sum N k mean shared S) / (1 + sum N k mean^2)).
     """
     own, shared, mean = model
-    q, error = torch.empty_like(target), torch.empty_like(target)
+    q = torch.empty_like(target)
     scale, offset = (torch.zeros_like(target[:, :1]) for _ in range(2))
-    sums = torch.zeros_like(target[0])
+    sums, error = torch.zeros_like(target[0]), torch.empty_like(target[0])
     for tap in reversed(range(len(target))):
         # Before its tap is rounded, and after it, a channel has one more free tap.
         more, less = (count / (own + count * shared) for count in (tap + 1, tap))
-        pull, push = ((mean * (1 - share * shared)).expand_as(sums) for share in (more, less))
+        pull, push = (mean * (1 - share * shared) for share in (more, less))
         # The columns that are still to come have `more`, those behind `less`.
         power = mean.square() * torch.stack([more, less])
         spread = 1 + power[0].cumsum(0) + power[1].sum(0) - power[1].cumsum(0)
         gain = more / (tap + 1)
-        moved = target[tap] + gain * shared * sums
+        made_up, free_weight, weight, change, pull, push = (
+            _rows(value, target.shape[2])
+            for value in (gain * shared, gain * mean / spread[-1], gain * mean / spread, push - pull, pull, push)
+        )
+        moved = torch.addcmul(target[tap], made_up, sums)
         common = (pull * sums).sum(0)
-        free = moved + gain * mean * (common / spread[-1])
-        _, a, c = round_rows(free.T.float().unsqueeze(1), half, "refined", shift)
-        scale[tap], offset[tap] = a.flatten(), c.flatten()
-        step = torch.where(scale[tap] == 0, torch.inf, scale[tap])
-        # What of the common part is left at each column, but for the errors of this tap.
-        behind = ((push - pull) * sums).flip(0).cumsum(0).flip(0)
-        common = common + torch.cat([behind[1:], torch.zeros_like(behind[:1])])
-        weight = gain * mean / spread
-        start, level, wanted = (moved + weight * common - offset[tap]) / step, q[tap], target[tap] - offset[tap]
-        weight = (weight / step).expand_as(start)
-        new = torch.zeros_like(common[0])
-        for k in range(len(level) - 1, -1, -1):
-            torch.addcmul(start[k], weight[k], new, out=level[k]).round_().clamp_(-half, half - 1)
-            torch.addcmul(wanted[k], scale[tap, 0], level[k], value=-1, out=error[tap, k])
-            new.addcmul_(push[k], error[tap, k])
-        sums += error[tap]
+        free = torch.addcmul(moved, free_weight, common)
+        _, scale[tap], offset[tap] = round_rows(free.float(), half, "refined", shift, dim=0)
+        step, wanted = scale[tap, 0], target[tap] - offset[tap]
+        inverse = torch.where(step == 0, 0.0, 1 / step)
+        start = moved.sub_(offset[tap]).mul_(inverse)
+        columns = (start, weight * inverse, wanted, push, change, sums, q[tap], error)
+        for first, factor, whole, pushed, changed, so_far, level, missed in zip(
+            *(reversed(value.unbind(0)) for value in columns), strict=True
+        ):
+            torch.addcmul(first, factor, common, out=level).round_().clamp_(-half, half - 1)
+            torch.addcmul(whole, step, level, value=-1, out=missed)
+            common.addcmul_(pushed, missed).addcmul_(changed, so_far)
+        sums += error
     return q, scale, offset
 
 
 def _descend(target: Tensor, model: _Model, rounded: _Rounded, half: int) -> _Rounded:
     """Moves each integer in turn to where the error is least, scales and the other integers being as they are."""
-    own, shared, mean = model
+    own, shared, mean = model.rows(target.shape[2])
     q, scale, shift = rounded
-    q, error = q.clone(), target - _weight(*rounded)
+    q, error = q.clone(), _missed(target, rounded)
     sums = error.sum(0)
     common = (mean * sums).sum(0)
-    diagonal = own + shared + mean.square()
+    diagonal = 1 / (own + shared + mean.square())
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    for tap in range(len(q)):
-        start = q[tap] + (own * error[tap] + shared * sums) / diagonal * inverse[tap]
-        weight, lost = mean / diagonal * inverse[tap], mean * scale[tap]
-        before = q[tap].clone()
-        for k in range(len(start)):
-            level = torch.addcmul(start[k], weight[k], common, out=q[tap, k]).round_().clamp_(-half, half - 1)
-            common.addcmul_(lost[k], level - before[k], value=-1)
-        sums -= (q[tap] - before) * scale[tap]
+    for tap, step in enumerate(inverse):
+        moved = (own * error[tap]).addcmul_(shared, sums).mul_(diagonal)
+        start = torch.addcmul(q[tap], moved, step)
+        change = q[tap].clone()
+        columns = (start, mean * diagonal * step, mean * scale[tap], q[tap], change)
+        for first, factor, lost, level, changed in zip(*(value.unbind(0) for value in columns), strict=True):
+            torch.addcmul(first, factor, common, out=level).round_().clamp_(-half, half - 1)
+            common.addcmul_(lost, changed.sub_(level))
+        sums.addcmul_(change, scale[tap])
     return q, scale, shift
 
 
 def _refit(target: Tensor, model: _Model, rounded: _Rounded, shift: bool) -> _Rounded:
     """The same integers with the scales, and shifts, of each row that leave the least error, all fitted together."""
-    own, shared, mean = model
+    own, shared, mean = model.rows(target.shape[2])
     q, scale, offset = rounded
-    factors = torch.stack([q, torch.ones_like(q)] if shift else [q])  # (F, T, n, R)
-    before = torch.cat([scale, offset] if shift else [scale], 1).transpose(0, 1).flatten(0, 1).T  # (R, F T)
+    taps, factors = len(q), 1 + shift
+    # The factors of a tap are its integers and, with a shift, 1. The normal equations are (factor and tap, twice, R).
+    normal = target.new_zeros((factors, taps, factors, taps, target.shape[2]))
+    right, inner = (target.new_empty((factors, taps, target.shape[2])) for _ in range(2))
     total = target.sum(0)
-    wanted = own * target + shared * total + mean * (mean * total).sum(0)
-    right = (factors * wanted).sum(2).flatten(0, 1).T
-    inner = (mean * factors).sum(2).flatten(0, 1).T
-    # (R, factor and tap, factor and tap): that of one tap, of all taps of a channel, and of all channels.
-    same = (factors.unsqueeze(1) * (own * factors)).sum(3).permute(3, 0, 1, 2)
-    normal = torch.diag_embed(same).transpose(2, 3).flatten(1, 2).flatten(2)
-    if len(q) > 1:
-        normal += torch.einsum("ftnr,gsnr->rftgs", factors, shared * factors).flatten(1, 2).flatten(2)
-    normal += inner.unsqueeze(2) * inner.unsqueeze(1)
-    fitted = solve_held(normal, right, before)
-    found = torch.unflatten(fitted.T, 0, (-1, len(q), 1))
+    alike = (shared * total).add_(mean * (mean * total).sum(0))
+    if shift:
+        inner[1] = mean.sum(0)
+        if taps > 1:
+            normal[1, :, 1] = shared.sum(0)
+    for tap, level in enumerate(q):
+        wanted = torch.addcmul(alike, own, target[tap])
+        right[0, tap] = (level * wanted).sum(0)
+        inner[0, tap] = (mean * level).sum(0)
+        if taps > 1:  # that of all taps of a channel
+            weighted = shared * level
+            for other in range(tap, taps):
+                normal[0, tap, 0, other] = normal[0, other, 0, tap] = (weighted * q[other]).sum(0)
+            if shift:
+                normal[0, tap, 1] = normal[1, :, 0, tap] = weighted.sum(0)
+        weighted = own * level
+        normal[0, tap, 0, tap] += (weighted * level).sum(0)
+        if shift:
+            right[1, tap] = wanted.sum(0)
+            own_sum = weighted.sum(0)
+            normal[0, tap, 1, tap] += own_sum
+            normal[1, tap, 0, tap] += own_sum
+            normal[1, tap, 1, tap] += own.sum(0)
+    normal, right, inner = normal.flatten(2, 3).flatten(0, 1), right.flatten(0, 1), inner.flatten(0, 1)
+    normal += inner.unsqueeze(1) * inner
+    before = torch.cat([scale, offset] if shift else [scale], 0).squeeze(1)
+    fitted = solve_held(normal.permute(2, 0, 1), right.T, before.T).T.contiguous()
+    found = torch.unflatten(fitted, 0, (factors, taps, 1))
     return q, found[0], found[1] if shift else offset

@@ -4,12 +4,13 @@ Layout everywhere: weight ``(O, C/groups, *K)`` with zero (linear) to three kern
 KDS and its optional shift ``(O, CB, *K)`` with ``CB = ceil(C / groups / block_size)``.
 """
 
+import itertools
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from dsconv.numerics.balanced import round_balanced
+from dsconv.numerics.balanced import most_rows, round_balanced
 from dsconv.numerics.scales import round_rows
 
 WeightRule = Literal["paper", "refined", "balanced"]
@@ -192,68 +193,107 @@ def _quantize(
             raise ValueError(f"inputs.{name}: expected shape {(groups, channels)}, got {tuple(moment.shape)}")
 
     w = w.detach()
-    taps, whole = kernel.numel(), channels - channels % block_size
+    whole = channels - channels % block_size
     vqk = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     kds = w.new_empty((outputs, block_count(channels, block_size), *kernel), dtype=torch.float32)
     kds_shift = torch.zeros_like(kds)
     # The short last block is solved by itself, so that no rule ever sees padding.
     for first, last, size in ((0, whole, block_size), (whole, channels, channels - whole)):
-        if first == last or not taps:
+        if first == last or not w.numel():
             continue
-        # `balanced` has more temporaries of the size of a chunk, and wider ones.
-        step = max(1, (_CHUNK // 4 if rule == "balanced" else _CHUNK) // ((last - first) * taps))
-        if inputs is not None and groups > 1:  # whole groups, each of which has inputs of its own
-            step = -(-step // (outputs // groups)) * (outputs // groups)
         blocks = slice(first // block_size, block_count(last, block_size))
-        for o in range(0, outputs, step):
-            part = w[o : o + step, first:last].float()
-            rows = part.reshape(-1, size, taps).transpose(1, 2).contiguous()
-            if rule == "balanced":
-                known = _known(inputs, slice(first, last), size, groups, outputs, o, len(part))
-                q, a, c = round_balanced(rows, known, bits, shift)
-            else:
-                # Temporaries of the size of a part stay in cache.
-                many = max(1, _PART // rows[:1].numel()) if w.is_cpu else len(rows)
-                solved = [round_rows(few, 1 << (bits - 1), rule, shift) for few in torch.split(rows, many)]
-                q, a, c = (torch.cat(column) for column in zip(*solved, strict=True))
-            if scale == "kl":
-                a = _kl_scale(rows.double(), q.double(), a.double()).float()
-            vqk[o : o + step, first:last] = q.transpose(1, 2).reshape(part.shape)
-            kds[o : o + step, blocks] = a.reshape(len(part), -1, *kernel)
-            if shift:
-                kds_shift[o : o + step, blocks] = c.reshape(len(part), -1, *kernel)
+        part, found = w[:, first:last], QuantizedWeight(vqk[:, first:last], kds[:, blocks], kds_shift[:, blocks])
+        if rule == "balanced":
+            known = None if inputs is None else InputMoments(*(m[:, first:last] for m in inputs))
+            _balance(part, bits, size, groups, scale, known, shift, found)
+        else:
+            _round(part, bits, size, rule, scale, shift, found)
     return QuantizedWeight(vqk, kds, kds_shift)
 
 
-# Below, ``w`` and ``q`` are ``(R, T, n)``: rows of n values that share one scale, the T taps of a block together, the
-# blocks of an output side by side; ``scale`` and ``shift`` are ``(R, T, 1)``. ``q`` is float and holds whole numbers.
+# Below, ``w`` is ``(O, blocks * size, *K)``, and ``found`` are views of the result to write.
 
 
-def _known(
-    inputs: InputMoments | None, channels: slice, size: int, groups: int, outputs: int, first: int, count: int
-) -> tuple[Tensor, Tensor] | None:
-    """Mean and variance ``(groups, blocks, n)`` of what the outputs from ``first`` on read of ``channels``."""
-    if inputs is None:
-        return None
-    per_group = outputs // groups
-    taken = slice(first // per_group, -(-(first + count) // per_group))
-    mean, variance = (torch.unflatten(m[taken, channels].float(), 1, (-1, size)) for m in inputs)
-    return mean, variance
+def _round(w: Tensor, bits: int, size: int, rule: str, scale: str, shift: bool, found: QuantizedWeight) -> None:
+    """Round by rule ``paper`` or ``refined``, some outputs at a time."""
+    taps, kernel = w.shape[2:].numel(), w.shape[2:]
+    step = max(1, _CHUNK // (w.shape[1] * taps))
+    for o in range(0, len(w), step):
+        part = w[o : o + step].float()
+        # Rows of n values that share one scale, the taps of a block together: (R, T, n).
+        rows = part.reshape(-1, size, taps).transpose(1, 2).contiguous()
+        # Temporaries of the size of a part stay in cache.
+        many = max(1, _PART // rows[:1].numel()) if w.is_cpu else len(rows)
+        solved = [round_rows(few, 1 << (bits - 1), rule, shift) for few in torch.split(rows, many)]
+        q, a, c = (torch.cat(column) for column in zip(*solved, strict=True))
+        if scale == "kl":
+            a = _kl_scale(rows.double(), q.double(), a.double()).float()
+        found.vqk[o : o + step] = q.transpose(1, 2).reshape(part.shape)
+        found.kds[o : o + step] = a.reshape(len(part), -1, *kernel)
+        if shift:
+            found.kds_shift[o : o + step] = c.reshape(len(part), -1, *kernel)
 
 
-def _kl_scale(w: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+def _balance(
+    w: Tensor,
+    bits: int,
+    size: int,
+    groups: int,
+    scale: str,
+    inputs: InputMoments | None,
+    shift: bool,
+    found: QuantizedWeight,
+) -> None:
+    """Round by rule ``balanced``, some outputs of some blocks of some groups at a time."""
+    # (groups, outputs of a group, blocks, n, T)
+    weight, vqk = (_by_block(value, groups, size) for value in (w, found.vqk))
+    kds, kds_shift = (_by_block(value, groups, 1) for value in (found.kds, found.kds_shift))
+    moments = None if inputs is None else [torch.unflatten(m, 1, (-1, size)) for m in inputs]
+    _, outputs, blocks, _, taps = weight.shape
+    most = most_rows(taps, size, w.is_cpu)
+    # All outputs of a block read the same inputs, so they come first.
+    per_block = min(outputs, most)
+    per_group = min(blocks, most // per_block) if per_block == outputs else 1
+    per_part = max(1, most // (outputs * blocks)) if per_group == blocks else 1
+    for g, b, o in itertools.product(
+        range(0, groups, per_part), range(0, blocks, per_group), range(0, outputs, per_block)
+    ):
+        at = slice(g, g + per_part), slice(o, o + per_block), slice(b, b + per_group)
+        # (T, n, R), rows in the order (groups, blocks, outputs)
+        order = 4, 3, 0, 2, 1
+        part = weight[at].permute(order)
+        rows = part.float().contiguous().flatten(2)
+        known = None
+        if moments is not None:
+            mean, variance = (m[at[0], at[2]].flatten(0, 1).mT for m in moments)
+            known = mean, variance
+        q, a, c = round_balanced(rows, known, bits, shift)
+        if scale == "kl":
+            a = _kl_scale(rows.double(), q, a.double(), dim=1).float()
+        vqk[at].permute(order).copy_(q.to(torch.int8).view(part.shape))
+        for value, result in ((kds, a), (kds_shift, c))[: 1 + shift]:
+            value[at].permute(order).copy_(result.view(taps, 1, *part.shape[2:]))
+
+
+def _by_block(value: Tensor, groups: int, size: int) -> Tensor:
+    """Return a view ``(groups, O / groups, blocks, size, T)`` of ``(O, blocks * size, *K)``."""
+    value = value.flatten(2) if value.dim() > 2 else value.unsqueeze(2)
+    return torch.unflatten(torch.unflatten(value, 1, (-1, size)), 0, (groups, -1))
+
+
+def _kl_scale(w: Tensor, q: Tensor, scale: Tensor, dim: int = 2) -> Tensor:
     """Scale that minimises ``sum T log(T / I)``, ``T = softmax(w)``, ``I = softmax(scale q)``, by bounded Newton steps.
 
     The divergence is convex in the scale: its slope is ``sum (I - T) q`` and its curvature the variance of q under I.
     """
-    target = torch.softmax(w, 2)
+    target = torch.softmax(w, dim)
     bounds = scale * 0.5, scale * 1.5
     low, high = torch.minimum(*bounds), torch.maximum(*bounds)
     for _ in range(_NEWTON_STEPS):
-        model = torch.softmax(scale * q, 2)
-        mean = (model * q).sum(2, keepdim=True)
-        slope = mean - (target * q).sum(2, keepdim=True)
-        curvature = (model * (q - mean).square()).sum(2, keepdim=True)
+        model = torch.softmax(scale * q, dim)
+        mean = (model * q).sum(dim, keepdim=True)
+        slope = mean - (target * q).sum(dim, keepdim=True)
+        curvature = (model * (q - mean).square()).sum(dim, keepdim=True)
         scale = scale - torch.where(curvature > 0, slope / torch.where(curvature > 0, curvature, 1.0), 0.0)
         scale = torch.minimum(torch.maximum(scale, low), high)
     return scale
