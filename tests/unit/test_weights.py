@@ -16,6 +16,7 @@ from torch import Tensor
 from dsconv.numerics import (
     WEIGHT_RULES,
     InputMoments,
+    balanced,
     block_count,
     dequantize_weight,
     quantize_weight,
@@ -471,10 +472,28 @@ def test_results_do_not_depend_on_the_chunks_worked_on(rule: str, chunk: int, mo
         ]
 
     expected, again = results(), results()
-    for limit in ("_CHUNK", "_PART"):
-        monkeypatch.setattr(weights, limit, chunk)
+    for module, limit in ((weights, "_CHUNK"), (weights, "_PART"), (balanced, "_SLAB"), (balanced, "_MOST")):
+        monkeypatch.setattr(module, limit, chunk)
     for a, b, c in zip(expected, again, results(), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("slab", [1, 16, 64, 100, 200, 400])
+def test_each_output_is_rounded_for_its_own_inputs_in_any_part(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a block's outputs, several blocks, or several groups; each as it is by itself."""
+    generator = torch.Generator().manual_seed(5)
+    w = torch.randn(12, 20, 3, generator=generator)
+    mean, variance = torch.rand(2, 3, 20, generator=generator)
+    monkeypatch.setattr(balanced, "_SLAB", slab)
+    whole = quantize_weight_shifted(w, 3, 8, groups=3, rule="balanced", inputs=InputMoments(mean, variance))
+    for group in range(3):
+        for first, last in ((0, 8), (8, 16), (16, 20)):
+            known = InputMoments(*(m[group : group + 1, first:last] for m in (mean, variance)))
+            outputs, block = slice(4 * group, 4 * group + 4), first // 8
+            alone = quantize_weight_shifted(w[outputs, first:last], 3, 8, rule="balanced", inputs=known)
+            assert torch.equal(whole.vqk[outputs, first:last], alone.vqk)
+            for together, single in zip(whole[1:], alone[1:], strict=True):
+                assert torch.equal(together[outputs, block : block + 1], single)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
