@@ -393,9 +393,15 @@ def _logits_of(output: Any) -> Any:
 def _score(logits: Tensor, labels: Tensor | None, seconds: float, folder: ImageFolder | None) -> Sums:
     finite = logits.isfinite().all(1)
     score: Sums = {"images": len(logits), "nonfinite": int((~finite).sum()), "seconds": seconds}
+    classes = logits.shape[1]
+    # Names that were given, and not those of class folders, which may be any.
+    names = None if folder is None or folder.order not in (None, "given") else folder.classes
+    if names is not None and len(names) != classes:
+        raise DataError(
+            f"classes: expected {classes} names, one for each output of the model in their order, got {len(names)}"
+        )
     if labels is None:
         return score
-    classes = logits.shape[1]
     labels = labels.cpu()
     _check_labels(labels, classes, folder)
     target = logits.gather(1, labels[:, None])
@@ -419,10 +425,20 @@ def _check_labels(labels: Tensor, classes: int, folder: ImageFolder | None) -> N
             f"The labels do not belong to this model: an image{file} has the class index {int(known[place])}, but the "
             f"model has {classes} classes, 0 to {classes - 1}."
         )
-    if folder is not None and folder.classes is not None and len(folder.classes) != classes:
+    if folder is None or folder.classes is None or folder.order == "given":
+        return
+    if len(folder.classes) != classes:
         warnings.warn(
-            f"{folder.path} has {len(folder.classes)} class folders but the model {classes} classes, so their sorted "
-            "order is probably not the model's: use ImageFolder(classes=...) or a labels.csv.",
+            f"{folder.path} has {len(folder.classes)} class folders but the model {classes} classes, so their order "
+            f"({folder.order_in_words}) is probably not the model's: use ImageFolder(classes=...), --classes or a "
+            "labels.csv.",
+            stacklevel=2,
+        )
+    elif folder.is_doubtful:
+        warnings.warn(
+            f"The class folders of {folder.path} are sorted as text ({folder.order_in_words}), in which numbers within "
+            "names do not count: if the model's outputs have another order, use ImageFolder(classes=...), --classes or "
+            "a labels.csv.",
             stacklevel=2,
         )
 

@@ -1,7 +1,9 @@
 """Preprocessing equals torchvision's and timm's; folders and labels are read completely or refused clearly."""
 
 import importlib.util
+import io
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -125,6 +127,85 @@ class TestPreprocess:
         image = picture(mode=mode)
         assert torch.equal(PLAIN(image), PLAIN(image.convert("RGB")))
 
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [
+            ("JPEG", {"quality": 100}),
+            ("PNG", {}),
+            ("WEBP", {"lossless": True}),
+            ("TIFF", {}),
+            ("TIFF", {"compression": "tiff_lzw"}),
+        ],
+    )
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_pictures_are_turned_as_their_exif_orientation_says(
+        self, kind: str, options: dict[str, object], orientation: int
+    ) -> None:
+        # Shades that tell the corners apart through any compression.
+        corners = torch.tensor([[0, 80], [160, 240]], dtype=torch.uint8)
+        upright = corners.repeat_interleave(16, 0).repeat_interleave(32, 1)
+        # What each orientation stores in the first row and column of the file, by the standard.
+        stored = {
+            1: upright,
+            2: upright.flip(1),
+            3: upright.flip(0, 1),
+            4: upright.flip(0),
+            5: upright.T,
+            6: upright.T.flip(0),
+            7: upright.T.flip(0, 1),
+            8: upright.T.flip(1),
+        }[orientation]
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[0x0112] = orientation
+        Image.fromarray(stored.contiguous().numpy()).convert("RGB").save(file, kind, exif=exif, **options)
+        x = Preprocess(channels="gray")(Image.open(file))[0]
+        assert x.shape == upright.shape
+        torch.testing.assert_close(x * 255, upright.float(), atol=3, rtol=0)
+
+    @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+    @pytest.mark.parametrize(
+        "exif",
+        [
+            b"Exif\0\0",
+            b"Exif\0\0MM\0*\0\0\0\x08\xff\xffgarbage",
+            b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x01\0\0\0A\0\0\0",
+            b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x09\0\0\0",
+        ],
+    )
+    def test_a_picture_with_broken_exif_stays_as_it_is(self, exif: bytes) -> None:
+        file = io.BytesIO()
+        picture(12, 8).save(file, "JPEG", exif=exif)
+        plain = io.BytesIO()
+        picture(12, 8).save(plain, "JPEG")
+        assert torch.equal(PLAIN(Image.open(file)), PLAIN(Image.open(plain)))
+
+    @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+    def test_the_first_frame_of_an_animation_counts(self, kind: str) -> None:
+        frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+        file = io.BytesIO()
+        frames[0].save(file, kind, save_all=True, append_images=frames[1:])
+        assert PLAIN(Image.open(file))[:, 4, 4].tolist() == pytest.approx([1, 0, 0], abs=0.01)
+
+    @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+    @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+    def test_transparency_is_dropped_and_the_colours_below_it_count(self, mode: str) -> None:
+        opaque = picture(mode="RGB").quantize(16) if mode == "P" else picture(mode="L" if mode == "LA" else "RGB")
+        file = io.BytesIO()
+        if mode == "P":
+            opaque.save(file, "PNG", transparency=bytes(range(0, 160, 10)))
+        else:
+            clear = opaque.copy()
+            clear.putalpha(60)
+            clear.save(file, "PNG")
+        assert torch.equal(PLAIN(Image.open(file)), PLAIN(opaque))
+
+    def test_a_photograph_for_print_has_the_colours_of_the_screen(self) -> None:
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16), (250, 120, 10)).convert("CMYK").save(file, "JPEG", quality=95)
+        image = Image.open(file)
+        assert image.mode == "CMYK"
+        assert (PLAIN(image)[:, 8, 8] * 255).tolist() == pytest.approx([250, 120, 10], abs=4)
+
     @pytest.mark.parametrize("mode", ["I", "F", "I;16"])
     def test_more_than_8_bits_are_refused(self, mode: str) -> None:
         with pytest.raises(DataError, match="8 bits"):
@@ -190,8 +271,89 @@ class TestImageFolder:
         save(tmp_path / "cat/1.png"), save(tmp_path / "dog/1.png")
         folder = ImageFolder(tmp_path, PLAIN, classes=["dog", "horse", "cat"])
         assert folder.labels is not None and folder.labels.tolist() == [2, 0]
+        assert folder.order == "given" and folder.order_in_words == "as given: dog, horse, cat"
         with pytest.raises(DataError, match=r"sub-folder cat .* not one of the 1 classes"):
             ImageFolder(tmp_path, PLAIN, classes=["dog"])
+
+    @pytest.mark.parametrize(
+        ("names", "order", "expected"),
+        [
+            (["1", "10", "2"], "numbers", ["1", "2", "10"]),
+            (["10", "-1", "0", "-2"], "numbers", ["-2", "-1", "0", "10"]),
+            (["001", "2", "0010"], "numbers", ["001", "2", "0010"]),
+            (["00", "01", "10"], "numbers", ["00", "01", "10"]),
+            (["1", "10", "2", "other"], "text", ["1", "10", "2", "other"]),
+            (["c1", "c10", "c2"], "text", ["c1", "c10", "c2"]),
+            (["1.5", "1", "10"], "text", ["1", "1.5", "10"]),
+            (["\u0662", "1"], "text", ["1", "\u0662"]),
+        ],
+    )
+    def test_folders_named_by_whole_numbers_are_classes_in_the_order_of_the_numbers(
+        self, tmp_path: Path, names: list[str], order: str, expected: list[str]
+    ) -> None:
+        for seed, name in enumerate(names):
+            save(tmp_path / name / "1.png", seed)
+        folder = ImageFolder(tmp_path, PLAIN)
+        assert folder.classes == expected and folder.order == order
+        assert folder.labels is not None
+        assert [folder.classes[label] for label in folder.labels] == [file.parent.name for file in folder.files]
+        assert expected[-1] in folder.order_in_words
+
+    def test_a_thousand_numbered_classes_are_in_order(self, tmp_path: Path) -> None:
+        for i in range(1, 1001):
+            (tmp_path / str(i)).mkdir()
+        for i in (1, 9, 10, 999, 1000):
+            save(tmp_path / f"{i}/1.png")
+        folder = ImageFolder(tmp_path, PLAIN)
+        assert folder.classes == [str(i) for i in range(1, 1001)]
+        assert folder.labels is not None and folder.labels.tolist() == [0, 8, 9, 998, 999]
+        assert folder.order_in_words == "by their numbers: 1, 2, 3, ..., 1000"
+
+    def test_two_folders_of_the_same_number_need_an_order(self, tmp_path: Path) -> None:
+        save(tmp_path / "1/1.png"), save(tmp_path / "01/1.png")
+        with pytest.raises(DataError, match=r"class folders 01 and 1 of .* are the same number: .*classes="):
+            ImageFolder(tmp_path, PLAIN)
+        assert ImageFolder(tmp_path, PLAIN, classes=["1", "01"]).labels.tolist() == [1, 0]
+
+    @pytest.mark.parametrize(
+        ("names", "doubtful"),
+        [
+            (["c1", "c10", "c2"], True),
+            (["1", "10", "2", "other"], True),
+            (["c01", "c02", "c10"], False),
+            (["b"], False),
+            ([str(i) for i in range(12)], False),
+        ],
+    )
+    def test_an_order_of_text_that_is_not_that_of_the_numbers_in_it_is_doubtful(
+        self, tmp_path: Path, names: list[str], doubtful: bool
+    ) -> None:
+        for name in names:
+            save(tmp_path / name / "1.png")
+        assert ImageFolder(tmp_path, PLAIN).is_doubtful == doubtful
+        assert not ImageFolder(tmp_path, PLAIN, classes=names).is_doubtful
+
+    @pytest.mark.parametrize(
+        ("classes", "message"),
+        [
+            ([], r"expected one or more names, none of them empty, got \[\]"),
+            (["a", ""], "none of them empty"),
+            ("ab", "expected one or more names, none of them empty, got 'ab'"),
+            ([0, 1], "expected one or more names"),
+            (["a", "b", "a"], "expected each name once, got 'a' more than once"),
+        ],
+    )
+    def test_classes_that_are_no_names_are_refused(self, tmp_path: Path, classes: list[str], message: str) -> None:
+        save(tmp_path / "a/1.png")
+        with pytest.raises(DataError, match=f"classes: .*{message}"):
+            ImageFolder(tmp_path, PLAIN, classes=classes)
+
+    def test_classes_name_the_indices_of_labels_csv(self, tmp_path: Path) -> None:
+        labelled(tmp_path, "file,class_index\n0.png,0\n1.png,2\n")
+        folder = ImageFolder(tmp_path, PLAIN, classes=["a", "b", "c"])
+        assert folder.classes == ["a", "b", "c"] and folder.labels.tolist() == [0, 2] and folder.order is None
+        with pytest.raises(DataError, match=r"labels.csv, line 3: class_index must be below 2, .* got 2"):
+            ImageFolder(tmp_path, PLAIN, classes=["a", "b"])
 
     def test_labels_csv_decides_files_order_and_labels(self, tmp_path: Path) -> None:
         folder = ImageFolder(labelled(tmp_path, "\ufefffile, class_index\n2.png, 7\n\n./0.png,0\n"), PLAIN)
@@ -247,6 +409,90 @@ class TestImageFolder:
         (tmp_path / "bad.png").write_bytes(b"")
         with pytest.raises(DataError, match=r"bad\.png cannot be read"):
             ImageFolder(tmp_path, PLAIN)[0]
+
+    def test_links_are_followed_and_each_image_counts_once(self, tmp_path: Path) -> None:
+        store, root = tmp_path / "store", tmp_path / "root"
+        save(store / "more/2.png", 2), save(store / "3.png", 3)
+        save(root / "a/1.png", 1)
+        (root / "a/up").symlink_to("..")
+        (root / "a/self").symlink_to(".")
+        (root / "a/out").symlink_to(tmp_path)
+        (root / "a/everything").symlink_to("/")
+        (root / "a/again.png").symlink_to("1.png")
+        (root / "a/more").symlink_to(store / "more")
+        (root / "a/more too").symlink_to(store / "more")
+        (root / "b").symlink_to(store, target_is_directory=True)
+        folder = ImageFolder(root, PLAIN)
+        assert [str(file.relative_to(root)) for file in folder.files] == ["a/1.png", "b/3.png", "b/more/2.png"]
+        assert folder.classes == ["a", "b"] and folder.labels.tolist() == [0, 1, 1]
+        # Folders that two classes share are told, links back are not.
+        assert [(Path(path).name, reason) for path, reason in folder.left_out] == [
+            (name, f"it is the same as {root}/b/more, and counts there") for name in ("more", "more too")
+        ]
+
+    def test_an_image_counts_for_its_own_folder_before_that_of_a_link(self, tmp_path: Path) -> None:
+        save(tmp_path / "b/deep/1.png", 1), save(tmp_path / "b/2.png", 2)
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/1.png").symlink_to("../b/deep/1.png")
+        (tmp_path / "a/deep").symlink_to("../b/deep")
+        folder = ImageFolder(tmp_path, PLAIN)
+        assert [str(file.relative_to(tmp_path)) for file in folder.files] == ["b/2.png", "b/deep/1.png"]
+        assert folder.labels.tolist() == [1, 1]
+        assert sorted(Path(path).name for path, _ in folder.left_out) == ["1.png", "deep"]
+
+    def test_a_link_to_the_folder_itself_or_one_above_it_is_no_class(self, tmp_path: Path) -> None:
+        save(tmp_path / "root/b/1.png"), save(tmp_path / "aside/2.png")
+        (tmp_path / "root/a").symlink_to(".")
+        (tmp_path / "root/c").symlink_to("..")
+        folder = ImageFolder(tmp_path / "root", PLAIN)
+        assert folder.classes == ["b"] and len(folder) == 1 and folder.left_out == []
+
+    def test_links_among_unlabelled_images(self, tmp_path: Path) -> None:
+        root = tmp_path / "root"
+        save(tmp_path / ".store/9.png", 9), save(root / "1.png")
+        (root / "0.png").symlink_to("1.png")
+        (root / "2.png").symlink_to("../.store/9.png")
+        (root / "3.png").hardlink_to(root / "1.png")
+        (root / "sub").mkdir()
+        (root / "sub/1.png").symlink_to("../1.png")
+        folder = ImageFolder(root, PLAIN)
+        assert [file.name for file in folder.files] == ["1.png", "2.png"] and folder.labels is None
+        assert folder.left_out == []
+        (tmp_path / "link").symlink_to("root")
+        assert len(ImageFolder(tmp_path / "link", PLAIN)) == 2
+
+    def test_links_that_lead_nowhere_and_images_that_are_not_read_are_told(self, tmp_path: Path) -> None:
+        save(tmp_path / "a/1.png"), save(tmp_path / "b/1.png")
+        (tmp_path / "a/gone.png").symlink_to("nowhere.png")
+        (tmp_path / "a/gone").symlink_to("nowhere")
+        (tmp_path / "a/loop.png").symlink_to("loop.png")
+        (tmp_path / "aside.png").symlink_to("nowhere.png")
+        (tmp_path / "b/2.HEIC").touch()
+        os.mkfifo(tmp_path / "b/pipe.png")
+        source = batches(tmp_path, preprocess=PLAIN)
+        for _ in range(2):
+            ((x, labels),) = source
+            assert len(x) == 2 and labels.tolist() == [0, 1]
+            reasons = {Path(path).name: reason for path, reason in source.broken}
+            assert reasons == {
+                "aside.png": "the link cannot be followed: No such file or directory",
+                "gone.png": "the link cannot be followed: No such file or directory",
+                "gone": "the link cannot be followed: No such file or directory",
+                "loop.png": "the link cannot be followed: Too many levels of symbolic links",
+                "2.HEIC": "this format is not read: convert it to PNG or JPEG",
+                "pipe.png": "it is not a regular file",
+            }
+
+    def test_a_class_folder_behind_a_broken_link_is_an_error(self, tmp_path: Path) -> None:
+        save(tmp_path / "b/1.png")
+        (tmp_path / "a").symlink_to("nowhere")
+        with pytest.raises(DataError, match=r"The link .*/a beside the class folders leads nowhere: restore"):
+            ImageFolder(tmp_path, PLAIN)
+
+    def test_a_folder_of_broken_links_alone_says_so(self, tmp_path: Path) -> None:
+        (tmp_path / "1.png").symlink_to("nowhere")
+        with pytest.raises(DataError, match=r"holds no images: .* Left out: .*1.png: the link cannot be followed"):
+            ImageFolder(tmp_path, PLAIN)
 
     def test_something_else_as_preprocess_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"must be a dsconv\.data\.Preprocess, got function"):

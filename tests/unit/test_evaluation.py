@@ -187,6 +187,41 @@ class TestEvaluate:
         result = evaluate(Net(), ImageFolder(tmp_path, Preprocess(), classes=names))
         assert result.images == 2
 
+    @pytest.mark.parametrize("layout", ["class folders", "labels.csv", "unlabelled"])
+    def test_names_of_classes_must_be_as_many_as_the_outputs(self, tmp_path: Path, layout: str) -> None:
+        folder = tmp_path / "a" if layout == "class folders" else tmp_path
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (6, 6)).save(folder / "1.png")
+        if layout == "labels.csv":
+            (tmp_path / "labels.csv").write_text("file,class_index\n1.png,0\n")
+        for count in (7, 9):
+            names = ImageFolder(tmp_path, Preprocess(), classes=[*"abcdefghi"][:count])
+            with pytest.raises(DataError, match=f"classes: expected 8 names, one for each output .*, got {count}"):
+                evaluate(Net(), names)
+
+    def test_numbered_class_folders_are_the_outputs_in_their_order(self, tmp_path: Path) -> None:
+        # Each image shows its class, which a network that copies pixels recognises.
+        for i in range(12):
+            (tmp_path / str(i)).mkdir()
+            pixels = torch.zeros(1, 12, dtype=torch.uint8)
+            pixels[0, i] = 255
+            Image.fromarray(pixels.numpy()).save(tmp_path / str(i) / "1.png")
+        assert evaluate(nn.Flatten(), tmp_path, preprocess=Preprocess(channels="gray")).top1 == 100
+
+    def test_numbers_in_the_names_of_class_folders_that_do_not_count_give_a_warning(self, tmp_path: Path) -> None:
+        for i in (1, 2, 3, 4, 5, 6, 7, 10):
+            (tmp_path / f"c{i}").mkdir()
+            Image.new("RGB", (6, 6)).save(tmp_path / f"c{i}" / "1.png")
+        with pytest.warns(UserWarning, match=r"sorted as text \(by their names as text: c1, c10, c2, ..., c7\)"):
+            evaluate(Net(), tmp_path, preprocess=Preprocess())
+
+    def test_more_class_folders_than_outputs_are_an_error(self, tmp_path: Path) -> None:
+        for i in range(9):
+            (tmp_path / str(i)).mkdir()
+            Image.new("RGB", (6, 6)).save(tmp_path / str(i) / "1.png")
+        with pytest.raises(DataError, match=r"8/1\.png\) has the class index 8, but the model has 8 classes"):
+            evaluate(Net(), tmp_path, preprocess=Preprocess(), limit=1)
+
     def test_broken_files_are_counted_and_shown_but_not_fatal(self, tmp_path: Path) -> None:
         Image.new("RGB", (6, 6)).save(tmp_path / "good.png")
         for i in range(7):

@@ -19,7 +19,7 @@ import dsconv
 from dsconv import zoo
 from dsconv.config import PRESETS, QuantConfig
 from dsconv.conversion import model_info
-from dsconv.data import Preprocess, batches
+from dsconv.data import ImageFolder, Preprocess, batches
 from dsconv.errors import ConfigError, DataError, ModelError, import_extra
 from dsconv.files import check_place
 
@@ -48,6 +48,11 @@ FastMath = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Data = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of images, which need no labels; none: noise.")]
+_CLASSES_HELP = (
+    "Names of the classes, one a line, in the order of the network's outputs; without it, class folders are sorted by "
+    "their numbers if all names are whole numbers, and else as text."
+)
+Classes = Annotated[Path | None, typer.Option(metavar="FILE.txt", help=_CLASSES_HELP)]
 Limit = Annotated[int, typer.Option(min=1, help="Use this many images, evenly spaced.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
 Seed = Annotated[int, typer.Option(help="Of the noise that takes the place of images.")]
@@ -152,6 +157,33 @@ def read_images(data: Path, preprocess: Preprocess, limit: int) -> Tensor:
     if not images:
         raise DataError(f"none of the first images of {data} can be read")
     return torch.cat(images)
+
+
+def read_classes(path: Path | None) -> list[str] | None:
+    """Names of a file, one a line; None without a file."""
+    if path is None:
+        return None
+    try:
+        names = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except ValueError as error:
+        raise DataError(f"{path}: expected names of classes as UTF-8 text: {error}") from None
+    if not names:
+        raise DataError(f"{path}: expected names of classes, one a line, it is empty")
+    first: dict[str, int] = {}
+    for line, name in enumerate(names, 1):
+        if not name:
+            raise DataError(f"{path}, line {line}: expected the name of a class, the line is blank: delete it")
+        if (other := first.setdefault(name, line)) != line:
+            raise DataError(f"{path}, line {line}: {name!r} is the name of line {other} already: name each class once")
+    return names
+
+
+def image_folder(data: Path, preprocess: Preprocess, classes: list[str] | None) -> ImageFolder:
+    """The images of ``--data``; says how its class folders are ordered."""
+    folder = ImageFolder(data, preprocess, classes)
+    if folder.order is not None:
+        say(f"class folders {folder.order_in_words}")
+    return folder
 
 
 def check_out(path: Path, force: bool) -> None:

@@ -11,6 +11,7 @@ from dsconv.benchmarking.machine import cores
 from dsconv.cli.common import (
     REFERENCE_HELP,
     Channels,
+    Classes,
     Crop,
     Force,
     Interpolation,
@@ -24,6 +25,7 @@ from dsconv.cli.common import (
     Weights,
     check_format,
     check_out,
+    image_folder,
     image_shape,
     json_text,
     load_file,
@@ -32,6 +34,7 @@ from dsconv.cli.common import (
     preprocess_of,
     print_json,
     print_table,
+    read_classes,
     read_size,
     say,
 )
@@ -52,6 +55,7 @@ def compare(
     threads: Annotated[int, typer.Option(min=1, max=cores(), help="That they are timed on.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.001, help="That the timing takes, once all are warm.")] = 10.0,
     size: Size = None,
+    classes: Classes = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use this many images, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images beside this one.")] = 0,
@@ -80,10 +84,10 @@ def compare(
     shape = read_size(size)
     if len(set(files)) < len(files):
         raise typer.BadParameter("a FILE is given twice: name each once.")
-    if data is None and (plot or given or weights != "default" or (reference and not time)):
+    if data is None and (plot or given or classes or weights != "default" or (reference and not time)):
         raise typer.BadParameter(
-            "--plot, --reference, --weights and the preparation of images are about accuracy: say on which images, "
-            "with --data."
+            "--plot, --reference, --weights, --classes and the preparation of images are about accuracy: say on which "
+            "images, with --data."
         )
     if size is not None and not time:
         raise typer.BadParameter("--size is of the image of --time.")
@@ -93,6 +97,7 @@ def compare(
         check_out(path, force)
     if plot is not None:
         check_format(plot)
+    names = read_classes(classes)
     say(f"loading {', '.join(map(str, files))}")
     networks = {str(file): load_file(file, model) for file in files}
     first, network = next(iter(networks.items()))
@@ -104,8 +109,7 @@ def compare(
     found = dsconv.tradeoff(
         networks,
         original,
-        data,
-        preprocess=None if data is None else preprocess_of(network, first, given),
+        None if data is None else image_folder(data, preprocess_of(network, first, given), names),
         time_shape=image_shape(network, first, shape) if time else None,
         threads=threads,
         seconds=seconds,

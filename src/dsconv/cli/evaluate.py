@@ -11,6 +11,7 @@ from dsconv import zoo
 from dsconv.cli.common import (
     FILE_HELP,
     Channels,
+    Classes,
     Crop,
     Interpolation,
     Json,
@@ -20,12 +21,14 @@ from dsconv.cli.common import (
     Scale,
     Std,
     Weights,
+    image_folder,
     is_quantized_file,
     load_file,
     preparation,
     preprocess_of,
     print_json,
     print_table,
+    read_classes,
     say,
 )
 from dsconv.conversion import model_info
@@ -39,6 +42,7 @@ def evaluate(
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="Float model to compare FILE with.")] = None,
     weights: Weights = "default",
     model: ModelOfFile = None,
+    classes: Classes = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use this many images, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images beside this one.")] = 0,
@@ -63,10 +67,12 @@ def evaluate(
     if is_file and not reference and weights != "default":
         raise typer.BadParameter("a quantized FILE has its own weights: --weights are those of --reference.")
 
+    names = read_classes(classes)
     say(f"loading {file_or_model}")
     network = load_file(Path(file_or_model), model) if is_file else zoo.build(file_or_model, weights=weights)
+    preprocess = preprocess_of(network, file_or_model, given)
+    images = image_folder(data, preprocess, names)
     options: dict[str, Any] = {
-        "preprocess": preprocess_of(network, file_or_model, given),
         "limit": limit,
         "batch_size": batch_size,
         "workers": workers,
@@ -77,14 +83,14 @@ def evaluate(
     result: Any
     if reference:
         say(f"building {reference} with weights {weights}")
-        result = dsconv.compare(zoo.build(reference, weights=weights), network, data, **options)
+        result = dsconv.compare(zoo.build(reference, weights=weights), network, images, **options)
     else:
-        result = dsconv.evaluate(network, data, **options)
+        result = dsconv.evaluate(network, images, **options)
     # What executes a layer depends on where it is.
     quantization = _quantization(network.to(device))
     if as_json:
         facts = {"model": file_or_model, "reference_model": reference, "data": str(data), "quantization": quantization}
-        print_json({**facts, "preprocess": options["preprocess"].model_dump(mode="json"), **result.to_dict()})
+        print_json({**facts, "preprocess": preprocess.model_dump(mode="json"), **result.to_dict()})
     else:
         print_table(result)
         print(*(f"{name}: {value}" for name, value in (quantization or {"weights": "float"}).items()), sep=", ")

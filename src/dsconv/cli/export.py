@@ -9,17 +9,20 @@ import typer
 import dsconv
 from dsconv.cli.common import (
     BatchSize,
+    Classes,
     Force,
     Json,
     Limit,
     ModelOfFile,
     Size,
     check_out,
+    image_folder,
     image_shape,
     load_file,
     preprocess_for,
     print_json,
     print_table,
+    read_classes,
     read_images,
     read_size,
     say,
@@ -38,6 +41,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.onnx", help="File to write.", show_default=False)],
     style: Annotated[Style, typer.Option(help=_STYLE_HELP)] = "qdq",
     data: Annotated[Path | None, typer.Option(metavar="DIR", help=_DATA_HELP)] = None,
+    classes: Classes = None,
     limit: Limit = 32,
     batch_size: BatchSize = 32,
     size: Size = None,
@@ -50,7 +54,9 @@ def export(
 
     With --data: how close ONNX Runtime's outputs of the file are to those of dsconv, and the time both take.
     """
-    shape = read_size(size)
+    shape, names = read_size(size), read_classes(classes)
+    if names and data is None:
+        raise typer.BadParameter("--classes are of the images of --data.")
     check_out(out, force)
     say(f"loading {file}")
     qmodel = load_file(file, model)
@@ -58,14 +64,15 @@ def export(
     preprocess = preprocess_for(qmodel, sizes, bool(shape))
     # Read before the export, so that it does not end in an error.
     images = None if data is None else read_images(data, preprocess, limit)
+    folder = None if data is None else image_folder(data, preprocess, names)
     say(f"exporting as {style}")
     ranges = images if style == "int8" else None
     dsconv.export_onnx(qmodel, torch.zeros(1, *sizes), out, style, images=ranges, opset=opset)
     facts: dict[str, Any] = {"file": str(out), "file_bytes": out.stat().st_size, "style": style, "opset": opset}
     compared = None
-    if data is not None:
-        options: dict[str, Any] = {"preprocess": preprocess, "limit": limit, "batch_size": batch_size}
-        compared = dsconv.compare(qmodel, OnnxNetwork(out), data, **options, per_layer=False)
+    if folder is not None:
+        options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "progress": True}
+        compared = dsconv.compare(qmodel, OnnxNetwork(out), folder, **options, per_layer=False)
     if as_json:
         print_json(facts | ({} if compared is None else {"data": str(data), "comparison": compared.to_dict()}))
         return

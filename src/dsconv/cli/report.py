@@ -9,6 +9,7 @@ from dsconv import zoo
 from dsconv.benchmarking.results import read_benches
 from dsconv.cli.common import (
     Channels,
+    Classes,
     Crop,
     Force,
     Interpolation,
@@ -21,11 +22,13 @@ from dsconv.cli.common import (
     Std,
     Weights,
     check_out,
+    image_folder,
     image_shape,
     load_file,
     preparation,
     preprocess_of,
     print_json,
+    read_classes,
     read_size,
     say,
 )
@@ -33,7 +36,6 @@ from dsconv.errors import DataError, import_extra
 from dsconv.report import gather, write_page
 
 _DATA_HELP = "Images in class folders, or listed in a labels.csv (file,class_index), or unlabelled."
-_CLASSES_HELP = "Names of the classes, one a line, in the order of the network's outputs."
 _SENSITIVITY_HELP = "Quantize each layer alone on this many images; 0: do not."
 
 
@@ -49,7 +51,7 @@ def report(
     limit: Annotated[int | None, typer.Option(min=1, help="Use this many images, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images beside this one.")] = 0,
-    classes: Annotated[Path | None, typer.Option(metavar="FILE.txt", help=_CLASSES_HELP)] = None,
+    classes: Classes = None,
     sensitivity_images: Annotated[int, typer.Option(min=0, help=_SENSITIVITY_HELP)] = 16,
     runs: Annotated[int, typer.Option(min=0, help="That are timed, at least 2; 0: none.")] = 20,
     bench: Annotated[Path | None, typer.Option(metavar="FILE.json", help="What dsconv bench --out wrote.")] = None,
@@ -76,7 +78,7 @@ def report(
     check_out(out, force)
     import_extra("report", "jinja2")
     benches = [] if bench is None else read_benches(bench)
-    names = [] if classes is None else classes.read_text("utf-8").splitlines()
+    names = read_classes(classes)
 
     say(f"loading {file}")
     network = load_file(file, model)
@@ -90,9 +92,8 @@ def report(
         network,
         name=file.name,
         reference=zoo.build(reference, weights=weights) if reference else None,
-        images=data,
-        preprocess=None if data is None else preprocess_of(network, str(file), given),
-        classes=names,
+        images=None if data is None else image_folder(data, preprocess_of(network, str(file), given), names),
+        classes=names or (),
         limit=limit,
         batch_size=batch_size,
         workers=workers,

@@ -3,10 +3,12 @@
 import csv
 import os
 import re
+import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,8 +20,12 @@ from dsconv.errors import ConfigError, DataError
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
+_NOT_READ = frozenset({".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe"})
+"""Extensions of other images, which are left out, but not in silence."""
+
+
 class BrokenImage(NamedTuple):
-    """A file that could not be read as an image, and why."""
+    """A file that could not be read as an image, or was left out, and why."""
 
     path: str
     reason: str
@@ -31,23 +37,30 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
     Three layouts are recognised, in this order:
 
     * ``labels.csv`` (header ``file,class_index``): the files it lists, relative to the folder, and no others;
-    * class folders: every image below ``CLASS/``; the class index is the place of ``CLASS`` among the sorted names,
-      empty ones included, or in ``classes``;
+    * class folders: every image below ``CLASS/``; the class index is the place of ``CLASS`` in ``classes``. Without
+      these, it is the place among the names of all class folders, empty ones included: in the order of their numbers
+      if all names are whole numbers (``2`` before ``10``), and else sorted as text (``c10`` before ``c2``);
     * images without class folders: unlabelled.
 
     Images are the files that end, in any case, in one of ``EXTENSIONS``; hidden files and folders are skipped.
+    Symbolic links are followed, except to folders that hold the image folder. Each file counts once, under its own
+    place before that of a link to it.
 
     Args:
         path: the folder.
         preprocess: applied to every image.
-        classes: names of the class folders in the order of the network's outputs; only for class folders.
+        classes: names of the classes in the order of the network's outputs; a class needs no folder. Beside a
+            ``labels.csv``, and for unlabelled images, they only name the outputs.
 
     Attributes:
-        files, labels, classes: every image in a fixed order; int64 class indices ``(len(files),)`` or None; the names
-            of the class folders or None.
+        files, labels: every image in a fixed order; int64 class indices ``(len(files),)`` or None.
+        classes: the names of the classes in the order of their indices, or None.
+        order: how the class folders came to their order: ``"given"``, ``"numbers"`` or ``"text"``; None without them.
+        left_out: images that are not in ``files``, and why: links that lead nowhere, a file of two classes, formats
+            that are not read. Evaluations report them among ``broken``.
 
     Raises:
-        DataError: no such folder, no images in it, or labels that cannot be used.
+        DataError: no such folder, no images in it, or labels or classes that cannot be used.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -68,42 +81,74 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
                 "Preprocess.from_torchvision and Preprocess.from_timm make one."
             )
         self.path, self.preprocess = Path(path), preprocess
-        self.classes: list[str] | None = None
+        self.classes = None if classes is None else _checked(classes)
+        self.order: Literal["given", "numbers", "text"] | None = None
         self.labels: Tensor | None = None
+        self.left_out: list[BrokenImage] = []
         if not self.path.is_dir():
             what = "is a file, not a folder" if self.path.exists() else "does not exist"
             raise DataError(f"The image folder {self.path} {what}.")
+        if (self.path / "labels.csv").is_file():
+            self.files, labels = _read_labels(self.path / "labels.csv", self.classes)
+            self.labels = torch.tensor(labels, dtype=torch.int64)
+            return
         try:
-            entries = sorted(entry for entry in self.path.iterdir() if not entry.name.startswith("."))
-            folders = {entry.name: _images_below(entry) for entry in entries if entry.is_dir()}
+            tree = _Tree(self.path)
         except OSError as error:
             raise DataError(f"The image folder {self.path} cannot be read: {error}.") from error
-        if (self.path / "labels.csv").is_file():
-            self.files, labels = _read_labels(self.path / "labels.csv")
-            self.labels = torch.tensor(labels)
-            return
-        self.files = [entry for entry in entries if _is_image(entry)]
-        if any(folders.values()):
-            self._use_class_folders(folders, classes)
+        self.files, self.left_out = tree.beside, tree.left_out
+        if any(tree.folders.values()):
+            self._use_class_folders(tree)
         elif not self.files:
+            left_out = "".join(f" Left out: {path}: {reason}." for path, reason in self.left_out[:1])
             raise DataError(
                 f"The folder {self.path} holds no images: looked for {', '.join(sorted(EXTENSIONS))} in it and in "
-                "sub-folders (one per class), and for a labels.csv."
+                f"sub-folders (one per class), and for a labels.csv.{left_out}"
             )
 
-    def _use_class_folders(self, folders: dict[str, list[Path]], classes: Sequence[str] | None) -> None:
+    def _use_class_folders(self, tree: "_Tree") -> None:
+        folders = tree.folders
         if self.files:
             raise DataError(
                 f"The folder {self.path} holds images ({self.files[0].name}, ...) beside sub-folders with images "
                 f"({', '.join(list(folders)[:3])}, ...): move them apart, or list them in labels.csv."
             )
-        self.classes = list(folders) if classes is None else list(classes)
-        if unknown := sorted(set(folders) - set(self.classes)):
+        if tree.lost:
+            raise DataError(
+                f"The link {tree.lost[0]} beside the class folders leads nowhere: restore what it leads to or, if it "
+                "is none of the classes, delete it. Left out, it could change the class indices of the other folders."
+            )
+        self.left_out += tree.twice
+        if self.classes is None:
+            self.order, folders = _ordered(self.path, folders)
+            self.classes = list(folders)
+        else:
+            self.order = "given"
+        index = {name: place for place, name in enumerate(self.classes)}
+        if unknown := [name for name in folders if name not in index]:
             raise DataError(
                 f"The sub-folder {unknown[0]} of {self.path} is not one of the {len(self.classes)} classes."
             )
         self.files = [file for files in folders.values() for file in files]
-        self.labels = torch.tensor([self.classes.index(name) for name, files in folders.items() for _ in files])
+        self.labels = torch.tensor([index[name] for name in folders for _ in folders[name]], dtype=torch.int64)
+
+    @cached_property
+    def order_in_words(self) -> str:
+        """How the class folders are ordered, and the first and last of them; empty without class folders."""
+        if self.order is None or self.classes is None:
+            return ""
+        how = {"given": "as given", "numbers": "by their numbers", "text": "by their names as text"}[self.order]
+        names = self.classes if len(self.classes) < 6 else [*self.classes[:3], "...", self.classes[-1]]
+        return f"{how}: {', '.join(names)}"
+
+    @cached_property
+    def is_doubtful(self) -> bool:
+        """Whether the class folders, sorted as text, are not in the order of the numbers in their names."""
+
+        def by_numbers(name: str) -> list[str | int]:
+            return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
+
+        return self.order == "text" and sorted(self.classes or (), key=by_numbers) != self.classes
 
     def __len__(self) -> int:
         return len(self.files)
@@ -126,22 +171,118 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
             return BrokenImage(str(path), " ".join(str(error).split()) or type(error).__name__)
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+def _checked(classes: Sequence[str]) -> list[str]:
+    names = list(classes)
+    if isinstance(classes, str) or not names or not all(isinstance(name, str) and name for name in names):
+        raise DataError(f"classes: expected one or more names, none of them empty, got {classes!r}")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"classes: expected each name once, got {twice[0]!r} more than once")
+    return names
 
 
-def _images_below(folder: Path) -> list[Path]:
-    def fail(error: OSError) -> None:
-        raise error
+def _ordered(path: Path, folders: dict[str, list[Path]]) -> tuple[Literal["numbers", "text"], dict[str, list[Path]]]:
+    """Class folders in the order of the classes, and what that order is."""
+    if not all(re.fullmatch("-?[0-9]+", name) for name in folders):
+        return "text", dict(sorted(folders.items()))
+    numbers: dict[int, str] = {}
+    for name in folders:
+        if (other := numbers.setdefault(int(name), name)) != name:
+            raise DataError(
+                f"The class folders {other} and {name} of {path} are the same number: rename one of them, or give the "
+                "names of all classes in the order of the network's outputs (classes=, or --classes FILE)."
+            )
+    return "numbers", {numbers[number]: folders[numbers[number]] for number in sorted(numbers)}
 
-    found: list[Path] = []
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [path for name in names if _is_image(path := Path(root, name))]
-    return sorted(found)
+
+class _Tree:
+    """The images in a folder and below it, each real file once. What is no link is read before all links.
+
+    Attributes:
+        folders: by the name of each sub-folder, the images below it, sorted.
+        beside: the images that are in no sub-folder, sorted.
+        left_out: links that lead nowhere, and images of formats that are not read.
+        lost: of these links, those that are in no sub-folder and are not named like images.
+        twice: files and folders that are in two of the sub-folders: they count for the first one only.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        self.left_out: list[BrokenImage] = []
+        self.twice: list[BrokenImage] = []
+        self.lost: list[Path] = []
+        self._path = path
+        self._links: list[tuple[Path, Path]] = []
+        real = path.resolve()
+        # A link to a folder that holds this one would lead back to it, and out of it.
+        holding = {_identity(folder, folder.stat()) for folder in (real, *real.parents)}
+        self._seen: dict[_Identity, tuple[Path, Path] | None] = dict.fromkeys(holding)
+        pending: list[tuple[Path, Path]] = []
+        for entry in sorted(path.iterdir()):
+            if entry.name.startswith(".") or (entry.is_dir() and _identity(entry, entry.stat()) in holding):
+                continue
+            pending.append((entry, entry if entry.is_dir() else path))
+        self._found: dict[Path, list[Path]] = {top: [] for _, top in [(path, path), *pending]}
+        # A folder that is a link is a class all the same: it comes before the links within the others.
+        for is_link in (False, True):
+            self._read([(entry, top) for entry, top in pending if entry.is_symlink() == is_link])
+        while self._links:
+            pending, self._links = sorted(self._links), []
+            self._read(pending)
+        self.beside = sorted(self._found.pop(path))
+        self.folders = {top.name: sorted(files) for top, files in self._found.items()}
+
+    def _read(self, pending: list[tuple[Path, Path]]) -> None:
+        """Read files and folders, each with the sub-folder it counts for; links in the folders are kept for later."""
+        pending = pending[::-1]
+        while pending:
+            path, top = pending.pop()
+            try:
+                status = path.stat()
+            except OSError as error:
+                if not path.is_symlink():
+                    raise
+                self.left_out.append(BrokenImage(str(path), f"the link cannot be followed: {error.strerror}"))
+                if path.parent == self._path and path.suffix.lower() not in EXTENSIONS | _NOT_READ:
+                    self.lost.append(path)
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                if self._is_new(path, top, status):
+                    for entry in sorted(path.iterdir()):
+                        if not entry.name.startswith("."):
+                            (self._links if entry.is_symlink() else pending).append((entry, top))
+            elif path.suffix.lower() in _NOT_READ:
+                self.left_out.append(BrokenImage(str(path), "this format is not read: convert it to PNG or JPEG"))
+            elif _named_as_image(path) and not stat.S_ISREG(status.st_mode):
+                self.left_out.append(BrokenImage(str(path), "it is not a regular file"))
+            elif _named_as_image(path) and self._is_new(path, top, status):
+                self._found[top].append(path)
+
+    def _is_new(self, path: Path, top: Path, status: os.stat_result) -> bool:
+        identity = _identity(path, status)
+        if identity not in self._seen:
+            self._seen[identity] = path, top
+            return True
+        first = self._seen[identity]
+        if first is not None and first[1] != top:
+            self.twice.append(BrokenImage(str(path), f"it is the same as {first[0]}, and counts there"))
+        return False
 
 
-def _read_labels(path: Path) -> tuple[list[Path], list[int]]:
+_Identity: TypeAlias = tuple[int, int] | str
+
+
+def _identity(path: Path, status: os.stat_result) -> _Identity:
+    # Some file systems have no inodes.
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+
+
+def _named_as_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS
+
+
+def _read_labels(path: Path, classes: Sequence[str] | None) -> tuple[list[Path], list[int]]:
     labels: dict[Path, int] = {}
     line = 1
     try:
@@ -161,6 +302,11 @@ def _read_labels(path: Path) -> tuple[list[Path], list[int]]:
                         f"{path}, line {line}: class_index must be a whole number from 0, got {row['class_index']!r}."
                     )
                 labels[file] = int(row["class_index"])
+                if classes is not None and labels[file] >= len(classes):
+                    raise DataError(
+                        f"{path}, line {line}: class_index must be below {len(classes)}, the number of names in "
+                        f"classes, got {labels[file]}."
+                    )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read after line {line}: {error}.") from error
     if not labels:
@@ -177,7 +323,7 @@ class Batches:
 
     Attributes:
         total: number of images, broken ones included, or None where it is not known beforehand.
-        broken: the files that the latest pass could not read.
+        broken: the files that the latest pass could not read, after those that the folder had left out.
         folder: the `ImageFolder` that the images come from, or None.
         files: of its images, those that the latest pass has read so far, in its order.
     """
@@ -191,7 +337,7 @@ class Batches:
         self.total = min(known, limit) if known is not None and limit is not None else known
 
     def __iter__(self) -> Iterator[Labelled]:
-        self.broken, self.files = [], []
+        self.broken, self.files = [] if self.folder is None else list(self.folder.left_out), []
         seen, labelled = 0, None
         for item in self._items():
             images, labels = _check(item)

@@ -17,6 +17,17 @@ PerChannel = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# What undoes each orientation but the first, which is upright.
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+_ORIENTATION = 0x0112
 PHOTOGRAPH_MEAN, PHOTOGRAPH_DEVIATION = 0.45, 0.25
 """Of a photograph's pixels, white being 1."""
 
@@ -25,7 +36,9 @@ class Preprocess(BaseModel):
     """What is done to a picture before a network sees it: convert, resize, crop the centre, scale, normalise.
 
     The steps and their rounding are those of torchvision's ``ImageClassification`` preset on PIL images, so a crop
-    larger than the picture pads it with black. The record is immutable and survives ``model_dump_json``.
+    larger than the picture pads it with black. Before them, the picture is turned upright as its EXIF orientation says,
+    which torchvision does not do. Of an animation the first frame counts, and transparency is dropped: the colours
+    below it count. The record is immutable and survives ``model_dump_json``.
 
     Args:
         resize: length of the shorter side in pixels, the aspect ratio kept; a pair ``(height, width)`` ignores the
@@ -98,7 +111,7 @@ class Preprocess(BaseModel):
             raise DataError(
                 f"the image has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits first"
             )
-        image = image.convert("L" if self.channels == "gray" else "RGB")
+        image = _upright(image).convert("L" if self.channels == "gray" else "RGB")
         if (size := self._resized(*image.size)) != image.size:
             from PIL.Image import Resampling
 
@@ -219,6 +232,18 @@ def _as_option(name: str, value: Any) -> str:
     if isinstance(value, tuple):
         return ("x" if name in ("resize", "crop") else ",").join(f"{number:g}" for number in value)
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def _upright(image: "Image.Image") -> "Image.Image":
+    """``image`` as its EXIF orientation says that it is to be seen; as it is where that cannot be read."""
+    from PIL.Image import Transpose
+
+    image.load()  # by which Pillow turns a TIFF itself
+    try:
+        turn = Transpose[_TURNS[image.getexif()[_ORIENTATION]]]
+    except Exception:  # no orientation, or on damaged EXIF nearly anything
+        return image
+    return image.transpose(turn)
 
 
 def _crop_centre(image: "Image.Image", height: int, width: int) -> "Image.Image":
