@@ -145,7 +145,8 @@ def evaluate(
         images, batch_size, workers, limit: see `dsconv.data.batches`.
         preprocess: how to read a folder; None is what the model says of itself, as one of `dsconv.zoo` or timm does.
         device: where to run; None is where the model is.
-        progress: show a progress bar with rate and remaining time on stderr.
+        progress: show the progress, its rate and the time left on stderr: as a bar in a terminal, else as a line now
+            and then.
         on_interrupt: what Ctrl-C does: ``"raise"`` KeyboardInterrupt, or end with the figures so far (``"partial"``),
             if there are any.
 
@@ -162,7 +163,7 @@ def evaluate(
     """
     preprocess = preprocess_for(images, preprocess, model)
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
-    run = _Run(source, progress, on_interrupt)
+    run = _Run("evaluate", source, progress, on_interrupt)
 
     def step(x: Tensor, labels: Tensor | None) -> Sums:
         logits, seconds = _forward(model, "model", x)
@@ -245,7 +246,7 @@ def compare_each(
     """`compare` with each of several quantized networks, by name, in one pass over the images."""
     preprocess = preprocess_for(images, preprocess, *qmodels.values(), reference)
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
-    run = _Run(source, progress, on_interrupt)
+    run = _Run("compare", source, progress, on_interrupt)
 
     def step(x: Tensor, labels: Tensor | None) -> tuple[Sums, dict[str, tuple[Sums, Sums, dict[str, Tensor]]]]:
         f, f_seconds = _forward(reference, "reference", x)
@@ -298,6 +299,7 @@ def preprocess_for(images: Images, given: Preprocess | None, *models: nn.Module)
 class _Run:
     """One pass over the images, with progress and Ctrl-C heeded."""
 
+    what: str
     batches: Batches
     progress: bool
     on_interrupt: str
@@ -310,7 +312,7 @@ class _Run:
     def over(self, step: Callable[[Tensor, Tensor | None], Step]) -> list[Step]:
         # One entry per whole batch, added up afterwards: an interrupt never leaves half a batch counted.
         results: list[Step] = []
-        with progress_bar(self.progress, self.batches.total, "img/s") as advance:
+        with progress_bar(self.progress, self.what, self.batches.total, "img") as advance:
             try:
                 for x, labels in self.batches:
                     results.append(step(x, labels))

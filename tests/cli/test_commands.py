@@ -186,7 +186,7 @@ def test_search_shows_a_table(cli: Callable[..., Any], tmp_path: Path) -> None:
     done = cli("search", "dsconv/digits_resnet", "--out", file, "--bytes", "2e5", "--ms", "1000", "--limit", "2")
     assert done.code == 0, done.stderr
     assert "layer3.downsample.0" in done.stdout and "ms" in done.stdout and "2 images of noise" in done.stdout
-    assert f"dsconv quantize dsconv/digits_resnet --config {file}" in done.stdout and "layers" in done.stderr
+    assert f"dsconv quantize dsconv/digits_resnet --config {file}" in done.stdout
 
 
 def test_sensitivity_of_a_model_and_of_a_file(cli: Callable[..., Any], tmp_path: Path, quantized_file: Path) -> None:
@@ -286,6 +286,41 @@ def test_ctrl_c_ends_a_search_without_a_file(
     done = cli("search", "dsconv/digits_resnet", "--effective-bits", "4.5", "--out", tmp_path / "mixed.json")
     assert done.code == 130 and not done.stdout and "Traceback" not in done.stderr
     assert not os.listdir(tmp_path)
+
+
+def test_ctrl_c_in_a_search_which_is_then_resumed(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, state = tmp_path / "mixed.json", tmp_path / "mixed.json.state"
+    search = ("search", NET, "--limit", "2", "--out", out)
+    compare, calls = dsconv.mixed.measure.compare, 0
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr("dsconv.mixed.measure.compare", stop)
+    done = cli(*search, "--effective-bits", "4.5")
+    assert done.code == 130 and not done.stdout and "Traceback" not in done.stderr
+    assert f"what is done is in {state}; the same command with --resume" in done.stderr
+    assert os.listdir(tmp_path) == [state.name]
+    done = cli(*search, "--effective-bits", "4.5")
+    assert done.code == 1 and f"error: {state}: there is a search to resume: add --resume" in done.stderr
+
+    # A budget that cannot be kept costs no trial that was made.
+    done = cli(*search, "--effective-bits", "1", "--resume")
+    assert done.code == 1 and "error: budget: effective_bits of 1 is less" in done.stderr and state.exists()
+    trials = calls - 1
+    done = cli(*search, "--effective-bits", "4.5", "--resume", "--json")
+    assert done.code == 0, done.stderr
+    assert calls - 1 == trials and os.listdir(tmp_path) == [out.name]
+    whole = cli("search", NET, "--limit", "2", "--out", tmp_path / "whole.json", "--effective-bits", "4.5", "--json")
+    resumed, expected = strict_json(done.stdout), strict_json(whole.stdout)
+    assert (tmp_path / "whole.json").read_text() == out.read_text()
+    assert resumed | {"file": ""} == expected | {"file": ""}
 
 
 def test_calibrate_a_model_and_a_file(

@@ -444,10 +444,13 @@ class TestInterruptAndProgress:
             compare(reference, quantized, images(8), batch_size=4).layer_sqnr_db
         )
 
-    def test_progress_goes_to_stderr_with_count_and_rate(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_progress_goes_to_stderr_with_count_and_rate(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("dsconv.progress._is_terminal", lambda: True)
         evaluate(Net(), images(), batch_size=4, progress=True)
         output = capsys.readouterr()
-        assert output.out == "" and "10/10" in output.err and "img/s" in output.err
+        assert output.out == "" and "evaluate" in output.err and "10/10" in output.err and "img/s" in output.err
         evaluate(Net(), iter([images()]), progress=True)
         assert "img/s" in capsys.readouterr().err
         evaluate(Net(), images())

@@ -1,6 +1,7 @@
 """Sensitivity of layers, and the search for their bits."""
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dsconv
@@ -20,9 +23,10 @@ from dsconv import QuantConfig
 from dsconv.conversion.statistics import normalized
 from dsconv.data import Preprocess, synthetic_images
 from dsconv.demo import PREPROCESS, load_digits, load_network
-from dsconv.errors import ConfigError, DataError, MissingExtraError, ModelError
+from dsconv.errors import ConfigError, DataError, FileFormatError, MissingExtraError, ModelError
+from dsconv.io.checkpoint import checksum
 from dsconv.mixed import Sensitivity, Trial, search, sensitivity
-from dsconv.mixed.measure import with_overrides
+from dsconv.mixed.measure import measure, with_overrides
 from dsconv.mixed.selection import point_of, select
 from dsconv.tables import as_text
 
@@ -243,6 +247,102 @@ class TestSelect:
         assert point.activation_bits == (4 * 16 + 32 * 8) / 24 and point.ms == 12 and point.kl == pytest.approx(0.3)
 
 
+class Stopped(Exception):
+    pass
+
+
+def stop_after(count: int) -> Callable[[Trial], None]:
+    seen: list[Trial] = []
+
+    def stop(trial: Trial) -> None:
+        seen.append(trial)
+        if len(seen) == count:
+            raise Stopped
+
+    return stop
+
+
+class TestResume:
+    def test_a_search_that_is_resumed_ends_as_if_it_had_never_stopped(self, tmp_path: Path) -> None:
+        model, file = net(), tmp_path / "state"
+        run: dict[str, Any] = {"budget": 4.5, "choices": FEW, "images": images()}
+        whole = search(model, "w4a4", **run)
+        count = len(whole.sensitivity.trials)
+        seen: list[Trial] = []
+        # Once and again: every trial is one where it stops.
+        for index in range(count):
+            with pytest.raises(Stopped):
+                search(model, "w4a4", **run, state=file, resume=index > 0, on_trial=stop_after(1))
+        assert search(model, "w4a4", **run, state=file, resume=True, on_trial=seen.append) == whole
+        assert seen == []
+        # Trials do not depend on the budget.
+        other = search(model, "w4a4", **run | {"budget": {"bytes": 2600}}, state=file, resume=True)
+        assert other == search(model, "w4a4", **run | {"budget": {"bytes": 2600}})
+
+    @pytest.mark.parametrize("config", ["a config", "a quantized network"])
+    def test_a_measurement_of_noise_is_resumed(self, config: str, tmp_path: Path) -> None:
+        model, file = dsconv.zoo.build("dsconv/digits_resnet"), tmp_path / "state"
+        given = QuantConfig.preset("w4a4") if config == "a config" else dsconv.quantize(model, "w4a4")
+        whole = sensitivity(model, given, limit=2)
+        with pytest.raises(Stopped):
+            sensitivity(model, given, limit=2, state=file, on_trial=stop_after(2))
+        seen: list[Trial] = []
+        assert sensitivity(model, given, limit=2, state=file, resume=True, on_trial=seen.append) == whole
+        assert tuple(seen) == whole.trials[2:]
+
+    def test_trials_with_nan_are_resumed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        compare = dsconv.mixed.measure.compare
+        monkeypatch.setattr(
+            "dsconv.mixed.measure.compare", lambda *a, **o: replace(compare(*a, **o), nonfinite=1, kl=math.inf)
+        )
+        run: dict[str, Any] = {"images": images(), "state": tmp_path / "state"}
+        with pytest.raises(Stopped):
+            sensitivity(net(), "w4a4", **run, on_trial=stop_after(1))
+        assert all(math.isnan(trial.kl) for trial in sensitivity(net(), "w4a4", **run, resume=True).trials)
+
+    def test_what_cannot_be_resumed(self, tmp_path: Path) -> None:
+        file, model = tmp_path / "state", net()
+
+        def resume(**changes: Any) -> None:
+            given: dict[str, Any] = {"config": "w4a4", "images": images(), "choices": FEW, "state": file}
+            sensitivity(**{"model": model, "resume": True, **given, **changes})
+
+        with pytest.raises(ConfigError, match="no state file"):
+            resume()
+        with pytest.raises(ConfigError, match="no state file"):
+            resume(state=None)
+        with pytest.raises(Stopped):
+            resume(resume=False, on_trial=stop_after(2))
+        with pytest.raises(ConfigError, match="resume=True"):
+            resume(resume=False)
+        with pytest.raises(OSError, match="nowhere"):
+            resume(resume=False, state=tmp_path / "nowhere" / "state")
+        other = net()
+        other[2].bias.data += 1
+        for changes, named in (
+            ({"images": images() + 1}, "other images:"),
+            ({"batch_size": 3}, "other images at a time:"),
+            ({"times": True}, "other times:"),
+            ({"choices": FEW[1:]}, "other choices:"),
+            ({"config": "paper"}, "other config, settings:"),
+            ({"model": other}, "other model, config:"),
+        ):
+            with pytest.raises(FileFormatError, match=named):
+                resume(**changes)
+        with pytest.raises(FileFormatError, match="expected the state of a search"):
+            search(model, "w4a4", budget=4.5, images=images(), choices=FEW, state=file, resume=True)
+
+    @pytest.mark.parametrize("data", [{"a": 1}, 3, None, [1], [{"layer": "0"}], [{"layer": 7}] * 99])
+    def test_a_state_of_something_else_is_refused(self, tmp_path: Path, data: Any) -> None:
+        file = tmp_path / "state"
+        with pytest.raises(Stopped):
+            sensitivity(net(), "w4a4", images=images(), state=file, on_trial=stop_after(1))
+        entries = safe_open(file, framework="pt").metadata() | {"data": json.dumps(data)}
+        save_file({}, file, entries | {"checksum": checksum(entries, {})})
+        with pytest.raises(FileFormatError, match=r"state: .*delete it and start again"):
+            sensitivity(net(), "w4a4", images=images(), state=file, resume=True)
+
+
 class TestSearch:
     @pytest.mark.parametrize("budget", [4.2, {"effective_bits": 4.5}, {"bytes": 2600}, {"ms": 1e3, "bytes": 4000}])
     def test_the_budget_is_kept_by_the_network_that_the_config_makes(self, budget: Any) -> None:
@@ -340,16 +440,16 @@ class TestSearch:
         model, x = net(), images()
 
         def with_nan(where: Callable[[Trial], bool]) -> Callable[..., Sensitivity]:
-            def measure(*arguments: Any, **named: Any) -> Sensitivity:
-                found = sensitivity(*arguments, **named)
+            def measured(*arguments: Any, **named: Any) -> Sensitivity:
+                found = measure(*arguments, **named)
                 trials = (replace(t, kl=math.nan) if where(t) else t for t in found.trials)
                 return replace(found, trials=tuple(trials))
 
-            return measure
+            return measured
 
-        monkeypatch.setattr("dsconv.mixed.selection.sensitivity", with_nan(lambda t: t.weight_bits == 8))
+        monkeypatch.setattr("dsconv.mixed.selection.measure", with_nan(lambda t: t.weight_bits == 8))
         assert 8 not in {t.weight_bits for t in search(model, budget=9, images=x, choices=FEW).chosen}
-        monkeypatch.setattr("dsconv.mixed.selection.sensitivity", with_nan(lambda t: t.layer == "2"))
+        monkeypatch.setattr("dsconv.mixed.selection.measure", with_nan(lambda t: t.layer == "2"))
         with pytest.raises(ModelError, match="layer '2': every choice makes the logits NaN"):
             search(model, budget=9, images=x, choices=FEW)
 

@@ -1,9 +1,7 @@
 """``dsconv.bench``: a network in dsconv and in other runtimes, taking turns in one process."""
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +18,7 @@ from dsconv.benchmarking.results import Bench, Timing, plural
 from dsconv.conversion import model_info
 from dsconv.errors import ConfigError, MissingExtraError, ModelError
 from dsconv.modes import check_evaluation_mode
+from dsconv.progress import Advance, progress_bar
 
 _RANDOM_IMAGES = 8
 # Beyond it, a float32 runtime did not compute the network.
@@ -64,7 +63,7 @@ def bench(
         seconds: for all contestants together, for each batch size and number of threads, once they are warm.
         fast_math: of the compiled network, as :func:`dsconv.compile` takes it.
         name: of the network, for the table; None is how :func:`dsconv.zoo.build` was told, or its class.
-        progress: show a progress bar on stderr.
+        progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
         on_interrupt: what Ctrl-C does: ``"raise"`` KeyboardInterrupt, or end with the times so far (``"partial"``), if
             there are any.
 
@@ -83,10 +82,13 @@ def bench(
     info, threads_before, where = model_info(qmodel), torch.get_num_threads(), machine()
     name = name or str(getattr(reference, "dsconv_architecture", type(reference).__name__))
     interrupted = False
-    with TemporaryDirectory() as folder, _progress_bar(progress, len(batch_sizes) * len(threads)) as show:
+    settings = len(batch_sizes) * len(threads)
+    # A thread that refreshed the bar would take its time from a contestant.
+    bar = progress_bar(progress, f"bench {name}", settings, "settings", refreshes=False)
+    with TemporaryDirectory() as folder, bar as advance:
         made = OnnxModels(reference, x, Path(folder))
         ours = partial(peers.ours, qmodel, fast_math=fast_math)
-        run = _Run(reference, ours, made, x, against, lambda what, done: show(f"{name}, {what}", done))
+        run = _Run(reference, ours, made, x, against, advance)
         try:
             for batch_size in batch_sizes:
                 run.batch(batch_size, threads, turns, seconds)
@@ -153,14 +155,20 @@ class _Run:
         onnx: OnnxModels,
         images: Tensor,
         against: Sequence[str],
-        show: Callable[[str, float], None],
+        advance: Advance,
     ):
-        self.reference, self.ours, self.onnx, self.images, self.show = reference, ours, onnx, images, show
+        self.reference, self.ours, self.onnx, self.images, self.advance = reference, ours, onnx, images, advance
         self.makers = {name: make for peer in against for name, make in peers.CONTESTANTS[peer].items()}
         self.timings: list[Timing] = []
         self.not_run: dict[str, str] = {}
         self.unsettled_turns = 0
         self.settings_done = 0
+        self.shown = 0.0
+
+    def show(self, what: str, done: float) -> None:
+        """Tell what is being done, and how many of the settings are."""
+        self.advance(done - self.shown, what)
+        self.shown = done
 
     def batch(self, batch_size: int, threads: Sequence[int], turns: int | None, seconds: float) -> None:
         copies = math.ceil(batch_size / len(self.images))
@@ -237,27 +245,3 @@ def _checked(contestant: Contestant, y: Tensor) -> Contestant:
     if contestant.name.endswith("float32") and not error <= _MOST_ERROR:
         raise NotRun(f"its output is {100 * error:.1f} % off PyTorch's")
     return contestant
-
-
-@contextmanager
-def _progress_bar(shown: bool, settings: int) -> Iterator[Callable[[str, float], None]]:
-    """A function that shows what is done, and how many of the settings are."""
-    if not shown:
-        yield lambda what, done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    # A thread that refreshes it would take its time from a contestant.
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
-        task, last = bar.add_task("", total=settings), 0.0
-
-        def show(what: str, done: float) -> None:
-            nonlocal last
-            bar.update(task, description=what, completed=done)
-            if time.monotonic() - last > 0.2:
-                bar.refresh()
-                last = time.monotonic()
-
-        yield show

@@ -72,7 +72,7 @@ def calibrate(
         device: where to run; None is where the networks are.
         memory_bytes: rough bound of what the networks' activations take. Images that are too many for it go through
             the network in several batches, for each layer anew.
-        progress: show a progress bar on stderr.
+        progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
         on_layer: is called with what became of a layer as soon as it is done.
 
     Returns:
@@ -115,7 +115,8 @@ def calibrate(
         arguments["dsconv version"] = metadata.version("dsconv")
         saved.open({"qmodel": qmodel, "reference": reference}, x, arguments)
         pending = [pair for pair in pairs if pair.name not in saved.done and pair.reason is None]
-        with progress_bar(progress, len(pairs), "layers/s") as advance:
+        done = len(pairs) - len(pending)
+        with progress_bar(progress, "calibrate", len(pairs), "layers", done=done) as advance:
 
             def finish(pair: Pair, moments: Moments) -> None:
                 record = _round(pair, moments, len(x))
@@ -127,7 +128,6 @@ def calibrate(
             for pair in pairs:
                 if pair.name in saved.done:
                     _store(pair, **saved.tensors_of(pair.name))
-            advance(len(pairs) - len(pending))
             passes = Passes(result, reference, torch.split(x, batch_size), positions, seed)
             passes.collect(pending, finish, memory_bytes // 4)
     info = model_info(result) or ModelInfo(QuantConfig())

@@ -27,6 +27,7 @@ from dsconv.cli.common import (
     preprocess_of,
     print_json,
     print_table,
+    resumable,
     say,
     state_beside,
 )
@@ -84,7 +85,7 @@ def adapt(
     tell(f"building {name} with weights {weights}")
     teacher = zoo.build(name, weights=weights)
     preprocess = preprocess_of(teacher, name, given)
-    try:
+    with resumable(state):
         result = dsconv.adapt(
             student,
             teacher,
@@ -103,10 +104,6 @@ def adapt(
         if not is_first():
             return
         dsconv.save(result, out)
-    except (KeyboardInterrupt, OSError):
-        if state.exists():
-            say(f"stopped: what is done is in {state}; the same command with --resume goes on from there")
-        raise
     state.unlink()
     info, file_bytes = model_info(result), out.stat().st_size
     assert info is not None

@@ -34,6 +34,7 @@ from dsconv.cli.common import (
     print_json,
     print_table,
     read_config,
+    resumable,
     say,
     state_beside,
 )
@@ -93,7 +94,7 @@ def calibrate(
         qmodel = dsconv.quantize(network, settings)
     preprocess = preprocess_of(network, name, given)
     start = time.perf_counter()
-    try:
+    with resumable(state):
         result = dsconv.calibrate(
             qmodel,
             network,
@@ -109,10 +110,6 @@ def calibrate(
         )
         seconds = time.perf_counter() - start
         dsconv.save(result, out)
-    except (KeyboardInterrupt, OSError):
-        if state.exists():
-            say(f"stopped: what is done is in {state}; the same command with --resume goes on from there")
-        raise
     state.unlink()
     info, file_bytes = model_info(result), out.stat().st_size
     assert info is not None

@@ -5,7 +5,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -200,6 +201,17 @@ def state_beside(out: Path, resume: bool, work: str) -> Path:
         there, todo = ("no", "leave out --resume") if resume else ("a", f"add --resume, or delete {state}")
         raise ConfigError(f"{state}: there is {there} {work} to resume: {todo}")
     return state
+
+
+@contextmanager
+def resumable(state: Path) -> Iterator[None]:
+    """Say, where the block is stopped, that its work goes on from ``state``."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError, ConfigError):
+        if state.exists():
+            say(f"stopped: what is done is in {state}; the same command with --resume goes on from there")
+        raise
 
 
 def check_format(plot: Path) -> None:

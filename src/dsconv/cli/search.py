@@ -33,11 +33,14 @@ from dsconv.cli.common import (
     print_json,
     print_table,
     read_config,
+    resumable,
     say,
+    state_beside,
 )
 from dsconv.files import replacing
 
 _LIMITS = "The budget: one of these, or several that all hold"
+_RESUME_HELP = "Continue a search that was stopped, from the file beside OUT that it left; the budget may be another."
 _OUT_HELP = "File to write: settings for dsconv quantize --config."
 
 
@@ -64,6 +67,7 @@ def search(
     limit: Limit = 32,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
     plot: Plot = None,
     force: Force = False,
     as_json: Json = False,
@@ -89,21 +93,27 @@ def search(
         check_out(file, force)
     if plot is not None:
         check_format(plot)
+    state = state_beside(out, resume, "search")
     say(f"building {model} with weights {weights}")
     network = zoo.build(model, weights=weights)
-    found = dsconv.search(
-        network,
-        settings,
-        budget=budget,
-        images=data,
-        preprocess=preprocess_of(network, model, given),
-        limit=limit,
-        batch_size=batch_size,
-        seed=seed,
-        progress=True,
-    )
-    with replacing(out) as beside:
-        beside.write_text(found.config.to_json() + "\n", "utf-8")
+    preprocess = preprocess_of(network, model, given)
+    with resumable(state):
+        found = dsconv.search(
+            network,
+            settings,
+            budget=budget,
+            images=data,
+            preprocess=preprocess,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            state=state,
+            resume=resume,
+            progress=True,
+        )
+        with replacing(out) as beside:
+            beside.write_text(found.config.to_json() + "\n", "utf-8")
+    state.unlink(missing_ok=True)
     if plot is not None:
         curve = [(point.effective_bits, point.kl) for point in found.pareto]
         report.draw_pareto(plot, curve, (found.point.effective_bits, found.point.kl))

@@ -82,7 +82,7 @@ def adapt(
         log: file ``*.csv`` to write the :class:`Look` of every ``recipe.every`` steps to.
         device: where to train; None is where the networks are.
         autocast: multiply in bfloat16.
-        progress: show a progress bar on stderr.
+        progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
         on_look: is called with each :class:`Look`.
 
     Returns:
@@ -221,17 +221,18 @@ class _Training:
                     write_csv(log, self.looks)
                 on_look(self.looks[-1])
 
-        with self.student.training_(), progress_bar(progress and chief, recipe.steps, "steps/s") as advance:
+        first = self.looks[-1].step if self.looks else 0
+        bar = progress_bar(progress and chief, "adapt", recipe.steps, "steps", done=first)
+        with self.student.training_(), bar as advance:
             held = self._held_logits()
             if not self.looks:
                 look(0)
                 if not math.isfinite(self.looks[0].held_back_kl):
                     where = nonfinite_layer(self.model, held[0][0])
                     raise ModelError(f"student: NaN or infinities begin in layer {where!r}: quantize it anew")
-            first, stopped = self.looks[-1].step, "all steps are done"
+            stopped = "all steps are done"
             schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay, last_epoch=first - 1)
             network = self.processes.parallel(self.student)
-            advance(first)
             for step in range(first, recipe.steps):
                 if self.looks[-1].step == step and self._has_stalled():
                     stopped = f"no better for {recipe.patience} looks"

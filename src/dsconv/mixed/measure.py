@@ -7,13 +7,16 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from dsconv.config import FLOAT, LayerConfig, QuantConfig, as_config
@@ -21,9 +24,11 @@ from dsconv.conversion import LayerSummary, ModelInfo, model_info, quantize, sum
 from dsconv.conversion.convert import quantize_for, swapped
 from dsconv.conversion.statistics import input_moments, normalized, with_statistics
 from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
-from dsconv.errors import ConfigError, ModelError
+from dsconv.errors import ConfigError, FileFormatError, ModelError
 from dsconv.evaluation import compare, evaluate
+from dsconv.io.state import StateFile
 from dsconv.nn import DSLayer
+from dsconv.progress import progress_bar
 from dsconv.tables import as_text
 from dsconv.zoo import preprocess_of
 
@@ -33,7 +38,6 @@ if TYPE_CHECKING:
 Choice = Mapping[str, Any]
 """Fields of a LayerConfig that differ from what the config says of a layer."""
 
-Tried = TypeVar("Tried")
 _TURNS = 5
 
 
@@ -144,7 +148,10 @@ def sensitivity(
     batch_size: int = 16,
     seed: int = 0,
     times: bool = False,
+    state: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: bool = False,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Sensitivity:
     """The KL divergence of the logits that each layer causes when it alone is quantized. No labels are needed.
 
@@ -161,19 +168,62 @@ def sensitivity(
         batch_size: images per batch.
         seed: of the noise.
         times: also measure each layer's time on one image, on the CPU.
-        progress: show a progress bar on stderr.
+        state: file to write after each trial, so that a measurement that was stopped can be resumed.
+        resume: continue from ``state``; the result is that of a measurement that was never stopped.
+        progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
+        on_trial: is called with each trial as soon as it is done.
 
     Raises:
-        ConfigError: the config or a choice is not valid; or there is neither an image nor a ``preprocess``.
+        ConfigError: the config or a choice is not valid; or there is neither an image nor a ``preprocess``; or
+            ``state`` is there and ``resume`` False, or the other way round.
         DataError: there are no images, or unusable ones.
         ModelError: there is nothing to quantize, ``model`` cannot run on the images or returns NaN, or a quantized
             network is no copy of it.
+        FileFormatError: ``state`` is damaged, or belongs to another network, images or arguments.
+        OSError: ``state`` cannot be written.
 
     >>> import dsconv
     >>> found = sensitivity(dsconv.zoo.build("dsconv/digits_resnet"), "w4a4")
     >>> [(trial.layer, trial.name) for trial in found.trials[:2]]
     [('conv1', 'W8A8'), ('layer1.conv1', 'W4A4')]
     """
+    return measure(
+        "sensitivity",
+        model,
+        config,
+        choices=choices,
+        images=images,
+        preprocess=preprocess,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        times=times,
+        state=state,
+        resume=resume,
+        progress=progress,
+        on_trial=on_trial,
+    )
+
+
+def measure(
+    work: str,
+    model: nn.Module,
+    config: QuantConfig | Mapping[str, Any] | str | nn.Module | None,
+    *,
+    choices: Sequence[Choice],
+    images: Images | None,
+    preprocess: Preprocess | None,
+    limit: int,
+    batch_size: int,
+    seed: int,
+    times: bool,
+    state: str | os.PathLike[str] | None,
+    resume: bool,
+    progress: bool,
+    on_trial: Callable[[Trial], None],
+) -> Sensitivity:
+    """Do what :func:`sensitivity` does, as part of ``work``, by whose name progress and state go."""
+    saved = _State(None if state is None else Path(state), resume, work)
     if isinstance(config, nn.Module):
         if list(choices) != [{}]:
             raise ConfigError("choices: a quantized network has made its own: pass a config to try others")
@@ -195,20 +245,32 @@ def sensitivity(
             f"{source.broken[0].reason}",
             stacklevel=2,
         )
+    original = model
     if images is None and with_statistics(model):
         # With its own statistics, noise has the moments behind a BatchNorm that images have.
         model = normalized(model, torch.cat([x for x, _ in kept]))
-    if isinstance(config, nn.Module):
-        tried = _as_they_are(model, config, names)
-    else:
-        tried = _as_chosen(model, config, names, choices)
     reference = _Recorded(model, kept)
-    trials = []
-    for name, choice, alone in _tracked(tried, len(names) * len(choices), progress):
-        row = next(row for row in summary(alone).layers if row.name == name)
-        found = compare(reference, alone, kept, per_layer=False)
-        ms = _milliseconds(alone, name, kept[0][0][:1]) if times else None
-        trials.append(_trial(row, choice, math.nan if found.nonfinite else max(0.0, found.kl), ms))
+    arguments = {
+        "settings": "of a quantized network" if isinstance(config, nn.Module) else config.to_json(),
+        "choices": choices,
+        "times": times,
+        "images at a time": [tuple(x.shape) for x, _ in kept],
+        "dsconv version": metadata.version("dsconv"),
+    }
+    pixels = torch.cat([x.flatten().cpu() for x, _ in kept])
+    saved.open({"model": original, "config": quantized}, pixels, arguments)
+    pairs = [(name, choice) for name in names for choice in choices]
+    trials = saved.trials(pairs)
+    tried = _tried(model, config, pairs[len(trials) :])
+    with progress_bar(progress, work, len(pairs), "trials", done=len(trials)) as advance:
+        for name, choice, alone in tried:
+            row = next(row for row in summary(alone).layers if row.name == name)
+            found = compare(reference, alone, kept, per_layer=False)
+            ms = _milliseconds(alone, name, kept[0][0][:1]) if times else None
+            trials.append(_trial(row, choice, math.nan if found.nonfinite else max(0.0, found.kl), ms))
+            saved.write(trials)
+            advance(1)
+            on_trial(trials[-1])
     rest = summary(quantized)
     in_float = [row for row in rest.layers if row.name not in names]
     return Sensitivity(
@@ -219,6 +281,39 @@ def sensitivity(
         fixed_weights=sum(row.bytes_before // 4 for row in in_float),
         other_bytes=rest.other_bytes,
     )
+
+
+class _State:
+    """The trials that are done, in a file where there is a ``path``: see :class:`StateFile`."""
+
+    def __init__(self, path: Path | None, resume: bool, work: str):
+        self._file, self._path = StateFile(path, resume, work), path
+        self._stored: Any = []
+
+    def open(self, models: Mapping[str, nn.Module], x: Tensor, settings: Mapping[str, Any]) -> None:
+        """Read the file, or try to write one, so that what is wrong with it shows before the work begins."""
+        found = self._file.open(models, x, settings)
+        if found is not None:
+            self._stored = found[0]
+        elif self._path is not None:
+            self.write([])
+            self._file.remove()  # there is nothing to resume yet
+
+    def trials(self, pairs: Sequence[tuple[str, Choice]]) -> list[Trial]:
+        """The stored trials, which must be those of the first of ``pairs``."""
+        try:
+            trials = TypeAdapter(list[Trial]).validate_python(self._stored)
+            known = [trial.layer for trial in trials] == [name for name, _ in pairs[: len(trials)]]
+        except ValidationError:
+            known = False
+        if not known:
+            raise FileFormatError(f"{self._path}: does not hold the trials of this network: delete it and start again")
+        # Settings as they were given, which JSON may not hold.
+        return [replace(trial, settings=dict(choice)) for trial, (_, choice) in zip(trials, pairs, strict=False)]
+
+    def write(self, trials: Sequence[Trial]) -> None:
+        """Write the trials that are done."""
+        self._file.write([{**asdict(trial), "settings": {}} for trial in trials], {})
 
 
 def with_overrides(config: QuantConfig, overrides: Mapping[str, Any]) -> QuantConfig:
@@ -286,15 +381,23 @@ def _batches(preprocess: Preprocess | None, images: Images | None, limit: int, b
     return batches(images, preprocess=preprocess, batch_size=batch_size, limit=limit)
 
 
+def _tried(
+    model: nn.Module, config: QuantConfig | nn.Module, pairs: Sequence[tuple[str, Choice]]
+) -> Iterator[tuple[str, Choice, nn.Module]]:
+    if isinstance(config, nn.Module):
+        return _as_they_are(model, config, pairs)
+    return _as_chosen(model, config, pairs)
+
+
 def _as_they_are(
-    model: nn.Module, quantized: nn.Module, names: Sequence[str]
+    model: nn.Module, quantized: nn.Module, pairs: Sequence[tuple[str, Choice]]
 ) -> Iterator[tuple[str, Choice, nn.Module]]:
     """The float ``model`` with one layer of ``quantized`` at a time."""
     info = model_info(quantized)
     if info is not None and (info.folded or info.affine):
         raise ModelError("config: BatchNorm is folded into the layers of this quantized network: pass it as it was")
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name in names:
+    for name, choice in pairs:
         layer: Any = quantized.get_submodule(name)
         if not isinstance(modules.get(name), layer.float_type):
             kind = type(modules.get(name)).__name__
@@ -302,11 +405,11 @@ def _as_they_are(
                 f"layer {name!r}: expected a {layer.float_type.__name__} in the float network, got {kind}: pass the "
                 "network that was quantized"
             )
-        yield name, {}, swapped(model, {modules[name]: copy.deepcopy(layer)}, info or ModelInfo(QuantConfig()))
+        yield name, choice, swapped(model, {modules[name]: copy.deepcopy(layer)}, info or ModelInfo(QuantConfig()))
 
 
 def _as_chosen(
-    model: nn.Module, config: QuantConfig, names: Sequence[str], choices: Sequence[Choice]
+    model: nn.Module, config: QuantConfig, pairs: Sequence[tuple[str, Choice]]
 ) -> Iterator[tuple[str, Choice, nn.Module]]:
     """The float ``model`` with one layer quantized by one of ``choices`` at a time."""
     everything = "*"
@@ -314,9 +417,8 @@ def _as_chosen(
         everything += "*"
     in_float = QuantConfig(**{**config.to_dict(), "overrides": {**config.overrides, everything: FLOAT}})
     known = input_moments(model, preprocess_of(model)) if config.batchnorm_statistics else {}
-    for name in names:
-        for choice in choices:
-            yield name, choice, quantize_for(model, with_overrides(in_float, {name: dict(choice)}), known)
+    for name, choice in pairs:
+        yield name, choice, quantize_for(model, with_overrides(in_float, {name: dict(choice)}), known)
 
 
 def _milliseconds(model: nn.Module, name: str, x: Tensor) -> float:
@@ -339,12 +441,3 @@ def _trial(row: LayerSummary, choice: Choice, kl: float, ms: float | None) -> Tr
     assert row.block_size is not None
     bits = row.weight_bits, row.activation_bits
     return Trial(row.name, dict(choice), *bits, row.block_size, row.bytes_before // 4, row.bytes_after, kl, ms)
-
-
-def _tracked(tried: Iterable[Tried], total: int, shown: bool) -> Iterable[Tried]:
-    if not shown:
-        return tried
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(tried, "layers", total=total, console=Console(stderr=True))

@@ -1,7 +1,8 @@
 """The bits of every layer that cost the least accuracy under a budget."""
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from dsconv.config import QuantConfig, as_config
 from dsconv.data import Images, Preprocess
 from dsconv.errors import ConfigError, ModelError, import_extra
-from dsconv.mixed.measure import Choice, Sensitivity, Trial, sensitivity, with_overrides
+from dsconv.mixed.measure import Choice, Sensitivity, Trial, measure, with_overrides
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:
@@ -151,7 +152,10 @@ def search(
     limit: int = 32,
     batch_size: int = 16,
     seed: int = 0,
+    state: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: bool = False,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> SearchResult:
     """Settings for every layer under which the network stays closest to the float one within a budget. No labels.
 
@@ -163,12 +167,15 @@ def search(
         config: what the choices are laid over, as in :func:`dsconv.quantize`.
         budget: effective bits a weight, or a dictionary of the fields of :class:`Budget`, such as ``{"bytes": 8e5}``.
         choices: settings to choose from for each layer, see :func:`sensitivity`; None is :func:`choices_of`.
-        images, preprocess, limit, batch_size, seed, progress: as in :func:`sensitivity`; without images the measures
-            are of noise.
+        images, preprocess, limit, batch_size, seed, progress, on_trial: as in :func:`sensitivity`; without images the
+            measures are of noise.
+        state: file to write after each trial, so that a search that was stopped can be resumed.
+        resume: continue from ``state``; the result is that of a search that was never stopped. The budget may be
+            another, but for one with ``ms`` where there was none.
 
     Raises:
         ConfigError: as in :func:`sensitivity`; or no choice keeps the budget, whose smallest is stated.
-        DataError, ModelError: as in :func:`sensitivity`.
+        DataError, ModelError, FileFormatError, OSError: as in :func:`sensitivity`.
         MissingExtraError: highspy is not installed.
 
     >>> import dsconv
@@ -181,7 +188,8 @@ def search(
     limits = _limits(budget)
     _highs()  # which may be missing: said before minutes of measuring
     choices = choices_of(config) if choices is None else choices
-    measured = sensitivity(
+    measured = measure(
+        "search",
         model,
         config,
         choices=choices,
@@ -191,7 +199,10 @@ def search(
         batch_size=batch_size,
         seed=seed,
         times="ms" in limits,
+        state=state,
+        resume=resume,
         progress=progress,
+        on_trial=on_trial,
     )
     layers = _usable(measured)
     chosen = select(layers, measured, limits)

@@ -236,7 +236,7 @@ def gather(
         input_shape: ``(C, H, W)`` of the image that steps are timed on; None is that of ``images``.
         runs: that are timed, at least 2; 0 is none.
         benches: of :func:`dsconv.bench` or :func:`dsconv.benchmarking.results.read_benches`.
-        progress: show progress bars on stderr.
+        progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
 
     Raises:
         ConfigError, DataError, ModelError: as :func:`dsconv.compare` and :func:`dsconv.sensitivity`; ``reference`` is
