@@ -52,18 +52,21 @@ clean:  ## remove everything that these targets made
 $(VENV)/torch.stamp: constraints.txt
 	@test -n "$(PYTHON)" || { echo "dsconv needs Python 3.11 or newer, and none is on the PATH: install one," \
 		"or say make PYTHON=/path/to/python3" >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV) 2>/dev/null \
+	@echo "creating $(VENV) with PyTorch: downloads about 200 MB, once"
+	@$(PYTHON) -m venv --clear $(VENV) 2>/dev/null \
 		|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
-	$(INSTALL_CPU) torch
+	@$(INSTALL_CPU) torch
 	@touch $@
 
 $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
-	$(INSTALL) --editable '.[report]'
+	@echo "installing dsconv: compiling its kernels takes about 6 minutes of processor time, once for each change of csrc/"
+	@$(INSTALL) --editable '.[report]'
 	@$(BIN)/python -c 'from dsconv.cpu import cpu_info; print(cpu_info())'
 	@touch $@
 
 # torchvision has to match the build of torch, so it comes from the same place.
 $(VENV)/dev.stamp: $(VENV)/package.stamp
-	$(INSTALL_CPU) torchvision
-	$(INSTALL) --editable '.[dev,docs]'
+	@echo "installing the tools of development: downloads about 300 MB, once; dsconv is compiled again where csrc/ changed"
+	@$(INSTALL_CPU) torchvision
+	@$(INSTALL) --editable '.[dev,docs]'
 	@touch $@

@@ -3,6 +3,7 @@
 import io
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +138,8 @@ def net() -> nn.Module:
     [
         ("evaluate", "img"),
         ("compare", "img"),
+        ("reading images", "img"),
+        ("ranges for int8", "img"),
         ("calibrate", "layers"),
         ("adapt", "steps"),
         ("sensitivity", "trials"),
@@ -145,7 +148,7 @@ def net() -> nn.Module:
     ],
 )
 def test_all_that_takes_a_while_says_how_far_it_is(
-    what: str, unit: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    what: str, unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "_FIRST_SECONDS", 0.0)
     monkeypatch.setattr(progress, "_EVERY_SECONDS", 0.0)
@@ -155,6 +158,10 @@ def test_all_that_takes_a_while_says_how_far_it_is(
         "evaluate": lambda: dsconv.evaluate(model, images, progress=True),
         "compare": lambda: dsconv.compare(model, qmodel, images, progress=True),
         "calibrate": lambda: dsconv.calibrate(qmodel, model, images, progress=True),
+        "reading images": lambda: dsconv.calibrate(qmodel, model, images.split(32), progress=True),
+        "ranges for int8": lambda: dsconv.export_onnx(
+            qmodel, images[:1], tmp_path / "net.onnx", "int8", images=images, progress=True
+        ),
         "adapt": lambda: dsconv.adapt(qmodel, model, images, recipe={"steps": 2, "batch_size": 8}, progress=True),
         "sensitivity": lambda: dsconv.sensitivity(model, images=images, progress=True),
         "search": lambda: dsconv.search(
@@ -162,8 +169,7 @@ def test_all_that_takes_a_while_says_how_far_it_is(
         ),
         "bench": lambda: dsconv.bench(model, qmodel, (3, 8, 8), against=["torch"], turns=2, progress=True),
     }
-    if what == "search":
-        pytest.importorskip("highspy")
+    pytest.importorskip({"search": "highspy", "ranges for int8": "onnxruntime"}.get(what, "torch"))
     run[what]()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(what)]
     assert len(lines) > 1 and f" {unit}, " in lines[0] and f" {unit}/s" in lines[-2] and ", took " in lines[-1]

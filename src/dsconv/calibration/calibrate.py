@@ -101,7 +101,7 @@ def calibrate(
             raise ConfigError(f"{name}: expected a whole number from {least}, got {value!r}")
     check_models(qmodel, reference)
     saved = State(None if state is None else Path(state), resume)
-    x = read_images(images, preprocess, limit, qmodel, reference)
+    x = read_images(images, preprocess, limit, qmodel, reference, progress=progress)
     with torch.inference_mode(False):
         result = copy.deepcopy(qmodel)
     if (prepared := prepared_as(images, preprocess, qmodel, reference)) is not None:

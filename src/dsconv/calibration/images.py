@@ -11,6 +11,7 @@ from dsconv.data import Batches, ImageFolder, Images, Preprocess, batches
 from dsconv.data.preprocess import PHOTOGRAPH_DEVIATION, PHOTOGRAPH_MEAN
 from dsconv.errors import DataError
 from dsconv.evaluation import preprocess_for
+from dsconv.progress import progress_bar
 from dsconv.zoo import preprocess_of
 
 FEWEST, ENOUGH, GOOD = 4, 16, 128
@@ -25,6 +26,7 @@ def read_images(
     *models: nn.Module,
     enough: int = ENOUGH,
     good: int = GOOD,
+    progress: bool = False,
 ) -> Tensor:
     """All images as one float32 tensor ``(N, C, H, W)``; a warning where there are not ``enough`` of them.
 
@@ -32,7 +34,11 @@ def read_images(
         DataError: there are too few, they differ in shape, or one is not finite.
     """
     source = batches(images, preprocess=preprocess_for(images, preprocess, *models), limit=limit)
-    parts = [x.float() for x, _ in source]
+    parts = []
+    with progress_bar(progress, "reading images", source.total, "img") as advance:
+        for x, _ in source:
+            parts.append(x.float())
+            advance(len(x))
     shapes = sorted({tuple(part.shape[1:]) for part in parts})
     if len(shapes) > 1:
         raise DataError(f"images: expected all of one shape, got {shapes[0]} and {shapes[1]}: resize or crop them")

@@ -127,7 +127,8 @@ def adapt(
             )
         saved = StateFile(None if state is None else Path(state), resume, "distillation")
         limit = recipe.images if limit is None else limit
-        x = read_images(images, preprocess, limit, student, teacher, enough=_ENOUGH, good=_GOOD)
+        progress = progress and processes.rank == 0
+        x = read_images(images, preprocess, limit, student, teacher, enough=_ENOUGH, good=_GOOD, progress=progress)
         with torch.inference_mode(False):
             result = copy.deepcopy(student)
         if (prepared := prepared_as(images, preprocess, student, teacher)) is not None:
@@ -222,7 +223,7 @@ class _Training:
                 on_look(self.looks[-1])
 
         first = self.looks[-1].step if self.looks else 0
-        bar = progress_bar(progress and chief, "adapt", recipe.steps, "steps", done=first)
+        bar = progress_bar(progress, "adapt", recipe.steps, "steps", done=first)
         with self.student.training_(), bar as advance:
             held = self._held_logits()
             if not self.looks:

@@ -42,6 +42,7 @@ def export_onnx(
     *,
     images: Tensor | None = None,
     opset: int = OPSET,
+    progress: bool = False,
 ) -> Path:
     """Write a quantized network to an ONNX file; an existing file is replaced when the new one is complete.
 
@@ -70,6 +71,7 @@ def export_onnx(
             needed. None: ranges are those of noise, prepared as the network says (:func:`dsconv.zoo.preprocess_of`), in
             a network whose BatchNorms have the mean and the deviation on that noise that training left in them.
         opset: of ONNX, from 21 on, for ``int8`` and ``float`` from 18 on.
+        progress: show how far the ranges for ``int8`` are on stderr, as :func:`dsconv.evaluate` does.
 
     Returns:
         The path.
@@ -96,7 +98,7 @@ def export_onnx(
     with replacing(path) as beside:
         if style == "int8":
             facts["dsconv.ranges"] = "noise and BatchNorm" if images is None else f"{len(images)} images"
-            _write_int8(qmodel, example_input, beside, images, opset)
+            _write_int8(qmodel, example_input, beside, images, opset, progress)
             model = import_extra("onnx", "onnx").load(beside)
         else:
             model = _exported(qmodel, example_input, style, opset)
@@ -156,7 +158,7 @@ def _facts(qmodel: nn.Module, style: str) -> dict[str, str]:
     return {f"dsconv.{name}": text for name, text in facts.items()}
 
 
-def _write_int8(qmodel: nn.Module, x: Tensor, path: Path, images: Tensor | None, opset: int) -> None:
+def _write_int8(qmodel: nn.Module, x: Tensor, path: Path, images: Tensor | None, opset: int, progress: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def in_float(name: str, model: nn.Module) -> Path:
@@ -180,7 +182,7 @@ def _write_int8(qmodel: nn.Module, x: Tensor, path: Path, images: Tensor | None,
                 )
             images = noise(preprocess, x.shape[1:])
             like = in_float("like", normalized(qmodel, images))
-        int8.quantize(in_float("network", qmodel), path, images, like=like)
+        int8.quantize(in_float("network", qmodel), path, images, like=like, progress=progress)
 
 
 def _exported(qmodel: nn.Module, x: Tensor, style: str, opset: int) -> Any:
