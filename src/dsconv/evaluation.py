@@ -1,6 +1,5 @@
 """How good a network is, and how close a quantized one stays to its float original."""
 
-import itertools
 import math
 import os
 import time
@@ -18,6 +17,7 @@ from dsconv.data.folder import Batches, BrokenImage, ImageFolder, Images, batche
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, ModelError
 from dsconv.modes import evaluation_mode
+from dsconv.nn.layer import device_of
 from dsconv.numerics import sqnr_db
 from dsconv.progress import progress_bar
 from dsconv.zoo import preprocess_of
@@ -359,11 +359,6 @@ def ready(models: list[nn.Module], device: str | torch.device | None) -> Iterato
         if device is not None:
             for model, home in zip(models, homes, strict=True):
                 model.to(home)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def _forward(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, float]:

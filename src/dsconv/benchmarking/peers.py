@@ -3,7 +3,6 @@
 All take float32 ``(N, C, H, W)`` and return float32, and quantize and convert within the time that is measured.
 """
 
-import copy
 import subprocess
 import sys
 import warnings
@@ -21,6 +20,7 @@ from dsconv.benchmarking.machine import why_no_bf16
 from dsconv.benchmarking.results import OURS
 from dsconv.compilation import compile
 from dsconv.conversion import model_info, summary
+from dsconv.conversion.copying import copied
 from dsconv.errors import import_extra
 from dsconv.onnx import int8
 
@@ -167,7 +167,7 @@ def _torch(case: Case, dtype: torch.dtype) -> Contestant:
     else:
         if reason := why_no_bf16():
             raise NotRun(reason)
-        name, network, x = "PyTorch bf16", copy.deepcopy(case.network).to(dtype), case.x
+        name, network, x = "PyTorch bf16", copied(case.network).to(dtype), case.x
 
         def call() -> Any:
             return network(x.to(dtype)).float()

@@ -1,6 +1,5 @@
 """``dsconv.calibrate``: the layers of a quantized network rounded again, in the order in which they run."""
 
-import copy
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from dsconv.calibration.state import State
 from dsconv.compilation import CompiledModel
 from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
+from dsconv.conversion.copying import copied
 from dsconv.conversion.fold import add_bias
 from dsconv.conversion.preparation import set_preprocess
 from dsconv.data import Images, Preprocess
@@ -103,7 +103,7 @@ def calibrate(
     saved = State(None if state is None else Path(state), resume)
     x = read_images(images, preprocess, limit, qmodel, reference, progress=progress)
     with torch.inference_mode(False):
-        result = copy.deepcopy(qmodel)
+        result = copied(qmodel)
     if (prepared := prepared_as(images, preprocess, qmodel, reference)) is not None:
         set_preprocess(result, prepared)
     with ready([result, reference], device), torch.inference_mode(False), torch.no_grad():
@@ -184,7 +184,7 @@ def _store(pair: Pair, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None = None
     shift = None if kds_shift is None else kds_shift.to(home, torch.float32)
     # What float16 loses of a shift multiplies the sum of a block, for whose mean the bias makes up.
     layer.store_(vqk.to(home), kds.to(home, torch.float32), shift, pair.weight, keep_size=True)
-    add_bias(layer, pair.original.weight)
+    add_bias(layer, getattr(pair.original, "weight", None))
     if bias is not None:
         assert layer.bias is not None
         layer.bias.copy_(bias)

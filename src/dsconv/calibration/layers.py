@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 from dsconv.calibration.collect import count_places
 from dsconv.conversion.convert import FLOAT_TYPES, effective_weight, model_info, quantized_type
 from dsconv.errors import ModelError
-from dsconv.evaluation import device_of, first_line
+from dsconv.evaluation import first_line
 from dsconv.nn import Affine, DSLayer
+from dsconv.nn.layer import device_of
 
 # The covariance of what an output reads is a matrix of at most so many rows.
 _MOST_READ = 9216

@@ -1,6 +1,5 @@
 """``dsconv.compile``: captures a quantized network and runs it as one graph."""
 
-import copy
 import threading
 from typing import NamedTuple, Self
 
@@ -12,6 +11,7 @@ from dsconv.compilation.fusion import EXACT, INEXACT, fuse
 from dsconv.compilation.lowering import lower
 from dsconv.compilation.plan import Plan, plan_of
 from dsconv.compilation.program import Program
+from dsconv.conversion.copying import copied
 from dsconv.conversion.fold import check_inference
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.cpu import cpu_info
@@ -131,7 +131,7 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
     if missing := cpu_info().extension:
         raise ModelError(f"compile needs the extension dsconv._C, {missing}: call the quantized model itself")
     check_inference(qmodel, "compiling")
-    return CompiledModel(copy.deepcopy(qmodel), example_input, fast_math)
+    return CompiledModel(copied(qmodel), example_input, fast_math)
 
 
 def _check(name: str, x: Tensor) -> None:

@@ -1,9 +1,12 @@
 """Swaps the layers of a model for quantized ones, without running the model."""
 
 import copy
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +19,13 @@ from torch.overrides import TorchFunctionMode
 
 from dsconv import nn as dsnn
 from dsconv.config import LayerConfig, QuantConfig, as_config
+from dsconv.conversion import hooks
+from dsconv.conversion.copying import CALLED, copied, is_of_torch, replaced
 from dsconv.conversion.preparation import laid_over, preprocess_of
 from dsconv.conversion.statistics import input_moments
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
+from dsconv.nn.layer import device_of
 from dsconv.numerics import InputMoments
 
 QUANTIZED_TYPES: tuple[type[dsnn.DSLayer], ...] = (
@@ -31,8 +37,6 @@ QUANTIZED_TYPES: tuple[type[dsnn.DSLayer], ...] = (
     dsnn.DSConvTranspose3d,
     dsnn.DSLinear,
 )
-# Hooks that compute a layer's weight before it runs.
-_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 # Classes of PyTorch and torchvision that read the weights of their layers and never call them.
 _READ_WEIGHTS = {
     "MultiheadAttention",
@@ -41,6 +45,17 @@ _READ_WEIGHTS = {
     "ShiftedWindowAttentionV2",
 }
 FLOAT_TYPES = tuple(quantized.float_type for quantized in QUANTIZED_TYPES)
+# What calls of PyTorch's own layers run, which a class of the user or a patch of the class may replace.
+_PLAIN = {base: {name: getattr(base, name, None) for name in ("__call__", *CALLED)} for base in FLOAT_TYPES}
+_FUNCTIONS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.Conv1d: nn.functional.conv1d,
+    nn.Conv2d: nn.functional.conv2d,
+    nn.Conv3d: nn.functional.conv3d,
+    nn.ConvTranspose1d: nn.functional.conv_transpose1d,
+    nn.ConvTranspose2d: nn.functional.conv_transpose2d,
+    nn.ConvTranspose3d: nn.functional.conv_transpose3d,
+    nn.Linear: nn.functional.linear,
+}
 
 
 @dataclass
@@ -93,8 +108,10 @@ def quantize(
     No data is needed. Under rule ``balanced``, a copy of a model with BatchNorm runs on noise for a moment: BatchNorm
     tells the means and variances of the inputs of the layers behind it. A layer that appears at several places stays
     one layer. Weight and spectral normalization, pruning, parametrizations and subclasses that compute their weight are
-    resolved: the weight they make now is quantized. Layers that are quantized already stay as they are. What is left in
-    float is listed, with the reason, by :func:`dsconv.summary`.
+    resolved: the weight they make now is quantized. So is what forward pre-hooks write to a weight. A layer whose call
+    was replaced and does more than the plain layer stays in float; hooks and replaced methods of other modules are kept
+    and run the layers of the copy. Layers that are quantized already stay as they are. What is left in float is listed,
+    with the reason, by :func:`dsconv.summary`.
 
     Args:
         model: a trained float model.
@@ -108,7 +125,8 @@ def quantize(
 
     Raises:
         ConfigError: the config or ``preprocess`` is not valid, or an override matches no layer.
-        ModelError: there is nothing to quantize, or a weight holds a NaN or an infinity.
+        ModelError: there is nothing to quantize, a weight holds a NaN or an infinity, or a copy of the model would run
+            layers of ``model``.
 
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3))
@@ -181,14 +199,9 @@ def swapped(model: nn.Module, swaps: Mapping[nn.Module, nn.Module], info: ModelI
     """A deep copy of ``model`` with each module of ``swaps`` replaced wherever it is referred to."""
     # Deep copy looks here for what it has copied already: so it puts the new layers in and never copies the old ones.
     memo: dict[int, Any] = {id(layer): quantized for layer, quantized in swaps.items()}
-    for module in model.modules():
-        for value in vars(module).values():
-            # Left behind by hooks that compute a weight, such as weight_norm; PyTorch refuses to copy these.
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
     for layer, quantized in swaps.items():
         _keep_hooks(layer, quantized, memo)
-    result: nn.Module = copy.deepcopy(model, memo)
+    result = copied(model, memo)
     result.dsconv_info = info  # type: ignore[assignment]
     return result
 
@@ -209,13 +222,14 @@ class FoundLayer:
 
 def _find_layers(model: nn.Module) -> list[FoundLayer]:
     found: dict[int, FoundLayer] = {}
+    written = hooks.written_by_containers(model, FLOAT_TYPES)
     for name, module, parent in _walk(model):
         if not isinstance(module, (*FLOAT_TYPES, dsnn.DSLayer)):
             continue
         if id(module) in found:
             found[id(module)].names.append(name)
         else:
-            found[id(module)] = FoundLayer(module, [name], _why_float(module, parent))
+            found[id(module)] = FoundLayer(module, [name], _why_float(module, parent) or written.get(module, ""))
     return list(found.values())
 
 
@@ -257,7 +271,7 @@ def layer_config(config: QuantConfig, found: FoundLayer, layers: list[FoundLayer
     )
     if settings is not None and depthwise and settings.blocks == "flat":
         # One block per filter.
-        settings = settings.model_copy(update={"block_size": layer.weight[0].numel()})
+        settings = settings.model_copy(update={"block_size": math.prod(layer.kernel_size)})
     return settings
 
 
@@ -278,21 +292,41 @@ def _check_overrides(config: QuantConfig, layers: list[FoundLayer]) -> None:
 def effective_weight(layer: Any) -> tuple[Tensor | None, str]:
     """The weight that ``layer`` convolves with, or None and the reason why it cannot be told."""
     with torch.no_grad():
-        for hook in layer._forward_pre_hooks.values():
-            if isinstance(hook, WeightNorm) and hook.name == "weight":
-                return hook.compute_weight(layer).detach(), ""
-            if isinstance(hook, SpectralNorm) and hook.name == "weight":
-                return hook.compute_weight(layer, do_power_iteration=False).detach(), ""
-            if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
-                return hook.apply_mask(layer).detach(), ""  # type: ignore[no-untyped-call]
-        weight = layer.weight.detach()
+        hooked = hooks.written(layer, partial(_input_of, layer, 4))
+        if hooked is not None and hooked.weight is None:
+            return None, hooked.reason
+        weight = _computed(layer) if hooked is None else hooked.weight
+        if weight is None:
+            return None, "it has no weight before it has run: run the model once before converting it"
         if weight.is_meta:
             return None, "its weight is on the meta device and has no values"
-        base = next(base for base in FLOAT_TYPES if isinstance(layer, base))
-        own = type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)
-        if all(getattr(own, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward")):
-            return weight, ""
-        return _probe(layer, base)
+        own = _own_call(layer)
+        return (weight.detach(), "") if not own else _probe(layer, weight.detach(), own)
+
+
+def _computed(layer: Any) -> Any:
+    """What PyTorch's own hooks make of the weight, or the weight itself."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return hook.compute_weight(layer)
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return hook.compute_weight(layer, do_power_iteration=False)
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+            return hook.apply_mask(layer)  # type: ignore[no-untyped-call]
+    return getattr(layer, "weight", None)
+
+
+def _own_call(layer: nn.Module) -> str:
+    """What a call of ``layer`` runs in the place of what PyTorch's layer does; empty where that is nothing."""
+    if name := replaced(layer):
+        return f"its {name} was replaced by another one"
+    base = next(base for base in FLOAT_TYPES if isinstance(layer, base))
+    own = type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)
+    for name, plain in _PLAIN[base].items():
+        function = getattr(own, name, None)
+        if function is not plain or not (function is None or is_of_torch(function)):
+            return f"its class {type(layer).__name__} has a {name} of its own"
+    return ""
 
 
 class _CaptureWeight(TorchFunctionMode):
@@ -312,54 +346,65 @@ class _CaptureWeight(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _probe(layer: Any, base: type[nn.Module]) -> tuple[Tensor | None, str]:
-    """Weight of a subclass with a forward of its own, if that amounts to the plain layer with another weight.
+def _probe(layer: Any, weight: Tensor, own: str) -> tuple[Tensor | None, str]:
+    """Weight of a layer whose call is not the plain one, if that amounts to the plain layer with another weight.
 
-    The layer is run on random inputs of two sizes, and compared with the plain function of the weight it used.
+    The layer is run on random inputs of two sizes, and compared with the layer that would take its place, with the
+    weight that it used before rounding.
     """
-    functions: dict[type[nn.Module], Callable[..., Any]] = {
-        nn.Conv1d: nn.functional.conv1d,
-        nn.Conv2d: nn.functional.conv2d,
-        nn.Conv3d: nn.functional.conv3d,
-        nn.Linear: nn.functional.linear,
-    }
-    kind = type(layer).__name__
-    if base not in functions:
-        return None, f"its class {kind} has a forward of its own, which is not known to be a plain layer"
-    weight: Tensor | None = None
+    base = next(base for base in FLOAT_TYPES if isinstance(layer, base))
+    used: Tensor | None = None
     for extra in (4, 5):
-        generator = torch.Generator().manual_seed(extra)
-        if base is nn.Linear:
-            shape: tuple[int, ...] = (2, layer.in_features)
-        else:
-            size = [d * (k - 1) + extra for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-            shape = (2, layer.in_channels, *size)
-        x = torch.randn(shape, generator=generator).to(layer.weight)
+        x = _input_of(layer, extra)
         try:
-            # A copy, and without its hooks: finding the weight leaves no trace.
-            probed = copy.deepcopy(layer)
-            with _CaptureWeight(functions[base]) as capture:
-                y = probed.forward(x)
-            (weight,) = capture.weights
-            plain = copy.copy(layer)
-            plain._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": layer.bias}
-            expected = base.forward(plain, x)
-            same = weight.shape == layer.weight.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
+            # A copy without its hooks: finding the weight leaves no trace.
+            memo: dict[int, Any] = {id(getattr(layer, kind)): OrderedDict() for kind in hooks.KINDS}
+            probed = copied(layer, memo, isolate=True).float()
+            if not parametrize.is_parametrized(layer):
+                vars(probed).pop("weight", None)
+                probed._parameters["weight"] = nn.Parameter(weight.float(), requires_grad=False)
+            with _CaptureWeight(_FUNCTIONS[base]) as capture:
+                y = probed(x)
+            (used,) = capture.weights
+            expected = _unrounded(layer, used)(x)
+            same = used.shape == weight.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
         except Exception:
             same = False
         if not same:
-            return None, f"its class {kind} has a forward of its own, which is not a plain layer of another weight"
-    assert weight is not None
-    return weight.detach(), ""
+            return None, f"{own}, which is not a plain layer of another weight"
+    assert used is not None
+    return used.detach().to(weight.dtype), ""
+
+
+def _unrounded(layer: Any, weight: Tensor) -> dsnn.DSLayer:
+    """The quantized layer that takes the place of ``layer``, but with a float weight and float activations."""
+    made = quantized_type(layer).like(layer, LayerConfig(activation_bits=None)).float()
+    vars(made)["_shadow"] = lambda: made._conv_layout(weight)
+    return made
+
+
+def _input_of(layer: Any, extra: int) -> Tensor:
+    """Random float32 input of a layer, ``extra`` longer in each dimension than what an output reads."""
+    if _is_linear(layer):
+        shape: tuple[int, ...] = (2, layer.in_features)
+    else:
+        size = [d * (k - 1) + extra for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        shape = (2, layer.in_channels, *size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(extra), dtype=torch.float32)
+    return x.to(device_of(layer))
 
 
 def _keep_hooks(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) -> None:
     """Hooks of the user go on being called; those that compute the weight have done their work."""
-    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-        for key, hook in getattr(layer, hooks).items():
-            if not isinstance(hook, _WEIGHT_HOOKS):
+    written = hooks.written(layer, partial(_input_of, layer, 4)) if isinstance(layer, FLOAT_TYPES) else None
+    done = frozenset() if written is None else written.keys
+    for kind in hooks.KINDS:
+        kept = getattr(quantized, kind)
+        memo[id(getattr(layer, kind))] = kept
+        for key, hook in getattr(layer, kind).items():
+            if not isinstance(hook, hooks.WEIGHT_HOOKS) and not (key in done and kind == "_forward_pre_hooks"):
                 # A hook that is bound to a part of the model goes over to the copy of that part.
-                getattr(quantized, hooks)[key] = copy.deepcopy(hook, memo)
-                for flags in (f"{hooks}_with_kwargs", f"{hooks}_always_called"):
+                kept[key] = copy.deepcopy(hook, memo)
+                for flags in (f"{kind}_with_kwargs", f"{kind}_always_called"):
                     if key in getattr(layer, flags, {}):
                         getattr(quantized, flags)[key] = True

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv.config import QuantConfig
 from dsconv.conversion.convert import FLOAT_TYPES, QUANTIZED_TYPES, ModelInfo, model_info, swapped
+from dsconv.conversion.copying import copied, replaced
 from dsconv.errors import ModelError
 from dsconv.modes import check_evaluation_mode
 from dsconv.nn import Affine, DSLayer
@@ -220,7 +221,7 @@ class _Uses:
 
 def _is_one_of(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
     """Whether its forward is that of one of ``types``: a subclass may have its own."""
-    return type(module) in types and "forward" not in vars(module)
+    return type(module) in types and replaced(module) is None
 
 
 class _Tracer(fx.Tracer):
@@ -229,6 +230,17 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.read: set[int] = set()
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
+    ) -> tuple[Any, list[Any]]:
+        """Make symbols of the first argument and of those without a default, whatever forward is and takes."""
+        assert isinstance(self.root, nn.Module)
+        positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        first, *others = inspect.signature(self.root.forward).parameters.values()
+        names = [first.name, *(p.name for p in others if p.kind in positional and p.default is p.empty)]
+        inputs = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        return lambda root, *x: root.forward(*x), [self.root, *inputs]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = isinstance(m, (DSLayer, _BatchNorm, *FLOAT_TYPES))
@@ -242,11 +254,6 @@ class _Tracer(fx.Tracer):
 
 def _uses(qmodel: nn.Module, names: Mapping[nn.Module, str]) -> _Uses:
     kind = type(qmodel).__name__
-    if "forward" in vars(qmodel):
-        raise ModelError(
-            f"model {kind}: it has a forward in the place of its class's, which torch.fx does not see: "
-            "fold the model that it was made from"
-        )
     tracer = _Tracer()
     # What forward may change is copied, so that symbols stay out of the model: all but its layers and tensors.
     memo: dict[int, Any] = {}
@@ -256,14 +263,17 @@ def _uses(qmodel: nn.Module, names: Mapping[nn.Module, str]) -> _Uses:
         for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
             if isinstance(value, Tensor):
                 memo[id(value)] = value
-    copied = copy.deepcopy(qmodel, memo)
-    parameters = list(inspect.signature(qmodel.forward).parameters.values())[1:]
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    twin = copied(qmodel, memo, isolate=True)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Was not able to add assertion")
-            graph = tracer.trace(copied, concrete_args=defaults or None)
+            graph = tracer.trace(twin)
     except Exception as error:
+        if replaced(qmodel):
+            raise ModelError(
+                f"model {kind}: it has a forward in the place of its class's, which torch.fx cannot follow"
+                f"{_line_of(error)}: fold the model that it was made from"
+            ) from error
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ModelError(
             f"model {kind}: torch.fx cannot follow its forward{_line_of(error)} ({type(error).__name__}: {reason}), so "

@@ -5,7 +5,6 @@ its scale. What an activation, a pooling or a sum makes of them is measured on n
 with BatchNorms that normalise the noise, so that behind each of them channels have just these moments.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dsconv.conversion.copying import copied
 from dsconv.data import Preprocess, synthetic_images
 from dsconv.numerics import InputMoments
 
@@ -43,7 +43,7 @@ def input_moments(model: nn.Module, preprocess: Preprocess | None = None) -> dic
     for side in (None,) if known else _SIDES:
         images = noise(preprocess, (first.in_channels, *((side,) * 2 if side else _size(preprocess))))
         try:
-            found, missing = _measured(model, images.to(first.weight))
+            found, missing = _measured(model, images.to(next(first.parameters())))
         except Exception:  # whatever a network has to say to inputs that it was not made for
             continue
         if not missing:
@@ -78,7 +78,7 @@ def with_statistics(model: nn.Module) -> list[_BatchNorm]:
 
 def _normalizing(model: nn.Module) -> nn.Module:
     """A copy whose BatchNorms normalise what they get, and keep its statistics."""
-    result = copy.deepcopy(model).eval()
+    result = copied(model).eval()
     for batchnorm in with_statistics(result):
         batchnorm.reset_running_stats()
         batchnorm.momentum = None  # a plain mean over all images

@@ -1,6 +1,5 @@
 """``dsconv.adapt``: a quantized network trained on unlabelled images to do what its float original does."""
 
-import copy
 import math
 import os
 import time
@@ -21,6 +20,7 @@ from dsconv.calibration.images import check_images, prepared_as, read_images
 from dsconv.calibration.layers import Pair, nonfinite_layer, pairs_of, trace
 from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
+from dsconv.conversion.copying import copied
 from dsconv.conversion.fold import add_bias
 from dsconv.conversion.preparation import set_preprocess
 from dsconv.data import Images, Preprocess
@@ -30,9 +30,10 @@ from dsconv.distillation.recipe import Recipe, as_recipe
 from dsconv.distillation.report import Adaptation, Look, write_csv
 from dsconv.distillation.student import Student, logits_of, noting_outputs
 from dsconv.errors import ConfigError, ModelError
-from dsconv.evaluation import device_of, first_line, ready
+from dsconv.evaluation import first_line, ready
 from dsconv.files import check_place
 from dsconv.io.state import StateFile
+from dsconv.nn.layer import device_of
 from dsconv.progress import progress_bar
 
 # Images by which the variance of a layer's outputs is told.
@@ -130,7 +131,7 @@ def adapt(
         progress = progress and processes.rank == 0
         x = read_images(images, preprocess, limit, student, teacher, enough=_ENOUGH, good=_GOOD, progress=progress)
         with torch.inference_mode(False):
-            result = copy.deepcopy(student)
+            result = copied(student)
         if (prepared := prepared_as(images, preprocess, student, teacher)) is not None:
             set_preprocess(result, prepared)
         with ready([result, teacher], processes.device), torch.inference_mode(False), ops.simulated():
@@ -178,7 +179,7 @@ class _Training:
         self.ours, self.held = split(len(x), recipe.held_back, seed)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
         for pair in pairs:
-            add_bias(pair.layer, pair.original.weight)
+            add_bias(pair.layer, getattr(pair.original, "weight", None))
         self.student = Student(model, pairs, self._variances(), recipe)
         self.student.check_start()
         self.optimizer = torch.optim.Adam(self.student.groups(recipe))

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import cache
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -262,7 +263,7 @@ class DSLayer(nn.Module):
         """Layer of the geometry, device, training flag and bias of the float ``layer``, whose weights are all zero."""
         make: Callable[..., Self] = cls
         made = make(*cls._geometry(layer), config=config)
-        made.to(layer.weight.device)
+        made.to(device_of(layer))
         if layer.bias is not None:
             made.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
         return made.train(layer.training)
@@ -325,6 +326,12 @@ class DSLayer(nn.Module):
             f"weight_bits={config.weight_bits}, activation_bits={activation}, "
             f"block_size={config.block_size} {config.blocks}, kds={config.kds_dtype}{shift}"
         )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of the first tensor of ``module``, the CPU where it has none."""
+    tensor = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

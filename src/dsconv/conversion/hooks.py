@@ -1,0 +1,214 @@
+"""Hooks that write the weight of a layer: found by running those that may on a copy."""
+
+from collections.abc import Callable, Iterator
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from dsconv.conversion.copying import copied, held, is_of_torch
+
+# Hooks of PyTorch that compute a layer's weight before it runs.
+WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+KINDS = ("_forward_pre_hooks", "_forward_hooks")
+# A function that uses none of these names writes no weight.
+_PARTS = ("weight", "bias", "param", "state_dict", "attr", "__dict__", "kernel")
+_WHOLE = {"vars", "data", "apply", "modules", "children", "_modules", "_buffers", "buffers", "named_buffers"}
+_NAMES = ("weight", "bias")
+# So often hooks run: what they write twice they write always.
+_TURNS = 2
+
+
+class Written(NamedTuple):
+    """What the hooks of a layer make of its weight.
+
+    Attributes:
+        weight: the weight that the layer runs with, None where it cannot be told.
+        keys: the forward pre-hooks that write it.
+        reason: why it cannot be told.
+    """
+
+    weight: Tensor | None
+    keys: frozenset[int] = frozenset()
+    reason: str = ""
+
+
+def written(layer: nn.Module, make_input: Callable[[], Tensor]) -> Written | None:
+    """Return what the hooks of ``layer`` make of its weight, None where they leave it as it is.
+
+    Hooks whose code names nothing by which a weight can be reached are not run. The others run on a copy, on the input
+    that ``make_input`` returns.
+    """
+    if not any(may_write(hook) for kind in KINDS for hook in getattr(layer, kind).values()):
+        return None
+    hook: Any = None
+    try:
+        probed: Any = copied(layer, isolate=True).eval()
+        keys, weights, x = set(), [], make_input()
+        for turn in range(_TURNS):
+            given = x * (1 + turn)
+            for key, hook in list(probed._forward_pre_hooks.items()):
+                if not isinstance(hook, WEIGHT_HOOKS) and not may_write(hook):
+                    continue
+                before = _stored(probed)
+                output = _call(probed, "_forward_pre_hooks", key, hook, given)
+                changed = _changed(before, _stored(probed))
+                if isinstance(hook, WEIGHT_HOOKS) or not changed:
+                    continue
+                if changed != ["weight"] or output is not None:
+                    also = "its bias" if "bias" in changed else "its input"
+                    return Written(None, reason=f"a hook writes its weight or bias: {_name(hook)} changes {also}, too")
+                keys.add(key)
+            weights.append(getattr(probed, "weight", None))
+            weights[-1] = None if weights[-1] is None else weights[-1].detach().clone()
+            output = probed.forward(given)
+            for key, hook in list(probed._forward_hooks.items()):
+                before = _stored(probed)
+                if may_write(hook):
+                    _call(probed, "_forward_hooks", key, hook, given, output)
+                if _changed(before, _stored(probed)):
+                    return Written(None, reason=f"its weight is changed after each call by a hook, {_name(hook)}")
+    except Exception as error:
+        return Written(None, reason=_failed(hook, error))
+    if not keys:
+        return None
+    if not _same(weights[0], weights[-1]):
+        return Written(None, reason="a hook makes another weight of it at each call")
+    return Written(weights[-1], frozenset(keys))
+
+
+def written_by_containers(model: nn.Module, layers: type | tuple[type, ...]) -> dict[nn.Module, str]:
+    """Return each of the ``layers`` in ``model`` whose weight is written by a hook of a module around it, and why."""
+    found: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        inside: list[nn.Module] = [*filter(lambda m: isinstance(m, layers), module.modules())]
+        if isinstance(module, layers) or not inside:
+            continue
+        for kind in KINDS:
+            for key in [key for key, hook in getattr(module, kind).items() if may_write(hook)]:
+                memo: dict[int, Any] = {}
+                owner = f"{name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+                hook: Any = getattr(module, kind)[key]
+                try:
+                    probed = copied(module, memo, isolate=True).eval()
+                    hook, x = getattr(probed, kind)[key], _input_of(inside[0])
+                    before = [_stored(memo[id(layer)]) for layer in inside]
+                    for turn in range(_TURNS):
+                        _call(probed, kind, key, hook, x * (1 + turn), *[x] * (kind == "_forward_hooks"))
+                    after = [_stored(memo[id(layer)]) for layer in inside]
+                except Exception as error:
+                    found |= dict.fromkeys(inside, f"{_failed(hook, error)}; it belongs to {owner}")
+                    continue
+                wrote = f"its weight or bias is written by a hook of {owner}, {_name(hook)}"
+                for layer, *states in zip(inside, before, after, strict=True):
+                    if _changed(*states):
+                        found[layer] = wrote
+    return found
+
+
+def may_write(hook: Any) -> bool:
+    """Return whether the code of a hook names something by which it could write a weight."""
+    if isinstance(hook, WEIGHT_HOOKS):
+        return False
+    names: set[str] = set()
+    reached: dict[int, Any] = {id(hook): hook}
+    size = 0
+    while size != (size := len(names) + len(reached)):
+        for value in list(reached.values()):
+            if isinstance(value, FunctionType):
+                names.update(_names(value.__code__))
+            for part in _code_of(value, names):
+                reached.setdefault(id(part), part)
+    opaque = any(callable(part) and not _is_known(part) for part in reached.values())
+    parameter = any(isinstance(part, nn.Parameter) for part in reached.values())
+    return opaque or parameter or any(name in _WHOLE or any(part in name for part in _PARTS) for name in names)
+
+
+def _code_of(value: Any, names: set[str]) -> Iterator[Any]:
+    """What code that reaches ``value`` can run or change, if it uses ``names``."""
+    if isinstance(value, FunctionType | MethodType) or type(value).__module__ == "functools":
+        yield from held(value)
+    elif isinstance(value, list | tuple | set | dict):
+        yield from (part for part in held(value) if callable(part))
+    elif isinstance(value, ModuleType):
+        functions = (vars(value)[name] for name in names if isinstance(vars(value).get(name), FunctionType))
+        yield from (function for function in functions if not is_of_torch(function))
+    elif hasattr(value, "__dict__") and not isinstance(value, type | Tensor):
+        yield from (part for name, part in vars(value).items() if name in names)
+        for base in type(value).__mro__:
+            if base.__module__.partition(".")[0] not in ("torch", "builtins"):
+                methods = (vars(base)[name] for name in (*names, "__call__") if name in vars(base))
+                yield from (method for method in methods if isinstance(method, FunctionType | property))
+        if isinstance(value, property):
+            yield value.fget
+
+
+def _is_known(value: Any) -> bool:
+    """Whether what calling ``value`` does is told by its names."""
+    if isinstance(value, FunctionType | MethodType | BuiltinMethodType | type | nn.Module | Tensor):
+        return True
+    return type(value).__module__ == "functools" or isinstance(vars(type(value)).get("__call__"), FunctionType)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            yield from _names(const)
+        elif isinstance(const, str) and const.isidentifier():
+            yield const
+
+
+def _call(module: Any, kind: str, key: int, hook: Any, x: Tensor, *output: Any) -> Any:
+    with torch.no_grad():
+        if key in getattr(module, f"{kind}_with_kwargs"):
+            return hook(module, (x,), {}, *output)
+        return hook(module, (x,), *output)
+
+
+def _stored(layer: nn.Module) -> dict[str, tuple[Any, Tensor]]:
+    """The tensors in which ``layer`` has its weight and bias, and their values."""
+    found: dict[str, tuple[Any, Tensor]] = {}
+    for name in _NAMES:
+        value = getattr(layer, name, None)
+        if isinstance(value, Tensor):
+            places = vars(layer), layer._parameters, layer._buffers
+            stored = next((place[name] for place in places if name in place), None)
+            found[name] = stored, value.detach().clone()
+    return found
+
+
+def _changed(before: dict[str, tuple[Any, Tensor]], after: dict[str, tuple[Any, Tensor]]) -> list[str]:
+    """Names of what was replaced, added, removed or written."""
+    none = (None, None)
+    pairs = {name: (before.get(name, none), after.get(name, none)) for name in _NAMES}
+    return [name for name, ((a, old), (b, new)) in pairs.items() if a is not b or not _same(old, new)]
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def _failed(hook: Any, error: Exception) -> str:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    return (
+        f"it is not known whether a hook, {_name(hook)}, writes its weight: on a random input it raised "
+        f"{type(error).__name__} ({first})"
+    )
+
+
+def _name(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+def _input_of(layer: Any) -> Tensor:
+    """Random input of a container that begins with ``layer``."""
+    linear = isinstance(layer, nn.Linear)
+    shape = (2, layer.in_features) if linear else (2, layer.in_channels, *[16] * len(layer.kernel_size))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)

@@ -1,0 +1,218 @@
+"""Hooks that write weights: what they make of a weight is quantized, or the layer stays in float with the reason."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch import nn as tnn
+
+import dsconv
+from dsconv import nn
+from dsconv.conversion import model_info
+
+X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> tnn.Sequential:
+    torch.manual_seed(0)
+    return tnn.Sequential(tnn.Conv2d(8, 16, 3), tnn.ReLU(), tnn.Conv2d(16, 4, 1)).eval()
+
+
+MASK = (torch.rand(16, 8, 3, 3, generator=torch.Generator().manual_seed(1)) > 0.7).float()
+
+
+def in_place(layer: Any) -> None:
+    def prune(module: Any, args: Any) -> None:
+        module.weight.data.mul_(MASK)
+
+    layer.register_forward_pre_hook(prune)
+
+
+def by_a_helper(layer: Any) -> None:
+    layer.register_forward_pre_hook(lambda module, args: write(module))
+
+
+def write(module: Any) -> None:
+    with torch.no_grad():
+        module.weight.copy_(module.weight * MASK)
+
+
+def of_a_parameter(layer: Any) -> None:
+    weight = layer.weight
+
+    def prune(module: Any, args: Any) -> None:
+        weight.data.mul_(MASK)
+
+    layer.register_forward_pre_hook(prune)
+
+
+def with_kwargs(layer: Any) -> None:
+    def prune(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        setattr(module.weight, "data", module.weight.data * MASK)  # noqa: B010
+
+    layer.register_forward_pre_hook(prune, with_kwargs=True)
+
+
+class Equalized:
+    """As StyleGAN's learning rates: the layer has no weight before it has run."""
+
+    def __init__(self, layer: Any):
+        weight = layer.weight.detach()
+        del layer._parameters["weight"]
+        layer.register_parameter("weight_orig", tnn.Parameter(weight / 2))
+        layer.register_forward_pre_hook(self)
+
+    def __call__(self, module: Any, args: Any) -> None:
+        module.weight = module.weight_orig * 2 * MASK
+
+
+class Standardizing(tnn.Module):
+    """Writes the weight of a layer of its own, by a hook that is bound to it."""
+
+    def __init__(self, layer: tnn.Module):
+        super().__init__()
+        self.mask = MASK
+        layer.register_forward_pre_hook(self.write)
+
+    def write(self, module: Any, args: Any) -> None:
+        module.weight.data *= self.mask
+
+
+def written_twice(layer: Any) -> None:
+    """Has the masked weight already."""
+    in_place(layer)
+    layer(X)
+
+
+WRITING = (in_place, by_a_helper, of_a_parameter, with_kwargs, Equalized, Standardizing, written_twice)
+
+
+@pytest.mark.parametrize("install", WRITING)
+def test_the_weight_that_a_hook_makes_is_quantized(install: Callable[[Any], Any]) -> None:
+    model, plain = net(), net()
+    install(model[0])
+    with torch.no_grad():
+        plain[0].weight *= MASK
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    quantized, expected = dsconv.quantize(model, "w8a8"), dsconv.quantize(plain, "w8a8")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(quantized[0].vqk, expected[0].vqk) and torch.equal(quantized[0].kds, expected[0].kds)
+    with torch.inference_mode():
+        assert torch.equal(quantized(X), expected(X))
+    assert set(quantized.state_dict()) == set(expected.state_dict())
+
+
+@pytest.mark.parametrize("install", WRITING)
+def test_files_of_such_a_network_load_into_it(install: Callable[[Any], Any], tmp_path: Any) -> None:
+    model = net()
+    install(model[0])
+    quantized = dsconv.quantize(model, "w8a8")
+    again = dsconv.load(dsconv.save(quantized, tmp_path / "net.safetensors"), model)
+    with torch.inference_mode():
+        assert torch.equal(again(X), quantized(X))
+
+
+def decaying(module: Any, args: Any) -> None:
+    module.weight.data *= 0.9
+
+
+def following_its_input(module: Any, args: tuple[Tensor]) -> None:
+    module.weight.data = torch.full_like(module.weight, float(args[0].std()))
+
+
+def also_the_bias(module: Any, args: Any) -> None:
+    module.weight.data *= MASK
+    module.bias.data.zero_()
+
+
+def also_the_input(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+    module.weight.data *= MASK
+    return (args[0] * 2,)
+
+
+def of_one_size(module: Any, args: tuple[Tensor]) -> None:
+    assert args[0].shape[-1] == 224
+    module.weight.data *= MASK
+
+
+@pytest.mark.parametrize(
+    ("hook", "reason"),
+    [
+        (decaying, "another weight of it at each call"),
+        (following_its_input, "another weight of it at each call"),
+        (also_the_bias, "also_the_bias changes its bias, too"),
+        (also_the_input, "also_the_input changes its input, too"),
+        (of_one_size, "not known whether a hook, of_one_size, writes its weight.*AssertionError"),
+    ],
+)
+def test_a_layer_whose_hook_makes_no_one_weight_stays_in_float(hook: Any, reason: str) -> None:
+    model = net()
+    model[0].register_forward_pre_hook(hook)
+    quantized = dsconv.quantize(model, "w8a8")
+    row = dsconv.summary(quantized).layers[0]
+    assert isinstance(quantized[0], tnn.Conv2d) and isinstance(quantized[2], nn.DSConv2d)
+    assert re.search(reason, row.reason)
+
+
+def test_a_hook_that_writes_the_weight_after_each_call_leaves_it_in_float() -> None:
+    model = net()
+    model[0].register_forward_hook(lambda module, args, y: decaying(module, args))
+    quantized = dsconv.quantize(model, "w8a8")
+    assert "changed after each call by a hook" in model_info(quantized).in_float["0"]
+
+
+@pytest.mark.parametrize("kind", ["register_forward_pre_hook", "register_forward_hook"])
+def test_a_layer_whose_weight_a_hook_of_the_model_writes_stays_in_float(kind: str) -> None:
+    model = net()
+    masks = {model[0]: MASK}
+
+    def prune(module: Any, *args: Any) -> None:
+        for layer in module.modules():
+            if layer in masks:
+                layer.weight.data *= masks[layer]
+
+    getattr(model, kind)(prune)
+    quantized = dsconv.quantize(model, "w8a8")
+    reason = "its weight or bias is written by a hook of the model (Sequential), "
+    assert model_info(quantized).in_float["0"].startswith(reason)
+    with torch.inference_mode():
+        for _ in range(2):
+            error = quantized(X) - model(X)
+    assert error.norm() < 0.05 * model(X).norm() and torch.equal(quantized[0].weight, model[0].weight)
+
+
+def test_hooks_that_only_look_at_weights_are_kept_and_leave_no_trace() -> None:
+    model, seen, lines = net(), [], {}
+
+    def norm(module: Any, args: Any) -> None:
+        seen.append(float(module.weight.norm()))
+
+    def names(module: Any, args: Any, y: Any) -> None:
+        lines["after"] = [name for name, _ in module.named_parameters()]
+
+    model[0].register_forward_pre_hook(norm)
+    model.register_forward_hook(names)
+    quantized = dsconv.quantize(model, "w8a8")
+    assert not seen and not lines and all(row.quantized for row in dsconv.summary(quantized).layers)
+    with torch.inference_mode():
+        quantized(X)
+    assert seen == [pytest.approx(float(model[0].weight.norm()), rel=0.01)] and lines
+
+
+def test_hooks_keep_their_flags() -> None:
+    model, seen = net(), []
+    model[2].register_forward_hook(lambda *_: seen.append("always"), always_call=True)
+    model[2].register_forward_pre_hook(lambda module, args, kwargs: (args, {}), with_kwargs=True)
+    model[2].register_forward_hook(lambda module, args, kwargs, y: y + kwargs.get("shift", 1), with_kwargs=True)
+    quantized = dsconv.quantize(model, "w8a8")
+    with torch.inference_mode():
+        y = quantized(X)
+        assert seen == ["always"]
+        with pytest.raises(ValueError, match="DSConv2d: expected input"):
+            quantized[2](X[:, :3])
+        assert seen == ["always"] * 2
+        quantized[2]._forward_hooks.popitem()
+        torch.testing.assert_close(y, quantized(X) + 1)
