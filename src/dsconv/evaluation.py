@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.data.folder import Batches, BrokenImage, ImageFolder, Images, batches
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, ModelError
@@ -244,6 +245,7 @@ def compare_each(
     each: Callable[[Tensor, Tensor | None, Tensor, Tensor], object] | None = None,
 ) -> dict[str, Comparison]:
     """`compare` with each of several quantized networks, by name, in one pass over the images."""
+    reference, qmodels = unwrapped(reference), {name: unwrapped(qmodel) for name, qmodel in qmodels.items()}
     preprocess = preprocess_for(images, preprocess, *qmodels.values(), reference)
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
     run = _Run("compare", source, progress, on_interrupt)

@@ -13,6 +13,7 @@ from torch import nn
 from dsconv import zoo
 from dsconv.compilation import CompiledModel
 from dsconv.conversion import LayerSummary, Summary, model_info, summary
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Preprocess
 from dsconv.errors import MissingExtraError
 from dsconv.evaluation import Comparison, Evaluation
@@ -117,6 +118,7 @@ class DSConvModel(
 
     def __init__(self, model: nn.Module, evaluation: Evaluation | None = None):
         super().__init__()
+        model = unwrapped(model)
         self.model = model.model if isinstance(model, CompiledModel) else model
         self.evaluation = evaluation
 

@@ -16,6 +16,7 @@ from dsconv.benchmarking.measure import Quartiles, Race, quartiles
 from dsconv.benchmarking.results import digits, plural
 from dsconv.compilation import compile
 from dsconv.conversion import Summary, model_info, summary
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.data.folder import Images
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
@@ -235,6 +236,7 @@ def tradeoff(
     if not 1 <= threads <= cores() or seconds <= 0:
         limits = f"threads from 1 to the {cores()} cores there are and seconds above 0"
         raise ConfigError(f"expected {limits}, got {threads} and {seconds}")
+    reference, networks = unwrapped(reference), {name: unwrapped(network) for name, network in networks.items()}
     named = {**({FLOAT: reference} if reference is not None else {}), **networks}
     summaries = {name: summary(network) for name, network in named.items()}
     _check_one_original(summaries)

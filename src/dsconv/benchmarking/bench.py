@@ -16,6 +16,7 @@ from dsconv.benchmarking.measure import Race, quartiles
 from dsconv.benchmarking.peers import PEERS, Case, Contestant, NotRun, OnnxModels
 from dsconv.benchmarking.results import Bench, Timing, plural
 from dsconv.conversion import model_info
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ConfigError, MissingExtraError, ModelError
 from dsconv.modes import check_evaluation_mode
 from dsconv.progress import Advance, progress_bar
@@ -77,6 +78,7 @@ def bench(
     >>> [timing.contestant for timing in found.timings][:3], found.timings[0].turns
     (['dsconv', 'dsconv, not compiled', 'PyTorch float32'], 2)
     """
+    reference, qmodel = unwrapped(reference), unwrapped(qmodel)
     _check(reference, against := list(dict.fromkeys(against)), batch_sizes, threads, turns, seconds, on_interrupt)
     x, calibration = _images(images)
     info, threads_before, where = model_info(qmodel), torch.get_num_threads(), machine()

@@ -22,6 +22,7 @@ from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.copying import copied
 from dsconv.conversion.fold import add_bias
 from dsconv.conversion.preparation import set_preprocess
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import ready
@@ -99,6 +100,7 @@ def calibrate(
     for name, value, least in (("positions", positions, 1), ("seed", seed, 0), ("memory_bytes", memory_bytes, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: expected a whole number from {least}, got {value!r}")
+    qmodel, reference = unwrapped(qmodel), unwrapped(reference)
     check_models(qmodel, reference)
     saved = State(None if state is None else Path(state), resume)
     x = read_images(images, preprocess, limit, qmodel, reference, progress=progress)

@@ -1,5 +1,6 @@
 """From a model to a graph of functional ATen and ``dsconv`` operators."""
 
+import inspect
 import operator
 from typing import Any
 
@@ -47,10 +48,9 @@ def capture(model: nn.Module, x: Tensor) -> fx.GraphModule:
     """
     # A batch of one would be taken for a constant.
     example = x.new_zeros((2, *x.shape[1:]))
-    batch = torch.export.Dim("batch", min=1, max=1 << 16)
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+            program = torch.export.export(model, (example,), dynamic_shapes=any_batch(model))
             module = program.module(check_guards=False)
             # PyTorch's own way to functional operators takes three times as long as the capture.
             if not isinstance(module, fx.GraphModule) or not make_functional(module.graph):
@@ -65,6 +65,14 @@ def capture(model: nn.Module, x: Tensor) -> fx.GraphModule:
         ) from error
     assert isinstance(module, fx.GraphModule)
     return module
+
+
+def any_batch(model: nn.Module) -> tuple[Any, ...]:
+    """Return what :mod:`torch.export` takes as the dynamic shapes of a ``model`` whose one input has any batch size."""
+    batch = {0: torch.export.Dim("batch", min=1, max=1 << 16)}
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    # ``forward(*args)`` has its inputs as one tuple.
+    return ((batch,),) if first is not None and first.kind is first.VAR_POSITIONAL else (batch,)
 
 
 def make_functional(graph: fx.Graph) -> bool:

@@ -14,6 +14,7 @@ from dsconv.compilation.program import Program
 from dsconv.conversion.copying import copied
 from dsconv.conversion.fold import check_inference
 from dsconv.conversion.preparation import preprocess_of
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cpu_info
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ModelError
@@ -130,6 +131,7 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
         )
     if missing := cpu_info().extension:
         raise ModelError(f"compile needs the extension dsconv._C, {missing}: call the quantized model itself")
+    qmodel = unwrapped(qmodel)
     check_inference(qmodel, "compiling")
     return CompiledModel(copied(qmodel), example_input, fast_math)
 

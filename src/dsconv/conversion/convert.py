@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 from dsconv import nn as dsnn
 from dsconv.config import LayerConfig, QuantConfig, as_config
 from dsconv.conversion import hooks
-from dsconv.conversion.copying import CALLED, copied, is_of_torch, replaced
+from dsconv.conversion.copying import CALLED, HOOKS, copied, is_of_torch, replaced
 from dsconv.conversion.preparation import laid_over, preprocess_of
 from dsconv.conversion.statistics import input_moments
+from dsconv.conversion.wrappers import peeled, unwrapped
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.nn.layer import device_of
@@ -93,7 +94,7 @@ class ModelInfo:
 
 def model_info(model: nn.Module) -> ModelInfo | None:
     """The :class:`ModelInfo` of a model that :func:`quantize` or :func:`dsconv.load` returned, else None."""
-    info = getattr(model, "dsconv_info", None)
+    info = getattr(peeled(model), "dsconv_info", None)
     return info if isinstance(info, ModelInfo) else None
 
 
@@ -114,7 +115,8 @@ def quantize(
     with the reason, by :func:`dsconv.summary`.
 
     Args:
-        model: a trained float model.
+        model: a trained float model. Wrappers such as ``torch.compile``, ``DataParallel`` or ``AveragedModel``, around
+            it or around parts, are taken off.
         config: a :class:`QuantConfig`, a dictionary of its fields, or the name of a preset; None is ``default``.
         preprocess: how the images of the model are prepared; the copy and all that is made from it say so. A
             :class:`dsconv.data.Preprocess`, or a dictionary of the fields that differ from what the model says; None is
@@ -137,7 +139,7 @@ def quantize(
         raise ModelError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("model: TorchScript cannot be converted: pass the Python model it was made from")
-    return quantize_for(model, as_config(config), None, preprocess)
+    return quantize_for(unwrapped(model), as_config(config), None, preprocess)
 
 
 def quantize_for(
@@ -358,7 +360,7 @@ def _probe(layer: Any, weight: Tensor, own: str) -> tuple[Tensor | None, str]:
         x = _input_of(layer, extra)
         try:
             # A copy without its hooks: finding the weight leaves no trace.
-            memo: dict[int, Any] = {id(getattr(layer, kind)): OrderedDict() for kind in hooks.KINDS}
+            memo: dict[int, Any] = {id(getattr(layer, kind)): OrderedDict() for kind in HOOKS}
             probed = copied(layer, memo, isolate=True).float()
             if not parametrize.is_parametrized(layer):
                 vars(probed).pop("weight", None)
@@ -398,7 +400,7 @@ def _keep_hooks(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) ->
     """Hooks of the user go on being called; those that compute the weight have done their work."""
     written = hooks.written(layer, partial(_input_of, layer, 4)) if isinstance(layer, FLOAT_TYPES) else None
     done = frozenset() if written is None else written.keys
-    for kind in hooks.KINDS:
+    for kind in HOOKS:
         kept = getattr(quantized, kind)
         memo[id(getattr(layer, kind))] = kept
         for key, hook in getattr(layer, kind).items():

@@ -25,6 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Methods of a module that its call runs, and that an attribute of the instance replaces.
 CALLED = ("forward", "_conv_forward", "_call_impl")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What torch.compile makes of a callable remembers it by this name.
 _COMPILED = "_torchdynamo_orig_callable"
 # Global variables of installed packages hold no model of the user.
@@ -58,8 +59,8 @@ def copied(model: Model, memo: dict[int, Any] | None = None, *, isolate: bool = 
             # Left behind by hooks that compute a weight, such as weight_norm; PyTorch refuses to copy these.
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
-    result = copy.deepcopy(model, memo)
     carrier = _Carrier(memo, isolate)
+    result = copy.deepcopy(model, memo)
     if isolate:
         carrier.carry(result)
     elif carrier.reaches(_attributes(result)):
@@ -83,10 +84,12 @@ def replaced(module: nn.Module) -> str | None:
 
 
 class _Carrier:
-    """Makes functions of a copy hold the parts of the copy; ``memo`` is what :func:`copy.deepcopy` left there."""
+    """Makes functions of a copy hold the parts of the copy. ``memo`` is that of :func:`copy.deepcopy`, not yet run."""
 
     def __init__(self, memo: dict[int, Any], isolate: bool):
         self.memo, self.isolate = memo, isolate
+        # What these hold besides hooks is the business of who made them.
+        self._given = {id(value): value for value in memo.values() if isinstance(value, nn.Module)}
         self._made: dict[int, tuple[Any, Any]] = {}
         self._cells: dict[int, CellType] = {}
         self._originals: set[int] = set()
@@ -105,8 +108,13 @@ class _Carrier:
             if id(value) in self._originals and isinstance(value, kinds):
                 return True
             seen[id(value)] = value
-            stack.extend(held(value))
+            stack.extend(self.attributes(value).values() if id(value) in self._given else held(value))
         return False
+
+    def attributes(self, module: nn.Module) -> dict[str, Any]:
+        """Return what may hold modules of the original: attributes, or the hooks of a module that ``memo`` brought."""
+        names = HOOKS if id(module) in self._given else vars(module)
+        return {name: vars(module)[name] for name in names if name != "_modules"}
 
     def carry(self, value: Any) -> Any:
         """Return what takes the place of ``value``, a part of the copy; containers and objects are changed in place."""
@@ -282,8 +290,8 @@ def _check(model: nn.Module, carrier: _Carrier) -> None:
     """Raise ModelError where the copy ``model`` still holds modules of the original."""
     for name, module in model.named_modules():
         owner = f"module {name!r} ({type(module).__name__})" if name else f"model {type(module).__name__}"
-        for attribute, value in vars(module).items():
-            if attribute != "_modules" and carrier.reaches(value, nn.Module):
+        for attribute, value in carrier.attributes(module).items():
+            if carrier.reaches(value, nn.Module):
                 raise ModelError(
                     f"{owner}: its attribute {attribute!r} holds modules of the model in a way that cannot be copied"
                     f"{_place(value)}, so that a copy would run the layers of the original: write it as a method of a "

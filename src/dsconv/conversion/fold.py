@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dsconv.config import QuantConfig
 from dsconv.conversion.convert import FLOAT_TYPES, QUANTIZED_TYPES, ModelInfo, model_info, swapped
 from dsconv.conversion.copying import copied, replaced
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ModelError
 from dsconv.modes import check_evaluation_mode
 from dsconv.nn import Affine, DSLayer
@@ -79,6 +80,7 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
     ...     torch.allclose(folded(x), qnet(x), atol=1e-5)
     True
     """
+    qmodel = unwrapped(qmodel)
     check_inference(qmodel, "folding")
     names = {module: name for name, module in qmodel.named_modules()}
     batchnorms = [module for module in names if isinstance(module, _BatchNorm)]

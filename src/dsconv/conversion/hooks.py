@@ -10,11 +10,10 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from dsconv.conversion.copying import copied, held, is_of_torch
+from dsconv.conversion.copying import HOOKS, copied, held, is_of_torch
 
 # Hooks of PyTorch that compute a layer's weight before it runs.
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
-KINDS = ("_forward_pre_hooks", "_forward_hooks")
 # A function that uses none of these names writes no weight.
 _PARTS = ("weight", "bias", "param", "state_dict", "attr", "__dict__", "kernel")
 _WHOLE = {"vars", "data", "apply", "modules", "children", "_modules", "_buffers", "buffers", "named_buffers"}
@@ -43,7 +42,7 @@ def written(layer: nn.Module, make_input: Callable[[], Tensor]) -> Written | Non
     Hooks whose code names nothing by which a weight can be reached are not run. The others run on a copy, on the input
     that ``make_input`` returns.
     """
-    if not any(may_write(hook) for kind in KINDS for hook in getattr(layer, kind).values()):
+    if not any(may_write(hook) for kind in HOOKS for hook in getattr(layer, kind).values()):
         return None
     hook: Any = None
     try:
@@ -88,7 +87,7 @@ def written_by_containers(model: nn.Module, layers: type | tuple[type, ...]) -> 
         inside: list[nn.Module] = [*filter(lambda m: isinstance(m, layers), module.modules())]
         if isinstance(module, layers) or not inside:
             continue
-        for kind in KINDS:
+        for kind in HOOKS:
             for key in [key for key, hook in getattr(module, kind).items() if may_write(hook)]:
                 memo: dict[int, Any] = {}
                 owner = f"{name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"

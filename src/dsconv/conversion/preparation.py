@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from dsconv.conversion import convert
+from dsconv.conversion.wrappers import peeled
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError
 
@@ -26,6 +27,7 @@ def preprocess_of(model: nn.Module) -> Preprocess | None:
     >>> str(preprocess_of(net))
     'resize none, crop 32x32, interpolation bilinear, channels rgb, scale 1, mean 0.5, std 1'
     """
+    model = peeled(model)
     info = convert.model_info(model)
     if info is not None and info.preprocess is not None:
         return Preprocess(**info.preprocess)

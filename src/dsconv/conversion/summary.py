@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from dsconv import ops
 from dsconv.config import LayerConfig
 from dsconv.conversion.convert import FLOAT_TYPES, model_info
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.nn import DSLayer
 from dsconv.numerics import packed_bytes
 from dsconv.tables import as_text
@@ -175,6 +176,7 @@ def summary(model: nn.Module) -> Summary:
     >>> [layer.effective_bits for layer in dsconv.summary(dsconv.quantize(net, "paper")).layers]
     [14.666666666666666, 5.0]
     """
+    model = unwrapped(model)
     info = model_info(model)
     rows: list[LayerSummary] = []
     counted: set[int] = set()

@@ -23,6 +23,7 @@ from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.copying import copied
 from dsconv.conversion.fold import add_bias
 from dsconv.conversion.preparation import set_preprocess
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
 from dsconv.distillation.images import drawn, split
 from dsconv.distillation.processes import Processes
@@ -114,6 +115,7 @@ def adapt(
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed: expected a whole number from 0, got {seed!r}")
     names = "student", "teacher"
+    student, teacher = unwrapped(student), unwrapped(teacher)
     check_models(student, teacher, names)
     if log is not None:
         check_place(Path(log))

@@ -23,6 +23,7 @@ from dsconv.conversion.convert import FLOAT_TYPES, ModelInfo, model_info, quanti
 from dsconv.conversion.fold import add_bias
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.summary import LayerSummary, Summary, quantized_row
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ConfigError, FileFormatError, ModelError
 from dsconv.files import check_place, replacing
 from dsconv.nn import Affine, DSLayer
@@ -101,6 +102,7 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     ...     torch.equal(again(x), qnet(x))
     True
     """
+    qmodel = unwrapped(qmodel)
     if isinstance(qmodel, CompiledModel):
         qmodel = qmodel.model
     path = Path(path)
@@ -150,6 +152,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     header, tensors = _read(path)
     if model is None:
         model = _build(path, header)
+    model = unwrapped(model)
     settings = [_layer_settings(path, data) for data in header.settings]
     swaps: dict[nn.Module, nn.Module] = {}
     modules = dict(model.named_modules(remove_duplicate=False))

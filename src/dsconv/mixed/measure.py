@@ -23,6 +23,7 @@ from dsconv.config import FLOAT, LayerConfig, QuantConfig, as_config
 from dsconv.conversion import LayerSummary, ModelInfo, model_info, quantize, summary
 from dsconv.conversion.convert import quantize_for, swapped
 from dsconv.conversion.statistics import input_moments, normalized, with_statistics
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
 from dsconv.errors import ConfigError, FileFormatError, ModelError
 from dsconv.evaluation import compare, evaluate
@@ -224,6 +225,7 @@ def measure(
 ) -> Sensitivity:
     """Do what :func:`sensitivity` does, as part of ``work``, by whose name progress and state go."""
     saved = _State(None if state is None else Path(state), resume, work)
+    model, config = unwrapped(model), unwrapped(config)
     if isinstance(config, nn.Module):
         if list(choices) != [{}]:
             raise ConfigError("choices: a quantized network has made its own: pass a config to try others")

@@ -11,12 +11,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from dsconv.compilation.capture import any_batch
 from dsconv.compilation.compiled import CompiledModel
 from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.convert import swapped
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.statistics import noise, normalized, with_statistics
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
 from dsconv.files import replacing
 from dsconv.modes import check_evaluation_mode
@@ -90,6 +92,7 @@ def export_onnx(
     >>> [(t.name, list(t.dims)) for t in model.graph.initializer if "vqk" in t.name]
     [('0.vqk', [32, 27, 1, 1]), ('2.vqk', [64, 32, 3, 3])]
     """
+    qmodel = unwrapped(qmodel)
     if isinstance(qmodel, CompiledModel):
         qmodel = qmodel.model
     path = Path(path)
@@ -120,8 +123,8 @@ def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, opse
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ConfigError(f"example_input: expected a tensor (N, ...) of at least 2 dimensions, got {got}")
     kind = type(qmodel).__name__
-    if not isinstance(qmodel, nn.Module) or isinstance(qmodel, torch._dynamo.OptimizedModule):
-        raise ModelError(f"qmodel: expected a quantized torch.nn.Module, not one of torch.compile, got {kind}")
+    if not isinstance(qmodel, nn.Module):
+        raise ModelError(f"qmodel: expected a quantized torch.nn.Module, got {kind}")
     if not _layers(qmodel):
         raise ModelError(f"model {kind} holds no quantized layer: convert it with dsconv.quantize first")
     check_evaluation_mode(qmodel, "the export")
@@ -217,7 +220,7 @@ def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
                 input_names=["x"],
                 output_names=["y"],
                 opset_version=opset,
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1 << 16)},),
+                dynamic_shapes=any_batch(model),
                 verbose=False,
             )
     except Exception as error:

@@ -19,6 +19,7 @@ from dsconv.compilation import compile, profile
 from dsconv.compilation.profiling import Profile
 from dsconv.config import QuantConfig
 from dsconv.conversion import LayerSummary, ModelInfo, Summary, model_info, summary
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess, batches
 from dsconv.data.folder import Batches
 from dsconv.errors import ConfigError, ModelError
@@ -248,6 +249,7 @@ def gather(
     >>> [layer.summary.name for layer in report.layers][:2], report.missing["outputs"]
     (['conv1', 'layer1.conv1'], 'Pass `--data DIR` (in Python `images=`).')
     """
+    qmodel, reference = unwrapped(qmodel), unwrapped(reference)
     layers = {found: layer for found, layer in qmodel.named_modules() if isinstance(layer, DSLayer)}
     if not layers:
         raise ModelError(f"qmodel: expected a quantized network, {type(qmodel).__name__} has no quantized layer")
