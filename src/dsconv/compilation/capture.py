@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dsconv.compilation.state import capturable
 from dsconv.errors import ModelError
 
 _aten, _dsconv = torch.ops.aten, torch.ops.dsconv
@@ -40,17 +41,15 @@ _VIEWS = (
 _NEITHER = (_aten.sym_size.int, _aten._assert_tensor_metadata.default)
 
 
-def capture(model: nn.Module, x: Tensor) -> fx.GraphModule:
-    """Graph of ``model`` for inputs of the size of ``x`` and any batch.
+def capture(model: nn.Module, x: Tensor, any_batch: bool = True) -> fx.GraphModule:
+    """Graph of ``model`` for inputs of the size and memory layout of ``x``, and any batch or that of ``x`` alone.
 
     Raises:
         ModelError: :mod:`torch.export` cannot capture it.
     """
-    # A batch of one would be taken for a constant.
-    example = x.new_zeros((2, *x.shape[1:]))
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=any_batch(model))
+            program = exported(model, x, any_batch)
             module = program.module(check_guards=False)
             # PyTorch's own way to functional operators takes three times as long as the capture.
             if not isinstance(module, fx.GraphModule) or not make_functional(module.graph):
@@ -58,21 +57,43 @@ def capture(model: nn.Module, x: Tensor) -> fx.GraphModule:
                 assert isinstance(module, fx.GraphModule)
                 _join_batchnorms(module.graph)
     except Exception as error:
-        fixed = "specialized it to be a constant" in str(error)
-        hint = " (its code turns the batch size into a number, as len(x) does: use x.shape[0] or flatten(1))" * fixed
         raise ModelError(
-            f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}{hint}: {error}"
+            f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}: {error}"
         ) from error
     assert isinstance(module, fx.GraphModule)
+    for node in module.graph.nodes:
+        if node.target is _aten.view.default:  # of a tensor that has another layout than in the trace, it needs a copy
+            node.target = _aten.reshape.default
     return module
 
 
-def any_batch(model: nn.Module) -> tuple[Any, ...]:
-    """Return what :mod:`torch.export` takes as the dynamic shapes of a ``model`` whose one input has any batch size."""
-    batch = {0: torch.export.Dim("batch", min=1, max=1 << 16)}
+def exported(model: nn.Module, x: Tensor, any_batch: bool = True) -> torch.export.ExportedProgram:
+    """Program of ``model`` for inputs of the size and memory layout of ``x``, and any batch or that of ``x`` alone.
+
+    Raises:
+        Exception: whatever PyTorch raises; :func:`needs_one_batch` tells some of it from the rest.
+    """
+    # A batch of one would be taken for a constant.
+    example = in_layout_of(x, 2 if any_batch else len(x))
+    batch = {0: torch.export.Dim("batch", min=1, max=1 << 16)} if any_batch else None
     first = next(iter(inspect.signature(model.forward).parameters.values()), None)
     # ``forward(*args)`` has its inputs as one tuple.
-    return ((batch,),) if first is not None and first.kind is first.VAR_POSITIONAL else (batch,)
+    shapes: tuple[Any, ...] = ((batch,),) if first is not None and first.kind is first.VAR_POSITIONAL else (batch,)
+    with torch.no_grad(), capturable(model, tuple(x.shape[1:])) as made:
+        return torch.export.export(made, (example,), dynamic_shapes=shapes, strict=False)
+
+
+def needs_one_batch(error: BaseException) -> bool:
+    """Whether :func:`exported` failed since the model takes the batch size as a number."""
+    return "Constraints violated" in str(error) or (isinstance(error, TypeError) and "SymInt" in str(error))
+
+
+def in_layout_of(x: Tensor, images: int) -> Tensor:
+    """Zeros for so many images, whose values lie in the order of those of ``x``."""
+    order = [0, *sorted(range(1, x.dim()), key=lambda dim: -x.stride(dim))]
+    sizes = [images, *x.shape[1:]]
+    zeros = torch.zeros([sizes[dim] for dim in order], dtype=x.dtype, device=x.device)
+    return zeros.permute([order.index(dim) for dim in range(x.dim())])
 
 
 def make_functional(graph: fx.Graph) -> bool:

@@ -1,16 +1,17 @@
 """``dsconv.compile``: captures a quantized network and runs it as one graph."""
 
 import threading
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dsconv.compilation.capture import capture
+from dsconv.compilation.capture import capture, in_layout_of
 from dsconv.compilation.fusion import EXACT, INEXACT, fuse
+from dsconv.compilation.layouts import hold_for_batches, record
 from dsconv.compilation.lowering import lower
 from dsconv.compilation.plan import Plan, plan_of
-from dsconv.compilation.program import Program
+from dsconv.compilation.program import OtherLayout, Program
 from dsconv.conversion.copying import copied
 from dsconv.conversion.fold import check_inference
 from dsconv.conversion.preparation import preprocess_of
@@ -23,10 +24,29 @@ _SIZES_KEPT = 16
 
 
 class Captured(NamedTuple):
-    """What runs for images of a size, and its table."""
+    """What runs for images of a size in a memory layout, and its table.
+
+    ``any_batch``: for batches of any size but one, or of one; otherwise for that of the input alone.
+    """
 
     program: Program
     plan: Plan
+    any_batch: bool
+
+
+class _Captures:
+    """Graphs of a model for images of one size and order in memory, and what runs for each layout of these.
+
+    Attributes:
+        graph: for any batch; None where the model cannot be captured so.
+        by_batch: graphs for one batch.
+        programs: by what :meth:`CompiledModel._layout` says.
+    """
+
+    def __init__(self, graph: fx.GraphModule | None):
+        self.graph = graph
+        self.by_batch: dict[int, fx.GraphModule] = {}
+        self.programs: dict[tuple[int, ...], Captured] = {}
 
 
 class CompiledModel(nn.Module):
@@ -41,19 +61,29 @@ class CompiledModel(nn.Module):
     def __init__(self, model: nn.Module, example_input: Tensor, fast_math: bool = False):
         super().__init__()
         self.model, self.fast_math = model, fast_math
-        self._captured: dict[tuple[int, ...], Captured] = {}
+        self._captured: dict[tuple[tuple[int, ...], ...], _Captures] = {}
         self._lock = threading.Lock()
         self.plan = self.program_for(example_input).plan
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output for ``x`` of any batch size; a new image size is captured first, and the last 16 are remembered."""
-        program = self.program_for(x).program
+        """Output for ``x`` of any batch size; a new image size or memory layout is captured first, and the last 16 are
+        remembered.
+        """
         if torch.is_inference_mode_enabled():
-            y: Tensor = program(x)
-        else:
-            with torch.inference_mode():
-                y = program(x)
+            return self._run(x)
+        with torch.inference_mode():
+            return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        y: Tensor
+        try:
+            y = self.program_for(x).program(x)
+        except OtherLayout:
+            try:
+                y = self.program_for(x, this_batch=True).program(x)
+            except OtherLayout:
+                y = self.model(x)
         return y
 
     def train(self, mode: bool = True) -> Self:
@@ -65,20 +95,52 @@ class CompiledModel(nn.Module):
         """How its images are prepared: what ``model`` says."""
         return preprocess_of(self.model)
 
-    def program_for(self, x: Tensor) -> Captured:
-        """What runs for images of the size of ``x``, and its table."""
+    def program_for(self, x: Tensor, this_batch: bool = False) -> Captured:
+        """What runs for images of the size and layout of ``x``, or for ``this_batch`` alone, and its table."""
         _check("compiled model", x)
-        size = x.shape[1:]
-        found = self._captured.get(size)
+        strides, exactly = x.stride(), (len(x), torch.get_num_threads(), *x.stride())
+        key = (int(len(x) == 1), *strides)
+        size = (x.shape[1:], tuple(sorted(range(1, len(strides)), key=lambda dim: -strides[dim])))
+        captures = self._captured.get(size)
+        found = None if captures is None else captures.programs.get(key)
+        if captures is not None and (this_batch or (found is not None and not found.any_batch)):
+            found = captures.programs.get(exactly)
         if found is None:
             with self._lock:  # one thread captures, the others wait for it
-                found = self._captured.get(size)
-                if found is None:
-                    found = _captured(self.model, x, self.fast_math)
-                    # Of ever new sizes the oldest go.
-                    kept = list(self._captured.items())[1 - _SIZES_KEPT :]
-                    self._captured = dict([*kept, (size, found)])
+                captures = self._captured.get(size)
+                if captures is None:
+                    captures = _Captures(_graph_for_any_batch(self.model, x))
+                    _keep(self._captured, size, captures)
+                found = captures.programs.get(exactly if this_batch else key)
+                if found is None or not (found.any_batch or this_batch):
+                    found = self._made(captures, x, this_batch or found is not None)
+                    _keep(captures.programs, key if found.any_batch else exactly, found)
+                    if not found.any_batch:
+                        captures.programs[key] = found
         return found
+
+    def _made(self, captures: _Captures, x: Tensor, this_batch: bool) -> Captured:
+        graph = captures.graph
+        if graph is None:
+            graph = captures.by_batch.get(len(x))
+            if graph is None:
+                graph = capture(self.model, x, any_batch=False)
+                _keep(captures.by_batch, len(x), graph)
+        graph = _copy_of(graph)
+        any_batch = captures.graph is not None and not this_batch
+        example = x
+        if any_batch and len(x) != 1:
+            example = x[:2] if len(x) > 1 else in_layout_of(x, 2)
+        with torch.inference_mode():
+            record(graph, example)
+            any_batch = any_batch and (len(x) == 1 or hold_for_batches(graph, len(example)))
+            if not any_batch and example is not x:
+                record(graph, x)
+        activations = EXACT | INEXACT if self.fast_math else EXACT
+        fuse(graph, activations)
+        graph.graph.eliminate_dead_code()
+        program = Program(lower(graph, activations, own_averages=self.fast_math), any_batch)
+        return Captured(program, plan_of(program), any_batch)
 
     # Graphs hold what cannot be copied or pickled everywhere: a copy captures anew when it is called.
     def __getstate__(self) -> dict[str, object]:
@@ -143,10 +205,27 @@ def _check(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected float32 on the CPU, got {x.dtype} on {x.device}")
 
 
-def _captured(model: nn.Module, x: Tensor, fast_math: bool) -> Captured:
-    module = capture(model, x)
-    activations = EXACT | INEXACT if fast_math else EXACT
-    fuse(module, activations)
-    module.graph.eliminate_dead_code()
-    program = Program(lower(module, activations, own_averages=fast_math))
-    return Captured(program, plan_of(program))
+def _graph_for_any_batch(model: nn.Module, x: Tensor) -> fx.GraphModule | None:
+    """None where its code turns the batch size into a number: it can be captured for one at a time."""
+    try:
+        return capture(model, x)
+    except ModelError as error:
+        try:
+            capture(model, x, any_batch=False)
+        except ModelError:
+            raise error from error.__cause__
+        return None
+
+
+def _copy_of(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    graph.set_codegen(module.graph._codegen)  # a deep copy of which warns in some versions
+    return fx.GraphModule(module, graph)
+
+
+def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    """Of ever new keys the oldest go."""
+    while len(kept) >= _SIZES_KEPT:
+        kept.pop(next(iter(kept)), None)
+    kept[key] = value

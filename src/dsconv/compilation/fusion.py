@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dsconv.compilation.layouts import LAYOUT, in_one_format
+
 _aten, _dsconv = torch.ops.aten, torch.ops.dsconv
 INTEGER_OPERATORS = (_dsconv.conv2d.default, _dsconv.linear.default)
-# Sums whose order depends on the memory format, and so their last bit.
-AVERAGES = (_aten.adaptive_avg_pool2d.default, _aten.avg_pool2d.default, _aten.mean.dim)
 
 
 def fuse(module: fx.GraphModule, activations: "Activations") -> None:
@@ -26,8 +26,6 @@ def fuse(module: fx.GraphModule, activations: "Activations") -> None:
         elif _does_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target is _aten.view.default:  # of a tensor whose channels lie side by side, that may need a copy
-            node.target = _aten.reshape.default
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if node.target in INTEGER_OPERATORS:
@@ -39,6 +37,8 @@ def fuse(module: fx.GraphModule, activations: "Activations") -> None:
 
 
 def _does_nothing(node: fx.Node) -> bool:
+    if not node.args or node.meta.get("strides") != getattr(node.args[0], "meta", {}).get("strides"):
+        return False
     if node.target is _aten.clone.default:  # what dropout is in inference
         return not node.kwargs
     if node.target is not _aten.adaptive_avg_pool2d.default:
@@ -53,6 +53,8 @@ def _take_batchnorm(module: fx.GraphModule, node: fx.Node) -> None:
     norm = only_user(follower) if follower is not None and squeezed else follower
     if norm is None or norm.target is not _aten.batch_norm.default or norm.args[0] not in (node, follower):
         return
+    if not in_one_format(norm.args[0]):
+        return
     terms = batchnorm_terms(module, norm)
     if terms is None:
         return
@@ -64,6 +66,7 @@ def _take_batchnorm(module: fx.GraphModule, node: fx.Node) -> None:
         node.kwargs = {**node.kwargs, name: term}
     node.meta["fused"].append("batch_norm")
     read: Any = norm.args[0]
+    read.meta |= {key: norm.meta[key] for key in LAYOUT if key in norm.meta}
     norm.replace_all_uses_with(read)
     module.graph.erase_node(norm)
 
@@ -149,7 +152,7 @@ def _replace(node: fx.Node, follower: fx.Node, called: str, **arguments: Any) ->
     """Let ``node`` with ``arguments`` stand for ``follower``, its only user, as well."""
     node.kwargs = {**node.kwargs, **arguments}
     node.meta["fused"].append(called)
-    node.meta["val"] = follower.meta["val"]
+    node.meta |= {key: follower.meta[key] for key in ("val", *LAYOUT) if key in follower.meta}
     follower.replace_all_uses_with(node)
     follower.graph.erase_node(follower)
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from dsconv.compilation.averages import OWN_LANES, lanes_of_pytorch
 from dsconv.compilation.fusion import Activations, batchnorm_terms, constant, only_user
+from dsconv.compilation.layouts import in_one_format, is_by_vectors, is_exact, lies_in_lines, makes_rows
 from dsconv.ops import cpu
 
 _aten, _dsconv = torch.ops.aten, torch.ops.dsconv
@@ -110,16 +111,10 @@ class Pool:
 
 @dataclass(eq=False)
 class Average:
-    """The average of every channel of an image; ``alike``: as PyTorch's of lines of channels, to the bit."""
+    """The average of every channel of an image, in the order that so many lanes give."""
 
     source: Value
     lanes: int
-    alike: bool
-
-    @property
-    def reads(self) -> tuple[Value, ...]:
-        """What PyTorch reads where it takes the average."""
-        return (self.source,)
 
 
 @dataclass(eq=False)
@@ -131,9 +126,16 @@ class Flatten:
 
 @dataclass(eq=False)
 class Call:
-    """Something that PyTorch computes, of native values ``reads``."""
+    """Something that PyTorch computes, of native values ``reads``.
+
+    Attributes:
+        faithful: whether it is given tensors in the memory layout that they have in the model.
+        by_vectors: whether another layout will do where it leaves nothing beside full vectors.
+    """
 
     reads: tuple[Value, ...]
+    faithful: bool = False
+    by_vectors: bool = False
 
 
 @dataclass(eq=False)
@@ -178,7 +180,7 @@ class Step:
 class Lowered(NamedTuple):
     """The steps of a graph, its input, the nodes that it returns, and those that stand for tensors of the model.
 
-    ``structure`` makes what the model returns of a list of the outputs.
+    ``structure`` makes what the model returns of a list of the outputs; ``batch`` is the batch size, or its symbol.
     """
 
     steps: list[Step]
@@ -186,6 +188,7 @@ class Lowered(NamedTuple):
     outputs: tuple[Any, ...]
     structure: Callable[[Any], Any]
     constants: dict[fx.Node, Tensor]
+    batch: Any
 
 
 def lower(module: fx.GraphModule, activations: Activations, own_averages: bool) -> Lowered:
@@ -218,6 +221,7 @@ class _Lowering:
             if returned is not None:
                 returned.in_float = True
                 returned.outside = returned.outside or not returned.pieces
+        self._ask_for_layouts(output)
         self._place_concatenations()
         self._write_quantized(source)
         nodes = [node for node in self.module.graph.nodes if node.op in ("get_attr", "call_function")]
@@ -226,7 +230,7 @@ class _Lowering:
         structure: Callable[[Any], Any] = self.module.graph._codegen.process_outputs
         if len(outputs) == 1 and structure([any_one]) is any_one:
             structure = itemgetter(0)  # faster
-        return Lowered(self.steps, source, outputs, structure, constants)
+        return Lowered(self.steps, source, outputs, structure, constants, self.batch)
 
     def _value(self, node: fx.Node) -> Value | None:
         """The tensor of images that a node makes; None where it makes something else."""
@@ -336,7 +340,7 @@ class _Lowering:
 
     def _batchnorm(self, node: fx.Node) -> Step | None:
         source, terms = self._native(node.args[0]), batchnorm_terms(self.module, node)
-        if source is None or terms is None:
+        if source is None or terms is None or not in_one_format(source.node):
             return None
         return self._map(node, Map(source, *terms, once=True), ["batch_norm"])
 
@@ -391,11 +395,14 @@ class _Lowering:
         over_images = sorted(dim % 4 for dim in given.get("dim") or (2, 3)) == [2, 3]
         if node.args[0].meta["val"].dim() != 4 or not over_images:  # type: ignore[union-attr]
             return None
-        lanes = OWN_LANES if self.own_averages else lanes_of_pytorch(source.size)
+        lanes: int | None = OWN_LANES
+        if not self.own_averages:
+            # Of another layout, PyTorch takes an average in another order.
+            lanes = lanes_of_pytorch(source.size) if lies_in_lines(source.node) else None
         if lanes is None:
             return None
         source.in_float = result.in_float = True
-        return Step(node, Average(source, lanes, alike=not self.own_averages), result)
+        return Step(node, Average(source, lanes), result)
 
     def _flatten(self, node: fx.Node) -> Step | None:
         source, result = self._native(node.args[0]), self._value(node)
@@ -417,6 +424,19 @@ class _Lowering:
         return Step(node, Map(result), result)
 
     # Where everything lies
+
+    def _ask_for_layouts(self, output: fx.Node) -> None:
+        """Have PyTorch compute in the layouts of the model what depends on them, and all that leads to it."""
+        asked = set(output.all_input_nodes)
+        for step in reversed(self.steps):
+            if not isinstance(step.does, Call):
+                continue
+            node, does = step.node, step.does
+            passed_on = node in asked and not makes_rows(node)
+            does.by_vectors = is_by_vectors(node) and not passed_on
+            does.faithful = passed_on or not is_exact(node)
+            if does.faithful:
+                asked.update(node.all_input_nodes)
 
     def _place_concatenations(self) -> None:
         """Gives pieces a place in what they are concatenated to."""

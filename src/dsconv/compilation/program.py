@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from dsconv.compilation.fusion import AVERAGES
+from dsconv.compilation.layouts import are_pixels, fills_vectors, is_by_vectors, is_dense, lies_in_lines, restrided
 from dsconv.compilation.lowering import Average, Call, Convolution, Flatten, Lowered, Map, Pool, Quantized, Step, Value
 from dsconv.compilation.memory import ALIGNMENT, Buffer, place
 from dsconv.numerics import ACTIVATION_SIGNS
@@ -21,7 +21,9 @@ _GAP = 16  # values, a line of cache
 _aten = torch.ops.aten
 # Of PyTorch's operators, those that treat every image as if it were alone, where they make a tensor of images.
 _BY_IMAGE = (
-    *AVERAGES,
+    _aten.adaptive_avg_pool2d.default,
+    _aten.avg_pool2d.default,
+    _aten.mean.dim,
     _aten.reshape.default,
     _aten.flatten.using_ints,
     _aten.max_pool2d.default,
@@ -30,10 +32,13 @@ _BY_IMAGE = (
     _aten.hardsigmoid.default,
     _aten.hardswish.default,
     _aten.gelu.default,
-    _aten.batch_norm.default,
 )
 _ELEMENTWISE = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
 _SPARE = 4  # pieces of memory that are kept for the next calls
+
+
+class OtherLayout(Exception):
+    """PyTorch made a tensor of other strides than recorded: its choice of a kernel may follow from batch or threads."""
 
 
 class _Segment(NamedTuple):
@@ -54,7 +59,7 @@ class Program:
             not, for PyTorch computes something that may depend on other images.
     """
 
-    def __init__(self, lowered: Lowered):
+    def __init__(self, lowered: Lowered, any_batch: bool = True):
         module = cpu.extension()
         assert module is not None
         self.steps, self.constants = lowered.steps, lowered.constants
@@ -68,29 +73,46 @@ class Program:
         self._plan_memory()
         for step in self.steps:
             self._add(step)
-        self._segments = self._segments_around({Call})
-        # Of channels side by side, PyTorch takes an average in another order.
-        alike = any(isinstance(step.does, Average) and step.does.alike for step in self.steps)
-        self._segments_of_pixels = self._segments_around({Call, Average}) if alike else self._segments
+        self._segments = self._segments_of_calls()
         # What steps of the extension make outside the memory: the network's outputs.
         made = {s.result for s in self.steps if s.result in self._bases and not isinstance(s.does, Call)}
         self._returns = {v.node: (base, *_layout(v)) for v, base in self._bases.items() if v in made}
+        self._strides = {step.node: s for step in self.steps if (s := _strides(step.node, lowered.batch)) is not None}
+        self._made_by_steps = {s.node for s in self.steps if s.result is not None and not isinstance(s.does, Call)}
         self.memory_bytes: int = self._native.bytes(1)
-        self.images_at_once = _CACHED_BYTES // max(1, self.memory_bytes) if self._treats_images_alone() else None
+        alone = any_batch and self._treats_images_alone()
+        self.images_at_once = _CACHED_BYTES // max(1, self.memory_bytes) if alone else None
+        # Values of an image in each tensor that PyTorch computes on vectors.
+        self._by_vectors = {
+            math.prod(step.result.size)
+            for step in self.steps
+            if isinstance(step.does, Call) and step.result is not None and is_by_vectors(step.node)
+        }
         self._spare: deque[Tensor] = deque(maxlen=_SPARE)
 
     def __call__(self, x: Tensor, seconds: Tensor | None = None) -> Any:
-        """What the network returns for ``x``; adds what each step took to float64 ``seconds (steps,)``, if given."""
+        """What the network returns for ``x``; adds what each step took to float64 ``seconds (steps,)``, if given.
+
+        Raises:
+            OtherLayout: the recorded strides do not hold for this batch or number of threads.
+        """
         if self.images_at_once is None or len(x) <= max(1, self.images_at_once):
             return self._structure(self._run(x, seconds))
         at_once = max(self.images_at_once, torch.get_num_threads())
+        batches = {len(x), at_once, len(x) % at_once}
+        if not all(fills_vectors(images * size) for images in batches for size in self._by_vectors):
+            return self._structure(self._run(x, seconds))
         parts = [self._run(part, seconds) for part in torch.split(x, at_once)]
-        return self._structure([_joined(outputs) for outputs in zip(*parts, strict=True)])
+        joined = zip(self._outputs, map(_joined, zip(*parts, strict=True)), strict=True)
+        return self._structure([self._in_layout(node, made) for node, made in joined])
 
     # Memory
 
     def _input_as_it_comes(self) -> bool:
-        """Whether all that reads the input takes lines of channels as well as channels of pixels."""
+        """Whether it lies in lines of channels, and all that reads it takes those as well as channels of pixels."""
+        recorded = self._input.node.meta
+        if not lies_in_lines(self._input.node) and are_pixels(recorded["sizes"], recorded["strides"]):
+            return False
         readers = [step for step in self.steps if any(value is self._input for value in step.float_values())]
         return all(
             (
@@ -191,11 +213,11 @@ class Program:
 
     # Steps of the extension
 
-    def _segments_around(self, calls: set[type]) -> list[_Segment]:
+    def _segments_of_calls(self) -> list[_Segment]:
         """All steps, with what PyTorch does alone."""
         segments: list[_Segment] = []
         for index, step in enumerate(self.steps):
-            call = step if type(step.does) in calls else None
+            call = step if isinstance(step.does, Call) else None
             if call is None and segments and segments[-1].call is None:
                 segments[-1] = segments[-1]._replace(last=index + 1)
             else:
@@ -271,30 +293,27 @@ class Program:
 
     def _run(self, x: Tensor, seconds: Tensor | None) -> list[Any]:
         # What is done for every call takes long where the network has just emptied the caches: little is.
-        images, contiguous, four = len(x), x.is_contiguous(), x.dim() == 4
-        # In the layout of the input, layers run one by one leave theirs, and the order of a sum follows from it.
-        lines = contiguous or not four or not x.is_contiguous(memory_format=torch.channels_last)
-        if four and not self._nchw:
-            x = x.contiguous(memory_format=torch.channels_last)
-        elif not contiguous:
-            x = x.contiguous()
+        images = len(x)
         env: dict[fx.Node, Any] = {**self.constants, self._input.node: x}
+        pixels = x.dim() == 4 and not self._nchw
+        own = x.contiguous(memory_format=torch.channels_last) if pixels else x.contiguous()
         memory = self._memory(self._native.bytes(images))
         addresses = [0] * (len(self._bases) + 1)
         addresses[0] = memory.data_ptr()
         if self._input in self._bases:
-            addresses[self._bases[self._input]] = x.data_ptr()
+            addresses[self._bases[self._input]] = own.data_ptr()
         for node, (base, size, layout) in self._returns.items():
             env[node] = y = torch.empty(images, *size, memory_format=layout)
             addresses[base] = y.data_ptr()
+        kept: dict[Any, Tensor] = {}
         cpu.use_threads()
-        for segment in self._segments if lines else self._segments_of_pixels:
+        for segment in self._segments:
             if segment.call is None:
                 times = 0 if seconds is None else seconds.data_ptr()
                 self._native.run(images, addresses, segment.first, segment.last, times)
             else:
                 since = time.perf_counter()
-                self._call(segment.call, images, lines, env, memory, addresses)
+                self._call(segment.call, images, env, kept, memory, addresses)
                 if seconds is not None:
                     seconds[segment.first] += time.perf_counter() - since
         outputs = [self._returned(output, images, env, memory) for output in self._outputs]
@@ -302,25 +321,52 @@ class Program:
         return outputs
 
     def _call(
-        self, step: Step, images: int, lines: bool, env: dict[fx.Node, Any], memory: Tensor, addresses: list[int]
+        self,
+        step: Step,
+        images: int,
+        env: dict[fx.Node, Any],
+        kept: dict[Any, Tensor],
+        memory: Tensor,
+        addresses: list[int],
     ) -> None:
-        """A step, by PyTorch."""
-        assert isinstance(step.does, Call | Average)
-        for value in step.does.reads:
+        """A step, by PyTorch; ``kept`` has tensors in the layouts of the model, and what steps of the extension read."""
+        does = step.does
+        assert isinstance(does, Call)
+        for value in does.reads:
             if value.node not in env:
                 env[value.node] = self._view(value, images, memory)
         node: Any = step.node
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-        if lines and node.target in AVERAGES and args[0].dim() == 4:
-            args = (args[0].contiguous(), *args[1:])
-        made = node.target(*args, **kwargs)
-        if isinstance(step.does, Average):
-            assert step.result is not None
-            made = (env[node] if step.result in self._bases else self._view(step.result, images, memory)).copy_(made)
-        elif step.result in self._bases:
+
+        def given(n: fx.Node) -> Any:
+            x = env[n]
+            if not does.faithful or n not in self._made_by_steps:
+                return x
+            strides = self._strides.get(n)
+            if strides is None or (does.by_vectors and _alike_by_vectors(x, strides)):
+                return x
+            if n not in kept:
+                kept[n] = restrided(x, strides)
+            return kept[n]
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
+        env[node] = made = node.target(*args, **kwargs)
+        if does.faithful and not does.by_vectors and step.result is not None:
+            self._check_layout(node, made)
+        if step.result in self._bases:
             made = made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made.contiguous()
+            kept[step] = made
             addresses[self._bases[step.result]] = made.data_ptr()
-        env[node] = made
+
+    def _check_layout(self, node: fx.Node, made: Tensor) -> None:
+        strides = self._strides.get(node)
+        # Parts of a batch may be of one image, whose stride says nothing.
+        if strides is not None and made.stride()[1:] != strides[1:]:
+            raise OtherLayout(f"{node}: recorded {strides}, got {made.stride()}")
+
+    def _in_layout(self, node: Any, made: Any) -> Any:
+        """An output with the strides that it has in the model."""
+        strides = self._strides.get(node)
+        return made if strides is None or not isinstance(made, Tensor) else restrided(made, strides)
 
     def _view(self, value: Value, images: int, memory: Tensor) -> Tensor:
         """A native value as PyTorch sees it."""
@@ -335,14 +381,17 @@ class Program:
     def _returned(self, node: Any, images: int, env: dict[fx.Node, Any], memory: Tensor) -> Any:
         if not isinstance(node, fx.Node):
             return node
-        if node in self._returns:
-            return env[node]
-        if node not in env:
-            value = next(v for v in self._buffers if isinstance(v, Value) and v.node is node)
-            return self._view(value, images, memory).clone()
-        made = env[node]
+        if node in self._made_by_steps:
+            made = env.get(node)
+            if made is None:
+                made = self._view(
+                    next(v for v in self._buffers if isinstance(v, Value) and v.node is node), images, memory
+                )
+            made = self._in_layout(node, made)
+        else:
+            made = env[node]
         inside = isinstance(made, Tensor) and made.untyped_storage().data_ptr() == memory.data_ptr()
-        return made.clone() if inside else made
+        return _copied(made) if inside else made
 
     def _memory(self, size: int) -> Tensor:
         """Float32 memory of so many bytes that no other call uses at this time."""
@@ -364,6 +413,26 @@ def _layout(value: Value) -> tuple[tuple[int, ...], torch.memory_format]:
     if value.node.meta["val"].dim() == 2:
         return value.size[:1], torch.contiguous_format
     return value.size, torch.channels_last
+
+
+def _strides(node: fx.Node, batch: Any) -> tuple[int, ...] | None:
+    """Of a tensor of images, those that it has in the model."""
+    made = node.meta.get("val")
+    strides: tuple[int, ...] | None = node.meta.get("strides")
+    of_images = isinstance(made, Tensor) and made.dim() > 0 and str(made.shape[0]) == str(batch)
+    return strides if of_images else None
+
+
+def _alike_by_vectors(x: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether the layout of ``x`` will do where those strides are those of the model."""
+    return fills_vectors(x.numel()) and is_dense(x.shape, x.stride()) and is_dense(x.shape, strides)
+
+
+def _copied(x: Tensor) -> Tensor:
+    """A copy with the strides of ``x``, unless values share a place."""
+    if 0 in x.stride():
+        return x.clone()
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _joined(parts: Sequence[Any]) -> Any:

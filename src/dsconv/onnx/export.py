@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dsconv.compilation.capture import any_batch
+from dsconv.compilation.capture import exported, needs_one_batch
 from dsconv.compilation.compiled import CompiledModel
 from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
@@ -33,6 +33,10 @@ OPSET = 21
 _OLDEST = {"qdq": OPSET, "function": OPSET, "int8": 18, "float": 18}
 _LOWERINGS: dict[str, type[Integers]] = {"qdq": Integers, "function": Functions, "int8": Floats, "float": Floats}
 # A protobuf message cannot be larger.
+_ONE_BATCH = (
+    "model {}: the batch size became a constant: its code turns it into a number, as len(x) does, or branches on it: "
+    "use x.shape[0] or flatten(1)"
+)
 _LARGEST_BYTES = (1 << 31) - 1
 
 
@@ -209,32 +213,30 @@ def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
     """The network as an ``onnx_ir.Model`` in which a node of its name stands for each layer."""
     stand_ins: dict[nn.Module, nn.Module] = {layer: StandIn(name, layer) for name, layer in _layers(qmodel).items()}
     model = swapped(qmodel, stand_ins, model_info(qmodel) or ModelInfo(QuantConfig()))
-    example = x.new_zeros((2, *x.shape[1:]))  # a batch of one would be taken for a constant
+    kind = type(qmodel).__name__
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
+            # PyTorch's exporter would drop what a branch on the batch size asks for.
             program = torch.onnx.export(
-                model,
-                (example,),
+                exported(model, x),
                 dynamo=True,
                 input_names=["x"],
                 output_names=["y"],
                 opset_version=opset,
-                dynamic_shapes=any_batch(model),
                 verbose=False,
             )
     except Exception as error:
+        if needs_one_batch(error):
+            raise ModelError(_ONE_BATCH.format(kind)) from error
         raise ModelError(f"the model cannot be exported for an input of {tuple(x.shape)}: {error}") from error
     assert program is not None
-    graph, kind = program.model.graph, type(qmodel).__name__
+    graph = program.model.graph
     if len(graph.outputs) != 1:
         raise ModelError(f"model {kind}: expected one output, it has {len(graph.outputs)}")
     shapes = [value.shape for value in (*graph.inputs, *graph.outputs)]
     if any(shape is None or isinstance(shape[0], int) for shape in shapes):
-        raise ModelError(
-            f"model {kind}: the batch size became a constant: its code turns it into a number, as len(x) does: use "
-            "x.shape[0] or flatten(1)"
-        )
+        raise ModelError(_ONE_BATCH.format(kind))
     return program.model
 
 

@@ -1,0 +1,149 @@
+"""Memory layouts of a model's tensors: what PyTorch computes may depend on them, in its last bits.
+
+A captured graph is run once, operator by operator as the model runs, for each layout of its input; every node then knows
+the strides that its tensor has in the model. A program gives PyTorch's operators tensors of these strides where the bits
+could depend on them, and uses a layout of its own elsewhere.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+Strides = tuple[int, ...]
+LAYOUT = ("strides", "sizes")
+"""Keys of ``node.meta``: strides and sizes of its tensor when the model ran."""
+_aten, _dsconv = torch.ops.aten, torch.ops.dsconv
+
+# Operators that round nothing, or round every value alone and in the same way in vectors and outside them.
+_MOVES = (
+    "alias cat channel_shuffle chunk clone concat constant_pad_nd contiguous detach detach_ dropout "
+    "embedding expand expand_as feature_dropout flatten flip gather index_select lift_fresh_copy masked_fill movedim "
+    "narrow pad permute pixel_shuffle pixel_unshuffle reflection_pad1d reflection_pad2d repeat replication_pad1d "
+    "replication_pad2d reshape roll select slice split split_with_sizes squeeze stack t tile to _to_copy transpose "
+    "unbind unflatten unsqueeze upsample_nearest2d view where sym_size sym_numel _assert_tensor_metadata"
+)
+_ROUND_ALONE = (
+    "abs add amax amin ceil clamp clamp_max clamp_min div eq floor ge gt hardsigmoid hardswish hardtanh le leaky_relu "
+    "logical_and logical_not logical_or lt max_pool1d max_pool2d maximum minimum mul ne neg relu relu6 round sign sub "
+    "threshold"
+)
+# These read their input row by row, whatever its layout, and write rows.
+_MAKE_ROWS = (_aten.layer_norm, _aten.native_layer_norm, _dsconv.linear)
+_EXACT = {getattr(_aten, name) for name in f"{_MOVES} {_ROUND_ALONE}".split()} | {
+    *_MAKE_ROWS,
+    _dsconv.conv2d,
+    _dsconv.quantize_activation,
+}
+# PyTorch computes these on vectors, and on what remains of a thread's share value by value, which rounds in another way.
+_BY_VECTORS = {getattr(_aten, name) for name in ("elu", "exp", "gelu", "mish", "sigmoid", "silu", "softplus", "tanh")}
+_VECTORS = 64  # values: the most that PyTorch takes at a time is two vectors of 16
+_SHARES = (1 << 15, 1 << 11)  # values: a thread gets no fewer, of most operators and of GELU
+
+
+def is_exact(node: fx.Node) -> bool:
+    """Whether an operator returns the same bits for every layout of what it reads."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is None:  # of Python, on numbers
+        return True
+    return packet in _EXACT and "alpha" not in node.kwargs
+
+
+def is_by_vectors(node: fx.Node) -> bool:
+    """Whether an operator returns the same bits for every layout in which :func:`fills_vectors` holds."""
+    return getattr(node.target, "overloadpacket", None) in _BY_VECTORS
+
+
+def makes_rows(node: fx.Node) -> bool:
+    """Whether the layout of an operator's result does not follow from that of its input."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet in _MAKE_ROWS or packet is _aten.contiguous
+
+
+def fills_vectors(count: int) -> bool:
+    """Whether PyTorch computes all of ``count`` values side by side on vectors, on as many threads as it has now.
+
+    >>> fills_vectors(64), fills_vectors(65)
+    (True, False)
+    """
+    threads = torch.get_num_threads()
+    shares = {-(-count // min(threads, max(1, -(-count // least)))) for least in _SHARES}
+    return not any(share % _VECTORS for share in (count, *shares))
+
+
+def is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether values lie side by side, in whatever order."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(sizes, strides, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def are_lines(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether strides are those of a contiguous tensor, but for dimensions of size 1."""
+    expected = 1
+    for size, stride in reversed(list(zip(sizes, strides, strict=True))):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def are_pixels(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether strides are those of images ``(N, C, H, W)`` in channels-last format, but for dimensions of size 1."""
+    order = (0, 2, 3, 1)
+    return len(sizes) == 4 and are_lines([sizes[d] for d in order], [strides[d] for d in order])
+
+
+def lies_in_lines(node: Any) -> bool:
+    """Whether the model has the tensor of ``node`` contiguous; True where that is not recorded."""
+    return "strides" not in node.meta or are_lines(node.meta["sizes"], node.meta["strides"])
+
+
+def in_one_format(node: Any) -> bool:
+    """Whether the model has the tensor of ``node`` in one of PyTorch's formats; True where that is not recorded.
+
+    PyTorch has a BatchNorm of its own, with other roundings, for other tensors.
+    """
+    return lies_in_lines(node) or are_pixels(node.meta["sizes"], node.meta["strides"])
+
+
+def restrided(x: Tensor, strides: Strides) -> Tensor:
+    """``x`` in memory of these strides; a copy where the values lie elsewhere now.
+
+    >>> restrided(torch.zeros(2, 3, 4, 4), (48, 1, 12, 3)).is_contiguous(memory_format=torch.channels_last)
+    True
+    """
+    have = x.stride()
+    if have == strides:
+        return x
+    if all(size == 1 or a == b for size, a, b in zip(x.shape, have, strides, strict=True)):
+        return x.as_strided(x.shape, strides)
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def record(module: fx.GraphModule, x: Tensor) -> None:
+    """Run the graph of ``module`` for ``x``, and keep strides and sizes of every tensor in ``node.meta``."""
+    _Recorder(module).run(x)
+
+
+def hold_for_batches(module: fx.GraphModule, images: int) -> bool:
+    """Whether strides that were recorded for a batch hold for others: images lie one after another, or are the same."""
+    for node in module.graph.nodes:
+        strides, sizes = node.meta.get("strides"), node.meta.get("sizes")
+        if node.op == "call_function" and strides and len(sizes) in (2, 4) and sizes[0] == images and strides[0]:
+            ends = [size * stride for size, stride in zip(sizes[1:], strides[1:], strict=True) if size > 1]
+            if strides[0] < max(ends, default=0):
+                return False
+    return True
+
+
+class _Recorder(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        made = super().run_node(n)
+        if isinstance(made, Tensor):
+            n.meta["strides"], n.meta["sizes"] = made.stride(), tuple(made.shape)
+        return made

@@ -1,0 +1,239 @@
+"""What a model holds while :mod:`torch.export` captures it: constants that it looks at, and what its forward changes."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from dsconv.nn import DSLayer
+
+_LARGEST_KNOWN = 1 << 16  # values: weights that are computed from others are not kept a second time
+_WARM_BATCH = 3  # no usual batch, since a cache of that batch would not be seen to change
+_TAKE_SIZES = frozenset(
+    [
+        "expand",
+        "narrow",
+        "new_empty",
+        "new_full",
+        "new_ones",
+        "new_zeros",
+        "permute",
+        "repeat",
+        "reshape",
+        "roll",
+        "select",
+        "tile",
+        "unflatten",
+        "view",
+    ]
+)
+_RANDOM = ("bernoulli", "dropout", "multinomial", "normal", "poisson", "rand")
+
+
+@contextmanager
+def capturable(model: nn.Module, size: tuple[int, ...]) -> Iterator[nn.Module]:
+    """Yield a copy of ``model`` that :func:`torch.export.export` captures for images of ``size`` and any batch.
+
+    - The copy shares parameters and buffers. What its forward sets is restored when forward returns, since a graph has
+      no place for it: every capture begins with the state of ``model``.
+    - Numbers and truth values that follow from parameters and buffers alone are known while the copy is captured, so
+      that it may branch on them.
+    - Another copy is run before, which fills what the model keeps outside itself, as ``functools.lru_cache`` does:
+      tensors of a capture that stayed there would break the model.
+    - Attributes whose first size was the batch size of that run are set to those of an empty batch, so that
+      ``if self.shape != x.shape`` holds for every batch.
+    """
+    made = _as_after_no_images(model, size)
+    values = {name: tensor.detach() for name, tensor in _tensors(made)}
+    during = ExitStack()
+
+    def enter(module: nn.Module, _: Any) -> None:
+        during.callback(_kept(module))
+        # torch.export takes a buffer that is set for one that is to be changed.
+        watching = vars(nn.modules.module).get("_global_buffer_registration_hooks", {})
+        during.callback(watching.update, dict(watching))
+        watching.clear()
+        known = [(tensor, values[name]) for name, tensor in _tensors(module) if name in values]
+        during.enter_context(_Constants(known))
+
+    handles = (
+        made.register_forward_pre_hook(enter, prepend=True),
+        made.register_forward_hook(lambda *_: during.close(), always_call=True),
+    )
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _as_after_no_images(model: nn.Module, size: tuple[int, ...]) -> nn.Module:
+    made, warm = _copy(model, share=lambda _: True), _copy(model, share=lambda module: isinstance(module, DSLayer))
+    before = {name: _seen(module) for name, module in warm.named_modules()}
+    try:
+        with torch.no_grad():
+            warm(torch.zeros((_WARM_BATCH, *size), dtype=torch.float32))
+    except Exception:
+        return made  # its capture says why, or is of another batch
+    modules = dict(made.named_modules())
+    for name, module in warm.named_modules():
+        for key, after in _seen(module).items():
+            then = before.get(name, {}).get(key)
+            if then is not None and then is not after and not _equal(then, after):
+                setattr(modules[name], key, _of_no_images(getattr(modules[name], key), after))
+    return made
+
+
+def _copy(model: nn.Module, share: Callable[[nn.Module], bool]) -> nn.Module:
+    """A copy with the parameters of ``model`` and, of modules that it says, the buffers."""
+    shared = [*model.parameters(), *(b for m in model.modules() if share(m) for b in m.buffers(recurse=False))]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def _seen(module: nn.Module) -> dict[str, Any]:
+    """Attributes that may follow from the batch size."""
+    found = {**vars(module), **module._buffers}
+    return {
+        key: list(value) if isinstance(value, list) else value
+        for key, value in found.items()
+        if isinstance(value, int | tuple | list | Tensor) and not isinstance(value, bool)
+    }
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and not isinstance(a, Tensor) and _numbers(a) and _numbers(b) and bool(a == b)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, int) or all(isinstance(n, int) for n in value)
+
+
+def _of_no_images(now: Any, after: Any) -> Any:
+    """``now`` with a first size of 0, if that of ``after`` was the batch size."""
+    if type(now) is not type(after):
+        return now
+    if isinstance(now, int):
+        return 0 if after == _WARM_BATCH else now
+    if isinstance(now, Tensor):
+        return now[:0] if now.dim() and after.dim() and len(after) == _WARM_BATCH else now
+    if _numbers(now) and now and _numbers(after) and after and after[0] == _WARM_BATCH:
+        return type(now)((0, *now[1:]))
+    return now
+
+
+def _kept(model: nn.Module) -> Callable[[], None]:
+    """What sets the attributes of all modules to what they are now."""
+    kept = [(module, _shallow(vars(module))) for module in model.modules()]
+
+    def restore() -> None:
+        for module, attributes in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+    return restore
+
+
+def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Attributes, and containers among them as they are now."""
+    return {key: copy.copy(value) if type(value) in (dict, list, set) else value for key, value in attributes.items()}
+
+
+class _Constants(TorchFunctionMode):
+    """While a graph is traced, computes what follows from constants alone on their values as well.
+
+    ``known`` are pairs of what stands for a parameter or buffer in the trace, and its value.
+    """
+
+    def __init__(self, known: Iterable[tuple[Tensor, Tensor]]):
+        super().__init__()
+        # By id, which is of one tensor for as long as that is kept here.
+        self.known = {id(traced): (traced, value) for traced, value in known}
+        self.changed: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        values = [leaf if tensors and not isinstance(leaf, Tensor) else self._value(leaf) for leaf in leaves]
+        name = getattr(func, "__name__", "")
+        if _changes(name, kwargs):
+            self._forget(tensors)
+            return func(*args, **kwargs)
+        known = all(value is not None for leaf, value in zip(leaves, values, strict=True) if isinstance(leaf, Tensor))
+        if not tensors or not known or any(map(_is_of_trace, leaves)) or any(word in name for word in _RANDOM):
+            sized = [self._number(leaf, name in _TAKE_SIZES) for leaf in leaves]
+            args, kwargs = pytree.tree_unflatten(sized, spec)
+            return func(*args, **kwargs)
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+            given, named = pytree.tree_unflatten(values, spec)
+            result = func(*given, **named)
+        made, shape = pytree.tree_flatten(result)
+        if not any(isinstance(leaf, Tensor) for leaf in made):
+            return result
+        try:
+            traced = pytree.tree_leaves(func(*args, **kwargs))
+            same = [a.shape == b.shape for a, b in zip(traced, made, strict=True) if isinstance(b, Tensor)]
+        except Exception:  # sizes that follow from values
+            same = [False]
+        if not all(same):
+            traced = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in made]
+        for leaf, value in zip(traced, made, strict=True):
+            if isinstance(value, Tensor) and value.numel() <= _LARGEST_KNOWN:
+                self.known[id(leaf)] = (leaf, value)
+        return pytree.tree_unflatten(traced, shape)
+
+    def _value(self, leaf: Any) -> Any:
+        """The value of a tensor; None where it depends on the input."""
+        if not isinstance(leaf, Tensor) or id(leaf) in self.changed:
+            return None
+        if id(leaf) in self.known:
+            return self.known[id(leaf)][1]
+        own = type(leaf) in (Tensor, nn.Parameter) and not torch._is_functional_tensor(leaf)
+        return leaf if own else None
+
+    def _number(self, leaf: Any, is_size: bool) -> Any:
+        """A known size, or a slice of known ends, as numbers."""
+        if isinstance(leaf, slice):
+            return slice(*(self._number(end, True) for end in (leaf.start, leaf.stop, leaf.step)))
+        value = self._value(leaf) if is_size else None
+        if value is None or value.dim() or value.is_floating_point() or value.is_complex():
+            return leaf
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return value.item()
+
+    def _forget(self, tensors: Sequence[Tensor]) -> None:
+        """Tensors that are changed in place, and their views."""
+        for tensor in tensors[:1]:
+            value = self._value(tensor)
+            if value is not None:
+                self.changed[id(tensor)] = tensor
+                memory = value.untyped_storage().data_ptr()
+                for key, (traced, other) in self.known.items():
+                    if other.untyped_storage().data_ptr() == memory:
+                        self.changed[key] = traced
+
+
+def _changes(name: str, kwargs: dict[str, Any]) -> bool:
+    in_place = name in ("__setitem__", "__set__") or (
+        name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+    )
+    return in_place or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs
+
+
+def _is_of_trace(leaf: Any) -> bool:
+    """A number that depends on the input."""
+    if isinstance(leaf, slice):
+        return any(map(_is_of_trace, (leaf.start, leaf.stop, leaf.step)))
+    return isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool)
