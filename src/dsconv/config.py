@@ -24,7 +24,7 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def __init__(self, **data: Any):
+    def __init__(self, /, **data: Any):
         try:
             super().__init__(**data)
         except ValidationError as error:

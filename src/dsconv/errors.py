@@ -4,6 +4,21 @@ import importlib
 from typing import Any
 
 
+def one_line(text: str, longest: int = 1500) -> str:
+    r"""Return ``text`` with what cannot be printed as escapes, and without its middle where it is too long.
+
+    >>> one_line("layer '\x1b[2J'"), one_line("0123456789" * 10, longest=20)
+    ("layer '\\x1b[2J'", '01234567 ... 3456789')
+    """
+    plain = text[: 2 * longest] + text[2 * longest :][-longest:]
+    if not plain.isprintable():
+        plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain)
+    if len(plain) > longest:
+        part = (longest - 5) // 2
+        plain = f"{plain[: longest - 5 - part]} ... {plain[-part:]}"
+    return plain
+
+
 class DSConvError(Exception):
     """A mistake the user can mend; the command line prints it as one paragraph, without a traceback."""
 
@@ -17,7 +32,13 @@ class ModelError(DSConvError, ValueError):
 
 
 class FileFormatError(DSConvError, ValueError):
-    """A file is not a readable dsconv file, or does not belong to the model it is loaded into."""
+    """A file is not a readable dsconv file, or does not belong to the model it is loaded into.
+
+    Its message quotes names that the file made up, and is one short line whatever these are.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 class DataError(DSConvError, ValueError):

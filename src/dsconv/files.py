@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dsconv.errors import ConfigError
+
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe (FIFO)",
@@ -16,6 +18,18 @@ _KINDS = {
 }
 # A file name may have 255 bytes; a longer suffix is none that a format is told by.
 _LONGEST_SUFFIX = 32
+
+
+def as_path(path: object) -> Path:
+    """Return ``path`` as a Path.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return Path(path)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"path: expected the name of a file, got {type(path).__name__}") from None
 
 
 def check_place(path: Path) -> Path:

@@ -10,7 +10,6 @@ itself: a :class:`dsconv.data.Preprocess` or a dictionary of its fields.
 import difflib
 import importlib.util
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from urllib.parse import parse_qsl
 import torch
 from torch import Tensor, nn
 
+from dsconv import strict_json
 from dsconv.conversion.preparation import offered, preprocess_of, set_preprocess
 from dsconv.data import Preprocess
 from dsconv.errors import ConfigError, DSConvError, ModelError, import_extra
@@ -54,6 +54,8 @@ def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Modul
     >>> sum(p.numel() for p in build("dsconv/digits_resnet").parameters())
     222570
     """
+    if not isinstance(name, str):
+        raise ModelError(f"model: expected a name such as torchvision/resnet50, got {type(name).__name__}")
     library, _, rest = name.partition("/")
     path = None if str(weights) in ("default", "random") else Path(weights)
     if path is not None and not path.is_file():
@@ -94,9 +96,13 @@ def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Modul
 def _arguments(name: str, query: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
+        if key in arguments:
+            raise ModelError(f"model {name!r}: its argument {key!r} is there twice: name it once")
         try:
-            arguments[key] = json.loads(value)
-        except ValueError:
+            arguments[key] = strict_json.loads(value)
+        except ValueError as error:
+            if value[:1] in ("{", "["):
+                raise ModelError(f"model {name!r}: expected JSON as its argument {key!r}: {error}") from None
             arguments[key] = value
     if query and not arguments:
         raise ModelError(f"model {name!r}: expected arguments as NAME?key=value&key=value, got {query!r}")
@@ -115,6 +121,9 @@ def _torchvision(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[n
         raise _unknown("torchvision", name, models.list_models())
     if name in _AUXILIARY:
         arguments = {"aux_logits": False, **({} if trained else {"init_weights": False}), **arguments}
+    if not trained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        # By default, a part of these is trained, and downloaded.
+        arguments = {"weights_backbone": None, **arguments}
     default = models.get_model_weights(name).DEFAULT
     model = models.get_model(name, weights=default if trained else None, **arguments)
     return model, _stated(Preprocess.from_torchvision, default)

@@ -250,7 +250,7 @@ def refused(path: Path, model: tnn.Module | None = None, match: str | None = Non
     with pytest.raises(FileFormatError, match=match) as caught:
         dsconv.load(path, model or other())
     message = str(caught.value)
-    assert str(path) in message and "\n" not in message
+    assert str(path) in message and message.isprintable() and len(message) <= 1500
     return message
 
 
@@ -508,6 +508,32 @@ CRAFTED = {
     "tensor missing": lambda header, tensors: tensors.pop("fc.bias"),
     "tensor too many": lambda header, tensors: tensors.update(more=torch.zeros(1)),
     "no tensors": lambda header, tensors: tensors.clear(),
+    "shape of a million dimensions": tensor("conv.weight_shape", lambda t: torch.ones(1_000_000, dtype=torch.int64)),
+    "shape of six dimensions": tensor("conv.weight_shape", lambda t: torch.tensor([9, 3, 3, 3, 1, 1])),
+    "tensor of a thousand dimensions": tensor("fc.bias", lambda t: torch.zeros([1] * 1000)),
+    "statistics of another dtype": tensor("norm.running_mean", lambda t: t.half()),
+    "statistics in 8 bits": tensor("norm.running_var", lambda t: t.to(torch.float8_e4m3fn)),
+    "weight of another dtype than the bias": tensor("norm.weight", lambda t: t.bfloat16()),
+    "counter of another width": tensor("norm.num_batches_tracked", lambda t: t.int()),
+    "a layer's name of a million characters": lambda header, tensors: header["layers"].update(
+        {"x" * 1_000_000: header["layers"]["conv"]}
+    ),
+    "a tensor's name of a million characters": lambda header, tensors: tensors.update({"x" * 1_000_000: torch.ones(1)}),
+    "a tensor's name that moves the cursor": lambda header, tensors: tensors.update({"\x1b[2J\n": torch.ones(1)}),
+    "a class's name that moves the cursor": lambda header, tensors: (
+        header.update(model_class="\x1b[2J\n"),
+        tensors.pop("fc.bias"),
+    ),
+    "half a character": set_in("in_float", "fc", "\ud800"),
+    "deep nesting": set_in("config", "overrides", json.loads("[" * 90 + "]" * 90)),
+    "images that were never seen": set_in("adapted_on", -1),
+    "more images than there are": set_in("calibrated_on", 10**400),
+    "an infinite SQNR": set_in("layers", "conv", "sqnr_db", float("inf")),
+    "a preparation of nothing": set_in("preprocess", {"resize": "large"}),
+    "a preparation that divides by zero": set_in("preprocess", {"std": [0.0]}),
+    "a preparation of another type": set_in("preprocess", ["resize"]),
+    "a preparation called self": set_in("preprocess", {"self": 1}),
+    "overrides called self": set_in("config", {"self": 1}),
     "empty name": lambda header, tensors: tensors.update({"": torch.zeros(1)}),
     "names swapped": lambda header, tensors: tensors.update(
         {"norm.weight": tensors["fc.bias"], "fc.bias": tensors["norm.weight"]}
@@ -531,10 +557,21 @@ def test_a_crafted_file_is_described_or_refused(name: str, saved: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "NaN", "[" * 100_000, '"' + "x" * 100, "1e999", "\ud7ff", '{"a": ' * 5000 + "1" + "}" * 5000]
 )
-@pytest.mark.parametrize("entry", ["layers", "settings", "config"])
+@pytest.mark.parametrize("entry", ["layers", "settings", "config", "preprocess"])
 def test_a_header_that_is_no_json_of_the_kind_is_refused(entry: str, text: str, saved: Path) -> None:
     craft(saved, entries={entry: text})
     refused(saved)
+
+
+def test_a_name_that_is_there_twice_is_refused(saved: Path) -> None:
+    craft(saved, entries={"folded": '{"norm": "conv", "norm": "fc"}'})
+    refused(saved, match="'norm' is there twice")
+    craft(saved, entries={"folded": "{}"})
+    data = saved.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    (more,) = (data[8 : 8 + size].rstrip()[:-1] + b',"fc.bias":{"dtype":"F32","shape":[5],"data_offsets":[0,20]}}',)
+    saved.write_bytes(struct.pack("<Q", len(more)) + more + data[8 + size :])
+    refused(saved, match="'fc.bias' is there twice")
 
 
 def test_preprocessing_that_makes_no_sense_never_loads_silently(saved: Path) -> None:
@@ -577,6 +614,96 @@ def test_no_pickle_that_a_file_names_is_read(saved: Path, monkeypatch: pytest.Mo
         assert not Path("was-run").exists(), name
 
 
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are neither fetched nor read."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
+    monkeypatch.setattr(torch, "load", fail)
+
+
+REFUSED_ARCHITECTURES = (
+    "dsconv/digits_resnet?pretrained=true",
+    "dsconv/digits_resnet?self=1&[]=2",
+    "dsconv/digits_resnet?a=" + "[" * 100_000,
+    "dsconv/digits_resnet?" + "&".join(f"a{i}=1" for i in range(1000)),
+    "torchvision/resnet18?weights=DEFAULT",
+    "torchvision/resnet18?pretrained=true",
+    "torchvision/resnet18?num_classes=999999999",
+    "torchvision/resnet18?num_classes=1e300",
+    "torchvision/resnet18?num_classes=NaN",
+    "torchvision/resnet18?num_classes=4096",
+    "torchvision/resnet18?width_per_group=4000",
+    "torchvision/resnet18?layers=[4000,4000,4000,4000]",
+    "torchvision/resnet18?norm_layer=os.system",
+    "torchvision/vit_b_16?image_size=4096",
+    "torchvision/mobilenet_v2?inverted_residual_setting=[[1,1,4000,1]]",
+    "torchvision/mobilenet_v2?width_mult=4000",
+    "torchvision/densenet121?block_config=[4000,4000]",
+    "torchvision/fasterrcnn_resnet50_fpn",
+    "torchvision/fasterrcnn_resnet50_fpn?weights_backbone=DEFAULT",
+    "torchvision/deeplabv3_resnet50",
+    "timm/resnet18?features_only=true",
+    "timm/resnet18?pretrained_cfg=resnet50",
+    "timm/resnet18?pretrained_cfg_overlay=a",
+    "timm/resnet18?checkpoint_path=evil.pth",
+    "timm/resnet18?cache_dir=evil",
+    "timm/vit_tiny_patch16_224?depth=100000000",
+    "timm/vit_tiny_patch16_224?depth=4096",
+    "timm/vit_tiny_patch16_224?img_size=4096",
+    "timm/efficientnet_b0?depth_multiplier=4096",
+    "timm/efficientnet_b0?block_args=ds_r100000000_k3_s1_c16",
+    "timm/vit_gigantic_patch14_224",
+    "timm/hf-hub:someone/something",
+    "timm/local-dir:evil",
+)
+
+
+@pytest.mark.parametrize("name", REFUSED_ARCHITECTURES, ids=lambda name: name[:60])
+def test_a_name_in_a_file_builds_no_other_or_larger_network_and_fetches_nothing(
+    name: str, saved: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in ("torchvision", "timm"):
+        if name.startswith(library):
+            pytest.importorskip(library, reason="needs the extra dsconv[zoo]")
+    made: list[int] = []
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: (made.append((y := empty(*a, **k)).numel() * (not y.is_meta)), y)[1]
+    )
+    craft(saved, set_in("architecture", name))
+    with pytest.raises((FileFormatError, ModelError)) as caught:
+        dsconv.load(saved)
+    assert len(str(caught.value)) < 2000 and str(caught.value).isprintable()
+    assert sum(made) < 1 << 24
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision/resnet18?num_classes=10&zero_init_residual=true", "timm/test_resnet?num_classes=7"]
+)
+def test_a_name_with_arguments_of_its_shape_is_built(name: str, tmp_path: Path, offline: None) -> None:
+    pytest.importorskip(name.partition("/")[0], reason="needs the extra dsconv[zoo]")
+    model = zoo.build(name, weights="random")
+    quantized = dsconv.quantize(model, "paper")
+    loaded = dsconv.load(dsconv.save(quantized, tmp_path / "net.safetensors"))
+    assert_same_state(loaded, quantized)
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "timm/levit_128s", "timm/mobilenetv4_conv_small"])
+def test_a_network_with_numbers_that_are_not_in_the_file_is_built_with_them(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="needs the extra dsconv[zoo]")
+    quantized = dsconv.quantize(zoo.build(name, weights="random"), "paper")
+    loaded = dsconv.load(dsconv.save(quantized, tmp_path / "net.safetensors"))
+    for (name, a), b in zip(loaded.named_buffers(), quantized.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    size = quantized.default_cfg["input_size"]
+    with torch.inference_mode():
+        assert torch.equal(loaded(torch.ones(1, *size)), quantized(torch.ones(1, *size)))
+
+
 def test_a_file_without_an_architecture_asks_for_the_model(saved: Path) -> None:
     with pytest.raises(ModelError, match="pass the float model"):
         dsconv.load(saved)
@@ -590,6 +717,66 @@ def test_a_model_of_dsconv_is_built_from_the_file(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), quantized(x))
     assert zoo.preprocess_of(loaded) == zoo.preprocess_of(model)
     assert model_info(loaded).architecture == "dsconv/digits_resnet"
+
+
+# Models without memory
+
+
+def on_meta(**options: Any) -> Net:
+    with torch.device("meta"):
+        return Net(**options).eval()
+
+
+def test_a_model_on_meta_is_given_values_and_ties_stay(saved: Path) -> None:
+    model = on_meta()
+    model.fc.weight.requires_grad_(False)
+    model.norm.weight.requires_grad_(False)
+    loaded, expected = dsconv.load(saved, model), dsconv.load(saved, other())
+    assert_same_state(loaded, expected)
+    assert {value.device.type for value in loaded.state_dict().values()} == {"cpu"}
+    assert loaded.shared is loaded.again and loaded.tied is loaded.scale
+    assert loaded.scale.requires_grad and not loaded.norm.weight.requires_grad
+    assert model.conv.weight.is_meta and model.scale.is_meta
+    with torch.inference_mode():
+        assert torch.equal(loaded(X), expected(X))
+
+
+def test_a_part_of_a_model_may_be_on_meta(saved: Path) -> None:
+    model = other()
+    model.conv.to("meta"), model.norm.to("meta")
+    with torch.inference_mode():
+        assert torch.equal(dsconv.load(saved, model)(X), dsconv.load(saved, other())(X))
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "list"])
+def test_what_a_file_cannot_give_a_model_on_meta_is_named(kind: str, saved: Path) -> None:
+    def add(model: Net) -> Net:
+        if kind == "buffer":
+            model.norm.register_buffer("grid", torch.arange(3), persistent=False)
+        else:
+            model.norm.grid = torch.arange(3) if kind == "attribute" else [torch.arange(3)]
+        return model
+
+    with torch.device("meta"):
+        model = add(Net())
+    with pytest.raises(ModelError, match=r"meta device.*norm\.grid.*build the model on the CPU"):
+        dsconv.load(saved, model)
+    assert dsconv.load(saved, add(other()))
+
+
+def test_a_model_on_meta_of_another_architecture_is_refused(saved: Path) -> None:
+    refused(saved, on_meta(width=10), "layer 'conv'")
+
+
+def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
+    quantized = dsconv.quantize(zoo.build("dsconv/digits_resnet"), "paper")
+    path = dsconv.save(quantized, tmp_path / "net.safetensors")
+    with torch.device("meta"):
+        loaded = dsconv.load(path), dsconv.load(path, zoo.build("dsconv/digits_resnet", weights="random"))
+        described = describe(path)[1]
+    assert_same_state(loaded[0], quantized)
+    assert_same_state(loaded[1], quantized)
+    assert described.bytes_after == dsconv.summary(quantized).bytes_after
 
 
 # The wrong model

@@ -71,7 +71,7 @@ class Preprocess(BaseModel):
     scale: float = Field(default=1.0, gt=0)
     channels: Literal["rgb", "bgr", "gray"] = "rgb"
 
-    def __init__(self, **settings: Any):
+    def __init__(self, /, **settings: Any):
         try:
             super().__init__(**settings)
         except ValidationError as error:

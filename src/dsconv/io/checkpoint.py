@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
-from dsconv import ops
+from dsconv import ops, strict_json
 from dsconv.compilation import CompiledModel
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion.convert import FLOAT_TYPES, ModelInfo, model_info, quantized_type, swapped
@@ -24,10 +28,12 @@ from dsconv.conversion.fold import add_bias
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.summary import LayerSummary, Summary, quantized_row
 from dsconv.conversion.wrappers import unwrapped
-from dsconv.errors import ConfigError, FileFormatError, ModelError
-from dsconv.files import check_place, replacing
+from dsconv.data import Preprocess
+from dsconv.errors import ConfigError, FileFormatError, ModelError, one_line
+from dsconv.files import as_path, check_place, replacing
 from dsconv.nn import Affine, DSLayer
 from dsconv.numerics import pack, unpack
+from dsconv.numerics.packing import packed_bytes
 
 FORMAT_VERSION = 2
 FILE_NAME = "model.safetensors"
@@ -36,6 +42,12 @@ _MAGIC = "dsconv"
 _FILE_NAMES = {"vqk": "weight_packed", "kds": "weight_scale", "kds_shift": "weight_shift"}
 _SHAPE = "weight_shape"
 _SHOWN = 5
+_MOST_DIMENSIONS = 5
+# The largest that safetensors reads.
+_LONGEST_HEADER = 100_000_000
+
+
+Images = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class LayerRecord(BaseModel):
@@ -44,10 +56,11 @@ class LayerRecord(BaseModel):
     The shape is a tensor of the file; in files of version 1 it is in the header.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     type: str
-    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, exclude=True)]
+    # A convolution over three dimensions has five.
+    shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=2, max_length=5, exclude=True)]
     settings: int
     sqnr_db: float | None = None
 
@@ -55,7 +68,7 @@ class LayerRecord(BaseModel):
 class Header(BaseModel):
     """All that a file says about itself beside its tensors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     dsconv_version: str
     model_class: str
@@ -66,9 +79,9 @@ class Header(BaseModel):
     in_float: dict[str, str]
     folded: dict[str, str] = {}
     affine: list[str] = []
-    calibrated_on: Annotated[int, Field(ge=0)] = 0
+    calibrated_on: Images = 0
     biases: list[str] = []
-    adapted_on: int = 0
+    adapted_on: Images = 0
     aliases: dict[str, str]
     preprocess: dict[str, Any] | None
 
@@ -105,7 +118,7 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     qmodel = unwrapped(qmodel)
     if isinstance(qmodel, CompiledModel):
         qmodel = qmodel.model
-    path = Path(path)
+    path = as_path(path)
     check_place(path)
     tensors, aliases = _stored_tensors(qmodel)
     header = _header(qmodel, aliases, architecture)
@@ -146,21 +159,30 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         ModelError: the file does not say how to build its model.
         OSError: the file cannot be read.
     """
-    path = Path(path)
+    path = as_path(path)
+    if model is not None and not isinstance(model, nn.Module):
+        raise ModelError(f"model: expected a torch.nn.Module or None, got {type(model).__name__}")
     if path.is_dir():
         path /= FILE_NAME
-    header, tensors = _read(path)
-    if model is None:
-        model = _build(path, header)
-    model = unwrapped(model)
+    home = torch.get_default_device()
+    # A default device is for what gets no values from the file, and of those that have none this holds all the more.
+    with torch.device("cpu"):
+        header, tensors = _read(path)
+        into = partial(_loaded, path, header, tensors, home=torch.device("cpu") if home.type == "meta" else home)
+        return into(unwrapped(model)) if model is not None else _built(path, header, tensors, into)
+
+
+def _loaded(
+    path: Path, header: Header, tensors: dict[str, Tensor], model: nn.Module, *, home: torch.device
+) -> nn.Module:
+    """Return a copy of ``model`` that is what the file says; what has no memory yet gets it on ``home``."""
     settings = [_layer_settings(path, data) for data in header.settings]
+    biases = set(header.biases)
     swaps: dict[nn.Module, nn.Module] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     wrong: list[str] = []
     for name, record in header.layers.items():
         layer = modules.get(name)
-        if not 0 <= record.settings < len(settings):
-            raise FileFormatError(f"{path}: layer {name!r} refers to settings {record.settings} of {len(settings)}")
         if layer is None or not isinstance(layer, FLOAT_TYPES):
             got = "none" if layer is None else f"a {type(layer).__name__}"
             wrong.append(f"layer {name!r}: the file has a {record.type}, the model has {got} there")
@@ -174,7 +196,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             wrong.append(f"layer {name!r}: the file has weights of shape {shapes}")
             continue
         quantized.weight_sqnr_db = record.sqnr_db
-        if name in header.biases:
+        if name in biases:
             add_bias(quantized, layer.weight)
         swaps[layer] = quantized
     unknown = [name for name in header.biases if name not in header.layers]
@@ -209,7 +231,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         header.adapted_on,
     )
     result = swapped(model, swaps, info)
+    _give_memory(result, home)
     _fill(path, header, result, tensors)
+    _check_values(path, result)
     return result.eval()
 
 
@@ -219,7 +243,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises:
         FileFormatError, OSError: as :func:`load`.
     """
-    return _read(Path(path))[0]
+    return _read(as_path(path))[0]
 
 
 def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
@@ -230,12 +254,11 @@ def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
     Raises:
         FileFormatError, OSError: as :func:`load`.
     """
-    path = Path(path)
-    header, tensors = _read(path)
+    path = as_path(path)
+    with torch.device("cpu"):
+        header, tensors = _read(path)
     rows: list[LayerSummary] = []
     for name, record in header.layers.items():
-        if not 0 <= record.settings < len(header.settings):
-            raise FileFormatError(f"{path}: layer {name!r} refers to settings that the file does not have")
         settings = _layer_settings(path, header.settings[record.settings])
         parts = [f"{name}.{part}".lstrip(".") for part in ("vqk", "kds", "kds_shift")]
         size = sum(tensors.pop(part).nbytes for part in parts if part in tensors)
@@ -373,39 +396,89 @@ def _check_name(path: Path) -> None:
 
 
 def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
-    _check_name(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a file written by dsconv, there is none")
-    # Reading one byte first tells a file that cannot be read from one that is broken.
-    with path.open("rb") as file:
-        file.read(1)
+    """Return the header and the tensors of a file, each checked as far as it can be without a model."""
+    entries, tensors = read_tensors(path, _MAGIC, "file")
+    version = entries["format_version"]
     try:
-        with safe_open(path, framework="pt") as file:
-            entries: dict[str, str] = file.metadata() or {}
-            if entries.get("format") != _MAGIC:
-                raise FileFormatError(f"{path}: a safetensors file, but not one written by dsconv")
-            version = entries.get("format_version", "")
-            if not version.isdecimal() or int(version) > FORMAT_VERSION:
-                raise FileFormatError(
-                    f"{path}: has format version {version!r}, this dsconv reads up to {FORMAT_VERSION}: update dsconv"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileFormatError:
-        raise
-    except (SafetensorError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
-        raise FileFormatError(f"{path}: not a complete safetensors file ({error}): get or write it again") from None
-    if checksum(entries, tensors) != entries.get("checksum"):
-        raise FileFormatError(f"{path}: its contents do not match its checksum, it was changed: get or write it again")
-    try:
-        fields = {name: json.loads(text) for name, text in entries.items() if name in Header.model_fields}
+        fields = {name: strict_json.loads(text) for name, text in entries.items() if name in Header.model_fields}
         if int(version) > 1:
             for name, record in fields["layers"].items():
-                record["shape"] = tensors.pop(f"{name}.{_SHAPE}".lstrip(".")).tolist()
+                shape = tensors.pop(f"{name}.{_SHAPE}".lstrip("."))
+                if shape.numel() > _MOST_DIMENSIONS:
+                    raise ValueError(f"layer {name!r} has {shape.numel():,} dimensions")
+                record["shape"] = shape.tolist()
         header = Header.model_validate(fields)
-    except (ValidationError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileFormatError(f"{path}: its header is not valid ({reason}): write it again") from None
-    return _with_own_names(path, header, tensors) if int(version) > 1 else (header, tensors)
+        if header.preprocess is not None:
+            Preprocess(**header.preprocess)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        raise FileFormatError(f"{path}: its header is not valid ({one_line(reason, 400)}): write it again") from None
+    except (ConfigError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise FileFormatError(f"{path}: its header is not valid ({one_line(reason, 400)}): write it again") from None
+    if int(version) > 1:
+        header, tensors = _with_own_names(path, header, tensors)
+    _check_layers(path, header, tensors)
+    return header, tensors
+
+
+def read_tensors(path: Path, magic: str, kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the entries and tensors of a safetensors file whose entry ``format`` is ``magic``, its checksum verified.
+
+    Raises:
+        FileFormatError: it is no such file, damaged, or of a newer version.
+        OSError: it cannot be read.
+    """
+    _check_name(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a {kind} written by dsconv, there is none")
+    again = "get or write it again" if magic == _MAGIC else "delete it and start again"
+    # Reading first tells a file that cannot be read from one that is broken.
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        described = file.read(min(size, _LONGEST_HEADER))
+    try:
+        # Of names that are there twice, safetensors takes one.
+        strict_json.loads(described)
+        with safe_open(path, framework="pt") as opened:
+            entries: dict[str, str] = opened.metadata() or {}
+            if entries.get("format") != magic:
+                raise FileFormatError(
+                    f"{path}: a safetensors file, but not one written by dsconv"
+                    if magic == _MAGIC
+                    else f"{path}: expected a {kind}, it is another file"
+                )
+            version = entries.get("format_version", "" if magic == _MAGIC else "1")
+            if not version.isdecimal() or len(version) > 9 or int(version) > FORMAT_VERSION:
+                newest = f"this dsconv reads up to {FORMAT_VERSION}: update dsconv"
+                raise FileFormatError(f"{path}: has format version {version[:20]!r}, {newest}")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        whole = checksum(entries, tensors) == entries.get("checksum")
+    except (FileFormatError, OSError):
+        raise
+    except Exception as error:  # safetensors documents none, and some dtypes are known to it and not to PyTorch
+        reason = one_line(str(error), 400)
+        raise FileFormatError(f"{path}: not a complete safetensors file ({reason}): {again}") from None
+    if not whole:
+        raise FileFormatError(f"{path}: its contents do not match its checksum, it was changed: {again}")
+    return entries, tensors
+
+
+def _check_layers(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse layers without settings, and those whose integers are not of the shape that is stated."""
+    settings = [_layer_settings(path, data) for data in header.settings]
+    for name, record in header.layers.items():
+        if not 0 <= record.settings < len(settings):
+            raise FileFormatError(f"{path}: layer {name!r} refers to settings {record.settings} of {len(settings)}")
+        count, bits = math.prod(record.shape), settings[record.settings].weight_bits
+        packed = tensors.get(f"{name}.vqk".lstrip("."))
+        if packed is None or packed.dtype != torch.uint8 or packed.shape != (packed_bytes(count, bits),):
+            got = "none" if packed is None else f"{packed.dtype} of shape {tuple(packed.shape)}"
+            raise FileFormatError(
+                f"{path}: layer {name!r}: expected {packed_bytes(count, bits)} bytes of integers for a weight of shape "
+                f"{record.shape} at {bits} bits, got {got}: write it again"
+            )
 
 
 def _layer_settings(path: Path, data: dict[str, Any]) -> LayerConfig:
@@ -422,24 +495,78 @@ def _config(path: Path, data: dict[str, Any]) -> QuantConfig:
         raise FileFormatError(f"{path}: its config is not valid: {error}") from None
 
 
-def _build(path: Path, header: Header) -> nn.Module:
+def _built(
+    path: Path, header: Header, tensors: Mapping[str, Tensor], into: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
+    """Return what ``into`` makes of the model that the file names."""
     from dsconv import zoo
+    from dsconv.io import architecture
 
-    if header.architecture is None or not zoo.is_registered(header.architecture):
-        name = f", which {header.architecture!r} made" if header.architecture else ""
+    name = header.architecture
+    if name is None or not zoo.is_registered(name):
+        made = f", which {name!r} made" if name else ""
         raise ModelError(
-            f"{path}: pass the float model ({header.model_class}{name}) to load it into: "
+            f"{path}: pass the float model ({one_line(header.model_class + made, 400)}) to load it into: "
             "only models of torchvision, timm and dsconv are built from the file"
         )
-    return zoo.build(header.architecture, weights="random")
+    layers = {f"{layer}.vqk".lstrip("."): tuple(record.shape) for layer, record in header.layers.items()}
+    shapes = [layers.get(stored, tuple(value.shape)) for stored, value in tensors.items()]
+    try:
+        # Without memory, until it is known that the file has values for all of it.
+        return into(architecture.build(name, shapes, "meta"))
+    except _NoValuesError:
+        pass
+    except ModelError as error:
+        # Some models compute numbers of tensors when they are built, which those on meta do not have.
+        if not isinstance(error.__cause__, RuntimeError | NotImplementedError):
+            raise
+    return into(architecture.build(name, shapes, "cpu"))
 
 
 def _refuse(path: Path, header: Header, model: nn.Module, wrong: list[str]) -> None:
     if wrong:
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        shown = "; ".join(one_line(difference, 240) for difference in wrong[:_SHOWN])
         raise FileFormatError(
-            f"{path}: holds a {header.model_class}, which does not fit the model {_class_name(model)}: "
-            f"{'; '.join(wrong[:_SHOWN])}{more}"
+            f"{path}: holds a {one_line(header.model_class, 100)}, which does not fit the model {_class_name(model)}: "
+            f"{shown}{more}"
+        )
+
+
+class _NoValuesError(ModelError):
+    """A model on ``meta`` has tensors that no file holds."""
+
+
+def _give_memory(model: nn.Module, home: torch.device) -> None:
+    """Give parameters and buffers on ``meta`` memory on ``home``, one that is shared by several modules once."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        kept = {name: t for name, t in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for own, tensors in ((module._parameters, module._parameters), (module._buffers, kept)):
+            for name, value in tensors.items():
+                if value is None or not value.is_meta or is_lazy(value):
+                    continue
+                if id(value) not in made:
+                    empty = torch.empty_like(value, device=home)
+                    is_parameter = isinstance(value, nn.Parameter)
+                    made[id(value)] = nn.Parameter(empty, value.requires_grad) if is_parameter else empty
+                own[name] = made[id(value)]  # type: ignore[assignment]
+
+
+def _check_values(path: Path, model: nn.Module) -> None:
+    """Refuse a model that has tensors on ``meta`` still."""
+    found = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name, value in {**vars(module), **module._parameters, **module._buffers}.items()
+        if name not in ("_parameters", "_buffers", "_modules")
+        and any(t.is_meta for t in tree_leaves(value) if isinstance(t, Tensor))
+    ]
+    if found:
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise _NoValuesError(
+            f"{path}: the model is on the meta device, and the file does not hold {', '.join(found[:_SHOWN])}{more}, "
+            "which are no part of a state dictionary: build the model on the CPU"
         )
 
 
@@ -476,10 +603,11 @@ def _fill(path: Path, header: Header, model: nn.Module, stored: dict[str, Tensor
         if value.shape != expected[name].shape:
             shapes = f"{list(value.shape)} in the file, {list(expected[name].shape)} in the model"
             wrong.append(f"tensor {name!r}: shape {shapes}")
-        elif _kind(value) != _kind(expected[name]) or (name in scales and value.dtype != expected[name].dtype):
+        elif not _may_stand_for(value, expected[name]) or (name in scales and value.dtype != expected[name].dtype):
             wrong.append(f"tensor {name!r}: {value.dtype} in the file, {expected[name].dtype} in the model")
         elif name in scales and not torch.isfinite(value).all():
             wrong.append(f"tensor {name!r}: holds a NaN or an infinity")
+    wrong += _mixed_dtypes(model, {name: value for name, value in state.items() if name not in {*quantized, *scales}})
     _refuse(path, header, model, wrong)
     for name, value in state.items():
         if expected[name].dtype != value.dtype:
@@ -487,5 +615,24 @@ def _fill(path: Path, header: Header, model: nn.Module, stored: dict[str, Tensor
     model.load_state_dict(state)
 
 
-def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    return tensor.is_floating_point(), tensor.is_complex()
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _may_stand_for(value: Tensor, expected: Tensor) -> bool:
+    """Whether ``value`` is of a dtype that the model can have in the place of its own."""
+    both_float = value.dtype in _FLOATS and expected.dtype in _FLOATS
+    return both_float or value.dtype == expected.dtype
+
+
+def _mixed_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Modules whose own floats have one dtype in the model and several in the file: PyTorch computes with no such."""
+    wrong = []
+    for prefix, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        pairs = [(value, state[full]) for name, value in own if (full := f"{prefix}.{name}".lstrip(".")) in state]
+        pairs = [(value, stored) for value, stored in pairs if value.dtype in _FLOATS]
+        kinds = {stored.dtype for _, stored in pairs}
+        if len({value.dtype for value, _ in pairs}) == 1 and len(kinds) > 1:
+            dtypes = " and ".join(sorted(map(str, kinds)))
+            wrong.append(f"module {prefix!r}: {dtypes} side by side in the file, one dtype in the model")
+    return wrong

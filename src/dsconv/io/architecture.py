@@ -1,0 +1,104 @@
+"""Build the float model that a file names: without a download, and no larger than the tensors of the file."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import parse_qsl
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dsconv import strict_json, zoo
+from dsconv.errors import ModelError, one_line
+
+# Arguments that load something, or wrap the network in another: they say nothing of its shape.
+_REFUSED = re.compile(
+    r"(?<!init_)weights|pretrained|checkpoint|cfg|cache|url|features_only|feature_cls|scriptable|exportable|jit"
+)
+_WORD = re.compile(r"[A-Za-z_]+\d{0,3}[A-Za-z_]*")
+_LONGEST_NAME, _LONGEST_LIST, _LARGEST = 1000, 256, 4096
+# What a constructor may make on the way: tables, initial values, parts that are dropped again.
+_SPARE_ELEMENTS, _SPARE_TENSORS = 1 << 22, 10_000
+
+
+def build(name: str, shapes: list[tuple[int, ...]], device: str) -> nn.Module:
+    """Build a model of torchvision, timm or dsconv by its name, without weights, on ``device``.
+
+    Args:
+        name: as :func:`dsconv.zoo.build` takes it; its arguments describe the network's shape.
+        shapes: of all weights and other tensors that the model may have; they bound what is made.
+        device: ``cpu``, or ``meta`` for a model without memory.
+
+    Raises:
+        ModelError: the name has other arguments, or asks for more than ``shapes``, or there is no such model.
+    """
+    _check_arguments(name, max((size for shape in shapes if 0 not in shape for size in shape), default=0))
+    with torch.device(device), _Bounded(name, shapes):
+        return zoo.build(name, weights="random")
+
+
+def _check_arguments(name: str, largest: int) -> None:
+    if len(name) > _LONGEST_NAME or not name.isprintable():
+        raise _refusal(name, f"expected at most {_LONGEST_NAME} printable characters")
+    for key, text in parse_qsl(name.partition("?")[2], keep_blank_values=True):
+        if _REFUSED.search(key):
+            raise _refusal(name, f"its argument {key!r} does not describe the shape of a network")
+        try:
+            value = strict_json.loads(text)
+        except ValueError:
+            value = text
+        if not _describes_a_shape(value, max(largest, _LARGEST)):
+            raise _refusal(
+                name,
+                f"its argument {key!r} is none of a word, a truth value, a number that the shapes in the file allow, "
+                f"and a short list of these",
+            )
+
+
+def _describes_a_shape(value: Any, largest: int) -> bool:
+    match value:
+        case bool() | None:
+            return True
+        case int() | float():
+            return abs(value) <= largest
+        case str():
+            return len(value) <= 64 and _WORD.fullmatch(value) is not None
+        case list():
+            leaves = [leaf for part in value for leaf in (part if isinstance(part, list) else [part])]
+            plain = not any(isinstance(leaf, list) for leaf in leaves)
+            return plain and len(leaves) <= _LONGEST_LIST and all(_describes_a_shape(leaf, largest) for leaf in leaves)
+    return False
+
+
+class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Ends a construction that makes more, or larger, tensors than a model of these shapes needs."""
+
+    def __init__(self, name: str, shapes: list[tuple[int, ...]]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.name = name
+        self.elements = _SPARE_ELEMENTS + 2 * sum(torch.Size(shape).numel() for shape in shapes)
+        self.tensors = _SPARE_TENSORS + 4 * len(shapes)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+            for tensor in tree_leaves(made):
+                if isinstance(tensor, Tensor):
+                    self.elements -= tensor.numel()
+                    self.tensors -= 1
+        elif isinstance(made, Tensor) and made.numel() > self.elements + _SPARE_ELEMENTS:
+            self.elements = -1
+        if self.elements < 0 or self.tensors < 0:
+            raise _refusal(self.name, "it is larger than the network in the file")
+        return made
+
+
+def _refusal(name: str, reason: str) -> ModelError:
+    return ModelError(
+        f"model {one_line(name, 200)!r}, which the file names, is not built: {reason}. "
+        "Pass the float model to load the file into"
+    )

@@ -1,0 +1,65 @@
+"""JSON that others wrote: what Python's parser lets pass, or ends in other errors for, is a ValueError here."""
+
+import json
+import math
+import re
+from typing import Any
+
+_DEEPEST = 64
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BRACKETS = re.compile(r"[\[\]{}]")
+
+
+def loads(text: str | bytes) -> Any:
+    """Return the value of a JSON text, in UTF-8 where it is bytes.
+
+    Raises:
+        ValueError: it is no JSON, or it has a name twice, NaN or infinity, more than 64 levels, a number too large for
+            Python, or characters that are none.
+
+    >>> loads('{"a": [1, 2.5]}')
+    {'a': [1, 2.5]}
+    >>> loads('{"a": 1, "a": 2}')
+    Traceback (most recent call last):
+    ...
+    ValueError: the name 'a' is there twice
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    if _depth(text) > _DEEPEST:
+        raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
+    value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refused, parse_float=_finite)
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half a character (a lone surrogate)") from None
+    return value
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for bracket in _BRACKETS.findall(_STRING.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {name[:80]!r} is there twice")
+        found[name] = value
+    return found
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number that JSON has")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
