@@ -372,7 +372,7 @@ def _forward(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, float]:
     except RuntimeError as error:
         what = f"images of shape {tuple(x.shape)}, {x.dtype}, {x.device}"
         raise ModelError(f"The {name} cannot run on {what}: {first_line(error)}") from error
-    logits = _logits_of(output)
+    logits = logits_of(output)
     if not isinstance(logits, Tensor):
         raise ModelError(f"The {name} must return logits (N, classes), got {type(output).__name__}.")
     values = logits.cpu()
@@ -382,7 +382,8 @@ def _forward(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, float]:
     return values.flatten(1).double(), seconds
 
 
-def _logits_of(output: Any) -> Any:
+def logits_of(output: Any) -> Any:
+    """Return what of a network's output should be its logits: the field of that name, or the first of several."""
     if isinstance(output, Mapping):
         return output.get("logits", next(iter(output.values()), None))
     first = output[0] if isinstance(output, tuple | list) and output else output

@@ -314,7 +314,8 @@ def test_two_processes_do_what_one_does(script: Run, undisturbed: Any, tmp_path:
         ({"seed": -1}, ConfigError, "seed"),
         ({"resume": True}, ConfigError, "no state file to resume"),
         ({"images": torch.zeros(3, 1, 8, 8)}, DataError, "at least 4"),
-        ({"images": torch.zeros(40, 2, 8, 8)}, ModelError, "teacher: it cannot run"),
+        ({"images": torch.zeros(40, 1, 8, 8)}, DataError, "got 1 different ones"),
+        ({"images": torch.randn(40, 2, 8, 8)}, ModelError, "teacher: it cannot run"),
         ({"student": tnn.ReLU()}, ModelError, "student: ReLU holds no quantized layer"),
         ({"teacher": "resnet"}, ModelError, "teacher: expected a torch.nn.Module"),
         ({"teacher": tnn.Conv2d(1, 10, 3)}, ModelError, "teacher: expected the float network that student was made"),
@@ -350,9 +351,11 @@ def test_a_teacher_of_nan(teacher: tnn.Module, student: tnn.Module, images: Tens
         dsconv.adapt(student, broken, images)
 
 
-def test_images_of_another_range_are_warned_of(teacher: tnn.Module, student: tnn.Module, images: Tensor) -> None:
-    with pytest.warns(UserWarning, match="deviation"):
+def test_images_of_another_range_are_refused(teacher: tnn.Module, student: tnn.Module, images: Tensor) -> None:
+    with pytest.raises(DataError, match=r"deviation .*any_range"):
         dsconv.adapt(student, teacher, images * 255, recipe={**QUICK, "steps": 1})
+    with pytest.warns(UserWarning, match="deviation"):
+        dsconv.adapt(student, teacher, images * 255, recipe={**QUICK, "steps": 1}, any_range=True)
 
 
 def test_a_state_belongs_to_its_training(

@@ -1,7 +1,9 @@
 """``dsconv.calibrate`` from end to end, on networks that hold every kind of layer."""
 
 import copy
+import importlib
 import json
+import math
 import resource
 import shutil
 import warnings
@@ -20,11 +22,13 @@ from torch import nn as tnn
 from torch.nn import functional as F
 
 import dsconv
-from dsconv.calibration import CalibratedLayer
+from dsconv.calibration import CalibratedLayer, Calibration
+from dsconv.calibration.held_back import split
 from dsconv.conversion import model_info
 from dsconv.data import Preprocess
 from dsconv.errors import ConfigError, DataError, FileFormatError, ModelError
 from dsconv.nn import DSLayer
+from dsconv.numerics.rounding import Rounded
 
 IMAGES = 20
 # One image at a time, several, or all: what the largest activation of Varied takes.
@@ -85,6 +89,13 @@ def chain() -> tnn.Sequential:
     return tnn.Sequential(*layers, tnn.AdaptiveAvgPool2d(1), tnn.Flatten()).eval()
 
 
+def decided() -> tnn.Sequential:
+    """A chain whose logits tell classes from one another."""
+    net = chain()
+    net[6].weight.data *= 100
+    return net
+
+
 def same(a: tnn.Module, b: tnn.Module) -> bool:
     first, second = a.state_dict(), b.state_dict()
     return first.keys() == second.keys() and all(
@@ -92,10 +103,14 @@ def same(a: tnn.Module, b: tnn.Module) -> bool:
     )
 
 
-def records(model: tnn.Module) -> dict[str, CalibratedLayer]:
+def calibration(model: tnn.Module) -> Calibration:
     info = model_info(model)
-    assert info is not None and info.calibration is not None
-    return {layer.name: layer for layer in info.calibration.layers}
+    assert info is not None and isinstance(info.calibration, Calibration)
+    return info.calibration
+
+
+def records(model: tnn.Module) -> dict[str, CalibratedLayer]:
+    return {layer.name: layer for layer in calibration(model).layers}
 
 
 def outputs(model: tnn.Module, names: dict[str, str], x: Tensor) -> dict[str, Tensor]:
@@ -137,6 +152,9 @@ def test_errors_in_the_report_are_those_of_the_network(preset: Any, folded: bool
     assert info.calibrated_on == info.calibration.images == IMAGES
     watched = {layer: batchnorm for batchnorm, layer in info.folded.items()}
     assert bool(watched) is folded
+    fitted, held_back = split(IMAGES)
+    assert info.calibration.held_back == len(held_back) == 4 and info.calibration.kept == "calibrated"
+    x = x[fitted]
     # Its second call read what the first one made when it was not calibrated yet.
     done.remove("twice")
     float_outputs = outputs(net, {watched.get(name, name): name for name in done}, x)
@@ -222,8 +240,10 @@ def test_scales_keep_their_size() -> None:
     assert layer.config.kds_dtype == "float32"
     layer.config = layer.config.model_copy(update={"kds_dtype": "float16"})
     layer.kds, layer.kds_shift = layer.kds.half(), layer.kds_shift.half()
+    layer.bias.data += torch.randn(8)
     x = pictures()
     better = dsconv.calibrate(qnet, net, x)
+    assert calibration(better).kept == "calibrated"
     assert better[0].config.kds_dtype == "float16" and better[0].kds_shift.dtype == torch.float16
     before, after = (dsconv.compare(net, q, x, per_layer=False).logit_sqnr_db for q in (qnet, better))
     assert after > before
@@ -281,7 +301,7 @@ def stop_after(count: int) -> Callable[[CalibratedLayer], None]:
 
 
 @pytest.mark.parametrize("memory_bytes", [ALL, SEVEN], ids=["one batch", "several"])
-@pytest.mark.parametrize("make", [varied, chain])
+@pytest.mark.parametrize("make", [varied, decided])
 def test_what_is_resumed_ends_as_if_it_had_never_stopped(
     make: Callable[[], tnn.Module], memory_bytes: int, tmp_path: Path
 ) -> None:
@@ -289,6 +309,7 @@ def test_what_is_resumed_ends_as_if_it_had_never_stopped(
     qnet = dsconv.quantize(net, dsconv.QuantConfig.preset("w4a4", first_layer={"weight_bits": 3}))
     run: dict[str, Any] = {"positions": 30, "memory_bytes": memory_bytes, "state": file}
     whole = dsconv.calibrate(qnet, net, x, **run | {"state": None})
+    assert calibration(whole).kept == "calibrated"
     layers = [layer for layer in records(whole).values() if layer.reason is None]
     # Once and again: every layer is one where it stops.
     for index in range(len(layers)):
@@ -547,16 +568,97 @@ def test_images_of_another_preparation_are_told_with_their_figures() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dsconv.calibrate(qnet, net, images[:32])
-    seen = images[:32] * 255
+    seen = images[:32] * 4
     with pytest.warns(UserWarning, match="prepare them as for evaluation") as told:
         dsconv.calibrate(qnet, net, seen)
-    assert len(told) == 1 and told[0].filename == __file__
+    assert told[0].filename == __file__
     text = str(told[0].message)
     assert f"mean is {float(seen.mean()):.3g} and their deviation {float(seen.std()):.3g}" in text
     assert "network's preparation makes them have 0.45 and 0.25" in text and "first BatchNorm, 'bn1'" in text
     with pytest.warns(UserWarning, match=r"they are 16x16, the network's preparation makes them 8x8"):
         dsconv.calibrate(qnet, net, F.interpolate(images[:32], (16, 16)))
+
+
+@pytest.mark.parametrize("change", [lambda x: x * 255, lambda x: x / 255, lambda x: x + 20])
+def test_images_far_out_of_range_are_refused(change: Callable[[Tensor], Tensor]) -> None:
+    net = dsconv.zoo.build("dsconv/digits_resnet")
+    images, _ = dsconv.demo.load_digits("unlabelled")
+    seen = change(images[:32])
+    with pytest.raises(DataError, match=rf"deviation {float(seen.std()):.3g}, but .*any_range=True \(--any-range\)"):
+        dsconv.calibrate(dsconv.quantize(net), net, seen)
+    with pytest.warns(UserWarning, match="prepare them as for evaluation"):
+        dsconv.calibrate(dsconv.quantize(net), net, seen, any_range=True)
+
+
+def test_a_batchnorm_tells_the_range_of_a_network_that_says_nothing_of_images() -> None:
     trained = varied()
     trained.bn.running_mean[:] = 40
-    with pytest.warns(UserWarning, match="first BatchNorm, 'bn', reads"):
+    with pytest.raises(DataError, match="first BatchNorm, 'bn', reads"):
         dsconv.calibrate(dsconv.quantize(trained), trained, pictures())
+    trained.bn.reset_running_stats()  # it was never trained, and remembers nothing
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dsconv.calibrate(dsconv.quantize(trained, "w4a4"), trained, pictures() * 100)
+
+
+def worse(x: Tensor, qnet: tnn.Module, net: tnn.Module, monkeypatch: pytest.MonkeyPatch) -> tnn.Module:
+    """Calibrate with scales that are all off."""
+    module = importlib.import_module("dsconv.calibration.calibrate")  # the package has a function of that name
+    rounded = module.round_to
+
+    def off(*args: Any, **given: Any) -> Rounded:
+        found = rounded(*args, **given)
+        return found._replace(scale=found.scale * 10)
+
+    monkeypatch.setattr(module, "round_to", off)
+    with pytest.warns(UserWarning, match="kept is the network as it was given: on 4 images held back"):
+        return dsconv.calibrate(qnet, net, x)
+
+
+def test_a_network_that_calibration_makes_worse_is_returned_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = varied(), pictures()
+    qnet = dsconv.quantize(net, "w4a4")
+    kept = worse(x, qnet, net, monkeypatch)
+    assert same(kept, qnet) and kept is not qnet
+    info, table = model_info(kept), calibration(kept)
+    assert info is not None and info.calibrated_on == 0 and info.biases == ()
+    assert table.kept == "given" and table.after > table.before and table.measure == "KL divergence"
+    held_out = x[split(len(x))[1]]
+    assert table.before == pytest.approx(dsconv.compare(net, qnet, held_out).kl, rel=1e-3)
+    assert "Kept is the network as it was given" in str(table) and f"{table.before:.4g} as given" in " ".join(
+        str(table).split()
+    )
+    made = table.to_dict()
+    assert (made["kept"], made["held_back"], made["before"]) == ("given", 4, table.before)
+
+
+def test_outputs_that_are_no_logits_are_compared_by_their_relative_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = tnn.Sequential(tnn.Conv2d(3, 16, 3), tnn.ReLU(), tnn.Conv2d(16, 4, 3)).eval(), pictures()
+    qnet = dsconv.quantize(net, "w4a4")
+    table = calibration(dsconv.calibrate(qnet, net, x))
+    held_out = x[split(len(x))[1]]
+    with torch.inference_mode():
+        f, q = net(held_out), qnet(held_out)
+    assert (table.kept, table.measure) == ("calibrated", "relative error")
+    assert table.before == pytest.approx(float((f - q).square().sum() / f.square().sum()), rel=1e-3)
+    assert same(worse(x, qnet, net, monkeypatch), qnet)
+
+
+def test_a_network_of_nan_is_further_than_any_other() -> None:
+    net, x = chain(), pictures()
+    qnet = dsconv.quantize(net)
+    qnet[0].bias.data[:] = torch.nan
+    table = calibration(dsconv.calibrate(qnet, net, x))
+    assert table.before == math.inf and table.kept == "calibrated" and table.to_dict()["before"] is None
+
+
+def test_copies_of_an_image_count_once() -> None:
+    net, x = chain(), pictures()
+    qnet = dsconv.quantize(net)
+    noisy = x[:1] + 0.01 * torch.randn(20, *x.shape[1:])
+    for images in (x[:1].expand(64, -1, -1, -1), noisy, torch.cat([noisy, x[:3]])):
+        with pytest.raises(DataError, match=r"at least 4\), got [13] different ones, the other \d+ are copies"):
+            dsconv.calibrate(qnet, net, images)
+    with pytest.warns(UserWarning, match="^20 of 40 images are copies of others and are left out$"):
+        twice = dsconv.calibrate(qnet, net, torch.cat([x, x]))
+    assert same(twice, dsconv.calibrate(qnet, net, x)) and calibration(twice).images == IMAGES

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.calibration.collect import Moments, as_rows, blocks_of, from_rows
+from dsconv.calibration.held_back import Distance, split
 from dsconv.calibration.images import check_images, prepared_as, read_images
 from dsconv.calibration.layers import NAMES, Pair, pairs_of, trace
 from dsconv.calibration.passes import Passes
@@ -49,6 +51,7 @@ def calibrate(
     resume: bool = False,
     device: str | torch.device | None = None,
     memory_bytes: int = 4 << 30,
+    any_range: bool = False,
     progress: bool = False,
     on_layer: Callable[[CalibratedLayer], None] = lambda layer: None,
 ) -> nn.Module:
@@ -60,10 +63,14 @@ def calibrate(
     and do not add up. The bias makes the mean output right; layers that had none are given one. There are no labels
     and there is no training. The settings of all layers stay as they are, and so do layers in float.
 
+    An eighth of the images is held back, more of few. The result is the network that is closer to the reference on
+    these, the calibrated one or the one that was given; a warning says so where it is the latter.
+
     Args:
         qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, BatchNorm folded or not. It is left as it is.
         reference: the float network that it was made from.
         images: 16 to 256 unlabelled images like those to come, as in :func:`dsconv.evaluate`; they are kept in memory.
+            Copies of an image are left out, with a warning.
         preprocess: how a folder is read; None is what the networks say of themselves. The result says so of its images.
         limit: use this many images at most: the first ones, or, of a folder, evenly spaced ones; None is all.
         positions: places of an image, on average, at which the output of a layer is looked at.
@@ -73,16 +80,17 @@ def calibrate(
         device: where to run; None is where the networks are.
         memory_bytes: rough bound of what the networks' activations take. Images that are too many for it go through
             the network in several batches, for each layer anew.
+        any_range: take images that are far outside the range that the network expects, with a warning.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
         on_layer: is called with what became of a layer as soon as it is done.
 
     Returns:
         A model of the same classes, in the same training mode. ``model_info(result).calibration`` is the table of its
-        layers, a :class:`Calibration`.
+        layers, a :class:`Calibration`, which says which network was kept.
 
     Raises:
         ConfigError: an argument is out of range; or ``state`` is there and ``resume`` False, or the other way round.
-        DataError: there are too few images, or unusable ones.
+        DataError: there are fewer than 4 different images, unusable ones, or images far out of the network's range.
         ModelError: the networks do not belong together, cannot run on the images, or compute a NaN.
         FileFormatError: ``state`` is damaged, or belongs to other networks, images or arguments.
         OSError: ``state`` cannot be written.
@@ -106,22 +114,26 @@ def calibrate(
     x = read_images(images, preprocess, limit, qmodel, reference, progress=progress)
     with torch.inference_mode(False):
         result = copied(qmodel)
-    if (prepared := prepared_as(images, preprocess, qmodel, reference)) is not None:
-        set_preprocess(result, prepared)
+        if (prepared := prepared_as(images, preprocess, qmodel, reference)) is not None:
+            set_preprocess(result, prepared)
+        given = copied(result)
+    fitted, held_back = split(len(x))
     with ready([result, reference], device), torch.inference_mode(False), torch.no_grad():
         pairs, largest = trace(pairs_of(result, reference), result, reference, x[:1])
-        check_images(x, reference, result)
+        check_images(x, reference, result, any_range=any_range)
         batch_size = min(len(x), max(1, memory_bytes // (_COPIES * largest)))
         settings = [(pair.name, pair.layer.config.model_dump_json()) for pair in pairs]
         arguments = {"positions": positions, "seed": seed, "images at a time": batch_size, "settings": settings}
         arguments["dsconv version"] = metadata.version("dsconv")
         saved.open({"qmodel": qmodel, "reference": reference}, x, arguments)
+        distance = Distance(reference, torch.split(x[held_back], batch_size))
+        before = distance.of(result)
         pending = [pair for pair in pairs if pair.name not in saved.done and pair.reason is None]
         done = len(pairs) - len(pending)
         with progress_bar(progress, "calibrate", len(pairs), "layers", done=done) as advance:
 
             def finish(pair: Pair, moments: Moments) -> None:
-                record = _round(pair, moments, len(x))
+                record = _round(pair, moments, len(fitted))
                 layer = pair.layer
                 saved.add(record, vqk=layer.vqk, kds=layer.kds, kds_shift=layer.kds_shift, bias=layer.bias)
                 advance(1)
@@ -130,18 +142,25 @@ def calibrate(
             for pair in pairs:
                 if pair.name in saved.done:
                     _store(pair, **saved.tensors_of(pair.name))
-            passes = Passes(result, reference, torch.split(x, batch_size), positions, seed)
+            passes = Passes(result, reference, torch.split(x[fitted], batch_size), positions, seed)
             passes.collect(pending, finish, memory_bytes // 4)
-    info = model_info(result) or ModelInfo(QuantConfig())
-    added = (p.name for p in pairs if p.reason is None and qmodel.get_submodule(p.name).bias is None)
+        after = distance.of(result)
     records = [saved.done.get(pair.name, CalibratedLayer(pair.name, reason=pair.reason)) for pair in pairs]
+    table = Calibration(tuple(records), len(x), seed, len(held_back), distance.measure, before, after)
+    if table.kept == "given":
+        warnings.warn(f"{table.verdict}: calibrate on more images like those to come", stacklevel=2)
+        given.dsconv_info = replace(_info(given), calibration=table)  # type: ignore[assignment]
+        return given
+    info = _info(result)
+    added = (p.name for p in pairs if p.reason is None and qmodel.get_submodule(p.name).bias is None)
     result.dsconv_info = replace(  # type: ignore[assignment]
-        info,
-        calibrated_on=len(x),
-        biases=(*info.biases, *added),
-        calibration=Calibration(tuple(records), len(x), seed),
+        info, calibrated_on=len(x), biases=(*info.biases, *added), calibration=table
     )
     return result
+
+
+def _info(model: nn.Module) -> ModelInfo:
+    return model_info(model) or ModelInfo(QuantConfig())
 
 
 def check_models(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = NAMES) -> None:

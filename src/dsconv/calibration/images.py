@@ -15,8 +15,10 @@ from dsconv.progress import progress_bar
 from dsconv.zoo import preprocess_of
 
 FEWEST, ENOUGH, GOOD = 4, 16, 128
-# How many times as wide or narrow, or how many deviations off, images may be without a warning.
-_ODD = 3.0
+# How many times as wide or narrow, or how many deviations off, images may be without a warning, and without a refusal.
+_ODD, _FAR = 3.0, 10.0
+# Images are copies of one another where they differ by so much of their variance, squared, in as many of their values.
+_COPY, _COMPARED = 0.01, 1024
 
 
 def read_images(
@@ -28,7 +30,7 @@ def read_images(
     good: int = GOOD,
     progress: bool = False,
 ) -> Tensor:
-    """All images as one float32 tensor ``(N, C, H, W)``; a warning where there are not ``enough`` of them.
+    """Return all images but copies as one float32 tensor ``(N, C, H, W)``; warn where there are not ``enough`` of them.
 
     Raises:
         DataError: there are too few, they differ in shape, or one is not finite.
@@ -49,13 +51,17 @@ def read_images(
             f"{source.broken[0].reason}",
             stacklevel=3,
         )
-    if count < FEWEST:
-        raise DataError(f"images: expected {enough} or more (at least {FEWEST}), got {count}: {good} are good")
-    if count < enough:
-        warnings.warn(f"{count} images are few: expected {enough} or more, {good} are good", stacklevel=3)
-    x = torch.cat(parts)
+    x = torch.cat(parts) if parts else torch.empty((0, 1), dtype=torch.float32)
     if not (finite := x.isfinite().flatten(1).all(1)).all():
         raise DataError(f"images: image {int((~finite).nonzero()[0])} holds a NaN or an infinity")
+    x = x[~(copies := _copies(x))]
+    different = f"{len(x)} different ones, the other {count - len(x)} are copies of these" if copies.any() else count
+    if len(x) < FEWEST:
+        raise DataError(f"images: expected {enough} or more (at least {FEWEST}), got {different}: {good} are good")
+    if copies.any():
+        warnings.warn(f"{count - len(x)} of {count} images are copies of others and are left out", stacklevel=3)
+    if len(x) < enough:
+        warnings.warn(f"{len(x)} images are few: expected {enough} or more, {good} are good", stacklevel=3)
     return x
 
 
@@ -67,12 +73,32 @@ def prepared_as(images: Images, given: Preprocess | None, *models: nn.Module) ->
     return given or next((found for model in models if (found := preprocess_of(model)) is not None), None)
 
 
-def check_images(x: Tensor, reference: nn.Module, qmodel: nn.Module) -> None:
-    """Warn of images that are not prepared as the network expects, as far as it tells.
+def _copies(x: Tensor) -> Tensor:
+    """Return which images ``(N,)`` are, all but for noise, the same as one before them."""
+    values = x.flatten(1)
+    some = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0))[:_COMPARED]
+    values = values[:, some].double()
+    spread = values.var(1, correction=0) * values.shape[1]
+    values = values - values.mean(0)  # so that products lose few digits
+    squares = values.square().sum(1)
+    found = torch.zeros(len(x), dtype=torch.bool)
+    for image in range(1, len(x)):
+        distance = squares[:image] + squares[image] - 2 * (values[:image] @ values[image])
+        allowed = _COPY / 2 * (spread[:image] + spread[image]) + 1e-9 * (squares[:image] + squares[image])
+        found[image] = bool((distance <= allowed).any())
+    return found
+
+
+def check_images(x: Tensor, reference: nn.Module, qmodel: nn.Module, *, any_range: bool = False) -> None:
+    """Warn of images that are not prepared as the network expects, as far as it tells; refuse those far out of range.
 
     It tells by its ``dsconv.data.Preprocess``, of which photographs have a known mean and deviation, and by the
     statistics that its first BatchNorm kept of the images it was trained on.
+
+    Raises:
+        DataError: mean or deviation is far from what the network expects, and not ``any_range``.
     """
+    far = False
     known = prepared_as(x, None, qmodel, reference)
     said, seen = [], f"their mean is {float(x.mean()):.3g} and their deviation {float(x.std()):.3g}"
     if known is not None:
@@ -85,7 +111,9 @@ def check_images(x: Tensor, reference: nn.Module, qmodel: nn.Module) -> None:
             float(((known.scale * PHOTOGRAPH_MEAN - mean) / std).mean()),
             float((known.scale * PHOTOGRAPH_DEVIATION / std).mean()),
         )
-        if _is_odd(float(x.std()) / expected[1], (float(x.mean()) - expected[0]) / expected[1]):
+        width, offset = float(x.std()) / expected[1], (float(x.mean()) - expected[0]) / expected[1]
+        far = far or _is_odd(width, offset, _FAR)
+        if _is_odd(width, offset):
             said.append(
                 f"photographs as the network's preparation makes them have {expected[0]:.3g} and {expected[1]:.3g}"
             )
@@ -93,24 +121,29 @@ def check_images(x: Tensor, reference: nn.Module, qmodel: nn.Module) -> None:
     read = None if batchnorm is None else _read_by(reference, batchnorm, x[:ENOUGH])
     if read is not None:
         width, offset = read
+        far = far or _is_odd(width, offset, _FAR)
         if _is_odd(width, offset):
             said.append(
                 f"the first BatchNorm, {batchnorm!r}, reads values of {width:.3g} times the deviation, and means "
                 f"{offset:.3g} deviations off those, that it was trained on"
             )
     if said:
-        warnings.warn(f"images: {seen}, but {'; '.join(said)}: prepare them as for evaluation", stacklevel=3)
+        text = f"images: {seen}, but {'; '.join(said)}: prepare them as for evaluation"
+        if far and not any_range:
+            raise DataError(f"{text}, or pass any_range=True (--any-range) to take them as they are")
+        warnings.warn(text, stacklevel=3)
 
 
-def _is_odd(width: float, offset: float) -> bool:
-    return not 1 / _ODD <= width <= _ODD or abs(offset) > _ODD
+def _is_odd(width: float, offset: float, most: float = _ODD) -> bool:
+    return not 1 / most <= width <= most or abs(offset) > most
 
 
 def _read_by(reference: nn.Module, name: str, x: Tensor) -> tuple[float, float] | None:
     """Of what a BatchNorm reads: deviation, and distance of the means, in deviations of its running statistics."""
     batchnorm = reference.get_submodule(name)
     mean, var = getattr(batchnorm, "running_mean", None), getattr(batchnorm, "running_var", None)
-    if mean is None or var is None:
+    # One that was never trained remembers nothing.
+    if mean is None or var is None or (not mean.any() and bool((var == 1).all())):
         return None
     found: list[tuple[float, float]] = []
 

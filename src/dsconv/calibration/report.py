@@ -1,7 +1,8 @@
 """What a calibration did to each layer, as a table."""
 
+import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsconv.tables import as_text
 
@@ -36,17 +37,44 @@ class Calibration:
 
     Attributes:
         layers: one of each.
-        images: number of images.
+        images: number of images, those held back included.
         seed: of the choice of places in them.
+        held_back: images that no layer was fitted to, on which the two networks were compared.
+        measure: by which they were compared: ``KL divergence`` of the logits in nats, or ``relative error`` of outputs
+            that are no logits.
+        before, after: of the network that was given and of the calibrated one, on the images held back; infinite where
+            one computes a NaN.
     """
 
     layers: tuple[CalibratedLayer, ...]
     images: int
     seed: int
+    held_back: int
+    measure: str
+    before: float
+    after: float
+
+    @property
+    def kept(self) -> Literal["calibrated", "given"]:
+        """Which network is the result: the closer one."""
+        return "calibrated" if self.after <= self.before else "given"
+
+    @property
+    def verdict(self) -> str:
+        """Which network was kept and by how much it is the better one, in one sentence without its full stop."""
+        what = "the calibrated network" if self.kept == "calibrated" else "the network as it was given"
+        return (
+            f"kept is {what}: on {self.held_back} images held back, {self.measure} from the float network is "
+            f"{self.before:.4g} as given and {self.after:.4g} calibrated"
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
+        """Plain data, ready for JSON; an infinite distance is None."""
+        distances = {name: value if math.isfinite(value) else None for name, value in self._distances().items()}
+        return asdict(self) | distances | {"kept": self.kept}
+
+    def _distances(self) -> dict[str, float]:
+        return {"before": self.before, "after": self.after}
 
     def __rich__(self) -> "Table":
         from rich import box
@@ -60,6 +88,7 @@ class Calibration:
         notes = [
             f"Calibrated on {self.images} images, seed {self.seed}. Errors: of a layer's output on these images, in "
             "percent of its variance, those of the layers before it included.",
+            f"{self.verdict[0].upper()}{self.verdict[1:]}.",
             *(f"Left as it was, {reason}: {', '.join(names)}." for reason, names in left.items()),
         ]
         table = Table(

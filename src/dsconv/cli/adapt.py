@@ -9,6 +9,7 @@ import dsconv
 from dsconv import zoo
 from dsconv.cli.common import (
     REFERENCE_HELP,
+    AnyRange,
     Channels,
     Crop,
     Force,
@@ -57,6 +58,7 @@ def adapt(
     resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
     device: Annotated[str, typer.Option(help="Where to train, as PyTorch names it: cpu, cuda.")] = "cpu",
     autocast: Annotated[bool, typer.Option("--autocast", help=_AUTOCAST_HELP)] = False,
+    any_range: AnyRange = False,
     force: Force = False,
     as_json: Json = False,
     resize: Resize = None,
@@ -99,6 +101,7 @@ def adapt(
             log=log,
             device=device,
             autocast=autocast,
+            any_range=any_range,
             progress=True,
         )
         if not is_first():

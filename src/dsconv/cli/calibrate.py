@@ -11,6 +11,7 @@ from dsconv import zoo
 from dsconv.cli.common import (
     FILE_HELP,
     REFERENCE_HELP,
+    AnyRange,
     Channels,
     Config,
     Crop,
@@ -58,6 +59,7 @@ def calibrate(
     resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
     memory: Annotated[float, typer.Option(min=0.01, metavar="GIB", help="Rough bound of what activations take.")] = 4.0,
     device: Annotated[str, typer.Option(help="Where to run, as PyTorch names it: cpu, cuda.")] = "cpu",
+    any_range: AnyRange = False,
     force: Force = False,
     as_json: Json = False,
     resize: Resize = None,
@@ -70,7 +72,8 @@ def calibrate(
 ) -> None:
     """Round the weights of a quantized network again so that, on your images, each layer puts out what it did in float.
 
-    FILE, or MODEL quantized as --preset or --config say. The images need no labels, and there is no training.
+    FILE, or MODEL quantized as --preset or --config say. The images need no labels, and there is no training. A part
+    of them is held back, and OUT is the network that does better on these, calibrated or as it was.
     """
     given = preparation(locals())
     is_file = is_quantized_file(file_or_model)
@@ -106,6 +109,7 @@ def calibrate(
             resume=resume,
             device=device,
             memory_bytes=int(memory * 2**30),
+            any_range=any_range,
             progress=True,
         )
         seconds = time.perf_counter() - start

@@ -40,6 +40,9 @@ ModelOfFile = Annotated[str | None, typer.Option("--model", metavar="MODEL", hel
 _SIZE_HELP = "Of an image, in place of what the model asks for."
 Size = Annotated[str | None, typer.Option(metavar="PIXELS|[CHANNELSx]HEIGHTxWIDTH", help=_SIZE_HELP)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")]
+AnyRange = Annotated[
+    bool, typer.Option("--any-range", help="Take images that are far outside the range that the network expects.")
+]
 FastMath = Annotated[
     bool,
     typer.Option(

@@ -56,6 +56,7 @@ def adapt(
     log: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
     autocast: bool = False,
+    any_range: bool = False,
     progress: bool = False,
     on_look: Callable[[Look], None] = lambda look: None,
 ) -> nn.Module:
@@ -84,6 +85,7 @@ def adapt(
         log: file ``*.csv`` to write the :class:`Look` of every ``recipe.every`` steps to.
         device: where to train; None is where the networks are.
         autocast: multiply in bfloat16.
+        any_range: take images that are far outside the range that the network expects, with a warning.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
         on_look: is called with each :class:`Look`.
 
@@ -93,7 +95,7 @@ def adapt(
 
     Raises:
         ConfigError: an argument is out of range; or ``state`` is there and ``resume`` False, or the other way round.
-        DataError: there are too few images, or unusable ones.
+        DataError: there are fewer than 4 different images, unusable ones, or images far out of the network's range.
         ModelError: the networks do not belong together, cannot run on the images, or compute a NaN before training.
         FileFormatError: ``state`` is damaged, or belongs to other networks, images or arguments.
         OSError: ``state`` or ``log`` cannot be written; the state before it is left.
@@ -139,7 +141,7 @@ def adapt(
         with ready([result, teacher], processes.device), torch.inference_mode(False), ops.simulated():
             with torch.no_grad():
                 pairs, _ = trace(pairs_of(result, teacher, names), result, teacher, x[:1], names)
-                check_images(x, teacher, result)
+                check_images(x, teacher, result, any_range=any_range)
             pairs = [pair for pair in pairs if pair.outputs]
             run = _Training(result, teacher, pairs, x, recipe, seed, processes, autocast)
             settings = {
