@@ -39,7 +39,8 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
     * ``labels.csv`` (header ``file,class_index``): the files it lists, relative to the folder, and no others;
     * class folders: every image below ``CLASS/``; the class index is the place of ``CLASS`` in ``classes``. Without
       these, it is the place among the names of all class folders, empty ones included: in the order of their numbers
-      if all names are whole numbers (``2`` before ``10``), and else sorted as text (``c10`` before ``c2``);
+      if all names are whole numbers (``2`` before ``10``, which torchvision's ``ImageFolder`` has the other way round),
+      and else sorted as text (``c10`` before ``c2``);
     * images without class folders: unlabelled.
 
     Images are the files that end, in any case, in one of ``EXTENSIONS``; hidden files and folders are skipped.
