@@ -436,9 +436,8 @@ def _check_labels(labels: Tensor, classes: int, folder: ImageFolder | None) -> N
         )
     elif folder.is_doubtful:
         warnings.warn(
-            f"The class folders of {folder.path} are sorted as text ({folder.order_in_words}), in which numbers within "
-            "names do not count: if the model's outputs have another order, use ImageFolder(classes=...), --classes or "
-            "a labels.csv.",
+            f"The class folders of {folder.path} are ordered {folder.order_in_words}. Numbers within names do not "
+            "count: if the model's outputs have another order, use ImageFolder(classes=...), --classes or a labels.csv.",
             stacklevel=2,
         )
 

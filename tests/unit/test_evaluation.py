@@ -212,7 +212,7 @@ class TestEvaluate:
         for i in (1, 2, 3, 4, 5, 6, 7, 10):
             (tmp_path / f"c{i}").mkdir()
             Image.new("RGB", (6, 6)).save(tmp_path / f"c{i}" / "1.png")
-        with pytest.warns(UserWarning, match=r"sorted as text \(by their names as text: c1, c10, c2, ..., c7\)"):
+        with pytest.warns(UserWarning, match=r"ordered by their names as text: c1, c10, c2, ..., c7\. Numbers"):
             evaluate(Net(), tmp_path, preprocess=Preprocess())
 
     def test_more_class_folders_than_outputs_are_an_error(self, tmp_path: Path) -> None:

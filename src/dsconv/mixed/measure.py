@@ -259,8 +259,7 @@ def measure(
         "images at a time": [tuple(x.shape) for x, _ in kept],
         "dsconv version": metadata.version("dsconv"),
     }
-    pixels = torch.cat([x.flatten().cpu() for x, _ in kept])
-    saved.open({"model": original, "config": quantized}, pixels, arguments)
+    saved.open({"model": original, "config": quantized}, [x for x, _ in kept], arguments)
     pairs = [(name, choice) for name in names for choice in choices]
     trials = saved.trials(pairs)
     tried = _tried(model, config, pairs[len(trials) :])
@@ -292,12 +291,15 @@ class _State:
         self._file, self._path = StateFile(path, resume, work), path
         self._stored: Any = []
 
-    def open(self, models: Mapping[str, nn.Module], x: Tensor, settings: Mapping[str, Any]) -> None:
+    def open(self, models: Mapping[str, nn.Module], x: Sequence[Tensor], settings: Mapping[str, Any]) -> None:
         """Read the file, or try to write one, so that what is wrong with it shows before the work begins."""
-        found = self._file.open(models, x, settings)
+        if self._path is None:
+            return
+        # Their shapes, which may differ, are among the settings.
+        found = self._file.open(models, torch.cat([batch.flatten().cpu() for batch in x]), settings)
         if found is not None:
             self._stored = found[0]
-        elif self._path is not None:
+        else:
             self.write([])
             self._file.remove()  # there is nothing to resume yet
 
