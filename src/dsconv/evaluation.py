@@ -437,7 +437,8 @@ def _check_labels(labels: Tensor, classes: int, folder: ImageFolder | None) -> N
     elif folder.is_doubtful:
         warnings.warn(
             f"The class folders of {folder.path} are ordered {folder.order_in_words}. Numbers within names do not "
-            "count: if the model's outputs have another order, use ImageFolder(classes=...), --classes or a labels.csv.",
+            "count: if the model's outputs have another order, use ImageFolder(classes=...), --classes or a "
+            "labels.csv.",
             stacklevel=2,
         )
 
