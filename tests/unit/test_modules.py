@@ -6,6 +6,7 @@ Where the integer kernels cover a layer, they and the float simulation are both 
 import copy
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch import nn as tnn
 
+import dsconv
 from dsconv import nn, ops
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.numerics import fake_quantize_activation, quantize_weight
@@ -426,3 +428,67 @@ def test_exported_model_computes_the_same_for_any_batch(config: LayerConfig) -> 
         with torch.no_grad():
             torch.testing.assert_close(module(x), model(x), rtol=1e-5, atol=1e-6)
     assert {name for name in program.state_dict if name.endswith("vqk")} == {f"{i}.vqk" for i in (0, 2, 3, 4, 7)}
+
+
+class AsksDtype(tnn.Module):
+    """Asks its parameters and a layer for dtype and device, as models do that cast their inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = tnn.Conv2d(3, 8, 3, bias=False)
+        self.norm = tnn.BatchNorm2d(8, affine=False)
+        self.last = tnn.Conv2d(8, 4, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        like, weight = next(self.parameters()), self.last.weight
+        x = self.norm(self.first(x.to(like.device, like.dtype)))
+        return self.last(x.to(weight.device, weight.dtype)) * weight.shape[1]
+
+
+def asking() -> tnn.Module:
+    torch.manual_seed(0)
+    return AsksDtype().eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_without_other_parameters_has_dtype_and_device(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    quantized = dsconv.quantize(asking().to(dtype), "w8a8")
+    cast = dsconv.quantize(asking(), "w8a8").to(dtype)
+    for model in (quantized, cast):
+        assert {p.dtype for p in model.parameters()} == {model.last.weight.dtype} == {dtype}
+        with torch.inference_mode():
+            y = model(x)
+        assert y.dtype == dtype
+        assert (y.float() - asking()(x)).norm() < 0.05 * asking()(x).norm()
+    assert next(quantized.to("meta").parameters()).device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_files_and_states_are_as_without_that_parameter(dtype: torch.dtype, tmp_path: Path) -> None:
+    quantized = dsconv.quantize(asking().to(dtype), "w8a8")
+    assert not any("weight_like" in name for name in quantized.state_dict())
+    quantized.load_state_dict(quantized.state_dict())
+    path = dsconv.save(quantized, tmp_path / "net.safetensors")
+    loaded = dsconv.load(path, asking().to(dtype))
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), quantized(x))
+        if dtype == torch.float32:
+            folded = dsconv.fold_batchnorm(quantized)
+            assert torch.equal(dsconv.load(dsconv.save(folded, path), asking())(x), folded(x))
+            assert torch.equal(dsconv.compile(folded, x)(x), folded(x))
+
+
+def test_a_file_in_half_precision_gives_layers_that_say_so(tmp_path: Path) -> None:
+    model = tnn.Sequential(tnn.Conv2d(3, 8, 3, bias=False), tnn.BatchNorm2d(8), tnn.Conv2d(8, 4, 1)).eval()
+    path = dsconv.save(dsconv.quantize(model.half(), "w8a8"), tmp_path / "net.safetensors")
+    assert {p.dtype for p in dsconv.load(path, model.float()).parameters()} == {torch.float16}
+
+
+def test_a_weight_cannot_be_replaced_unseen() -> None:
+    _, made = make(nn.DSConv2d, W4)
+    for value in (torch.zeros(3), tnn.Parameter(torch.zeros(3)), None):
+        with pytest.raises(AttributeError, match=r"DSConv2d: its weight is computed from vqk.*quantize_\(weight\)"):
+            made.weight = value

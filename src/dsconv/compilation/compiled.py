@@ -144,7 +144,7 @@ class CompiledModel(nn.Module):
 
     # Graphs hold what cannot be copied or pickled everywhere: a copy captures anew when it is called.
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_captured": {}, "_lock": None}
+        return {**super().__getstate__(), "_captured": {}, "_lock": None}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

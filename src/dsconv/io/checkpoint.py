@@ -613,6 +613,11 @@ def _fill(path: Path, header: Header, model: nn.Module, stored: dict[str, Tensor
         if expected[name].dtype != value.dtype:
             expected[name].data = expected[name].data.to(value.dtype)
     model.load_state_dict(state)
+    common = next((p for p in model.parameters() if p.numel() and p.is_floating_point()), None)
+    for _, layer in layers:
+        like = layer.bias if layer.bias is not None else common
+        if like is not None:
+            layer.weight_like.data = layer.weight_like.data.to(like.dtype)
 
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -60,6 +60,8 @@ class DSLayer(nn.Module):
             one would change the weights.
         kds_shift: as ``kds``, or None without a shift.
         bias: parameter ``(O,)`` or None.
+        weight_like: parameter ``(0,)`` of the dtype and device that a float weight would have, for models that ask
+            their parameters or :attr:`weight` for these. It is no part of the state.
         config: the settings of this layer.
         weight_sqnr_db: ``10 log10(sum w^2 / sum (w - w_q)^2)`` of the weight it was made from, None where unknown.
     """
@@ -72,6 +74,7 @@ class DSLayer(nn.Module):
     kds: Tensor
     kds_shift: Tensor | None
     bias: nn.Parameter | None
+    weight_like: nn.Parameter
     _kernel_weights: KernelWeights | None = None
     # Gives the weight in the place of VQK and KDS while these are trained.
     _shadow: Callable[[], Tensor] | None = None
@@ -88,6 +91,7 @@ class DSLayer(nn.Module):
         self.register_buffer("vqk", torch.zeros(vqk_shape, dtype=torch.int8))
         self.register_buffer("kds", kds)
         self.register_buffer("kds_shift", kds.clone() if config.weight_shift else None)
+        self.weight_like = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(vqk_shape[0])) if bias else None
 
     def _rows(self, weight: Tensor) -> Tensor:
@@ -104,8 +108,19 @@ class DSLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """:meth:`dequantized_weight`, for code that looks at a layer's ``weight``."""
-        return self.dequantized_weight()
+        """A copy of :meth:`dequantized_weight` in the dtype of ``weight_like``, for code that looks at the weight.
+
+        To change the weight, call :meth:`quantize_`: what is written to the copy is lost.
+        """
+        return self.dequantized_weight().to(self.weight_like.dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__}: its weight is computed from vqk and kds and cannot be replaced: call "
+                "quantize_(weight) to quantize another one, or set the weight of the float model before quantizing it"
+            )
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def quantize_(self, weight: Tensor, inputs: InputMoments | None = None) -> Self:
@@ -246,13 +261,20 @@ class DSLayer(nn.Module):
             self._kernel_weights = None
             return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}weight_like")
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        missing_keys[:] = [name for name in missing_keys if name != f"{prefix}weight_like"]
         self.pack_()
 
     # A copy, or what was pickled, makes its own packed weights.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kernel_weights": None}
+        return {**super().__getstate__(), "_kernel_weights": None}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -263,7 +285,10 @@ class DSLayer(nn.Module):
         """Layer of the geometry, device, training flag and bias of the float ``layer``, whose weights are all zero."""
         make: Callable[..., Self] = cls
         made = make(*cls._geometry(layer), config=config)
-        made.to(device_of(layer))
+        tensors = chain(layer.parameters(), layer.buffers())
+        home = next((t for t in tensors if t.is_floating_point()), made.weight_like)
+        made.to(home.device)
+        made.weight_like.data = made.weight_like.data.to(home.dtype)
         if layer.bias is not None:
             made.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
         return made.train(layer.training)
