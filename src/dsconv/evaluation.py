@@ -7,7 +7,7 @@ import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -372,7 +372,7 @@ def _forward(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, float]:
     except RuntimeError as error:
         what = f"images of shape {tuple(x.shape)}, {x.dtype}, {x.device}"
         raise ModelError(f"The {name} cannot run on {what}: {first_line(error)}") from error
-    logits = logits_of(output)
+    logits = logits_in(output)
     if not isinstance(logits, Tensor):
         raise ModelError(f"The {name} must return logits (N, classes), got {type(output).__name__}.")
     values = logits.cpu()
@@ -382,10 +382,14 @@ def _forward(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, float]:
     return values.flatten(1).double(), seconds
 
 
-def logits_of(output: Any) -> Any:
-    """Return what of a network's output should be its logits: the field of that name, or the first of several."""
+def logits_in(output: Any) -> Any:
+    """Return the field ``logits`` of what a model returned, or its first field, item or value, or itself."""
     if isinstance(output, Mapping):
         return output.get("logits", next(iter(output.values()), None))
+    if is_dataclass(output):
+        values = [getattr(output, field.name) for field in fields(output)]
+        first = next((value for value in values if isinstance(value, Tensor)), output)
+        return getattr(output, "logits", first)
     first = output[0] if isinstance(output, tuple | list) and output else output
     return getattr(output, "logits", first)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.calibration.layers import forward, tensors_of
-from dsconv.evaluation import logits_of
+from dsconv.evaluation import logits_in
 
 Measure = Literal["KL divergence", "relative error"]
 
@@ -65,7 +65,7 @@ class Distance:
 
 def _outputs(output: Any, images: int) -> list[Tensor]:
     """Return the logits ``(N, classes)`` alone where there are any, else all tensors."""
-    logits = logits_of(output)
+    logits = logits_in(output)
     if isinstance(logits, Tensor) and len(logits) == images and _are_logits(logits):
         return [logits.flatten(1)]
     return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]

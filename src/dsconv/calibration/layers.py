@@ -1,9 +1,9 @@
 """The quantized layers of a network beside those of its float original."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -143,8 +143,16 @@ def trace(
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors in what a module returned."""
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    """All tensors in what a module returned: a tensor, or containers or dataclasses of them."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_of([getattr(leaf, field.name) for field in fields(leaf)])
+        elif isinstance(leaf, Mapping):  # of a class that PyTorch does not know
+            found += tensors_of(list(leaf.values()))
+    return found
 
 
 def forward(name: str, model: nn.Module, x: Tensor, errors: type[Exception] = RuntimeError) -> Any:

@@ -2,6 +2,7 @@
 
 import inspect
 import operator
+import re
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def capture(model: nn.Module, x: Tensor, any_batch: bool = True) -> fx.GraphModu
                 assert isinstance(module, fx.GraphModule)
                 _join_batchnorms(module.graph)
     except Exception as error:
+        if reason := unknown_output(error):
+            raise ModelError(reason) from error
         raise ModelError(
             f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}: {error}"
         ) from error
@@ -94,6 +97,20 @@ def in_layout_of(x: Tensor, images: int) -> Tensor:
     sizes = [images, *x.shape[1:]]
     zeros = torch.zeros([sizes[dim] for dim in order], dtype=x.dtype, device=x.device)
     return zeros.permute([order.index(dim) for dim in range(x.dim())])
+
+
+def unknown_output(error: BaseException) -> str | None:
+    """Return what to do where :mod:`torch.export` raised ``error`` for the type of a model's output, else None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if found := re.search(r"<class '([^']+)'> in output", str(cause)):
+            kind = found[1].rpartition(".")[2]
+            return (
+                f"the model returns {kind}, a class that torch.export does not know: if it is a dataclass, call "
+                f"torch.export.register_dataclass({kind}) before; or return tensors, tuples or dictionaries"
+            )
+        cause = cause.__cause__
+    return None
 
 
 def make_functional(graph: fx.Graph) -> bool:

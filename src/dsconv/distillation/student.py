@@ -12,6 +12,7 @@ from dsconv.calibration.layers import Pair, forward, tensors_of
 from dsconv.distillation.recipe import Recipe
 from dsconv.distillation.shadow import LearnedWeight, RecomputedWeight, Shadow
 from dsconv.errors import ModelError
+from dsconv.evaluation import logits_in
 from dsconv.nn import DSLayer
 
 # Of its dequantized weight, a layer may differ so much, squared, from what is recomputed at the start.
@@ -131,6 +132,16 @@ def noting_outputs(pairs: Sequence[Pair]) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def logits_of(name: str, model: nn.Module, x: Tensor) -> Tensor:
-    """Float32 logits ``(N, classes)``, the first tensor that ``model`` returns."""
-    logits = tensors_of(forward(name, model, x))[0]
-    return logits.float().flatten(1)
+    """Float32 logits ``(N, classes)``: the field ``logits`` or the first tensor that ``model`` returns.
+
+    Raises:
+        ModelError: it returns no tensor.
+    """
+    output = forward(name, model, x)
+    found = tensors_of([logits_in(output), output])
+    if not found:
+        raise ModelError(
+            f"{name}: expected logits (N, classes), got {type(output).__name__} without a tensor: return a tensor, or "
+            "a tuple, dictionary or dataclass of tensors"
+        )
+    return found[0].float().flatten(1)
