@@ -40,7 +40,7 @@ class _Captures:
     Attributes:
         graph: for any batch; None where the model cannot be captured so.
         by_batch: graphs for one batch.
-        programs: by what :meth:`CompiledModel._layout` says.
+        programs: by whether the batch is one, and strides; or by batch, threads and strides.
     """
 
     def __init__(self, graph: fx.GraphModule | None):
@@ -158,14 +158,19 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
     that follow them, and quantize what they write for the layers that read it. What lies between steps has its place in
     one piece of memory. Operators that the program does not know run in PyTorch; the plan names them.
 
-    The result returns the same bits as ``qmodel``, BatchNorm included, where PyTorch computes one with fused
-    multiply-adds: on processors with AVX2. A model without BatchNorm, as :func:`dsconv.fold_batchnorm` makes it, gives
-    the same bits everywhere.
+    The result returns the same bits and strides as ``qmodel`` for an input of any memory layout, on the same number of
+    threads; PyTorch's operators in the model may round two layouts, batches or numbers of threads differently, and so
+    does the result. BatchNorm is included where PyTorch computes one with fused multiply-adds: on processors with AVX2.
+    A model without BatchNorm, as :func:`dsconv.fold_batchnorm` makes it, has the same bits as its program everywhere.
+
+    The model is captured with the state that it has now: forward may cache by shape, and branch on parameters and
+    buffers. Neither ``qmodel`` nor the graph keeps what forward sets meanwhile.
 
     Args:
         qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, on the CPU; it is left as it is.
         example_input: float32 ``(N, ...)`` of at least one image, of the size of those to come. The batch may vary
-            afterwards, and other image sizes are captured when they come.
+            afterwards, and other image sizes and memory layouts are captured when they come. A model that takes the
+            batch size as a number, as ``len(x)`` does, is captured for each batch size.
         fast_math: compute SiLU and sigmoid by kernels of our own as well, not by PyTorch, and averages over whole
             images in an order of our own: faster, and a few units in the last place from its results, so that here and
             there a mantissa of a later layer falls on its other side. The bits then depend on neither instruction set,

@@ -1,8 +1,8 @@
 """Memory layouts of a model's tensors: what PyTorch computes may depend on them, in its last bits.
 
-A captured graph is run once, operator by operator as the model runs, for each layout of its input; every node then knows
-the strides that its tensor has in the model. A program gives PyTorch's operators tensors of these strides where the bits
-could depend on them, and uses a layout of its own elsewhere.
+A captured graph is run once, operator by operator as the model runs, for each layout of its input; every node then
+knows the strides that its tensor has in the model. A program gives PyTorch's operators tensors of these strides where
+the bits could depend on them, and uses a layout of its own elsewhere.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ _EXACT = {getattr(_aten, name) for name in f"{_MOVES} {_ROUND_ALONE}".split()} |
     _dsconv.conv2d,
     _dsconv.quantize_activation,
 }
-# PyTorch computes these on vectors, and on what remains of a thread's share value by value, which rounds in another way.
+# PyTorch computes these on vectors, and what remains of a thread's share value by value, which rounds in another way.
 _BY_VECTORS = {getattr(_aten, name) for name in ("elu", "exp", "gelu", "mish", "sigmoid", "silu", "softplus", "tanh")}
 _VECTORS = 64  # values: the most that PyTorch takes at a time is two vectors of 16
 _SHARES = (1 << 15, 1 << 11)  # values: a thread gets no fewer, of most operators and of GELU

@@ -77,8 +77,12 @@ class Program:
         # What steps of the extension make outside the memory: the network's outputs.
         made = {s.result for s in self.steps if s.result in self._bases and not isinstance(s.does, Call)}
         self._returns = {v.node: (base, *_layout(v)) for v, base in self._bases.items() if v in made}
-        self._strides = {step.node: s for step in self.steps if (s := _strides(step.node, lowered.batch)) is not None}
-        self._made_by_steps = {s.node for s in self.steps if s.result is not None and not isinstance(s.does, Call)}
+        calls = [step for step in self.steps if isinstance(step.does, Call)]
+        # What is there as a tensor of its own, in the layout of the model where that matters.
+        self._as_in_model = {self._input.node, *self.constants, *(step.node for step in calls)}
+        nodes = {n for step in calls for n in (step.node, *step.node.all_input_nodes)}
+        nodes.update(node for node in self._outputs if isinstance(node, fx.Node))
+        self._strides = {node: s for node in nodes if (s := _strides(node, lowered.batch)) is not None}
         self.memory_bytes: int = self._native.bytes(1)
         alone = any_batch and self._treats_images_alone()
         self.images_at_once = _CACHED_BYTES // max(1, self.memory_bytes) if alone else None
@@ -329,7 +333,7 @@ class Program:
         memory: Tensor,
         addresses: list[int],
     ) -> None:
-        """A step, by PyTorch; ``kept`` has tensors in the layouts of the model, and what steps of the extension read."""
+        """A step, by PyTorch; ``kept`` holds tensors in layouts of the model, and what steps of the extension read."""
         does = step.does
         assert isinstance(does, Call)
         for value in does.reads:
@@ -339,7 +343,7 @@ class Program:
 
         def given(n: fx.Node) -> Any:
             x = env[n]
-            if not does.faithful or n not in self._made_by_steps:
+            if not does.faithful or n in self._as_in_model:
                 return x
             strides = self._strides.get(n)
             if strides is None or (does.by_vectors and _alike_by_vectors(x, strides)):
@@ -381,15 +385,11 @@ class Program:
     def _returned(self, node: Any, images: int, env: dict[fx.Node, Any], memory: Tensor) -> Any:
         if not isinstance(node, fx.Node):
             return node
-        if node in self._made_by_steps:
-            made = env.get(node)
-            if made is None:
-                made = self._view(
-                    next(v for v in self._buffers if isinstance(v, Value) and v.node is node), images, memory
-                )
+        made = env.get(node)
+        if made is None:
+            made = self._view(next(v for v in self._buffers if isinstance(v, Value) and v.node is node), images, memory)
+        if node not in self._as_in_model:
             made = self._in_layout(node, made)
-        else:
-            made = env[node]
         inside = isinstance(made, Tensor) and made.untyped_storage().data_ptr() == memory.data_ptr()
         return _copied(made) if inside else made
 

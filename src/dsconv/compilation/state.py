@@ -1,4 +1,4 @@
-"""What a model holds while :mod:`torch.export` captures it: constants that it looks at, and what its forward changes."""
+"""Keeps a model's state out of a capture by :mod:`torch.export`, and its constants known during one."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,23 +15,10 @@ from dsconv.nn import DSLayer
 
 _LARGEST_KNOWN = 1 << 16  # values: weights that are computed from others are not kept a second time
 _WARM_BATCH = 3  # no usual batch, since a cache of that batch would not be seen to change
-_TAKE_SIZES = frozenset(
-    [
-        "expand",
-        "narrow",
-        "new_empty",
-        "new_full",
-        "new_ones",
-        "new_zeros",
-        "permute",
-        "repeat",
-        "reshape",
-        "roll",
-        "select",
-        "tile",
-        "unflatten",
-        "view",
-    ]
+# Functions of tensors whose arguments beside these are sizes.
+_TAKE_SIZES = (
+    *("expand", "narrow", "permute", "repeat", "reshape", "roll", "select", "tile", "unflatten", "view"),
+    *("new_empty", "new_full", "new_ones", "new_zeros"),
 )
 _RANDOM = ("bernoulli", "dropout", "multinomial", "normal", "poisson", "rand")
 
@@ -81,7 +68,7 @@ def _as_after_no_images(model: nn.Module, size: tuple[int, ...]) -> nn.Module:
     made, warm = _copy(model, share=lambda _: True), _copy(model, share=lambda module: isinstance(module, DSLayer))
     before = {name: _seen(module) for name, module in warm.named_modules()}
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             warm(torch.zeros((_WARM_BATCH, *size), dtype=torch.float32))
     except Exception:
         return made  # its capture says why, or is of another batch
@@ -126,9 +113,8 @@ def _of_no_images(now: Any, after: Any) -> Any:
         return 0 if after == _WARM_BATCH else now
     if isinstance(now, Tensor):
         return now[:0] if now.dim() and after.dim() and len(after) == _WARM_BATCH else now
-    if _numbers(now) and now and _numbers(after) and after and after[0] == _WARM_BATCH:
-        return type(now)((0, *now[1:]))
-    return now
+    plain = type(now) in (tuple, list, torch.Size) and now and after and _numbers(now) and _numbers(after)
+    return type(now)((0, *now[1:])) if plain and after[0] == _WARM_BATCH else now
 
 
 def _kept(model: nn.Module) -> Callable[[], None]:

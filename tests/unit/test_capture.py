@@ -1,0 +1,152 @@
+"""Models that keep a state, or look at their constants, are captured as they are."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dsconv
+from dsconv.errors import ModelError
+from dsconv.ops import cpu
+
+needs_extension = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+
+
+@functools.lru_cache
+def ramp(height: int, width: int) -> Tensor:
+    return torch.arange(height * width, dtype=torch.float32).view(height, width)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 3, padding=1)
+        self.eval()
+
+
+class Caches(Net):
+    """Anchors for the last shape, grids by size, and flags."""
+
+    shape: Any = None
+    first = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grids: dict[tuple[int, ...], Tensor] = {}
+
+    @functools.lru_cache  # noqa: B019
+    def steps(self, width: int) -> Tensor:
+        return torch.arange(width, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.shape != x.shape:
+            self.shape, self.anchors = x.shape, torch.ones_like(y).cumsum(3)
+        size = tuple(y.shape[2:])
+        if size not in self.grids:
+            self.grids[size] = torch.zeros(size) + size[0]
+        if not hasattr(self, "mesh") or self.mesh.shape != size:
+            self.register_buffer("mesh", torch.ones(size) * size[1])
+        self.first, self.images = False, x.shape[0]
+        return y + self.anchors + self.grids[size] + self.mesh + self.steps(size[1]) + ramp(*size)
+
+
+class Constants(Net):
+    """Branches and sizes of what buffers and parameters hold, as converters from ONNX write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("size", torch.tensor([-1, 8, 4 * 64]))
+        self.register_buffer("count", torch.tensor(2))
+        self.register_buffer("keep", torch.arange(32) % 2 == 0)
+        self.gain = nn.Parameter(torch.tensor([1.5, 2.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if torch.any(self.size == 0) or self.gain.sum() < 0:
+            return x
+        y = y * float(self.gain.max()) + torch.arange(self.count).sum()
+        z = y[:, self.keep.nonzero()[:, 0]][:, : self.count]
+        total = torch.zeros_like(self.gain)
+        total += x.mean()  # a constant no longer
+        same = torch.reshape(y, torch.Size(self.size)) + torch.reshape(y, [int(n) for n in self.size])
+        return same.flatten(1) + (z.sum((1, 2, 3)) + total[0] + self.count.item())[:, None] + self.size.tolist()[1]
+
+
+class ByBatch(Net):
+    """The batch size is a number, and one batch is treated in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[torch.Size, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if x.shape not in self.seen:
+            self.seen[x.shape] = torch.arange(len(x), dtype=torch.float32)[:, None, None, None]
+        return y + self.seen[x.shape] if x.shape[0] == 3 else y
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    found = {
+        f"{name}.{key}": dict(value) if isinstance(value, dict) else value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+    }
+    return found | {name: (tensor, tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def assert_same_state(model: nn.Module, before: dict[str, Any]) -> None:
+    after = state_of(model)
+    assert after.keys() == before.keys()
+    for key, value in after.items():
+        if isinstance(value, dict):
+            assert list(value) == list(before[key]) and all(value[k] is before[key][k] for k in value), key
+        elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+            assert value[0] is before[key][0] and value[1] == before[key][1], key
+        else:
+            assert value is before[key], key
+
+
+@needs_extension
+@pytest.mark.parametrize(("net", "sizes"), [(Caches, (8, 6)), (Constants, (8,)), (ByBatch, (8, 6))])
+@pytest.mark.parametrize("images_before", [0, 5])
+def test_compiled_for_one_shape_it_is_right_for_others(net: Any, sizes: tuple[int, ...], images_before: int) -> None:
+    qmodel = dsconv.quantize(net())
+    with torch.inference_mode():
+        if images_before:
+            qmodel(torch.randn(images_before, 3, 8, 8))
+        before = state_of(qmodel)
+        fast = dsconv.compile(qmodel, torch.zeros(1, 3, 8, 8))
+        assert_same_state(qmodel, before)
+        for size in sizes:
+            for images in (1, 5, 3):
+                x = torch.randn(images, 3, size, 8)
+                assert torch.equal(fast(x), qmodel(x))
+
+
+@pytest.mark.parametrize("net", [Caches, Constants])
+def test_exported_it_is_right_for_every_batch(net: Any, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    qmodel = dsconv.quantize(net())
+    with torch.inference_mode():
+        qmodel(torch.randn(5, 3, 8, 8))
+        before = state_of(qmodel)
+        session = runtime.InferenceSession(
+            str(dsconv.export_onnx(qmodel, torch.zeros(1, 3, 8, 8), tmp_path / "net.onnx"))
+        )
+        assert_same_state(qmodel, before)
+        for images in (1, 5, 3):
+            x = torch.randn(images, 3, 8, 8)
+            (y,) = session.run(None, {"x": x.numpy()})
+            torch.testing.assert_close(torch.from_numpy(y), qmodel(x), rtol=1e-4, atol=1e-3)
+
+
+def test_a_graph_for_all_batches_is_not_made_of_a_branch_on_one(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    with pytest.raises(ModelError, match=r"batch size became a constant.*branches on it"):
+        dsconv.export_onnx(dsconv.quantize(ByBatch()), torch.zeros(1, 3, 8, 8), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
