@@ -3,9 +3,22 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <new>
 
 namespace dsconv {
+
+class NoMemory : public std::bad_alloc {
+ public:
+  explicit NoMemory(std::int64_t bytes) {
+    std::snprintf(what_, sizeof what_, "the kernels need %lld more bytes of memory than there are: run smaller batches or images",
+                  static_cast<long long>(bytes));
+  }
+  const char* what() const noexcept override { return what_; }
+
+ private:
+  char what_[128];
+};
 
 // What is large is given back. Every user has its own, named by a type.
 template <class User>
@@ -14,8 +27,10 @@ class Scratch {
   explicit Scratch(std::int64_t bytes) {
     if (bytes <= kept_.bytes) return;
     kept_.release();
-    kept_.bytes = (bytes + 63) / 64 * 64;
-    kept_.data = static_cast<std::byte*>(::operator new(kept_.bytes, std::align_val_t{64}));
+    const std::int64_t whole = (bytes + 63) / 64 * 64;
+    kept_.data = static_cast<std::byte*>(::operator new(whole, std::align_val_t{64}, std::nothrow));
+    if (!kept_.data) throw NoMemory(whole);  // nothing is kept then, nor said to be
+    kept_.bytes = whole;
   }
   ~Scratch() {
     if (kept_.bytes > kKeepAtMost) kept_.release();

@@ -2,6 +2,8 @@
 
 import gc
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -373,3 +375,44 @@ def test_calls_of_changing_shapes_take_no_memory() -> None:
         CONV(**layers[i % 2] | {"x": images[i % 200]})
 
     assert growth_in_kilobytes(400, 2_000, call) < 3_000
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import torch
+from dsconv import nn
+from dsconv.config import LayerConfig
+
+torch.set_num_threads(int(sys.argv[2]))
+blocks, kind = sys.argv[1].split()
+more = {"pad": {"padding": 2**20, "stride": 2**20}, "limit": {"padding": 1, "stride": 2}}
+make = lambda **where: nn.DSConv2d.from_float(torch.nn.Conv2d(32, 8, 3, **where), LayerConfig(blocks=blocks)).eval()
+small, x = make(padding=1), torch.rand(1, 32, 8, 8)
+with torch.inference_mode():
+    good = small(x).clone()
+    large, image = make(**more[kind]), x if kind == "pad" else torch.rand(1, 32, 1200, 1200)
+    if kind == "limit":
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (40 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (used, used))
+    for _ in range(2):
+        try:
+            large(image)
+            print("it ran")
+        except MemoryError as error:
+            print(error)
+        except RuntimeError as error:  # of PyTorch, for the output
+            print("the kernels need", error)
+        print((small(x).numpy() == good.numpy()).all())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc/self/statm is Linux's own")
+@pytest.mark.parametrize(("case", "threads"), [("tap pad", 1), ("tap limit", 2), ("flat pad", 2)])
+def test_after_a_memory_error_the_next_call_is_right(case: str, threads: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, case, str(threads)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[1::2] == ["True", "True"]
+    assert all(line.startswith("the kernels need") for line in lines[::2]), lines
