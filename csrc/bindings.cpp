@@ -3,13 +3,17 @@
 // Tensors cross as addresses, which Python has validated (shape, dtype, layout, device); sizes are checked here again.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -39,24 +43,49 @@ Geometry geometry(const Sizes& s) {
   return g;
 }
 
+// Kernels that are built, and how often they were run: tests have to know that none stood in for another.
+struct Built {
+  std::string_view isa;
+  const Kernels& kernels;
+  std::atomic<std::int64_t> runs{0};
+};
+Built all_built[] = {
+#define DSCONV_BUILT(name) {#name, name::kernels},
+    DSCONV_KERNELS(DSCONV_BUILT)
+#undef DSCONV_BUILT
+};
+
+void count_run(const Kernels& kernels) {
+  for (Built& built : all_built)
+    if (&built.kernels == &kernels) built.runs.fetch_add(1, std::memory_order_relaxed);
+}
+
+bool has(std::string_view isa) {
+  static const std::vector<std::string_view> found = isa_found();
+  return std::find(found.begin(), found.end(), isa) != found.end();
+}
+
 const Kernels& kernels_of(std::string_view isa) {
-#define DSCONV_FIND(name) \
-  if (isa == #name) return name::kernels;
-  DSCONV_KERNELS(DSCONV_FIND)
-#undef DSCONV_FIND
-  throw std::invalid_argument("there are no kernels for " + std::string(isa));
+  for (const Built& built : all_built) {
+    if (built.isa != isa) continue;
+    if (!has(isa)) throw std::invalid_argument("isa: this processor has no " + std::string(isa));
+    return built.kernels;
+  }
+  throw std::invalid_argument("isa: there are no kernels for " + std::string(isa));
 }
 
 std::vector<std::string_view> isa_with_kernels() {
   std::vector<std::string_view> both;
   for (const std::string_view found : isa_found())
-    for (const std::string_view built : {
-#define DSCONV_NAME(name) std::string_view(#name),
-             DSCONV_KERNELS(DSCONV_NAME)
-#undef DSCONV_NAME
-         })
-      if (found == built) both.push_back(found);
+    for (const Built& built : all_built)
+      if (found == built.isa) both.push_back(found);
   return both;
+}
+
+std::map<std::string_view, std::int64_t> runs() {
+  std::map<std::string_view, std::int64_t> counted;
+  for (const Built& built : all_built) counted[built.isa] = built.runs;
+  return counted;
 }
 
 template <class T>
@@ -64,7 +93,27 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// That of a tensor of which something is read or written.
+template <class T>
+T* needed(const char* what, Address address, bool used = true) {
+  if (used && !address) throw std::invalid_argument(std::string(what) + ": expected the address of a tensor, got 0");
+  return at<T>(address);
+}
+
 Strides strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
+
+// Of a tensor of these sizes.
+Strides strides(std::array<std::int64_t, 4> s, std::int64_t images, std::int64_t channels, std::int64_t height, std::int64_t width) {
+  double last = 0.0;
+  const std::int64_t sizes[] = {images, channels, height, width};
+  for (int i = 0; i < 4; ++i) {
+    if (s[i] < 0) throw std::invalid_argument("strides: expected none below 0");
+    if (sizes[i] <= 1) s[i] = std::min(s[i], std::int64_t{1} << 31);  // of one value, it may be anything
+    last += static_cast<double>(std::max<std::int64_t>(sizes[i], 1) - 1) * static_cast<double>(s[i]);
+  }
+  if (last > 1e15) throw std::invalid_argument("strides: expected a tensor that fits into memory");
+  return strides(s);
+}
 
 int checked_bits(int bits) {
   if (bits < 2 || bits > 8) throw std::invalid_argument("bits are 2 to 8");
@@ -112,12 +161,14 @@ NB_MODULE(_C, m) {
   m.def("isa_found", &isa_found,
         "Instruction sets that this processor has and the operating system lets this process use, weakest first.");
   m.def("isa_with_kernels", &isa_with_kernels, "Those of isa_found that convolutions have kernels for.");
+  m.def("runs", &runs, "How often the kernels of each instruction set were run.");
   m.def(
       "use_parallel_for", [](Address function) { parallel_for = reinterpret_cast<ParallelFor>(function); },
       "Run tasks through the function at this address, of the signature of libtorch's torch_parallel_for; 0: serially.");
   m.def(
       "use_pool",
       [](int threads) {
+        if (threads < 1) throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
         pool_threads(threads);
         parallel_for = parallel_for_of_pool;
       },
@@ -126,6 +177,7 @@ NB_MODULE(_C, m) {
       "peak_rate",
       [](std::string_view isa, double seconds) {
         const Kernels& kernels = kernels_of(isa);
+        if (!(seconds > 0 && seconds <= 60)) throw std::invalid_argument("seconds: expected more than 0 and at most 60");
         nb::gil_scoped_release released;
         return peak_rate(kernels, seconds);
       },
@@ -139,10 +191,10 @@ NB_MODULE(_C, m) {
       "Bytes of the packed weight, and number of packed KDS.");
   m.def("pack_weight", [](const Sizes& sizes, Address vqk, int weight_bits, Address packed) {
     is_wide(weight_bits);
-    pack_weight(geometry(sizes), at<const std::int8_t>(vqk), weight_bits, at<std::uint8_t>(packed));
+    pack_weight(geometry(sizes), needed<const std::int8_t>("vqk", vqk), weight_bits, needed<std::uint8_t>("packed", packed));
   });
   m.def("pack_kds", [](const Sizes& sizes, Address kds, Address packed) {
-    pack_kds(geometry(sizes), at<const float>(kds), at<float>(packed));
+    pack_kds(geometry(sizes), needed<const float>("kds", kds), needed<float>("packed", packed));
   });
   m.def("quantize_activation", [](std::string_view isa, const Sizes& sizes, Address input,
                                   const std::array<std::int64_t, 4>& input_strides, int bits, int sign,
@@ -153,8 +205,13 @@ NB_MODULE(_C, m) {
     Layer layer{};
     layer.bits = checked_bits(bits);
     layer.sign = one_of<Sign>("sign", sign, 3);
+    const bool used = g.pixels() > 0;
+    const Input from{needed<const float>("input", input, used), strides(input_strides, g.images, g.channels, g.height, g.width)};
+    std::int8_t* const mantissas = needed<std::int8_t>("mantissa", mantissa, used);
+    std::int8_t* const exponents = needed<std::int8_t>("exponent", exponent, used);
+    count_run(kernels);
     nb::gil_scoped_release released;
-    quantize_activation(g, layer, kernels, {at<const float>(input), strides(input_strides)}, at<std::int8_t>(mantissa), at<std::int8_t>(exponent));
+    quantize_activation(g, layer, kernels, from, mantissas, exponents);
   });
 
   nb::class_<Convolution>(m, "Convolution")
@@ -166,16 +223,24 @@ NB_MODULE(_C, m) {
              layer.wide = is_wide(weight_bits), layer.bits = checked_bits(activation_bits);
              layer.sign = one_of<Sign>("sign", sign, 3);
              layer.activation = one_of<Activation>("activation", activation, kActivations), layer.slope = slope;
-             new (self) Convolution{kernels_of(isa), geometry(sizes), strides(input_strides), strides(output_strides), layer};
+             const Geometry g = geometry(sizes);
+             const Strides from = strides(input_strides, g.images, g.channels, g.height, g.width);
+             Strides to = strides(output_strides, g.images, g.outputs, g.out_height, g.out_width);
+             if (g.out_width <= 1) to.x = 1;
+             if (to.channel != 1 && to.x != 1) throw std::invalid_argument("output_strides: expected channels or lines that are dense");
+             new (self) Convolution{kernels_of(isa), g, from, to, layer};
            })
       .def("__call__", [](const Convolution& self, Address input, Address weight, Address kds, Address kds_shift, Address bias,
                           Address gain, Address offset, Address residual, Address output) {
+        const Geometry& g = self.geometry;
         Layer layer = self.layer;
-        layer.weight = at<const std::uint8_t>(weight), layer.kds = at<const float>(kds);
+        layer.weight = needed<const std::uint8_t>("weight", weight), layer.kds = needed<const float>("kds", kds);
         layer.kds_shift = at<const float>(kds_shift), layer.terms = terms(bias, gain, offset);
-        const Output out{at<float>(output), self.to, {at<const float>(residual), self.to}, {}};
+        const Output out{needed<float>("output", output, g.pixels() > 0), self.to, {at<const float>(residual), self.to}, {}};
+        const Input in{needed<const float>("input", input, g.images && g.height && g.width), self.from};
+        count_run(self.kernels);
         nb::gil_scoped_release released;
-        convolve(self.geometry, layer, self.kernels, {at<const float>(input), self.from}, out);
+        convolve(g, layer, self.kernels, in, out);
       });
 
   nb::class_<Program>(m, "Program", "A network as a list of steps over tensors that lie in one piece of memory.")
@@ -199,14 +264,14 @@ NB_MODULE(_C, m) {
           "quantized_bytes",
           [](std::int64_t depth, std::int64_t block_size, std::int64_t groups, const std::array<std::int64_t, 4>& grid,
              bool shift) {
-            return Quantized::bytes(format(depth, block_size, groups, 4, 4, 0, shift), {1, grid[0], grid[1], grid[2], grid[3]});
+            return Program::quantized_bytes(format(depth, block_size, groups, 4, 4, 0, shift), {1, grid[0], grid[1], grid[2], grid[3]});
           },
           "Bytes that a quantized tensor of an image takes.")
       .def("convolve",
            [](Program& self, const Sizes& sizes, int from, int input, Address weight, Address kds, Address kds_shift,
               Address bias, Address gain, Address offset, int weight_bits, int activation_bits, int sign, const Uses& uses) {
              self.convolve(geometry(sizes),
-                           {at<const std::uint8_t>(weight), at<const float>(kds), at<const float>(kds_shift),
+                           {needed<const std::uint8_t>("weight", weight), needed<const float>("kds", kds), at<const float>(kds_shift),
                             terms(bias, gain, offset), is_wide(weight_bits), checked_bits(activation_bits),
                             one_of<Sign>("sign", sign, 3), Activation::none, 0.0f},
                            from, input, use(uses));
@@ -229,6 +294,7 @@ NB_MODULE(_C, m) {
           "run",
           [](const Program& self, std::int64_t images, const std::vector<Address>& bases, int first, int last,
              Address seconds) {
+            count_run(self.kernels());
             nb::gil_scoped_release released;
             self.run(images, bases, first, last, at<double>(seconds));
           },

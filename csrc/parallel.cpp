@@ -1,6 +1,6 @@
 #include "parallel.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -13,14 +13,19 @@
 namespace dsconv {
 namespace {
 
+constexpr int kMostThreads = 1024;
 std::atomic<int> wanted{1};
 
 // Threads that wait for a job and take parts of it one by one; the caller takes part. One job at a time: a caller that
 // finds the pool busy does its job alone.
 class Pool {
  public:
-  explicit Pool(int threads) : process_(getpid()) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+  explicit Pool(int threads) : threads_(threads) {
+    workers_.reserve(threads - 1);
+    try {
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    } catch (...) {  // the system gives no more: those that there are do the work
+    }
   }
 
   ~Pool() {
@@ -32,8 +37,7 @@ class Pool {
     for (std::thread& worker : workers_) worker.join();
   }
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
-  bool of_this_process() const { return process_ == getpid(); }
+  int threads() const { return threads_; }  // as many as were asked for
 
   void run(std::int64_t begin, std::int64_t end, Range function, void* context) {
     {
@@ -68,7 +72,7 @@ class Pool {
     }
   }
 
-  const pid_t process_;
+  const int threads_;
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
@@ -80,18 +84,34 @@ class Pool {
   void* context_ = nullptr;
 };
 
+// What a process has to itself. Not destroyed when it ends: another thread may be in here still.
+struct Own {
+  std::mutex busy;
+  std::unique_ptr<Pool> pool;
+};
+Own* own = new Own;
+
+// The child of a fork has none of the threads, neither ours nor PyTorch's, which it would wait for without end; what another
+// thread had locked stays locked. It begins with a pool of its own.
+void begin_child() {
+  own = new Own;
+  if (parallel_for) parallel_for = parallel_for_of_pool;
+}
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, begin_child);
+
 }  // namespace
 
-void pool_threads(int count) { wanted = std::max(1, count); }
+void pool_threads(int count) { wanted = std::clamp(count, 1, kMostThreads); }
 
 void parallel_for_of_pool(std::int64_t begin, std::int64_t end, std::int64_t, Range function, void* context) {
-  // Neither is destroyed when the process ends: another thread may be in here still.
-  static std::mutex& busy = *new std::mutex;
-  static std::unique_ptr<Pool>& pool = *new std::unique_ptr<Pool>;
-  const std::unique_lock lock(busy, std::try_to_lock);
-  if (!lock || wanted == 1) return function(begin, end, context);
-  if (pool && !pool->of_this_process()) pool.release();  // a fork has the object, but not its threads
-  if (!pool || pool->threads() != wanted) pool = std::make_unique<Pool>(wanted);
+  const std::unique_lock lock(own->busy, std::try_to_lock);
+  const int threads = wanted;
+  if (!lock || threads == 1) return function(begin, end, context);
+  std::unique_ptr<Pool>& pool = own->pool;
+  if (!pool || pool->threads() != threads) {
+    pool.reset();
+    pool = std::make_unique<Pool>(threads);
+  }
   pool->run(begin, end, function, context);
 }
 

@@ -10,8 +10,8 @@ namespace dsconv {
 using Range = void (*)(std::int64_t begin, std::int64_t end, void* context);
 using ParallelFor = void (*)(std::int64_t begin, std::int64_t end, std::int64_t grain, Range, void* context);
 
-// What runs the tasks; null is one after another. Set before the first task.
-inline ParallelFor parallel_for = nullptr;
+// What runs the tasks; null is one after another. Set before the first task; the child of a fork changes to its own pool.
+inline std::atomic<ParallelFor> parallel_for{nullptr};
 
 // Runs on a pool that is made when first used, of as many threads as were last asked for with pool_threads.
 void parallel_for_of_pool(std::int64_t begin, std::int64_t end, std::int64_t grain, Range, void* context);
@@ -37,8 +37,9 @@ void parallel(std::int64_t tasks, Function function) {
       if (!c.failed.exchange(true)) c.error = std::current_exception();
     }
   };
-  if (parallel_for && tasks > 1)
-    parallel_for(0, tasks, 1, run, &all);
+  const ParallelFor on_threads = parallel_for;
+  if (on_threads && tasks > 1)
+    on_threads(0, tasks, 1, run, &all);
   else
     run(0, tasks, &all);
   if (all.failed) std::rethrow_exception(all.error);

@@ -11,6 +11,8 @@ namespace dsconv {
 namespace {
 
 constexpr std::int64_t kMost = std::int64_t{1} << 40;  // bytes an image
+constexpr int kMostBases = 1 << 20;
+constexpr double kMostBytes = 1e18;                    // of a run
 constexpr std::int64_t kPixels = 96;                   // that a task takes at a time
 
 void require(bool holds, const char* what) {
@@ -37,30 +39,41 @@ void to_lines(const float* from, std::int64_t image_stride, std::int64_t pixel_s
 }  // namespace
 
 int Program::values(const Values& v) {
-  require(v.base >= 0 && v.offset >= 0 && v.offset < kMost && v.offset % 64 == 0 && v.first >= 0 && is_size(v.channels) &&
+  require(v.base >= 0 && v.base < kMostBases && v.offset >= 0 && v.offset < kMost && v.offset % 64 == 0 && v.first >= 0 && is_size(v.channels) &&
               is_size(v.height) && is_size(v.width),
           "values: sizes and places are not negative");
   const Strides& s = v.strides;
   require(s.image >= 0 && s.channel >= 0 && s.y >= 0 && s.x >= 0, "values: strides are not negative");
-  const std::int64_t last = v.first + (v.channels - 1) * s.channel + (v.height - 1) * s.y + (v.width - 1) * s.x;
-  require(last < std::max<std::int64_t>(s.image, 1) && s.image < kMost / 4, "values: a tensor goes beyond its memory");
-  if (v.base == 0) bytes_ = std::max(bytes_, v.offset + (s.image * 4 + 63) / 64 * 64);
+  // In floating point, where no product overflows; what passes is small enough to be exact.
+  const auto far = [](std::int64_t size, std::int64_t stride) { return static_cast<double>(size - 1) * static_cast<double>(stride); };
+  const double last = static_cast<double>(v.first) + far(v.channels, s.channel) + far(v.height, s.y) + far(v.width, s.x);
+  require(s.image < kMost / 4 && last < static_cast<double>(std::max<std::int64_t>(s.image, 1)),
+          "values: a tensor goes beyond its memory");
+  const std::int64_t end = v.offset + (s.image * 4 + 63) / 64 * 64;
+  if (v.base == 0) bytes_ = std::max(bytes_, end);
+  most_ = std::max(most_, end);
   bases_ = std::max(bases_, v.base + 1);
   values_.push_back(v);
   return static_cast<int>(values_.size()) - 1;
 }
 
-int Program::quantized(const Format& format, const Grid& grid, std::int64_t offset) {
+std::int64_t Program::quantized_bytes(const Format& format, const Grid& grid) {
   const Cut& cut = format.cut;
   require(is_size(cut.depth) && cut.block_size > 0 && cut.block_size <= kMaxBlock && cut.block_size % 8 == 0 &&
               is_size(format.groups) && is_size(grid.height) && is_size(grid.width) && grid.pad_h >= 0 && grid.pad_w >= 0 &&
               1.0 * format.groups * cut.depth * (grid.height + 2.0 * grid.pad_h) * (grid.width + 2.0 * grid.pad_w) < kMost,
           "quantized: sizes are not negative");
-  require(offset >= 0 && offset < kMost && offset % 64 == 0, "quantized: expected an offset of a multiple of 64");
+  return Quantized::bytes(format, grid);
+}
+
+int Program::quantized(const Format& format, const Grid& grid, std::int64_t offset) {
   Grid one = grid;
   one.images = 1;
+  const std::int64_t bytes = quantized_bytes(format, one);
+  require(offset >= 0 && offset < kMost && offset % 64 == 0, "quantized: expected an offset of a multiple of 64");
   tensors_.push_back({format, one, offset});
-  bytes_ = std::max(bytes_, offset + Quantized::bytes(format, one));
+  bytes_ = std::max(bytes_, offset + bytes);
+  most_ = std::max(most_, bytes_);
   return static_cast<int>(tensors_.size()) - 1;
 }
 
@@ -74,8 +87,13 @@ const Program::Tensor& Program::tensor_of(int id) const {
   return tensors_[id];
 }
 
+std::uintptr_t Program::base(const Run& run, int number) const {
+  require(run.bases[number], "run: expected the address of every tensor that its steps use");
+  return run.bases[number];
+}
+
 float* Program::address(const Run& run, const Values& v) const {
-  return reinterpret_cast<float*>(run.bases[v.base] + v.offset * run.images) + v.first;
+  return reinterpret_cast<float*>(base(run, v.base) + v.offset * run.images) + v.first;
 }
 
 Input Program::input(const Run& run, int id) const {
@@ -88,7 +106,7 @@ Quantized Program::quantized(const Run& run, int id) const {
   const Tensor& t = tensors_[id];
   Grid grid = t.grid;
   grid.images = run.images;
-  return {t.format, grid, reinterpret_cast<std::byte*>(run.bases[0] + t.offset * run.images)};
+  return {t.format, grid, reinterpret_cast<std::byte*>(base(run, 0) + t.offset * run.images)};
 }
 
 // Of so many channels, which may be quantized now.
@@ -112,7 +130,7 @@ void Program::check(const Use& use, std::int64_t channels, std::int64_t height, 
     const Tensor& t = tensor_of(id);
     const Cut& cut = t.format.cut;
     const auto at_block = [&](std::int64_t channel) { return channel % cut.depth % cut.block_size == 0; };
-    require(t.grid.height == height && t.grid.width == width && first >= 0 && first + channels <= cut.depth * t.format.groups &&
+    require(t.grid.height == height && t.grid.width == width && first >= 0 && first <= cut.depth * t.format.groups - channels &&
                 at_block(first) && at_block(first + channels) && (whole || t.format.groups == 1),
             "targets: expected whole blocks of a tensor of the outputs' size");
   }
@@ -208,8 +226,9 @@ void Program::pool(int from, const Window& w, std::int64_t out_height, std::int6
   for (const std::int64_t n : {w.kernel_h, w.kernel_w, w.stride_h, w.stride_w, w.dilation_h, w.dilation_w, out_height, out_width})
     require(is_size(n), "pool: expected positive sizes");
   require(w.pad_h >= 0 && w.pad_w >= 0 && w.pad_h < w.kernel_h * w.dilation_h && w.pad_w < w.kernel_w * w.dilation_w &&
-              w.kernel_h * w.kernel_w < kMost && w.divisor >= 0 && use.residual < 0 && use.activation == Activation::none,
-          "pool: expected a padding smaller than the kernel, and nothing else to do");
+              is_size(w.kernel_h * w.kernel_w) && (out_height - 1) * w.stride_h < v.height + w.pad_h &&
+              (out_width - 1) * w.stride_w < v.width + w.pad_w && w.divisor >= 0 && use.residual < 0 && use.activation == Activation::none,
+          "pool: expected a padding smaller than the kernel, windows that begin within the image, and nothing else to do");
   check(use, v.channels, out_height, out_width, true);
   require(use.values >= 0 || !use.targets.empty(), "a step without an output");
   // Windows that overlap share the maxima over the lines that they cover.
@@ -289,8 +308,16 @@ void Program::flatten(int from, int to) {
   });
 }
 
+std::int64_t Program::bytes(std::int64_t images) const {
+  require(images >= 0 && static_cast<double>(images) * static_cast<double>(most_) < kMostBytes,
+          "images: expected a number of images whose tensors fit into memory");
+  return images * bytes_;
+}
+
 void Program::run(std::int64_t images, std::span<const std::uintptr_t> bases, int first, int last, double* seconds) const {
-  require(images >= 0 && static_cast<int>(bases.size()) >= bases_ && first >= 0 && last <= static_cast<int>(steps_.size()), "no such run");
+  bytes(images);
+  require(static_cast<int>(bases.size()) >= bases_ && first >= 0 && last <= static_cast<int>(steps_.size()), "no such run");
+  require(bases[0] % 64 == 0, "run: expected memory aligned to 64");
   if (!images) return;
   const Run run{images, bases};
   using Clock = std::chrono::steady_clock;

@@ -47,7 +47,9 @@ class Program {
 
   int values(const Values&);
   int quantized(const Format&, const Grid&, std::int64_t offset);  // in base 0
-  std::int64_t bytes(std::int64_t images) const { return images * bytes_; }
+  static std::int64_t quantized_bytes(const Format&, const Grid&);
+  std::int64_t bytes(std::int64_t images) const;
+  const Kernels& kernels() const { return kernels_; }
 
   // Of quantized tensor `input`, or with flattened blocks of float tensor `from`.
   void convolve(const Geometry&, const Layer&, int from, int input, const Use&);
@@ -81,6 +83,7 @@ class Program {
 
   const Values& values_of(int id) const;
   const Tensor& tensor_of(int id) const;
+  std::uintptr_t base(const Run&, int number) const;
   float* address(const Run&, const Values&) const;
   Input input(const Run&, int id) const;
   Quantized quantized(const Run&, int id) const;
@@ -92,6 +95,7 @@ class Program {
   std::vector<Tensor> tensors_;
   std::vector<Step> steps_;
   std::int64_t bytes_ = 0;
+  std::int64_t most_ = 1;  // bytes an image of the largest of all memories
   int bases_ = 1;
 };
 

@@ -231,7 +231,10 @@ def test_quantizing_gives_the_integers_of_the_reference(data: st.DataObject) -> 
         "groups": groups,
     }
     expected = quantize_activation(x, **settings)
-    for isa, quantized in by_isa(lambda: torch.ops.dsconv.quantize_activation(x, **settings)).items():
+    # One short block is filled up to a multiple of 8, others are as they are; a single channel has no kernel.
+    one, size = channels // groups <= settings["block_size"], settings["block_size"]
+    covered = channels // groups > 1 and (channels // groups <= 512 if one else size % 8 == 0 and size <= 512)
+    for isa, quantized in by_isa(lambda: torch.ops.dsconv.quantize_activation(x, **settings), covered=covered).items():
         for got, wanted in zip(quantized, expected, strict=True):
             assert got.dtype == wanted.dtype and torch.equal(got, wanted), isa
 

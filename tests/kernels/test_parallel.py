@@ -12,8 +12,9 @@ from dsconv.ops import cpu
 pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
 
 LAYERS = """
-import hashlib, multiprocessing, os, threading
+import hashlib, multiprocessing, os, signal, threading, traceback
 import torch
+import dsconv
 from dsconv import nn
 from dsconv.config import LayerConfig
 from dsconv.ops import cpu
@@ -70,8 +71,8 @@ def test_an_unknown_way_is_an_error() -> None:
     assert "ConfigError: DSCONV_PARALLEL: expected torch, pool or serial, got 'openmp'" in error
 
 
-POOL = {
-    "a fork of a process that has used its pool": """
+FORKS = {
+    "a fork of a process that has used its threads": """
 for _ in range(3):
     child = os.fork()
     if not child:
@@ -84,6 +85,63 @@ with multiprocessing.get_context("fork").Pool(2) as processes:
     assert processes.starmap(digest, [()] * 6) == [expected] * 6
 assert digest() == expected
 """,
+    "workers of a DataLoader": """
+loader = torch.utils.data.DataLoader(range(4), num_workers=2, collate_fn=lambda _: digest(), timeout=40)
+assert list(loader) == [expected] * 4
+""",
+    "compiled networks, children of children, and threads that these start": """
+net = torch.nn.Sequential(
+    *(torch.nn.Conv2d(3, 64, 3, padding=1), torch.nn.BatchNorm2d(64), torch.nn.SiLU()),
+    *(torch.nn.Conv2d(64, 64, 3), torch.nn.GroupNorm(8, 64), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()),
+)
+model = dsconv.quantize(net.eval(), {"weight_rule": "paper"})
+images = torch.randn(4, 3, 48, 64).transpose(2, 3)
+fast = dsconv.compile(model, images[:1])
+
+@torch.inference_mode()
+def outputs():
+    return [run(each).numpy().tobytes() for run, each in ((fast, images), (model[0], images), (fast, images[..., :40]))]
+
+outputs()
+torch.set_num_threads(1)  # of which the last bits of what PyTorch computes depend
+wanted = outputs()
+torch.set_num_threads(3)
+torch.mm(torch.randn(600, 600), torch.randn(600, 600))  # on threads of PyTorch
+
+def child(generations):
+    signal.alarm(50)  # a hang ends
+    for count in (2, 3, 1, 2):
+        torch.set_num_threads(count)
+        assert outputs() == wanted and digest() == expected and torch.get_num_threads() == count
+        assert dsconv.cpu_info().parallel == "a pool of their own"
+    if os.path.exists("/proc/self/task"):
+        assert len(os.listdir("/proc/self/task")) > 1
+    found = []
+    eight_at_once(lambda _: found.append(outputs()))
+    assert found == [wanted] * 8
+    if generations:
+        fork(generations)
+
+def fork(generations):
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            child(generations - 1)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+
+fork(3)
+torch.set_num_threads(1)
+assert outputs() == wanted and digest() == expected
+""",
+}
+
+POOL = {
     "eight threads at once": """
 start, digests = threading.Barrier(8), []
 def work(_):
@@ -117,6 +175,15 @@ digest()
 assert two is None or workers() == two + 5, (two, workers())
 """,
 }
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("way", ["pool", "torch"])
+@pytest.mark.parametrize("script", FORKS.values(), ids=FORKS)
+def test_what_is_forked_computes(script: str, way: str) -> None:
+    if way == "torch" and not cpu._torch_parallel_for():
+        pytest.skip("this PyTorch does not offer its threads")
+    assert outcome(script, way) == outcome(parallel=way)
 
 
 @pytest.mark.parametrize("script", POOL.values(), ids=POOL)

@@ -147,16 +147,30 @@ def near(y: Tensor, reference: Reference) -> bool:
     return y.shape == reference.output.shape and bool((inside | (y.isnan() & reference.output.isnan())).all())
 
 
-def by_isa(call: Callable[[], Any]) -> dict[str, Any]:
-    """What a call returns with each instruction set."""
+def by_isa(call: Callable[[], Any], *, covered: bool = True) -> dict[str, Any]:
+    """Return what a call returns with each instruction set, having checked that its kernels ran and no others.
+
+    Args:
+        call: what to call.
+        covered: whether the kernels do all of it, unless there is nothing to compute.
+    """
     module = cpu.extension()
     assert module is not None
     returned = {}
     for name in module.isa_with_kernels():
+        before = module.runs()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu, "isa", lambda name=name: name)
             returned[name] = call()
+        ran = {other for other, count in module.runs().items() if count > before[other]}
+        nothing = not covered or is_empty(returned[name])
+        assert ran == {name} or (nothing and not ran), f"asked for {name}, {ran or 'nothing'} ran"
     return returned
+
+
+def is_empty(returned: Any) -> bool:
+    """Whether there was nothing to compute."""
+    return not any(t.numel() for t in (returned if isinstance(returned, tuple | list) else (returned,)))
 
 
 @contextmanager

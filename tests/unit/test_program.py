@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import by_isa
+from kernel_cases import same_bits as same_bits_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -323,6 +325,48 @@ def test_an_average_over_channels_is_not_one_over_images() -> None:
         qmodel, x = dsconv.quantize(net, "w4a4"), torch.randn(2, 3, 9, 9)
         with torch.inference_mode():
             torch.testing.assert_close(dsconv.compile(qmodel, x, fast_math=True)(x), qmodel(x))
+
+
+def of_all_kinds(m: Net, x: Tensor) -> Tensor:
+    """Every kind of step that the extension takes, and every kind of layer."""
+    x = F.max_pool2d(F.relu(m.norm(m.stem(x))), 3, 1, 1)
+    y = F.hardswish(m.line(x)) + F.leaky_relu(m.wide(F.avg_pool2d(x, 3, 1, 1)), 0.2)
+    y = torch.cat([F.silu(m.grouped(y)), F.relu6(m.plain(y) + x)], 1)
+    y = y * F.hardsigmoid(m.gate(F.adaptive_avg_pool2d(y, 1)))
+    return torch.cat([m.last(m.pooled(y).flatten(1)), m.head(y.mean((2, 3)))], 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "fast_math"),
+    [
+        ({"activation_bits": 4}, False),
+        ({"weight_bits": 8, "weight_shift": True, "block_size": 16}, False),
+        ({"blocks": "flat", "block_size": 32}, True),
+    ],
+    ids=str,
+)
+def test_every_instruction_set_gives_the_same_bits(config: dict[str, object], fast_math: bool) -> None:
+    torch.manual_seed(0)
+    net = Net(
+        of_all_kinds,
+        stem=conv(3, 40, 5),
+        norm=nn.BatchNorm2d(40),
+        line=conv(40, 40, groups=40),
+        wide=conv(40, 40, 5, groups=40, stride=1),
+        grouped=conv(40, 24, groups=2),
+        plain=conv(40, 40),
+        gate=conv(64, 64, 1),
+        pooled=nn.MaxPool2d(3),
+        last=nn.Linear(576, 10),
+        head=nn.Linear(64, 7),
+    )
+    qmodel, x = dsconv.quantize(net, {"weight_rule": "paper", **config}), torch.randn(3, 3, 9, 9)
+    x[2] *= 1e30  # beyond the exponents of narrow weights
+    found = by_isa(lambda: dsconv.compile(qmodel, x, fast_math=fast_math)(x))
+    with torch.inference_mode():
+        expected = next(iter(found.values())) if fast_math else qmodel(x)
+    for isa, y in found.items():
+        assert same_bits_of(y, expected), isa
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30), st.integers(0, 10)), max_size=30))

@@ -93,7 +93,8 @@ def needs_one_batch(error: BaseException) -> bool:
 
 def in_layout_of(x: Tensor, images: int) -> Tensor:
     """Zeros for so many images, whose values lie in the order of those of ``x``."""
-    order = [0, *sorted(range(1, x.dim()), key=lambda dim: -x.stride(dim))]
+    strides = x.stride()
+    order = [0, *sorted(range(1, x.dim()), key=lambda dim: -strides[dim])]
     sizes = [images, *x.shape[1:]]
     zeros = torch.zeros([sizes[dim] for dim in order], dtype=x.dtype, device=x.device)
     return zeros.permute([order.index(dim) for dim in range(x.dim())])

@@ -132,7 +132,8 @@ def profile(model: CompiledModel, x: Tensor, *, runs: int = 20) -> Profile:
     """
     if runs < 2:
         raise ValueError(f"runs: expected at least 2, got {runs}")
-    program, plan = model.program_for(x)
+    captured = model.program_for(x)
+    program, plan = captured.program, captured.plan
     if not len(x):
         raise ValueError("x: expected at least one image, got an empty batch")
     times, totals = [], []

@@ -100,15 +100,16 @@ class Program:
         Raises:
             OtherLayout: the recorded strides do not hold for this batch or number of threads.
         """
-        if self.images_at_once is None or len(x) <= max(1, self.images_at_once):
-            return self._structure(self._run(x, seconds))
-        at_once = max(self.images_at_once, torch.get_num_threads())
-        batches = {len(x), at_once, len(x) % at_once}
-        if not all(fills_vectors(images * size) for images in batches for size in self._by_vectors):
-            return self._structure(self._run(x, seconds))
-        parts = [self._run(part, seconds) for part in torch.split(x, at_once)]
-        joined = zip(self._outputs, map(_joined, zip(*parts, strict=True)), strict=True)
-        return self._structure([self._in_layout(node, made) for node, made in joined])
+        with cpu.PyTorchOnOneThread():
+            if self.images_at_once is None or len(x) <= max(1, self.images_at_once):
+                return self._structure(self._run(x, seconds))
+            at_once = max(self.images_at_once, cpu.threads())
+            batches = {len(x), at_once, len(x) % at_once}
+            if not all(fills_vectors(images * size) for images in batches for size in self._by_vectors):
+                return self._structure(self._run(x, seconds))
+            parts = [self._run(part, seconds) for part in torch.split(x, at_once)]
+            joined = zip(self._outputs, map(_joined, zip(*parts, strict=True)), strict=True)
+            return self._structure([self._in_layout(node, made) for node, made in joined])
 
     # Memory
 
@@ -307,7 +308,8 @@ class Program:
         if self._input in self._bases:
             addresses[self._bases[self._input]] = own.data_ptr()
         for node, (base, size, layout) in self._returns.items():
-            env[node] = y = torch.empty(images, *size, memory_format=layout)
+            y = torch.empty((images, *size), dtype=torch.float32, device="cpu", memory_format=layout)
+            env[node] = y
             addresses[base] = y.data_ptr()
         kept: dict[Any, Tensor] = {}
         cpu.use_threads()
@@ -400,7 +402,7 @@ class Program:
         except IndexError:
             memory = None
         if memory is None or memory.nbytes < size:
-            memory = torch.empty(max(1, -(-size // 4)))
+            memory = torch.empty(max(1, -(-size // 4)), dtype=torch.float32, device="cpu")
         return memory
 
 

@@ -113,13 +113,25 @@ class _Blocks(NamedTuple):
     exponent: Tensor
 
 
-def _to_blocks(x: Tensor, bits: int, block_size: int, sign: str, groups: int) -> _Blocks:
+def check_activation(x: Tensor, bits: int, block_size: int, sign: str, groups: int) -> None:
+    """Check the arguments of :func:`quantize_activation`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
     check_bits("bits", bits)
     if sign not in ACTIVATION_SIGNS:
         raise ValueError(f"sign: expected one of {', '.join(ACTIVATION_SIGNS)}, got {sign!r}")
-    if not x.is_floating_point():
-        raise ValueError(f"x: expected a float tensor, got {x.dtype}")
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x: expected a float tensor, got {type(x).__name__}")
+    if not x.is_floating_point() or x.layout is not torch.strided:
+        layout = "" if x.layout is torch.strided else f" of layout {x.layout}"
+        raise ValueError(f"x: expected a dense float tensor, got {x.dtype}{layout}")
     _check(x, block_size, groups)
+
+
+def _to_blocks(x: Tensor, bits: int, block_size: int, sign: str, groups: int) -> _Blocks:
+    check_activation(x, bits, block_size, sign, groups)
     split = _split(x.detach().float(), block_size, groups)
     low, high = split.aminmax(dim=2)
     largest = torch.maximum(high, -low)

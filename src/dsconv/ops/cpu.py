@@ -9,20 +9,22 @@ write into memory that is there. ``dsconv::quantize_activation`` returns what
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsconv.config import LayerConfig
 from dsconv.errors import ConfigError
-from dsconv.numerics import ACTIVATION_SIGNS, block_count, quantize_activation
+from dsconv.numerics import ACTIVATION_SIGNS, block_count, check_activation, quantize_activation
 
 MAX_BLOCK_SIZE = 512
+_TOO_LARGE = 1 << 31  # for a size, a stride or a number of anything
 # What a layer reads besides its input, in the order of csrc/bindings.cpp.
 WEIGHTS = ("weight", "kds", "kds_shift", "bias", "gain", "offset")
 # In the order of csrc/conv/tile.h, and so is ACTIVATION_SIGNS.
@@ -52,7 +54,8 @@ def extension() -> ModuleType | None:
 def parallel() -> str:
     """What runs the tasks of a convolution: ``DSCONV_PARALLEL``, else ``torch`` where PyTorch offers it, else ``pool``.
 
-    ``torch`` is PyTorch's own threads, ``pool`` as many threads of our own, ``serial`` the calling thread alone.
+    ``torch`` is PyTorch's own threads, ``pool`` as many threads of our own, ``serial`` the calling thread alone. In a
+    process that was forked, ``pool`` takes the place of ``torch``: PyTorch's threads do not survive a fork.
 
     Raises:
         ConfigError: ``DSCONV_PARALLEL`` is none of these, or ``torch`` where PyTorch does not offer its threads.
@@ -64,14 +67,56 @@ def parallel() -> str:
         raise ConfigError(
             f"DSCONV_PARALLEL: PyTorch {torch.__version__} does not offer its threads (2.10 and later do): use pool"
         )
-    return wanted or ("torch" if _torch_parallel_for() else "pool")
+    chosen = wanted or ("torch" if _torch_parallel_for() else "pool")
+    return "pool" if _State.forked and chosen == "torch" else chosen
 
 
 def use_threads() -> None:
     """Have the next tasks run on as many threads as PyTorch has."""
     module = extension()
     if module is not None and parallel() == "pool":
-        module.use_pool(torch.get_num_threads())
+        module.use_pool(threads())
+
+
+def threads() -> int:
+    """Return how many threads kernels run on: as many as PyTorch has outside of :class:`PyTorchOnOneThread`."""
+    return _state.threads or torch.get_num_threads()
+
+
+class _State(threading.local):
+    forked: ClassVar[bool] = False
+    threads: int | None = None
+
+
+_state = _State()
+
+
+def _begin_child() -> None:
+    _State.forked = True
+    parallel.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_child)
+
+
+class PyTorchOnOneThread:
+    """Within it, in a process that was forked, PyTorch computes on the calling thread; kernels keep their threads.
+
+    A fork copies the calling thread alone. PyTorch's threads (OpenMP) are missing in the child, which waits for them
+    for ever if its parent used them.
+    """
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads() if _State.forked else 1
+        if self._before > 1:
+            _state.threads = self._before
+            torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before > 1:
+            torch.set_num_threads(self._before)
+            _state.threads = None
 
 
 @cache
@@ -166,6 +211,11 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
     Raises:
         ValueError: shapes or dtypes that do not belong together.
     """
+    with PyTorchOnOneThread():
+        return _packed(vqk, kds, kds_shift, config, groups)
+
+
+def _packed(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig, groups: int) -> Packed:
     _check_layer(vqk, kds, kds_shift, config)
     module = extension()
     block_size = kernel_block_size(vqk.shape, config)
@@ -177,12 +227,12 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
     sizes = _sizes(x, vqk.shape[0], kernel, (1, 1), (0, 0), (1, 1), groups, block_size, config.blocks == "flat")
     weight_bytes, kds_count = module.packed_sizes(sizes, config.weight_bits)
     vqk = vqk.detach().cpu().contiguous()
-    weight = torch.empty(weight_bytes, dtype=torch.uint8)
+    weight = torch.empty(weight_bytes, dtype=torch.uint8, device="cpu")
     module.pack_weight(sizes, vqk.data_ptr(), config.weight_bits, weight.data_ptr())
 
     def packed(scale: Tensor) -> Tensor:
         scale = scale.detach().cpu().float().contiguous()
-        result = torch.empty(kds_count)
+        result = torch.empty(kds_count, dtype=torch.float32, device="cpu")
         module.pack_kds(sizes, scale.data_ptr(), result.data_ptr())
         return result
 
@@ -223,12 +273,63 @@ _library.define(
 )
 
 
-def _check_input(name: str, x: Tensor, dims: int) -> None:
-    if x.dtype != torch.float32 or x.dim() != dims or not x.is_cpu:
+def _check_input(name: str, x: Tensor | None, dims: int, device: str = "cpu") -> None:
+    # PyTorch takes None for a tensor.
+    if x is None:
+        raise ValueError(f"dsconv::{name}: expected float32 x of {dims} dimensions, got None")
+    if x.dtype != torch.float32 or x.dim() != dims or x.device.type != device or x.layout is not torch.strided:
+        where = "the CPU" if device == "cpu" else device
+        layout = "" if x.layout is torch.strided else f", {x.layout}"
         raise ValueError(
-            f"dsconv::{name}: expected float32 x of {dims} dimensions on the CPU, "
-            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+            f"dsconv::{name}: expected float32 x of {dims} dimensions on {where}, "
+            f"got {x.dtype} {tuple(x.shape)} on {x.device}{layout}"
         )
+
+
+def _check_where(
+    x: Sequence[int],
+    outputs: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Check what says where a convolution of ``x (N, C, H, W)`` reads."""
+    for name, numbers, least in (
+        ("kernel_size", kernel, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if len(numbers) != 2 or not all(least <= n < _TOO_LARGE for n in numbers):
+            raise ValueError(
+                f"dsconv::conv2d: {name}: expected two whole numbers of at least {least}, got {tuple(numbers)}"
+            )
+    if groups < 1 or x[1] % groups or not 0 < outputs < _TOO_LARGE or outputs % groups:
+        raise ValueError(
+            f"dsconv::conv2d: groups: expected a divisor of {x[1]} channels and {outputs} outputs, got {groups}"
+        )
+    size = _output_size(x[2:], kernel, stride, padding, dilation)
+    # A compiler may not know the size yet.
+    if all(isinstance(n, int) for n in size) and min(size) < 1 and 0 not in x:
+        raise ValueError(
+            f"dsconv::conv2d: an image of {tuple(x[2:])} with padding {tuple(padding)} is smaller than the "
+            f"kernel {tuple(kernel)} with dilation {tuple(dilation)} (stride {tuple(stride)})"
+        )
+
+
+def _check_bits(name: str, argument: str, bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"dsconv::{name}: {argument}: expected 2 to 8 bits, got {bits}")
+
+
+def _check_settings(name: str, weight_bits: int, activation_bits: int, sign: str, activation: str) -> None:
+    _check_bits(name, "weight_bits", weight_bits)
+    _check_bits(name, "activation_bits", activation_bits)
+    for argument, value, known in (("sign", sign, ACTIVATION_SIGNS), ("activation", activation, ACTIVATIONS)):
+        if value not in known:
+            raise ValueError(f"dsconv::{name}: {argument}: expected one of {', '.join(known)}, got {value!r}")
 
 
 class _Plan(NamedTuple):
@@ -254,13 +355,8 @@ def _plan(
     flat: bool,
     weight_bits: int,
 ) -> _Plan:
-    if min(stride, default=0) < 1:
-        raise ValueError(f"dsconv::conv2d: stride: expected positive numbers, got {stride}")
-    if min(_output_size(x[2:], kernel, stride, padding, dilation), default=0) < 1 and 0 not in x:
-        raise ValueError(
-            f"dsconv::conv2d: an image of {tuple(x[2:])} with padding {padding} is smaller than the "
-            f"kernel {kernel} with dilation {dilation} (stride {stride})"
-        )
+    _check_bits("conv2d", "weight_bits", weight_bits)
+    _check_where(x, outputs, kernel, stride, padding, dilation, groups)
     module = extension()
     if module is None:
         raise RuntimeError("dsconv::conv2d: the extension dsconv._C is not built")
@@ -278,12 +374,15 @@ def _addresses(name: str, plan: _Plan, weights: Sequence[Tensor | None]) -> list
     addresses = []
     for (argument, dtype, shape), value in zip(plan.expected, weights, strict=True):
         if value is None:
+            if argument in ("weight", "kds"):  # PyTorch takes None for a tensor
+                raise ValueError(f"dsconv::{name}: {argument}: expected {dtype} {shape}, got None")
             addresses.append(0)
             continue
-        if value.dtype != dtype or value.shape != shape or not value.is_contiguous() or not value.is_cpu:
+        strided = value.is_cpu and value.layout is torch.strided
+        if not strided or value.dtype != dtype or value.shape != shape or not value.is_contiguous():
             raise ValueError(
                 f"dsconv::{name}: {argument}: expected contiguous {dtype} {shape} on the CPU for these settings, "
-                f"got {value.dtype} {tuple(value.shape)}"
+                f"got {value.dtype} {tuple(value.shape)} on {value.device}"
             )
         addresses.append(value.data_ptr())
     return addresses
@@ -311,6 +410,7 @@ def checked_sizes(x: tuple[int, int, int], given: dict[str, Any]) -> tuple[int, 
 
 @lru_cache(maxsize=4096)
 def _convolution(
+    isa: str,
     name: str,
     sizes: tuple[int, ...],
     x_strides: tuple[int, ...],
@@ -322,37 +422,54 @@ def _convolution(
     slope: float,
 ) -> Callable[..., None]:
     """Takes the addresses of the input, the weights, the residual and the output."""
-    for argument, value, known in (("sign", sign, ACTIVATION_SIGNS), ("activation", activation, ACTIVATIONS)):
-        if value not in known:
-            raise ValueError(f"dsconv::{name}: {argument}: expected one of {', '.join(known)}, got {value!r}")
+    _check_settings(name, weight_bits, activation_bits, sign, activation)
     numbers = (ACTIVATION_SIGNS.index(sign), ACTIVATIONS.index(activation))
     module = extension()
     assert module is not None
     run: Callable[..., None] = module.Convolution(
-        isa(), sizes, x_strides, y_strides, weight_bits, activation_bits, *numbers, slope
+        isa, sizes, x_strides, y_strides, weight_bits, activation_bits, *numbers, slope
     )
     return run
 
 
 def _residual(name: str, residual: Tensor, y: Tensor) -> Tensor:
-    if residual.shape != y.shape or residual.dtype != y.dtype or not residual.is_cpu:
+    strided = residual.is_cpu and residual.layout is torch.strided
+    if not strided or residual.shape != y.shape or residual.dtype != y.dtype:
         raise ValueError(
             f"dsconv::{name}: residual: expected float32 {tuple(y.shape)} on the CPU, "
-            f"got {residual.dtype} {tuple(residual.shape)}"
+            f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
         )
-    return residual if residual.stride() == y.stride() else torch.empty_like(y).copy_(residual)
+    if residual.stride() != y.stride():
+        return torch.empty_like(y).copy_(residual)
+    # The sum may take the place of what is added, but not lie across it.
+    if residual.data_ptr() != y.data_ptr() and _meet(residual, y):
+        raise ValueError(f"dsconv::{name}: out: expected memory of its own, or that of the residual, it shares a part")
+    return residual
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors share memory."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
 def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _check_out(name: str, out: Tensor, shape: tuple[int, ...]) -> None:
-    dense = out.is_contiguous() or (out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last))
-    if out.shape != shape or out.dtype != torch.float32 or not out.is_cpu or not dense:
+def _check_out(name: str, out: Tensor, shape: tuple[int, ...], read: Sequence[Tensor | None]) -> None:
+    strided = out.is_cpu and out.layout is torch.strided
+    if (
+        not strided
+        or out.shape != shape
+        or out.dtype != torch.float32
+        or not (out.is_contiguous() or (out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)))
+    ):
         raise ValueError(
-            f"dsconv::{name}: out: expected dense float32 {shape} on the CPU, got {out.dtype} {tuple(out.shape)}"
+            f"dsconv::{name}: out: expected dense float32 {shape} on the CPU, "
+            f"got {out.dtype} {tuple(out.shape)} on {out.device}"
         )
+    if any(t is not None and _meet(t, out) for t in read):
+        raise ValueError(f"dsconv::{name}: out: expected memory of its own, it shares some with what is read")
 
 
 def _empty_output(x: Tensor, outputs: int, size: Sequence[int], groups: int = 1) -> Tensor:
@@ -398,14 +515,15 @@ def _ready(
     x: Tensor,
     x_strides: tuple[int, ...],
     weights: Sequence[Tensor | None],
+    addresses: Sequence[int],
     y: Tensor,
     y_strides: tuple[int, ...],
     s: _Settings,
 ) -> _Ready:
-    weights = (*weights, s.gain, s.offset)
-    addresses = _addresses(name, plan, weights)
+    best = isa()
+    assert best is not None
     numbers = (s.weight_bits, s.activation_bits, s.sign, s.activation, s.slope)
-    run = _convolution(name, plan.sizes, x_strides, y_strides, *numbers)
+    run = _convolution(best, name, plan.sizes, x_strides, y_strides, *numbers)
     added = None if s.residual is None else _residual(name, s.residual, y)
     ends = (0 if added is None else added.data_ptr(), y.data_ptr())
     return _Ready(run, (x.data_ptr(), *addresses, *ends), (x, *weights, added), y)
@@ -431,20 +549,36 @@ def _ready_conv2d(
     s = _Settings(*rest, **named)
     where = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
     plan = _plan(x.shape, s.outputs, *where, s.block_size, flat, s.weight_bits)
+    weights = (weight, kds, kds_shift, bias, s.gain, s.offset)
+    addresses = _addresses("conv2d", plan, weights)
     x = x if _channels_last(x) else x.contiguous()
     if out is not None:
-        _check_out("conv2d", out, (len(x), s.outputs, *plan.output))
+        _check_out("conv2d", out, (len(x), s.outputs, *plan.output), (x, *weights))
     y = out
     if out is None or groups == x.shape[1] > 1:  # depthwise writes in the layout of x
         made = _empty_output(x, s.outputs, plan.output, groups)
         y = out if out is not None and out.stride() == made.stride() else made
     assert y is not None
-    return _ready("conv2d", plan, x, x.stride(), (weight, kds, kds_shift, bias), y, y.stride(), s)
+    return _ready("conv2d", plan, x, x.stride(), weights, addresses, y, y.stride(), s)
 
 
 def _conv2d(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
-    y = _ready_conv2d(*args, out=out, **named)()
-    return y if out is None or out is y else out.copy_(y)
+    with PyTorchOnOneThread():
+        y = _ready_conv2d(*args, out=out, **named)()
+        return y if out is None or out is y else out.copy_(y)
+
+
+# What compilers and the device meta see. All checks but those of the weights' sizes are those of a real call.
+
+
+def _check_fake(
+    name: str, x: Tensor, dims: int, weights: Sequence[Tensor | None], s: _Settings, out: Tensor | None = None
+) -> None:
+    _check_input(name, x, dims, "cpu" if x is None else x.device.type)
+    _check_settings(name, s.weight_bits, s.activation_bits, s.sign, s.activation)
+    for other in (*weights, s.residual, s.gain, s.offset, out):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"dsconv::{name}: expected all tensors on {x.device}, as x is, got one on {other.device}")
 
 
 def _conv2d_fake(
@@ -459,11 +593,15 @@ def _conv2d_fake(
     dilation: Sequence[int],
     groups: int,
     flat: bool,
-    outputs: int,
-    *rest: object,
-    **named: object,
+    *rest: Any,
+    out: Tensor | None = None,
+    **named: Any,
 ) -> Tensor:
-    return _empty_output(x, outputs, _output_size(x.shape[2:], kernel_size, stride, padding, dilation), groups)
+    s = _Settings(*rest, **named)
+    _check_fake("conv2d", x, 4, (weight, kds, kds_shift, bias), s, out)
+    _check_where(x.shape, s.outputs, kernel_size, stride, padding, dilation, groups)
+    size = _output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    return _empty_output(x, s.outputs, size, groups) if out is None else out
 
 
 def _ready_linear(
@@ -483,15 +621,19 @@ def _ready_linear(
     # The weights are checked against a row of at least one.
     row = (1, x.shape[-1], 1, max(1, x.shape[0]))
     plan = _plan(row, s.outputs, one, one, (0, 0), one, 1, s.block_size, False, s.weight_bits)
+    weights = (weight, kds, kds_shift, bias, s.gain, s.offset)
+    addresses = _addresses("linear", plan, weights)
     x = x.contiguous()
+    if out is not None:
+        _check_out("linear", out, shape, (x, *weights))
     y = x.new_empty(shape) if out is None else out
-    _check_out("linear", y, shape)
     x_strides, y_strides = (0, 1, 0, x.shape[1]), (0, 1, 0, s.outputs)
-    return _ready("linear", plan, x, x_strides, (weight, kds, kds_shift, bias), y, y_strides, s)
+    return _ready("linear", plan, x, x_strides, weights, addresses, y, y_strides, s)
 
 
 def _linear(*args: Any, **named: Any) -> Tensor:
-    return _ready_linear(*args, **named)()
+    with PyTorchOnOneThread():
+        return _ready_linear(*args, **named)()
 
 
 def _linear_fake(
@@ -500,11 +642,15 @@ def _linear_fake(
     kds: Tensor,
     kds_shift: Tensor | None,
     bias: Tensor | None,
-    outputs: int,
-    *rest: object,
-    **named: object,
+    *rest: Any,
+    out: Tensor | None = None,
+    **named: Any,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], outputs))
+    s = _Settings(*rest, **named)
+    _check_fake("linear", x, 2, (weight, kds, kds_shift, bias), s, out)
+    if not 0 < s.outputs < _TOO_LARGE:
+        raise ValueError(f"dsconv::linear: outputs: expected a positive number, got {s.outputs}")
+    return x.new_empty((x.shape[0], s.outputs)) if out is None else out
 
 
 def bind(
@@ -537,6 +683,8 @@ def bind(
     prepare = _ready_conv2d if operator == "conv2d" else _ready_linear
     ready = prepare(x, *args, out=out, **named)
     given = {id(value) for value in (x, *args, out, *named.values())}
+    if any(taken is not None and taken.is_neg() for taken in (*ready.tensors, ready.y)):
+        raise ValueError(f"dsconv::{operator}: expected tensors that hold their values, got one that PyTorch negates")
     if any(taken is not None and id(taken) not in given for taken in (*ready.tensors, ready.y)):
         raise ValueError(
             f"dsconv::{operator}: expected x and the residual dense and in the layout of out: one had to be copied"
@@ -544,16 +692,19 @@ def bind(
     return ready.__call__
 
 
-def _quantize_activation(
-    x: Tensor, bits: int, block_size: int, sign: str = "adaptive", groups: int = 1
-) -> tuple[Tensor, Tensor]:
-    module = extension()
-    even = x.dim() > 1 and groups > 0 and x.shape[1] % groups == 0
-    channels = x.shape[1] // groups if even else 0
+def _quantize_activation(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    with PyTorchOnOneThread():
+        return _quantized(*args, **named)
+
+
+def _quantized(x: Tensor, bits: int, block_size: int, sign: str = "adaptive", groups: int = 1) -> tuple[Tensor, Tensor]:
+    check_activation(x, bits, block_size, sign, groups)
+    module, best = extension(), isa()
+    channels = x.shape[1] // groups
     size = block_size if channels > block_size else -(-channels // 8) * 8
-    fits = 0 < size <= MAX_BLOCK_SIZE and size % 8 == 0 and channels > 1
-    valid = x.dtype == torch.float32 and x.numel() > 0 and sign in ACTIVATION_SIGNS and 2 <= bits <= 8
-    if module is None or not (fits and valid):  # which also says what is wrong
+    fits = size <= MAX_BLOCK_SIZE and size % 8 == 0 and channels > 1
+    covered = fits and x.dtype == torch.float32 and x.is_cpu and x.numel() > 0
+    if best is None or module is None or not covered:
         pair = quantize_activation(x, bits, block_size, sign=sign, groups=groups)  # type: ignore[arg-type]
         return pair[0].contiguous(), pair[1].contiguous()
     x = x.contiguous()
@@ -564,8 +715,9 @@ def _quantize_activation(
     one = (1, 1)
     sizes = _sizes(image, groups, one, one, (0, 0), one, groups, size, False)
     strides = (image[1] * image[3], image[3], image[3], 1)
+    use_threads()
     module.quantize_activation(
-        isa(),
+        best,
         sizes,
         x.data_ptr(),
         strides,
@@ -580,6 +732,7 @@ def _quantize_activation(
 def _quantize_activation_fake(
     x: Tensor, bits: int, block_size: int, sign: str = "adaptive", groups: int = 1
 ) -> tuple[Tensor, Tensor]:
+    check_activation(x, bits, block_size, sign, groups)
     exponents = groups * block_count(x.shape[1] // groups, block_size)
     mantissa = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     return mantissa, x.new_empty((x.shape[0], exponents, *x.shape[2:]), dtype=torch.int8)
@@ -588,10 +741,10 @@ def _quantize_activation_fake(
 for _name, _kernel, _fake in (
     ("conv2d", _conv2d, _conv2d_fake),
     ("linear", _linear, _linear_fake),
+    ("conv2d.out", _conv2d, _conv2d_fake),
+    ("linear.out", _linear, _linear_fake),
     ("quantize_activation", _quantize_activation, _quantize_activation_fake),
 ):
-    _library.impl(_name, _kernel, "CPU")
+    # Of other devices and layouts as well, so that the checks refuse them and not PyTorch's dispatcher.
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dsconv::{_name}", _fake, lib=_library)
-for _name, _kernel in (("conv2d.out", _conv2d), ("linear.out", _linear)):
-    _library.impl(_name, _kernel, "CPU")
-    torch.library.register_fake(f"dsconv::{_name}", lambda *_, out, **__: out, lib=_library)
