@@ -410,7 +410,8 @@ def _score(logits: Tensor, labels: Tensor | None, seconds: float, folder: ImageF
     _check_labels(labels, classes, folder)
     target = logits.gather(1, labels[:, None])
     # The rank argmax implies: among equal logits the lower class comes first.
-    ahead = (logits > target) | ((logits == target) & (torch.arange(classes) < labels[:, None]))
+    number = torch.arange(classes, dtype=torch.int64, device="cpu")
+    ahead = (logits > target) | ((logits == target) & (number < labels[:, None]))
     rank = ahead.sum(1)
     score["top1"] = int((finite & (rank < 1)).sum())
     if classes > 5:

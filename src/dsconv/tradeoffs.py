@@ -259,8 +259,9 @@ def tradeoff(
     interrupted = any(found.interrupted for found in evaluations.values())
     if time_shape is not None and not interrupted:
         try:
+            x = torch.randn(1, *time_shape, dtype=torch.float32, device="cpu")
             with evaluation_mode(named.values()):
-                _time(named, torch.randn(1, *time_shape), threads, seconds, times)
+                _time(named, x, threads, seconds, times)
         except KeyboardInterrupt:
             if on_interrupt == "raise":
                 raise

@@ -140,7 +140,8 @@ def _images(images: Tensor | Sequence[int]) -> tuple[Tensor, str]:
     """Images, and what they are in words."""
     if not isinstance(images, Tensor):
         generator = torch.Generator().manual_seed(0)
-        return torch.randn((_RANDOM_IMAGES, *images), generator=generator), f"{_RANDOM_IMAGES} random images"
+        x = torch.randn((_RANDOM_IMAGES, *images), generator=generator, dtype=torch.float32, device="cpu")
+        return x, f"{_RANDOM_IMAGES} random images"
     if images.dim() < 2 or not len(images) or images.dtype != torch.float32 or images.device.type != "cpu":
         got = f"{tuple(images.shape)} of {images.dtype} on {images.device}"
         raise ConfigError(f"images: expected float32 (N, C, H, W) on the CPU, N at least 1, or (C, H, W), got {got}")

@@ -192,7 +192,7 @@ def _onnxruntime(case: Case, kind: str) -> Contestant:
     computed: Counter[str] = Counter()
     for name, count in layers.items():
         computed["int8" if name in _INTEGER else "float32"] += count
-    y = torch.empty(case.output_shape)
+    y = torch.empty(case.output_shape, dtype=torch.float32, device="cpu")
     binding = session.io_binding()
     for bind, name, tensor in ((binding.bind_input, "x", case.x), (binding.bind_output, "y", y)):
         bind(name, "cpu", 0, "float32", tuple(tensor.shape), tensor.data_ptr())
@@ -225,7 +225,7 @@ def _openvino(case: Case, kind: str) -> Contestant:
     model = core.read_model(path)
     model.reshape(list(case.x.shape))
     compiled = core.compile_model(model, "CPU", settings)
-    y = torch.empty(case.output_shape)
+    y = torch.empty(case.output_shape, dtype=torch.float32, device="cpu")
     request = compiled.create_infer_request()
     request.set_input_tensor(openvino.Tensor(case.x.numpy(), shared_memory=True))
     request.set_output_tensor(openvino.Tensor(y.numpy(), shared_memory=True))

@@ -46,8 +46,9 @@ def places(total: int, wanted: int, generator: torch.Generator) -> Tensor:
     tensor([0, 1, 2])
     """
     if total <= wanted:
-        return torch.arange(total)
-    return torch.randperm(total, generator=generator)[:wanted].sort().values
+        return torch.arange(total, dtype=torch.int64, device="cpu")
+    order = torch.randperm(total, generator=generator, dtype=torch.int64, device="cpu")
+    return order[:wanted].sort().values
 
 
 def count_places(layer: DSLayer, y: Tensor) -> int:

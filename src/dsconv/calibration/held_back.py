@@ -25,8 +25,8 @@ def split(count: int) -> tuple[Tensor, Tensor]:
     (16, tensor([ 2,  7, 12, 17]))
     """
     most = max(1, count // _ONE_OF, min(_FEW, count // _OF_FEW))
-    held_back = (torch.arange(most, dtype=torch.int64) * 2 + 1) * count // (2 * most)
-    fitted = torch.ones(count, dtype=torch.bool)
+    held_back = (torch.arange(most, dtype=torch.int64, device="cpu") * 2 + 1) * count // (2 * most)
+    fitted = torch.ones(count, dtype=torch.bool, device="cpu")
     fitted[held_back] = False
     return fitted.nonzero().flatten(), held_back
 

@@ -51,7 +51,7 @@ def read_images(
             f"{source.broken[0].reason}",
             stacklevel=3,
         )
-    x = torch.cat(parts) if parts else torch.empty((0, 1), dtype=torch.float32)
+    x = torch.cat(parts) if parts else torch.empty((0, 1), dtype=torch.float32, device="cpu")
     if not (finite := x.isfinite().flatten(1).all(1)).all():
         raise DataError(f"images: image {int((~finite).nonzero()[0])} holds a NaN or an infinity")
     x = x[~(copies := _copies(x))]
@@ -76,12 +76,13 @@ def prepared_as(images: Images, given: Preprocess | None, *models: nn.Module) ->
 def _copies(x: Tensor) -> Tensor:
     """Return which images ``(N,)`` are, all but for noise, the same as one before them."""
     values = x.flatten(1)
-    some = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0))[:_COMPARED]
+    generator = torch.Generator().manual_seed(0)
+    some = torch.randperm(values.shape[1], generator=generator, dtype=torch.int64, device="cpu")[:_COMPARED]
     values = values[:, some].double()
     spread = values.var(1, correction=0) * values.shape[1]
     values = values - values.mean(0)  # so that products lose few digits
     squares = values.square().sum(1)
-    found = torch.zeros(len(x), dtype=torch.bool)
+    found = torch.zeros(len(x), dtype=torch.bool, device="cpu")
     for image in range(1, len(x)):
         distance = squares[:image] + squares[image] - 2 * (values[:image] @ values[image])
         allowed = _COPY / 2 * (spread[:image] + spread[image]) + 1e-9 * (squares[:image] + squares[image])
@@ -106,7 +107,7 @@ def check_images(x: Tensor, reference: nn.Module, qmodel: nn.Module, *, any_rang
         if isinstance(size, tuple) and tuple(x.shape[2:]) != size:
             got, wanted = ("x".join(map(str, pixels)) for pixels in (x.shape[2:], size))
             said.append(f"they are {got}, the network's preparation makes them {wanted}")
-        mean, std = torch.tensor(known.mean), torch.tensor(known.std)
+        mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu") for v in (known.mean, known.std))
         expected = (
             float(((known.scale * PHOTOGRAPH_MEAN - mean) / std).mean()),
             float((known.scale * PHOTOGRAPH_DEVIATION / std).mean()),

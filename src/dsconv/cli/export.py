@@ -67,7 +67,8 @@ def export(
     folder = None if data is None else image_folder(data, preprocess, names)
     say(f"exporting as {style}")
     ranges = images if style == "int8" else None
-    dsconv.export_onnx(qmodel, torch.zeros(1, *sizes), out, style, images=ranges, opset=opset, progress=True)
+    example = torch.zeros(1, *sizes, dtype=torch.float32, device="cpu")
+    dsconv.export_onnx(qmodel, example, out, style, images=ranges, opset=opset, progress=True)
     facts: dict[str, Any] = {"file": str(out), "file_bytes": out.stat().st_size, "style": style, "opset": opset}
     compared = None
     if folder is not None:

@@ -53,7 +53,8 @@ def profile(
     else:
         say(f"building {model_or_file} with weights {weights}, quantizing")
         qmodel = dsconv.quantize(zoo.build(model_or_file, weights=weights), settings)
-    x = torch.randn(batch_size, *image_shape(qmodel, model_or_file, shape))
+    image = image_shape(qmodel, model_or_file, shape)
+    x = torch.randn(batch_size, *image, dtype=torch.float32, device="cpu")
     torch.set_num_threads(threads)
     say("compiling")
     found = dsconv.profile(dsconv.compile(qmodel, x, fast_math=fast_math), x, runs=runs)

@@ -141,7 +141,7 @@ def profile(model: CompiledModel, x: Tensor, *, runs: int = 20) -> Profile:
         for _ in range(3):
             program(x)
         for _ in range(runs):
-            seconds = torch.zeros(len(program.steps), dtype=torch.float64)
+            seconds = torch.zeros(len(program.steps), dtype=torch.float64, device="cpu")
             totals.append(_timed(partial(program, x, seconds)))
             times.append(seconds.tolist())
     threads = torch.get_num_threads()

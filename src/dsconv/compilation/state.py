@@ -69,7 +69,7 @@ def _as_after_no_images(model: nn.Module, size: tuple[int, ...]) -> nn.Module:
     before = {name: _seen(module) for name, module in warm.named_modules()}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            warm(torch.zeros((_WARM_BATCH, *size), dtype=torch.float32))
+            warm(torch.zeros((_WARM_BATCH, *size), dtype=torch.float32, device="cpu"))
     except Exception:
         return made  # its capture says why, or is of another batch
     modules = dict(made.named_modules())

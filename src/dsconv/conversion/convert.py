@@ -392,7 +392,8 @@ def _input_of(layer: Any, extra: int) -> Tensor:
     else:
         size = [d * (k - 1) + extra for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         shape = (2, layer.in_channels, *size)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(extra), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(extra)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return x.to(device_of(layer))
 
 

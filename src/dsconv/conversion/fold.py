@@ -135,7 +135,7 @@ def check_inference(qmodel: object, doing: str) -> None:
 def add_bias(layer: DSLayer, like: object) -> None:
     """Give a layer without a bias one of zeros, trainable where the parameter ``like`` is."""
     if layer.bias is None:
-        zeros = torch.zeros(len(layer.vqk), device=layer.vqk.device)
+        zeros = torch.zeros(len(layer.vqk), dtype=torch.float32, device=layer.vqk.device)
         layer.bias = nn.Parameter(zeros, requires_grad=isinstance(like, Tensor) and like.requires_grad)
 
 
@@ -145,7 +145,9 @@ def _folded(layer: DSLayer, batchnorm: _BatchNorm) -> _Folded | None:
 
     # On the CPU, since not every device has float64.
     def exact(value: Tensor | None, missing: float = 0.0) -> Tensor:
-        return torch.tensor(missing, dtype=torch.float64) if value is None else value.to("cpu", torch.float64)
+        if value is None:
+            return torch.tensor(missing, dtype=torch.float64, device="cpu")
+        return value.to("cpu", torch.float64)
 
     factor = exact(batchnorm.weight, 1.0) / (exact(batchnorm.running_var) + batchnorm.eps).sqrt()
     bias = exact(batchnorm.bias) + (exact(layer.bias) - exact(batchnorm.running_mean)) * factor

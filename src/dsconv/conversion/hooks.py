@@ -210,4 +210,5 @@ def _input_of(layer: Any) -> Tensor:
     """Random input of a container that begins with ``layer``."""
     linear = isinstance(layer, nn.Linear)
     shape = (2, layer.in_features) if linear else (2, layer.in_channels, *[16] * len(layer.kernel_size))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")

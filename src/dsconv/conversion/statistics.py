@@ -68,7 +68,8 @@ def noise(preprocess: Preprocess | None, shape: Sequence[int], count: int = _IMA
     if preprocess is not None and len(shape) == 3 and shape[0] == (1 if preprocess.channels == "gray" else 3):
         sized = {**preprocess.model_dump(), "resize": tuple(shape[1:]), "crop": None}
         return synthetic_images(count, Preprocess(**sized))
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, *shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def with_statistics(model: nn.Module) -> list[_BatchNorm]:

@@ -91,7 +91,7 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
             raise DataError(f"The image folder {self.path} {what}.")
         if (self.path / "labels.csv").is_file():
             self.files, labels = _read_labels(self.path / "labels.csv", self.classes)
-            self.labels = torch.tensor(labels, dtype=torch.int64)
+            self.labels = torch.tensor(labels, dtype=torch.int64, device="cpu")
             return
         try:
             tree = _Tree(self.path)
@@ -131,7 +131,9 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
                 f"The sub-folder {unknown[0]} of {self.path} is not one of the {len(self.classes)} classes."
             )
         self.files = [file for files in folders.values() for file in files]
-        self.labels = torch.tensor([index[name] for name in folders for _ in folders[name]], dtype=torch.int64)
+        self.labels = torch.tensor(
+            [index[name] for name in folders for _ in folders[name]], dtype=torch.int64, device="cpu"
+        )
 
     @cached_property
     def order_in_words(self) -> str:
@@ -422,7 +424,8 @@ def _check(item: Any) -> Labelled:
     if labels is None:
         return images, None
     try:
-        labels = torch.as_tensor(labels)
+        if not isinstance(labels, Tensor):
+            labels = torch.as_tensor(labels, dtype=None, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"labels must be integers, one per image, got {type(labels).__name__}: {error}.") from error
     if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex():

@@ -123,7 +123,13 @@ class Preprocess(BaseModel):
         if self.channels == "bgr":
             x = x.flip(0)
         x.div_(255 / self.scale)
-        return x.sub_(torch.tensor(self.mean).view(-1, 1, 1)).div_(torch.tensor(self.std).view(-1, 1, 1))
+        mean, std = self._mean_and_std()
+        return x.sub_(mean).div_(std)
+
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Return both as float32 ``(C, 1, 1)`` or ``(1, 1, 1)``."""
+        mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu").view(-1, 1, 1) for v in (self.mean, self.std))
+        return mean, std
 
     def picture(self, x: Tensor) -> "Image.Image":
         """The picture of a network's input ``(C, H, W)``, resized and cropped as it is; values beyond it are clipped.
@@ -135,7 +141,8 @@ class Preprocess(BaseModel):
         """
         from PIL import Image
 
-        x = x.detach().float().cpu() * torch.tensor(self.std).view(-1, 1, 1) + torch.tensor(self.mean).view(-1, 1, 1)
+        mean, std = self._mean_and_std()
+        x = x.detach().float().cpu() * std + mean
         pixels = (x * (255 / self.scale)).round().clamp(0, 255).byte()
         if self.channels == "bgr":
             pixels = pixels.flip(0)

@@ -32,8 +32,12 @@ def synthetic_images(count: int, preprocess: Preprocess, *, seed: int = 0) -> Te
                 "got neither: Preprocess(crop=224, ...), or pass images"
             )
     generator = torch.Generator().manual_seed(seed)
-    spectrum = torch.fft.rfft2(torch.randn(count, 3, height, width, generator=generator))
-    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width))
+    spectrum = torch.fft.rfft2(
+        torch.randn(count, 3, height, width, generator=generator, dtype=torch.float32, device="cpu")
+    )
+    down = torch.fft.fftfreq(height, dtype=torch.float32, device="cpu")
+    across = torch.fft.rfftfreq(width, dtype=torch.float32, device="cpu")
+    frequency = torch.hypot(down[:, None], across)
     frequency[0, 0] = torch.inf  # no mean
     x = torch.fft.irfft2(spectrum / frequency, s=(height, width))
     x += 2 * x.mean(1, keepdim=True)

@@ -7,6 +7,7 @@ C. Kaynak, UCI Machine Learning Repository, CC BY 4.0) as scikit-learn distribut
 from importlib.resources import files
 from typing import Literal, cast, overload
 
+import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,7 +70,8 @@ def _asset(name: str) -> dict[str, Tensor]:
 
 def digits_resnet(pretrained: bool = True) -> DigitsResNet:
     """A ``DigitsResNet`` in eval mode, with the trained weights or with random ones: ``dsconv/digits_resnet``."""
-    network = DigitsResNet()
+    with torch.device("cpu"):
+        network = DigitsResNet().float()
     if pretrained:
         network.load_state_dict(_asset("digits_resnet.safetensors"))
     return network.eval()

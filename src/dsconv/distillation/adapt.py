@@ -205,13 +205,14 @@ class _Training:
                 )
             found.append(variance or 1.0)
         # The same in all processes, whose learning rates depend on them.
-        return cast(list[float], self.processes.mean(torch.tensor(found)).tolist())
+        variances = torch.tensor(found, dtype=torch.float32, device="cpu")
+        return cast(list[float], self.processes.mean(variances).tolist())
 
     def train(self, saved: StateFile, log: Path | None, progress: bool, on_look: Callable[[Look], None]) -> Adaptation:
         """Take the steps that are left, and give the network the best state."""
         recipe, chief, start = self.recipe, self.processes.rank == 0, time.perf_counter()
         before = self.looks[-1].seconds if self.looks else 0.0
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64, device="cpu")
 
         def look(step: int) -> None:
             since = step - self.looks[-1].step if self.looks else 0
@@ -300,7 +301,7 @@ class _Training:
     @torch.no_grad()
     def _held_back_kl(self, held: list[tuple[Tensor, Tensor]]) -> float:
         self.student.expect({})
-        total = torch.zeros(1, dtype=torch.float64)
+        total = torch.zeros(1, dtype=torch.float64, device="cpu")
         for x, wanted in held:
             with self.autocast:
                 logits, _ = self.student(x)

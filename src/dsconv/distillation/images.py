@@ -10,7 +10,7 @@ def split(count: int, held_back: float, seed: int) -> tuple[Tensor, Tensor]:
     >>> [len(part) for part in split(64, 0.25, seed=0)]
     [48, 16]
     """
-    order = torch.randperm(count, generator=_generator(seed))
+    order = _order(count, seed)
     held = max(1, round(count * held_back))
     return order[held:].sort().values, order[:held].sort().values
 
@@ -23,11 +23,12 @@ def drawn(step: int, batch_size: int, count: int, seed: int) -> Tensor:
     """
     first = step * batch_size
     orders = {
-        epoch: torch.randperm(count, generator=_generator(seed * 1_000_003 + epoch))
+        epoch: _order(count, seed * 1_000_003 + epoch)
         for epoch in range(first // count, (first + batch_size - 1) // count + 1)
     }
     return torch.stack([orders[place // count][place % count] for place in range(first, first + batch_size)])
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed % 2**63)
+def _order(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    return torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")

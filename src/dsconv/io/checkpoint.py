@@ -296,7 +296,8 @@ def _stored_tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
         packed = pack(value, bits[own_name]) if own_name in bits else value
         tensors[name] = packed.clone(memory_format=torch.contiguous_format)
     for name, layer in _quantized_layers(qmodel):
-        tensors[f"{name}.{_SHAPE}".lstrip(".")] = torch.tensor(layer.vqk.shape)
+        shape = torch.tensor(layer.vqk.shape, dtype=torch.int64, device="cpu")
+        tensors[f"{name}.{_SHAPE}".lstrip(".")] = shape
     return tensors, aliases
 
 

@@ -27,8 +27,8 @@ class Affine(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.register_buffer("scale", torch.ones(channels))
-        self.register_buffer("shift", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones(channels, dtype=torch.float32, device="cpu"))
+        self.register_buffer("shift", torch.zeros(channels, dtype=torch.float32, device="cpu"))
 
     @classmethod
     @torch.no_grad()

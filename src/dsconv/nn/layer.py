@@ -83,16 +83,18 @@ class DSLayer(nn.Module):
         super().__init__()
         self.config = config
         self.weight_sqnr_db: float | None = None
-        rows = self._rows(torch.zeros(vqk_shape, dtype=torch.int8))
+        rows = self._rows(torch.zeros(vqk_shape, dtype=torch.int8, device="cpu"))
         kds = torch.zeros(
             (rows.shape[0], block_count(rows.shape[1], config.block_size), *rows.shape[2:]),
             dtype=config.torch_kds_dtype,
+            device="cpu",
         )
-        self.register_buffer("vqk", torch.zeros(vqk_shape, dtype=torch.int8))
+        self.register_buffer("vqk", torch.zeros(vqk_shape, dtype=torch.int8, device="cpu"))
         self.register_buffer("kds", kds)
         self.register_buffer("kds_shift", kds.clone() if config.weight_shift else None)
-        self.weight_like = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(vqk_shape[0])) if bias else None
+        self.weight_like = nn.Parameter(torch.empty(0, dtype=torch.float32, device="cpu"), requires_grad=False)
+        zeros = torch.zeros(vqk_shape[0], dtype=torch.float32, device="cpu")
+        self.bias = nn.Parameter(zeros) if bias else None
 
     def _rows(self, weight: Tensor) -> Tensor:
         """``weight`` as the arithmetic sees it: flattened to ``(O, C/groups * K)`` where blocks are."""

@@ -97,7 +97,7 @@ def round_balanced(
     unit = torch.where(unit == 0, 1.0, unit)
     # In float64, so that what rows are worked on together does not show in the result.
     if known is None:
-        mean, variance = (torch.full((w.shape[1], 1), m, dtype=torch.float64) for m in (_MEAN_POWER**0.5, 1.0))
+        mean, variance = (w.new_full((w.shape[1], 1), m, dtype=torch.float64) for m in (_MEAN_POWER**0.5, 1.0))
     else:
         mean, variance = known
     model = _Model.of(mean.to(w.device, torch.float64), variance.to(w.device, torch.float64), len(w))

@@ -70,7 +70,7 @@ def reference_conv(
         for full, d, k, s in zip(mantissa.shape[2:], dilation, kernel, stride, strict=True)
     ]
     images, outputs = len(mantissa), len(vqk)
-    output = torch.zeros(images, groups, outputs // groups, *size, dtype=torch.float64)
+    output = mantissa.new_zeros(images, groups, outputs // groups, *size, dtype=torch.float64)
     total = torch.zeros_like(output)
     scales = [kds] if kds_shift is None else [kds, kds_shift]
     taps: list[tuple[int, ...]] = list(itertools.product(*map(range, kernel)))

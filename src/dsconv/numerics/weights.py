@@ -142,7 +142,7 @@ def dequantize_weight(vqk: Tensor, kds: Tensor, block_size: int, kds_shift: Tens
         value = value.float()
         if expected[1] > 1:
             # Not a slice of repeat_interleave, which PyTorch 2.13 compiles to wrong machine code.
-            value = value[:, torch.arange(channels, device=value.device) // block_size]
+            value = value[:, torch.arange(channels, dtype=torch.int64, device=value.device) // block_size]
         return value
 
     w = vqk.float() * spread(kds)

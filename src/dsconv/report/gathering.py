@@ -383,7 +383,8 @@ def _profile(qmodel: nn.Module, shape: Sequence[int] | None, runs: int) -> Profi
         return (
             "The size of an image is not known: pass `--size` or `--data DIR` (in Python `input_shape=` or `images=`)."
         )
-    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *shape, generator=generator, dtype=torch.float32, device="cpu")
     try:
         with evaluation_mode([qmodel]):
             return profile(compile(qmodel, x), x, runs=runs)
@@ -413,7 +414,8 @@ def _weights(before: nn.Module, layer: DSLayer) -> Distribution:
         weight.detach().float().flatten().cpu() for weight in (cast(Tensor, before.weight), layer.dequantized_weight())
     ]
     if (count := len(pair[0])) > _WEIGHTS:
-        places = torch.randint(count, (_WEIGHTS,), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        places = torch.randint(count, (_WEIGHTS,), generator=generator, dtype=torch.int64, device="cpu")
         pair = [weight[places] for weight in pair]
     return Distribution.of(*pair)
 
@@ -466,7 +468,7 @@ def _inputs(layers: Mapping[str, DSLayer], reference: nn.Module | None) -> Itera
         before = after if reference is None else expected[name].popleft() if expected[name] else None
         if before is None or before.shape != after.shape:
             raise ModelError(f"reference: its layer {name!r} does not run as that of the quantized network does")
-        keys = torch.rand(len(after), generator=generator)
+        keys = torch.rand(len(after), generator=generator, dtype=torch.float32, device="cpu")
         if name in samples:
             samples[name].add(keys, before, after)
         else:
@@ -493,11 +495,15 @@ def _rows_read(layer: DSLayer, x: Tensor, generator: torch.Generator) -> Tensor:
         x = x.unsqueeze(0)
     if isinstance(layer, DSConv1d | DSConv2d | DSConv3d) and layer.config.blocks == "flat":
         size = x[0].numel() * math.prod(layer.kernel_size) // math.prod(layer.stride)
-        some = torch.randperm(len(x), generator=generator)[: max(1, _PATCHES // size)]
+        order = torch.randperm(len(x), generator=generator, dtype=torch.int64, device="cpu")
+        some = order[: max(1, _PATCHES // size)]
         x = ops.patches(x[some], layer.kernel_size, layer.stride, layer.zero_padding, layer.dilation)
     x = x.flatten(2)
     count = (_rows_of(x.shape[1]),)
-    image, place = (torch.randint(size, count, generator=generator) for size in (len(x), x.shape[2]))
+    image, place = (
+        torch.randint(size, count, generator=generator, dtype=torch.int64, device="cpu")
+        for size in (len(x), x.shape[2])
+    )
     return x[image, :, place].float().cpu()
 
 

@@ -192,7 +192,7 @@ def _weight(network: nn.Module, layer: str) -> torch.Tensor:
 
 def _histogram(axis: Any, before: torch.Tensor, after: torch.Tensor, name: str, colour: str) -> None:
     edge = float(torch.maximum(before.abs().max(), after.abs().max()))
-    bins = torch.linspace(-edge, edge, _BINS + 1).tolist()
+    bins = torch.linspace(-edge, edge, _BINS + 1, dtype=torch.float32, device="cpu").tolist()
     axis.hist(before.numpy(), bins, color=_FLOAT, label="float32")
     axis.hist(after.numpy(), bins, histtype="step", color=colour, linewidth=1.3, label=name)
     axis.legend(loc="upper right", frameon=False, fontsize=8)
