@@ -10,8 +10,8 @@ _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _BRACKETS = re.compile(r"[\[\]{}]")
 
 
-def loads(text: str | bytes) -> Any:
-    """Return the value of a JSON text, in UTF-8 where it is bytes.
+def loads(text: str | bytes, *, finite: bool = True) -> Any:
+    """Return the value of a JSON text, in UTF-8 where it is bytes; with NaN and infinities unless ``finite``.
 
     Raises:
         ValueError: it is no JSON, or it has a name twice, NaN or infinity, more than 64 levels, a number too large for
@@ -28,7 +28,8 @@ def loads(text: str | bytes) -> Any:
         text = text.decode("utf-8")
     if _depth(text) > _DEEPEST:
         raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
-    value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refused, parse_float=_finite)
+    numbers: dict[str, Any] = {"parse_constant": _refused, "parse_float": _finite} if finite else {}
+    value = json.loads(text, object_pairs_hook=_without_duplicates, **numbers)
     if "\\u" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()

@@ -126,6 +126,7 @@ def calibrate(
         arguments = {"positions": positions, "seed": seed, "images at a time": batch_size, "settings": settings}
         arguments["dsconv version"] = metadata.version("dsconv")
         saved.open({"qmodel": qmodel, "reference": reference}, x, arguments)
+        saved.check({pair.name: pair.layer for pair in pairs if pair.reason is None})
         distance = Distance(reference, torch.split(x[held_back], batch_size))
         before = distance.of(result)
         pending = [pair for pair in pairs if pair.name not in saved.done and pair.reason is None]

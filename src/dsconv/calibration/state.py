@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dsconv.calibration.report import CalibratedLayer
 from dsconv.io.state import StateFile
+from dsconv.nn import DSLayer
 
 
 class State:
@@ -35,8 +36,34 @@ class State:
             self._write()
             self._file.remove()  # there is nothing to resume yet
         else:
-            layers, self.tensors = found
-            self.done = {data["name"]: CalibratedLayer(**data) for data in layers}
+            data, self.tensors = found
+            layers = self._file.records(CalibratedLayer, data)
+            self.done = {layer.name: layer for layer in layers}
+            if len(self.done) < len(layers):
+                raise self._file.refusal("it has a layer twice")
+
+    def check(self, layers: Mapping[str, DSLayer]) -> None:
+        """Refuse what was read unless it is of some of ``layers``, by name.
+
+        Raises:
+            FileFormatError: it is of others.
+        """
+        expected: dict[str, Tensor] = {}
+        for name in self.done:
+            if name not in layers:
+                raise self._file.refusal(f"layer {name!r} is none that is calibrated")
+            layer = layers[name]
+            parts = {"vqk": layer.vqk, "kds": layer.kds, "kds_shift": layer.kds_shift}
+            parts["bias"] = layer.kds.new_empty(len(layer.vqk))
+            expected |= {f"{name}.{part}": value for part, value in parts.items() if value is not None}
+        self._file.check_tensors(self.tensors, expected)
+        for key, value in self.tensors.items():
+            name, _, part = key.rpartition(".")
+            half = 1 << (layers[name].config.weight_bits - 1)
+            if part == "vqk" and not ((value >= -half) & (value < half)).all():
+                raise self._file.refusal(f"tensor {key!r} holds integers of more than the layer's bits")
+            if part in ("kds", "kds_shift") and not value.isfinite().all():
+                raise self._file.refusal(f"tensor {key!r} holds a NaN or an infinity")
 
     def add(self, record: CalibratedLayer, **tensors: Tensor | None) -> None:
         """Note a layer that is done, and its ``tensors``."""

@@ -153,7 +153,7 @@ def adapt(
             }
             found = saved.open({"student": student, "teacher": teacher}, x, settings)
             if found is not None:
-                run.resume(*found)
+                run.resume(saved, *found)
             adaptation = run.train(saved, None if log is None else Path(log), progress, on_look)
     before = model_info(result) or ModelInfo(QuantConfig())
     added = (pair.name for pair in pairs if student.get_submodule(pair.name).bias is None)
@@ -328,9 +328,24 @@ class _Training:
         return tensors
 
     @torch.no_grad()
-    def resume(self, looks: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
-        """Take up a state."""
-        self.looks = [Look(**look) for look in looks]
+    def resume(self, saved: StateFile, data: Any, tensors: dict[str, Tensor]) -> None:
+        """Take up a state.
+
+        Raises:
+            FileFormatError: ``data`` and ``tensors`` are not those of a training of this network.
+        """
+        self.looks = saved.records(Look, data)
+        steps = [look.step for look in self.looks]
+        if steps[0] != 0 or sorted(set(steps)) != steps or steps[-1] > self.recipe.steps:
+            raise saved.refusal(f"its looks are not at increasing steps from 0 to {self.recipe.steps}")
+        expected: dict[str, Tensor] = {}
+        for name, p in self.student.trained().items():
+            expected |= {f"now/{name}": p, f"best/{name}": p}
+            if steps[-1] > 0:
+                # The moments that Adam keeps.
+                expected |= {f"step/{name}": torch.empty((), dtype=torch.float32)}
+                expected |= {f"exp_avg/{name}": p, f"exp_avg_sq/{name}": p}
+        saved.check_tensors(tensors, expected)
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             p = self.student.trained()[name]

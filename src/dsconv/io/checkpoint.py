@@ -398,7 +398,7 @@ def _check_name(path: Path) -> None:
 
 def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     """Return the header and the tensors of a file, each checked as far as it can be without a model."""
-    entries, tensors = read_tensors(path, _MAGIC, "file")
+    entries, tensors = read_tensors(path, _MAGIC, "safetensors file", "get or write it again")
     version = entries["format_version"]
     try:
         fields = {name: strict_json.loads(text) for name, text in entries.items() if name in Header.model_fields}
@@ -424,8 +424,12 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     return header, tensors
 
 
-def read_tensors(path: Path, magic: str, kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_tensors(path: Path, magic: str, kind: str, mend: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return the entries and tensors of a safetensors file whose entry ``format`` is ``magic``, its checksum verified.
+
+    Args:
+        kind: what the file is, for errors.
+        mend: what is to be done about one that is damaged.
 
     Raises:
         FileFormatError: it is no such file, damaged, or of a newer version.
@@ -434,7 +438,6 @@ def read_tensors(path: Path, magic: str, kind: str) -> tuple[dict[str, str], dic
     _check_name(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a {kind} written by dsconv, there is none")
-    again = "get or write it again" if magic == _MAGIC else "delete it and start again"
     # Reading first tells a file that cannot be read from one that is broken.
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -445,12 +448,9 @@ def read_tensors(path: Path, magic: str, kind: str) -> tuple[dict[str, str], dic
         with safe_open(path, framework="pt") as opened:
             entries: dict[str, str] = opened.metadata() or {}
             if entries.get("format") != magic:
-                raise FileFormatError(
-                    f"{path}: a safetensors file, but not one written by dsconv"
-                    if magic == _MAGIC
-                    else f"{path}: expected a {kind}, it is another file"
-                )
-            version = entries.get("format_version", "" if magic == _MAGIC else "1")
+                what = "it is another file: a safetensors file, but not one written by dsconv for this"
+                raise FileFormatError(f"{path}: expected a {kind} of format {magic!r}, {what}")
+            version = entries.get("format_version", "")
             if not version.isdecimal() or len(version) > 9 or int(version) > FORMAT_VERSION:
                 newest = f"this dsconv reads up to {FORMAT_VERSION}: update dsconv"
                 raise FileFormatError(f"{path}: has format version {version[:20]!r}, {newest}")
@@ -460,9 +460,9 @@ def read_tensors(path: Path, magic: str, kind: str) -> tuple[dict[str, str], dic
         raise
     except Exception as error:  # safetensors documents none, and some dtypes are known to it and not to PyTorch
         reason = one_line(str(error), 400)
-        raise FileFormatError(f"{path}: not a complete safetensors file ({reason}): {again}") from None
+        raise FileFormatError(f"{path}: not a complete {kind} ({reason}): {mend}") from None
     if not whole:
-        raise FileFormatError(f"{path}: its contents do not match its checksum, it was changed: {again}")
+        raise FileFormatError(f"{path}: its contents were changed, they do not match its checksum: {mend}")
     return entries, tensors
 
 

@@ -2,16 +2,21 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from dsconv.errors import ConfigError, FileFormatError
+from dsconv import strict_json
+from dsconv.errors import ConfigError, FileFormatError, one_line
 from dsconv.files import check_place
-from dsconv.io.checkpoint import checksum, write
+from dsconv.io.checkpoint import checksum, read_tensors, write
+
+Record = TypeVar("Record")
+_MEND = "delete it and start again"
 
 
 class StateFile:
@@ -57,29 +62,57 @@ class StateFile:
         self._made_of |= {"images": checksum({}, {"x": x})} | {name: str(value) for name, value in settings.items()}
         if not self._resume:
             return None
-        work = self._format.partition(" ")[2]
+        entries, tensors = read_tensors(self._path, self._format, "state file", _MEND)
         try:
-            with safe_open(self._path, framework="pt") as file:
-                entries = file.metadata() or {}
-                if entries.get("format") != self._format:
-                    raise FileFormatError(f"{self._path}: expected the state of a {work}, it is another file")
-                made_of, data = json.loads(entries["made_of"]), json.loads(entries["data"])
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            whole = entries["checksum"] == checksum(entries, tensors)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, FileFormatError):
-                raise
-            raise FileFormatError(
-                f"{self._path}: not a complete state file ({error}): delete it and start again"
-            ) from None
-        if not whole:
-            raise FileFormatError(f"{self._path}: its contents were changed: delete it and start again")
+            made_of = strict_json.loads(entries["made_of"])
+            # Training that went wrong has figures that are none.
+            data = strict_json.loads(entries["data"], finite=False)
+        except (KeyError, ValueError) as error:
+            raise self.refusal(str(error)) from None
+        if not isinstance(made_of, dict):
+            raise self.refusal("it does not say what it was made of")
         if other := [name for name, value in self._made_of.items() if made_of.get(name) != value]:
             raise FileFormatError(
                 f"{self._path}: was made with other {', '.join(other)}: resume with what it was started with, or "
                 "delete it and start again"
             )
-        return data, tensors
+        return data, {name: value.clone() for name, value in tensors.items()}
+
+    def records(self, kind: type[Record], data: Any) -> list[Record]:
+        """Return the dataclasses ``kind`` that were written as a list of dictionaries, at least one.
+
+        Raises:
+            FileFormatError: ``data`` is something else.
+        """
+        names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+        if not isinstance(data, list) or not data or any(not isinstance(d, dict) or set(d) != names for d in data):
+            raise self.refusal(f"expected at least one record of {', '.join(sorted(names))}")
+        try:
+            return TypeAdapter(list[kind]).validate_python(data)  # type: ignore[valid-type]
+        except ValidationError as error:
+            fault = error.errors(include_url=False, include_context=False)[0]
+            raise self.refusal(f"record {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+
+    def check_tensors(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+        """Refuse tensors that are not of the names, shapes and kinds (integers or floats) of those ``expected``.
+
+        Raises:
+            FileFormatError: with the first that differs.
+        """
+        for name in sorted(found.keys() ^ expected.keys()):
+            raise self.refusal(f"tensor {name!r} is {'not expected' if name in found else 'missing'}")
+        for name, value in found.items():
+            like = expected[name]
+            same_kind = value.dtype == like.dtype or (value.is_floating_point() and like.is_floating_point())
+            if value.shape != like.shape or not same_kind:
+                got = f"{value.dtype} of shape {tuple(value.shape)}"
+                raise self.refusal(
+                    f"tensor {name!r}: expected {like.dtype} of shape {tuple(like.shape)}, got {one_line(got, 200)}"
+                )
+
+    def refusal(self, reason: str) -> FileFormatError:
+        """Return the error that the contents of the file are not what is written to it, for a ``reason``."""
+        return FileFormatError(f"{self._path}: not a state that dsconv wrote ({one_line(reason, 400)}): {_MEND}")
 
     def remove(self) -> None:
         """Remove the file, if there is one."""
@@ -94,7 +127,12 @@ class StateFile:
         """
         if self._path is not None:
             stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            entries = {"format": self._format, "made_of": json.dumps(self._made_of), "data": json.dumps(data)}
+            entries = {
+                "format": self._format,
+                "format_version": "1",
+                "made_of": json.dumps(self._made_of),
+                "data": json.dumps(data),
+            }
             write(self._path, stored, entries | {"checksum": checksum(entries, stored)})
 
 
