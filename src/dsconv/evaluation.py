@@ -18,7 +18,7 @@ from dsconv.data.folder import Batches, BrokenImage, ImageFolder, Images, batche
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, ModelError
 from dsconv.modes import evaluation_mode
-from dsconv.nn.layer import device_of
+from dsconv.nn.inputs import as_input_of, device_of
 from dsconv.numerics import sqnr_db
 from dsconv.progress import progress_bar
 from dsconv.zoo import preprocess_of
@@ -365,7 +365,7 @@ def ready(models: list[nn.Module], device: str | torch.device | None) -> Iterato
 
 def _forward(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, float]:
     """Float64 logits (N, classes) on the CPU and the seconds they took; copying them waits for the device."""
-    x = x.to(device_of(model))
+    x = as_input_of(model, x)
     start = time.perf_counter()
     try:
         output = model(x)

@@ -22,6 +22,7 @@ from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import Comparison, Evaluation, compare_each
 from dsconv.modes import evaluation_mode
+from dsconv.nn.inputs import as_input_of
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:
@@ -308,7 +309,10 @@ def _time(
     before, race = torch.get_num_threads(), None
     torch.set_num_threads(threads)
     try:
-        calls = [partial(net if name == FLOAT else compile(net, x), x) for name, net in networks.items()]
+        calls = [
+            partial(net, as_input_of(net, x)) if name == FLOAT else partial(compile(net, x), x)
+            for name, net in networks.items()
+        ]
         with torch.inference_mode():
             race = Race(calls, threads)
             for _ in race.rounds(seconds=seconds):

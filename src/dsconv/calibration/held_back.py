@@ -11,6 +11,9 @@ from dsconv.evaluation import logits_in
 
 Measure = Literal["KL divergence", "relative error"]
 
+TEMPERATURE = 4.0
+"""Of the logits, for the divergence: at 1, most images that the reference is sure of would count for nothing."""
+
 # One image of so many is held back; of few images more, since one alone tells little.
 _ONE_OF, _OF_FEW, _FEW = 8, 4, 4
 
@@ -35,8 +38,9 @@ class Distance:
     """Distance of networks from a reference on some images.
 
     Attributes:
-        measure: mean KL divergence of the logits in nats, for networks of which :func:`dsconv.evaluate` takes the
-            logits; of others the relative error of the outputs, ``sum (f - q)^2 / sum f^2``.
+        measure: mean KL divergence ``T^2 KL(softmax(f / T) || softmax(q / T))`` of the logits in nats, T being
+            :data:`TEMPERATURE`, for networks of which :func:`dsconv.evaluate` takes the logits; of others the relative
+            error of the outputs, ``sum (f - q)^2 / sum f^2``.
     """
 
     def __init__(self, reference: nn.Module, batches: Sequence[Tensor]):
@@ -58,8 +62,9 @@ class Distance:
             value = noise / signal if signal > 0 else noise
         else:
             rows = [(f[known.all(1)], q[known.all(1)]) for (f, known), q in pairs]
-            log_f, log_q = (torch.cat(side).log_softmax(1) for side in zip(*rows, strict=True))
-            value = float((log_f.exp() * (log_f - log_q)).sum(1).mean()) if len(log_f) else 0.0
+            log_f, log_q = ((torch.cat(side) / TEMPERATURE).log_softmax(1) for side in zip(*rows, strict=True))
+            divergences = TEMPERATURE**2 * (log_f.exp() * (log_f - log_q)).sum(1)
+            value = float(divergences.mean()) if len(divergences) else 0.0
         return value if value < torch.inf else torch.inf
 
 

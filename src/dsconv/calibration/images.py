@@ -11,6 +11,7 @@ from dsconv.data import Batches, ImageFolder, Images, Preprocess, batches
 from dsconv.data.preprocess import PHOTOGRAPH_DEVIATION, PHOTOGRAPH_MEAN
 from dsconv.errors import DataError
 from dsconv.evaluation import preprocess_for
+from dsconv.nn.inputs import as_input_of
 from dsconv.progress import progress_bar
 from dsconv.zoo import preprocess_of
 
@@ -150,14 +151,15 @@ def _read_by(reference: nn.Module, name: str, x: Tensor) -> tuple[float, float] 
 
     def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values = inputs[0].float().transpose(0, 1).flatten(1)
-        used = var > var.mean() * 1e-6
-        width = (values.var(1) / var)[used].mean().sqrt()
-        offset = ((values.mean(1) - mean).square() / var)[used].mean().sqrt()
+        of_mean, of_var = mean.float(), var.float()
+        used = of_var > of_var.mean() * 1e-6
+        width = (values.var(1) / of_var)[used].mean().sqrt()
+        offset = ((values.mean(1) - of_mean).square() / of_var)[used].mean().sqrt()
         found.append((float(width), float(offset)))
 
     hook = batchnorm.register_forward_pre_hook(look)
     try:
-        reference(x.to(mean.device))
+        reference(as_input_of(reference, x))
     finally:
         hook.remove()
     return found[0] if found and all(map(math.isfinite, found[0])) else None

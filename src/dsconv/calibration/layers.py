@@ -15,7 +15,7 @@ from dsconv.conversion.convert import FLOAT_TYPES, effective_weight, model_info,
 from dsconv.errors import ModelError
 from dsconv.evaluation import first_line
 from dsconv.nn import Affine, DSLayer
-from dsconv.nn.layer import device_of
+from dsconv.nn.inputs import as_input_of
 
 # The covariance of what an output reads is a matrix of at most so many rows.
 _MOST_READ = 9216
@@ -80,7 +80,7 @@ def pairs_of(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = N
             wrong.append(f"layer {name!r} has a weight {shape}, but {found}")
             continue
         if isinstance(watched, _BatchNorm):
-            weight = weight * Affine.from_batchnorm(watched).scale.view(-1, *[1] * (weight.dim() - 1))
+            weight = weight * Affine.from_batchnorm(watched).scale.float().view(-1, *[1] * (weight.dim() - 1))
         pairs.append(Pair(name, layer, original, watched, weight))
         if (reads := layer.vqk[:1].numel()) > _MOST_READ:
             pairs[-1].reason = f"each output reads {reads:,} values, more than {_MOST_READ:,}"
@@ -158,7 +158,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 def forward(name: str, model: nn.Module, x: Tensor, errors: type[Exception] = RuntimeError) -> Any:
     """Output of ``model``, called ``name`` in the ModelError that takes the place of ``errors``."""
     try:
-        return model(x.to(device_of(model)))
+        return model(as_input_of(model, x))
     except errors as error:
         raise ModelError(f"{name}: it cannot run on images {tuple(x.shape)}: {first_line(error)}") from error
 

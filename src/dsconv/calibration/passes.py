@@ -91,9 +91,14 @@ class Passes:
             if not waiting or len(pair.outputs) > 1:
                 raise _Stop
 
+        def at(pair: Pair, x: Tensor) -> None:
+            # The networks may run under autocast, the sums and solutions of a layer's moments not.
+            with torch.autocast(x.device.type, enabled=False):
+                before(pair, x)
+
         with ExitStack() as hooks:
             for pair in group:
-                hook = pair.layer.register_forward_pre_hook(lambda _, inputs, pair=pair: before(pair, inputs[0]))
+                hook = pair.layer.register_forward_pre_hook(lambda _, inputs, pair=pair: at(pair, inputs[0]))
                 hooks.enter_context(hook)
             while waiting:
                 batch = self._batch(waiting[0], seen)

@@ -183,8 +183,8 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
 
     Raises:
         TypeError, ValueError: ``example_input`` is no such tensor.
-        ModelError: the model holds no quantized layer, is in training mode or cannot be captured; the message has the
-            line of its code where that is known. Or dsconv was installed without its extension.
+        ModelError: the model holds no quantized layer, is not in float32, is in training mode or cannot be captured;
+            the message has the line of its code where that is known. Or dsconv was installed without its extension.
 
     >>> import dsconv
     >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
@@ -192,6 +192,7 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
     >>> [step.fused for step in fast.plan.steps], fast(torch.zeros(5, 3, 16, 16)).shape
     ([('bias', 'batch_norm', 'relu', 'quantize'), ('bias',)], torch.Size([5, 64, 12, 12]))
     """
+    _check_dtype(qmodel)
     _check("example_input", example_input)
     if example_input.dim() < 2 or not len(example_input):
         raise ValueError(
@@ -205,11 +206,22 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
     return CompiledModel(copied(qmodel), example_input, fast_math)
 
 
+def _check_dtype(model: nn.Module) -> None:
+    for name, value in model.named_parameters() if isinstance(model, nn.Module) else ():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise ModelError(
+                f"model {type(model).__name__}: parameter {name!r} is {value.dtype}, and programs compute in float32: "
+                "call float() on the model and on its input"
+            )
+
+
 def _check(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype != torch.float32 or not x.is_cpu:
-        raise ValueError(f"{name}: expected float32 on the CPU, got {x.dtype} on {x.device}")
+        raise ValueError(
+            f"{name}: expected float32 on the CPU, got {x.dtype} on {x.device}: call float() or cpu() on the input"
+        )
 
 
 def _graph_for_any_batch(model: nn.Module, x: Tensor) -> fx.GraphModule | None:

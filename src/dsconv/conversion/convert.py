@@ -26,7 +26,7 @@ from dsconv.conversion.statistics import input_moments
 from dsconv.conversion.wrappers import peeled, unwrapped
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
-from dsconv.nn.layer import device_of
+from dsconv.nn.inputs import device_of
 from dsconv.numerics import InputMoments
 
 QUANTIZED_TYPES: tuple[type[dsnn.DSLayer], ...] = (

@@ -133,9 +133,10 @@ def check_inference(qmodel: object, doing: str) -> None:
 
 
 def add_bias(layer: DSLayer, like: object) -> None:
-    """Give a layer without a bias one of zeros, trainable where the parameter ``like`` is."""
+    """Give a layer without a bias one of zeros, in the dtype of the parameter ``like`` and trainable where it is."""
     if layer.bias is None:
-        zeros = torch.zeros(len(layer.vqk), dtype=torch.float32, device=layer.vqk.device)
+        dtype = like.dtype if isinstance(like, Tensor) else torch.float32
+        zeros = torch.zeros(len(layer.vqk), dtype=dtype, device=layer.vqk.device)
         layer.bias = nn.Parameter(zeros, requires_grad=isinstance(like, Tensor) and like.requires_grad)
 
 

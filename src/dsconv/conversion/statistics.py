@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv.conversion.copying import copied
 from dsconv.data import Preprocess, synthetic_images
+from dsconv.nn.inputs import as_input_of
 from dsconv.numerics import InputMoments
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -43,7 +44,7 @@ def input_moments(model: nn.Module, preprocess: Preprocess | None = None) -> dic
     for side in (None,) if known else _SIDES:
         images = noise(preprocess, (first.in_channels, *((side,) * 2 if side else _size(preprocess))))
         try:
-            found, missing = _measured(model, images.to(next(first.parameters())))
+            found, missing = _measured(model, as_input_of(model, images))
         except Exception:  # whatever a network has to say to inputs that it was not made for
             continue
         if not missing:
@@ -59,7 +60,7 @@ def normalized(model: nn.Module, images: Tensor) -> nn.Module:
     """
     result = _normalizing(model)
     with torch.no_grad():
-        result(images)
+        result(as_input_of(result, images))
     return result.eval()
 
 

@@ -34,7 +34,8 @@ from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import first_line, ready
 from dsconv.files import check_place
 from dsconv.io.state import StateFile
-from dsconv.nn.layer import device_of
+from dsconv.nn import DSLayer
+from dsconv.nn.inputs import device_of
 from dsconv.progress import progress_bar
 
 # Images by which the variance of a layer's outputs is told.
@@ -184,6 +185,7 @@ class _Training:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
         for pair in pairs:
             add_bias(pair.layer, getattr(pair.original, "weight", None))
+            _cast_bias(pair.layer, torch.float32)  # steps are too small for the narrower dtypes
         self.student = Student(model, pairs, self._variances(), recipe)
         self.student.check_start()
         self.optimizer = torch.optim.Adam(self.student.groups(recipe))
@@ -261,6 +263,9 @@ class _Training:
             for name, p in self.student.trained().items():
                 p.copy_(self.best[name])
         self.student.store()
+        for pair in self.pairs:
+            weight = getattr(pair.original, "weight", None)
+            _cast_bias(pair.layer, weight.dtype if isinstance(weight, Tensor) else torch.float32)
         images = len(self.ours), len(self.held)
         return Adaptation(recipe, *images, self.seed, tuple(self.looks), self._best_step(), stopped)
 
@@ -356,6 +361,12 @@ class _Training:
             else:
                 # The count of steps stays on the CPU.
                 self.optimizer.state[p][kind] = value if kind == "step" else value.to(self.device)
+
+
+def _cast_bias(layer: DSLayer, dtype: torch.dtype) -> None:
+    assert layer.bias is not None
+    if layer.bias.dtype != dtype:
+        layer.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=layer.bias.requires_grad)
 
 
 def divergence(f: Tensor, q: Tensor, temperature: float = 1.0) -> Tensor:

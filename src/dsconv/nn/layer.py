@@ -355,12 +355,6 @@ class DSLayer(nn.Module):
         )
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Return the device of the first tensor of ``module``, the CPU where it has none."""
-    tensor = next(chain(module.parameters(), module.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
-
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
