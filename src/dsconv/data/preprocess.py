@@ -245,7 +245,8 @@ def _upright(image: "Image.Image") -> "Image.Image":
     """``image`` as its EXIF orientation says that it is to be seen; as it is where that cannot be read."""
     from PIL.Image import Transpose
 
-    image.load()  # by which Pillow turns a TIFF itself
+    if image.format == "TIFF":
+        return image  # Pillow turns it itself, and not all versions forget its orientation then
     try:
         turn = Transpose[_TURNS[image.getexif()[_ORIENTATION]]]
     except Exception:  # no orientation, or on damaged EXIF nearly anything
