@@ -326,3 +326,43 @@ def test_every_function_that_copies_gives_a_network_of_its_own() -> None:
         expected = model(X)
         for name, made in copies.items():
             assert close(made(X), expected), name
+
+
+def test_a_stored_forward_of_a_layer_is_that_of_the_layer_in_its_place() -> None:
+    model = net()
+    first, last = model[0].forward, model[2].forward
+    model.steps = [first, model[1].__call__]
+    model.forward = lambda x: last(model.steps[1](model.steps[0](x)))
+    quantized = dsconv.quantize(model, "w8a8")
+    with torch.inference_mode():
+        assert close(quantized(X), model(X))
+    assert not runs_of(model, lambda: quantized(X))
+    model.inner = model[2]._conv_forward
+    with pytest.raises(ModelError, match="model Sequential: its attribute 'inner' holds"):
+        dsconv.quantize(model, "w8a8")
+
+
+def test_a_class_whose_instances_are_made_of_one_network_is_no_patch() -> None:
+    inner = net()
+
+    class Wrapper(tnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    model = Wrapper().eval()
+    quantized = dsconv.quantize(model, "w8a8")
+    assert not runs_of(model, lambda: quantized(X))
+
+
+def test_attributes_that_a_model_noted_on_its_layers_are_kept() -> None:
+    model = net()
+    for index, layer in enumerate(model):
+        layer.index, layer.names = index, [f"layer {index}"]
+    quantized = dsconv.quantize(model, "w8a8")
+    assert [layer.index for layer in quantized] == [0, 1, 2]
+    assert quantized[0].names == ["layer 0"] and quantized[0].names is not model[0].names
+    assert isinstance(quantized[0], nn.DSConv2d)

@@ -216,3 +216,50 @@ def test_hooks_keep_their_flags() -> None:
         assert seen == ["always"] * 2
         quantized[2]._forward_hooks.popitem()
         torch.testing.assert_close(y, quantized(X) + 1)
+
+
+class WritesInForward(tnn.Module):
+    """Normalizes weights before it calls the layers, as classifiers by cosine and constrained networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.free, self.blocks = tnn.Conv2d(8, 8, 1), tnn.Conv2d(8, 8, 1), tnn.ModuleList([tnn.Linear(8, 8)])
+        self.head = tnn.Linear(8, 4)
+        self.weight = tnn.Parameter(torch.ones(()))
+
+    def normalize(self) -> None:
+        weight = self.head.weight.data
+        weight.div_(weight.norm())
+        for block in self.blocks:
+            block.weight.data.clamp_(-0.1, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.normalize()
+        self.weight.data = torch.ones((), dtype=torch.float32)
+        self.conv.weight.data = self.conv.weight.data.sign()
+        x = self.free(self.conv(x)).relu_() * self.weight
+        return self.head(self.blocks[0](x.mean((2, 3))).add_(self.free.bias))
+
+
+def test_layers_whose_weight_a_forward_writes_stay_in_float() -> None:
+    model = WritesInForward().eval()
+    quantized = dsconv.quantize(model, "w8a8")
+    reasons = model_info(quantized).in_float
+    assert "written by the code of WritesInForward.forward" in reasons["conv"] and __file__ in reasons["conv"]
+    assert "written by the code of WritesInForward.normalize" in reasons["head"]
+    with torch.inference_mode():
+        assert (quantized(X) - model(X)).norm() < 0.05 * model(X).norm()
+
+
+def test_a_weight_that_the_forward_of_a_model_only_reads_is_quantized() -> None:
+    class Reads(tnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.weight = tnn.Conv2d(8, 4, 1), tnn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.conv.weight.abs().mean()
+            self.weight.data = torch.ones((), dtype=torch.float32)
+            return self.conv(x).mul_(scale).add_(self.conv.bias.view(-1, 1, 1))
+
+    assert isinstance(dsconv.quantize(Reads().eval(), "w8a8").conv, nn.DSConv2d)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -203,6 +203,7 @@ def swapped(model: nn.Module, swaps: Mapping[nn.Module, nn.Module], info: ModelI
     memo: dict[int, Any] = {id(layer): quantized for layer, quantized in swaps.items()}
     for layer, quantized in swaps.items():
         _keep_hooks(layer, quantized, memo)
+        _keep_attributes(layer, quantized, memo)
     result = copied(model, memo)
     result.dsconv_info = info  # type: ignore[assignment]
     return result
@@ -395,6 +396,23 @@ def _input_of(layer: Any, extra: int) -> Tensor:
     generator = torch.Generator().manual_seed(extra)
     x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return x.to(device_of(layer))
+
+
+def _keep_attributes(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) -> None:
+    """What a model noted on a layer of its own, as builders from lists of layers do, is there to be read."""
+    if isinstance(layer, FLOAT_TYPES):
+        base = next(base for base in FLOAT_TYPES if isinstance(layer, base))
+        for name, value in vars(layer).items():
+            known = name.startswith("_") or name in _attributes_of(base)  # type: ignore[arg-type]
+            if not known and not hasattr(quantized, name):
+                vars(quantized)[name] = copy.deepcopy(value, memo)
+
+
+@cache
+def _attributes_of(base: Callable[..., nn.Module]) -> frozenset[str]:
+    """Attributes that PyTorch gives a layer."""
+    sizes = (1, 1) if base is nn.Linear else (1, 1, 1)
+    return frozenset(vars(base(*sizes, device="meta", dtype=torch.float32)))
 
 
 def _keep_hooks(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) -> None:

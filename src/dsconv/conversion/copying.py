@@ -96,16 +96,20 @@ class _Carrier:
         self._copies: set[int] = set()
         self._known = -1
 
-    def reaches(self, value: Any, kinds: type | tuple[type, ...] = (nn.Module, Tensor)) -> bool:
-        """Return whether ``value`` holds a module or tensor of the original, at any depth."""
+    def reaches(
+        self, value: Any, kinds: type | tuple[type, ...] = (nn.Module, Tensor), beside: Iterable[Any] = ()
+    ) -> bool:
+        """Return whether ``value`` holds a module or tensor of the original, at any depth but in what is ``beside``."""
         self._look()
-        seen: dict[int, Any] = {}
+        seen = {id(one): one for one in beside}
         stack = [value]
         while stack:
             value = stack.pop()
             if id(value) in seen:
                 continue
             if id(value) in self._originals and isinstance(value, kinds):
+                return True
+            if isinstance(value, MethodType) and self._is_foreign(value):
                 return True
             seen[id(value)] = value
             stack.extend(self.attributes(value).values() if id(value) in self._given else held(value))
@@ -155,6 +159,13 @@ class _Carrier:
                 return value
         return self.carry(copy.deepcopy(value, self.memo))
 
+    def _is_foreign(self, method: MethodType) -> bool:
+        """Whether it is a method of the class of a module that another one has taken the place of."""
+        owner, name = method.__self__, getattr(method.__func__, "__name__", "")
+        if id(owner) not in self._given or isinstance(method.__func__, MethodType):
+            return False
+        return is_of_torch(method.__func__) and getattr(type(owner), name, None) is not method.__func__
+
     def _is_ours(self, value: Any) -> bool:
         """Whether the copy has something of its own in the place of ``value``, which a function holds."""
         if self.isolate and not isinstance(value, _ATOMS):
@@ -168,7 +179,9 @@ class _Carrier:
         result = value
         if isinstance(value, FunctionType):
             return self._remade(value) if self._is_ours(value) else value
-        if isinstance(value, MethodType):
+        if isinstance(value, MethodType) and self._is_foreign(value):
+            result = getattr(value.__self__, value.__func__.__name__, value)
+        elif isinstance(value, MethodType):
             function = self._function(value.__func__)
             result = value if function is value.__func__ else MethodType(function, value.__self__)
         elif type(value) is partial:
@@ -260,7 +273,7 @@ def _attributes(model: nn.Module) -> list[Any]:
     """The model, and the functions that its classes define."""
     classes = {base for module in model.modules() for base in type(module).__mro__ if not _is_torch(base)}
     # What methods do with other objects is not known: of these, functions that hold modules count alone.
-    return [model, *(_Method(value) for base in classes for value in vars(base).values() if _runs(value))]
+    return [model, *(_Method(value) for base in classes for _, value in _methods(base))]
 
 
 class _Method:
@@ -278,6 +291,13 @@ class _Method:
         self.modules = [part for part in seen.values() if isinstance(part, nn.Module)]
 
 
+def _methods(kind: type) -> Iterator[tuple[str, Any]]:
+    """Names and functions that a class of the user defines, but for those that make its instances."""
+    for name, value in vars(kind).items() if not _is_torch(kind) else ():
+        if _runs(value) and name not in ("__init__", "__new__"):
+            yield name, value
+
+
 def _runs(value: Any) -> bool:
     return isinstance(value, FunctionType | MethodType | partial)
 
@@ -288,18 +308,19 @@ def _is_torch(kind: type) -> bool:
 
 def _check(model: nn.Module, carrier: _Carrier) -> None:
     """Raise ModelError where the copy ``model`` still holds modules of the original."""
+    modules = list(model.modules())
     for name, module in model.named_modules():
         owner = f"module {name!r} ({type(module).__name__})" if name else f"model {type(module).__name__}"
         for attribute, value in carrier.attributes(module).items():
-            if carrier.reaches(value, nn.Module):
+            if carrier.reaches(value, nn.Module, beside=modules):
                 raise ModelError(
                     f"{owner}: its attribute {attribute!r} holds modules of the model in a way that cannot be copied"
                     f"{_place(value)}, so that a copy would run the layers of the original: write it as a method of a "
                     "class that gets the module as self"
                 )
         for base in type(module).__mro__:
-            for attribute, value in vars(base).items() if not _is_torch(base) else ():
-                if _runs(value) and carrier.reaches(_Method(value).modules, nn.Module):
+            for attribute, value in _methods(base):
+                if carrier.reaches(_Method(value).modules, nn.Module):
                     raise ModelError(
                         f"{owner}: {base.__name__}.{attribute} holds modules of this one model{_place(value)}, so that "
                         "a copy would run the layers of the original: use self in it, or replace the method of the "

@@ -1,5 +1,7 @@
 """Hooks that write the weight of a layer: found by running those that may on a copy."""
 
+import dis
+import inspect
 from collections.abc import Callable, Iterator
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 _PARTS = ("weight", "bias", "param", "state_dict", "attr", "__dict__", "kernel")
 _WHOLE = {"vars", "data", "apply", "modules", "children", "_modules", "_buffers", "buffers", "named_buffers"}
 _NAMES = ("weight", "bias")
+_NO_CODE = ("CACHE", "PRECALL", "EXTENDED_ARG", "NOP", "PUSH_NULL")
 # So often hooks run: what they write twice they write always.
 _TURNS = 2
 
@@ -81,12 +84,24 @@ def written(layer: nn.Module, make_input: Callable[[], Tensor]) -> Written | Non
 
 
 def written_by_containers(model: nn.Module, layers: type | tuple[type, ...]) -> dict[nn.Module, str]:
-    """Return each of the ``layers`` in ``model`` whose weight is written by a hook of a module around it, and why."""
+    """Return each of the ``layers`` in ``model`` whose weight a module around it writes, and why.
+
+    A module writes it by a hook, which is run on a copy, or in its forward, whose code is looked at.
+    """
     found: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         inside: list[nn.Module] = [*filter(lambda m: isinstance(m, layers), module.modules())]
         if isinstance(module, layers) or not inside:
             continue
+        for function, owners in _writing_methods(type(module)):
+            children = {child: m for child, m in module._modules.items() if m is not None}
+            # What has no name of its own, such as the variable of a loop, may be a part of all that is named.
+            names = owners if owners <= children.keys() else set(_names(function.__code__))
+            parts = [child for name_of_child, child in children.items() if name_of_child in names]
+            line = f"{function.__qualname__} ({function.__code__.co_filename}:{function.__code__.co_firstlineno})"
+            for part in parts or [module]:
+                for layer in filter(lambda m: isinstance(m, layers), part.modules()):
+                    found[layer] = f"its weight or bias may be written by the code of {line}"
         for kind in HOOKS:
             for key in [key for key, hook in getattr(module, kind).items() if may_write(hook)]:
                 memo: dict[int, Any] = {}
@@ -102,7 +117,7 @@ def written_by_containers(model: nn.Module, layers: type | tuple[type, ...]) -> 
                 except Exception as error:
                     found |= dict.fromkeys(inside, f"{_failed(hook, error)}; it belongs to {owner}")
                     continue
-                wrote = f"its weight or bias is written by a hook of {owner}, {_name(hook)}"
+                wrote = f"its weight or bias is written by a hook of {owner}, {_name(hook)}: run it once and remove it"
                 for layer, *states in zip(inside, before, after, strict=True):
                     if _changed(*states):
                         found[layer] = wrote
@@ -125,6 +140,48 @@ def may_write(hook: Any) -> bool:
     opaque = any(callable(part) and not _is_known(part) for part in reached.values())
     parameter = any(isinstance(part, nn.Parameter) for part in reached.values())
     return opaque or parameter or any(name in _WHOLE or any(part in name for part in _PARTS) for name in names)
+
+
+def _writing_methods(kind: type) -> Iterator[tuple[FunctionType, set[str]]]:
+    """The functions that a forward of a class runs and that write weights, and the names of what has these."""
+    methods: dict[str, Any] = {
+        name: inspect.unwrap(value)
+        for base in reversed(kind.__mro__)
+        for name, value in vars(base).items()
+        if base.__module__.partition(".")[0] != "torch" and isinstance(value, FunctionType)
+    }
+    names, size = {"forward"}, 0
+    while size != (size := len(names)):
+        for name in names & methods.keys():
+            names |= set(_names(methods[name].__code__))
+    for name in sorted(names & methods.keys()):
+        code = methods[name].__code__
+        # What the module does to a weight of its own is no matter of layers.
+        if owners := _writes(code) - set(code.co_varnames[:1]):
+            yield methods[name], owners
+
+
+def _writes(code: CodeType) -> set[str]:
+    """Names of what has a ``weight`` or ``bias`` that code assigns to, or changes by a method that works in place."""
+    found: set[str] = set()
+    owners: dict[str, str] = {}
+    last, owner = "", ""  # the name loaded last, and whose weight it is
+    for op in dis.get_instructions(code):
+        name = str(op.argval)
+        if op.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            if owner and name.endswith("_") and not name.endswith("__"):
+                found.add(owner)
+            owner = last if name in _NAMES else owner if name == "data" else ""
+            last = name
+        elif op.opname == "STORE_ATTR":
+            if name in _NAMES or (owner and name == "data"):
+                found.add(last if name in _NAMES else owner)
+            owner = ""
+        elif op.opname == "STORE_FAST":
+            owners[name], owner = owner, ""
+        elif op.opname not in _NO_CODE:
+            owner, last = (owners.get(name, ""), name) if op.opname.startswith("LOAD_FAST") else ("", "")
+    return found.union(*(_writes(const) for const in code.co_consts if isinstance(const, CodeType)))
 
 
 def _code_of(value: Any, names: set[str]) -> Iterator[Any]:
