@@ -96,7 +96,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         for name, module in model.named_modules()
         for key, value in vars(module).items()
     }
-    return found | {name: (tensor, tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
+    return found | {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def assert_same_state(model: nn.Module, before: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def assert_same_state(model: nn.Module, before: dict[str, Any]) -> None:
         if isinstance(value, dict):
             assert list(value) == list(before[key]) and all(value[k] is before[key][k] for k in value), key
         elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-            assert value[0] is before[key][0] and value[1] == before[key][1], key
+            assert value[0] is before[key][0] and torch.equal(value[1], before[key][1]), key
         else:
             assert value is before[key], key
 

@@ -116,9 +116,9 @@ class CompiledModel(nn.Module):
                 found = captures.programs.get(exactly if this_batch else key)
                 if found is None or not (found.any_batch or this_batch):
                     found = self._made(captures, x, this_batch or found is not None)
-                    _keep(captures.programs, key if found.any_batch else exactly, found)
                     if not found.any_batch:
-                        captures.programs[key] = found
+                        _keep(captures.programs, exactly, found)
+                    _keep(captures.programs, key, found)
         return found
 
     def _made(self, captures: _Captures, x: Tensor, this_batch: bool) -> Captured:
@@ -245,6 +245,7 @@ def _copy_of(module: fx.GraphModule) -> fx.GraphModule:
 
 def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
     """Of ever new keys the oldest go."""
+    kept.pop(key, None)
     while len(kept) >= _SIZES_KEPT:
-        kept.pop(next(iter(kept)), None)
+        del kept[next(iter(kept))]
     kept[key] = value

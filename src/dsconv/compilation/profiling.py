@@ -132,10 +132,10 @@ def profile(model: CompiledModel, x: Tensor, *, runs: int = 20) -> Profile:
     """
     if runs < 2:
         raise ValueError(f"runs: expected at least 2, got {runs}")
-    captured = model.program_for(x)
-    program, plan = captured.program, captured.plan
-    if not len(x):
+    if isinstance(x, Tensor) and not len(x):
         raise ValueError("x: expected at least one image, got an empty batch")
+    model(x)  # which settles what runs for this layout and batch
+    program, plan, _ = model.program_for(x)
     times, totals = [], []
     with torch.inference_mode():
         for _ in range(3):
