@@ -23,6 +23,7 @@ LAYOUTS: dict[str, Layout] = {
     "rows and columns swapped": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "every second pixel": lambda x: x.repeat_interleave(2, 3)[..., ::2],
     "some of the channels": lambda x: torch.cat([x, x, x], 1)[:, x.shape[1] : 2 * x.shape[1]],
+    "images innermost": lambda x: x.movedim(0, 3).contiguous().movedim(3, 0),
     "one image": lambda x: x[:1].expand_as(x),
 }
 
@@ -173,6 +174,19 @@ def test_a_layout_that_follows_from_the_batch_is_recorded_for_it(monkeypatch: py
     for _ in range(2):
         assert_as_model(fast, x)
     assert not fast.program_for(x, this_batch=True).any_batch
+
+
+def test_outputs_that_are_views_and_branches_on_the_layout_are_those_of_the_model() -> None:
+    def views(m: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        y = m.get_submodule("layer")(x if x.is_contiguous() else 2 * x)
+        return y[:, 1:], y.permute(0, 2, 3, 1), y.mean((2, 3))[:, :, None].expand(-1, -1, 3), x, y
+
+    fast = compile_(Chain(views, layer=conv(3, 16)), (3, 5, 7))
+    for layout in ("contiguous", "channels last", "images innermost"):
+        x = LAYOUTS[layout](torch.randn(4, 3, 5, 7))
+        with torch.inference_mode():
+            for found, expected in zip(fast(x), fast.model(x), strict=True):
+                assert torch.equal(found, expected) and found.stride() == expected.stride()
 
 
 CHANNELS = 16

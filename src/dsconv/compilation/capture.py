@@ -91,11 +91,20 @@ def needs_one_batch(error: BaseException) -> bool:
     return "Constraints violated" in str(error) or (isinstance(error, TypeError) and "SymInt" in str(error))
 
 
+def order_in_memory(x: Tensor) -> tuple[int, ...]:
+    """Dimensions of ``x``, those with the largest strides first; images come one after another where there is but one.
+
+    >>> order_in_memory(torch.zeros(1, 3, 4, 4).to(memory_format=torch.channels_last))
+    (0, 2, 3, 1)
+    """
+    strides = x.stride()
+    order = sorted(range(len(x) == 1, len(strides)), key=lambda dim: -strides[dim])
+    return (0, *order) if len(x) == 1 else tuple(order)
+
+
 def in_layout_of(x: Tensor, images: int) -> Tensor:
     """Zeros for so many images, whose values lie in the order of those of ``x``."""
-    strides = x.stride()
-    order = [0, *sorted(range(1, x.dim()), key=lambda dim: -strides[dim])]
-    sizes = [images, *x.shape[1:]]
+    order, sizes = order_in_memory(x), [images, *x.shape[1:]]
     zeros = torch.zeros([sizes[dim] for dim in order], dtype=x.dtype, device=x.device)
     return zeros.permute([order.index(dim) for dim in range(x.dim())])
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, fx, nn
 
-from dsconv.compilation.capture import capture, in_layout_of
+from dsconv.compilation.capture import capture, in_layout_of, order_in_memory
 from dsconv.compilation.fusion import EXACT, INEXACT, fuse
 from dsconv.compilation.layouts import hold_for_batches, record
 from dsconv.compilation.lowering import lower
@@ -102,7 +102,7 @@ class CompiledModel(nn.Module):
         _check("compiled model", x)
         strides, exactly = x.stride(), (len(x), torch.get_num_threads(), *x.stride())
         key = (int(len(x) == 1), *strides)
-        size = (x.shape[1:], tuple(sorted(range(1, len(strides)), key=lambda dim: -strides[dim])))
+        size = (x.shape[1:], order_in_memory(x))
         captures = self._captured.get(size)
         found = None if captures is None else captures.programs.get(key)
         if captures is not None and (this_batch or (found is not None and not found.any_batch)):

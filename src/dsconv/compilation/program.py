@@ -431,10 +431,9 @@ def _alike_by_vectors(x: Tensor, strides: tuple[int, ...]) -> bool:
 
 
 def _copied(x: Tensor) -> Tensor:
-    """A copy with the strides of ``x``, unless values share a place."""
-    if 0 in x.stride():
-        return x.clone()
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    """A copy with the strides of ``x``."""
+    once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
+    return torch.empty_strided(once.shape, once.stride(), dtype=x.dtype, device=x.device).copy_(once).expand(x.shape)
 
 
 def _joined(parts: Sequence[Any]) -> Any:
