@@ -11,10 +11,10 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from torch import Tensor
 from dsconv.config import LayerConfig
 from dsconv.errors import ConfigError
 from dsconv.numerics import ACTIVATION_SIGNS, block_count, check_activation, quantize_activation
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_BLOCK_SIZE = 512
 _TOO_LARGE = 1 << 31  # for a size, a stride or a number of anything
@@ -119,6 +122,17 @@ class PyTorchOnOneThread:
             _state.threads = None
 
 
+def _with_pytorch_on_one_thread(function: Callable[P, T]) -> Callable[P, T]:
+    @wraps(function)
+    def call(*args: P.args, **named: P.kwargs) -> T:
+        if not _State.forked:
+            return function(*args, **named)
+        with PyTorchOnOneThread():
+            return function(*args, **named)
+
+    return call
+
+
 @cache
 def _torch_parallel_for() -> int:
     """Address of libtorch's ``torch_parallel_for``, or 0."""
@@ -199,6 +213,7 @@ def _output_size(
     ]
 
 
+@_with_pytorch_on_one_thread
 def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig, groups: int) -> Packed:
     """Weights of a covered layer as the kernels read them, on the CPU.
 
@@ -211,11 +226,6 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
     Raises:
         ValueError: shapes or dtypes that do not belong together.
     """
-    with PyTorchOnOneThread():
-        return _packed(vqk, kds, kds_shift, config, groups)
-
-
-def _packed(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig, groups: int) -> Packed:
     _check_layer(vqk, kds, kds_shift, config)
     module = extension()
     block_size = kernel_block_size(vqk.shape, config)
@@ -273,15 +283,15 @@ _library.define(
 )
 
 
-def _check_input(name: str, x: Tensor | None, dims: int, device: str = "cpu") -> None:
-    # PyTorch takes None for a tensor.
-    if x is None:
+def _check_input(name: str, x: Tensor | None, dims: int, *, anywhere: bool = False) -> None:
+    if x is None:  # which PyTorch takes for a tensor
         raise ValueError(f"dsconv::{name}: expected float32 x of {dims} dimensions, got None")
-    if x.dtype != torch.float32 or x.dim() != dims or x.device.type != device or x.layout is not torch.strided:
-        where = "the CPU" if device == "cpu" else device
+    here = anywhere or x.is_cpu
+    if x.dtype != torch.float32 or x.dim() != dims or not here or x.layout is not torch.strided:
+        where = "" if anywhere else " on the CPU"
         layout = "" if x.layout is torch.strided else f", {x.layout}"
         raise ValueError(
-            f"dsconv::{name}: expected float32 x of {dims} dimensions on {where}, "
+            f"dsconv::{name}: expected float32 x of {dims} dimensions{where}, "
             f"got {x.dtype} {tuple(x.shape)} on {x.device}{layout}"
         )
 
@@ -379,7 +389,7 @@ def _addresses(name: str, plan: _Plan, weights: Sequence[Tensor | None]) -> list
             addresses.append(0)
             continue
         strided = value.is_cpu and value.layout is torch.strided
-        if not strided or value.dtype != dtype or value.shape != shape or not value.is_contiguous():
+        if value.dtype != dtype or value.shape != shape or not strided or not value.is_contiguous():
             raise ValueError(
                 f"dsconv::{name}: {argument}: expected contiguous {dtype} {shape} on the CPU for these settings, "
                 f"got {value.dtype} {tuple(value.shape)} on {value.device}"
@@ -562,10 +572,10 @@ def _ready_conv2d(
     return _ready("conv2d", plan, x, x.stride(), weights, addresses, y, y.stride(), s)
 
 
+@_with_pytorch_on_one_thread
 def _conv2d(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
-    with PyTorchOnOneThread():
-        y = _ready_conv2d(*args, out=out, **named)()
-        return y if out is None or out is y else out.copy_(y)
+    y = _ready_conv2d(*args, out=out, **named)()
+    return y if out is None or out is y else out.copy_(y)
 
 
 # What compilers and the device meta see. All checks but those of the weights' sizes are those of a real call.
@@ -574,7 +584,7 @@ def _conv2d(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
 def _check_fake(
     name: str, x: Tensor, dims: int, weights: Sequence[Tensor | None], s: _Settings, out: Tensor | None = None
 ) -> None:
-    _check_input(name, x, dims, "cpu" if x is None else x.device.type)
+    _check_input(name, x, dims, anywhere=True)
     _check_settings(name, s.weight_bits, s.activation_bits, s.sign, s.activation)
     for other in (*weights, s.residual, s.gain, s.offset, out):
         if other is not None and other.device != x.device:
@@ -631,9 +641,9 @@ def _ready_linear(
     return _ready("linear", plan, x, x_strides, weights, addresses, y, y_strides, s)
 
 
+@_with_pytorch_on_one_thread
 def _linear(*args: Any, **named: Any) -> Tensor:
-    with PyTorchOnOneThread():
-        return _ready_linear(*args, **named)()
+    return _ready_linear(*args, **named)()
 
 
 def _linear_fake(
@@ -692,12 +702,10 @@ def bind(
     return ready.__call__
 
 
-def _quantize_activation(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
-    with PyTorchOnOneThread():
-        return _quantized(*args, **named)
-
-
-def _quantized(x: Tensor, bits: int, block_size: int, sign: str = "adaptive", groups: int = 1) -> tuple[Tensor, Tensor]:
+@_with_pytorch_on_one_thread
+def _quantize_activation(
+    x: Tensor, bits: int, block_size: int, sign: str = "adaptive", groups: int = 1
+) -> tuple[Tensor, Tensor]:
     check_activation(x, bits, block_size, sign, groups)
     module, best = extension(), isa()
     channels = x.shape[1] // groups
