@@ -1,6 +1,5 @@
 """Files that are replaced: whole or not at all, regular files alone, and nothing is left beside them."""
 
-import errno
 import os
 import resource
 import socket
@@ -200,7 +199,7 @@ def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
     for name, attempt in attempts.items():
         with no_space(5000), pytest.raises(OSError, match="too large") as caught:
             attempt()
-        assert caught.value.errno == errno.EFBIG and caught.value.filename == str(path), name
+        assert str(path) in str(caught.value), name
         assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.svg"], name
 
 

@@ -24,7 +24,7 @@ RECIPE = {"steps": 2, "every": 1, "batch_size": 8}
 def networks() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    return net, dsconv.quantize(net, dsconv.QuantConfig(weight_shift=True, first_layer=None))
+    return net, dsconv.quantize(net, dsconv.QuantConfig(weight_shift=True))
 
 
 def calibrate(state: Path, resume: bool) -> nn.Module:

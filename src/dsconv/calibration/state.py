@@ -60,7 +60,7 @@ class State:
         for key, value in self.tensors.items():
             name, _, part = key.rpartition(".")
             half = 1 << (layers[name].config.weight_bits - 1)
-            if part == "vqk" and not ((value >= -half) & (value < half)).all():
+            if part == "vqk" and not -half <= int(value.min()) <= int(value.max()) < half:
                 raise self._file.refusal(f"tensor {key!r} holds integers of more than the layer's bits")
             if part in ("kds", "kds_shift") and not value.isfinite().all():
                 raise self._file.refusal(f"tensor {key!r} holds a NaN or an infinity")

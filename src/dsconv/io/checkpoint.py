@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import metadata
@@ -140,8 +139,6 @@ def write(path: Path, tensors: dict[str, Tensor], entries: dict[str, str]) -> No
         try:
             save_file(tensors, beside, entries)
         except SafetensorError as error:
-            if number := re.search(r"\(os error (\d+)\)", str(error)):
-                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
             raise OSError(f"{path}: cannot be written: {error}") from None
 
 
