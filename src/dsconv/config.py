@@ -1,6 +1,5 @@
 """What to quantize and how: :class:`QuantConfig` for a model, :class:`LayerConfig` for one layer of it."""
 
-import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
@@ -8,12 +7,15 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dsconv.errors import ConfigError
+from dsconv import strict_json
+from dsconv.errors import ConfigError, one_line
 from dsconv.numerics import ActivationSign, WeightRule, WeightScale
 
 Bits = Annotated[int, Field(ge=2, le=8, strict=True)]
 KdsDtype = Literal["float32", "float16", "bfloat16"]
 LayerKind = Literal["conv", "linear"]
+
+_SHOWN = 10
 
 FLOAT = "float"
 """Setting of a layer that stays as it is."""
@@ -59,7 +61,7 @@ class LayerConfig(Strict):
 
     weight_bits: Bits = 4
     activation_bits: Bits | None = 4
-    block_size: Annotated[int, Field(ge=1, strict=True)] = 32
+    block_size: Annotated[int, Field(ge=1, lt=2**31, strict=True)] = 32
     weight_rule: WeightRule = "paper"
     weight_scale: WeightScale = "l2"
     weight_shift: bool = False
@@ -164,8 +166,8 @@ class QuantConfig(LayerConfig):
         >>> QuantConfig.preset("default", weight_bits=3).weight_bits
         3
         """
-        if name not in _PRESETS:
-            raise ConfigError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
+        if not isinstance(name, str) or name not in _PRESETS:
+            raise ConfigError(f"preset: expected one of {', '.join(_PRESETS)}, got {_shown(name)}")
         return cls(**{**_PRESETS[name], **changes})
 
     def layer(
@@ -229,8 +231,10 @@ class QuantConfig(LayerConfig):
         Raises:
             ConfigError: the text is not a config.
         """
+        if not isinstance(text, str | bytes):
+            raise ConfigError(f"config: expected JSON, got {type(text).__name__}")
         try:
-            data = json.loads(text)
+            data = strict_json.loads(text)
         except ValueError as error:
             raise ConfigError(f"config: expected JSON, got {text[:40]!r} ({error})") from None
         if not isinstance(data, dict):
@@ -280,8 +284,13 @@ def _one_paragraph(settings: type[BaseModel], error: ValidationError) -> str:
         where = ".".join(str(part) for part in item["loc"]) or settings.__name__
         if item["type"] == "extra_forbidden":
             known = ", ".join(settings.model_fields)
+            where = one_line(where, 100)
             found.append(f"{where}: unknown setting; known are {known}")
         else:
-            got = "" if item["type"] == "value_error" else f", got {item['input']!r}"
+            got = "" if item["type"] == "value_error" else f", got {_shown(item['input'])}"
             found.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{got}")
-    return "; ".join(found)
+    return "; ".join(one_line(text) for text in found[:_SHOWN]) + ("; ..." if len(found) > _SHOWN else "")
+
+
+def _shown(value: object) -> str:
+    return one_line(" ".join(repr(value).split()), 100)

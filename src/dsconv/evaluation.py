@@ -17,7 +17,7 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.data.folder import Batches, BrokenImage, ImageFolder, Images, batches
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, ModelError
-from dsconv.modes import evaluation_mode
+from dsconv.modes import check_module, evaluation_mode
 from dsconv.nn.inputs import as_input_of, device_of
 from dsconv.numerics import sqnr_db
 from dsconv.progress import progress_bar
@@ -162,6 +162,7 @@ def evaluate(
     >>> result.images, result.top1
     (8, 87.5)
     """
+    check_module("model", model)
     preprocess = preprocess_for(images, preprocess, model)
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
     run = _Run("evaluate", source, progress, on_interrupt)
@@ -246,6 +247,8 @@ def compare_each(
 ) -> dict[str, Comparison]:
     """`compare` with each of several quantized networks, by name, in one pass over the images."""
     reference, qmodels = unwrapped(reference), {name: unwrapped(qmodel) for name, qmodel in qmodels.items()}
+    for name, network in {"reference": reference, **qmodels}.items():
+        check_module(name, network)
     preprocess = preprocess_for(images, preprocess, *qmodels.values(), reference)
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
     run = _Run("compare", source, progress, on_interrupt)

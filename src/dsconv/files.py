@@ -20,8 +20,8 @@ _KINDS = {
 _LONGEST_SUFFIX = 32
 
 
-def as_path(path: object) -> Path:
-    """Return ``path`` as a Path.
+def as_path(path: object, name: str = "path") -> Path:
+    """Return ``path``, which was given as the argument ``name``, as a Path.
 
     Raises:
         ConfigError: it is none.
@@ -29,7 +29,7 @@ def as_path(path: object) -> Path:
     try:
         return Path(path)  # type: ignore[arg-type]
     except TypeError:
-        raise ConfigError(f"path: expected the name of a file, got {type(path).__name__}") from None
+        raise ConfigError(f"{name}: expected the name of a file, got {type(path).__name__}") from None
 
 
 def check_place(path: Path) -> Path:

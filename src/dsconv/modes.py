@@ -13,6 +13,17 @@ from torch import nn
 from dsconv.errors import ModelError
 
 
+def check_module(name: str, model: object) -> None:
+    """Refuse what is no network as the argument ``name``.
+
+    Raises:
+        ModelError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        got = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise ModelError(f"{name}: expected a torch.nn.Module, got {got}: pass a network")
+
+
 @contextmanager
 def evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
     """Put ``models`` into evaluation mode for as long as the block lasts.

@@ -21,7 +21,7 @@ from dsconv.data.folder import Images
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import Comparison, Evaluation, compare_each
-from dsconv.modes import evaluation_mode
+from dsconv.modes import check_module, evaluation_mode
 from dsconv.nn.inputs import as_input_of
 from dsconv.tables import as_text
 
@@ -230,6 +230,8 @@ def tradeoff(
     >>> sorted(candidate.name for candidate in found.front("bytes"))[0]
     '2'
     """
+    if not isinstance(networks, Mapping):
+        raise ConfigError(f"networks: expected a dictionary of names to networks, got {type(networks).__name__}")
     if not networks or FLOAT in networks:
         raise ConfigError(f"networks: expected one or more, none called {FLOAT!r}, got {', '.join(networks) or 'none'}")
     if images is not None and reference is None:
@@ -238,6 +240,8 @@ def tradeoff(
         limits = f"threads from 1 to the {cores()} cores there are and seconds above 0"
         raise ConfigError(f"expected {limits}, got {threads} and {seconds}")
     reference, networks = unwrapped(reference), {name: unwrapped(network) for name, network in networks.items()}
+    if reference is not None:
+        check_module("reference", reference)
     named = {**({FLOAT: reference} if reference is not None else {}), **networks}
     summaries = {name: summary(network) for name, network in named.items()}
     _check_one_original(summaries)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from dsconv import strict_json
 from dsconv.conversion.preparation import offered, preprocess_of, set_preprocess
 from dsconv.data import Preprocess
-from dsconv.errors import ConfigError, DSConvError, ModelError, import_extra
+from dsconv.errors import ConfigError, DSConvError, ModelError, import_extra, one_line
+from dsconv.files import as_path
 
 __all__ = ["build", "is_registered", "preprocess_of", "set_preprocess"]
 
@@ -57,7 +58,7 @@ def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Modul
     if not isinstance(name, str):
         raise ModelError(f"model: expected a name such as torchvision/resnet50, got {type(name).__name__}")
     library, _, rest = name.partition("/")
-    path = None if str(weights) in ("default", "random") else Path(weights)
+    path = None if str(weights) in ("default", "random") else as_path(weights, "weights")
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"weights: expected 'default', 'random' or a file, there is no {path}")
     trained = str(weights) == "default"
@@ -199,7 +200,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ModelError(
-            f"weights {path}: expected safetensors, or a state dictionary that torch.save wrote: {error}"
+            f"weights {path}: expected safetensors, or a state dictionary that torch.save wrote: "
+            f"{one_line(' '.join(str(error).split()), 400)}"
         ) from None
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

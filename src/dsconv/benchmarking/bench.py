@@ -18,7 +18,7 @@ from dsconv.benchmarking.results import Bench, Timing, plural
 from dsconv.conversion import model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ConfigError, MissingExtraError, ModelError
-from dsconv.modes import check_evaluation_mode
+from dsconv.modes import check_evaluation_mode, check_module
 from dsconv.progress import Advance, progress_bar
 
 _RANDOM_IMAGES = 8
@@ -78,6 +78,8 @@ def bench(
     >>> [timing.contestant for timing in found.timings][:3], found.timings[0].turns
     (['dsconv', 'dsconv, not compiled', 'PyTorch float32'], 2)
     """
+    if not isinstance(against, Iterable) or not all(isinstance(peer, str) for peer in against):
+        raise ConfigError(f"against: expected some of {', '.join(PEERS)}, got {type(against).__name__}")
     reference, qmodel = unwrapped(reference), unwrapped(qmodel)
     _check(reference, against := list(dict.fromkeys(against)), batch_sizes, threads, turns, seconds, on_interrupt)
     x, calibration = _images(images)
@@ -133,12 +135,16 @@ def _check(
         raise ConfigError(f"expected turns of at least 2 and seconds above 0, got {turns} and {seconds}")
     if on_interrupt not in ("raise", "partial"):
         raise ConfigError(f"on_interrupt must be 'raise' or 'partial', got {on_interrupt!r}.")
+    check_module("reference", reference)
     check_evaluation_mode(reference, "timing it")
 
 
 def _images(images: Tensor | Sequence[int]) -> tuple[Tensor, str]:
     """Images, and what they are in words."""
     if not isinstance(images, Tensor):
+        if not isinstance(images, Sequence) or not all(isinstance(n, int) and n > 0 for n in images):
+            got = type(images).__name__
+            raise ConfigError(f"images: expected float32 (N, C, H, W), or the numbers (C, H, W), got {got}")
         generator = torch.Generator().manual_seed(0)
         x = torch.randn((_RANDOM_IMAGES, *images), generator=generator, dtype=torch.float32, device="cpu")
         return x, f"{_RANDOM_IMAGES} random images"

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import ready
+from dsconv.files import as_path
 from dsconv.nn import DSLayer
 from dsconv.numerics.rounding import regression_target, regularized, round_to
 from dsconv.progress import progress_bar
@@ -110,7 +110,7 @@ def calibrate(
             raise ConfigError(f"{name}: expected a whole number from {least}, got {value!r}")
     qmodel, reference = unwrapped(qmodel), unwrapped(reference)
     check_models(qmodel, reference)
-    saved = State(None if state is None else Path(state), resume)
+    saved = State(None if state is None else as_path(state, "state"), resume)
     x = read_images(images, preprocess, limit, qmodel, reference, progress=progress)
     with torch.inference_mode(False):
         result = copied(qmodel)

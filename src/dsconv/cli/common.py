@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import dsconv
-from dsconv import zoo
+from dsconv import strict_json, zoo
 from dsconv.config import PRESETS, QuantConfig
 from dsconv.conversion import model_info
 from dsconv.data import ImageFolder, Preprocess, batches
@@ -258,7 +258,7 @@ def _finite(data: Any) -> Any:
 def _value(text: str) -> Any:
     """``none``, a number, several as in ``0.5,0.5,0.5`` or ``224x320``, or a word; Preprocess checks which it takes."""
     try:
-        numbers = json.loads(f"[{text.replace('x', ',')}]")
+        numbers = strict_json.loads(f"[{text.replace('x', ',')}]")
     except ValueError:
         return None if text == "none" else text
     return numbers[0] if len(numbers) == 1 else numbers

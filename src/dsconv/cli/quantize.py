@@ -1,6 +1,5 @@
 """``dsconv quantize``: a trained network goes in, a file of its low-bit integers comes out."""
 
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import dsconv
-from dsconv import zoo
+from dsconv import strict_json, zoo
 from dsconv.cli.common import (
     MODEL_HELP,
     Config,
@@ -104,8 +103,12 @@ def _settings(name: str, text: str) -> Settings:
         return "float" if text == FLOAT else None
     try:
         if text.startswith("{"):
-            return dict(json.loads(text))
-        return {key.strip(): _value(value) for key, value in (pair.split(":") for pair in text.split(","))}
+            return dict(strict_json.loads(text))
+        pairs = [pair.split(":") for pair in text.split(",")]
+        found = {key.strip(): _value(value) for key, value in pairs}
+        if len(found) < len(pairs):
+            raise ValueError("a setting is there twice")
+        return found
     except ValueError as error:
         raise ConfigError(
             f"{name}: expected float, same, settings such as weight_bits:8,blocks:flat or JSON, got {text!r} ({error})"
@@ -114,6 +117,6 @@ def _settings(name: str, text: str) -> Settings:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        return strict_json.loads(text)
     except ValueError:
         return text.strip()

@@ -15,6 +15,8 @@ from dsconv.benchmarking.measure import quartiles
 from dsconv.benchmarking.results import digits, plural
 from dsconv.compilation.compiled import CompiledModel
 from dsconv.compilation.lowering import Convolution
+from dsconv.errors import ModelError
+from dsconv.modes import check_module
 from dsconv.ops import cpu
 from dsconv.tables import as_text
 
@@ -130,6 +132,9 @@ def profile(model: CompiledModel, x: Tensor, *, runs: int = 20) -> Profile:
     >>> [(step.operator, step.macs) for step in profile(fast, torch.zeros(1, 3, 8, 8), runs=2).steps]
     [('dsconv.conv2d', 62208), ('aten.max_pool2d', 0)]
     """
+    check_module("model", model)
+    if not isinstance(model, CompiledModel):
+        raise ModelError(f"model: expected what dsconv.compile returns, got {type(model).__name__}: compile it first")
     if runs < 2:
         raise ValueError(f"runs: expected at least 2, got {runs}")
     if isinstance(x, Tensor) and not len(x):

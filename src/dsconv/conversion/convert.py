@@ -197,19 +197,6 @@ def quantize_for(
     return swapped(model, swaps, info)
 
 
-def without_history(model: nn.Module) -> dict[int, Any]:
-    """Memo for a deep copy of ``model``: tensors that PyTorch refuses to copy, by id, as copies without their history.
-
-    Hooks that compute a weight, such as weight_norm, leave them behind, and a forward that keeps what it computed.
-    """
-    return {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-
-
 def swapped(model: nn.Module, swaps: Mapping[nn.Module, nn.Module], info: ModelInfo) -> nn.Module:
     """A deep copy of ``model`` with each module of ``swaps`` replaced wherever it is referred to."""
     # Deep copy looks here for what it has copied already: so it puts the new layers in and never copies the old ones.

@@ -12,6 +12,7 @@ from dsconv import ops
 from dsconv.config import LayerConfig
 from dsconv.conversion.convert import FLOAT_TYPES, model_info
 from dsconv.conversion.wrappers import unwrapped
+from dsconv.modes import check_module
 from dsconv.nn import DSLayer
 from dsconv.numerics import packed_bytes
 from dsconv.tables import as_text
@@ -177,6 +178,7 @@ def summary(model: nn.Module) -> Summary:
     [14.666666666666666, 5.0]
     """
     model = unwrapped(model)
+    check_module("model", model)
     info = model_info(model)
     rows: list[LayerSummary] = []
     counted: set[int] = set()

@@ -32,7 +32,7 @@ from dsconv.distillation.report import Adaptation, Look, write_csv
 from dsconv.distillation.student import Student, logits_of, noting_outputs
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import first_line, ready
-from dsconv.files import check_place
+from dsconv.files import as_path, check_place
 from dsconv.io.state import StateFile
 from dsconv.nn import DSLayer
 from dsconv.nn.inputs import device_of
@@ -121,7 +121,7 @@ def adapt(
     student, teacher = unwrapped(student), unwrapped(teacher)
     check_models(student, teacher, names)
     if log is not None:
-        check_place(Path(log))
+        check_place(as_path(log, "log"))
     try:
         place = device_of(student) if device is None else torch.device(device)
     except RuntimeError as error:
@@ -131,7 +131,7 @@ def adapt(
             raise ConfigError(
                 f"batch_size: expected a multiple of the {processes.count} processes, got {recipe.batch_size}"
             )
-        saved = StateFile(None if state is None else Path(state), resume, "distillation")
+        saved = StateFile(None if state is None else as_path(state, "state"), resume, "distillation")
         limit = recipe.images if limit is None else limit
         progress = progress and processes.rank == 0
         x = read_images(images, preprocess, limit, student, teacher, enough=_ENOUGH, good=_GOOD, progress=progress)
@@ -201,10 +201,7 @@ class _Training:
         for pair in self.pairs:
             variance = float(torch.stack([y.var() for y in outputs[pair.name]]).mean())
             if not math.isfinite(variance):
-                where = nonfinite_layer(self.teacher, x)
-                raise ModelError(
-                    f"teacher: NaN or infinities begin in layer {where!r}: check its weights and the images"
-                )
+                raise ModelError(f"teacher: {_where_nonfinite(self.teacher, x)}: check its weights and the images")
             found.append(variance or 1.0)
         # The same in all processes, whose learning rates depend on them.
         variances = torch.tensor(found, dtype=torch.float32, device="cpu")
@@ -237,8 +234,8 @@ class _Training:
             if not self.looks:
                 look(0)
                 if not math.isfinite(self.looks[0].held_back_kl):
-                    where = nonfinite_layer(self.model, held[0][0])
-                    raise ModelError(f"student: NaN or infinities begin in layer {where!r}: quantize it anew")
+                    lost = _where_nonfinite(self.model, held[0][0])
+                    raise ModelError(f"student: {lost}: check the images, or quantize it anew")
             stopped = "all steps are done"
             schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay, last_epoch=first - 1)
             network = self.processes.parallel(self.student)
@@ -367,6 +364,15 @@ def _cast_bias(layer: DSLayer, dtype: torch.dtype) -> None:
     assert layer.bias is not None
     if layer.bias.dtype != dtype:
         layer.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=layer.bias.requires_grad)
+
+
+def _where_nonfinite(model: nn.Module, x: Tensor) -> str:
+    """Say where figures of ``model`` on the images ``x`` are lost."""
+    layer = nonfinite_layer(model, x)
+    if layer is not None:
+        return f"NaN or infinities begin in layer {layer!r}"
+    largest = float(x.abs().max())
+    return f"its outputs are too large for float32 to hold their squares, for images with values up to {largest:.3g}"
 
 
 def divergence(f: Tensor, q: Tensor, temperature: float = 1.0) -> Tensor:

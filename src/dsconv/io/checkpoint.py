@@ -30,6 +30,7 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Preprocess
 from dsconv.errors import ConfigError, FileFormatError, ModelError, one_line
 from dsconv.files import as_path, check_place, replacing
+from dsconv.modes import check_module
 from dsconv.nn import Affine, DSLayer
 from dsconv.numerics import pack, unpack
 from dsconv.numerics.packing import packed_bytes
@@ -117,6 +118,7 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     qmodel = unwrapped(qmodel)
     if isinstance(qmodel, CompiledModel):
         qmodel = qmodel.model
+    check_module("qmodel", qmodel)
     path = as_path(path)
     check_place(path)
     tensors, aliases = _stored_tensors(qmodel)
@@ -157,8 +159,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         OSError: the file cannot be read.
     """
     path = as_path(path)
-    if model is not None and not isinstance(model, nn.Module):
-        raise ModelError(f"model: expected a torch.nn.Module or None, got {type(model).__name__}")
+    if model is not None:
+        check_module("model", model)
     if path.is_dir():
         path /= FILE_NAME
     home = torch.get_default_device()

@@ -227,7 +227,7 @@ def measure(
     saved = _State(None if state is None else Path(state), resume, work)
     model, config = unwrapped(model), unwrapped(config)
     if isinstance(config, nn.Module):
-        if list(choices) != [{}]:
+        if not isinstance(choices, Sequence) or list(choices) != [{}]:
             raise ConfigError("choices: a quantized network has made its own: pass a config to try others")
         quantized = config
     else:
@@ -334,6 +334,8 @@ def with_overrides(config: QuantConfig, overrides: Mapping[str, Any]) -> QuantCo
 
 
 def _check(choices: Sequence[Choice]) -> None:
+    if not isinstance(choices, Sequence) or not all(isinstance(choice, Mapping) for choice in choices):
+        raise ConfigError(f"choices: expected a list of dictionaries of settings, got {type(choices).__name__}")
     if not choices:
         raise ConfigError("choices: expected at least one, got none")
     for choice in choices:

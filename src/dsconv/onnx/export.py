@@ -20,7 +20,7 @@ from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.statistics import noise, normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
-from dsconv.files import replacing
+from dsconv.files import as_path, replacing
 from dsconv.modes import check_evaluation_mode
 from dsconv.nn import DSLayer
 from dsconv.onnx import int8
@@ -99,7 +99,7 @@ def export_onnx(
     qmodel = unwrapped(qmodel)
     if isinstance(qmodel, CompiledModel):
         qmodel = qmodel.model
-    path = Path(path)
+    path = as_path(path)
     _check(qmodel, example_input, style, images, opset)
     facts = _facts(qmodel, style)
     with replacing(path) as beside:
@@ -138,6 +138,8 @@ def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, opse
         raise ModelError(f"model {kind}: {what} is not float32: call float() on model and input before the export")
     if images is not None and style != "int8":
         raise ConfigError(f"images: ranges of activations are taken from them for style 'int8' alone, got {style!r}")
+    if images is not None and not isinstance(images, Tensor):
+        raise ConfigError(f"images: expected a tensor of them or None, got {type(images).__name__}")
     if images is not None and (not len(images) or images.shape[1:] != x.shape[1:] or images.dtype != x.dtype):
         raise ConfigError(
             f"images: expected at least one of the shape of the example_input {tuple(x.shape[1:])} in float32, "

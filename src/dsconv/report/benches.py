@@ -9,7 +9,7 @@ from typing import Any
 from dsconv.benchmarking.machine import machine_notes
 from dsconv.benchmarking.results import OURS, Bench, Timing, plural
 from dsconv.errors import import_extra
-from dsconv.files import replacing
+from dsconv.files import as_path, replacing
 from dsconv.report.pictures import COLOURS
 
 _BAR_INCHES = 0.26
@@ -50,7 +50,7 @@ def draw_benches(path: str | os.PathLike[str], benches: Sequence[Bench]) -> Path
     figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
     notes = ["Bars: median, lines: quartiles, numbers: dsconv's time over theirs.", *machine_notes(benches[0].machine)]
     figure.suptitle("\n".join(notes), fontsize=8, wrap=True)
-    path = Path(path)
+    path = as_path(path)
     with replacing(path) as beside:
         figure.savefig(beside)
     return path

@@ -25,7 +25,7 @@ from dsconv.data.folder import Batches
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import Comparison, Evaluation, compare, evaluate
 from dsconv.mixed import sensitivity
-from dsconv.modes import evaluation_mode
+from dsconv.modes import check_module, evaluation_mode
 from dsconv.nn import DSConv1d, DSConv2d, DSConv3d, DSLayer
 from dsconv.numerics import NONFINITE, dequantize_activation, quantize_activation, sqnr_db
 from dsconv.zoo import preprocess_of
@@ -250,6 +250,9 @@ def gather(
     (['conv1', 'layer1.conv1'], 'Pass `--data DIR` (in Python `images=`).')
     """
     qmodel, reference = unwrapped(qmodel), unwrapped(reference)
+    check_module("qmodel", qmodel)
+    if reference is not None:
+        check_module("reference", reference)
     layers = {found: layer for found, layer in qmodel.named_modules() if isinstance(layer, DSLayer)}
     if not layers:
         raise ModelError(f"qmodel: expected a quantized network, {type(qmodel).__name__} has no quantized layer")

@@ -16,7 +16,7 @@ from dsconv.benchmarking.machine import machine_notes
 from dsconv.benchmarking.results import OURS, Timing, digits, plural
 from dsconv.conversion import LayerSummary
 from dsconv.errors import import_extra
-from dsconv.files import replacing
+from dsconv.files import as_path, check_place, replacing
 from dsconv.report.gathering import Report, gather
 
 _SIGNS = {
@@ -33,9 +33,10 @@ def write_page(path: str | os.PathLike[str], report: Report) -> Path:
         MissingExtraError: jinja2 is not installed.
         OSError: the file cannot be written.
     """
-    text, path = page(report), Path(path)
+    text, path = page(report), as_path(path)
     with replacing(path) as beside:
-        beside.write_text(text, "utf-8")
+        # Names of files may hold bytes that are no characters.
+        beside.write_bytes(text.encode("utf-8", "backslashreplace"))
     return path
 
 
@@ -61,6 +62,7 @@ def write_report(path: str | os.PathLike[str], qmodel: nn.Module, **options: Any
     '<!doctype html>'
     """
     import_extra("report", "jinja2")
+    check_place(as_path(path))
     return write_page(path, gather(qmodel, **options))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from dsconv.benchmarking.results import plural
 from dsconv.errors import ConfigError, import_extra
-from dsconv.files import replacing
+from dsconv.files import as_path, replacing
 from dsconv.tradeoffs import Candidate, Cost, Tradeoff
 
 # Okabe and Ito's, which the colour-blind can tell apart.
@@ -179,7 +179,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _written(figure: Any, path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
+    path = as_path(path)
     with replacing(path) as beside:
         figure.savefig(beside)
     return path
