@@ -333,6 +333,8 @@ def test_calibrate_a_model_and_a_file(
     assert os.listdir(tmp_path) == [file.name]
     assert made["images"] == 32 and made["file_bytes"] == file.stat().st_size
     assert made["layers"][0]["name"] == "conv1" and made["layers"][0]["error_after"] < 0.01
+    assert (made["kept"], made["held_back"], made["measure"]) == ("calibrated", 4, "KL divergence")
+    assert made["after"] < made["before"]
     network, folder = zoo.build(NET), dsconv.data.ImageFolder(digits, zoo.preprocess_of(zoo.build(NET)))
     expected = dsconv.calibrate(dsconv.quantize(network, "w4a4"), network, folder, limit=32).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in dsconv.load(file).state_dict().items())
@@ -346,9 +348,24 @@ def test_calibrate_a_model_and_a_file(
     done = cli("calibrate", quantized_file, "--data", digits, "--out", file, "--force", "--seed", "3")
     assert done.code == 0, done.stderr
     assert "Calibrated on 60 images, seed 3." in done.stdout and f"Wrote {file}: " in done.stdout
+    assert "7 images held back" in " ".join(done.stdout.split())
     assert os.listdir(tmp_path) == [file.name]
     done = cli("calibrate", file, "--reference", NET, "--data", digits, "--out", tmp_path / "twice", "--memory", "0.01")
     assert done.code == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["calibrate", "adapt"])
+def test_images_far_out_of_range_are_refused_unless_asked_for(
+    command: str, cli: Callable[..., Any], tmp_path: Path, digits: Path, quantized_file: Path
+) -> None:
+    out = tmp_path / "better.safetensors"
+    given = (command, quantized_file, "--data", digits, "--out", out, "--scale", "255")
+    given += ("--steps", "1") if command == "adapt" else ("--limit", "16")
+    done = cli(*given)
+    assert done.code == 1 and "pass any_range=True (--any-range)" in " ".join(done.stderr.split())
+    assert not os.listdir(tmp_path)
+    done = cli(*given, "--any-range")
+    assert done.code == 0 and out.exists(), done.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is no POSIX signal here")

@@ -19,6 +19,7 @@ from dsconv.conversion import model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ConfigError, MissingExtraError, ModelError
 from dsconv.modes import check_evaluation_mode, check_module
+from dsconv.nn.inputs import dtype_of
 from dsconv.progress import Advance, progress_bar
 
 _RANDOM_IMAGES = 8
@@ -137,6 +138,10 @@ def _check(
         raise ConfigError(f"on_interrupt must be 'raise' or 'partial', got {on_interrupt!r}.")
     check_module("reference", reference)
     check_evaluation_mode(reference, "timing it")
+    if (dtype := dtype_of(reference)) not in (None, torch.float32):
+        raise ModelError(
+            f"the reference is in {dtype}, and runtimes are compared in float32: call float() on it before"
+        )
 
 
 def _images(images: Tensor | Sequence[int]) -> tuple[Tensor, str]:
