@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dsconv
 from dsconv.benchmarking.peers import OnnxModels
 from dsconv.errors import import_extra
+from dsconv.onnx import int8
 
 Rounding = Callable[[Tensor], Tensor]
 """Rounds the last dimension of a tensor, whose values share their scales."""
@@ -180,9 +182,15 @@ class _Session(nn.Module):
 
 
 def onnxruntime_int8(network: nn.Module, images: Tensor) -> nn.Module:
-    """As ``onnxruntime.quantization.quantize_static`` makes it: ranges of activations from the images."""
+    """As ``onnxruntime.quantization.quantize_static`` makes it: ranges of activations from the images.
+
+    Weights take all of int8 where the processor adds products of bytes in 32 bits, and what cannot saturate elsewhere.
+    """
+    full_range = not {"avxvnni", "avx512vnni", "neondotprod"}.isdisjoint(dsconv.cpu_info().isa_found)
     with TemporaryDirectory() as folder:
-        return _Session(OnnxModels(network, images, Path(folder)).int8)
+        path = Path(folder, "int8.onnx")
+        int8.quantize(OnnxModels(network, images, Path(folder)).float32, path, images, full_range=full_range)
+        return _Session(path)
 
 
 def baselines() -> list[Baseline]:

@@ -8,6 +8,7 @@ The networks and images are those of ``benchmarks/accuracy.py``.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Iterator
@@ -53,18 +54,19 @@ def int8() -> Iterator[str]:
     for name in ("cifar_resnet20", "resnet18_tiny", "squeezenet1_1", "tiny_darknet"):
         work, batches = accuracy.Work(nets, name, nets.load(name)), evaluated(nets, name, INT8_IMAGES)
         qmodel = dsconv.quantize(work.network)
-        for count in (32, 64, 0):
+        for count, full_range in itertools.product((32, 64, 0), (False, True)):
             with tempfile.TemporaryDirectory() as folder:
-                images = work.unlabelled(count) if count else None
+                options: dict[str, Any] = {"images": work.unlabelled(count) if count else None}
+                options["full_range"] = full_range
                 try:
-                    path = dsconv.export_onnx(qmodel, batches[0][0][:1], Path(folder) / "a.onnx", "int8", images=images)
+                    path = dsconv.export_onnx(qmodel, batches[0][0][:1], Path(folder) / "a.onnx", "int8", **options)
                 except ModelError as error:
                     yield f"{name}, {count} images: {error}"
                     continue
                 found = dsconv.compare(qmodel, OnnxNetwork(path), batches, per_layer=False)
             yield (
-                f"{name}, {count} images: top-1 {found.reference.top1:.1f} -> {found.top1:.1f}, "
-                f"agreement {found.agreement:.1f}, KL {found.kl:.4f}"
+                f"{name}, {count} images{', full range' * full_range}: top-1 {found.reference.top1:.1f} -> "
+                f"{found.top1:.1f}, agreement {found.agreement:.1f}, KL {found.kl:.4f}"
             )
 
 

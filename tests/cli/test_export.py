@@ -45,8 +45,9 @@ def test_images_tell_ranges_and_how_close_the_file_is(
     assert found["style"] == "int8" and found["file_bytes"] == out.stat().st_size
     assert found["comparison"]["images"] == 32 and found["comparison"]["agreement"] >= 80
     assert found["comparison"]["kl"] > 0
-    done = cli(*arguments, "--force")
+    done = cli(*arguments, "--force", "--full-range")
     assert done.code == 0 and "agreement" in done.stdout and "KL" in done.stdout
+    assert {entry.key: entry.value for entry in onnx.load(out).metadata_props}["dsconv.full_range"] == "true"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,7 @@ def test_images_tell_ranges_and_how_close_the_file_is(
     [
         ("{file} --out {tmp}/a.onnx --style int4", 2, "int4"),
         ("{file} --out {tmp}/a.onnx --opset 20", 1, "opset: expected 21 to"),
+        ("{file} --out {tmp}/a.onnx --full-range", 1, "full_range: weights are rounded to int8 for style 'int8' alone"),
         ("{file} --out {tmp}/no/a.onnx", 1, "not a folder that can be written to"),
         ("{file} --out {tmp}", 1, "it is a folder"),
         ("{file} --out {file}", 1, "add --force"),

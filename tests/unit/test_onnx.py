@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch import nn as tnn
 
@@ -20,7 +22,7 @@ from dsconv.conversion import model_info
 from dsconv.demo import load_digits
 from dsconv.errors import ConfigError, MissingExtraError, ModelError
 from dsconv.numerics import fake_quantize_activation
-from dsconv.onnx import STYLES, OnnxNetwork
+from dsconv.onnx import STYLES, OnnxNetwork, int8
 from dsconv.onnx.activations import quantize
 from dsconv.onnx.graph import Nodes
 from dsconv.onnx.layers import DOMAIN, Floats, Functions, Integers
@@ -275,6 +277,125 @@ def test_ranges_of_images_are_closer_than_those_of_noise(
     assert len(layers) == len(weights) == 10
 
 
+def int8_filters(model: Any) -> dict[str, np.ndarray]:
+    """The int8 weights of layers, a row for each scale."""
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    filters = {}
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            dequantize = made_by[node.input[1]]
+            weight = onnx.numpy_helper.to_array(tensors(model)[dequantize.input[0]])
+            assert dequantize.op_type == "DequantizeLinear" and weight.dtype == np.int8
+            scales = tensors(model)[dequantize.input[1]].dims
+            axis = next((a.i for a in dequantize.attribute if a.name == "axis"), 0)
+            filters[node.input[1]] = (
+                np.moveaxis(weight, axis, 0).reshape(*scales, -1) if scales else weight.reshape(1, -1)
+            )
+    return filters
+
+
+def pair_sums(filters: dict[str, np.ndarray]) -> tuple[int, int]:
+    """The largest and the smallest sum of two products of a filter with activations of 0 to 255."""
+    highest, lowest = 0, 0
+    for rows in filters.values():
+        for row in np.sort(rows.astype(np.int64), axis=1):
+            highest = max(highest, 255 * int(np.maximum(row[-2:], 0).sum()))
+            lowest = min(lowest, 255 * int(np.minimum(row[:2], 0).sum()))
+    return highest, lowest
+
+
+def test_no_pair_of_products_of_an_int8_file_saturates_in_16_bits(
+    files: dict[str, Any], qnet: tnn.Module, digits: Tensor, tmp_path: Path
+) -> None:
+    images = onnx.load(dsconv.export_onnx(qnet, digits[:1], tmp_path / "a.onnx", "int8", images=digits[:32]))
+    for model in (files["int8"], images):
+        filters = int8_filters(model)
+        highest, lowest = pair_sums(filters)
+        assert len(filters) == 10 and lowest >= -(1 << 15) and highest < 1 << 15
+        # Nor is more given away than that: a filter's largest weight or pair is the largest that there may be.
+        for rows in filters.values():
+            top, bottom = (np.sort(np.maximum(r.astype(int), 0))[:, -2:].sum(1) for r in (rows, -rows.astype(int)))
+            largest = np.abs(rows.astype(int)).max(1)
+            assert ((np.maximum(top, bottom) >= 126) | (largest == 127)).all()
+        assert {e.key: e.value for e in model.metadata_props}["dsconv.full_range"] == "false"
+
+
+def saturating(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Products ``(N, O)`` of uint8 ``(N, K)`` and int8 ``(O, K)`` as processors without VNNI add them up."""
+    products = x[:, None, :].astype(np.int64) * w[None].astype(np.int64)
+    return np.clip(products[..., ::2] + products[..., 1::2], -(1 << 15), (1 << 15) - 1).sum(-1)
+
+
+@pytest.mark.parametrize("order", ["as they are", "largest first"])
+def test_integers_of_layers_come_out_right_where_pairs_are_added_in_16_bits(
+    order: str, qnet: tnn.Module, digits: Tensor, files: dict[str, Any], tmp_path: Path
+) -> None:
+    full = onnx.load(dsconv.export_onnx(qnet, digits[:1], tmp_path / "a.onnx", "int8", full_range=True))
+    assert {e.key: e.value for e in full.metadata_props}["dsconv.full_range"] == "true"
+    right = []
+    for model in (files["int8"], full):
+        wrong = 0
+        for rows in int8_filters(model).values():
+            rows = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
+            if order == "largest first":
+                rows = np.sort(rows, axis=1)
+            x = np.full((1, rows.shape[1]), 255, np.uint8)
+            wrong += int((saturating(x, rows) != x.astype(np.int64) @ rows.T.astype(np.int64)).sum())
+        right.append(wrong == 0)
+    assert right == [True, False]  # otherwise this test could not fail
+
+
+@given(
+    st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=9),
+    st.sampled_from([1.0, 1e-30, 1e-42, 1e30]),
+)
+def test_scales_are_the_smallest_that_keep_pairs_within_16_bits(values: list[float], unit: float) -> None:
+    row = np.array([values], np.float32) * np.float32(unit)
+    (scale,) = int8.scales_without_saturation(row.astype(np.float64))
+    q = np.round(row.astype(np.float64) / scale)[0]
+    high, low = np.sort(np.maximum(q, 0))[-2:].sum(), np.sort(np.minimum(q, 0))[:2].sum()
+    assert np.isfinite(scale) and scale > 0 and np.abs(q).max() <= 127
+    assert 255 * high < 1 << 15 and 255 * low >= -(1 << 15)
+    if np.abs(row).max() > 1e-30:
+        assert max(high, -low) >= 126 or np.abs(q).max() == 127
+
+
+def test_full_range_takes_all_of_int8(qnet: tnn.Module, digits: Tensor, files: dict[str, Any], tmp_path: Path) -> None:
+    full = onnx.load(dsconv.export_onnx(qnet, digits[:1], tmp_path / "a.onnx", "int8", full_range=True))
+    assert all(np.abs(rows.astype(int)).max(1).min() == 127 for rows in int8_filters(full).values())
+    steps = [
+        sum(float(onnx.numpy_helper.to_array(t).sum()) for name, t in tensors(model).items() if "weight_scale" in name)
+        for model in (files["int8"], full)
+    ]
+    assert 1.1 < steps[0] / steps[1] <= 2.01
+
+
+class OtherKinds(tnn.Module):
+    """Layers of other kinds: transposed, depthwise, of constants that are not 2-D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.depthwise = tnn.Conv2d(8, 16, 3, padding=1), tnn.Conv2d(16, 16, 3, groups=16)
+        self.up = tnn.ConvTranspose2d(16, 8, 2, 2)
+        self.matrices = tnn.Parameter(torch.randn(8, 12, 4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.up(self.depthwise(self.conv(x).relu()).relu()) @ self.matrices
+
+
+def test_layers_of_other_kinds_are_right_in_int8_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = dsconv.quantize(OtherKinds().eval(), dsconv.QuantConfig.preset("default", weight_bits=8))
+    x = torch.randn(8, 8, 8, 8)
+    model = onnx.load(dsconv.export_onnx(net, x[:1], tmp_path / "a.onnx", "int8", images=x))
+    with torch.inference_mode():
+        expected = net(x)
+    assert float((by_onnxruntime(model, x) - expected).norm() / expected.norm()) < 0.03
+    filters = int8_filters(model)
+    highest, lowest = pair_sums(filters)
+    assert len(filters) == 4 and lowest >= -(1 << 15) and highest < 1 << 15
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -283,6 +404,8 @@ def test_ranges_of_images_are_closer_than_those_of_noise(
         ({"opset": 99}, "opset: expected 21 to"),
         ({"style": "float", "opset": 17}, "opset: expected 18 to"),
         ({"images": torch.zeros(2, 1, 8, 8)}, "style 'int8' alone"),
+        ({"full_range": True}, "full_range: weights are rounded to int8 for style 'int8' alone, got style 'qdq'"),
+        ({"style": "int8", "full_range": 1}, "full_range: expected True or False, got 1"),
         ({"style": "int8", "images": torch.zeros(2, 3, 8, 8)}, "images: expected at least one of the shape"),
         ({"style": "int8", "images": torch.zeros(0, 1, 8, 8)}, "images: expected at least one of the shape"),
         ({"example_input": torch.zeros(8)}, r"example_input: expected a tensor .* got \(8,\)"),

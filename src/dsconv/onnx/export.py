@@ -47,6 +47,7 @@ def export_onnx(
     style: Style = "qdq",
     *,
     images: Tensor | None = None,
+    full_range: bool = False,
     opset: int = OPSET,
     progress: bool = False,
 ) -> Path:
@@ -60,7 +61,7 @@ def export_onnx(
     ``function``   the same                                       the same, layers and roundings being calls of the
                                                                   model-local functions ``dsconv::DSConv`` etc.
     ``int8``       rounded once more, to INT8 with one scale for  UINT8 with one scale for each tensor
-                   each output channel
+                   each output channel, right on every processor
     ``float``      float32                                        float32
     =============  =============================================  ==================================================
 
@@ -76,6 +77,9 @@ def export_onnx(
         images: for ``int8``, float32 inputs ``(N, ...)`` from which the ranges of activations are taken; labels are not
             needed. None: ranges are those of noise, prepared as the network says (:func:`dsconv.zoo.preprocess_of`), in
             a network whose BatchNorms have the mean and the deviation on that noise that training left in them.
+        full_range: for ``int8``, let weights take all of int8, which is closer to the network by up to a bit. Such a
+            file is right where products of bytes are added in 32 bits (x86 with VNNI, Arm); on other x86 processors
+            ONNX Runtime and OpenVINO add pairs of them in 16 bits, which saturate. Otherwise no pair can.
         opset: of ONNX, from 21 on, for ``int8`` and ``float`` from 18 on.
         progress: show how far the ranges for ``int8`` are on stderr, as :func:`dsconv.evaluate` does.
 
@@ -100,12 +104,13 @@ def export_onnx(
     if isinstance(qmodel, CompiledModel):
         qmodel = qmodel.model
     path = as_path(path)
-    _check(qmodel, example_input, style, images, opset)
+    _check(qmodel, example_input, style, images, full_range, opset)
     facts = _facts(qmodel, style)
     with replacing(path) as beside:
         if style == "int8":
             facts["dsconv.ranges"] = "noise and BatchNorm" if images is None else f"{len(images)} images"
-            _write_int8(qmodel, example_input, beside, images, opset, progress)
+            facts["dsconv.full_range"] = str(full_range).lower()
+            _write_int8(qmodel, example_input, beside, images, full_range, opset, progress)
             model = import_extra("onnx", "onnx").load(beside)
         else:
             model = _exported(qmodel, example_input, style, opset)
@@ -113,7 +118,7 @@ def export_onnx(
     return path
 
 
-def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, opset: int) -> None:
+def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, full_range: bool, opset: int) -> None:
     if style not in STYLES:
         raise ConfigError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
     for module in ("onnx", "onnxscript", *["onnxruntime"] * (style == "int8")):
@@ -140,6 +145,10 @@ def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, opse
         raise ConfigError(f"images: ranges of activations are taken from them for style 'int8' alone, got {style!r}")
     if images is not None and not isinstance(images, Tensor):
         raise ConfigError(f"images: expected a tensor of them or None, got {type(images).__name__}")
+    if not isinstance(full_range, bool):
+        raise ConfigError(f"full_range: expected True or False, got {full_range!r}")
+    if full_range and style != "int8":
+        raise ConfigError(f"full_range: weights are rounded to int8 for style 'int8' alone, got style {style!r}")
     if images is not None and (not len(images) or images.shape[1:] != x.shape[1:] or images.dtype != x.dtype):
         raise ConfigError(
             f"images: expected at least one of the shape of the example_input {tuple(x.shape[1:])} in float32, "
@@ -167,7 +176,9 @@ def _facts(qmodel: nn.Module, style: str) -> dict[str, str]:
     return {f"dsconv.{name}": text for name, text in facts.items()}
 
 
-def _write_int8(qmodel: nn.Module, x: Tensor, path: Path, images: Tensor | None, opset: int, progress: bool) -> None:
+def _write_int8(
+    qmodel: nn.Module, x: Tensor, path: Path, images: Tensor | None, full_range: bool, opset: int, progress: bool
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def in_float(name: str, model: nn.Module) -> Path:
@@ -191,7 +202,8 @@ def _write_int8(qmodel: nn.Module, x: Tensor, path: Path, images: Tensor | None,
                 )
             images = noise(preprocess, x.shape[1:])
             like = in_float("like", normalized(qmodel, images))
-        int8.quantize(in_float("network", qmodel), path, images, like=like, progress=progress)
+        options: dict[str, Any] = {"full_range": full_range, "progress": progress}
+        int8.quantize(in_float("network", qmodel), path, images, like=like, **options)
 
 
 def _exported(qmodel: nn.Module, x: Tensor, style: str, opset: int) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconv.errors import import_extra
@@ -15,6 +16,12 @@ from dsconv.progress import Advance, progress_bar
 
 # Of ranges on noise: on photographs, features have longer tails than that. Clipping them costs far more than a bit.
 _MARGIN = 2.0
+# x86 processors without VNNI multiply bytes by vpmaddubsw, which adds the products of two neighbours in 16 bits and
+# saturates: with activations of up to 255, two weights may sum up to 128. Rounding adds at most one to such a sum.
+_LARGEST_PAIR = ((1 << 15) - 1) // 255 - 1
+_LARGEST = 127
+# The axis of the output channels, by the operator whose second input is the weight.
+_OUTPUT_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 
 
 def quantize(
@@ -24,6 +31,7 @@ def quantize(
     *,
     like: Path | None = None,
     operators: Sequence[str] | None = None,
+    full_range: bool = False,
     progress: bool = False,
 ) -> None:
     """Write a float ONNX file with activations as uint8, of one scale per tensor, and weights as int8, one per output.
@@ -36,6 +44,8 @@ def quantize(
         images: inputs ``(N, ...)`` that are run, one by one, to find the ranges of activations.
         like: file of a network with the same tensors, to run on noise in the place of ``network`` on images.
         operators: types of the nodes to quantize; None: all that ONNX Runtime can.
+        full_range: let weights take all of int8. Otherwise their scales are such that no two products of a filter's
+            weights with activations, added up in 16 bits, can saturate.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
 
     Raises:
@@ -44,10 +54,12 @@ def quantize(
     quantization = import_extra("onnx", "onnxruntime.quantization")
     bar = progress_bar(progress, "ranges for int8", len(images), "img")
     with tempfile.TemporaryDirectory() as folder, _quiet(), bar as advance:
-        found = {} if like is None else _ranges(_prepared(like, folder), _OneByOne(images, advance), folder)
-        options = {} if like is None else {"TensorQuantOverrides": found}
+        overrides = {} if like is None else _ranges(_prepared(like, folder), _OneByOne(images, advance), folder)
+        prepared = _prepared(network, folder)
+        if not full_range:
+            overrides |= _weight_scales(prepared)
         quantization.quantize_static(
-            _prepared(network, folder),
+            prepared,
             path,
             _OneByOne(images, advance) if like is None else _OneByOne(images[:1]),
             quant_format=quantization.QuantFormat.QDQ,
@@ -55,7 +67,7 @@ def quantize(
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
-            extra_options=options,
+            extra_options={"TensorQuantOverrides": overrides},
         )
 
 
@@ -93,6 +105,45 @@ def _ranges(network: Path, images: "_OneByOne", folder: str) -> dict[str, list[d
         low, high = (np.float32(value.item() * (1 if name == "x" else _MARGIN)) for value in found[name].range_value)
         ranges[name] = [{"rmin": low, "rmax": high}]
     return ranges
+
+
+def _weight_scales(network: Path) -> dict[str, list[dict[str, Any]]]:
+    """Scales of the weights of a network that keep pairs of products within 16 bits, as ``quantize_static`` takes them.
+
+    There is one for each output channel, or for each tensor of another rank than those that have output channels.
+    """
+    onnx = import_extra("onnx", "onnx")
+    graph = onnx.load(network).graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    scales: dict[str, list[dict[str, Any]]] = {}
+    for node in graph.node:
+        if node.op_type not in _OUTPUT_AXIS or node.input[1] not in constants:
+            continue
+        weight = onnx.numpy_helper.to_array(constants[node.input[1]]).astype(np.float64)
+        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        axis = 0 if transposed else _OUTPUT_AXIS[node.op_type]
+        by_channel = "Conv" in node.op_type or weight.ndim == 2
+        rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1) if by_channel else weight.reshape(1, -1)
+        where = {"axis": axis} if by_channel else {}
+        scales[node.input[1]] = [
+            {**where, "scale": scale, "zero_point": np.int8(0)} for scale in scales_without_saturation(rows)
+        ]
+    return scales
+
+
+def scales_without_saturation(rows: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return the smallest scale ``(N,)`` of each row of weights ``(N, K)`` whose int8 values never saturate in pairs.
+
+    Rounded to multiples of it, no weight is beyond 127 and no two weights of one sign sum up to more than 128: products
+    with two activations of uint8 stay within the 16 bits in which processors without VNNI add them, in any order.
+
+    >>> scales_without_saturation(np.array([[127.0, 0, -127], [127, 127, 0]]))
+    array([1., 2.], dtype=float32)
+    """
+    largest = (np.sort(np.maximum(signed, 0), axis=1)[:, -2:].sum(1) for signed in (rows, -rows))
+    scale = np.maximum(np.abs(rows).max(1, initial=0) / _LARGEST, np.maximum(*largest) / _LARGEST_PAIR)
+    # As ONNX Runtime does with rows that are zero, or as good as that.
+    return np.where(scale < np.finfo(np.float32).tiny, 1, scale).astype(np.float32)
 
 
 @contextmanager
