@@ -9,21 +9,27 @@ torch.Size([1, 64, 4, 4])
 """
 
 from importlib import metadata
+from typing import TYPE_CHECKING
 
-from dsconv import demo, nn, numerics, ops, zoo
-from dsconv.benchmarking import bench
-from dsconv.calibration import calibrate
-from dsconv.compilation import compile, profile
-from dsconv.config import LayerConfig, QuantConfig
-from dsconv.conversion import fold_batchnorm, quantize, summary
-from dsconv.cpu import cpu_info
-from dsconv.distillation import Recipe, adapt
-from dsconv.evaluation import compare, evaluate
-from dsconv.io import load, save
-from dsconv.mixed import search, sensitivity
-from dsconv.onnx import export_onnx
-from dsconv.report import write_report
-from dsconv.tradeoffs import tradeoff
+from dsconv.lazy import import_with, lazily
+
+if TYPE_CHECKING:
+    from dsconv import demo, nn, numerics, ops, zoo
+    from dsconv.benchmarking.bench import bench
+    from dsconv.calibration.calibrate import calibrate
+    from dsconv.compilation import compile, profile
+    from dsconv.config import LayerConfig, QuantConfig
+    from dsconv.conversion import fold_batchnorm, quantize
+    from dsconv.conversion.summary import summary
+    from dsconv.cpu import cpu_info
+    from dsconv.distillation.adapt import adapt
+    from dsconv.evaluation import compare, evaluate
+    from dsconv.io import load, save
+    from dsconv.mixed import search, sensitivity
+    from dsconv.onnx import export_onnx
+    from dsconv.recipe import Recipe
+    from dsconv.report import write_report
+    from dsconv.tradeoffs import tradeoff
 
 __version__ = metadata.version("dsconv")
 
@@ -56,3 +62,26 @@ __all__ = [
     "write_report",
     "zoo",
 ]
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "dsconv.benchmarking": ("bench",),
+        "dsconv.calibration": ("calibrate",),
+        "dsconv.compilation": ("compile", "profile"),
+        "dsconv.config": ("LayerConfig", "QuantConfig"),
+        "dsconv.conversion": ("fold_batchnorm", "quantize", "summary"),
+        "dsconv.cpu": ("cpu_info",),
+        "dsconv.distillation": ("adapt",),
+        "dsconv.evaluation": ("compare", "evaluate"),
+        "dsconv.io": ("load", "save"),
+        "dsconv.mixed": ("search", "sensitivity"),
+        "dsconv.onnx": ("export_onnx",),
+        "dsconv.recipe": ("Recipe",),
+        "dsconv.report": ("write_report",),
+        "dsconv.tradeoffs": ("tradeoff",),
+    },
+)
+
+# Programs of torch.export call the operators by their names, without a word to this package.
+import_with("torch", "dsconv.ops")

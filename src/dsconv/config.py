@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dsconv import strict_json
 from dsconv.errors import ConfigError, one_line
-from dsconv.numerics import ActivationSign, WeightRule, WeightScale
+from dsconv.names import ActivationSign, WeightRule, WeightScale
+
+if TYPE_CHECKING:
+    import torch
 
 Bits = Annotated[int, Field(ge=2, le=8, strict=True)]
 KdsDtype = Literal["float32", "float16", "bfloat16"]
@@ -76,8 +78,10 @@ class LayerConfig(Strict):
         return self
 
     @property
-    def torch_kds_dtype(self) -> torch.dtype:
+    def torch_kds_dtype(self) -> "torch.dtype":
         """``kds_dtype`` as a torch dtype."""
+        import torch
+
         return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[self.kds_dtype]
 
 

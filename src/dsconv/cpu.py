@@ -5,10 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-import torch
-
-from dsconv import ops
-
 _PARALLEL = {"torch": "PyTorch's pool", "pool": "a pool of their own", "serial": "serial"}
 
 
@@ -47,6 +43,11 @@ class CpuInfo:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
+def cores() -> int:
+    """Logical processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_info() -> CpuInfo:
     """Tell what this processor offers and what dsconv uses of it.
 
@@ -66,6 +67,10 @@ def cpu_info() -> CpuInfo:
         )
     except ImportError as error:
         return _without_extension(f"built, but cannot be loaded: {error}")
+    import torch
+
+    from dsconv import ops
+
     used, best = ops.cpu.isa(), extension.isa_with_kernels()[-1]
     return CpuInfo(
         extension=None,
@@ -82,5 +87,7 @@ def cpu_info() -> CpuInfo:
 
 
 def _without_extension(why: str) -> CpuInfo:
+    import torch
+
     reason = "layers run as a float simulation in PyTorch, slower than the float network"
     return CpuInfo(why, (), None, reason, None, torch.get_num_threads())

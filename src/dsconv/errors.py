@@ -1,6 +1,7 @@
 """Errors that a user can mend. Each says what was expected, what was got and what to do."""
 
 import importlib
+import importlib.util
 from typing import Any
 
 
@@ -56,6 +57,22 @@ class MissingExtraError(DSConvError, ImportError):
 
     def __init__(self, extra: str, package: str):
         super().__init__(f"{package} is not installed: pip install 'dsconv[{extra}]'")
+
+
+def check_extra(extra: str, package: str) -> None:
+    """Raise MissingExtraError unless a package that ``extra`` installs is there; it is not imported.
+
+    >>> check_extra("zoo", "no_such_package")
+    Traceback (most recent call last):
+    ...
+    dsconv.errors.MissingExtraError: no_such_package is not installed: pip install 'dsconv[zoo]'
+    """
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except ValueError:  # it is imported, by other means than its file
+        found = True
+    if not found:
+        raise MissingExtraError(extra, package)
 
 
 def import_extra(extra: str, module: str) -> Any:

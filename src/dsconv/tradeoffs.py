@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dsconv.benchmarking.machine import cores, machine, machine_notes
+from dsconv.benchmarking.machine import machine, machine_notes
 from dsconv.benchmarking.measure import Quartiles, Race, quartiles
 from dsconv.benchmarking.results import digits, plural
 from dsconv.compilation import compile
 from dsconv.conversion import Summary, model_info, summary
 from dsconv.conversion.wrappers import unwrapped
+from dsconv.cpu import cores
 from dsconv.data.folder import Images
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
@@ -203,6 +204,7 @@ def tradeoff(
     batch_size: int = 32,
     workers: int = 0,
     limit: int | None = None,
+    device: str | torch.device | None = None,
     progress: bool = False,
     on_interrupt: Literal["raise", "partial"] = "raise",
 ) -> Tradeoff:
@@ -211,8 +213,8 @@ def tradeoff(
     Args:
         networks: the quantized ones by name.
         reference: the float one; without it there is no accuracy.
-        images, preprocess, batch_size, workers, limit, progress: as in :func:`dsconv.compare`; all networks see the
-            same images. Without images there is no accuracy.
+        images, preprocess, batch_size, workers, limit, device, progress: as in :func:`dsconv.compare`; all networks
+            see the same images. Without images there is no accuracy. Times are of the CPU.
         time_shape: ``(C, H, W)`` of an image. With it, the networks are compiled and timed on a random one in turns,
             the reference in PyTorch.
         threads: that they are timed on.
@@ -256,6 +258,7 @@ def tradeoff(
             batch_size=batch_size,
             workers=workers,
             limit=limit,
+            device=device,
             progress=progress,
             on_interrupt=on_interrupt,
             per_layer=False,

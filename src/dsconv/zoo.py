@@ -24,18 +24,13 @@ from dsconv import strict_json
 from dsconv.conversion.preparation import offered, preprocess_of, set_preprocess
 from dsconv.data import Preprocess
 from dsconv.errors import ConfigError, DSConvError, ModelError, import_extra, one_line
-from dsconv.files import as_path
+from dsconv.names import check_model_name, check_weights, is_registered
 
 __all__ = ["build", "is_registered", "preprocess_of", "set_preprocess"]
 
 _SHOWN = 5
 # Trained without the auxiliary classifiers that these build by default, as the published weights are loaded.
 _AUXILIARY = ("googlenet", "inception_v3")
-
-
-def is_registered(name: str) -> bool:
-    """Whether ``name`` is of a library, so that building it runs no code of the user's."""
-    return name.partition("/")[0] in ("torchvision", "timm", "dsconv") and ".py:" not in name
 
 
 def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Module:
@@ -58,9 +53,8 @@ def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Modul
     if not isinstance(name, str):
         raise ModelError(f"model: expected a name such as torchvision/resnet50, got {type(name).__name__}")
     library, _, rest = name.partition("/")
-    path = None if str(weights) in ("default", "random") else as_path(weights, "weights")
-    if path is not None and not path.is_file():
-        raise FileNotFoundError(f"weights: expected 'default', 'random' or a file, there is no {path}")
+    check_model_name(name)
+    path = check_weights(weights)
     trained = str(weights) == "default"
     base, _, query = (rest if is_registered(name) else name).partition("?")
     arguments = _arguments(name, query)
@@ -72,12 +66,8 @@ def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Modul
     try:
         if is_registered(name):
             model, preprocess = builders[library](base, trained, arguments)
-        elif ".py:" in base:
-            model, preprocess = _from_file(base, arguments)
         else:
-            raise ModelError(
-                f"model {name!r}: expected torchvision/NAME, timm/NAME, dsconv/NAME or path/to/file.py:factory"
-            )
+            model, preprocess = _from_file(base, arguments)
     except (DSConvError, FileNotFoundError):
         raise
     except Exception as error:
@@ -160,8 +150,6 @@ def _own(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Module
 def _from_file(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
     file, _, factory_name = name.rpartition(":")
     path = Path(file)
-    if not path.is_file():
-        raise FileNotFoundError(f"model {name!r}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

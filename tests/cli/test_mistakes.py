@@ -233,7 +233,7 @@ def test_a_missing_extra_is_named(dsconv_cli: Cli, tmp_path: Path, monkeypatch: 
 
 def test_a_bug_still_shows_where_it_is(dsconv_cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import dsconv.io\ndsconv.io.describe = lambda path: 1 / 0\n")
-    done = dsconv_cli("inspect", "a", env={"PYTHONPATH": str(tmp_path)})
+    done = dsconv_cli("inspect", tmp_path / "sitecustomize.py", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
 

@@ -1,7 +1,7 @@
 """Whole networks beside other runtimes, in one process. The runtimes: ``pip install 'dsconv[bench]'``."""
 
 from dsconv.benchmarking.bench import bench
-from dsconv.benchmarking.peers import PEERS
 from dsconv.benchmarking.results import Bench, Timing
+from dsconv.names import PEERS
 
 __all__ = ["PEERS", "Bench", "Timing", "bench"]

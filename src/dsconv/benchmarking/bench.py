@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.benchmarking import peers
-from dsconv.benchmarking.machine import cores, machine
+from dsconv.benchmarking.machine import machine
 from dsconv.benchmarking.measure import Race, quartiles
-from dsconv.benchmarking.peers import PEERS, Case, Contestant, NotRun, OnnxModels
+from dsconv.benchmarking.peers import Case, Contestant, NotRun, OnnxModels
 from dsconv.benchmarking.results import Bench, Timing, plural
 from dsconv.conversion import model_info
 from dsconv.conversion.wrappers import unwrapped
+from dsconv.cpu import cores
 from dsconv.errors import ConfigError, MissingExtraError, ModelError
 from dsconv.modes import check_evaluation_mode, check_module
+from dsconv.names import PEERS
 from dsconv.nn.inputs import dtype_of
 from dsconv.progress import Advance, progress_bar
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv import ops
+from dsconv.cpu import cores
 
 _PACKAGES = ("dsconv", "torch", "onnx", "onnxruntime", "openvino")
 _CAPS = ("DSCONV_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
@@ -46,11 +47,6 @@ def machine_notes(machine: dict[str, Any]) -> Iterator[str]:
         binds = {"DSCONV_MAX_ISA": "dsconv", "ONEDNN_MAX_CPU_ISA": "oneDNN in PyTorch and OpenVINO"}
         limits = ", ".join(f"{name}={value} ({binds[name]})" for name, value in caps.items())
         yield f"Capped: {limits}; ONNX Runtime has no cap."
-
-
-def cores() -> int:
-    """Logical processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:

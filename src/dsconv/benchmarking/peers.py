@@ -24,7 +24,6 @@ from dsconv.conversion.copying import copied
 from dsconv.errors import import_extra
 from dsconv.onnx import int8
 
-PEERS = ("torch", "onnxruntime", "openvino")
 _OPSET = 17
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 

@@ -18,6 +18,7 @@ from dsconv.cli.demo import demo
 from dsconv.cli.evaluate import evaluate
 from dsconv.cli.export import export
 from dsconv.cli.inspect import inspect
+from dsconv.cli.mistakes import Command, one_paragraph
 from dsconv.cli.profile import profile
 from dsconv.cli.quantize import quantize
 from dsconv.cli.report import report
@@ -75,7 +76,7 @@ torchrun --nproc-per-node 2 -m dsconv adapt net.safetensors --data photos --devi
     demo: "dsconv demo --out demo-out",
 }
 for command, examples in _EXAMPLES.items():
-    app.command(epilog=f"Examples:\n\n{examples}")(command)
+    app.command(cls=Command, epilog=f"Examples:\n\n{examples}")(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -95,7 +96,7 @@ def _options(
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a mistake to mend, 2 wrong usage, 130 interrupted, 143 terminated."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {_one_paragraph(message)}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"warning: {one_paragraph(message)}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Names of files and layers may hold characters that the terminal, or any, encoding lacks.
@@ -117,16 +118,10 @@ def _exit(error: BaseException) -> int | str | None:
         case SystemExit():
             return error.code
         case DSConvError() | OSError():
-            return f"error: {_one_paragraph(error)}"
+            return f"error: {one_paragraph(error)}"
         case MemoryError():
             return "error: there is not enough memory: use fewer images at a time, smaller ones, or a smaller network"
         case KeyboardInterrupt():
             return 130
     traceback.print_exception(error)
     return "error: this is a bug of dsconv: please report it, with the lines above"
-
-
-def _one_paragraph(error: object) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        error = f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())

@@ -6,35 +6,42 @@ from typing import Annotated, Any
 import typer
 
 import dsconv
-from dsconv import zoo
 from dsconv.cli.common import (
-    REFERENCE_HELP,
+    UNLABELLED_HELP,
     AnyRange,
     Channels,
     Crop,
+    Device,
     Force,
     Interpolation,
     Json,
+    LimitOrAll,
     Mean,
     ModelOfFile,
+    Reference,
     Resize,
     Scale,
     Std,
+    Threads,
     Weights,
+    begin,
+    check_data,
+    check_file,
     check_out,
     load_file,
     original_of,
-    preparation,
-    preprocess_of,
+    preparation_of,
     print_json,
     print_table,
+    read_preparation,
     resumable,
     say,
+    say_preparation,
     state_beside,
 )
-from dsconv.conversion import model_info
-from dsconv.distillation.processes import is_first
-from dsconv.distillation.recipe import RECIPES
+from dsconv.cli.mistakes import Mistakes
+from dsconv.names import check_weights
+from dsconv.recipe import RECIPES, Recipe
 
 _OUT_HELP = "File to write: *.safetensors."
 _RESUME_HELP = "Continue a training that was stopped, from the file beside OUT that it left."
@@ -43,20 +50,23 @@ _AUTOCAST_HELP = "Multiply in bfloat16, which GPUs do faster."
 
 def adapt(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Of dsconv quantize or calibrate.", show_default=False)],
-    data: Annotated[Path, typer.Option(metavar="DIR", help="Images, which need no labels.", show_default=False)],
+    data: Annotated[Path, typer.Option(metavar="DIR", help=UNLABELLED_HELP, show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help=_OUT_HELP, show_default=False)],
-    reference: Annotated[str | None, typer.Option(metavar="MODEL", help=REFERENCE_HELP)] = None,
+    reference: Reference = None,
     weights: Weights = "default",
     model: ModelOfFile = None,
     recipe: Annotated[str, typer.Option(metavar="|".join(RECIPES), help="What is done, by name.")] = "default",
-    steps: Annotated[int | None, typer.Option(min=1, help="At most, in place of the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Of a step, over all processes.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps at most, in place of the recipe's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, metavar="IMAGES", help="Images of a step, over all processes.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use this many images at most.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
+    limit: LimitOrAll = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
     log: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Write how far it comes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
-    device: Annotated[str, typer.Option(help="Where to train, as PyTorch names it: cpu, cuda.")] = "cpu",
+    threads: Threads = None,
+    device: Device = "cpu",
     autocast: Annotated[bool, typer.Option("--autocast", help=_AUTOCAST_HELP)] = False,
     any_range: AnyRange = False,
     force: Force = False,
@@ -74,19 +84,33 @@ def adapt(
     The images need no labels. A part of them is held back, and the state that does best on these is kept.
     Started by torchrun, several processes train it together, and the first of them writes OUT.
     """
-    given = preparation(locals())
+    mistakes = Mistakes()
+    given = mistakes.check(read_preparation, locals(), str(file), model, reference)
     changes = {"steps": steps, "batch_size": batch_size, "lr": lr}
     changed: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
-    settings = dsconv.Recipe.preset(recipe, **changed)
-    check_out(out, force)
-    state = state_beside(out, resume, "training")
+    settings = mistakes.check(Recipe.preset, recipe, **changed)
+    mistakes.check(check_file, file, model, reference)
+    mistakes.check(check_weights, weights)
+    mistakes.check(check_data, data)
+    mistakes.check(check_out, force, out=out)
+    mistakes.check(check_out, force or resume, log=log)
+    state = mistakes.check(state_beside, out, resume, "training")
+    mistakes.end()
+
+    begin(threads)
+    from dsconv import zoo
+    from dsconv.conversion import model_info
+    from dsconv.distillation.processes import is_first
+
     tell = say if is_first() else lambda _: None
     tell(f"loading {file}")
-    student = load_file(file, model)
+    student = load_file(file, model, reference)
     name = reference or model or original_of(student, str(file))
     tell(f"building {name} with weights {weights}")
     teacher = zoo.build(name, weights=weights)
-    preprocess = preprocess_of(teacher, name, given)
+    preprocess = preparation_of(given, str(file), student, teacher)
+    if is_first():
+        say_preparation(preprocess, data)
     with resumable(state):
         result = dsconv.adapt(
             student,

@@ -1,47 +1,62 @@
 """``dsconv bench``: quantized networks beside other runtimes, whole, in turns in one process."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import Tensor, nn
 
 import dsconv
-from dsconv import report, zoo
-from dsconv.benchmarking import PEERS, Bench
-from dsconv.benchmarking.machine import cores
 from dsconv.cli.common import (
     FILE_HELP,
+    Channels,
     Config,
+    Crop,
     FastMath,
     Force,
+    Interpolation,
     Json,
-    ModelOfFile,
+    Limit,
+    Mean,
+    ModelOrReference,
     Preset,
+    Resize,
+    Scale,
     Size,
+    Std,
     Weights,
-    check_format,
+    begin,
+    check_data,
     check_out,
+    check_plot,
+    check_size,
+    check_source,
     image_shape,
     is_quantized_file,
     json_text,
     load_file,
-    preprocess_for,
+    preparation_of,
     print_json,
     print_table,
     read_config,
     read_images,
+    read_preparation,
     read_size,
     say,
+    say_preparation,
 )
+from dsconv.cli.mistakes import Mistakes
 from dsconv.config import QuantConfig
-from dsconv.conversion import model_info
+from dsconv.cpu import cores
 from dsconv.files import replacing
-from dsconv.nn import DSLayer
+from dsconv.names import PEERS, check_weights
 
-_CALIBRATION_IMAGES = 8
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dsconv.benchmarking import Bench
+
 _DATA_HELP = "Images to run, and to calibrate the int8 models of other runtimes on, in place of random ones."
-_SECONDS_HELP = "For each network, batch size and number of threads, once all are warm (10); at least 5 turns."
+_SECONDS_HELP = "Seconds for each network, batch size and number of threads, once all are warm (10); at least 5 turns."
 
 
 def bench(
@@ -51,43 +66,70 @@ def bench(
     against: Annotated[str, typer.Option(metavar="NAME,...", help="Runtimes to measure beside dsconv.")] = ",".join(
         PEERS
     ),
-    batch_size: Annotated[str, typer.Option(metavar="NUMBER,...", help="Images per batch.")] = "1",
-    threads: Annotated[str, typer.Option(metavar="NUMBER,...", help="Threads of each runtime.")] = "1",
+    batch_size: Annotated[
+        str, typer.Option(metavar="IMAGES,...", help="Images per batch: one number or several.")
+    ] = "1",
+    threads: Annotated[
+        str, typer.Option(metavar="THREADS,...", help="Threads of the CPU for each runtime: one number or several.")
+    ] = "1",
     size: Size = None,
     data: Annotated[Path | None, typer.Option(metavar="DIR", help=_DATA_HELP)] = None,
+    limit: Limit = 8,
     weights: Weights = "default",
     preset: Preset = "default",
     config: Config = None,
-    model: ModelOfFile = None,
+    model: ModelOrReference = None,
     fast_math: FastMath = False,
     seconds: Annotated[float | None, typer.Option(min=0.001, help=_SECONDS_HELP)] = None,
-    turns: Annotated[int | None, typer.Option(min=2, help="Of each runtime, in place of --seconds.")] = None,
+    turns: Annotated[int | None, typer.Option(min=2, help="Turns of each runtime, in place of --seconds.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write all figures here.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the times as bars.")] = None,
     force: Force = False,
     as_json: Json = False,
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    channels: Channels = None,
+    interpolation: Interpolation = None,
 ) -> None:
     """Time quantized networks beside PyTorch, ONNX Runtime and OpenVINO.
 
     All run in this process, in turns; other runtimes run a FILE as the float network that it stands for. Ctrl-C ends it
     with the figures so far.
     """
-    if turns is not None and seconds is not None:
-        raise typer.BadParameter("choose one of --seconds and --turns.")
-    if all(map(is_quantized_file, models_or_files)) and (weights != "default" or preset != "default" or config):
-        raise typer.BadParameter("a quantized FILE has its own: --weights, --preset and --config are for models.")
+    options = locals()
+    mistakes = Mistakes()
+    mistakes.usage(turns is not None and seconds is not None, "choose one of --seconds and --turns.")
+    mistakes.usage(
+        all(map(is_quantized_file, models_or_files)) and (weights != "default" or preset != "default" or bool(config)),
+        "a quantized FILE has its own: --weights, --preset and --config are for models.",
+    )
+    mistakes.usage(bool(size and (resize or crop)), "choose one of --size and --resize, --crop.")
     peers = against.split(",")
-    if unknown := set(peers) - set(PEERS):
-        raise typer.BadParameter(f"--against: expected some of {', '.join(PEERS)}, got {', '.join(unknown)!r}.")
-    batch_sizes, counts = _numbers("--batch-size", batch_size), _numbers("--threads", threads, most=cores())
-    shape = read_size(size)
-    settings = read_config(preset, config)
-    for path in filter(None, (out, plot)):
-        check_out(path, force)
-    if plot:
-        check_format(plot)
+    unknown = ", ".join(set(peers) - set(PEERS))
+    mistakes.usage(bool(unknown), f"--against: expected some of {', '.join(PEERS)}, got {unknown!r}.")
+    batch_sizes = mistakes.check(_numbers, "--batch-size", batch_size)
+    counts = mistakes.check(_numbers, "--threads", threads, most=cores())
+    shape = mistakes.check(read_size, size)
+    settings = mistakes.check(read_config, preset, config)
+    given: dict[str, Any] = {}
+    for name in models_or_files:
+        given = mistakes.check(read_preparation, options, name, model, needed=data is not None)
+        mistakes.check(check_source, name, model if is_quantized_file(name) else None)
+        mistakes.check(check_size, options, name, shape)
+    mistakes.check(check_weights, weights)
+    mistakes.check(check_data, data)
+    mistakes.check(check_out, force, out=out, plot=plot)
+    mistakes.check(check_plot, plot)
+    mistakes.end()
+
+    begin()
+    from dsconv import report
+
     found: list[Bench] = []
     interrupted = False
     try:
@@ -96,7 +138,7 @@ def bench(
             result = dsconv.bench(
                 reference,
                 qmodel,
-                _images(qmodel, name, shape, data),
+                _images(qmodel, name, shape, given, data, limit),
                 against=peers,
                 batch_sizes=batch_sizes,
                 threads=counts,
@@ -128,12 +170,16 @@ def bench(
         raise typer.Exit(130)
 
 
-def _as_dict(found: list[Bench]) -> dict[str, Any]:
+def _as_dict(found: "list[Bench]") -> dict[str, Any]:
     return {"networks": [result.to_dict() for result in found]}
 
 
-def _networks(name: str, weights: str, settings: QuantConfig, model: str | None) -> tuple[nn.Module, nn.Module]:
-    """The float network and the quantized one."""
+def _networks(name: str, weights: str, settings: QuantConfig, model: str | None) -> "tuple[nn.Module, nn.Module]":
+    """Return the float network and the quantized one."""
+    from dsconv import zoo
+    from dsconv.conversion import model_info
+    from dsconv.nn import DSLayer
+
     if is_quantized_file(name):
         say(f"loading {name}")
         qmodel = load_file(Path(name), model)
@@ -151,12 +197,19 @@ def _networks(name: str, weights: str, settings: QuantConfig, model: str | None)
     return reference, dsconv.quantize(reference, settings)
 
 
-def _images(qmodel: nn.Module, name: str, size: list[int], data: Path | None) -> Tensor | tuple[int, ...]:
-    """Images of a folder, or the shape of random ones."""
-    shape = image_shape(qmodel, name, size)
+def _images(
+    qmodel: "nn.Module", name: str, size: list[int], given: dict[str, Any], data: Path | None, limit: int
+) -> "Tensor | tuple[int, ...]":
+    """Return ``limit`` images of a folder, or the shape of random ones."""
+    from dsconv import zoo
+
+    if data is None and not given and zoo.preprocess_of(qmodel) is None:
+        return image_shape(None, name, size)
+    preprocess = preparation_of(given, name, qmodel, size=size)
     if data is None:
-        return shape
-    return read_images(data, preprocess_for(qmodel, shape, bool(size)), _CALIBRATION_IMAGES)
+        return image_shape(preprocess, name, size)
+    say_preparation(preprocess, data)
+    return read_images(data, preprocess, limit)
 
 
 def _numbers(option: str, text: str, most: int | None = None) -> list[int]:

@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 import dsconv
-from dsconv import zoo
 from dsconv.cli.common import (
     FILE_HELP,
-    REFERENCE_HELP,
+    UNLABELLED_HELP,
     AnyRange,
     Channels,
     Config,
     Crop,
+    Device,
     Force,
     Interpolation,
     Json,
@@ -22,24 +22,31 @@ from dsconv.cli.common import (
     Mean,
     ModelOfFile,
     Preset,
+    Reference,
     Resize,
     Scale,
     Std,
+    Threads,
     Weights,
+    begin,
+    check_data,
     check_out,
+    check_source,
     is_quantized_file,
     load_file,
     original_of,
-    preparation,
-    preprocess_of,
+    preparation_of,
     print_json,
     print_table,
     read_config,
+    read_preparation,
     resumable,
     say,
+    say_preparation,
     state_beside,
 )
-from dsconv.conversion import model_info
+from dsconv.cli.mistakes import Mistakes
+from dsconv.names import check_weights
 
 _OUT_HELP = "File to write: *.safetensors."
 _RESUME_HELP = "Continue a calibration that was stopped, from the file beside OUT that it left."
@@ -47,18 +54,19 @@ _RESUME_HELP = "Continue a calibration that was stopped, from the file beside OU
 
 def calibrate(
     file_or_model: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help=FILE_HELP, show_default=False)],
-    data: Annotated[Path, typer.Option(metavar="DIR", help="Images, which need no labels.", show_default=False)],
+    data: Annotated[Path, typer.Option(metavar="DIR", help=UNLABELLED_HELP, show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help=_OUT_HELP, show_default=False)],
-    reference: Annotated[str | None, typer.Option(metavar="MODEL", help=REFERENCE_HELP)] = None,
+    reference: Reference = None,
     weights: Weights = "default",
     model: ModelOfFile = None,
     preset: Preset = "default",
     config: Config = None,
     limit: Limit = 128,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of places in the images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of places in the images.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
     memory: Annotated[float, typer.Option(min=0.01, metavar="GIB", help="Rough bound of what activations take.")] = 4.0,
-    device: Annotated[str, typer.Option(help="Where to run, as PyTorch names it: cpu, cuda.")] = "cpu",
+    threads: Threads = None,
+    device: Device = "cpu",
     any_range: AnyRange = False,
     force: Force = False,
     as_json: Json = False,
@@ -75,27 +83,43 @@ def calibrate(
     FILE, or MODEL quantized as --preset or --config say. The images need no labels, and there is no training. A part
     of them is held back, and OUT is the network that does better on these, calibrated or as it was.
     """
-    given = preparation(locals())
+    mistakes = Mistakes()
+    given = mistakes.check(read_preparation, locals(), file_or_model, model, reference)
     is_file = is_quantized_file(file_or_model)
-    if not is_file and (reference or model):
-        raise typer.BadParameter("--reference and --model go with a quantized FILE, not with a float model.")
-    if is_file and (preset != "default" or config is not None):
-        raise typer.BadParameter("a quantized FILE has its own settings: --preset and --config go with a float model.")
-    settings = read_config(preset, config)
-    check_out(out, force)
-    state = state_beside(out, resume, "calibration")
+    mistakes.usage(
+        not is_file and bool(reference or model),
+        "--reference and --model go with a quantized FILE, not with a float model.",
+    )
+    mistakes.usage(
+        is_file and (preset != "default" or config is not None),
+        "a quantized FILE has its own settings: --preset and --config go with a float model.",
+    )
+    mistakes.check(check_source, file_or_model, model, reference)
+    mistakes.check(check_weights, weights)
+    settings = mistakes.check(read_config, preset, config)
+    mistakes.check(check_data, data)
+    mistakes.check(check_out, force, out=out)
+    state = mistakes.check(state_beside, out, resume, "calibration")
+    mistakes.end()
+
+    begin(threads, device)
+    from dsconv import zoo
+    from dsconv.conversion import model_info
+
+    qmodel = None
     if is_file:
         say(f"loading {file_or_model}")
-        qmodel = load_file(Path(file_or_model), model)
+        qmodel = load_file(Path(file_or_model), model, reference)
         name = reference or model or original_of(qmodel, file_or_model)
     else:
         name = file_or_model
     say(f"building {name} with weights {weights}")
     network = zoo.build(name, weights=weights)
-    if not is_file:
+    preprocess = preparation_of(given, file_or_model, qmodel, network)
+    say_preparation(preprocess, data)
+    if qmodel is None:
         say("quantizing")
-        qmodel = dsconv.quantize(network, settings)
-    preprocess = preprocess_of(network, name, given)
+        qmodel = dsconv.quantize(network, settings, preprocess=preprocess)
     start = time.perf_counter()
     with resumable(state):
         result = dsconv.calibrate(

@@ -6,59 +6,70 @@ from typing import Annotated
 import typer
 
 import dsconv
-from dsconv import report, zoo
-from dsconv.benchmarking.machine import cores
 from dsconv.cli.common import (
-    REFERENCE_HELP,
+    DATA_HELP,
+    BatchSize,
     Channels,
     Classes,
     Crop,
+    Device,
     Force,
     Interpolation,
     Json,
+    LimitOrAll,
     Mean,
     ModelOfFile,
+    Reference,
     Resize,
     Scale,
     Size,
     Std,
+    Threads,
     Weights,
-    check_format,
+    Workers,
+    begin,
+    check_data,
+    check_file,
     check_out,
+    check_plot,
+    check_size,
     image_folder,
     image_shape,
     json_text,
     load_file,
     original_of,
-    preparation,
-    preprocess_of,
+    preparation_of,
     print_json,
     print_table,
     read_classes,
+    read_preparation,
     read_size,
     say,
+    say_preparation,
 )
+from dsconv.cli.mistakes import Mistakes
 from dsconv.files import replacing
+from dsconv.names import check_weights
 
 _FILES_HELP = "Files that dsconv quantize wrote, all of one float model."
-_DATA_HELP = "Images in class folders, or listed in a labels.csv (file,class_index), or unlabelled: for the accuracy."
 _OUT_SUFFIXES = (".json", ".csv")
 
 
 def compare(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=_FILES_HELP, show_default=False)],
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help=_DATA_HELP)] = None,
-    reference: Annotated[str | None, typer.Option(metavar="MODEL", help=REFERENCE_HELP)] = None,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help=f"{DATA_HELP} For the accuracy.")] = None,
+    reference: Reference = None,
     weights: Weights = "default",
     model: ModelOfFile = None,
     time: Annotated[bool, typer.Option("--time", help="Time them as well, on one image and in turns.")] = False,
-    threads: Annotated[int, typer.Option(min=1, max=cores(), help="That they are timed on.")] = 1,
-    seconds: Annotated[float, typer.Option(min=0.001, help="That the timing takes, once all are warm.")] = 10.0,
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Seconds that --time takes, once all are warm.")] = 10.0,
     size: Size = None,
     classes: Classes = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use this many images, evenly spaced.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images beside this one.")] = 0,
+    limit: LimitOrAll = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    device: Device = "cpu",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE.json|FILE.csv", help="Write all figures here.")
     ] = None,
@@ -77,45 +88,65 @@ def compare(
 ) -> None:
     """Show size, bits and settings of several quantized files of one network; with --data what they cost in accuracy.
 
-    Accuracy is that of --reference, or else of the float model that the first file names. Ctrl-C ends it with the
-    figures so far.
+    Accuracy is that of --reference, or else of the float model that the first file names; it is measured on --device.
+    Times are of the CPU, on --threads or else 1. Ctrl-C ends it with the figures so far.
     """
-    given = preparation(locals())
-    shape = read_size(size)
-    if len(set(files)) < len(files):
-        raise typer.BadParameter("a FILE is given twice: name each once.")
-    if data is None and (plot or given or classes or weights != "default" or (reference and not time)):
-        raise typer.BadParameter(
-            "--plot, --reference, --weights, --classes and the preparation of images are about accuracy: say on which "
-            "images, with --data."
-        )
-    if size is not None and not time:
-        raise typer.BadParameter("--size is of the image of --time.")
-    if out is not None and out.suffix not in _OUT_SUFFIXES:
-        raise typer.BadParameter(f"--out: expected a name that ends in {' or '.join(_OUT_SUFFIXES)}, got {out.name!r}.")
-    for path in filter(None, (out, plot)):
-        check_out(path, force)
-    if plot is not None:
-        check_format(plot)
-    names = read_classes(classes)
+    options = locals()
+    mistakes = Mistakes()
+    needed = data is not None
+    given = mistakes.check(read_preparation, options, str(files[0]), model, reference, needed=needed)
+    shape = mistakes.check(read_size, size)
+    mistakes.usage(len(set(files)) < len(files), "a FILE is given twice: name each once.")
+    mistakes.usage(
+        data is None and bool(plot or given or classes or weights != "default" or (reference and not time)),
+        "--plot, --reference, --weights, --classes and the preparation of images are about accuracy: say on which "
+        "images, with --data.",
+    )
+    mistakes.usage(size is not None and not time, "--size is of the image of --time.")
+    mistakes.usage(
+        out is not None and out.suffix not in _OUT_SUFFIXES,
+        f"--out: expected a name that ends in {' or '.join(_OUT_SUFFIXES)}, got {out and out.name!r}.",
+    )
+    for file in files:
+        mistakes.check(check_file, file, model, reference)
+    if time:
+        mistakes.check(check_size, options, str(files[0]), shape)
+    mistakes.check(check_weights, weights)
+    mistakes.check(check_data, data)
+    names = mistakes.check(read_classes, classes)
+    mistakes.check(check_out, force, out=out, plot=plot)
+    mistakes.check(check_plot, plot)
+    mistakes.end()
+
+    begin(threads, device)
+    from dsconv import report, zoo
+
     say(f"loading {', '.join(map(str, files))}")
-    networks = {str(file): load_file(file, model) for file in files}
+    networks = {str(file): load_file(file, model, reference) for file in files}
     first, network = next(iter(networks.items()))
     original = None
     if data is not None or time:
         name = reference or model or original_of(network, first)
         # To the time of a network its weights do not matter.
         original = zoo.build(name, weights=weights if data is not None else "random")
+    preprocess, images, time_shape = None, None, None
+    if data is not None:
+        preprocess = preparation_of(given, first, network, original)
+        say_preparation(preprocess, data)
+        images = image_folder(data, preprocess, names)
+    if time:
+        time_shape = image_shape(preprocess or zoo.preprocess_of(network), first, shape)
     found = dsconv.tradeoff(
         networks,
         original,
-        None if data is None else image_folder(data, preprocess_of(network, first, given), names),
-        time_shape=image_shape(network, first, shape) if time else None,
-        threads=threads,
+        images,
+        time_shape=time_shape,
+        threads=threads or 1,
         seconds=seconds,
         batch_size=batch_size,
         workers=workers,
         limit=limit,
+        device=device,
         progress=True,
         on_interrupt="partial",
     )

@@ -1,16 +1,17 @@
 """``dsconv demo``: the embedded network under several settings, a file and a picture."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
-from dsconv import report
-from dsconv.cli.common import Json, print_json, print_table, say
-from dsconv.demo.run import Demo, run
+from dsconv.cli.common import Json, Threads, begin, print_json, print_table, say
 from dsconv.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dsconv.demo.run import Demo
 
 _PICTURED = ("layer1.conv1", "layer2.conv2", "layer3.conv1")
 _OUT = Path("demo-out")
@@ -18,9 +19,14 @@ _OUT = Path("demo-out")
 
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the file and the picture.")] = _OUT,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a small network for handwritten digits in several ways and show what each costs."""
+    begin(threads)
+    from dsconv import report
+    from dsconv.demo.run import run
+
     done = run(out, lambda name: say(f"quantizing and measuring: {name}"))
     picture, remark = None, "the weights before and after, and the SQNR of each layer."
     try:
@@ -43,7 +49,10 @@ def demo(
     )
 
 
-def _table(done: Demo) -> Table:
+def _table(done: "Demo") -> "Table":
+    from rich import box
+    from rich.table import Table
+
     # Fits into 80 characters.
     columns = "top-1,%|agreement,%|KL,nats|SQNR,dB|bits a,weight|block|sign,of A|file,kB|time,s"
     table = Table("", box=box.SIMPLE_HEAD, padding=0)

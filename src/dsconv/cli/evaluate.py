@@ -1,52 +1,64 @@
 """``dsconv evaluate``: how good a network is on a folder of images, and how close to its float original."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import nn
 
 import dsconv
-from dsconv import zoo
 from dsconv.cli.common import (
+    DATA_HELP,
     FILE_HELP,
+    BatchSize,
     Channels,
     Classes,
     Crop,
+    Device,
     Interpolation,
     Json,
+    LimitOrAll,
     Mean,
     ModelOfFile,
+    ReferenceToCompare,
     Resize,
     Scale,
     Std,
+    Threads,
     Weights,
+    Workers,
+    begin,
+    check_data,
+    check_source,
     image_folder,
     is_quantized_file,
     load_file,
-    preparation,
-    preprocess_of,
+    preparation_of,
     print_json,
     print_table,
     read_classes,
+    read_preparation,
     say,
+    say_preparation,
 )
-from dsconv.conversion import model_info
+from dsconv.cli.mistakes import Mistakes
+from dsconv.names import check_weights
 
-_DATA_HELP = "Images in class folders, or listed in a labels.csv (file,class_index), or unlabelled."
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def evaluate(
     file_or_model: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help=FILE_HELP, show_default=False)],
-    data: Annotated[Path, typer.Option(metavar="DIR", help=_DATA_HELP, show_default=False)],
-    reference: Annotated[str | None, typer.Option(metavar="MODEL", help="Float model to compare FILE with.")] = None,
+    data: Annotated[Path, typer.Option(metavar="DIR", help=DATA_HELP, show_default=False)],
+    reference: ReferenceToCompare = None,
     weights: Weights = "default",
     model: ModelOfFile = None,
     classes: Classes = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use this many images, evenly spaced.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images beside this one.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to run, as PyTorch names it: cpu, cuda.")] = "cpu",
+    limit: LimitOrAll = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    threads: Threads = None,
+    device: Device = "cpu",
     as_json: Json = False,
     resize: Resize = None,
     crop: Crop = None,
@@ -60,17 +72,35 @@ def evaluate(
 
     With --reference: agreement, KL divergence and SQNR too. Ctrl-C ends it with the figures so far.
     """
-    given = preparation(locals())
+    mistakes = Mistakes()
+    given = mistakes.check(read_preparation, locals(), file_or_model, model, reference)
     is_file = is_quantized_file(file_or_model)
-    if not is_file and (reference or model):
-        raise typer.BadParameter("--reference and --model go with a quantized FILE, not with a float model.")
-    if is_file and not reference and weights != "default":
-        raise typer.BadParameter("a quantized FILE has its own weights: --weights are those of --reference.")
+    mistakes.usage(
+        not is_file and bool(reference or model),
+        "--reference and --model go with a quantized FILE, not with a float model.",
+    )
+    mistakes.usage(
+        is_file and not reference and weights != "default",
+        "a quantized FILE has its own weights: --weights are those of --reference.",
+    )
+    mistakes.check(check_source, file_or_model, model, reference)
+    mistakes.check(check_weights, weights)
+    mistakes.check(check_data, data)
+    names = mistakes.check(read_classes, classes)
+    mistakes.end()
 
-    names = read_classes(classes)
+    begin(threads, device)
+    from dsconv import zoo
+
     say(f"loading {file_or_model}")
-    network = load_file(Path(file_or_model), model) if is_file else zoo.build(file_or_model, weights=weights)
-    preprocess = preprocess_of(network, file_or_model, given)
+    source = Path(file_or_model)
+    network = load_file(source, model, reference) if is_file else zoo.build(file_or_model, weights=weights)
+    original = None
+    if reference:
+        say(f"building {reference} with weights {weights}")
+        original = zoo.build(reference, weights=weights)
+    preprocess = preparation_of(given, file_or_model, network, original)
+    say_preparation(preprocess, data)
     images = image_folder(data, preprocess, names)
     options: dict[str, Any] = {
         "limit": limit,
@@ -81,9 +111,8 @@ def evaluate(
         "on_interrupt": "partial",
     }
     result: Any
-    if reference:
-        say(f"building {reference} with weights {weights}")
-        result = dsconv.compare(zoo.build(reference, weights=weights), network, images, **options)
+    if original is not None:
+        result = dsconv.compare(original, network, images, **options)
     else:
         result = dsconv.evaluate(network, images, **options)
     # What executes a layer depends on where it is.
@@ -98,8 +127,10 @@ def evaluate(
         raise typer.Exit(130)
 
 
-def _quantization(network: nn.Module) -> dict[str, Any] | None:
-    """What an accuracy is to be read with; None for a float network."""
+def _quantization(network: "nn.Module") -> dict[str, Any] | None:
+    """Return what an accuracy is to be read with; None for a float network."""
+    from dsconv.conversion import model_info
+
     info = model_info(network)
     if info is None:
         return None

@@ -3,31 +3,46 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 import dsconv
 from dsconv.cli.common import (
     BatchSize,
+    Channels,
     Classes,
+    Crop,
     Force,
+    Interpolation,
     Json,
     Limit,
-    ModelOfFile,
+    Mean,
+    ModelOrReference,
+    Resize,
+    Scale,
     Size,
+    Std,
+    Threads,
+    begin,
+    check_data,
+    check_extras,
+    check_file,
     check_out,
+    check_size,
     image_folder,
     image_shape,
     load_file,
-    preprocess_for,
+    preparation_of,
     print_json,
     print_table,
     read_classes,
     read_images,
+    read_preparation,
     read_size,
     say,
+    say_preparation,
 )
-from dsconv.onnx import OPSET, OnnxNetwork, Style
+from dsconv.cli.mistakes import Mistakes
+from dsconv.names import OPSET, Style
 
 _STYLE_HELP = (
     "qdq: integers of 4 bits with scales of blocks, for a small file; function: the same as calls of functions; "
@@ -50,36 +65,74 @@ def export(
     limit: Limit = 32,
     batch_size: BatchSize = 32,
     size: Size = None,
-    opset: Annotated[int, typer.Option(help="Of ONNX.")] = OPSET,
-    model: ModelOfFile = None,
+    opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = OPSET,
+    model: ModelOrReference = None,
+    threads: Threads = None,
     force: Force = False,
     as_json: Json = False,
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    channels: Channels = None,
+    interpolation: Interpolation = None,
 ) -> None:
     """Write a quantized network as an ONNX file, of any batch size.
 
     With --data: how close ONNX Runtime's outputs of the file are to those of dsconv, and the time both take.
     """
-    shape, names = read_size(size), read_classes(classes)
-    if names and data is None:
-        raise typer.BadParameter("--classes are of the images of --data.")
-    check_out(out, force)
+    options = locals()
+    # Without images, ranges for int8 are those of noise, which is prepared as images are.
+    needed = data is not None or style == "int8"
+    mistakes = Mistakes()
+    given = mistakes.check(read_preparation, options, str(file), model, needed=needed)
+    shape = mistakes.check(read_size, size)
+    mistakes.usage(bool(size and (resize or crop)), "choose one of --size and --resize, --crop.")
+    names = mistakes.check(read_classes, classes)
+    mistakes.usage(classes is not None and data is None, "--classes are of the images of --data.")
+    mistakes.usage(full_range and style != "int8", "--full-range is of --style int8.")
+    mistakes.check(check_file, file, model)
+    mistakes.check(check_size, options, str(file), shape)
+    mistakes.check(check_data, data)
+    mistakes.check(check_out, force, out=out)
+    runtime = ["onnxruntime"] if style == "int8" or data is not None else []
+    mistakes.check(check_extras, "onnx", "onnx", "onnxscript", *runtime)
+    mistakes.end()
+
+    begin(threads)
+    import torch
+
+    from dsconv import zoo
+    from dsconv.onnx import OnnxNetwork
+
     say(f"loading {file}")
     qmodel = load_file(file, model)
-    sizes = image_shape(qmodel, str(file), shape)
-    preprocess = preprocess_for(qmodel, sizes, bool(shape))
-    # Read before the export, so that it does not end in an error.
-    images = None if data is None else read_images(data, preprocess, limit)
-    folder = None if data is None else image_folder(data, preprocess, names)
+    preprocess = None
+    if needed or given or zoo.preprocess_of(qmodel) is not None:
+        preprocess = preparation_of(given, str(file), qmodel, size=shape)
+        zoo.set_preprocess(qmodel, preprocess)
+        if needed:
+            say_preparation(preprocess, data)
+    sizes = image_shape(preprocess, str(file), shape)
+    images, folder = None, None
+    if data is not None:
+        assert preprocess is not None
+        # Read before the export, so that it does not end in an error.
+        images = read_images(data, preprocess, limit)
+        folder = image_folder(data, preprocess, names)
     say(f"exporting as {style}")
     ranges = images if style == "int8" else None
     example = torch.zeros(1, *sizes, dtype=torch.float32, device="cpu")
-    options: dict[str, Any] = {"images": ranges, "full_range": full_range, "opset": opset}
-    dsconv.export_onnx(qmodel, example, out, style, **options, progress=True)
+    settings: dict[str, Any] = {"images": ranges, "full_range": full_range, "opset": opset}
+    dsconv.export_onnx(qmodel, example, out, style, **settings, progress=True)
     facts: dict[str, Any] = {"file": str(out), "file_bytes": out.stat().st_size, "style": style, "opset": opset}
+    facts["preprocess"] = None if preprocess is None else preprocess.model_dump(mode="json")
     compared = None
     if folder is not None:
-        options = {"limit": limit, "batch_size": batch_size, "progress": True}
-        compared = dsconv.compare(qmodel, OnnxNetwork(out), folder, **options, per_layer=False)
+        compared = dsconv.compare(
+            qmodel, OnnxNetwork(out), folder, limit=limit, batch_size=batch_size, per_layer=False, progress=True
+        )
     if as_json:
         print_json(facts | ({} if compared is None else {"data": str(data), "comparison": compared.to_dict()}))
         return

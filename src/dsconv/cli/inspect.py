@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dsconv.cli.common import Json, print_json, print_table
-from dsconv.io import describe
+from dsconv.data.preprocess import Preprocess
 
 
 def inspect(
@@ -16,6 +16,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a quantized file holds, from the file alone; its checksum is verified."""
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: expected a file written by dsconv, there is none")
+    from dsconv.io import describe
+
     header, summary = describe(file)
     file_bytes = file.stat().st_size
     if as_json:
@@ -26,7 +30,7 @@ def inspect(
         f"{file}: {file_bytes:,} bytes, written by dsconv {header.dsconv_version}, checksum correct",
         f"architecture: {header.architecture or 'not named'}, a {header.model_class}",
         f"config: {header.config}",
-        f"preparation of images: {header.preprocess or 'not stated'}",
+        f"preparation of images: {Preprocess(**header.preprocess) if header.preprocess else 'not stated'}",
         f"calibrated on: {header.calibrated_on or 'no'} images; distilled on: {header.adapted_on or 'no'} images",
         sep="\n",
     )

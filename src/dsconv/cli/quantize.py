@@ -1,6 +1,7 @@
 """``dsconv quantize``: a trained network goes in, a file of its low-bit integers comes out."""
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,23 +9,35 @@ from typing import Annotated, Any
 import typer
 
 import dsconv
-from dsconv import strict_json, zoo
+from dsconv import strict_json
 from dsconv.cli.common import (
     MODEL_HELP,
+    Channels,
     Config,
+    Crop,
     Force,
+    Interpolation,
     Json,
+    Mean,
     Preset,
+    Resize,
+    Scale,
+    Std,
+    Threads,
     Weights,
+    begin,
     check_out,
     print_json,
     print_table,
     read_config,
+    read_preparation,
     say,
+    unknown_preparation,
 )
+from dsconv.cli.mistakes import Mistakes
 from dsconv.config import FLOAT, KdsDtype, LayerConfig, QuantConfig, Settings
 from dsconv.errors import ConfigError
-from dsconv.numerics import ActivationSign, WeightRule, WeightScale
+from dsconv.names import ActivationSign, WeightRule, WeightScale, check_model_name, check_weights
 
 _every = partial(typer.Option, show_default=False, rich_help_panel="Settings of every layer, in place of the preset's")
 _some = partial(
@@ -42,10 +55,11 @@ def quantize(
     weights: Weights = "default",
     preset: Preset = "default",
     config: Config = None,
+    threads: Threads = None,
     force: Force = False,
     as_json: Json = False,
-    weight_bits: Annotated[int | None, _every(min=2, max=8, help="Width of a weight's integer.")] = None,
-    activation_bits: Annotated[int | None, _every(min=2, max=8, help="Width of an activation's mantissa.")] = None,
+    weight_bits: Annotated[int | None, _every(min=2, max=8, help="Bits of a weight's integer.")] = None,
+    activation_bits: Annotated[int | None, _every(min=2, max=8, help="Bits of an activation's mantissa.")] = None,
     weights_only: Annotated[bool, _every("--weights-only", help="Leave activations in float.")] = False,
     block_size: Annotated[int | None, _every(min=1, help="Values that share a scale and an exponent.")] = None,
     weight_rule: Annotated[WeightRule | None, _every(help="How weights are rounded.")] = None,
@@ -61,33 +75,59 @@ def quantize(
         list[str] | None,
         _some(metavar="PATTERN=SETTINGS", help="Layers by name: 'layer4.*=weight_bits:3'; repeatable."),
     ] = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    channels: Channels = None,
+    interpolation: Interpolation = None,
 ) -> None:
-    """Quantize a trained network and write it to a file."""
-    given = {name: value for name, value in locals().items() if value is not None}
-    changes = {name: value for name, value in given.items() if name in LayerConfig.model_fields}
-    if weights_only:
-        changes["activation_bits"] = None
-    for name in ("first_layer", "last_layer", "depthwise", "linear"):
-        if name in given:
-            changes[name] = _settings(name, given[name])
-    base = read_config(preset, config).to_dict()
-    settings = QuantConfig(**{**base, **changes, "overrides": base["overrides"] | _overrides(override or [])})
-    check_out(out, force)
+    """Quantize a trained network and write it to a file, which also says how images are prepared."""
+    options = locals()
+    mistakes = Mistakes()
+    mistakes.check(check_model_name, model)
+    mistakes.check(check_weights, weights)
+    settings = mistakes.check(_config, options)
+    given = mistakes.check(read_preparation, options, model, needed=False)
+    mistakes.check(check_out, force, out=out)
+    mistakes.end()
+
+    begin(threads)
+    from dsconv import zoo
 
     say(f"building {model} with weights {weights}")
     network = zoo.build(model, weights=weights)
     say("quantizing")
     start = time.perf_counter()
-    qmodel = dsconv.quantize(network, settings)
+    qmodel = dsconv.quantize(network, settings, preprocess=given or None)
     seconds = time.perf_counter() - start
+    preprocess = zoo.preprocess_of(qmodel)
+    # Not needed here, but by whatever is to read images for this file.
+    say(f"note: {unknown_preparation(model)}" if preprocess is None else f"images are to be prepared by: {preprocess}")
     dsconv.save(qmodel, out)
     summary, file_bytes = dsconv.summary(qmodel), out.stat().st_size
     if as_json:
         facts = {"model": model, "file": str(out), "file_bytes": file_bytes, "quantize_seconds": seconds}
-        print_json({**facts, "config": settings.to_dict(), **summary.to_dict()})
+        prepared = None if preprocess is None else preprocess.model_dump(mode="json")
+        print_json({**facts, "config": settings.to_dict(), "preprocess": prepared, **summary.to_dict()})
     else:
         print_table(summary)
         print(f"Wrote {out}: {file_bytes:,} bytes; quantized in {seconds:.1f} s.")
+
+
+def _config(options: Mapping[str, Any]) -> QuantConfig:
+    """Return the settings that the options of the command state, over those of the preset or the file."""
+    given = {name: value for name, value in options.items() if value is not None}
+    changes = {name: value for name, value in given.items() if name in LayerConfig.model_fields}
+    if given["weights_only"]:
+        changes["activation_bits"] = None
+    for name in ("first_layer", "last_layer", "depthwise", "linear"):
+        if name in given:
+            changes[name] = _settings(name, given[name])
+    base = read_config(given["preset"], options["config"]).to_dict()
+    overrides = base["overrides"] | _overrides(given.get("override", []))
+    return QuantConfig(**{**base, **changes, "overrides": overrides})
 
 
 def _overrides(texts: list[str]) -> dict[str, Settings]:

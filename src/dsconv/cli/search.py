@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 import dsconv
-from dsconv import report, zoo
 from dsconv.cli.common import (
     MODEL_HELP,
     BatchSize,
@@ -14,6 +13,7 @@ from dsconv.cli.common import (
     Config,
     Crop,
     Data,
+    Device,
     Force,
     Interpolation,
     Json,
@@ -25,19 +25,26 @@ from dsconv.cli.common import (
     Scale,
     Seed,
     Std,
+    Threads,
     Weights,
-    check_format,
+    begin,
+    check_data,
+    check_extras,
     check_out,
-    preparation,
-    preprocess_of,
+    check_plot,
+    preparation_of,
     print_json,
     print_table,
     read_config,
+    read_preparation,
     resumable,
     say,
+    say_preparation,
     state_beside,
 )
+from dsconv.cli.mistakes import Mistakes
 from dsconv.files import replacing
+from dsconv.names import check_model_name, check_weights
 
 _LIMITS = "The budget: one of these, or several that all hold"
 _RESUME_HELP = "Continue a search that was stopped, from the file beside OUT that it left; the budget may be another."
@@ -48,17 +55,19 @@ def search(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.json", help=_OUT_HELP, show_default=False)],
     effective_bits: Annotated[
-        float | None, typer.Option(min=0, help="A weight, KDS and layers in float included.", rich_help_panel=_LIMITS)
+        float | None,
+        typer.Option(min=0, help="Bits a weight, KDS and layers in float included.", rich_help_panel=_LIMITS),
     ] = None,
     max_bytes: Annotated[
         float | None,
-        typer.Option("--bytes", min=0, help="Of the quantized file, its header apart.", rich_help_panel=_LIMITS),
+        typer.Option("--bytes", min=0, help="Bytes of the quantized file, its header apart.", rich_help_panel=_LIMITS),
     ] = None,
     ms: Annotated[
-        float | None, typer.Option(min=0, help="Of the layers on one image, timed here.", rich_help_panel=_LIMITS)
+        float | None,
+        typer.Option(min=0, help="Milliseconds of the layers on one image, timed here.", rich_help_panel=_LIMITS),
     ] = None,
     activation_bits: Annotated[
-        float | None, typer.Option(min=0, help="Mean over the weights.", rich_help_panel=_LIMITS)
+        float | None, typer.Option(min=0, help="Bits of activations, mean over the weights.", rich_help_panel=_LIMITS)
     ] = None,
     data: Data = None,
     weights: Weights = "default",
@@ -68,6 +77,8 @@ def search(
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
+    threads: Threads = None,
+    device: Device = "cpu",
     plot: Plot = None,
     force: Force = False,
     as_json: Json = False,
@@ -83,20 +94,28 @@ def search(
 
     Tries weights of 2 to 8 bits over the settings of --preset or --config, one layer at a time.
     """
-    given = preparation(locals())
+    mistakes = Mistakes()
+    given = mistakes.check(read_preparation, locals(), model)
     limits = {"effective_bits": effective_bits, "bytes": max_bytes, "ms": ms, "activation_bits": activation_bits}
     budget = {name: value for name, value in limits.items() if value is not None}
-    if not budget:
-        raise typer.BadParameter("say what to keep to: --effective-bits, --bytes, --ms or --activation-bits.")
-    settings = read_config(preset, config)
-    for file in filter(None, (out, plot)):
-        check_out(file, force)
-    if plot is not None:
-        check_format(plot)
-    state = state_beside(out, resume, "search")
+    mistakes.usage(not budget, "say what to keep to: --effective-bits, --bytes, --ms or --activation-bits.")
+    settings = mistakes.check(read_config, preset, config)
+    mistakes.check(check_model_name, model)
+    mistakes.check(check_weights, weights)
+    mistakes.check(check_data, data)
+    mistakes.check(check_out, force, out=out, plot=plot)
+    mistakes.check(check_plot, plot)
+    state = mistakes.check(state_beside, out, resume, "search")
+    mistakes.check(check_extras, "search", "highspy")
+    mistakes.end()
+
+    begin(threads, device)
+    from dsconv import report, zoo
+
     say(f"building {model} with weights {weights}")
     network = zoo.build(model, weights=weights)
-    preprocess = preprocess_of(network, model, given)
+    preprocess = preparation_of(given, model, network)
+    say_preparation(preprocess, data)
     with resumable(state):
         found = dsconv.search(
             network,
@@ -107,6 +126,7 @@ def search(
             limit=limit,
             batch_size=batch_size,
             seed=seed,
+            device=device,
             state=state,
             resume=resume,
             progress=True,
@@ -119,7 +139,8 @@ def search(
         report.draw_pareto(plot, curve, (found.point.effective_bits, found.point.kl))
     if as_json:
         facts = {"model": model, "data": None if data is None else str(data), "file": str(out)}
-        print_json({**facts, "plot": None if plot is None else str(plot), "budget": budget, **found.to_dict()})
+        settled = {"budget": budget, "preprocess": preprocess.model_dump(mode="json")}
+        print_json({**facts, "plot": None if plot is None else str(plot), **settled, **found.to_dict()})
         return
     print_table(found.table)
     print(f"Wrote {out}, for dsconv quantize {model} --config {out}." + (f" Wrote {plot}." if plot else ""))

@@ -21,10 +21,10 @@ from dsconv import nn as dsnn
 from dsconv.config import LayerConfig, QuantConfig, as_config
 from dsconv.conversion import hooks
 from dsconv.conversion.copying import CALLED, HOOKS, copied, is_of_torch, replaced
-from dsconv.conversion.preparation import laid_over, preprocess_of
+from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.statistics import input_moments
 from dsconv.conversion.wrappers import peeled, unwrapped
-from dsconv.data.preprocess import Preprocess
+from dsconv.data.preprocess import Preprocess, laid_over
 from dsconv.errors import ConfigError, ModelError
 from dsconv.nn.inputs import device_of
 from dsconv.numerics import InputMoments

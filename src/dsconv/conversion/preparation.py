@@ -8,7 +8,7 @@ from torch import nn
 
 from dsconv.conversion import convert
 from dsconv.conversion.wrappers import peeled
-from dsconv.data.preprocess import Preprocess
+from dsconv.data.preprocess import Preprocess, laid_over
 from dsconv.errors import ConfigError
 
 
@@ -67,18 +67,6 @@ def set_preprocess(model: nn.Module, preprocess: Preprocess | Mapping[str, Any])
     else:
         changed = replace(info, preprocess=stated.model_dump(mode="json"))
         model.dsconv_info = changed  # type: ignore[assignment]
-
-
-def laid_over(known: Preprocess | None, given: Preprocess | Mapping[str, Any]) -> Preprocess:
-    """Return ``given`` if it is complete, else ``known`` (or the defaults) with the fields that are ``given``."""
-    if isinstance(given, Preprocess):
-        return given
-    if not isinstance(given, Mapping):
-        raise ConfigError(
-            "preprocess: expected a dsconv.data.Preprocess or a dictionary of its fields, got "
-            f"{type(given).__name__}: Preprocess.from_torchvision and Preprocess.from_timm make one"
-        )
-    return Preprocess(**{**(known.model_dump() if known else {}), **given})
 
 
 def offered(value: Any) -> Preprocess | None:

@@ -1,16 +1,16 @@
 """From a picture to a network's input: the transforms of torchvision and timm as one small, serialisable record."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from torch import Tensor, nn
 
 from dsconv.errors import ConfigError, DataError, import_extra
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor, nn
 
 Pixels = Annotated[int, Field(ge=1, le=65536)]
 PerChannel = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
@@ -101,12 +101,14 @@ class Preprocess(BaseModel):
             raise ValueError(f"std must be positive, got {self.std}")
         return self
 
-    def __call__(self, image: "Image.Image") -> Tensor:
+    def __call__(self, image: "Image.Image") -> "Tensor":
         """Network input of one picture: float32 ``(C, H, W)``, C = 1 for gray and 3 otherwise.
 
         Raises:
             DataError: a picture with 16 or 32 bits per channel, whose white is not known.
         """
+        import torch
+
         if image.mode == "F" or image.mode.startswith("I"):
             raise DataError(
                 f"the image has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits first"
@@ -126,12 +128,14 @@ class Preprocess(BaseModel):
         mean, std = self._mean_and_std()
         return x.sub_(mean).div_(std)
 
-    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+    def _mean_and_std(self) -> "tuple[Tensor, Tensor]":
         """Return both as float32 ``(C, 1, 1)`` or ``(1, 1, 1)``."""
+        import torch
+
         mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu").view(-1, 1, 1) for v in (self.mean, self.std))
         return mean, std
 
-    def picture(self, x: Tensor) -> "Image.Image":
+    def picture(self, x: "Tensor") -> "Image.Image":
         """The picture of a network's input ``(C, H, W)``, resized and cropped as it is; values beyond it are clipped.
 
         >>> from PIL import Image
@@ -185,6 +189,8 @@ std 0.229,0.224,0.225'
         Raises:
             ConfigError: ``source`` is neither, or a transform for another task than image classification.
         """
+        from torch import nn
+
         transforms = getattr(source, "transforms", None)
         preset = transforms() if callable(transforms) and not isinstance(transforms, nn.Module) else source
         try:
@@ -203,7 +209,7 @@ std 0.229,0.224,0.225'
         return cls(**settings)
 
     @classmethod
-    def from_timm(cls, model: nn.Module) -> "Preprocess":
+    def from_timm(cls, model: "nn.Module") -> "Preprocess":
         """The evaluation transform in the pretrained configuration that a timm model carries.
 
         Raises:
@@ -233,6 +239,18 @@ std 0.229,0.224,0.225'
             interpolation=config["interpolation"],
             channels="gray" if channels == 1 else "rgb",
         )
+
+
+def laid_over(known: Preprocess | None, given: Preprocess | Mapping[str, Any]) -> Preprocess:
+    """Return ``given`` if it is complete, else ``known`` (or the defaults) with the fields that are ``given``."""
+    if isinstance(given, Preprocess):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            "preprocess: expected a dsconv.data.Preprocess or a dictionary of its fields, got "
+            f"{type(given).__name__}: Preprocess.from_torchvision and Preprocess.from_timm make one"
+        )
+    return Preprocess(**{**(known.model_dump() if known else {}), **given})
 
 
 def _as_option(name: str, value: Any) -> str:

@@ -27,7 +27,6 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
 from dsconv.distillation.images import drawn, split
 from dsconv.distillation.processes import Processes
-from dsconv.distillation.recipe import Recipe, as_recipe
 from dsconv.distillation.report import Adaptation, Look, write_csv
 from dsconv.distillation.student import Student, logits_of, noting_outputs
 from dsconv.errors import ConfigError, ModelError
@@ -37,6 +36,7 @@ from dsconv.io.state import StateFile
 from dsconv.nn import DSLayer
 from dsconv.nn.inputs import device_of
 from dsconv.progress import progress_bar
+from dsconv.recipe import Recipe, as_recipe
 
 # Images by which the variance of a layer's outputs is told.
 _SEEN = 32

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsconv.distillation.recipe import Recipe
 from dsconv.files import replacing
+from dsconv.recipe import Recipe
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.calibration.layers import Pair, forward, tensors_of
-from dsconv.distillation.recipe import Recipe
 from dsconv.distillation.shadow import LearnedWeight, RecomputedWeight, Shadow
 from dsconv.errors import ModelError
 from dsconv.evaluation import logits_in
 from dsconv.nn import DSLayer
+from dsconv.recipe import Recipe
 
 # Of its dequantized weight, a layer may differ so much, squared, from what is recomputed at the start.
 _SAME = 1e-3

@@ -149,6 +149,7 @@ def sensitivity(
     batch_size: int = 16,
     seed: int = 0,
     times: bool = False,
+    device: str | torch.device | None = None,
     state: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -169,6 +170,7 @@ def sensitivity(
         batch_size: images per batch.
         seed: of the noise.
         times: also measure each layer's time on one image, on the CPU.
+        device: where the networks run; None is where the model is.
         state: file to write after each trial, so that a measurement that was stopped can be resumed.
         resume: continue from ``state``; the result is that of a measurement that was never stopped.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
@@ -199,6 +201,7 @@ def sensitivity(
         batch_size=batch_size,
         seed=seed,
         times=times,
+        device=device,
         state=state,
         resume=resume,
         progress=progress,
@@ -218,6 +221,7 @@ def measure(
     batch_size: int,
     seed: int,
     times: bool,
+    device: str | torch.device | None,
     state: str | os.PathLike[str] | None,
     resume: bool,
     progress: bool,
@@ -251,7 +255,7 @@ def measure(
     if images is None and with_statistics(model):
         # With its own statistics, noise has the moments behind a BatchNorm that images have.
         model = normalized(model, torch.cat([x for x, _ in kept]))
-    reference = _Recorded(model, kept)
+    reference = _Recorded(model, kept, device)
     arguments = {
         "settings": "of a quantized network" if isinstance(config, nn.Module) else config.to_json(),
         "choices": choices,
@@ -266,7 +270,7 @@ def measure(
     with progress_bar(progress, work, len(pairs), "trials", done=len(trials)) as advance:
         for name, choice, alone in tried:
             row = next(row for row in summary(alone).layers if row.name == name)
-            found = compare(reference, alone, kept, per_layer=False)
+            found = compare(reference, alone, kept, per_layer=False, device=device)
             ms = _milliseconds(alone, name, kept[0][0][:1]) if times else None
             trials.append(_trial(row, choice, math.nan if found.nonfinite else max(0.0, found.kl), ms))
             saved.write(trials)
@@ -355,12 +359,12 @@ def _names(model: nn.Module, quantized: nn.Module) -> list[str]:
 class _Recorded(nn.Module):
     """Answers batches, in their order, with what a network said of them once."""
 
-    def __init__(self, model: nn.Module, kept: list[tuple[Tensor, None]]):
+    def __init__(self, model: nn.Module, kept: list[tuple[Tensor, None]], device: str | torch.device | None):
         super().__init__()
         outputs: list[Any] = []
         hook = model.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
-            found = evaluate(model, kept)
+            found = evaluate(model, kept, device=device)
         finally:
             hook.remove()
         if found.nonfinite:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
@@ -152,6 +153,7 @@ def search(
     limit: int = 32,
     batch_size: int = 16,
     seed: int = 0,
+    device: str | torch.device | None = None,
     state: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -167,8 +169,8 @@ def search(
         config: what the choices are laid over, as in :func:`dsconv.quantize`.
         budget: effective bits a weight, or a dictionary of the fields of :class:`Budget`, such as ``{"bytes": 8e5}``.
         choices: settings to choose from for each layer, see :func:`sensitivity`; None is :func:`choices_of`.
-        images, preprocess, limit, batch_size, seed, progress, on_trial: as in :func:`sensitivity`; without images the
-            measures are of noise.
+        images, preprocess, limit, batch_size, seed, device, progress, on_trial: as in :func:`sensitivity`; without
+            images the measures are of noise.
         state: file to write after each trial, so that a search that was stopped can be resumed.
         resume: continue from ``state``; the result is that of a search that was never stopped. The budget may be
             another, but for one with ``ms`` where there was none.
@@ -199,6 +201,7 @@ def search(
         batch_size=batch_size,
         seed=seed,
         times="ms" in limits,
+        device=device,
         state=state,
         resume=resume,
         progress=progress,

@@ -1,10 +1,9 @@
 """The arithmetic of DSConv in plain PyTorch: its one definition, which everything else is checked against."""
 
+from dsconv.names import ACTIVATION_SIGNS, WEIGHT_RULES, WEIGHT_SCALES, ActivationSign, WeightRule, WeightScale
 from dsconv.numerics.activations import (
-    ACTIVATION_SIGNS,
     NONFINITE,
     SMALLEST,
-    ActivationSign,
     check_activation,
     dequantize_activation,
     fake_quantize_activation,
@@ -14,12 +13,8 @@ from dsconv.numerics.measures import sqnr_db
 from dsconv.numerics.packing import pack, packed_bytes, unpack
 from dsconv.numerics.reference import Reference, reference_conv
 from dsconv.numerics.weights import (
-    WEIGHT_RULES,
-    WEIGHT_SCALES,
     InputMoments,
     QuantizedWeight,
-    WeightRule,
-    WeightScale,
     block_count,
     check_bits,
     check_block_size,

@@ -5,16 +5,14 @@ of ``groups`` equal parts of the channels, and the last block of a part is short
 ``mantissa * 2^exponent``.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsconv.names import ACTIVATION_SIGNS, ActivationSign
 from dsconv.numerics.weights import block_count, check_bits, check_block_size
-
-ActivationSign = Literal["adaptive", "extra", "included"]
-ACTIVATION_SIGNS: tuple[str, ...] = get_args(ActivationSign)
 
 NONFINITE = -128
 """Exponent of a block that holds a NaN or an infinity; no finite block has it. Its values dequantize to NaN."""

@@ -5,18 +5,14 @@ KDS and its optional shift ``(O, CB, *K)`` with ``CB = ceil(C / groups / block_s
 """
 
 import itertools
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dsconv.names import WEIGHT_RULES, WEIGHT_SCALES, WeightRule, WeightScale
 from dsconv.numerics.balanced import most_rows, round_balanced
 from dsconv.numerics.scales import round_rows
-
-WeightRule = Literal["paper", "refined", "balanced"]
-WeightScale = Literal["l2", "kl"]
-WEIGHT_RULES: tuple[str, ...] = get_args(WeightRule)
-WEIGHT_SCALES: tuple[str, ...] = get_args(WeightScale)
 
 # Weights that are worked on at a time: a chunk bounds the extra memory, a part of it stays in cache.
 _CHUNK, _PART = 1 << 20, 1 << 18

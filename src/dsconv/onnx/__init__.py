@@ -1,6 +1,7 @@
 """Quantized networks as ONNX files."""
 
-from dsconv.onnx.export import OPSET, STYLES, Style, export_onnx
+from dsconv.names import OPSET, STYLES, Style
+from dsconv.onnx.export import export_onnx
 from dsconv.onnx.runtime import OnnxNetwork
 
 __all__ = ["OPSET", "STYLES", "OnnxNetwork", "Style", "export_onnx"]

@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,11 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
 from dsconv.files import as_path, replacing
 from dsconv.modes import check_evaluation_mode
+from dsconv.names import OPSET, STYLES, Style
 from dsconv.nn import DSLayer
 from dsconv.onnx import int8
 from dsconv.onnx.layers import DOMAIN, Floats, Functions, Integers, StandIn
 
-Style = Literal["qdq", "function", "int8", "float"]
-STYLES: tuple[str, ...] = get_args(Style)
-OPSET = 21
-"""The first with 4-bit integers, and with scales of blocks."""
 _OLDEST = {"qdq": OPSET, "function": OPSET, "int8": 18, "float": 18}
 _LOWERINGS: dict[str, type[Integers]] = {"qdq": Integers, "function": Functions, "int8": Floats, "float": Floats}
 # A protobuf message cannot be larger.
@@ -75,8 +72,9 @@ def export_onnx(
         path: of the file, usually ``*.onnx``, in an existing folder.
         style: see above.
         images: for ``int8``, float32 inputs ``(N, ...)`` from which the ranges of activations are taken; labels are not
-            needed. None: ranges are those of noise, prepared as the network says (:func:`dsconv.zoo.preprocess_of`), in
-            a network whose BatchNorms have the mean and the deviation on that noise that training left in them.
+            needed. None: ranges are those of noise in a network whose BatchNorms have the mean and the deviation on
+            that noise that training left in them. The noise is prepared as the network says
+            (:func:`dsconv.zoo.preprocess_of`); a warning tells where it does not say.
         full_range: for ``int8``, let weights take all of int8, which is closer to the network by up to a bit. Such a
             file is right where products of bytes are added in 32 bits (x86 with VNNI, Arm); on other x86 processors
             ONNX Runtime and OpenVINO add pairs of them in 16 bits, which saturate. Otherwise no pair can.
@@ -89,7 +87,7 @@ def export_onnx(
     Raises:
         ConfigError: an argument has an unusable value.
         ModelError: the model holds no quantized layer, is not one for inference in float32, or cannot be exported; or
-            ``int8`` needs ``images``, since the model has no BatchNorm or does not say how its images are prepared.
+            ``int8`` needs ``images``, since the model has no BatchNorm.
         MissingExtraError: the extra ``dsconv[onnx]`` is not installed.
         OSError: the file cannot be written.
 
@@ -195,10 +193,11 @@ def _write_int8(
                 )
             preprocess = preprocess_of(qmodel)
             if preprocess is None:
-                raise ModelError(
-                    f"images: expected some for style 'int8', since {type(qmodel).__name__} does not say how its "
-                    "images are prepared, from which the range of its input follows: pass images, which need no "
-                    "labels, or state the preparation (dsconv.zoo.set_preprocess)"
+                warnings.warn(
+                    f"images: none are given for style 'int8', and {type(qmodel).__name__} does not say how its images "
+                    "are prepared: the range of its input is that of values of mean 0 and variance 1. Pass images, "
+                    "which need no labels, or state the preparation (dsconv.zoo.set_preprocess)",
+                    stacklevel=3,
                 )
             images = noise(preprocess, x.shape[1:])
             like = in_float("like", normalized(qmodel, images))

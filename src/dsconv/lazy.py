@@ -1,0 +1,76 @@
+"""Packages whose names are imported at first use, so that what does not compute does not wait for PyTorch."""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+
+def lazily(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return ``__getattr__`` and ``__dir__`` (PEP 562) of a package that imports its names and modules at first use.
+
+    Args:
+        package: its ``__name__``.
+        homes: modules, to the names that the package has from each.
+    """
+    home_of = {name: home for home, names in homes.items() for name in names}
+
+    def getattr_(name: str) -> Any:
+        if name in home_of:
+            value = getattr(importlib.import_module(home_of[name]), name)
+            setattr(sys.modules[package], name, value)
+            return value
+        module = f"{package}.{name}"
+        if not name.startswith("__"):
+            try:
+                return importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name != module:
+                    raise
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    def dir_() -> list[str]:
+        module = sys.modules[package]
+        return sorted({*vars(module), *module.__all__})
+
+    return getattr_, dir_
+
+
+def import_with(trigger: str, module: str) -> None:
+    """Import ``module`` as soon as ``trigger`` has been imported: now, if it has."""
+    if trigger in sys.modules:
+        importlib.import_module(module)
+    else:
+        sys.meta_path.insert(0, _After(trigger, module))
+
+
+class _After(MetaPathFinder):
+    """Finds ``trigger`` as the other finders do; when it has been executed, imports ``module``."""
+
+    def __init__(self, trigger: str, module: str):
+        self.trigger, self.module, self.asking = trigger, module, False
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.trigger or self.asking:
+            return None
+        self.asking = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self.asking = False
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(executed: ModuleType) -> None:
+            execute(executed)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                importlib.import_module(self.module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign, assignment]
+        return spec

@@ -1,0 +1,65 @@
+"""Names that users choose from, and what can be told of them without PyTorch: the command line checks them at once."""
+
+import os
+from pathlib import Path
+from typing import Literal, get_args
+
+from dsconv.errors import ModelError, check_extra
+from dsconv.files import as_path
+
+ActivationSign = Literal["adaptive", "extra", "included"]
+ACTIVATION_SIGNS: tuple[str, ...] = get_args(ActivationSign)
+WeightRule = Literal["paper", "refined", "balanced"]
+WEIGHT_RULES: tuple[str, ...] = get_args(WeightRule)
+WeightScale = Literal["l2", "kl"]
+WEIGHT_SCALES: tuple[str, ...] = get_args(WeightScale)
+
+Style = Literal["qdq", "function", "int8", "float"]
+"""How an ONNX file holds a network, see :func:`dsconv.export_onnx`."""
+STYLES: tuple[str, ...] = get_args(Style)
+OPSET = 21
+"""Of ONNX: the first with 4-bit integers, and with scales of blocks."""
+
+PEERS = ("torch", "onnxruntime", "openvino")
+"""Runtimes that :func:`dsconv.bench` measures beside dsconv."""
+
+_LIBRARIES = ("torchvision", "timm", "dsconv")
+
+
+def is_registered(name: str) -> bool:
+    """Whether a model ``name`` is of a library, so that building it runs no code of the user's."""
+    return name.partition("/")[0] in _LIBRARIES and ".py:" not in name
+
+
+def check_model_name(name: str) -> None:
+    """Raise what :func:`dsconv.zoo.build` would raise of ``name``, as far as that can be told without building it.
+
+    Raises:
+        ModelError: ``name`` has another form than those that are known.
+        MissingExtraError: the library that has the model is not installed.
+        FileNotFoundError: there is no such file of models.
+    """
+    base = name.partition("?")[0]
+    if is_registered(name):
+        library = name.partition("/")[0]
+        if library != "dsconv":
+            check_extra("zoo", library)
+    elif ".py:" not in base:
+        raise ModelError(
+            f"model {name!r}: expected torchvision/NAME, timm/NAME, dsconv/NAME or path/to/file.py:factory"
+        )
+    elif not (path := Path(base.rpartition(":")[0])).is_file():
+        raise FileNotFoundError(f"model {name!r}: there is no file {path}")
+
+
+def check_weights(weights: str | os.PathLike[str]) -> Path | None:
+    """Return the file of ``weights``, or None for ``default`` and ``random``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if str(weights) in ("default", "random"):
+        return None
+    if not (path := as_path(weights, "weights")).is_file():
+        raise FileNotFoundError(f"weights: expected 'default', 'random' or a file, there is no {path}")
+    return path

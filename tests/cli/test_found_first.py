@@ -1,0 +1,285 @@
+"""Mistakes are found together, and before PyTorch is imported."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dsconv
+import dsconv.cli
+from dsconv import zoo
+from dsconv.cli.mistakes import Mistakes
+
+Cli = Callable[..., Any]
+
+# Runs the command line on each list of arguments, and prints what came of it and whether PyTorch was imported.
+RUNNER = """
+import contextlib, io, json, sys
+for package in {missing}:
+    sys.modules[package] = None
+from dsconv.cli import main
+found = []
+for arguments in json.load(sys.stdin):
+    sys.argv = ["dsconv", *arguments]
+    code, out, err = None, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    text = code if isinstance(code, str) else ""
+    found.append([1 if text else code, out.getvalue(), err.getvalue() + text, "torch" in sys.modules])
+print(json.dumps(found))
+"""
+
+
+def run(*commands: list[Any], missing: tuple[str, ...] = ()) -> list[tuple[int, str, str, bool]]:
+    """Exit code, stdout, stderr and whether PyTorch was imported, of each command, one after the other."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER.format(missing=missing)],
+        input=json.dumps([[str(word) for word in words] for words in commands]),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "1000", "NO_COLOR": "1", "TERM": "dumb"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [tuple(found) for found in json.loads(done.stdout)]  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module")
+def unstated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized file that names no float model and says nothing of images."""
+    from torch import nn
+
+    qnet = dsconv.quantize(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 3)), "paper")
+    return dsconv.save(qnet, tmp_path_factory.mktemp("files") / "unstated.safetensors")
+
+
+PREPARATION, NO_DATA, NO_FILE, EXISTS = "how its images are prepared", "does not exist", "there is none", "add --force"
+WRONG = {
+    "quantize torchvision/resnet18 --weights none.pt --preset best --crop big --out {there}": (
+        "torchvision is not installed: pip install 'dsconv[zoo]'",
+        "there is no none.pt",
+        "preset: expected one of default",
+        "crop: ",
+        EXISTS,
+    ),
+    "evaluate none.safetensors --data none --mean 1,2": (NO_FILE, NO_DATA, "mean must hold"),
+    "evaluate {unstated} --data none": ("name it with --model", NO_DATA, PREPARATION),
+    "compare {unstated} none.safetensors --data none --out {there}": (
+        "name it with --model",
+        NO_FILE,
+        NO_DATA,
+        PREPARATION,
+        EXISTS,
+        "--out: expected a name that ends in .json or .csv",
+    ),
+    "bench {unstated} --data none --size 8x --threads 0 --out {there}": (
+        "name it with --model",
+        NO_DATA,
+        PREPARATION,
+        "--size: expected",
+        "--threads: expected",
+        EXISTS,
+    ),
+    "profile {unstated} --size 8x --config none.json": ("name it with --model", "--size: expected", "none.json"),
+    "profile {unstated} --model net.py:make": ("there is no file net.py", "give --size"),
+    "report {unstated} --data none --classes no.txt --bench no.json --out {there}": (
+        "name it with --model",
+        NO_DATA,
+        PREPARATION,
+        "no.txt",
+        "no.json",
+        EXISTS,
+        "jinja2 is not installed: pip install 'dsconv[report]'",
+    ),
+    "export {unstated} --style int8 --out {there}": (
+        "name it with --model",
+        PREPARATION,
+        "give --size",
+        EXISTS,
+        "onnxruntime is not installed: pip install 'dsconv[onnx]'",
+    ),
+    "sensitivity {unstated} --data none --plot {there}": ("name it with --model", NO_DATA, PREPARATION, EXISTS),
+    "search nothing --effective-bits 4 --data none --config none.json --out {there}": (
+        "expected torchvision/NAME",
+        NO_DATA,
+        "none.json",
+        EXISTS,
+        "highspy is not installed: pip install 'dsconv[search]'",
+    ),
+    "calibrate {unstated} --data none --preset paper --resume --out {there}": (
+        "name it with --model",
+        NO_DATA,
+        PREPARATION,
+        "has its own settings",
+        EXISTS,
+        "no calibration to resume",
+    ),
+    "adapt {unstated} --data none --recipe best --log {there} --out {there}": (
+        "name it with --model",
+        NO_DATA,
+        PREPARATION,
+        "recipe: expected one of",
+        EXISTS,
+    ),
+    "inspect none.safetensors": (NO_FILE,),
+    "evaluate x --data y --limit 0 --batch-size few": ("--limit", "--batch-size"),
+    "quantize --weight-bits 9 --block-size 0": ("MODEL", "--out", "--weight-bits", "--block-size"),
+}
+
+
+def test_all_mistakes_of_a_command_are_named_at_once_and_without_pytorch(unstated: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("there")
+    places = {"there": tmp_path / "there", "unstated": unstated}
+    commands = [words.format(**places).split() for words in WRONG]
+    missing = ("torchvision", "jinja2", "highspy", "onnxruntime")
+    wrong = []
+    for expected, words, (code, stdout, stderr, torch) in zip(
+        WRONG.values(), commands, run(*commands, missing=missing), strict=True
+    ):
+        assert code in (1, 2) and not stdout and not torch and "Traceback" not in stderr, (words, stderr)
+        text = " ".join(stderr.replace("│", " ").split())
+        counted = re.search(r"(\d+) mistakes: \(1\) ", text)
+        if any(part not in text for part in expected) or len(expected) > (int(counted[1]) if counted else 1):
+            wrong.append((expected, text))
+    assert not wrong
+    assert (tmp_path / "there").read_text() == "there" and os.listdir(tmp_path) == ["there"]
+
+
+def test_help_and_version_do_not_import_pytorch() -> None:
+    names = [command.name or command.callback.__name__ for command in dsconv.cli.app.registered_commands]
+    commands = [["--help"], ["--version"], *([name, "--help"] for name in names)]
+    for words, (code, stdout, stderr, torch) in zip(commands, run(*commands), strict=True):
+        assert (code, torch) == (0, False) and stdout and not stderr, words
+
+
+def test_a_lone_mistake_is_said_as_it_is() -> None:
+    mistakes = Mistakes()
+    assert mistakes.check(int, "3") == 3
+    mistakes.end()
+    mistakes.check(open, "none/such")
+    with pytest.raises(FileNotFoundError):
+        mistakes.end()
+
+
+def test_what_is_no_mistake_of_a_user_is_not_collected() -> None:
+    with pytest.raises(ZeroDivisionError):
+        Mistakes().check(divmod, 1, 0)
+
+
+def test_the_names_of_the_package_are_imported_at_first_use() -> None:
+    code = (
+        "import dsconv, sys\n"
+        "assert 'torch' not in sys.modules and set(dsconv.__all__) <= set(dir(dsconv))\n"
+        "assert dsconv.QuantConfig().weight_bits == 4 and dsconv.data.Preprocess().scale == 1\n"
+        "assert 'torch' not in sys.modules and not hasattr(dsconv, 'no_such_name')\n"
+        "for name in dsconv.__all__: assert getattr(dsconv, name) is getattr(dsconv, name), name\n"
+        "for name in dsconv.data.__all__: getattr(dsconv.data, name)\n"
+        "assert callable(dsconv.bench) and callable(dsconv.compile) and 'torch' in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import dsconv, torch",
+        "import torch, dsconv",
+        "import dsconv, importlib.util as u; u.find_spec('torch'); import torch",
+    ],
+)
+def test_operators_are_there_as_soon_as_pytorch_is(imports: str) -> None:
+    code = (
+        f"{imports}; torch.ops.dsconv.conv2d; import inspect, sys; inspect.getsource(torch); print(len(sys.meta_path))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_reference_serves_as_the_model(cli: Cli, tmp_path: Path, digits: Path, factory: Path) -> None:
+    file, model = tmp_path / "mine.safetensors", f"{factory}:net"
+    assert cli("quantize", model, "--out", file, "--resize", "8x8", "--channels", "gray").code == 0
+    assert zoo.preprocess_of(dsconv.load(file, zoo.build(model))) is not None
+    options = ("--reference", model)
+    short = ("--data", digits, "--limit", 16)
+    commands = [
+        ("evaluate", file, *short),
+        ("compare", file, *short),
+        ("sensitivity", file, *short),
+        ("calibrate", file, *short, "--out", tmp_path / "a"),
+        ("adapt", file, *short, "--steps", 1, "--batch-size", 4, "--out", tmp_path / "b"),
+        ("bench", file, *short, "--turns", 2, "--against", "torch"),
+        ("report", file, *short, "--runs", 0, "--sensitivity-images", 0, "--out", tmp_path / "c"),
+        ("profile", file, "--runs", 2),
+    ]
+    for command in commands:
+        done = cli(*command, *options)
+        assert done.code == 0, (command, done.stderr)
+
+
+THREADS, DEVICE, LIMIT = (
+    {*names.split()}
+    for names in (
+        "quantize evaluate compare bench profile report export sensitivity search calibrate adapt demo",
+        "evaluate compare sensitivity search calibrate adapt",
+        "evaluate compare bench report export sensitivity search calibrate adapt",
+    )
+)
+
+
+@pytest.mark.parametrize(("option", "commands"), [("threads", THREADS), ("device", DEVICE), ("limit", LIMIT)])
+def test_options_of_one_name_exist_where_they_make_sense_and_mean_the_same(option: str, commands: set[str]) -> None:
+    import typer
+
+    group: Any = typer.main.get_command(dsconv.cli.app)
+    found = {
+        name: parameter
+        for name, command in group.commands.items()
+        for parameter in command.params
+        if f"--{option}" in parameter.opts
+    }
+    assert set(found) == commands
+    helps = {parameter.help for name, parameter in found.items() if name != "bench" or option != "threads"}
+    assert len(helps) == 1 and len({parameter.name for parameter in found.values()}) == 1
+
+
+def test_every_option_has_a_help_and_those_of_images_say_units_and_order() -> None:
+    import typer
+
+    group: Any = typer.main.get_command(dsconv.cli.app)
+    for name, command in group.commands.items():
+        options = {parameter.opts[0]: parameter for parameter in command.params}
+        assert all(parameter.help for parameter in options.values()), name
+        if "--mean" in options:
+            for option, words in {
+                "--resize": "pixels",
+                "--crop": "pixels",
+                "--mean": "in the order of --channels",
+                "--scale": "white",
+                "--channels": "order",
+            }.items():
+                assert words in options[option].help, (name, option)
+                assert "Default " in options[option].help, (name, option)
+        if "--size" in options:
+            assert "Height and width" in options["--size"].help and "pixels" in options["--size"].help
+
+
+def test_threads_are_those_that_networks_run_on(cli: Cli, quantized_file: Path, digits: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert cli("evaluate", quantized_file, "--data", digits, "--limit", 2, "--threads", 1).code == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
