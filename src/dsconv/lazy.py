@@ -40,22 +40,25 @@ def lazily(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[
     return getattr_, dir_
 
 
-def import_with(trigger: str, module: str) -> None:
-    """Import ``module`` as soon as ``trigger`` has been imported: now, if it has."""
-    if trigger in sys.modules:
+def import_with(triggers: Sequence[str], module: str) -> None:
+    """Import ``module`` as soon as the first of ``triggers`` has been imported: now, if it has.
+
+    While a trigger is being imported, ``module`` waits for it, so that it may depend on all of them.
+    """
+    if triggers[0] in sys.modules:
         importlib.import_module(module)
     else:
-        sys.meta_path.insert(0, _After(trigger, module))
+        sys.meta_path.insert(0, _After(triggers, module))
 
 
 class _After(MetaPathFinder):
-    """Finds ``trigger`` as the other finders do; when it has been executed, imports ``module``."""
+    """Finds ``triggers`` as the other finders do; when none of them is being executed any more, imports ``module``."""
 
-    def __init__(self, trigger: str, module: str):
-        self.trigger, self.module, self.asking = trigger, module, False
+    def __init__(self, triggers: Sequence[str], module: str):
+        self.triggers, self.module, self.asking, self.executing = triggers, module, False, 0
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != self.trigger or self.asking:
+        if name not in self.triggers or self.asking:
             return None
         self.asking = True
         try:
@@ -67,8 +70,12 @@ class _After(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def exec_module(executed: ModuleType) -> None:
-            execute(executed)
-            if self in sys.meta_path:
+            self.executing += 1
+            try:
+                execute(executed)
+            finally:
+                self.executing -= 1
+            if not self.executing and self in sys.meta_path:
                 sys.meta_path.remove(self)
                 importlib.import_module(self.module)
 
