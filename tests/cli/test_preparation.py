@@ -184,6 +184,7 @@ def test_a_folder_of_the_hub_is_a_file_to_every_command(cli: Cli, digits: Path, 
     pytest.importorskip("huggingface_hub", reason="needs the extra 'hub'")
     qnet = dsconv.quantize(zoo.build("dsconv/digits_resnet"), preprocess={"mean": 0.125})
     dsconv.nn.DSConvModel(qnet).save_pretrained(tmp_path / "hub")
+    assert "mean 0.125" in cli("inspect", tmp_path / "hub").stdout
     done = cli("evaluate", tmp_path / "hub", "--data", digits, "--json")
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["preprocess"]["mean"] == [0.125]
@@ -207,6 +208,18 @@ def test_the_report_says_how_images_were_prepared(cli: Cli, quantized_file: Path
 def test_two_options_of_one_size_are_refused(cli: Cli, quantized_file: Path, tmp_path: Path) -> None:
     done = cli("export", quantized_file, "--size", "8", "--crop", "8", "--out", tmp_path / "a.onnx")
     assert done.code == 2 and "--size" in done.stderr and "--crop" in done.stderr
+
+
+def test_files_that_say_different_things_are_not_compared_on_the_same_images(
+    cli: Cli, quantized_file: Path, digits: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.safetensors"
+    assert cli("quantize", "dsconv/digits_resnet", "--preset", "paper", "--mean", "0.5", "--out", other).code == 0
+    compare = ("compare", quantized_file, other, "--data", digits, "--limit", 2)
+    done = cli(*compare)
+    assert done.code == 1 and str(other) in done.stderr and "prepared differently" in done.stderr
+    assert "mean 0, " in done.stderr and "mean 0.5, " in done.stderr
+    assert cli(*compare, "--mean", "0.5").code == 0
 
 
 @pytest.mark.slow

@@ -193,6 +193,12 @@ def test_a_wrong_offer_of_a_file_names_the_file(tmp_path: Path) -> None:
         zoo.build(f"{tmp_path}/mine.py:make")
 
 
+def test_the_text_of_a_number_is_the_number() -> None:
+    assert "mean 104.00698793,116.66876762,122.67891434" in str(
+        Preprocess(mean=(104.00698793, 116.66876762, 122.67891434))
+    )
+
+
 @pytest.mark.parametrize("field", Preprocess.model_fields)
 def test_the_text_of_a_preparation_tells_all_of_its_fields(field: str) -> None:
     assert f"{field} " in str(STATED)

@@ -296,6 +296,19 @@ def read_preparation(options: Mapping[str, Any], *names: str | None, needed: boo
     return given
 
 
+def check_one_preparation(files: list[Path], given: dict[str, Any] | None) -> None:
+    """Raise DataError where quantized files that are to see the same images say that these are prepared differently."""
+    said = {str(file): known for file in files if isinstance(known := _said(str(file)), Preprocess)}
+    prepared = {name: str(laid_over(known, given or {})) for name, known in said.items()}
+    (first, expected), *others = prepared.items() if prepared else [("", "")]
+    for name, got in others:
+        if got != expected:
+            raise DataError(
+                f"{first} and {name} say that their images are prepared differently ({expected}; {got}): give the "
+                "options that are meant for both, or evaluate each by itself"
+            )
+
+
 def check_size(options: Mapping[str, Any], name: str, size: list[int] | None) -> None:
     """Raise DataError where neither the options nor a quantized file say of which size images are."""
     said, given = _said(name), _given(options)
@@ -331,8 +344,11 @@ def _header(path: Path) -> dict[str, Any]:
     """Return what a quantized file says of its network; nothing where it is damaged, of which loading tells more."""
     from safetensors import safe_open
 
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():  # a pipe would be waited for
+        return {}
     try:
-        with safe_open(path / "model.safetensors" if path.is_dir() else path, framework="numpy") as file:
+        with safe_open(path, framework="numpy") as file:
             entries = file.metadata() or {}
         said = {name: json.loads(entries[name]) for name in ("model_class", "architecture", "preprocess")}
         if said["preprocess"] is not None:

@@ -30,6 +30,7 @@ from dsconv.cli.common import (
     begin,
     check_data,
     check_file,
+    check_one_preparation,
     check_out,
     check_plot,
     check_size,
@@ -95,6 +96,8 @@ def compare(
     mistakes = Mistakes()
     needed = data is not None
     given = mistakes.check(read_preparation, options, str(files[0]), model, reference, needed=needed)
+    if needed:
+        mistakes.check(check_one_preparation, files, given)
     shape = mistakes.check(read_size, size)
     mistakes.usage(len(set(files)) < len(files), "a FILE is given twice: name each once.")
     mistakes.usage(

@@ -16,6 +16,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a quantized file holds, from the file alone; its checksum is verified."""
+    if file.is_dir():
+        file /= "model.safetensors"
     if not file.exists():
         raise FileNotFoundError(f"{file}: expected a file written by dsconv, there is none")
     from dsconv.io import describe

@@ -9,7 +9,7 @@ from torch import nn
 from dsconv.conversion import convert
 from dsconv.conversion.wrappers import peeled
 from dsconv.data.preprocess import Preprocess, laid_over
-from dsconv.errors import ConfigError
+from dsconv.errors import ConfigError, MissingExtraError
 
 
 def preprocess_of(model: nn.Module) -> Preprocess | None:
@@ -38,8 +38,8 @@ def preprocess_of(model: nn.Module) -> Preprocess | None:
     if own is None and getattr(model, "pretrained_cfg", None):
         try:
             return Preprocess.from_timm(model)
-        except ConfigError:
-            return None
+        except (ConfigError, MissingExtraError, AttributeError, KeyError, TypeError):
+            return None  # it is not a configuration of timm, or none that a Preprocess can express
     return own
 
 

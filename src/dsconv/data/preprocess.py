@@ -255,8 +255,8 @@ def laid_over(known: Preprocess | None, given: Preprocess | Mapping[str, Any]) -
 
 def _as_option(name: str, value: Any) -> str:
     if isinstance(value, tuple):
-        return ("x" if name in ("resize", "crop") else ",").join(f"{number:g}" for number in value)
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+        return ("x" if name in ("resize", "crop") else ",").join(_as_option(name, number) for number in value)
+    return str(value).removesuffix(".0").lower()
 
 
 def _upright(image: "Image.Image") -> "Image.Image":
