@@ -59,7 +59,7 @@ $(VENV)/torch.stamp: constraints.txt
 	@touch $@
 
 $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
-	@echo "installing dsconv$(if $(DSCONV_NO_EXTENSION),,: compiling its kernels takes minutes; once, and after changes of csrc/)"
+	@echo "installing dsconv$(if $(DSCONV_NO_EXTENSION),,: compiling its kernels takes about 3 minutes of processor time; once, and after changes of csrc/)"
 	@$(INSTALL) --editable '.[report]'
 	@$(BIN)/python -c 'from dsconv.cpu import cpu_info; print(cpu_info())'
 	@touch $@
