@@ -2,7 +2,10 @@
 
 import inspect
 import operator
+import os
 import re
+import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,10 +61,10 @@ def capture(model: nn.Module, x: Tensor, any_batch: bool = True) -> fx.GraphModu
                 assert isinstance(module, fx.GraphModule)
                 _join_batchnorms(module.graph)
     except Exception as error:
-        if reason := unknown_output(error):
-            raise ModelError(reason) from error
+        if unknown := unknown_output(error):
+            raise ModelError(unknown) from error
         raise ModelError(
-            f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}: {error}"
+            f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}{reason(error)}"
         ) from error
     assert isinstance(module, fx.GraphModule)
     for node in module.graph.nodes:
@@ -84,6 +87,18 @@ def exported(model: nn.Module, x: Tensor, any_batch: bool = True) -> torch.expor
     shapes: tuple[Any, ...] = ((batch,),) if first is not None and first.kind is first.VAR_POSITIONAL else (batch,)
     with torch.no_grad(), capturable(model, tuple(x.shape[1:])) as made:
         return torch.export.export(made, (example,), dynamic_shapes=shapes, strict=False)
+
+
+def reason(error: BaseException) -> str:
+    """`` at LINE of the model's code: WHY`` of what :func:`exported` raised, as far as it is known."""
+    ours = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+    why = str(error).strip().split("\n\n")[0]
+    for raised in (error, error.__cause__, error.__context__):
+        frames = [] if raised is None else traceback.extract_tb(raised.__traceback__)
+        for frame in reversed(frames):
+            if not frame.filename.startswith((*ours, "<")):
+                return f" at {frame.filename}:{frame.lineno}, {frame.line}: {why}"
+    return f": {why}"
 
 
 def needs_one_batch(error: BaseException) -> bool:

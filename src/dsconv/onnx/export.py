@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsconv.compilation.capture import exported, needs_one_batch, unknown_output
+from dsconv.compilation.capture import exported, needs_one_batch, reason, unknown_output
 from dsconv.compilation.compiled import CompiledModel
 from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
@@ -242,9 +242,9 @@ def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
     except Exception as error:
         if needs_one_batch(error):
             raise ModelError(_ONE_BATCH.format(kind)) from error
-        if reason := unknown_output(error):
-            raise ModelError(reason) from error
-        raise ModelError(f"the model cannot be exported for an input of {tuple(x.shape)}: {error}") from error
+        if unknown := unknown_output(error):
+            raise ModelError(unknown) from error
+        raise ModelError(f"the model cannot be exported for an input of {tuple(x.shape)}{reason(error)}") from error
     assert program is not None
     graph = program.model.graph
     if len(graph.outputs) != 1:
