@@ -882,3 +882,17 @@ def test_layers_with_other_characters_in_their_names(tmp_path: Path) -> None:
     quantized = dsconv.quantize(model)
     loaded = dsconv.load(dsconv.save(quantized, tmp_path / "net.safetensors"), model)
     assert_same_state(loaded, quantized)
+
+
+def test_a_name_that_is_no_text_cannot_be_saved(tmp_path: Path) -> None:
+    model = dsconv.quantize(tnn.ModuleDict({"\ud800": tnn.Conv2d(3, 4, 3)}))
+    with pytest.raises(ModelError, match="half a character"):
+        dsconv.save(model, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_shows_names_that_a_terminal_would_obey_as_escapes(tmp_path: Path) -> None:
+    model = dsconv.quantize(tnn.ModuleDict({"\x1b[2J": tnn.Conv2d(3, 4, 3)}))
+    described = describe(dsconv.save(model, tmp_path / "net.safetensors"))[1]
+    for table in (str(dsconv.summary(model)), str(described)):
+        assert "\x1b[2J" not in table and r"\x1b[2J" in table

@@ -7,6 +7,7 @@ import typer
 
 from dsconv.cli.common import Json, print_json, print_table
 from dsconv.data.preprocess import Preprocess
+from dsconv.errors import one_line
 
 
 def inspect(
@@ -28,12 +29,13 @@ def inspect(
         facts = header.model_dump(mode="json", exclude={"layers", "in_float", "settings", "aliases"})
         print_json({"file": str(file), "file_bytes": file_bytes, "checksum_ok": True, **facts, **summary.to_dict()})
         return
-    print(
+    lines = (
         f"{file}: {file_bytes:,} bytes, written by dsconv {header.dsconv_version}, checksum correct",
         f"architecture: {header.architecture or 'not named'}, a {header.model_class}",
         f"config: {header.config}",
         f"preparation of images: {Preprocess(**header.preprocess) if header.preprocess else 'not stated'}",
         f"calibrated on: {header.calibrated_on or 'no'} images; distilled on: {header.adapted_on or 'no'} images",
-        sep="\n",
     )
+    # A file may say anything, and a terminal obeys some of it.
+    print(*(one_line(line, 10_000) for line in lines), sep="\n")
     print_table(summary)

@@ -12,6 +12,7 @@ from dsconv import ops
 from dsconv.config import LayerConfig
 from dsconv.conversion.convert import FLOAT_TYPES, model_info
 from dsconv.conversion.wrappers import unwrapped
+from dsconv.errors import one_line
 from dsconv.modes import check_module
 from dsconv.nn import DSLayer
 from dsconv.numerics import packed_bytes
@@ -134,7 +135,7 @@ class Summary:
             f"{self.other_bytes / 1e6:.2f} of it biases, BatchNorm and buffers.",
             "dB: signal to quantization noise of the weight. "
             f"Executed in inference by: {', '.join(self.backends) or 'none'}.",
-            *(f"{reason}: {', '.join(names)}." for reason, names in explained.items()),
+            *(one_line(f"{reason}: {', '.join(names)}.", 10_000) for reason, names in explained.items()),
         ]
         table = Table(
             box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=escape("\n".join(notes)), caption_justify="left"
@@ -151,7 +152,7 @@ class Summary:
                 block += " +shift" if layer.weight_shift else ""
                 cells = [str(layer.weight_bits), activation, block]
             table.add_row(
-                escape(layer.name),
+                escape(one_line(layer.name, 200)),
                 "x".join(map(str, layer.shape)),
                 *cells,
                 f"{layer.effective_bits:.2f}",

@@ -49,24 +49,23 @@ def run(folder: Path, on_step: Callable[[str], None] = lambda name: None) -> Dem
     Raises:
         OSError: ``folder`` cannot be made or written to.
     """
+    written = folder / FILE_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = TemporaryDirectory(prefix=".dsconv-", dir=folder)
     except OSError as error:
         raise OSError(f"{folder}: not a folder that can be written to ({error.strerror}): choose another") from None
-    written = folder / FILE_NAME
     check_place(written)
     network = zoo.build("dsconv/digits_resnet")
     images, labels = load_digits("test")
     quantized: dict[str, nn.Module] = {}
     settings: dict[str, dict[str, Any]] = {}
-    with scratch:
+    with TemporaryDirectory(prefix=".dsconv-", dir=folder) as scratch:
         for name, config in SETTINGS.items():
             on_step(name)
             start = time.perf_counter()
             quantized[name] = quantize(network, config)
             seconds = time.perf_counter() - start
-            file = save(quantized[name], Path(scratch.name, name))
+            file = save(quantized[name], Path(scratch, name))
             result = compare(network, quantized[name], [(images, labels)])
             found = summary(quantized[name])
             settings[name] = {

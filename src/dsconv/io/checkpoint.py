@@ -286,6 +286,10 @@ def _stored_tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
         name = file_names.get(own_name, own_name)
         if not isinstance(value, Tensor):
             raise ModelError(f"state {name!r} is a {type(value).__name__}: only tensors can be saved")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ModelError(f"state {name!r}: its name holds half a character, rename the module") from None
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and key in seen:
             aliases[name] = seen[key]
