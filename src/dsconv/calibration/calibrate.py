@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.calibration.collect import Moments, as_rows, blocks_of, from_rows
-from dsconv.calibration.held_back import Distance, split
+from dsconv.calibration.held_back import Distance, chance, split
 from dsconv.calibration.images import check_images, prepared_as, read_images
 from dsconv.calibration.layers import NAMES, Pair, pairs_of, trace
 from dsconv.calibration.passes import Passes
@@ -63,8 +63,8 @@ def calibrate(
     and do not add up. The bias makes the mean output right; layers that had none are given one. There are no labels
     and there is no training. The settings of all layers stay as they are, and so do layers in float.
 
-    An eighth of the images is held back, more of few. The result is the network that is closer to the reference on
-    these, the calibrated one or the one that was given; a warning says so where it is the latter.
+    An eighth of the images is held back, more of few. Where the calibrated network is further from the reference on
+    these than the one that was given, by more than chance, the latter is the result, and a warning says so.
 
     Args:
         qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, BatchNorm folded or not. It is left as it is.
@@ -147,7 +147,8 @@ def calibrate(
             passes.collect(pending, finish, memory_bytes // 4)
         after = distance.of(result)
     records = [saved.done.get(pair.name, CalibratedLayer(pair.name, reason=pair.reason)) for pair in pairs]
-    table = Calibration(tuple(records), len(x), seed, len(held_back), distance.measure, before, after)
+    compared = float(before.mean()), float(after.mean()), chance(before, after)
+    table = Calibration(tuple(records), len(x), seed, len(held_back), distance.measure, *compared)
     if table.kept == "given":
         warnings.warn(f"{table.verdict}: calibrate on more images like those to come", stacklevel=2)
         given.dsconv_info = replace(_info(given), calibration=table)  # type: ignore[assignment]

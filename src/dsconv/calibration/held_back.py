@@ -1,5 +1,6 @@
 """Images that a calibration does not see, and how close a network comes to its reference on them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -48,30 +49,39 @@ class Distance:
         self._expected = [_outputs(forward("reference", reference, x), len(x)) for x in batches]
         classifies = all(len(tensors) == 1 and _are_logits(tensors[0]) for tensors in self._expected)
         self.measure: Measure = "KL divergence" if classifies else "relative error"
+        # Of an image on average.
+        signal = sum(float(f[f.isfinite()].double().square().sum()) for tensors in self._expected for f in tensors)
+        self._signal = signal / sum(map(len, batches)) or 1.0
 
-    def of(self, qmodel: nn.Module) -> float:
-        """Return the distance of ``qmodel``; infinite where it computes a NaN that the reference does not."""
-        pairs = [
-            (_finite(f), q.double().to(f.device))
-            for x, expected in zip(self._batches, self._expected, strict=True)
-            for f, q in zip(expected, _outputs(forward("qmodel", qmodel, x), len(x)), strict=True)
-        ]
-        if self.measure == "relative error":
-            noise = sum(float((f - q).square()[known].sum()) for (f, known), q in pairs)
-            signal = sum(float(f.square()[known].sum()) for (f, known), q in pairs)
-            value = noise / signal if signal > 0 else noise
-        else:
-            rows = [(f[known.all(1)], q[known.all(1)]) for (f, known), q in pairs]
-            log_f, log_q = ((torch.cat(side) / TEMPERATURE).log_softmax(1) for side in zip(*rows, strict=True))
+    def of(self, qmodel: nn.Module) -> Tensor:
+        """Return the distance of ``qmodel`` at each image, float64 ``(N,)``, of which the mean counts.
+
+        It is infinite where ``qmodel`` computes a NaN that the reference does not.
+        """
+        found = torch.cat([self._at(qmodel, *batch) for batch in zip(self._batches, self._expected, strict=True)])
+        return torch.where(found < torch.inf, found, torch.inf)
+
+    def _at(self, qmodel: nn.Module, x: Tensor, expected: list[Tensor]) -> Tensor:
+        outputs = _outputs(forward("qmodel", qmodel, x), len(x))
+        if self.measure == "KL divergence":
+            f, q = expected[0].double(), outputs[0].double()
+            known = f.isfinite().all(1)
+            log_f, log_q = ((logits / TEMPERATURE).log_softmax(1) for logits in (f, q))
             divergences = TEMPERATURE**2 * (log_f.exp() * (log_f - log_q)).sum(1)
-            value = float(divergences.mean()) if len(divergences) else 0.0
-        return value if value < torch.inf else torch.inf
+            return torch.where(known, divergences, 0.0).cpu()
+        noise = torch.zeros(len(x), dtype=torch.float64)
+        for f, q in zip(expected, outputs, strict=True):
+            f, q = f.double().cpu(), q.double().cpu()
+            error = torch.where(f.isfinite(), (f - q).square(), 0.0)
+            # What is no output of each image counts for all of them alike.
+            noise += error.flatten(1).sum(1) if f.dim() and len(f) == len(x) else error.sum() / len(x)
+        return noise / self._signal
 
 
 def _outputs(output: Any, images: int) -> list[Tensor]:
     """Return the logits ``(N, classes)`` alone where there are any, else all tensors."""
     logits = logits_in(output)
-    if isinstance(logits, Tensor) and len(logits) == images and _are_logits(logits):
+    if isinstance(logits, Tensor) and _are_logits(logits) and len(logits) == images:
         return [logits.flatten(1)]
     return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
 
@@ -80,5 +90,13 @@ def _are_logits(tensor: Tensor) -> bool:
     return tensor.dim() >= 2 and tensor.shape[1] > 1 and tensor.shape[:2].numel() == tensor.numel()
 
 
-def _finite(f: Tensor) -> tuple[Tensor, Tensor]:
-    return f.double(), f.isfinite()
+def chance(before: Tensor, after: Tensor) -> float:
+    """Return the standard error of the mean of ``after - before`` ``(N,)``; 0 for one image, or where one is infinite.
+
+    >>> round(chance(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 5.0])), 4)
+    0.5774
+    """
+    difference = after - before
+    if len(difference) < 2 or not difference.isfinite().all():
+        return 0.0
+    return float(difference.std()) / math.sqrt(len(difference))

@@ -44,6 +44,7 @@ class Calibration:
             ``relative error`` of outputs that are no logits.
         before, after: of the network that was given and of the calibrated one, on the images held back; infinite where
             one computes a NaN.
+        chance: standard error of their difference, 0 for one image.
     """
 
     layers: tuple[CalibratedLayer, ...]
@@ -53,11 +54,13 @@ class Calibration:
     measure: str
     before: float
     after: float
+    chance: float
 
     @property
     def kept(self) -> Literal["calibrated", "given"]:
-        """Which network is the result: the closer one."""
-        return "calibrated" if self.after <= self.before else "given"
+        """Which network is the result: the calibrated one, unless it is further away by more than chance."""
+        # Where both are infinite, neither is the worse.
+        return "calibrated" if self.after <= self.before + self.chance else "given"
 
     @property
     def verdict(self) -> str:
@@ -65,7 +68,7 @@ class Calibration:
         what = "the calibrated network" if self.kept == "calibrated" else "the network as it was given"
         return (
             f"kept is {what}: on {self.held_back} images held back, {self.measure} from the float network is "
-            f"{self.before:.4g} as given and {self.after:.4g} calibrated"
+            f"{self.before:.4g} as given and {self.after:.4g} calibrated, give or take {self.chance:.2g}"
         )
 
     def to_dict(self) -> dict[str, Any]:

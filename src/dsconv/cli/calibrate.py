@@ -81,7 +81,7 @@ def calibrate(
     """Round the weights of a quantized network again so that, on your images, each layer puts out what it did in float.
 
     FILE, or MODEL quantized as --preset or --config say. The images need no labels, and there is no training. A part
-    of them is held back, and OUT is the network that does better on these, calibrated or as it was.
+    of them is held back; where calibration makes the network worse on these, OUT is the network as it was.
     """
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), file_or_model, model, reference)
