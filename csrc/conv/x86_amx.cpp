@@ -1,7 +1,7 @@
 #include <immintrin.h>
 
 #include "amx_tiles.h"
-#include "kernels.h"
+#include "x86_vectors.h"
 
 namespace dsconv::avx512vnni {
 void sum(const Sums&);
@@ -9,7 +9,7 @@ void sum(const Sums&);
 
 namespace dsconv::amx {
 
-#include "x86_avx512.inc"
+using namespace x86_512;
 
 constexpr int kTileRows = 16;
 constexpr int kFewest = 8;  // pixels that are worth tiles, and a run of them that is worth a tile of its own
@@ -307,6 +307,6 @@ static void sum(const Sums& t) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels{"amx", kLanes, 32, 384, workspace, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{"amx", kWidth, 32, 384, workspace, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
 
 }  // namespace dsconv::amx

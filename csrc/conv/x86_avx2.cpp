@@ -1,8 +1,10 @@
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "x86_vectors.h"
 
 namespace dsconv::avx2 {
+
+using namespace x86_256;
 
 static constexpr bool kPairs = true;
 static constexpr int kVectors = 2;
@@ -21,6 +23,6 @@ constexpr int kHeight = 3;
 #include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"avx2", kLanes, 3, 96, nullptr, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{"avx2", kWidth, 3, 96, nullptr, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
 
 }  // namespace dsconv::avx2

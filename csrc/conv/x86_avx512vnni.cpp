@@ -1,10 +1,10 @@
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "x86_vectors.h"
 
 namespace dsconv::avx512vnni {
 
-#include "x86_avx512.inc"
+using namespace x86_512;
 
 static constexpr int kAhead = 2048;  // bytes
 
@@ -132,6 +132,6 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
 #include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"avx512vnni", kLanes, 7, 98, nullptr, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{"avx512vnni", kWidth, 7, 98, nullptr, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
 
 }  // namespace dsconv::avx512vnni

@@ -1,8 +1,10 @@
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "x86_vectors.h"
 
 namespace dsconv::avxvnni {
+
+using namespace x86_256;
 
 static constexpr bool kPairs = false;
 static constexpr int kVectors = 2;
@@ -18,6 +20,6 @@ constexpr int kHeight = 3;
 #include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"avxvnni", kLanes, 3, 96, nullptr, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{"avxvnni", kWidth, 3, 96, nullptr, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
 
 }  // namespace dsconv::avxvnni

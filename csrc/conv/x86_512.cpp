@@ -1,4 +1,8 @@
-// Vectors of 512 bits. Include inside a namespace of its own.
+#include <immintrin.h>
+
+#include "x86_vectors.h"
+
+namespace dsconv::x86_512 {
 
 #define DSCONV_LANES 16
 #define DSCONV_OWN_BYTES
@@ -44,3 +48,5 @@ static inline Int narrowed(Int a, Int b, Int c, Int d) {
 static inline Float fused(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 
 #include "vector.inc"
+
+}  // namespace dsconv::x86_512
