@@ -131,6 +131,7 @@ WRONG = {
         EXISTS,
     ),
     "inspect none.safetensors": (NO_FILE,),
+    "demo --out {there}": ("not a folder that can be written to",),
     "evaluate x --data y --limit 0 --batch-size few": ("--limit", "--batch-size"),
     "quantize --weight-bits 9 --block-size 0": ("MODEL", "--out", "--weight-bits", "--block-size"),
 }

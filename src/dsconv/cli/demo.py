@@ -1,5 +1,6 @@
 """``dsconv demo``: the embedded network under several settings, a file and a picture."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,9 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Quantize a small network for handwritten digits in several ways and show what each costs."""
+    place = next((folder for folder in (out, *out.parents) if folder.exists()), out)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise OSError(f"{out}: not a folder that can be written to: choose another")
     begin(threads)
     from dsconv import report
     from dsconv.demo.run import run
