@@ -151,7 +151,7 @@ def is_quantized_file(name: str) -> bool:
 
 def check_file(path: Path, *models: str | None) -> None:
     """Raise what is wrong with a quantized file, as far as its header tells; ``models`` are to load it into."""
-    if not path.exists():
+    if not path.is_file() and not path.is_dir():  # a pipe would be waited for
         raise FileNotFoundError(f"{path}: expected a file written by dsconv, there is none")
     header = _header(path)
     architecture = header.get("architecture")
@@ -345,7 +345,7 @@ def _header(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():
         return {}
     try:
         with safe_open(path, framework="numpy") as file:
