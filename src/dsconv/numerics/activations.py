@@ -123,8 +123,8 @@ def check_activation(x: Tensor, bits: int, block_size: int, sign: str, groups: i
     if not isinstance(x, Tensor):
         raise ValueError(f"x: expected a float tensor, got {type(x).__name__}")
     if not x.is_floating_point() or x.layout is not torch.strided:
-        layout = "" if x.layout is torch.strided else f" of layout {x.layout}"
-        raise ValueError(f"x: expected a dense float tensor, got {x.dtype}{layout}")
+        layout = "" if x.layout is torch.strided else f", {x.layout}"
+        raise ValueError(f"x: expected a float tensor, got {x.dtype}{layout}")
     _check(x, block_size, groups)
 
 
