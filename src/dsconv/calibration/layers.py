@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from dsconv.calibration.collect import count_places
-from dsconv.conversion.convert import FLOAT_TYPES, effective_weight, model_info, quantized_type
+from dsconv.conversion.convert import FLOAT_TYPES, effective_weight, quantized_type
+from dsconv.conversion.info import model_info
 from dsconv.errors import ModelError
 from dsconv.evaluation import first_line
 from dsconv.nn import Affine, DSLayer

@@ -4,7 +4,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from typing import Any
@@ -21,9 +21,10 @@ from dsconv import nn as dsnn
 from dsconv.config import LayerConfig, QuantConfig, as_config
 from dsconv.conversion import hooks
 from dsconv.conversion.copying import CALLED, HOOKS, copied, is_of_torch, replaced
+from dsconv.conversion.info import ModelInfo, model_info
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.statistics import input_moments
-from dsconv.conversion.wrappers import peeled, unwrapped
+from dsconv.conversion.wrappers import unwrapped
 from dsconv.data.preprocess import Preprocess, laid_over
 from dsconv.errors import ConfigError, ModelError
 from dsconv.nn.inputs import device_of
@@ -57,45 +58,6 @@ _FUNCTIONS: dict[type[nn.Module], Callable[..., Any]] = {
     nn.ConvTranspose3d: nn.functional.conv_transpose3d,
     nn.Linear: nn.functional.linear,
 }
-
-
-@dataclass
-class ModelInfo:
-    """What a quantized model carries about itself.
-
-    Attributes:
-        config: the settings it was made with.
-        architecture: name by which :func:`dsconv.zoo.build` makes its float model, None where unknown.
-        in_float: name of each layer that was left in float, to the reason.
-        preprocess: how its images are prepared, as plain data, None where unknown.
-        folded: name of each BatchNorm that :func:`dsconv.fold_batchnorm` folded, to that of its layer.
-        affine: names of those that became a :class:`dsconv.nn.Affine` there.
-        calibrated_on: images that :func:`dsconv.calibrate` has seen, 0 where it was not called.
-        biases: names of the layers that have a bias since one of the two, and had none before.
-        adapted_on: images that :func:`dsconv.adapt` has seen, 0 where it was not called.
-        not_folded: name of each BatchNorm that was left as it is, to the reason; files do not keep it.
-        calibration: the :class:`dsconv.calibration.Calibration` of this model, else None; files do not keep it.
-        adaptation: the :class:`dsconv.distillation.Adaptation` of this model, else None; files do not keep it.
-    """
-
-    config: QuantConfig
-    architecture: str | None = None
-    in_float: dict[str, str] = field(default_factory=dict)
-    preprocess: dict[str, Any] | None = None
-    folded: dict[str, str] = field(default_factory=dict)
-    affine: tuple[str, ...] = ()
-    calibrated_on: int = 0
-    biases: tuple[str, ...] = ()
-    adapted_on: int = 0
-    not_folded: dict[str, str] = field(default_factory=dict)
-    calibration: Any = None
-    adaptation: Any = None
-
-
-def model_info(model: nn.Module) -> ModelInfo | None:
-    """The :class:`ModelInfo` of a model that :func:`quantize` or :func:`dsconv.load` returned, else None."""
-    info = getattr(peeled(model), "dsconv_info", None)
-    return info if isinstance(info, ModelInfo) else None
 
 
 def quantize(

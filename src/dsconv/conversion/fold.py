@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv.config import QuantConfig
-from dsconv.conversion.convert import FLOAT_TYPES, QUANTIZED_TYPES, ModelInfo, model_info, swapped
+from dsconv.conversion.convert import FLOAT_TYPES, QUANTIZED_TYPES, swapped
 from dsconv.conversion.copying import copied, replaced
+from dsconv.conversion.info import ModelInfo, model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ModelError
 from dsconv.modes import check_evaluation_mode

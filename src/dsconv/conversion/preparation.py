@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from dsconv.conversion import convert
+from dsconv.conversion.info import model_info
 from dsconv.conversion.wrappers import peeled
 from dsconv.data.preprocess import Preprocess, laid_over
 from dsconv.errors import ConfigError, MissingExtraError
@@ -28,7 +28,7 @@ def preprocess_of(model: nn.Module) -> Preprocess | None:
     'resize none, crop 32x32, interpolation bilinear, channels rgb, scale 1, mean 0.5, std 1'
     """
     model = peeled(model)
-    info = convert.model_info(model)
+    info = model_info(model)
     if info is not None and info.preprocess is not None:
         return Preprocess(**info.preprocess)
     noted = getattr(model, "dsconv_preprocess", None)
@@ -61,7 +61,7 @@ def set_preprocess(model: nn.Module, preprocess: Preprocess | Mapping[str, Any])
     (256, (192, 192))
     """
     stated = laid_over(preprocess_of(model), preprocess)
-    info = convert.model_info(model)
+    info = model_info(model)
     if info is None:
         model.dsconv_preprocess = stated  # type: ignore[assignment]
     else:

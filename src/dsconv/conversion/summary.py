@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 
 from dsconv import ops
 from dsconv.config import LayerConfig
-from dsconv.conversion.convert import FLOAT_TYPES, model_info
+from dsconv.conversion.convert import FLOAT_TYPES
+from dsconv.conversion.info import model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import one_line
 from dsconv.modes import check_module

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from dsconv import ops, strict_json
 from dsconv.compilation import CompiledModel
 from dsconv.config import LayerConfig, QuantConfig
-from dsconv.conversion.convert import FLOAT_TYPES, ModelInfo, model_info, quantized_type, swapped
+from dsconv.conversion.convert import FLOAT_TYPES, quantized_type, swapped
 from dsconv.conversion.fold import add_bias
+from dsconv.conversion.info import ModelInfo, model_info
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.summary import LayerSummary, Summary, quantized_row
 from dsconv.conversion.wrappers import unwrapped
