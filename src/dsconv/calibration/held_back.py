@@ -69,7 +69,7 @@ class Distance:
             log_f, log_q = ((logits / TEMPERATURE).log_softmax(1) for logits in (f, q))
             divergences = TEMPERATURE**2 * (log_f.exp() * (log_f - log_q)).sum(1)
             return torch.where(known, divergences, 0.0).cpu()
-        noise = torch.zeros(len(x), dtype=torch.float64)
+        noise = torch.zeros(len(x), dtype=torch.float64, device="cpu")
         for f, q in zip(expected, outputs, strict=True):
             f, q = f.double().cpu(), q.double().cpu()
             error = torch.where(f.isfinite(), (f - q).square(), 0.0)

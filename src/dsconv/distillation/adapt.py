@@ -345,7 +345,7 @@ class _Training:
             expected |= {f"now/{name}": p, f"best/{name}": p}
             if steps[-1] > 0:
                 # The moments that Adam keeps.
-                expected |= {f"step/{name}": torch.empty((), dtype=torch.float32)}
+                expected |= {f"step/{name}": torch.empty((), dtype=torch.float32, device="cpu")}
                 expected |= {f"exp_avg/{name}": p, f"exp_avg_sq/{name}": p}
         saved.check_tensors(tensors, expected)
         for key, value in tensors.items():
