@@ -93,7 +93,7 @@ def normed(*layers: nn.Module) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("layers", "shape", "fused"),
     [
-        ((nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40), nn.ReLU()), (3, 9, 7), ("bias", "batch_norm", "relu")),
+        ((nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40, eps=0.1), nn.ReLU()), (3, 9, 7), ("bias", "batch_norm", "relu")),
         ((conv(3, 40), nn.BatchNorm2d(40, affine=False), nn.Tanh()), (3, 8, 8), ("batch_norm",)),
         ((nn.Conv1d(16, 40, 3), nn.BatchNorm1d(40), nn.ReLU()), (16, 9), ("bias", "batch_norm")),
         ((nn.Linear(20, 40), nn.BatchNorm1d(40), nn.ReLU6()), (20,), ("bias", "batch_norm", "relu6")),
@@ -159,6 +159,61 @@ def test_a_sum_that_broadcasts_or_scales_is_not_fused() -> None:
 
     x = torch.randn(2, 3, 5, 5)
     assert_same_bits(compiled(Sums(), x), x)
+
+
+class Joined(nn.Module):
+    """What each of ``JOINED`` makes of the output of a convolution of its own, of its input and of the constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layers = conv(3, 16), nn.ModuleList(conv(16, 16) for _ in JOINED)
+        self.scale, self.offset = (nn.Parameter(torch.randn(16, 1, 1)) for _ in range(2))
+        self.line = nn.Parameter(torch.randn(16))  # images are as wide as they have channels
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.relu(self.first(x))
+        named = zip(JOINED.items(), self.layers, strict=True)
+        return {name: F.relu(join(self, layer, x)) for (name, join), layer in named}
+
+
+# ``f(x)`` is the convolution; what stands to the left of it is there before it.
+JOINED: dict[str, Callable[[Joined, Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "the second twice": lambda m, f, x: torch.add(f(x), x, alpha=2),
+    "the convolution twice": lambda m, f, x: torch.add(x, f(x), alpha=2),
+    "minus the second": lambda m, f, x: torch.add(f(x), x, alpha=-1),
+    "in place": lambda m, f, x: f(x).add_(x, alpha=0.5),
+    "difference": lambda m, f, x: f(x) - x,
+    "difference from the second": lambda m, f, x: x - f(x),
+    "difference from twice": lambda m, f, x: torch.sub(x, f(x), alpha=2),
+    "a number": lambda m, f, x: f(x) + 0.25,
+    "twice a number": lambda m, f, x: torch.add(f(x), 0.25, alpha=2),
+    "itself": lambda m, f, x: (lambda y: y + y)(f(x)),
+    "itself twice": lambda m, f, x: (lambda y: torch.add(y, y, alpha=2))(f(x)),
+    "a value for each image": lambda m, f, x: x.mean((1, 2, 3), keepdim=True) + f(x),
+    "a value for each channel": lambda m, f, x: x.amax((2, 3), keepdim=True) + f(x),
+    "a value for each pixel": lambda m, f, x: x[:, :1] + f(x),
+    "a value for each line": lambda m, f, x: x[..., :1] + f(x),
+    "the first of the images": lambda m, f, x: x[:1] + f(x),
+    "a value for each pixel, later": lambda m, f, x: f(x) + x[:, :1],
+    "what is made later": lambda m, f, x: f(x) + F.hardswish(x),
+    "without a convolution, twice": lambda m, f, x: torch.add(F.hardswish(f(x)), F.max_pool2d(x, 3, 1, 1), alpha=2),
+    "without one, broadcast": lambda m, f, x: F.hardswish(f(x)) + F.max_pool2d(x, 3, 1, 1)[:, :1],
+    "scaled, twice the offset": lambda m, f, x: torch.add(F.max_pool2d(f(x), 3, 1, 1) * m.scale, m.offset, alpha=2),
+    "scaled, an offset of lines": lambda m, f, x: F.max_pool2d(f(x), 3, 1, 1) * m.scale + m.line,
+    "scaled by lines": lambda m, f, x: F.max_pool2d(f(x), 3, 1, 1) * m.line + m.offset,
+    "product with lines": lambda m, f, x: F.hardswish(f(x)) * F.max_pool2d(x, (1, 16)),
+    "product with a channel": lambda m, f, x: F.hardswish(f(x)) * F.max_pool2d(x, 3, 1, 1)[:, :1],
+}
+
+
+def test_sums_and_products_of_all_kinds_are_those_of_the_model() -> None:
+    torch.manual_seed(0)
+    # How weights are rounded makes no difference here, but for the time that it takes.
+    fast = compiled(Joined(), torch.zeros(1, 3, 5, 16), dsconv.QuantConfig.preset("w4a4", weight_rule="paper"))
+    x = torch.randn(2, 3, 5, 16)
+    with torch.inference_mode():
+        found, expected = fast(x), fast.model(x)
+    assert [name for name in JOINED if not torch.equal(found[name], expected[name])] == []
 
 
 def test_batch_and_image_size_may_vary() -> None:

@@ -105,6 +105,12 @@ class TestEvaluate:
         result = evaluate(Logits(), [(torch.zeros(10, 10, 1, 1), torch.arange(10))])
         assert (result.top1, result.top5) == (10.0, 50.0)
 
+    def test_of_equal_logits_the_first_class_is_the_answer(self) -> None:
+        logits = torch.tensor([[0.0, 2, 1, 2, 0, 0]] * 3)
+        right = [evaluate(Logits(), [(as_images(logits[:1]), [label])]) for label in range(6)]
+        assert [result.top1 for result in right] == [0, 100, 0, 0, 0, 0]
+        assert [result.top5 for result in right] == [100, 100, 100, 100, 100, 0]
+
     def test_without_labels_there_is_no_accuracy(self) -> None:
         result = evaluate(Logits(), torch.randn(4, 10, 1, 1))
         assert result.top1 is None and result.top5 is None and result.images == 4
@@ -292,6 +298,23 @@ class TestCompare:
         assert result.logit_sqnr_db == pytest.approx(db(f, q), abs=1e-3)
         assert result.reference.top1 == pytest.approx(100 * float((f.argmax(1) == labels).double().mean()))
         assert result.top1 == result.quantized.top1 == evaluate(quantized, [(x, labels)]).top1
+
+    def test_networks_agree_where_the_first_of_their_largest_logits_is_the_same(self) -> None:
+        f = torch.tensor([[0.0, 2, 2, 1], [0, 2, 1, 0], [1, 0, 0, 3], [2, 2, 0, 0]])
+        q = torch.tensor([[0.0, 3, 0, 1], [2, 2, 1, 0], [2, 0, 0, 2], [1, 1, 0, 0]])
+
+        class Part(Logits):
+            def __init__(self, part: slice):
+                super().__init__()
+                self.part = part
+
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x)[:, self.part]
+
+        reference, quantized = Part(slice(4)), Part(slice(4, 8))
+        rows = as_images(torch.cat([f, q], 1))
+        agreements = [compare(reference, quantized, row, per_layer=False).agreement for row in rows.split(1)]
+        assert agreements == [100, 0, 0, 100]
 
     def test_layer_sqnr_covers_every_call_before_a_relu_in_place_overwrites_it(self) -> None:
         reference, quantized = pair()

@@ -99,7 +99,7 @@ def untouched(model: tnn.Module) -> Iterator[None]:
 def test_a_folded_convolution_is_that_of_float64(bias: bool, kds_dtype: str, shift: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 20, 7, 7)
-    model = randomize(tnn.Sequential(tnn.Conv2d(20, 12, 3, padding=1, bias=bias), tnn.BatchNorm2d(12)), x)
+    model = randomize(tnn.Sequential(tnn.Conv2d(20, 12, 3, padding=1, bias=bias), tnn.BatchNorm2d(12, eps=0.1)), x)
     config = dsconv.LayerConfig(activation_bits=8, block_size=8, kds_dtype=kds_dtype, weight_shift=shift)
     model[0], norm = nn.DSConv2d.from_float(model[0], config), model[1]
     layer, made = model[0], dsconv.fold_batchnorm(model)[0]
@@ -117,11 +117,24 @@ def test_a_folded_convolution_is_that_of_float64(bias: bool, kds_dtype: str, shi
         weight += layer.kds_shift.double().repeat_interleave(8, 1)[:, :20]
     x_q = fake_quantize_activation(x, 8, 8, sign=config.activation_sign).double()
     y = F.conv2d(x_q, weight, layer.bias.double() if bias else None, padding=1)
-    y = F.batch_norm(y, *(t.double() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)))
+    terms = (t.double() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    y = F.batch_norm(y, *terms, eps=0.1)
     with torch.inference_mode():
         for simulated in (False, True):
             with ops.simulated() if simulated else nullcontext():
                 torch.testing.assert_close(made(x).double(), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_batchnorm_that_no_layer_takes_up_is_that_of_float64(affine: bool) -> None:
+    torch.manual_seed(0)
+    norm, x = tnn.BatchNorm2d(12, eps=0.1, affine=affine), torch.randn(2, 3, 7, 7)
+    model = randomize(tnn.Sequential(tnn.Conv2d(3, 12, 3), tnn.ReLU(), norm), x)
+    folded = dsconv.fold_batchnorm(dsconv.quantize(model, "w8a8"))
+    assert info(folded).affine == ("2",)
+    y = torch.randn(2, 12, 5, 5)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded[2](y).double(), norm.double()(y.double()), rtol=1e-5, atol=1e-6)
 
 
 PAIRS: dict[str, tuple[tnn.Module, tnn.Module, tuple[int, ...]]] = {
@@ -357,10 +370,12 @@ def test_what_a_hook_or_the_model_reads_directly_is_not_folded() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.norm(m.conv(x))
 
-    def hook(model: Any) -> None:
-        model.conv.register_forward_hook(lambda module, args, y: y * 2)
-
-    assert fold(run, hook)[1] == "a hook reads what passes between conv and it"
+    for hook in (
+        lambda model: model.conv.register_forward_hook(lambda module, args, y: y * 2),
+        lambda model: model.norm.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+        lambda model: model.norm.register_forward_hook(lambda module, args, y: y + args[0]),
+    ):
+        assert fold(run, hook)[1] == "a hook reads what passes between conv and it"
     assert fold(lambda m, x: m.norm(m.conv(x)) * m.norm.weight.sum())[1] == "forward reads the tensors of norm directly"
     assert fold(lambda m, x: m.norm(m.conv(x)) * m.conv.weight.sum())[1] == "forward reads the tensors of conv directly"
 

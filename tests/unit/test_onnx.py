@@ -169,6 +169,49 @@ def test_a_layer_returns_what_it_did(name: str, style: str, run: Run) -> None:
     assert (y - expected).abs().max() <= 2e-6 * expected.abs().max() * math.sqrt(x[0].numel())
 
 
+READERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "bits": ({}, {"activation_bits": 4}),
+    "sign": ({}, {"activation_sign": "included", "activation_bits": 4}),
+    "block size": ({}, {"block_size": 8}),
+    "groups": ({"groups": 2}, {}),
+    "weights alone": ({}, {"activation_bits": None}),
+    "flat": ({}, {"blocks": "flat"}),
+    "flat, stride": ({"stride": 2}, {"blocks": "flat"}),
+    "flat, padding": ({"padding": 1}, {"blocks": "flat"}),
+    "flat, dilation": ({"dilation": 2}, {"blocks": "flat"}),
+    "flat, other kernel": ({"kernel_size": (3, 1)}, {"blocks": "flat"}),
+    "plain again": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("style", [Integers, Functions], ids=["qdq", "function"])
+def test_layers_that_read_one_tensor_round_it_each_by_its_own_settings(style: type[Integers]) -> None:
+    torch.manual_seed(0)
+    layers = {
+        name.replace(" ", "_"): dsnn.DSConv2d.from_float(
+            tnn.Conv2d(**{"in_channels": 24, "out_channels": 4, "kernel_size": 3, **given}),
+            dsconv.LayerConfig(**{"activation_bits": 6, "block_size": 16, **settings}),
+        )
+        for name, (given, settings) in READERS.items()
+    }
+    # Of every block, the first value is negative in some places and none in others, and some are large.
+    x = torch.randn(2, 24, 7, 6).abs() * torch.logspace(-2, 2, 24).view(24, 1, 1)
+    x[1] *= torch.randn(24, 7, 6).sign()
+    with torch.no_grad(), dsconv.ops.simulated():
+        expected = {name: layer(x).flatten(1) for name, layer in layers.items()}
+    lowering = style(layers)
+    op = lowering.op
+
+    def make(given: Any) -> Any:
+        return op.Concat(*(op.Reshape(lowering.layer(name, given, None), op.shape(0, -1)) for name in layers), axis=1)
+
+    y = by_onnxruntime(model_of(x, lowering, make, torch.cat([*expected.values()], 1).shape), x)
+    found = dict(zip(layers, y.split([e.shape[1] for e in expected.values()], 1), strict=True))
+    wrong = [name for name in layers if (found[name] - expected[name]).abs().max() > 1e-5 * expected[name].abs().max()]
+    assert wrong == []
+
+
 def tensors(model: Any) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in model.graph.initializer}
 

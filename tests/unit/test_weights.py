@@ -254,6 +254,43 @@ def test_refined_is_never_worse_than_paper(w: Tensor, bits: int, block_size: int
     assert (error <= before * (1 + 1e-5) + power * 1e-11).all()
 
 
+def refined_error(w: np.ndarray, bits: int, shift: bool) -> float:
+    """Squared error of one block by rule ``refined``, in float64: of each start, all steps written out."""
+    half = 2 ** (bits - 1)
+    extreme, low, high = w[np.abs(w).argmax()], w.min(), w.max()
+    columns = np.ones((2 if shift else 1, len(w)))
+
+    def rounded(scale: float, offset: float) -> np.ndarray:
+        return np.clip(np.rint((w - offset) / scale), -half, half - 1)
+
+    def fitted(q: np.ndarray) -> tuple[np.ndarray, float]:
+        columns[0] = q
+        terms = np.linalg.lstsq(columns.T, w, rcond=None)[0]
+        return terms, float(np.square(w - terms @ columns).sum())
+
+    starts = []
+    for part in (1, 0.9, 0.8):
+        if shift:
+            step = (high - low) / (2 * half - 1)
+            starts.append((step * part, (low + high) / 2 + step * part / 2))
+        else:
+            starts += [(-extreme * part / half, 0), (extreme * part / (half - 1), 0)]
+    q = min((rounded(*start) for start in starts), key=lambda q: fitted(q)[1])
+    scale, offset = (*fitted(q)[0], 0)[:2]
+    return fitted(rounded(scale, offset))[1]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_refined_rounds_from_the_best_of_three_ranges_and_either_sign(bits: int, shift: bool) -> None:
+    w = torch.randn(60, 24, generator=torch.Generator().manual_seed(bits))
+    quantize = quantize_weight_shifted if shift else quantize_weight
+    vqk, kds, *offset = quantize(w, bits, 24, rule="refined")
+    found = squared_errors(w, vqk, kds, 24, *offset)[0]
+    expected = [refined_error(row, bits, shift) for row in w.double().numpy()]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def objective(w: Tensor, vqk: Tensor, kds: Tensor, block_size: int, shift: Tensor) -> Tensor:
     """``e' H e`` of each output and block, ``H = (1 - r) I + r [same input channel] + k 1 1'``, built in full."""
     found = []
