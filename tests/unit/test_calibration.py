@@ -616,6 +616,25 @@ def worse(x: Tensor, qnet: tnn.Module, net: tnn.Module, monkeypatch: pytest.Monk
         return dsconv.calibrate(qnet, net, x)
 
 
+@pytest.mark.parametrize(("positions", "samples"), [(4, 16 * 4), (64, 16 * 16)])
+def test_the_ridge_is_the_numbers_that_are_fitted_for_each_sample(
+    positions: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an image, no more than 16 places count as samples."""
+    module = importlib.import_module("dsconv.calibration.calibrate")
+    regularized, ridges = module.regularized, []
+
+    def noted(h: Tensor, ridge: float) -> Tensor:
+        ridges.append((h.shape[-1], ridge))
+        return regularized(h, ridge)
+
+    monkeypatch.setattr(module, "regularized", noted)
+    net, x = chain(), pictures()
+    assert len(split(len(x))[0]) == 16
+    dsconv.calibrate(dsconv.quantize(net, "w4a4"), net, x, positions=positions)
+    assert ridges == [(reads, reads / samples) for reads in (3 * 9, 16 * 9, 24 * 9, 24 * 9)]
+
+
 def test_a_network_that_calibration_makes_worse_is_returned_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = varied(), pictures()
     qnet = dsconv.quantize(net, "w4a4")

@@ -216,6 +216,42 @@ def test_sums_and_products_of_all_kinds_are_those_of_the_model() -> None:
     assert [name for name in JOINED if not torch.equal(found[name], expected[name])] == []
 
 
+READERS: dict[str, tuple[nn.Module, dict[str, object]]] = {
+    "plain": (nn.Conv2d(48, 16, 1), {}),
+    "bits": (nn.Conv2d(48, 16, 1), {"activation_bits": 4}),
+    "sign included": (nn.Conv2d(48, 16, 1), {"activation_sign": "included"}),
+    "sign extra": (nn.Conv2d(48, 16, 1), {"activation_sign": "extra"}),
+    "block_size": (nn.Conv2d(48, 16, 1), {"block_size": 32}),
+    "groups": (nn.Conv2d(48, 16, 1, groups=2), {"block_size": 24}),
+    "shift": (nn.Conv2d(48, 16, 1), {"weight_shift": True}),
+    "wide": (nn.Conv2d(48, 16, 1), {"weight_bits": 8}),
+    "large border": (nn.Conv2d(48, 16, 5, padding=2), {}),
+    "border": (nn.Conv2d(48, 16, 3, padding=(1, 0)), {}),
+    "depthwise": (nn.Conv2d(48, 48, 3, groups=48), {}),
+    "plain again": (nn.Conv2d(48, 16, 1), {}),
+}
+
+
+def test_layers_that_read_one_tensor_round_it_each_by_its_own_settings() -> None:
+    class Readers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 48, 3)
+            self.readers = nn.ModuleDict({name: layer for name, (layer, _) in READERS.items()})
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            x = F.leaky_relu(self.stem(x), 0.5)
+            return {name: layer(x) for name, layer in self.readers.items()}
+
+    common = {"weight_bits": 4, "weight_rule": "paper", "activation_bits": 6, "block_size": 16, "weight_shift": False}
+    overrides = {f"readers.{name}": common | settings for name, (_, settings) in READERS.items()}
+    fast = compiled(Readers(), torch.zeros(1, 3, 8, 9), dsconv.QuantConfig(overrides=overrides))
+    x = torch.randn(2, 3, 8, 9)
+    with torch.inference_mode():
+        found, expected = fast(x), fast.model(x)
+    assert [name for name in READERS if not torch.equal(found[name], expected[name])] == []
+
+
 def test_batch_and_image_size_may_vary() -> None:
     fast = compiled(Block(F.relu), torch.randn(1, 3, 9, 7))
     for shape in ((1, 3, 9, 7), (5, 3, 9, 7), (2, 3, 16, 16), (0, 3, 9, 7), (1, 3, 16, 16)):
