@@ -129,6 +129,22 @@ def test_shared_layers_and_tied_parameters_are_stored_once(saved: Path) -> None:
     }
 
 
+def test_views_of_one_memory_that_are_no_copies_are_stored_each(tmp_path: Path) -> None:
+    class Views(tnn.Sequential):
+        def __init__(self, table: Tensor):
+            super().__init__(tnn.Conv2d(3, 4, 1))
+            views = {"table": table, "turned": table.t(), "wide": table.view(2, 8), "part": table[:2]}
+            for name, view in (views | {"words": table.view(torch.int32), "same": table.view(4, 4)}).items():
+                self.register_buffer(name, view)
+
+    path = dsconv.save(dsconv.quantize(Views(torch.randn(4, 4)).eval()), tmp_path / "net.safetensors")
+    assert read_header(path).aliases == {"same": "table"}
+    with safe_open(path, "pt") as file:
+        table = file.get_tensor("table")
+        expected = {"turned": table.t(), "wide": table.view(2, 8), "part": table[:2], "words": table.view(torch.int32)}
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in expected.items())
+
+
 def test_a_model_that_ties_what_the_file_keeps_apart_is_refused(tmp_path: Path) -> None:
     apart = net()
     apart.again = tnn.Conv2d(6, 6, 1)
