@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -579,6 +580,9 @@ class TestBatches:
         labels = torch.cat([y for _, y in source if y is not None]).tolist()
         assert len(labels) == source.total == min(limit, 9)
         assert len(set(labels)) == min(limit, 3)
+        places = [int(file.stem) for file in source.files]
+        steps = {after - before for before, after in itertools.pairwise(places)}
+        assert places[0] == 0 and steps <= {9 // min(limit, 9), -(-9 // min(limit, 9))}
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_images_of_different_sizes_need_a_crop_or_batches_of_one(self, tmp_path: Path, workers: int) -> None:

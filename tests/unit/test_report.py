@@ -75,6 +75,8 @@ def test_weights_before_and_after(report: Report) -> None:
         statistics = {"mean": np.mean, "standard deviation": np.std, "minimum": np.min, "maximum": np.max}
         for title, function in statistics.items():
             assert found.figures[title] == pytest.approx((function(before), function(after)), rel=1e-6, abs=1e-12)
+        for title, q in {"1st percentile": 0.01, "median": 0.5, "99th percentile": 0.99}.items():
+            assert found.figures[title] == tuple(np.quantile([before, after], q, axis=1, method="nearest"))
 
 
 def test_inputs_are_those_of_both_networks(report: Report, digits: tuple[Tensor, Tensor]) -> None:
