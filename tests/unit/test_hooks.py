@@ -263,3 +263,33 @@ def test_a_weight_that_the_forward_of_a_model_only_reads_is_quantized() -> None:
             return self.conv(x).mul_(scale).add_(self.conv.bias.view(-1, 1, 1))
 
     assert isinstance(dsconv.quantize(Reads().eval(), "w8a8").conv, nn.DSConv2d)
+
+
+class Masker:
+    """As tools for pruning have it: one object masks all layers, by a hook of one of them or of any module."""
+
+    def __init__(self, model: tnn.Module):
+        generator = torch.Generator().manual_seed(2)
+        layers = [module for module in model.modules() if isinstance(module, tnn.Conv2d)]
+        self.masks = [(layer, (torch.rand(layer.weight.shape, generator=generator) > 0.6).float()) for layer in layers]
+
+    def prune(self, *_: Any) -> None:
+        for layer, mask in self.masks:
+            layer.weight.data.mul_(mask)
+
+
+@pytest.mark.parametrize("kind", ["register_forward_pre_hook", "register_forward_hook"])
+@pytest.mark.parametrize("place", [0, 1], ids=["a layer", "an activation"])
+def test_layers_whose_weight_a_hook_of_another_one_writes_stay_in_float(place: int, kind: str) -> None:
+    model = tnn.Sequential(*net(), tnn.Conv2d(4, 8, 1)).eval()
+    masker = Masker(model[:3])
+    getattr(model[place], kind)(masker.prune)
+    quantized = dsconv.quantize(model, "w8a8")
+    reason = f"its weight or bias is written by a hook of '{place}' ({type(model[place]).__name__}), Masker.prune"
+    reasons = model_info(quantized).in_float
+    assert reasons.keys() == {"0", "2"} and all(why.startswith(reason) for why in reasons.values())
+    with torch.inference_mode():
+        for _ in range(2):
+            error = quantized(X) - model(X)
+    assert error.norm() < 0.05 * model(X).norm()
+    assert torch.equal(quantized[2].weight, model[2].weight) and not torch.equal(net()[2].weight, model[2].weight)

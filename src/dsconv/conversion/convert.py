@@ -187,7 +187,7 @@ class FoundLayer:
 
 def _find_layers(model: nn.Module) -> list[FoundLayer]:
     found: dict[int, FoundLayer] = {}
-    written = hooks.written_by_containers(model, FLOAT_TYPES)
+    written = hooks.written_by_others(model, FLOAT_TYPES)
     for name, module, parent in _walk(model):
         if not isinstance(module, (*FLOAT_TYPES, dsnn.DSLayer)):
             continue

@@ -83,17 +83,18 @@ def written(layer: nn.Module, make_input: Callable[[], Tensor]) -> Written | Non
     return Written(weights[-1], frozenset(keys))
 
 
-def written_by_containers(model: nn.Module, layers: type | tuple[type, ...]) -> dict[nn.Module, str]:
-    """Return each of the ``layers`` in ``model`` whose weight a module around it writes, and why.
+def written_by_others(model: nn.Module, layers: type | tuple[type, ...]) -> dict[nn.Module, str]:
+    """Return each of the ``layers`` in ``model`` whose weight another module writes, and why.
 
-    A module writes it by a hook, which is run on a copy, or in its forward, whose code is looked at.
+    Any module may write it by a hook, which is run on a copy; a module around it also in its forward, whose code is
+    looked at.
     """
     found: dict[nn.Module, str] = {}
+    everything = [module for module in model.modules() if isinstance(module, layers)]
     for name, module in model.named_modules():
         inside: list[nn.Module] = [*filter(lambda m: isinstance(m, layers), module.modules())]
-        if isinstance(module, layers) or not inside:
-            continue
-        for function, owners in _writing_methods(type(module)):
+        around = bool(inside) and not isinstance(module, layers)
+        for function, owners in _writing_methods(type(module)) if around else ():
             children = {child: m for child, m in module._modules.items() if m is not None}
             # What has no name of its own, such as the variable of a loop, may be a part of all that is named.
             names = owners if owners <= children.keys() else set(_names(function.__code__))
@@ -107,20 +108,25 @@ def written_by_containers(model: nn.Module, layers: type | tuple[type, ...]) -> 
                 memo: dict[int, Any] = {}
                 owner = f"{name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
                 hook: Any = getattr(module, kind)[key]
+                reached = inside if around else []
                 try:
                     probed = copied(module, memo, isolate=True).eval()
-                    hook, x = getattr(probed, kind)[key], _input_of(inside[0])
-                    before = [_stored(memo[id(layer)]) for layer in inside]
+                    # Its own weight is the business of `written`.
+                    reached = [layer for layer in everything if layer is not module and id(layer) in memo]
+                    if not reached:
+                        continue
+                    hook, x = getattr(probed, kind)[key], _input_of((inside or reached)[0])
+                    before = [_stored(memo[id(layer)]) for layer in reached]
                     for turn in range(_TURNS):
                         _call(probed, kind, key, hook, x * (1 + turn), *[x] * (kind == "_forward_hooks"))
-                    after = [_stored(memo[id(layer)]) for layer in inside]
+                    after = [_stored(memo[id(layer)]) for layer in reached]
                 except Exception as error:
-                    found |= dict.fromkeys(inside, f"{_failed(hook, error)}; it belongs to {owner}")
+                    found |= dict.fromkeys(reached, f"{_failed(hook, error)}; it belongs to {owner}")
                     continue
                 wrote = f"its weight or bias is written by a hook of {owner}, {_name(hook)}: run it once and remove it"
-                for layer, *states in zip(inside, before, after, strict=True):
-                    if _changed(*states):
-                        found[layer] = wrote
+                changed = [one for one, *states in zip(reached, before, after, strict=True) if _changed(*states)]
+                # A layer whose hook writes others keeps it, and so its own weight, which the hook may write as well.
+                found |= dict.fromkeys([*changed, module] if changed and not around else changed, wrote)
     return found
 
 
