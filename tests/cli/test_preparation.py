@@ -80,7 +80,7 @@ def test_the_file_wins_over_its_original_and_an_option_over_single_fields_of_it(
     cli: Cli, digits: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "a.safetensors"
-    assert cli("quantize", "dsconv/digits_resnet", "--mean", "0.25", "--preset", "paper", "--out", file).code == 0
+    assert cli("quantize", "dsconv/digits_resnet", "--mean", ".25", "--preset", "paper", "--out", file).code == 0
     own = Preprocess(resize=(8, 8), channels="gray", mean=0.25).model_dump(mode="json")
     commands = {
         "evaluate": ("evaluate", file, "--reference", "dsconv/digits_resnet"),

@@ -499,7 +499,8 @@ def _finite(data: Any) -> Any:
 def _value(text: str) -> Any:
     """``none``, a number, several as in ``0.5,0.5,0.5`` or ``224x320``, or a word; Preprocess checks which it takes."""
     try:
-        numbers = strict_json.loads(f"[{text.replace('x', ',')}]")
+        # A number may begin with its point, as in .5, which JSON does not know.
+        numbers = strict_json.loads(f"[{re.sub(r'(?<![0-9])[.](?=[0-9])', '0.', text).replace('x', ',')}]")
     except ValueError:
         return None if text == "none" else text
     return numbers[0] if len(numbers) == 1 else numbers
