@@ -147,6 +147,16 @@ def test_inputs_need_not_be_dense(layout: str) -> None:
     assert_as_model(fast, LAYOUTS[layout](torch.randn(4, 3, 5, 7)))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_gelu_reads_the_layout_of_the_model_for_which_pytorch_has_a_kernel_of_its_own(layout: str) -> None:
+    """64 values fill vectors: that alone does not make the two kernels alike."""
+    fast = compile_(
+        Chain(conv(3, 64), nn.GELU(), conv(64, 64), nn.GELU(), conv(64, 64), nn.GELU(), conv(64, 64)), (3, 16, 16)
+    )
+    x = LAYOUTS[layout](torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    assert_as_model(fast, x)
+
+
 def test_what_pytorch_rounds_by_its_place_is_the_same_in_parts_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsconv.compilation.program._CACHED_BYTES", 1)
     for width in (5, 8):  # 240 and 384 values of an image: the first leaves some beside full vectors

@@ -51,8 +51,16 @@ def is_exact(node: fx.Node) -> bool:
 
 
 def is_by_vectors(node: fx.Node) -> bool:
-    """Whether an operator returns the same bits for every layout in which :func:`fills_vectors` holds."""
+    """Whether an operator rounds what remains beside full vectors in another way, see :func:`fills_vectors`."""
     return getattr(node.target, "overloadpacket", None) in _BY_VECTORS
+
+
+def is_by_format(node: fx.Node) -> bool:
+    """Whether PyTorch has two kernels for an operator, one of them for contiguous tensors alone.
+
+    The exact GELU of contiguous tensors is oneDNN's.
+    """
+    return getattr(node.target, "overloadpacket", None) is _aten.gelu
 
 
 def makes_rows(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from dsconv.compilation.averages import OWN_LANES, lanes_of_pytorch
 from dsconv.compilation.fusion import Activations, batchnorm_terms, constant, only_user
-from dsconv.compilation.layouts import in_one_format, is_by_vectors, is_exact, lies_in_lines, makes_rows
+from dsconv.compilation.layouts import in_one_format, is_by_format, is_by_vectors, is_exact, lies_in_lines, makes_rows
 from dsconv.ops import cpu
 
 _aten, _dsconv = torch.ops.aten, torch.ops.dsconv
@@ -433,7 +433,7 @@ class _Lowering:
                 continue
             node, does = step.node, step.does
             passed_on = node in asked and not makes_rows(node)
-            does.by_vectors = is_by_vectors(node) and not passed_on
+            does.by_vectors = is_by_vectors(node) and not is_by_format(node) and not passed_on
             does.faithful = passed_on or not is_exact(node)
             if does.faithful:
                 asked.update(node.all_input_nodes)
