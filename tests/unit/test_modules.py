@@ -19,7 +19,7 @@ from torch import nn as tnn
 import dsconv
 from dsconv import nn, ops
 from dsconv.config import LayerConfig, QuantConfig
-from dsconv.numerics import fake_quantize_activation, quantize_weight
+from dsconv.numerics import fake_quantize_activation, quantize_weight, weights
 
 FLOAT = {
     nn.DSConv1d: tnn.Conv1d,
@@ -318,6 +318,31 @@ def test_from_float_leaves_the_layer_alone_and_keeps_its_flags(quantized: type[n
     assert all(torch.equal(layer.state_dict()[name], value) for name, value in before.items())
     with pytest.raises(TypeError, match=f"{quantized.__name__}: expected a {FLOAT[quantized].__name__}, got ReLU"):
         quantized.from_float(tnn.ReLU())
+
+
+@pytest.mark.parametrize("rule", ["refined", "balanced"])
+def test_rounding_runs_on_one_thread_and_leaves_pytorch_its_threads(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def noting(*args: Any, **named: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return solve(*args, **named)
+
+    name = "round_balanced" if rule == "balanced" else "round_rows"
+    solve = getattr(weights, name)
+    monkeypatch.setattr(weights, name, noting)
+    layer, config = tnn.Linear(20, 6), LayerConfig(block_size=8, weight_rule=rule)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        nn.DSLinear.from_float(layer, config)
+        assert torch.get_num_threads() == 3
+        with pytest.raises(ValueError, match="finite"):
+            nn.DSLinear.from_float(layer, config, weight=torch.full((6, 20), torch.nan))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
 
 
 def test_from_float_takes_what_quantize_takes() -> None:

@@ -109,3 +109,17 @@ def test_networks_come_closer_to_their_originals() -> None:
         with torch.inference_mode():
             error[known] = (qnet(x) - net(x)).square().mean().item()
     assert error[True] < 0.95 * error[False]
+
+
+def test_integers_and_scales_are_the_same_bits_on_any_number_of_threads() -> None:
+    net = network(nn.ReLU(), nn.Conv2d(32, 128, 1), batchnorm(128), nn.ReLU(), nn.Conv2d(128, 32, 3))
+    before, states = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            states.append(dsconv.quantize(net).state_dict())
+    finally:
+        torch.set_num_threads(before)
+    assert len(states[0]) > 10
+    for state in states[1:]:
+        assert all(torch.equal(value, state[name]) for name, value in states[0].items())

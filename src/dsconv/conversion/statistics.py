@@ -16,6 +16,7 @@ from dsconv.conversion.copying import copied
 from dsconv.data import Preprocess, synthetic_images
 from dsconv.nn.inputs import as_input_of
 from dsconv.numerics import InputMoments
+from dsconv.ops.cpu import PyTorchOnOneThread
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _IMAGES = 16
@@ -110,7 +111,8 @@ def _measured(model: nn.Module, images: Tensor) -> tuple[dict[nn.Module, InputMo
         if x.shape[0] * x.shape[2] < _ENOUGH:
             missing = missing or not isinstance(layer, nn.Linear)
             return
-        variance, mean = _var_mean(x)
+        with PyTorchOnOneThread(always=True):
+            variance, mean = _var_mean(x)
         if variance.isfinite().all():
             groups = getattr(layer, "groups", 1)
             found[original[layer]] = InputMoments(mean.view(groups, -1), variance.view(groups, -1))

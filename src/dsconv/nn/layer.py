@@ -133,7 +133,8 @@ class DSLayer(nn.Module):
         Raises:
             ValueError: the weight holds a NaN or an infinity.
         """
-        return self.store_(*self.quantized(weight, inputs), weight)
+        with cpu.PyTorchOnOneThread(always=True):
+            return self.store_(*self.quantized(weight, inputs), weight)
 
     def quantized(self, weight: Tensor, inputs: InputMoments | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """VQK int8 of the shape of ``weight (O, C/groups, *K)``, KDS and shift, or None, float32, as the config says.

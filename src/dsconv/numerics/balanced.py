@@ -23,9 +23,9 @@ _MEAN_POWER = 0.4
 _TAP_CORRELATION = 0.7
 # What is added to the diagonal of H, as a fraction of its mean.
 _RIDGE = 0.1
-# Weights of a tap that are worked on at a time: they stay in cache, and PyTorch uses one thread for so few. Numbers of
-# all taps, and of the normal equations of scales, at a time.
-_SLAB, _MOST = 1 << 15, 1 << 20
+# Weights of a tap that are worked on at a time: few enough to stay in cache, and enough that calls of PyTorch take less
+# time than what they compute. Numbers of all taps, and of the normal equations of scales, at a time.
+_SLAB, _MOST = 1 << 16, 1 << 20
 
 
 class _Model(NamedTuple):
@@ -67,7 +67,7 @@ def _rows(value: Tensor, count: int) -> Tensor:
 
 def most_rows(taps: int, n: int, on_cpu: bool) -> int:
     """Return how many rows :func:`round_balanced` should get at a time: many for its loops, few for the cache."""
-    return max(1, min((_SLAB if on_cpu else 32 * _SLAB) // n, _MOST // (taps * n), _MOST // taps**2))
+    return max(1, min((_SLAB if on_cpu else 16 * _SLAB) // n, _MOST // (taps * n), _MOST // taps**2))
 
 
 def round_balanced(

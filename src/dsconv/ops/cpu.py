@@ -108,10 +108,17 @@ class PyTorchOnOneThread:
 
     A fork copies the calling thread alone. PyTorch's threads (OpenMP) are missing in the child, which waits for them
     for ever if its parent used them.
+
+    Args:
+        always: do so in every process. Many operations on few numbers each gain little by more threads, and take many
+            times as long where other processes use the cores: the threads wait for one another after each.
     """
 
+    def __init__(self, *, always: bool = False):
+        self._always = always
+
     def __enter__(self) -> None:
-        self._before = torch.get_num_threads() if _State.forked else 1
+        self._before = torch.get_num_threads() if self._always or _State.forked else 1
         if self._before > 1:
             _state.threads = self._before
             torch.set_num_threads(1)
