@@ -293,3 +293,85 @@ def test_layers_whose_weight_a_hook_of_another_one_writes_stay_in_float(place: i
             error = quantized(X) - model(X)
     assert error.norm() < 0.05 * model(X).norm()
     assert torch.equal(quantized[2].weight, model[2].weight) and not torch.equal(net()[2].weight, model[2].weight)
+
+
+def by_state(layer: Any) -> None:
+    def load(module: Any, args: Any) -> None:
+        module.load_state_dict({"weight": module.state_dict()["weight"] * MASK, "bias": module.bias})
+
+    layer.register_forward_pre_hook(load)
+
+
+@pytest.mark.parametrize("install", [in_place, by_a_helper, by_state])
+def test_a_mask_that_a_call_has_applied_already_is_known_for_one(install: Callable[[Any], Any]) -> None:
+    model = net()
+    install(model[0])
+    with torch.no_grad():
+        expected = model(X)
+    quantized = dsconv.quantize(model, "w8a8")
+    assert isinstance(quantized[0], nn.DSConv2d) and not quantized[0]._forward_pre_hooks
+    assert not quantized[0].vqk[MASK == 0].any()
+    with torch.inference_mode():
+        assert (quantized(X) - expected).norm() < 0.05 * expected.norm()
+        assert torch.equal(dsconv.compile(quantized, X)(X), quantized(X))
+
+
+class Writing(tnn.Module):
+    """A forward that writes the weight of a part of it, as ``how`` says."""
+
+    def __init__(self, how: Callable[[Any], object]):
+        super().__init__()
+        self.part, self.how = tnn.Conv2d(8, 16, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.how(self.part)
+        y: Tensor = self.part(x)
+        return y
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda part: tnn.init.constant_(part.weight, 0.5),
+        lambda part: torch.mul(part.weight, MASK, out=part.weight.data),
+        lambda part: part.weight.data.__setitem__(0, 0.0),
+        lambda part: part.weight.data.__imul__(MASK),
+        lambda part: part.weight.detach().flatten(1)[:, :4].zero_(),
+    ],
+)
+def test_what_writes_the_weight_of_a_quantized_layer_is_told_so(how: Callable[[Any], object]) -> None:
+    quantized = dsconv.quantize(Writing(how).eval(), "w8a8")
+    for call in (quantized, lambda x: dsconv.compile(quantized, x)):
+        with torch.inference_mode(), pytest.raises(dsconv.errors.ModelError, match="would be lost: write the weight"):
+            call(X)
+
+
+class OverAll(tnn.Module):
+    """A forward that writes all that its parameters are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.last = tnn.Conv2d(8, 16, 3), tnn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for p in self.part.parameters():
+                p.clamp_(-0.01, 0.01)
+        y: Tensor = self.last(self.part(x))
+        return y
+
+
+def test_a_forward_that_writes_its_parameters_leaves_their_layers_in_float() -> None:
+    network = tnn.Sequential(tnn.Conv2d(8, 8, 1), OverAll()).eval()
+    info = model_info(dsconv.quantize(network, "w8a8"))
+    assert info is not None and "may be written by the code of OverAll.forward" in info.in_float["1.part"]
+
+
+def test_what_is_read_of_a_weight_is_a_plain_tensor() -> None:
+    layer = dsconv.quantize(net())[0]
+    weight = layer.weight
+    assert weight.shape == (16, 8, 3, 3) and weight.dtype == torch.float32 and weight.numel() == 1152
+    assert torch.equal(weight, layer.dequantized_weight())
+    assert type(weight * 2) is type(weight.clone()) is type(weight.sum((1, 2, 3))) is Tensor
+    assert weight.clone().mul_(2).equal(weight * 2)
+    assert weight.requires_grad_(False) is not None

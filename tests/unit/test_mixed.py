@@ -329,7 +329,7 @@ class TestResume:
         ):
             with pytest.raises(FileFormatError, match=named):
                 resume(**changes)
-        with pytest.raises(FileFormatError, match="expected the state of a search"):
+        with pytest.raises(FileFormatError, match="expected a state file of format 'dsconv search'"):
             search(model, "w4a4", budget=4.5, images=images(), choices=FEW, state=file, resume=True)
 
     @pytest.mark.parametrize("data", [{"a": 1}, 3, None, [1], [{"layer": "0"}], [{"layer": 7}] * 99])

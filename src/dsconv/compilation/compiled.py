@@ -208,7 +208,8 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
 
 def _check_dtype(model: nn.Module) -> None:
     for name, value in model.named_parameters() if isinstance(model, nn.Module) else ():
-        if value.is_floating_point() and value.dtype != torch.float32:
+        # Quantized layers take every dtype: what they would have in float has no values.
+        if value.is_floating_point() and value.dtype != torch.float32 and value.numel():
             raise ModelError(
                 f"model {type(model).__name__}: parameter {name!r} is {value.dtype}, and programs compute in float32: "
                 "call float() on the model and on its input"

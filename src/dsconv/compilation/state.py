@@ -11,7 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dsconv.errors import ModelError
 from dsconv.nn import DSLayer
+from dsconv.nn.readonly import writes
 
 _LARGEST_KNOWN = 1 << 16  # values: weights that are computed from others are not kept a second time
 _WARM_BATCH = 3  # no usual batch, since a cache of that batch would not be seen to change
@@ -70,6 +72,8 @@ def _as_after_no_images(model: nn.Module, size: tuple[int, ...]) -> nn.Module:
     try:
         with torch.inference_mode(False), torch.no_grad():
             warm(torch.zeros((_WARM_BATCH, *size), dtype=torch.float32, device="cpu"))
+    except ModelError:
+        raise
     except Exception:
         return made  # its capture says why, or is of another batch
     modules = dict(made.named_modules())
@@ -154,7 +158,7 @@ class _Constants(TorchFunctionMode):
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         values = [leaf if tensors and not isinstance(leaf, Tensor) else self._value(leaf) for leaf in leaves]
         name = getattr(func, "__name__", "")
-        if _changes(name, kwargs):
+        if writes(func, kwargs):
             self._forget(tensors)
             return func(*args, **kwargs)
         known = all(value is not None for leaf, value in zip(leaves, values, strict=True) if isinstance(leaf, Tensor))
@@ -209,13 +213,6 @@ class _Constants(TorchFunctionMode):
                 for key, (traced, other) in self.known.items():
                     if other.untyped_storage().data_ptr() == memory:
                         self.changed[key] = traced
-
-
-def _changes(name: str, kwargs: dict[str, Any]) -> bool:
-    in_place = name in ("__setitem__", "__set__") or (
-        name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
-    )
-    return in_place or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs
 
 
 def _is_of_trace(leaf: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import dis
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 _PARTS = ("weight", "bias", "param", "state_dict", "attr", "__dict__", "kernel")
 _WHOLE = {"vars", "data", "apply", "modules", "children", "_modules", "_buffers", "buffers", "named_buffers"}
 _NAMES = ("weight", "bias")
+_LISTS = ("parameters", "named_parameters")
 _NO_CODE = ("CACHE", "PRECALL", "EXTENDED_ARG", "NOP", "PUSH_NULL")
 # So often hooks run: what they write twice they write always.
 _TURNS = 2
@@ -48,10 +50,16 @@ def written(layer: nn.Module, make_input: Callable[[], Tensor]) -> Written | Non
     if not any(may_write(hook) for kind in HOOKS for hook in getattr(layer, kind).values()):
         return None
     hook: Any = None
+    keys: set[int] = set()
     try:
-        probed: Any = copied(layer, isolate=True).eval()
-        keys, weights, x = set(), [], make_input()
-        for turn in range(_TURNS):
+        x = make_input()
+        # A mask that was applied before changes nothing more: where weights are others, it shows.
+        for disturbed, turn in itertools.product((True, False), range(_TURNS)):
+            if turn == 0:
+                probed: Any = copied(layer, isolate=True).eval()
+                weights: list[Tensor | None] = []
+                if disturbed:
+                    _disturb(probed)
             given = x * (1 + turn)
             for key, hook in list(probed._forward_pre_hooks.items()):
                 if not isinstance(hook, WEIGHT_HOOKS) and not may_write(hook):
@@ -65,8 +73,8 @@ def written(layer: nn.Module, make_input: Callable[[], Tensor]) -> Written | Non
                     also = "its bias" if "bias" in changed else "its input"
                     return Written(None, reason=f"a hook writes its weight or bias: {_name(hook)} changes {also}, too")
                 keys.add(key)
-            weights.append(getattr(probed, "weight", None))
-            weights[-1] = None if weights[-1] is None else weights[-1].detach().clone()
+            weight = getattr(probed, "weight", None)
+            weights.append(None if weight is None else weight.detach().clone())
             output = probed.forward(given)
             for key, hook in list(probed._forward_hooks.items()):
                 before = _stored(probed)
@@ -172,21 +180,25 @@ def _writes(code: CodeType) -> set[str]:
     found: set[str] = set()
     owners: dict[str, str] = {}
     last, owner = "", ""  # the name loaded last, and whose weight it is
+    listed = looped = False  # whether parameters were listed last, and the variables of a loop over them come next
     for op in dis.get_instructions(code):
         name = str(op.argval)
         if op.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             if owner and name.endswith("_") and not name.endswith("__"):
                 found.add(owner)
             owner = last if name in _NAMES else owner if name == "data" else ""
-            last = name
+            last, listed = name, name in _LISTS
         elif op.opname == "STORE_ATTR":
             if name in _NAMES or (owner and name == "data"):
                 found.add(last if name in _NAMES else owner)
             owner = ""
         elif op.opname == "STORE_FAST":
-            owners[name], owner = owner, ""
-        elif op.opname not in _NO_CODE:
+            owners[name], owner = _LISTS[0] if looped else owner, ""
+        elif op.opname == "GET_ITER":
+            looped, listed = listed, False
+        elif op.opname not in (*_NO_CODE, "FOR_ITER", "UNPACK_SEQUENCE"):
             owner, last = (owners.get(name, ""), name) if op.opname.startswith("LOAD_FAST") else ("", "")
+            looped = False
     return found.union(*(_writes(const) for const in code.co_consts if isinstance(const, CodeType)))
 
 
@@ -230,6 +242,15 @@ def _call(module: Any, kind: str, key: int, hook: Any, x: Tensor, *output: Any) 
         if key in getattr(module, f"{kind}_with_kwargs"):
             return hook(module, (x,), {}, *output)
         return hook(module, (x,), *output)
+
+
+def _disturb(layer: nn.Module) -> None:
+    """Give the parameters of ``layer`` values of another sign, size and order."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in layer.parameters():
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float32, device="cpu")
+            value.data = value.data * -3 + noise.to(value)
 
 
 def _stored(layer: nn.Module) -> dict[str, tuple[Any, Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dsconv import ops
 from dsconv.config import LayerConfig, LayerKind, QuantConfig, as_config
 from dsconv.errors import ConfigError
+from dsconv.nn.readonly import ReadOnly
 from dsconv.numerics import (
     InputMoments,
     block_count,
@@ -112,9 +113,15 @@ class DSLayer(nn.Module):
     def weight(self) -> Tensor:
         """A copy of :meth:`dequantized_weight` in the dtype of ``weight_like``, for code that looks at the weight.
 
-        To change the weight, call :meth:`quantize_`: what is written to the copy is lost.
+        To change the weight, call :meth:`quantize_`.
+
+        Raises:
+            ModelError: the copy is written, which would be lost.
         """
-        return self.dequantized_weight().to(self.weight_like.dtype)
+        weight = self.dequantized_weight().to(self.weight_like.dtype)
+        # While a graph is captured, something else stands for the tensor.
+        captured = torch.compiler.is_compiling() or type(weight) is not Tensor
+        return weight if captured else weight.as_subclass(ReadOnly)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

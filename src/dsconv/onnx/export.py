@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 import warnings
 from importlib import metadata
@@ -135,7 +136,7 @@ def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, full
     if not _layers(qmodel):
         raise ModelError(f"model {kind} holds no quantized layer: convert it with dsconv.quantize first")
     check_evaluation_mode(qmodel, "the export")
-    half = [name for name, value in qmodel.named_parameters() if value.dtype != torch.float32]
+    half = [name for name, value in qmodel.named_parameters() if value.dtype != torch.float32 and value.numel()]
     if half or x.dtype != torch.float32:
         what = f"parameter {half[0]!r}" if half else "the example_input"
         raise ModelError(f"model {kind}: {what} is not float32: call float() on model and input before the export")
@@ -252,7 +253,18 @@ def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
     shapes = [value.shape for value in (*graph.inputs, *graph.outputs)]
     if any(shape is None or isinstance(shape[0], int) for shape in shapes):
         raise ModelError(_ONE_BATCH.format(kind))
+    _name_batch(graph)
     return program.model
+
+
+def _name_batch(graph: Any) -> None:
+    """Call the batch size ``batch`` in all shapes: a program that is exported keeps PyTorch's symbol for it alone."""
+    ir = import_extra("onnx", "onnx_ir")
+    symbol = re.compile(rf"\b{re.escape(graph.inputs[0].shape[0].value)}\b")
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        if value.shape is not None:
+            sizes = [size if isinstance(size, int) else symbol.sub("batch", str(size.value)) for size in value.shape]
+            value.shape = ir.Shape(sizes)
 
 
 def _lower(model: Any, lowering: Integers) -> None:

@@ -1,0 +1,61 @@
+"""Tensors that refuse to be written, for values that are computed anew each time they are read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsconv.errors import ModelError
+
+_CONVERSIONS = ("__index__", "__int__", "__invert__")
+# Methods with the name of one that works in place, which change no value.
+_WRITE_NOTHING = ("requires_grad_", "rename_", "share_memory_", "pin_memory_")
+
+
+def writes(function: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether a function of tensors writes to one of its arguments, as far as its name tells.
+
+    >>> writes(Tensor.mul_, {}), writes(torch.mul, {}), writes(torch.mul, {"out": 1}), writes(Tensor.__setitem__, {})
+    (True, False, True, True)
+    """
+    name = getattr(function, "__name__", "")
+    if name in _WRITE_NOTHING:
+        return False
+    operator = name in ("__setitem__", "__set__") or (name.startswith("__i") and name not in _CONVERSIONS)
+    return operator or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs
+
+
+class ReadOnly(Tensor):
+    """A tensor whose values, and those of its views, cannot be written. What is computed of it is a plain tensor.
+
+    >>> weight = torch.ones(2).as_subclass(ReadOnly)
+    >>> weight.data.mul_(2)
+    Traceback (most recent call last):
+    ...
+    dsconv.errors.ModelError: the weight of a quantized layer is computed from vqk and kds, and mul_ to it would be \
+lost: write the weight of the float model before quantizing it, or call quantize_(weight) of the layer
+    >>> type(weight + 1)
+    <class 'torch.Tensor'>
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [*args, *kwargs.values()]
+        if writes(func, kwargs) and not (func.__name__ == "__set__" and func is not Tensor.data.__set__):  # type: ignore[attr-defined]
+            written = kwargs.get("out", next((value for value in given if isinstance(value, Tensor)), None))
+            if any(isinstance(value, cls) for value in (written if isinstance(written, tuple) else (written,))):
+                what = "an assignment" if func.__name__.startswith("__") else func.__name__
+                raise ModelError(
+                    f"the weight of a quantized layer is computed from vqk and kds, and {what} to it would be lost: "
+                    "write the weight of the float model before quantizing it, or call quantize_(weight) of the layer"
+                )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            if not isinstance(result, Tensor):
+                return result
+            homes = {value.untyped_storage().data_ptr() for value in given if isinstance(value, cls)}
+            return result.as_subclass(cls if result.untyped_storage().data_ptr() in homes else Tensor)
