@@ -93,7 +93,7 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// That of a tensor of which something is read or written.
+// Returns the address of a tensor that is read or written, checked.
 template <class T>
 T* needed(const char* what, Address address, bool used = true) {
   if (used && !address) throw std::invalid_argument(std::string(what) + ": expected the address of a tensor, got 0");
@@ -102,7 +102,7 @@ T* needed(const char* what, Address address, bool used = true) {
 
 Strides strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 
-// Of a tensor of these sizes.
+// Returns the strides of a tensor of these sizes, checked.
 Strides strides(std::array<std::int64_t, 4> s, std::int64_t images, std::int64_t channels, std::int64_t height, std::int64_t width) {
   double last = 0.0;
   const std::int64_t sizes[] = {images, channels, height, width};

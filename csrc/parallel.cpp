@@ -84,7 +84,7 @@ class Pool {
   void* context_ = nullptr;
 };
 
-// What a process has to itself. Not destroyed when it ends: another thread may be in here still.
+// The state that a process has to itself. It is never destroyed: another thread may still use it at exit.
 struct Own {
   std::mutex busy;
   std::unique_ptr<Pool> pool;

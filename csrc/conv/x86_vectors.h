@@ -1,4 +1,4 @@
-// What the instruction sets of x86 share, by the bits of their vectors: x86_256.cpp for AVX2 and AVX-VNNI, x86_512.cpp for
+// Functions that instruction sets of x86 share, by the bits of their vectors: x86_256.cpp for AVX2 and AVX-VNNI, x86_512.cpp for
 // AVX-512 VNNI and AMX.
 #pragma once
 

@@ -1,5 +1,6 @@
 """Hooks that write weights: what they make of a weight is quantized, or the layer stays in float with the reason."""
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -337,6 +338,8 @@ class Writing(tnn.Module):
         lambda part: part.weight.data.__setitem__(0, 0.0),
         lambda part: part.weight.data.__imul__(MASK),
         lambda part: part.weight.detach().flatten(1)[:, :4].zero_(),
+        lambda part: part.weight.split(4)[1].zero_(),
+        lambda part: torch._foreach_mul_([part.weight], 2.0),
     ],
 )
 def test_what_writes_the_weight_of_a_quantized_layer_is_told_so(how: Callable[[Any], object]) -> None:
@@ -375,3 +378,4 @@ def test_what_is_read_of_a_weight_is_a_plain_tensor() -> None:
     assert type(weight * 2) is type(weight.clone()) is type(weight.sum((1, 2, 3))) is Tensor
     assert weight.clone().mul_(2).equal(weight * 2)
     assert weight.requires_grad_(False) is not None
+    assert type(copy.deepcopy(weight)) is Tensor and copy.deepcopy(weight).equal(weight)

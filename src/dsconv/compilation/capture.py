@@ -109,7 +109,7 @@ def needs_one_batch(error: BaseException) -> bool:
 def order_in_memory(x: Tensor) -> tuple[int, ...]:
     """Dimensions of ``x``, those with the largest strides first; images come one after another where there is but one.
 
-    >>> order_in_memory(torch.zeros(1, 3, 4, 4).to(memory_format=torch.channels_last))
+    >>> order_in_memory(torch.zeros(1, 3, 4, 4, dtype=torch.float32).to(memory_format=torch.channels_last))
     (0, 2, 3, 1)
     """
     strides = x.stride()

@@ -122,7 +122,8 @@ def in_one_format(node: Any) -> bool:
 def restrided(x: Tensor, strides: Strides) -> Tensor:
     """``x`` in memory of these strides; a copy where the values lie elsewhere now.
 
-    >>> restrided(torch.zeros(2, 3, 4, 4), (48, 1, 12, 3)).is_contiguous(memory_format=torch.channels_last)
+    >>> x = torch.zeros(2, 3, 4, 4, dtype=torch.float32)
+    >>> restrided(x, (48, 1, 12, 3)).is_contiguous(memory_format=torch.channels_last)
     True
     """
     have = x.stride()

@@ -29,7 +29,7 @@ def writes(function: Any, kwargs: dict[str, Any]) -> bool:
 class ReadOnly(Tensor):
     """A tensor whose values, and those of its views, cannot be written. What is computed of it is a plain tensor.
 
-    >>> weight = torch.ones(2).as_subclass(ReadOnly)
+    >>> weight = torch.ones(2, dtype=torch.float32).as_subclass(ReadOnly)
     >>> weight.data.mul_(2)
     Traceback (most recent call last):
     ...
@@ -46,16 +46,24 @@ lost: write the weight of the float model before quantizing it, or call quantize
         kwargs = kwargs or {}
         given = [*args, *kwargs.values()]
         if writes(func, kwargs) and not (func.__name__ == "__set__" and func is not Tensor.data.__set__):  # type: ignore[attr-defined]
-            written = kwargs.get("out", next((value for value in given if isinstance(value, Tensor)), None))
-            if any(isinstance(value, cls) for value in (written if isinstance(written, tuple) else (written,))):
+            written = kwargs.get("out", next((value for value in given if isinstance(value, Tensor | list)), None))
+            if any(isinstance(value, cls) for value in (written if isinstance(written, tuple | list) else (written,))):
                 what = "an assignment" if func.__name__.startswith("__") else func.__name__
                 raise ModelError(
                     f"the weight of a quantized layer is computed from vqk and kds, and {what} to it would be lost: "
                     "write the weight of the float model before quantizing it, or call quantize_(weight) of the layer"
                 )
         with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.__deepcopy__:
+                return args[0].detach().as_subclass(Tensor).clone()
             result = func(*args, **kwargs)
-            if not isinstance(result, Tensor):
-                return result
             homes = {value.untyped_storage().data_ptr() for value in given if isinstance(value, cls)}
-            return result.as_subclass(cls if result.untyped_storage().data_ptr() in homes else Tensor)
+
+            def kept(value: Any) -> Any:
+                shares = value.untyped_storage().data_ptr() in homes
+                return value.as_subclass(cls if shares else Tensor)
+
+            if isinstance(result, tuple | list) and all(isinstance(value, Tensor) for value in result):
+                values = map(kept, result)
+                return type(result)(values) if type(result) in (tuple, list) else result
+            return kept(result) if isinstance(result, Tensor) else result
