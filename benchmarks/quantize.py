@@ -1,8 +1,10 @@
-"""Time and extra memory of quantizing a whole ResNet-50 (random weights: the work does not depend on their values).
+"""Time and extra memory of quantizing whole networks (random weights: the work does not depend on their values).
 
 python benchmarks/quantize.py
+python benchmarks/quantize.py --networks resnet18,vgg16 --threads 2 --presets default
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -14,37 +16,49 @@ import dsconv
 import machine
 from dsconv import QuantConfig, zoo
 
-RUNS = 5
+NETWORKS = "resnet18,resnet50,mobilenet_v2,densenet121,vgg16"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default=NETWORKS, help=f"names of torchvision's, with commas; default {NETWORKS}")
+    parser.add_argument("--presets", default="paper,default", help="default: %(default)s")
+    parser.add_argument("--threads", default="1,2", help="default: %(default)s")
+    parser.add_argument("--runs", type=int, default=5, help="of each, default %(default)s")
+    arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
     import torchvision_shim
 
     torchvision_shim.install()
-    torch.set_num_threads(2)
-    model = zoo.build("torchvision/resnet50", weights="random")
-    weights_bytes = sum(4 * p.numel() for p in model.parameters())
     print(machine.describe())
-    print(f"ResNet-50, {weights_bytes / 1e6:.0f} MB of weights; median of {RUNS} runs (least .. most) in seconds")
-    for name, config in (
-        ("paper", QuantConfig.preset("paper")),
-        ("paper, kl scale", QuantConfig.preset("paper", weight_scale="kl")),
-        ("default", QuantConfig.preset("default")),
-    ):
-        times = []
-        machine.reset_peak()
-        before = machine.kilobytes("VmRSS")
-        for _ in range(RUNS):
-            start = time.perf_counter()
-            qmodel = dsconv.quantize(model, config)
-            times.append(time.perf_counter() - start)
-            del qmodel
-        more = (machine.kilobytes("VmHWM") - before) * 1024
-        print(
-            f"{name:16} {statistics.median(times):5.2f} ({min(times):.2f} .. {max(times):.2f}), "
-            f"peak memory grew by {more / 1e6:.0f} MB ({more / weights_bytes:.2f} of the weights)"
-        )
+    print(f"median of {arguments.runs} runs (least .. most) in seconds; memory at its peak, beyond that before")
+    for name in arguments.networks.split(","):
+        model = zoo.build(f"torchvision/{name}", weights="random")
+        weights_bytes = sum(4 * p.numel() for p in model.parameters())
+        print(f"{name}, {weights_bytes / 1e6:.0f} MB of weights")
+        for preset in arguments.presets.split(","):
+            for threads in map(int, arguments.threads.split(",")):
+                torch.set_num_threads(threads)
+                print(
+                    f"  {preset:8} {threads} threads  {measured(model, preset, arguments.runs, weights_bytes)}",
+                    flush=True,
+                )
+
+
+def measured(model: torch.nn.Module, preset: str, runs: int, weights_bytes: int) -> str:
+    """Time and memory of quantizing a network, as text."""
+    config = QuantConfig.preset(preset)
+    times = []
+    machine.reset_peak()
+    before = machine.kilobytes("VmRSS")
+    for _ in range(runs):
+        start = time.perf_counter()
+        qmodel = dsconv.quantize(model, config)
+        times.append(time.perf_counter() - start)
+        del qmodel
+    more = (machine.kilobytes("VmHWM") - before) * 1024
+    spread = f"{statistics.median(times):5.2f} ({min(times):.2f} .. {max(times):.2f})"
+    return f"{spread}  {more / 1e6:5.0f} MB ({more / weights_bytes:.2f} of the weights)"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "program/program.h"
+#include "rounding/balanced.h"
 
 namespace nb = nanobind;
 
@@ -195,6 +196,22 @@ NB_MODULE(_C, m) {
   });
   m.def("pack_kds", [](const Sizes& sizes, Address kds, Address packed) {
     pack_kds(geometry(sizes), needed<const float>("kds", kds), needed<float>("packed", packed));
+  });
+  m.def("round_balanced", [](std::string_view isa, const std::array<std::int64_t, 4>& sizes, int bits, bool shift, double held,
+                             const std::array<Address, 1>& weight, const std::array<Address, 3>& model,
+                             const std::array<Address, 3>& regularized, const std::array<Address, 3>& results) {
+    const auto [taps, n, rows, kinds] = sizes;
+    if (taps < 1 || n < 1 || rows < 1 || kinds < 1 || rows % kinds) throw std::invalid_argument("sizes do not agree");
+    if (taps > kMostTaps || n > 1 << 20) throw std::invalid_argument("sizes: expected at most 128 taps, 2^20 channels");
+    const auto moments = [](const std::array<Address, 3>& of) {
+      return InputModel{needed<const double>("own", of[0]), needed<const double>("shared", of[1]), needed<const double>("mean", of[2])};
+    };
+    const WeightRows of{needed<const float>("w", weight[0]), taps, n, rows, kinds};
+    const Results to{needed<std::int8_t>("q", results[0]), needed<float>("scale", results[1]), needed<float>("shift", results[2])};
+    const InputModel counts = moments(model), solved = moments(regularized);
+    count_run(kernels_of(isa));
+    nb::gil_scoped_release released;
+    round_balanced(isa, of, counts, solved, {checked_bits(bits), shift, held}, to);
   });
   m.def("quantize_activation", [](std::string_view isa, const Sizes& sizes, Address input,
                                   const std::array<std::int64_t, 4>& input_strides, int bits, int sign,

@@ -11,6 +11,7 @@
 #include "../conv/conv.h"
 #include "../conv/kernels.h"
 #include "../isa.h"
+#include "../rounding/balanced.h"
 
 using namespace dsconv;
 
@@ -266,6 +267,44 @@ std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
   return -1;
 }
 
+// Integers, scales and shifts of random weights, as bytes.
+struct BalancedCase {
+  WeightRows rows{};
+  BalancedRule rule{};
+  std::vector<float> w;
+  std::vector<double> own, shared, mean, held;
+
+  BalancedCase() {
+    rows.taps = pick(0, 2) ? pick(1, 9) : 1, rows.n = pick(1, 70), rows.kinds = pick(1, 3), rows.rows = rows.kinds * pick(1, 20);
+    rule = {static_cast<int>(pick(2, 8)), pick(0, 1) != 0, 1e-4};
+    const float size = std::exp2(static_cast<float>(pick(-126, 126)));
+    for (std::int64_t i = 0; i < rows.taps * rows.n * rows.rows; ++i) w.push_back(pick(0, 9) ? normal() * size : 0.0f);
+    for (std::int64_t i = 0; i < rows.n * rows.kinds; ++i) {
+      const double variance = std::fabs(normal());
+      own.push_back(0.3 * variance), shared.push_back(rows.taps > 1 ? 0.7 * variance : 0.0), mean.push_back(normal());
+      held.push_back(own.back() + 0.1);
+    }
+    rows.w = w.data();
+  }
+
+  std::vector<std::byte> rounded(std::string_view isa) const {
+    const std::int64_t scales = rows.taps * rows.rows;
+    std::vector<float> found(2 * scales);
+    std::vector<std::int8_t> q(w.size());
+    const InputModel model{own.data(), shared.data(), mean.data()}, regularized{held.data(), shared.data(), mean.data()};
+    round_balanced(isa, rows, model, regularized, rule, {q.data(), found.data(), found.data() + scales});
+    const int half = 1 << (rule.bits - 1);
+    for (const std::int8_t level : q)
+      if (level < -half || level >= half) return {};
+    for (const float v : found)
+      if (!std::isfinite(v)) return {};
+    const auto bytes = [](const auto& of) { return std::pair(reinterpret_cast<const std::byte*>(of.data()), of.size() * sizeof of[0]); };
+    std::vector<std::byte> all;
+    for (const auto& [from, count] : {bytes(q), bytes(found)}) all.insert(all.end(), from, from + count);
+    return all;
+  }
+};
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -296,7 +335,14 @@ int main(int count, char** arguments) {
         }
     }
   }
-  std::printf("%d convolutions alike on", cases);
+  for (int i = 0; i < cases; ++i) {
+    const BalancedCase c;
+    const std::vector<std::byte> reference = c.rounded("scalar");
+    if (reference.empty()) return std::printf("case %d: rounded to what is out of range\n", i), 1;
+    for (const Kernels* kernels : tested)
+      if (c.rounded(kernels->isa) != reference) return std::printf("case %d: %s rounds in another way\n", i, kernels->isa), 1;
+  }
+  std::printf("%d convolutions, and roundings, alike on", cases);
   for (const Kernels* kernels : tested) std::printf(" %s", kernels->isa);
   std::printf("\n");
 }

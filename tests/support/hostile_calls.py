@@ -171,6 +171,7 @@ def call_extension() -> None:
             lambda: MODULE.pack_kds(sizes(), 0, 0),
             lambda: MODULE.use_pool(random.choice((-(2**31), -1, 0))),
             lambda: MODULE.quantize_activation(isa, sizes(), 0, numbers(4), 4, 0, 0, 0),
+            lambda: MODULE.round_balanced(isa, numbers(4), number() % 2**20, True, 1e-4, [0], *[[0] * 3] * 3),
             lambda: MODULE.Convolution(isa, sizes(), numbers(4), numbers(4), 4, 8, 0, 0, 0.0)(*zero, 0),
             lambda: MODULE.Program.quantized_bytes(number(), number(), number(), numbers(4), True),
             lambda: MODULE.Program.__new__(MODULE.Program).bytes(1),

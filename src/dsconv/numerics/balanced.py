@@ -10,6 +10,7 @@ This is what :func:`dsconv.numerics.rounding.round_to` does for any H, each bloc
 constant for each channel and a rank of one, so that an integer costs a few operations, whatever the size of its block.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ _RIDGE = 0.1
 _SLAB, _MOST = 1 << 16, 1 << 20
 
 
-class _Model(NamedTuple):
+class Model(NamedTuple):
     """``e' H e = sum_c own_c sum_t e_tc^2 + sum_c shared_c (sum_t e_tc)^2 + (sum_tc mean_c e_tc)^2``.
 
     Each is ``(n, M)``: M kinds of rows, which follow one another in runs of equal length.
@@ -39,18 +40,18 @@ class _Model(NamedTuple):
     mean: Tensor
 
     @classmethod
-    def of(cls, mean: Tensor, variance: Tensor, taps: int) -> "_Model":
+    def of(cls, mean: Tensor, variance: Tensor, taps: int) -> "Model":
         correlation = _TAP_CORRELATION if taps > 1 else 0.0
         return cls((1 - correlation) * variance, correlation * variance, mean)
 
-    def regularized(self, ridge: float) -> "_Model":
+    def regularized(self, ridge: float) -> "Model":
         """With ``ridge mean(diag H)`` added to the diagonal; with 1 where all inputs are always zero."""
         diagonal = (self.own + self.shared + self.mean.square()).mean(0)
         return self._replace(own=self.own + torch.where(diagonal > 0, ridge * diagonal, 1.0))
 
-    def rows(self, count: int) -> "_Model":
+    def rows(self, count: int) -> "Model":
         """Return the model of each of ``count`` rows, ``(n, count)``; or ``(n, 1)`` where they are all of one kind."""
-        return _Model(*(_rows(value, count) for value in self))
+        return Model(*(_rows(value, count) for value in self))
 
     def value(self, e: Tensor) -> Tensor:
         """``e' H e`` of errors ``(T, n, R)``: ``(R,)``."""
@@ -70,9 +71,15 @@ def most_rows(taps: int, n: int, on_cpu: bool) -> int:
     return max(1, min((_SLAB if on_cpu else 16 * _SLAB) // n, _MOST // (taps * n), _MOST // taps**2))
 
 
+# Integers int8 ``(T, n, R)``, scales and shifts float32 ``(T, 1, R)``.
+Result = tuple[Tensor, Tensor, Tensor]
+# Of weights, the model that counts, the same regularized, 2^(bits - 1) and ``shift``; see :func:`solve`.
+Solver = Callable[[Tensor, Model, Model, int, bool], Result]
+
+
 def round_balanced(
-    w: Tensor, known: tuple[Tensor, Tensor] | None, bits: int, shift: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    w: Tensor, known: tuple[Tensor, Tensor] | None, bits: int, shift: bool, solver: Solver | None = None
+) -> Result:
     """Integers, scales and shifts for which the expected error of each block's share of its output is small.
 
     Args:
@@ -81,10 +88,11 @@ def round_balanced(
             known of them.
         bits: 2..8, width of the integers.
         shift: whether a scale has a shift beside it.
+        solver: what does as :func:`solve`, faster; None: that itself.
 
     Returns:
-        Float64 integers ``(T, n, R)``, and float32 scales and shifts ``(T, 1, R)``. By the measure that rows are
-        rounded for, none is worse than by rule ``refined``.
+        Int8 integers ``(T, n, R)``, and float32 scales and shifts ``(T, 1, R)``. By the measure that rows are rounded
+        for, none is worse than by rule ``refined``.
 
     >>> w = torch.randn(9, 32, 100, generator=torch.Generator().manual_seed(0))
     >>> found = round_rows(w, 8, "refined", False, dim=1), round_balanced(w, None, 4, False)
@@ -92,17 +100,20 @@ def round_balanced(
     >>> after < 0.1 * before
     True
     """
-    half = 1 << (bits - 1)
-    unit = torch.maximum(w.amax((0, 1)), -w.amin((0, 1)))  # next to the largest float, squares would overflow
-    unit = torch.where(unit == 0, 1.0, unit)
-    # In float64, so that what rows are worked on together does not show in the result.
     if known is None:
         mean, variance = (w.new_full((w.shape[1], 1), m, dtype=torch.float64) for m in (_MEAN_POWER**0.5, 1.0))
     else:
         mean, variance = known
-    model = _Model.of(mean.to(w.device, torch.float64), variance.to(w.device, torch.float64), len(w))
+    model = Model.of(mean.to(w.device, torch.float64), variance.to(w.device, torch.float64), len(w))
+    return (solver or solve)(w, model, model.regularized(_RIDGE), 1 << (bits - 1), shift)
+
+
+def solve(w: Tensor, model: Model, held: Model, half: int, shift: bool) -> Result:
+    """What :func:`round_balanced` returns: rows rounded for ``held``, where by ``model`` that is no worse than not."""
+    unit = torch.maximum(w.amax((0, 1)), -w.amin((0, 1)))  # next to the largest float, squares would overflow
+    unit = torch.where(unit == 0, 1.0, unit)
+    # In float64, so that what rows are worked on together does not show in the result.
     target = w.double().mul_(1 / unit.double())
-    held = model.regularized(_RIDGE)
     found = _refit(target, held, _nearest_plane(target, held, half, shift), shift)
     found = _refit(target, held, _descend(target, held, found, half), shift)
 
@@ -112,7 +123,7 @@ def round_balanced(
     refined = q, a / unit, c / unit
     better = model.value(_missed(target, found)) <= model.value(_missed(target, refined))
     q, a, c = (torch.where(better, new, old) for new, old in zip(found, refined, strict=True))
-    return q, (a * unit).float(), (c * unit).float()
+    return q.to(torch.int8), (a * unit).float(), (c * unit).float()
 
 
 # Below, integers and targets are ``(T, n, R)`` and scales and shifts ``(T, 1, R)``, all float64. One tap at a time
@@ -129,7 +140,7 @@ def _missed(target: Tensor, rounded: _Rounded) -> Tensor:
     return missed
 
 
-def _nearest_plane(target: Tensor, model: _Model, half: int, shift: bool) -> _Rounded:
+def _nearest_plane(target: Tensor, model: Model, half: int, shift: bool) -> _Rounded:
     """Column by column from the last to the first, each rounded to where the error is least with those before it free.
 
     With errors e of the columns P that are rounded, what is free had best err by ``-H_FF^-1 H_FP e_P``. By Sherman and
@@ -171,7 +182,7 @@ def _nearest_plane(target: Tensor, model: _Model, half: int, shift: bool) -> _Ro
     return q, scale, offset
 
 
-def _descend(target: Tensor, model: _Model, rounded: _Rounded, half: int) -> _Rounded:
+def _descend(target: Tensor, model: Model, rounded: _Rounded, half: int) -> _Rounded:
     """Moves each integer in turn to where the error is least, scales and the other integers being as they are."""
     own, shared, mean = model.rows(target.shape[2])
     q, scale, shift = rounded
@@ -192,7 +203,7 @@ def _descend(target: Tensor, model: _Model, rounded: _Rounded, half: int) -> _Ro
     return q, scale, shift
 
 
-def _refit(target: Tensor, model: _Model, rounded: _Rounded, shift: bool) -> _Rounded:
+def _refit(target: Tensor, model: Model, rounded: _Rounded, shift: bool) -> _Rounded:
     """The same integers with the scales, and shifts, of each row that leave the least error, all fitted together."""
     own, shared, mean = model.rows(target.shape[2])
     q, scale, offset = rounded

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from dsconv.numerics.scales import round_rows
 
 # Holds scales where they are that the integers do not determine, as a fraction of what the others are held by.
-_HELD = 1e-4
+HELD = 1e-4
 # Numbers in the normal equations of the scales that are solved at a time.
 _CHUNK = 1 << 23
 
@@ -199,7 +199,7 @@ def _refit(target: Tensor, h: Tensor, blocks: Blocks, rounded: Rounded) -> tuple
 def solve_held(normal: Tensor, right: Tensor, before: Tensor) -> Tensor:
     """Solutions ``(..., k)`` of normal equations ``(..., k, k)``, lightly held where they were ``before``."""
     own = normal.diagonal(dim1=-2, dim2=-1)
-    held = torch.where(own > 0, _HELD * own, 1.0)
+    held = torch.where(own > 0, HELD * own, 1.0)
     solved: Tensor = torch.linalg.solve(normal + torch.diag_embed(held), right + held * before)
     return solved
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from dsconv.config import LayerConfig
 from dsconv.errors import ConfigError
 from dsconv.numerics import ACTIVATION_SIGNS, block_count, check_activation, quantize_activation
+from dsconv.numerics.balanced import Model, Solver
+from dsconv.numerics.rounding import HELD
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -127,6 +129,19 @@ class PyTorchOnOneThread:
         if self._before > 1:
             torch.set_num_threads(self._before)
             _state.threads = None
+
+
+class _KernelThreads:
+    """Within it, kernels run on their threads in a :class:`PyTorchOnOneThread` too, where those are PyTorch's."""
+
+    def __enter__(self) -> None:
+        use_threads()
+        self._before = torch.get_num_threads()
+        if parallel() == "torch":
+            torch.set_num_threads(threads())
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)
 
 
 def _with_pytorch_on_one_thread(function: Callable[P, T]) -> Callable[P, T]:
@@ -254,6 +269,38 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
         return result
 
     return Packed(weight, packed(kds), None if kds_shift is None else packed(kds_shift))
+
+
+# Rows are solved by normal equations of all taps: above this many, PyTorch's take less memory.
+_MOST_TAPS = 128
+
+
+def balanced_solver(w: Tensor) -> Solver | None:
+    """What carries out rule ``balanced`` for weights ``(O, C/groups, *K)`` by the extension; None where PyTorch does.
+
+    It does as :func:`dsconv.numerics.balanced.solve`, which defines it, but for the order of sums, and returns the same
+    on every processor.
+
+    >>> from dsconv.numerics import quantize_weight
+    >>> w = torch.randn(8, 32, 3, 3)
+    >>> vqk, kds = quantize_weight(w, bits=4, block_size=32, rule="balanced", solver=balanced_solver(w))
+    """
+    covered = w.is_cpu and w.shape[2:].numel() <= _MOST_TAPS
+    return _solve_balanced if covered and extension() is not None else None
+
+
+def _solve_balanced(w: Tensor, model: Model, held: Model, half: int, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
+    module = extension()
+    assert module is not None
+    taps, _, rows = w.shape
+    q = torch.empty(w.shape, dtype=torch.int8, device="cpu")
+    scale, offset = (torch.empty(taps, 1, rows, dtype=torch.float32, device="cpu") for _ in range(2))
+    w, model, held = w.contiguous(), *(Model(*(value.contiguous() for value in of)) for of in (model, held))
+    sizes = (*w.shape, model.mean.shape[1])
+    addresses = [[value.data_ptr() for value in of] for of in ((w,), model, held, (q, scale, offset))]
+    with _KernelThreads():
+        module.round_balanced(isa(), sizes, half.bit_length(), shift, HELD, *addresses)
+    return q, scale, offset
 
 
 def _check_layer(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig) -> None:

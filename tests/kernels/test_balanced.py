@@ -1,0 +1,120 @@
+"""Rule ``balanced`` by the extension: what numerics defines, on every instruction set."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import by_isa, threads
+from torch import Tensor
+
+from dsconv import LayerConfig, nn
+from dsconv.numerics import balanced
+from dsconv.ops import cpu
+
+pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+
+
+@st.composite
+def roundings(draw: st.DrawFn) -> tuple[Tensor, tuple[Tensor, Tensor] | None, int, bool]:
+    """Weights ``(T, n, R)``, what is known of their inputs, bits and whether there is a shift."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    kinds = draw(st.integers(1, 3))
+    taps, n, rows = draw(st.sampled_from([1, 2, 9, 25])), draw(st.integers(1, 70)), kinds * draw(st.integers(1, 21))
+    w = torch.randn(taps, n, rows, generator=generator)
+    kind = draw(st.sampled_from(["plain", "apart", "outlier", "zeros", "one channel"]))
+    if kind == "apart":
+        w *= torch.rand(rows, generator=generator).mul(60).sub(30).exp2()
+    elif kind == "outlier":
+        w[:, :1] *= 100
+    elif kind == "zeros":
+        w *= torch.rand(w.shape, generator=generator) > 0.8
+        w[..., :1] = 0
+    elif kind == "one channel":
+        w[:, 1:] = 0
+    known = None
+    if draw(st.booleans()):
+        mean, variance = torch.randn(2, n, kinds, generator=generator)
+        known = mean, variance.square() * draw(st.sampled_from([0.0, 1.0, 1e6]))
+    return w, known, draw(st.integers(2, 8)), draw(st.booleans())
+
+
+def errors(w: Tensor, known: tuple[Tensor, Tensor] | None, found: balanced.Result) -> Tensor:
+    """What is expected of each row's error: ``(R,)``."""
+    mean, variance = known or (torch.full((w.shape[1], 1), 0.4**0.5), torch.ones(w.shape[1], 1))
+    q, scale, shift = (value.double() for value in found)
+    return balanced.Model.of(mean.double(), variance.double(), len(w)).value(w.double() - q * scale - shift)
+
+
+@given(roundings())
+@settings(deadline=None, max_examples=150)
+def test_rounds_as_it_is_defined_and_alike_on_every_instruction_set(case: Any) -> None:
+    w, known, bits, shift = case
+    expected = balanced.round_balanced(w, known, bits, shift)
+    solver = cpu.balanced_solver(w[0])
+    assert solver is not None
+    by_name = by_isa(lambda: balanced.round_balanced(w, known, bits, shift, solver))
+    first, *others = by_name.values()
+    for found in others:
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), by_name.keys()
+    for a, b in zip(first, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+    # Sums of another order decide otherwise where two choices are as good; the results are those of the choice.
+    alike = (first[0] == expected[0]).all(0).all(0)
+    for a, b in zip(first[1:], expected[1:], strict=True):
+        largest = b.abs().amax(0, keepdim=True)
+        assert ((a - b).abs() <= 1e-5 * largest)[..., alike].all()
+    before, after = (errors(w, known, found) for found in (expected, first))
+    size = w.double().square().sum((0, 1)) * (
+        1 if known is None else 1 + float(known[1].max() + known[0].square().max())
+    )
+    assert (after <= before * 1.02 + 1e-9 * size)[~alike].all()
+
+
+def test_rows_of_random_weights_are_those_of_the_definition() -> None:
+    w = torch.randn(9, 32, 2000, generator=torch.Generator().manual_seed(0))
+    for bits, shift in ((4, True), (3, False), (8, True)):
+        known = torch.rand(2, 32, 4, generator=torch.Generator().manual_seed(1)).unbind()
+        expected = balanced.round_balanced(w, known, bits, shift)
+        found = balanced.round_balanced(w, known, bits, shift, cpu.balanced_solver(w[0]))
+        alike = (found[0] == expected[0]).all(0).all(0)
+        assert alike.float().mean() > 0.99
+        for a, b in zip(found[1:], expected[1:], strict=True):
+            assert torch.allclose(a[..., alike], b[..., alike], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("config", [{}, {"weight_shift": True}, {"weight_scale": "kl"}])
+def test_layers_are_rounded_by_it_on_the_threads_that_pytorch_has(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.Conv2d(70, 24, 3, groups=2)
+    settings = LayerConfig(block_size=16, weight_rule="balanced", **config)
+    used = []
+    solve = cpu._solve_balanced
+    monkeypatch.setattr(cpu, "_solve_balanced", lambda *given: used.append(len(given[0])) or solve(*given))
+    results = []
+    for count in (1, 3):
+        with threads(count):
+            results.append(nn.DSConv2d.from_float(layer, settings))
+            assert torch.get_num_threads() == count
+    assert used and set(used) == {9}
+    one, several = (quantized.state_dict() for quantized in results)
+    assert all(torch.equal(one[name], several[name]) for name in one)
+    monkeypatch.setattr(cpu, "balanced_solver", lambda w: None)
+    defined = nn.DSConv2d.from_float(layer, settings)
+    assert (defined.vqk == results[0].vqk).float().mean() > 0.99
+
+
+def test_what_it_does_not_cover_is_left_to_pytorch() -> None:
+    assert cpu.balanced_solver(torch.zeros(1, 4, 11, 11)) is not None
+    assert cpu.balanced_solver(torch.zeros(1, 4, 12, 11)) is None
+    assert cpu.balanced_solver(torch.zeros(1, 4, 3, 3, device="meta")) is None
+    layer = torch.nn.Conv1d(4, 2, 150)
+    assert nn.DSConv1d.from_float(layer, LayerConfig(block_size=4, weight_rule="balanced")).vqk.shape == (2, 4, 150)
+
+
+def test_the_limit_of_taps_is_that_of_the_extension() -> None:
+    module = cpu.extension()
+    assert module is not None
+    for taps, says in ((cpu._MOST_TAPS, "address"), (cpu._MOST_TAPS + 1, "taps")):
+        with pytest.raises(ValueError, match=says):
+            module.round_balanced("scalar", (taps, 1, 1, 1), 4, False, 1e-4, [0], *[[0] * 3] * 3)
