@@ -15,14 +15,15 @@ from dsconv.lazy import import_with, lazily
 
 if TYPE_CHECKING:
     from dsconv import demo, nn, numerics, ops, zoo
+    from dsconv.adaptation.adapt import adapt
     from dsconv.benchmarking.bench import bench
+    from dsconv.benchmarking.profiling import profile
     from dsconv.calibration.calibrate import calibrate
-    from dsconv.compilation import compile, profile
+    from dsconv.compilation import compile
     from dsconv.config import LayerConfig, QuantConfig
     from dsconv.conversion import fold_batchnorm, quantize
     from dsconv.conversion.summary import summary
     from dsconv.cpu import cpu_info
-    from dsconv.distillation.adapt import adapt
     from dsconv.evaluation import compare, evaluate
     from dsconv.io import load, save
     from dsconv.mixed import search, sensitivity
@@ -66,13 +67,13 @@ __all__ = [
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        "dsconv.benchmarking": ("bench",),
+        "dsconv.benchmarking": ("bench", "profile"),
         "dsconv.calibration": ("calibrate",),
-        "dsconv.compilation": ("compile", "profile"),
+        "dsconv.compilation": ("compile",),
         "dsconv.config": ("LayerConfig", "QuantConfig"),
         "dsconv.conversion": ("fold_batchnorm", "quantize", "summary"),
         "dsconv.cpu": ("cpu_info",),
-        "dsconv.distillation": ("adapt",),
+        "dsconv.adaptation": ("adapt",),
         "dsconv.evaluation": ("compare", "evaluate"),
         "dsconv.io": ("load", "save"),
         "dsconv.mixed": ("search", "sensitivity"),

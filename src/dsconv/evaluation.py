@@ -17,8 +17,8 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.data.folder import Batches, BrokenImage, ImageFolder, Images, batches
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, ModelError
+from dsconv.layers.inputs import as_input_of, device_of
 from dsconv.modes import check_module, evaluation_mode
-from dsconv.nn.inputs import as_input_of, device_of
 from dsconv.numerics import sqnr_db
 from dsconv.progress import progress_bar
 from dsconv.zoo import preprocess_of

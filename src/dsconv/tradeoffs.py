@@ -22,8 +22,8 @@ from dsconv.data.folder import Images
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import Comparison, Evaluation, compare_each
+from dsconv.layers.inputs import as_input_of
 from dsconv.modes import check_module, evaluation_mode
-from dsconv.nn.inputs import as_input_of
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:

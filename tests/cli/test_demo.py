@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import dsconv
+from dsconv import demo_run
 from dsconv.demo import load_digits
-from dsconv.demo import run as demo_run
 
 
 def test_demo_writes_a_file_and_a_picture_and_its_figures(dsconv_cli: Callable[..., Any], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import dsconv
 from dsconv import nn, ops
 from dsconv.config import LayerConfig
 from dsconv.conversion import quantize
-from dsconv.nn import layer as layer_module
+from dsconv.layers import layer as layer_module
 from dsconv.numerics import (
     Reference,
     dequantize_weight,

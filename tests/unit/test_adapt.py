@@ -15,12 +15,12 @@ from torch import Tensor
 from torch import nn as tnn
 
 import dsconv
+from dsconv.adaptation import Adaptation
+from dsconv.adaptation.images import drawn
+from dsconv.adaptation.shadow import LearnedWeight, RecomputedWeight
 from dsconv.config import LayerConfig
 from dsconv.conversion import fold_batchnorm, model_info
 from dsconv.demo import load_digits
-from dsconv.distillation import Adaptation
-from dsconv.distillation.images import drawn
-from dsconv.distillation.shadow import LearnedWeight, RecomputedWeight
 from dsconv.errors import ConfigError, DataError, FileFormatError, ModelError
 from dsconv.nn import DSConv2d, DSConvTranspose2d, DSLayer, DSLinear
 

@@ -22,11 +22,11 @@ from torch import nn as tnn
 from torch.nn import functional as F
 
 import dsconv
+from dsconv.adaptation.adapt import divergence
 from dsconv.calibration import CalibratedLayer, Calibration
 from dsconv.calibration.held_back import chance, split
 from dsconv.conversion import model_info
 from dsconv.data import Preprocess
-from dsconv.distillation.adapt import divergence
 from dsconv.errors import ConfigError, DataError, FileFormatError, ModelError
 from dsconv.nn import DSLayer
 from dsconv.numerics.rounding import Rounded

@@ -12,7 +12,7 @@ from torch import nn as tnn
 import dsconv
 from dsconv.conversion import model_info
 from dsconv.errors import DSConvError, ModelError
-from dsconv.nn.inputs import as_input_of, dtype_of
+from dsconv.layers.inputs import as_input_of, dtype_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few", "ignore:kept is the network")
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]

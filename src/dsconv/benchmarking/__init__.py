@@ -1,7 +1,8 @@
 """Whole networks beside other runtimes, in one process. The runtimes: ``pip install 'dsconv[bench]'``."""
 
 from dsconv.benchmarking.bench import bench
+from dsconv.benchmarking.profiling import Profile, profile
 from dsconv.benchmarking.results import Bench, Timing
 from dsconv.names import PEERS
 
-__all__ = ["PEERS", "Bench", "Timing", "bench"]
+__all__ = ["PEERS", "Bench", "Profile", "Timing", "bench", "profile"]

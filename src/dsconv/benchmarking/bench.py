@@ -19,9 +19,9 @@ from dsconv.conversion import model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cores
 from dsconv.errors import ConfigError, MissingExtraError, ModelError
+from dsconv.layers.inputs import dtype_of
 from dsconv.modes import check_evaluation_mode, check_module
 from dsconv.names import PEERS
-from dsconv.nn.inputs import dtype_of
 from dsconv.progress import Advance, progress_bar
 
 _RANDOM_IMAGES = 8

@@ -28,7 +28,7 @@ from dsconv.data import Images, Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import ready
 from dsconv.files import as_path
-from dsconv.nn import DSLayer
+from dsconv.layers import DSLayer
 from dsconv.numerics.rounding import regression_target, regularized, round_to
 from dsconv.progress import progress_bar
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsconv.nn import DSLayer, DSLinear
+from dsconv.layers import DSLayer, DSLinear
 from dsconv.numerics.rounding import Blocks, quadratic
 from dsconv.ops.simulate import quantized
 

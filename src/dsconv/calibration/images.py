@@ -11,7 +11,7 @@ from dsconv.data import Batches, ImageFolder, Images, Preprocess, batches
 from dsconv.data.preprocess import PHOTOGRAPH_DEVIATION, PHOTOGRAPH_MEAN
 from dsconv.errors import DataError
 from dsconv.evaluation import preprocess_for
-from dsconv.nn.inputs import as_input_of
+from dsconv.layers.inputs import as_input_of
 from dsconv.progress import progress_bar
 from dsconv.zoo import preprocess_of
 

@@ -15,8 +15,8 @@ from dsconv.conversion.convert import FLOAT_TYPES, effective_weight, quantized_t
 from dsconv.conversion.info import model_info
 from dsconv.errors import ModelError
 from dsconv.evaluation import first_line
-from dsconv.nn import Affine, DSLayer
-from dsconv.nn.inputs import as_input_of
+from dsconv.layers import Affine, DSLayer
+from dsconv.layers.inputs import as_input_of
 
 # The covariance of what an output reads is a matrix of at most so many rows.
 _MOST_READ = 9216

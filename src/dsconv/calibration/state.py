@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dsconv.calibration.report import CalibratedLayer
 from dsconv.io.state import StateFile
-from dsconv.nn import DSLayer
+from dsconv.layers import DSLayer
 
 
 class State:

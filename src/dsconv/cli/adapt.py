@@ -99,8 +99,8 @@ def adapt(
 
     begin(threads)
     from dsconv import zoo
+    from dsconv.adaptation.processes import is_first
     from dsconv.conversion import model_info
-    from dsconv.distillation.processes import is_first
 
     tell = say if is_first() else lambda _: None
     tell(f"loading {file}")

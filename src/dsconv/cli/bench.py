@@ -178,7 +178,7 @@ def _networks(name: str, weights: str, settings: QuantConfig, model: str | None)
     """Return the float network and the quantized one."""
     from dsconv import zoo
     from dsconv.conversion import model_info
-    from dsconv.nn import DSLayer
+    from dsconv.layers import DSLayer
 
     if is_quantized_file(name):
         say(f"loading {name}")

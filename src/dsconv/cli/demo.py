@@ -12,7 +12,7 @@ from dsconv.errors import MissingExtraError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dsconv.demo.run import Demo
+    from dsconv.demo_run import Demo
 
 _PICTURED = ("layer1.conv1", "layer2.conv2", "layer3.conv1")
 _OUT = Path("demo-out")
@@ -29,7 +29,7 @@ def demo(
         raise OSError(f"{out}: not a folder that can be written to: choose another")
     begin(threads)
     from dsconv import report
-    from dsconv.demo.run import run
+    from dsconv.demo_run import run
 
     done = run(out, lambda name: say(f"quantizing and measuring: {name}"))
     picture, remark = None, "the weights before and after, and the SQNR of each layer."

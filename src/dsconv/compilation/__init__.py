@@ -2,6 +2,5 @@
 
 from dsconv.compilation.compiled import CompiledModel, compile
 from dsconv.compilation.plan import Plan, Step
-from dsconv.compilation.profiling import Profile, profile
 
-__all__ = ["CompiledModel", "Plan", "Profile", "Step", "compile", "profile"]
+__all__ = ["CompiledModel", "Plan", "Step", "compile"]

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dsconv.errors import ModelError
-from dsconv.nn import DSLayer
-from dsconv.nn.readonly import writes
+from dsconv.layers import DSLayer
+from dsconv.layers.readonly import writes
 
 _LARGEST_KNOWN = 1 << 16  # values: weights that are computed from others are not kept a second time
 _WARM_BATCH = 3  # no usual batch, since a cache of that batch would not be seen to change

@@ -17,7 +17,6 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from dsconv import nn as dsnn
 from dsconv.config import LayerConfig, QuantConfig, as_config
 from dsconv.conversion import hooks
 from dsconv.conversion.copying import CALLED, HOOKS, copied, is_of_torch, replaced
@@ -27,17 +26,27 @@ from dsconv.conversion.statistics import input_moments
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data.preprocess import Preprocess, laid_over
 from dsconv.errors import ConfigError, ModelError
-from dsconv.nn.inputs import device_of
+from dsconv.layers import (
+    DSConv1d,
+    DSConv2d,
+    DSConv3d,
+    DSConvTranspose1d,
+    DSConvTranspose2d,
+    DSConvTranspose3d,
+    DSLayer,
+    DSLinear,
+)
+from dsconv.layers.inputs import device_of
 from dsconv.numerics import InputMoments
 
-QUANTIZED_TYPES: tuple[type[dsnn.DSLayer], ...] = (
-    dsnn.DSConv1d,
-    dsnn.DSConv2d,
-    dsnn.DSConv3d,
-    dsnn.DSConvTranspose1d,
-    dsnn.DSConvTranspose2d,
-    dsnn.DSConvTranspose3d,
-    dsnn.DSLinear,
+QUANTIZED_TYPES: tuple[type[DSLayer], ...] = (
+    DSConv1d,
+    DSConv2d,
+    DSConv3d,
+    DSConvTranspose1d,
+    DSConvTranspose2d,
+    DSConvTranspose3d,
+    DSLinear,
 )
 # Classes of PyTorch and torchvision that read the weights of their layers and never call them.
 _READ_WEIGHTS = {
@@ -126,9 +135,9 @@ def quantize_for(
         biases=before.biases if before is not None else (),
         adapted_on=before.adapted_on if before is not None else 0,
     )
-    swaps: dict[nn.Module, dsnn.DSLayer] = {}
+    swaps: dict[nn.Module, DSLayer] = {}
     for found in layers:
-        if isinstance(found.layer, dsnn.DSLayer):
+        if isinstance(found.layer, DSLayer):
             continue
         reason = found.reason
         settings = None if reason else layer_config(config, found, layers)
@@ -148,7 +157,7 @@ def quantize_for(
             swaps[found.layer] = kind.from_float(found.layer, settings, weight=weight, inputs=known)
         except ValueError as error:
             raise ModelError(f"layer {found.name!r}: {error}") from None
-    if not swaps and not any(isinstance(module, dsnn.DSLayer) for module in model.modules()):
+    if not swaps and not any(isinstance(module, DSLayer) for module in model.modules()):
         if not layers:
             raise ModelError(
                 f"model {type(model).__name__} has no convolution or linear layer to quantize; "
@@ -189,7 +198,7 @@ def _find_layers(model: nn.Module) -> list[FoundLayer]:
     found: dict[int, FoundLayer] = {}
     written = hooks.written_by_others(model, FLOAT_TYPES)
     for name, module, parent in _walk(model):
-        if not isinstance(module, (*FLOAT_TYPES, dsnn.DSLayer)):
+        if not isinstance(module, (*FLOAT_TYPES, DSLayer)):
             continue
         if id(module) in found:
             found[id(module)].names.append(name)
@@ -214,7 +223,7 @@ def _why_float(layer: nn.Module, parent: nn.Module | None) -> str:
     return ""
 
 
-def quantized_type(layer: nn.Module) -> type[dsnn.DSLayer]:
+def quantized_type(layer: nn.Module) -> type[DSLayer]:
     """The quantized class that takes the place of a float layer."""
     return next(quantized for quantized in QUANTIZED_TYPES if isinstance(layer, quantized.float_type))
 
@@ -241,7 +250,7 @@ def layer_config(config: QuantConfig, found: FoundLayer, layers: list[FoundLayer
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear | dsnn.DSLinear)
+    return isinstance(layer, nn.Linear | DSLinear)
 
 
 def _check_overrides(config: QuantConfig, layers: list[FoundLayer]) -> None:
@@ -341,7 +350,7 @@ def _probe(layer: Any, weight: Tensor, own: str) -> tuple[Tensor | None, str]:
     return used.detach().to(weight.dtype), ""
 
 
-def _unrounded(layer: Any, weight: Tensor) -> dsnn.DSLayer:
+def _unrounded(layer: Any, weight: Tensor) -> DSLayer:
     """The quantized layer that takes the place of ``layer``, but with a float weight and float activations."""
     made = quantized_type(layer).like(layer, LayerConfig(activation_bits=None)).float()
     vars(made)["_shadow"] = lambda: made._conv_layout(weight)

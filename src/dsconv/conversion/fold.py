@@ -20,8 +20,8 @@ from dsconv.conversion.copying import copied, replaced
 from dsconv.conversion.info import ModelInfo, model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ModelError
+from dsconv.layers import Affine, DSLayer
 from dsconv.modes import check_evaluation_mode
-from dsconv.nn import Affine, DSLayer
 
 _BATCHNORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

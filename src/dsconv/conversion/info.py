@@ -25,7 +25,7 @@ class ModelInfo:
         adapted_on: images that :func:`dsconv.adapt` has seen, 0 where it was not called.
         not_folded: name of each BatchNorm that was left as it is, to the reason; files do not keep it.
         calibration: the :class:`dsconv.calibration.Calibration` of this model, else None; files do not keep it.
-        adaptation: the :class:`dsconv.distillation.Adaptation` of this model, else None; files do not keep it.
+        adaptation: the :class:`dsconv.adaptation.Adaptation` of this model, else None; files do not keep it.
     """
 
     config: QuantConfig

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv.conversion.copying import copied
 from dsconv.data import Preprocess, synthetic_images
-from dsconv.nn.inputs import as_input_of
+from dsconv.layers.inputs import as_input_of
 from dsconv.numerics import InputMoments
 from dsconv.ops.cpu import PyTorchOnOneThread
 

@@ -14,8 +14,8 @@ from dsconv.conversion.convert import FLOAT_TYPES
 from dsconv.conversion.info import model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import one_line
+from dsconv.layers import DSLayer
 from dsconv.modes import check_module
-from dsconv.nn import DSLayer
 from dsconv.numerics import packed_bytes
 from dsconv.tables import as_text
 

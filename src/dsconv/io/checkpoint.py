@@ -31,8 +31,8 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Preprocess
 from dsconv.errors import ConfigError, FileFormatError, ModelError, one_line
 from dsconv.files import as_path, check_place, replacing
+from dsconv.layers import Affine, DSLayer
 from dsconv.modes import check_module
-from dsconv.nn import Affine, DSLayer
 from dsconv.numerics import pack, unpack
 from dsconv.numerics.packing import packed_bytes
 

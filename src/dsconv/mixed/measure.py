@@ -28,7 +28,7 @@ from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
 from dsconv.errors import ConfigError, FileFormatError, ModelError
 from dsconv.evaluation import compare, evaluate
 from dsconv.io.state import StateFile
-from dsconv.nn import DSLayer
+from dsconv.layers import DSLayer
 from dsconv.progress import progress_bar
 from dsconv.tables import as_text
 from dsconv.zoo import preprocess_of

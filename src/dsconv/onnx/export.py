@@ -22,9 +22,9 @@ from dsconv.conversion.statistics import noise, normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
 from dsconv.files import as_path, replacing
+from dsconv.layers import DSLayer
 from dsconv.modes import check_evaluation_mode
 from dsconv.names import OPSET, STYLES, Style
-from dsconv.nn import DSLayer
 from dsconv.onnx import int8
 from dsconv.onnx.layers import DOMAIN, Floats, Functions, Integers, StandIn
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dsconv.config import LayerConfig
 from dsconv.errors import import_extra
-from dsconv.nn import DSLayer, DSLinear
-from dsconv.nn.conv import _DSConvNd, _DSConvTransposeNd
+from dsconv.layers import DSLayer, DSLinear
+from dsconv.layers.conv import _DSConvNd, _DSConvTransposeNd
 from dsconv.onnx.activations import Magnitude, patches, quantize, quantize_of_attributes
 from dsconv.onnx.graph import Nodes, Value
 

@@ -48,11 +48,11 @@ class Packed(NamedTuple):
 def extension() -> ModuleType | None:
     """``dsconv._C``, ready to run; None where it is not built."""
     try:
-        from dsconv import _C
+        import dsconv._C as module
     except ImportError:
         return None
-    _C.use_parallel_for(_torch_parallel_for() if parallel() == "torch" else 0)
-    return _C
+    module.use_parallel_for(_torch_parallel_for() if parallel() == "torch" else 0)
+    return module
 
 
 @cache

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dsconv import ops
+from dsconv.benchmarking.profiling import Profile, profile
 from dsconv.benchmarking.results import Bench
-from dsconv.compilation import compile, profile
-from dsconv.compilation.profiling import Profile
+from dsconv.compilation import compile
 from dsconv.config import QuantConfig
 from dsconv.conversion import LayerSummary, ModelInfo, Summary, model_info, summary
 from dsconv.conversion.wrappers import unwrapped
@@ -24,9 +24,9 @@ from dsconv.data import Images, Preprocess, batches
 from dsconv.data.folder import Batches
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import Comparison, Evaluation, compare, evaluate
+from dsconv.layers import DSConv1d, DSConv2d, DSConv3d, DSLayer
 from dsconv.mixed import sensitivity
 from dsconv.modes import check_module, evaluation_mode
-from dsconv.nn import DSConv1d, DSConv2d, DSConv3d, DSLayer
 from dsconv.numerics import NONFINITE, dequantize_activation, quantize_activation, sqnr_db
 from dsconv.zoo import preprocess_of
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsconv import ops
 from dsconv.config import LayerConfig, LayerKind, QuantConfig, as_config
 from dsconv.errors import ConfigError
-from dsconv.nn.readonly import ReadOnly
+from dsconv.layers.readonly import ReadOnly
 from dsconv.numerics import (
     InputMoments,
     block_count,

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from dsconv.nn import DSLayer
+from dsconv.layers import DSLayer
 from dsconv.numerics import dequantize_weight
 
 # Farther from its integer, a level would be rounded to another one.

@@ -1,18 +1,18 @@
-"""Quantized layers that take the place of PyTorch's; and ``DSConvModel``, a network of them as the Hub has it."""
+"""Quantized layers that replace PyTorch's, and ``DSConvModel``, a network of them for the Hugging Face Hub."""
 
 from typing import TYPE_CHECKING, Any
 
-from dsconv.nn.affine import Affine
-from dsconv.nn.conv import (
+from dsconv.layers import (
+    Affine,
     DSConv1d,
     DSConv2d,
     DSConv3d,
     DSConvTranspose1d,
     DSConvTranspose2d,
     DSConvTranspose3d,
+    DSLayer,
+    DSLinear,
 )
-from dsconv.nn.layer import DSLayer
-from dsconv.nn.linear import DSLinear
 
 if TYPE_CHECKING:
     from dsconv.hub import DSConvModel as DSConvModel
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # It stands on all that is above layers, and needs an extra: imported by who asks for it.
+    # It needs an extra, so its module is imported on request.
     if name == "DSConvModel":
         from dsconv.hub import DSConvModel
 

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from dsconv.nn.layer import DSLayer
+from dsconv.layers.layer import DSLayer
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

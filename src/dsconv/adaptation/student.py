@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dsconv.adaptation.shadow import LearnedWeight, RecomputedWeight, Shadow
 from dsconv.calibration.layers import Pair, forward, tensors_of
-from dsconv.distillation.shadow import LearnedWeight, RecomputedWeight, Shadow
 from dsconv.errors import ModelError
 from dsconv.evaluation import logits_in
-from dsconv.nn import DSLayer
+from dsconv.layers import DSLayer
 from dsconv.recipe import Recipe
 
 # Of its dequantized weight, a layer may differ so much, squared, from what is recomputed at the start.

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dsconv import ops
 from dsconv.config import LayerConfig
-from dsconv.nn.layer import DSLayer, KernelWeights
+from dsconv.layers.layer import DSLayer, KernelWeights
 from dsconv.ops.simulate import windows
 
 Size = int | Sequence[int]

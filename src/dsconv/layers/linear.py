@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dsconv import ops
 from dsconv.config import LayerConfig
-from dsconv.nn.layer import DSLayer
+from dsconv.layers.layer import DSLayer
 
 
 class DSLinear(DSLayer):

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsconv import ops
+from dsconv.adaptation.images import drawn, split
+from dsconv.adaptation.processes import Processes
+from dsconv.adaptation.report import Adaptation, Look, write_csv
+from dsconv.adaptation.student import Student, logits_of, noting_outputs
 from dsconv.calibration.calibrate import check_models
 from dsconv.calibration.images import check_images, prepared_as, read_images
 from dsconv.calibration.layers import Pair, nonfinite_layer, pairs_of, trace
@@ -25,16 +29,12 @@ from dsconv.conversion.fold import add_bias
 from dsconv.conversion.preparation import set_preprocess
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
-from dsconv.distillation.images import drawn, split
-from dsconv.distillation.processes import Processes
-from dsconv.distillation.report import Adaptation, Look, write_csv
-from dsconv.distillation.student import Student, logits_of, noting_outputs
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import first_line, ready
 from dsconv.files import as_path, check_place
 from dsconv.io.state import StateFile
-from dsconv.nn import DSLayer
-from dsconv.nn.inputs import device_of
+from dsconv.layers import DSLayer
+from dsconv.layers.inputs import device_of
 from dsconv.progress import progress_bar
 from dsconv.recipe import Recipe, as_recipe
 
