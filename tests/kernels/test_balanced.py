@@ -1,5 +1,7 @@
 """Rule ``balanced`` by the extension: what numerics defines, on every instruction set."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import pytest
@@ -112,9 +114,54 @@ def test_what_it_does_not_cover_is_left_to_pytorch() -> None:
     assert nn.DSConv1d.from_float(layer, LayerConfig(block_size=4, weight_rule="balanced")).vqk.shape == (2, 4, 150)
 
 
-def test_the_limit_of_taps_is_that_of_the_extension() -> None:
+def test_larger_blocks_than_the_extension_takes_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, config = torch.nn.Linear(50, 3), LayerConfig(block_size=40, weight_rule="balanced")
+    expected = nn.DSLinear.from_float(layer, config)
+    sizes: list[int] = []
+
+    def noted(w: Tensor, *given: Any) -> balanced.Result:
+        sizes.append(w.shape[1])
+        return balanced.solve(w, *given)
+
+    monkeypatch.setattr(cpu, "_MOST_CHANNELS", 10)
+    monkeypatch.setattr(cpu, "solve", noted)
+    found = nn.DSLinear.from_float(layer, config)
+    assert sizes == [40]
+    assert (found.vqk == expected.vqk).float().mean() > 0.9
+
+
+def test_the_number_of_threads_of_later_threads_stays_what_it_is() -> None:
+    """Threads that start later take the number that any thread set last: that of one on its own must not be it."""
+
+    def on_thread(function: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function).result()
+
+    layer, config = torch.nn.Conv2d(16, 8, 3), LayerConfig(block_size=16, weight_rule="balanced")
+    started, go = Event(), Event()
+
+    def quantize_on_one() -> None:
+        assert torch.get_num_threads() == 1
+        started.set()
+        go.wait()
+        nn.DSConv2d.from_float(layer, config)
+
+    with threads(3), ThreadPoolExecutor(1) as pool:
+        with cpu.PyTorchOnOneThread(always=True):
+            other = pool.submit(quantize_on_one)
+            started.wait()
+        go.set()
+        other.result()
+        assert on_thread(torch.get_num_threads) == torch.get_num_threads() == 3
+
+
+def test_the_limits_are_those_of_the_extension() -> None:
     module = cpu.extension()
     assert module is not None
-    for taps, says in ((cpu._MOST_TAPS, "address"), (cpu._MOST_TAPS + 1, "taps")):
+    for taps, n, says in (
+        (cpu._MOST_TAPS, cpu._MOST_CHANNELS, "address"),
+        (cpu._MOST_TAPS + 1, 1, "taps"),
+        (1, cpu._MOST_CHANNELS + 1, "channels"),
+    ):
         with pytest.raises(ValueError, match=says):
-            module.round_balanced("scalar", (taps, 1, 1, 1), 4, False, 1e-4, [0], *[[0] * 3] * 3)
+            module.round_balanced("scalar", (taps, n, 1, 1), 4, False, 1e-4, [0], *[[0] * 3] * 3)

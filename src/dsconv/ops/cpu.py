@@ -22,7 +22,7 @@ from torch import Tensor
 from dsconv.config import LayerConfig
 from dsconv.errors import ConfigError
 from dsconv.numerics import ACTIVATION_SIGNS, block_count, check_activation, quantize_activation
-from dsconv.numerics.balanced import Model, Solver
+from dsconv.numerics.balanced import Model, Solver, solve
 from dsconv.numerics.rounding import HELD
 
 P = ParamSpec("P")
@@ -136,12 +136,15 @@ class _KernelThreads:
 
     def __enter__(self) -> None:
         use_threads()
-        self._before = torch.get_num_threads()
-        if parallel() == "torch":
-            torch.set_num_threads(threads())
+        before, wanted = torch.get_num_threads(), threads()
+        # Threads that start later take the number that any thread set last, so it is set only where it differs.
+        self._before = before if parallel() == "torch" and wanted != before else None
+        if self._before is not None:
+            torch.set_num_threads(wanted)
 
     def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._before)
+        if self._before is not None:
+            torch.set_num_threads(self._before)
 
 
 def _with_pytorch_on_one_thread(function: Callable[P, T]) -> Callable[P, T]:
@@ -273,6 +276,7 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
 
 # Rows are solved by normal equations of all taps: above this many, PyTorch's take less memory.
 _MOST_TAPS = 128
+_MOST_CHANNELS = 1 << 20
 
 
 def balanced_solver(w: Tensor) -> Solver | None:
@@ -292,7 +296,9 @@ def balanced_solver(w: Tensor) -> Solver | None:
 def _solve_balanced(w: Tensor, model: Model, held: Model, half: int, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
     module = extension()
     assert module is not None
-    taps, _, rows = w.shape
+    taps, channels, rows = w.shape
+    if channels > _MOST_CHANNELS:  # of a block
+        return solve(w, model, held, half, shift)
     q = torch.empty(w.shape, dtype=torch.int8, device="cpu")
     scale, offset = (torch.empty(taps, 1, rows, dtype=torch.float32, device="cpu") for _ in range(2))
     w, model, held = w.contiguous(), *(Model(*(value.contiguous() for value in of)) for of in (model, held))
