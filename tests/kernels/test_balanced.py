@@ -43,7 +43,7 @@ def roundings(draw: st.DrawFn) -> tuple[Tensor, tuple[Tensor, Tensor] | None, in
 
 
 def errors(w: Tensor, known: tuple[Tensor, Tensor] | None, found: balanced.Result) -> Tensor:
-    """What is expected of each row's error: ``(R,)``."""
+    """Return the expected squared error of each row: ``(R,)``."""
     mean, variance = known or (torch.full((w.shape[1], 1), 0.4**0.5), torch.ones(w.shape[1], 1))
     q, scale, shift = (value.double() for value in found)
     return balanced.Model.of(mean.double(), variance.double(), len(w)).value(w.double() - q * scale - shift)
@@ -54,9 +54,7 @@ def errors(w: Tensor, known: tuple[Tensor, Tensor] | None, found: balanced.Resul
 def test_rounds_as_it_is_defined_and_alike_on_every_instruction_set(case: Any) -> None:
     w, known, bits, shift = case
     expected = balanced.round_balanced(w, known, bits, shift)
-    solver = cpu.balanced_solver(w[0])
-    assert solver is not None
-    by_name = by_isa(lambda: balanced.round_balanced(w, known, bits, shift, solver))
+    by_name = by_isa(lambda: balanced.round_balanced(w, known, bits, shift, cpu.solve_balanced))
     first, *others = by_name.values()
     for found in others:
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), by_name.keys()
@@ -79,7 +77,7 @@ def test_rows_of_random_weights_are_those_of_the_definition() -> None:
     for bits, shift in ((4, True), (3, False), (8, True)):
         known = torch.rand(2, 32, 4, generator=torch.Generator().manual_seed(1)).unbind()
         expected = balanced.round_balanced(w, known, bits, shift)
-        found = balanced.round_balanced(w, known, bits, shift, cpu.balanced_solver(w[0]))
+        found = balanced.round_balanced(w, known, bits, shift, cpu.solve_balanced)
         alike = (found[0] == expected[0]).all(0).all(0)
         assert alike.float().mean() > 0.99
         for a, b in zip(found[1:], expected[1:], strict=True):
@@ -90,44 +88,53 @@ def test_rows_of_random_weights_are_those_of_the_definition() -> None:
 def test_layers_are_rounded_by_it_on_the_threads_that_pytorch_has(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = torch.nn.Conv2d(70, 24, 3, groups=2)
     settings = LayerConfig(block_size=16, weight_rule="balanced", **config)
-    used = []
-    solve = cpu._solve_balanced
-    monkeypatch.setattr(cpu, "_solve_balanced", lambda *given: used.append(len(given[0])) or solve(*given))
-    results = []
+    results: list[Tensor] = []
+
+    def vqk() -> Tensor:
+        return nn.DSConv2d.from_float(layer, settings).vqk
+
     for count in (1, 3):
         with threads(count):
-            results.append(nn.DSConv2d.from_float(layer, settings))
+            results += by_isa(vqk).values()
             assert torch.get_num_threads() == count
-    assert used and set(used) == {9}
-    one, several = (quantized.state_dict() for quantized in results)
-    assert all(torch.equal(one[name], several[name]) for name in one)
-    monkeypatch.setattr(cpu, "balanced_solver", lambda w: None)
-    defined = nn.DSConv2d.from_float(layer, settings)
-    assert (defined.vqk == results[0].vqk).float().mean() > 0.99
+    assert all(torch.equal(other, results[0]) for other in results)
+    monkeypatch.setattr(cpu, "solve_balanced", None)
+    assert (vqk() == results[0]).float().mean() > 0.99
 
 
-def test_what_it_does_not_cover_is_left_to_pytorch() -> None:
-    assert cpu.balanced_solver(torch.zeros(1, 4, 11, 11)) is not None
-    assert cpu.balanced_solver(torch.zeros(1, 4, 12, 11)) is None
-    assert cpu.balanced_solver(torch.zeros(1, 4, 3, 3, device="meta")) is None
-    layer = torch.nn.Conv1d(4, 2, 150)
-    assert nn.DSConv1d.from_float(layer, LayerConfig(block_size=4, weight_rule="balanced")).vqk.shape == (2, 4, 150)
+@pytest.mark.parametrize(
+    ("shape", "kernels"),
+    [
+        ((cpu._MOST_TAPS, 4, 9), True),
+        ((cpu._MOST_TAPS + 1, 4, 9), False),
+        ((1, 64, 9), True),
+        ((64, cpu._MOST_COLUMNS // 64 + 1, 1), False),
+    ],
+)
+def test_what_it_does_not_cover_is_left_to_pytorch(
+    shape: tuple[int, ...], kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, left = cpu.extension(), "left to PyTorch"
+    assert module is not None
+    monkeypatch.setattr(cpu, "solve", lambda *given: left)
+    before = sum(module.runs().values())
+    found = balanced.round_balanced(torch.ones(shape), None, 4, False, cpu.solve_balanced)
+    assert (found is not left) == kernels == (sum(module.runs().values()) > before)
 
 
-def test_larger_blocks_than_the_extension_takes_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, config = torch.nn.Linear(50, 3), LayerConfig(block_size=40, weight_rule="balanced")
-    expected = nn.DSLinear.from_float(layer, config)
-    sizes: list[int] = []
+def test_weights_elsewhere_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "solve", lambda *given: "left to PyTorch")
+    w = torch.zeros(2, 8, 4, device="meta")
+    assert balanced.round_balanced(w, None, 4, False, cpu.solve_balanced) == "left to PyTorch"  # type: ignore[comparison-overlap]
 
-    def noted(w: Tensor, *given: Any) -> balanced.Result:
-        sizes.append(w.shape[1])
-        return balanced.solve(w, *given)
 
-    monkeypatch.setattr(cpu, "_MOST_CHANNELS", 10)
-    monkeypatch.setattr(cpu, "solve", noted)
-    found = nn.DSLinear.from_float(layer, config)
-    assert sizes == [40]
-    assert (found.vqk == expected.vqk).float().mean() > 0.9
+def test_takes_every_dtype_layout_and_moments_for_all_kinds() -> None:
+    w = torch.randn(4, 16, 30, generator=torch.Generator().manual_seed(0))
+    mean, variance = torch.rand(16, 3), torch.rand(16, 1)
+    expected = balanced.round_balanced(w, (mean, variance.repeat(1, 3)), 4, True, cpu.solve_balanced)
+    for other in (w.double(), w.mT.contiguous().mT):
+        found = balanced.round_balanced(other, (mean, variance), 4, True, cpu.solve_balanced)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_number_of_threads_of_later_threads_stays_what_it_is() -> None:
@@ -158,10 +165,6 @@ def test_the_number_of_threads_of_later_threads_stays_what_it_is() -> None:
 def test_the_limits_are_those_of_the_extension() -> None:
     module = cpu.extension()
     assert module is not None
-    for taps, n, says in (
-        (cpu._MOST_TAPS, cpu._MOST_CHANNELS, "address"),
-        (cpu._MOST_TAPS + 1, 1, "taps"),
-        (1, cpu._MOST_CHANNELS + 1, "channels"),
-    ):
+    for taps, n, says in ((cpu._MOST_TAPS, 1, "address"), (1, cpu._MOST_COLUMNS, "address"), (129, 1, "taps")):
         with pytest.raises(ValueError, match=says):
             module.round_balanced("scalar", (taps, n, 1, 1), 4, False, 1e-4, [0], *[[0] * 3] * 3)

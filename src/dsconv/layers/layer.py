@@ -154,7 +154,7 @@ class DSLayer(nn.Module):
         if inputs is not None and rows.dim() < weight.dim():  # each tap of a channel
             inputs = InputMoments(*(m.repeat_interleave(weight[0, 0].numel(), 1) for m in inputs))
         given: dict[str, Any] = {"groups": self.groups, "rule": config.weight_rule, "inputs": inputs}
-        given["solver"] = cpu.balanced_solver(rows)
+        given["solver"] = cpu.solve_balanced
         if config.weight_shift:
             vqk, kds, shift = quantize_weight_shifted(rows, config.weight_bits, config.block_size, **given)
             return vqk.view(weight.shape), kds, shift

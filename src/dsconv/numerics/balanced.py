@@ -71,9 +71,9 @@ def most_rows(taps: int, n: int, on_cpu: bool) -> int:
     return max(1, min((_SLAB if on_cpu else 16 * _SLAB) // n, _MOST // (taps * n), _MOST // taps**2))
 
 
-# Integers int8 ``(T, n, R)``, scales and shifts float32 ``(T, 1, R)``.
+# Integers int8 ``(T, n, R)``, and scales and shifts float32 ``(T, 1, R)``.
 Result = tuple[Tensor, Tensor, Tensor]
-# Of weights, the model that counts, the same regularized, 2^(bits - 1) and ``shift``; see :func:`solve`.
+# The signature of :func:`solve`: weights, model, the regularized model, 2^(bits - 1), whether there are shifts.
 Solver = Callable[[Tensor, Model, Model, int, bool], Result]
 
 
@@ -88,7 +88,7 @@ def round_balanced(
             known of them.
         bits: 2..8, width of the integers.
         shift: whether a scale has a shift beside it.
-        solver: what does as :func:`solve`, faster; None: that itself.
+        solver: a faster substitute for :func:`solve`; None is that itself.
 
     Returns:
         Int8 integers ``(T, n, R)``, and float32 scales and shifts ``(T, 1, R)``. By the measure that rows are rounded
@@ -109,7 +109,7 @@ def round_balanced(
 
 
 def solve(w: Tensor, model: Model, held: Model, half: int, shift: bool) -> Result:
-    """What :func:`round_balanced` returns: rows rounded for ``held``, where by ``model`` that is no worse than not."""
+    """Return rows rounded for ``held``; one that by ``model`` is worse than by rule ``refined`` is rounded by that."""
     unit = torch.maximum(w.amax((0, 1)), -w.amin((0, 1)))  # next to the largest float, squares would overflow
     unit = torch.where(unit == 0, 1.0, unit)
     # In float64, so that what rows are worked on together does not show in the result.

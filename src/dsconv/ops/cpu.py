@@ -22,7 +22,7 @@ from torch import Tensor
 from dsconv.config import LayerConfig
 from dsconv.errors import ConfigError
 from dsconv.numerics import ACTIVATION_SIGNS, block_count, check_activation, quantize_activation
-from dsconv.numerics.balanced import Model, Solver, solve
+from dsconv.numerics.balanced import Model, solve
 from dsconv.numerics.rounding import HELD
 
 P = ParamSpec("P")
@@ -132,7 +132,7 @@ class PyTorchOnOneThread:
 
 
 class _KernelThreads:
-    """Within it, kernels run on their threads in a :class:`PyTorchOnOneThread` too, where those are PyTorch's."""
+    """Lets kernels use all of PyTorch's threads inside a :class:`PyTorchOnOneThread`."""
 
     def __enter__(self) -> None:
         use_threads()
@@ -274,38 +274,31 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
     return Packed(weight, packed(kds), None if kds_shift is None else packed(kds_shift))
 
 
-# Rows are solved by normal equations of all taps: above this many, PyTorch's take less memory.
-_MOST_TAPS = 128
-_MOST_CHANNELS = 1 << 20
+# The kernels' normal equations grow with the square of the taps, and their memory with taps and channels of a block.
+_MOST_TAPS, _MOST_COLUMNS = 128, 1 << 18
 
 
-def balanced_solver(w: Tensor) -> Solver | None:
-    """What carries out rule ``balanced`` for weights ``(O, C/groups, *K)`` by the extension; None where PyTorch does.
+def solve_balanced(w: Tensor, model: Model, held: Model, half: int, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Do as :func:`dsconv.numerics.balanced.solve`, which defines it, by the kernels where they cover it.
 
-    It does as :func:`dsconv.numerics.balanced.solve`, which defines it, but for the order of sums, and returns the same
-    on every processor.
+    The kernels sum in another order, the same on every processor. They cover weights on the CPU, of up to 128 taps.
 
     >>> from dsconv.numerics import quantize_weight
     >>> w = torch.randn(8, 32, 3, 3)
-    >>> vqk, kds = quantize_weight(w, bits=4, block_size=32, rule="balanced", solver=balanced_solver(w))
+    >>> vqk, kds = quantize_weight(w, bits=4, block_size=32, rule="balanced", solver=solve_balanced)
     """
-    covered = w.is_cpu and w.shape[2:].numel() <= _MOST_TAPS
-    return _solve_balanced if covered and extension() is not None else None
-
-
-def _solve_balanced(w: Tensor, model: Model, held: Model, half: int, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
     module = extension()
-    assert module is not None
     taps, channels, rows = w.shape
-    if channels > _MOST_CHANNELS:  # of a block
+    if module is None or not w.is_cpu or taps > _MOST_TAPS or taps * channels > _MOST_COLUMNS:
         return solve(w, model, held, half, shift)
+    w = w.float().contiguous()
+    kinds = max(value.shape[1] for value in (*model, *held))
+    model, held = (Model(*(value.double().expand(-1, kinds).contiguous() for value in of)) for of in (model, held))
     q = torch.empty(w.shape, dtype=torch.int8, device="cpu")
     scale, offset = (torch.empty(taps, 1, rows, dtype=torch.float32, device="cpu") for _ in range(2))
-    w, model, held = w.contiguous(), *(Model(*(value.contiguous() for value in of)) for of in (model, held))
-    sizes = (*w.shape, model.mean.shape[1])
     addresses = [[value.data_ptr() for value in of] for of in ((w,), model, held, (q, scale, offset))]
     with _KernelThreads():
-        module.round_balanced(isa(), sizes, half.bit_length(), shift, HELD, *addresses)
+        module.round_balanced(isa(), (*w.shape, kinds), half.bit_length(), shift, HELD, *addresses)
     return q, scale, offset
 
 
