@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dsconv
-from dsconv.compilation import CompiledModel, capture, lowering, program
-from dsconv.compilation.lowering import Average, Call, Map, Pool
+from dsconv.compilation import CompiledModel, program
+from dsconv.compilation.frontends import pytorch
 from dsconv.compilation.memory import ALIGNMENT, Buffer, place
+from dsconv.compilation.operators import average
+from dsconv.compilation.operators.average import Average
+from dsconv.compilation.operators.map import Map
+from dsconv.compilation.operators.pool import Pool
+from dsconv.compilation.operators.pytorch import Call
 from dsconv.ops import cpu
 
 pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
@@ -60,7 +65,7 @@ def same_bits(fast: CompiledModel, size: int = 9) -> None:
 
 def steps(fast: CompiledModel, kind: type) -> list[tuple[str, ...]]:
     own = fast.program_for(torch.zeros(1, 3, 9, 9))[0].steps
-    return [tuple(step.fused) for step in own if isinstance(step.does, kind)]
+    return [tuple(step.fused) for step in own if isinstance(step, kind)]
 
 
 W4A4_64 = {"activation_bits": 4, "block_size": 64}
@@ -275,7 +280,7 @@ def test_averages_have_the_bits_of_pytorchs(
     size: tuple[int, int], channels: int, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not known:  # another order of sums than any that we know
-        monkeypatch.setattr(lowering, "lanes_of_pytorch", lambda _: None)
+        monkeypatch.setattr(average, "lanes_of_pytorch", lambda _: None)
     net = Net(
         lambda m, x: m.last(F.adaptive_avg_pool2d(m.a(x), 1)).flatten(1) + m.head(m.b(x).mean((2, 3))),
         a=conv(3, channels, 1),
@@ -298,8 +303,8 @@ def test_averages_have_the_bits_of_pytorchs(
 
 
 def test_an_average_may_be_what_a_network_returns() -> None:
-    for average in (lambda y: F.adaptive_avg_pool2d(y, 1), lambda y: y.mean((2, 3))):
-        net = Net(lambda m, x, average=average: average(m.a(x)), a=conv(3, 40, 1))
+    for averaged in (lambda y: F.adaptive_avg_pool2d(y, 1), lambda y: y.mean((2, 3))):
+        net = Net(lambda m, x, averaged=averaged: averaged(m.a(x)), a=conv(3, 40, 1))
         fast, x = dsconv.compile(dsconv.quantize(net), torch.randn(1, 3, 9, 7)), torch.randn(3, 3, 9, 7)
         with torch.inference_mode():
             for images in (x, x.to(memory_format=torch.channels_last)):
@@ -489,7 +494,7 @@ def test_in_place_operators_that_others_see_are_left_to_pytorch() -> None:
     x = torch.zeros(2, 3, 9, 9)
     for run, possible in ((seen, False), (unseen, False)):
         exported = torch.export.export(Net(run, a=conv(3, 16)), (x,)).module(check_guards=False)
-        assert capture.make_functional(exported.graph) is possible
+        assert pytorch.make_functional(exported.graph) is possible
 
 
 def test_profile_counts_every_step_and_its_multiply_adds() -> None:

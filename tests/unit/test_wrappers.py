@@ -129,7 +129,7 @@ def test_every_function_takes_the_network_in_a_wrapper(wrap: Callable[[Any], Any
     measured = [dsconv.sensitivity(m, "w4a4", images=X[:4]).trials for m in (model, plain)]
     assert measured[0] == measured[1]
     bench = dsconv.bench(model, again, X[:2], against=["torch"], turns=2, seconds=0.01)
-    assert not bench.not_run and bench.timings
+    assert set(bench.not_run) <= {"PyTorch bf16"} and bench.timings  # not every processor has bf16
 
 
 def test_networks_in_wrappers_are_left_as_they_are() -> None:

@@ -14,7 +14,6 @@ from dsconv.benchmarking.machine import machine, machine_notes
 from dsconv.benchmarking.measure import quartiles
 from dsconv.benchmarking.results import digits, plural
 from dsconv.compilation.compiled import CompiledModel
-from dsconv.compilation.lowering import Convolution
 from dsconv.errors import ModelError
 from dsconv.modes import check_module
 from dsconv.ops import cpu
@@ -29,7 +28,7 @@ class StepTime:
     """What a step of a compiled network took.
 
     Attributes:
-        name, operator, backend, fused, shape: as in :class:`dsconv.compilation.Step`.
+        name, operator, backend, fused, shape: as in :class:`dsconv.compilation.PlanStep`.
         first_quartile_ms, median_ms, third_quartile_ms: for the whole batch, over the runs.
         macs: multiply-adds of an image; 0 where it is no layer.
         gmac_per_s: of the batch at the median time, in 1e9.
@@ -156,7 +155,7 @@ def profile(model: CompiledModel, x: Tensor, *, runs: int = 20) -> Profile:
     steps = []
     for index, (step, row) in enumerate(zip(program.steps, plan.steps, strict=True)):
         first, median, third = (1e3 * value for value in quartiles([taken[index] for taken in times]))
-        macs = _macs(step.does.sizes) if isinstance(step.does, Convolution) else 0
+        macs = step.macs()
         rate = len(x) * macs / (median / 1e3) if median else math.nan
         facts = {name: getattr(row, name) for name in ("name", "operator", "backend", "fused", "shape")}
         steps.append(
@@ -185,8 +184,3 @@ def _timed(call: Callable[[], object]) -> float:
     since = time.perf_counter()
     call()
     return time.perf_counter() - since
-
-
-def _macs(sizes: tuple[int, ...]) -> int:
-    channels, groups = sizes[1], sizes[15]
-    return math.prod(sizes[4:9]) * (channels // groups)

@@ -1,6 +1,16 @@
 """A whole quantized network as one graph of integer operators with what follows them fused."""
 
-from dsconv.compilation.compiled import CompiledModel, compile
-from dsconv.compilation.plan import Plan, Step
+import warnings
+from typing import Any
 
-__all__ = ["CompiledModel", "Plan", "Step", "compile"]
+from dsconv.compilation.compiled import CompiledModel, compile
+from dsconv.compilation.plan import Plan, PlanStep
+
+__all__ = ["CompiledModel", "Plan", "PlanStep", "compile"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Step":
+        warnings.warn("dsconv.compilation.Step is PlanStep now, and goes in 0.2", DeprecationWarning, stacklevel=2)
+        return PlanStep
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

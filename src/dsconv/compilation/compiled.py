@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, fx, nn
 
-from dsconv.compilation.capture import capture, in_layout_of, order_in_memory
-from dsconv.compilation.fusion import EXACT, INEXACT, fuse
-from dsconv.compilation.layouts import hold_for_batches, record
+from dsconv.compilation.frontends import graph_of
+from dsconv.compilation.fusion import fuse
+from dsconv.compilation.layouts import hold_for_batches, in_layout_of, order_in_memory, record
 from dsconv.compilation.lowering import lower
 from dsconv.compilation.plan import Plan, plan_of
 from dsconv.compilation.program import OtherLayout, Program
@@ -126,7 +126,7 @@ class CompiledModel(nn.Module):
         if graph is None:
             graph = captures.by_batch.get(len(x))
             if graph is None:
-                graph = capture(self.model, x, any_batch=False)
+                graph = graph_of(self.model, x, any_batch=False)
                 _keep(captures.by_batch, len(x), graph)
         graph = _copy_of(graph)
         any_batch = captures.graph is not None and not this_batch
@@ -138,10 +138,9 @@ class CompiledModel(nn.Module):
             any_batch = any_batch and (len(x) == 1 or hold_for_batches(graph, len(example)))
             if not any_batch and example is not x:
                 record(graph, x)
-        activations = EXACT | INEXACT if self.fast_math else EXACT
-        fuse(graph, activations)
+        fuse(graph, self.fast_math)
         graph.graph.eliminate_dead_code()
-        program = Program(lower(graph, activations, own_averages=self.fast_math), any_batch)
+        program = Program(lower(graph, self.fast_math), any_batch)
         return Captured(program, plan_of(program), any_batch)
 
     # Graphs hold what cannot be copied or pickled everywhere: a copy captures anew when it is called.
@@ -228,10 +227,10 @@ def _check(name: str, x: Tensor) -> None:
 def _graph_for_any_batch(model: nn.Module, x: Tensor) -> fx.GraphModule | None:
     """None where its code turns the batch size into a number: it can be captured for one at a time."""
     try:
-        return capture(model, x)
+        return graph_of(model, x)
     except ModelError as error:
         try:
-            capture(model, x, any_batch=False)
+            graph_of(model, x, any_batch=False)
         except ModelError:
             raise error from error.__cause__
         return None

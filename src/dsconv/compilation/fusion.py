@@ -1,23 +1,24 @@
-"""Rewrites a captured graph: what follows a convolution moves into it, what does nothing goes."""
+"""Rewrites a captured graph: an operator behind a layer moves into it, and one without an effect goes."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from dsconv.compilation.layouts import LAYOUT, in_one_format
+from dsconv.compilation.operators import activation_of, only_user, operator_of
+from dsconv.compilation.operators.map import batchnorm_terms
 
-_aten, _dsconv = torch.ops.aten, torch.ops.dsconv
-INTEGER_OPERATORS = (_dsconv.conv2d.default, _dsconv.linear.default)
+_aten = torch.ops.aten
 
 
-def fuse(module: fx.GraphModule, activations: "Activations") -> None:
+def fuse(module: fx.GraphModule, fast_math: bool) -> None:
     """Rewrite the graph of ``module``, which holds functional ATen and ``dsconv`` operators, in place.
 
-    A BatchNorm, a sum with another tensor, and one of ``activations``, that follow a convolution or linear layer become
-    its gain and offset, its residual and its activation: it computes them in the same order, so that no bit changes but
-    by :data:`INEXACT`. What they are called is kept in ``node.meta["fused"]``.
+    A BatchNorm, a sum with another tensor, and an activation, that follow a convolution or linear layer become its gain
+    and offset, its residual and its activation: it computes them in the same order, so that no bit changes but by
+    ``fast_math``. Their names are kept in ``node.meta["fused"]``.
     """
     graph = module.graph
     for node in list(graph.nodes):
@@ -28,23 +29,19 @@ def fuse(module: fx.GraphModule, activations: "Activations") -> None:
             graph.erase_node(node)
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        if node.target in INTEGER_OPERATORS:
+        if operator_of(node).fuses:
             node.meta["fused"] = []
             _take_batchnorm(module, node)
             _take_residual(node, order)
-            _take_activation(node, activations)
+            _take_activation(module, node, fast_math)
     graph.lint()
 
 
 def _does_nothing(node: fx.Node) -> bool:
-    if not node.args or node.meta.get("strides") != getattr(node.args[0], "meta", {}).get("strides"):
+    equals_input = operator_of(node).equals_input
+    if equals_input is None or not node.args:
         return False
-    if node.target is _aten.clone.default:  # what dropout is in inference
-        return not node.kwargs
-    if node.target is not _aten.adaptive_avg_pool2d.default:
-        return False
-    read: Any = node.args[0]
-    return tuple(read.meta["val"].shape[-2:]) == tuple(node.args[1])  # type: ignore[arg-type]  # averages of one value
+    return node.meta.get("strides") == getattr(node.args[0], "meta", {}).get("strides") and equals_input(node)
 
 
 def _take_batchnorm(module: fx.GraphModule, node: fx.Node) -> None:
@@ -55,7 +52,7 @@ def _take_batchnorm(module: fx.GraphModule, node: fx.Node) -> None:
         return
     if not in_one_format(norm.args[0]):
         return
-    terms = batchnorm_terms(module, norm)
+    terms = batchnorm_terms(norm, partial(constant, module))
     if terms is None:
         return
     for name, value in zip(("gain", "offset"), terms, strict=True):
@@ -69,26 +66,6 @@ def _take_batchnorm(module: fx.GraphModule, node: fx.Node) -> None:
     read.meta |= {key: norm.meta[key] for key in LAYOUT if key in norm.meta}
     norm.replace_all_uses_with(read)
     module.graph.erase_node(norm)
-
-
-def batchnorm_terms(module: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Tensor] | None:
-    """``gain`` and ``offset`` of a BatchNorm, which PyTorch computes as ``x * gain + offset``, rounded once.
-
-    None where it is in training mode, or not of numbers that are known and finite in float32.
-    """
-    arguments: Any = norm.args
-    _, *nodes, training, _, eps, _ = arguments
-    values = [None if n is None else constant(module, n) for n in nodes]
-    weight, bias, mean, var = values
-    given = [value for value, n in zip(values, nodes, strict=True) if n is not None]
-    if training or mean is None or var is None or any(v is None or v.dtype != torch.float32 for v in given):
-        return None
-    # The very bits that PyTorch uses: what it makes of 1 without a mean and a bias, and of 0 with them.
-    zeros = torch.zeros_like(mean)
-    with torch.no_grad():
-        gain = torch.batch_norm(zeros[None] + 1, weight, None, zeros, var, False, 0.0, eps, False)[0]
-        offset = torch.batch_norm(zeros[None], weight, bias, mean, var, False, 0.0, eps, False)[0]
-    return (gain, offset) if bool(gain.isfinite().all() and offset.isfinite().all()) else None
 
 
 def constant(module: fx.GraphModule, node: Any) -> Tensor | None:
@@ -114,38 +91,11 @@ def _take_residual(node: fx.Node, order: dict[fx.Node, int]) -> None:
         _replace(node, add, "add", residual=other)
 
 
-def _take_activation(node: fx.Node, activations: "Activations") -> None:
+def _take_activation(module: fx.GraphModule, node: fx.Node, fast_math: bool) -> None:
     user = only_user(node)
-    if user is not None and user.target in activations:
-        found = activations[user.target](user)
-        if found is not None:
-            _replace(node, user, found["activation"], **found)
-
-
-def _leaky_relu(node: fx.Node) -> dict[str, Any]:
-    return {"activation": "leaky_relu", "slope": node.args[1] if len(node.args) > 1 else 0.01}
-
-
-def _hardtanh(node: fx.Node) -> dict[str, Any] | None:
-    return {"activation": "relu6"} if tuple(node.args[1:]) == (0, 6) and not node.kwargs else None
-
-
-Activations = dict[Any, Callable[[fx.Node], dict[str, Any] | None]]
-"""Of an operator, what makes the arguments ``activation`` and ``slope`` of a layer of it."""
-EXACT: Activations = {
-    _aten.relu.default: lambda _: {"activation": "relu"},
-    _aten.leaky_relu.default: _leaky_relu,
-    _aten.hardtanh.default: _hardtanh,
-    _aten.relu6.default: lambda _: {"activation": "relu6"},
-    _aten.hardswish.default: lambda _: {"activation": "hardswish"},
-    _aten.hardsigmoid.default: lambda _: {"activation": "hardsigmoid"},
-}
-"""Activations of which our kernels and PyTorch compute the same bits."""
-INEXACT: Activations = {
-    _aten.silu.default: lambda _: {"activation": "silu"},
-    _aten.sigmoid.default: lambda _: {"activation": "sigmoid"},
-}
-"""Activations that hold an exponential, which every library rounds in its own way."""
+    settings = activation_of(user, partial(constant, module), fast_math)
+    if user is not None and settings is not None:
+        _replace(node, user, settings["activation"], **settings)
 
 
 def _replace(node: fx.Node, follower: fx.Node, called: str, **arguments: Any) -> None:
@@ -155,11 +105,6 @@ def _replace(node: fx.Node, follower: fx.Node, called: str, **arguments: Any) ->
     node.meta |= {key: follower.meta[key] for key in ("val", *LAYOUT) if key in follower.meta}
     follower.replace_all_uses_with(node)
     follower.graph.erase_node(follower)
-
-
-def only_user(node: fx.Node) -> fx.Node | None:
-    """What reads a node, if it is one alone."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _like(a: fx.Node, b: fx.Node) -> bool:

@@ -14,59 +14,8 @@ from torch import Tensor, fx
 Strides = tuple[int, ...]
 LAYOUT = ("strides", "sizes")
 """Keys of ``node.meta``: strides and sizes of its tensor when the model ran."""
-_aten, _dsconv = torch.ops.aten, torch.ops.dsconv
-
-# Operators that round nothing, or round every value alone and in the same way in vectors and outside them.
-_MOVES = (
-    "alias cat channel_shuffle chunk clone concat constant_pad_nd contiguous detach detach_ dropout "
-    "embedding expand expand_as feature_dropout flatten flip gather index_select lift_fresh_copy masked_fill movedim "
-    "narrow pad permute pixel_shuffle pixel_unshuffle reflection_pad1d reflection_pad2d repeat replication_pad1d "
-    "replication_pad2d reshape roll select slice split split_with_sizes squeeze stack t tile to _to_copy transpose "
-    "unbind unflatten unsqueeze upsample_nearest2d view where sym_size sym_numel _assert_tensor_metadata"
-)
-_ROUND_ALONE = (
-    "abs add amax amin ceil clamp clamp_max clamp_min div eq floor ge gt hardsigmoid hardswish hardtanh le leaky_relu "
-    "logical_and logical_not logical_or lt max_pool1d max_pool2d maximum minimum mul ne neg relu relu6 round sign sub "
-    "threshold"
-)
-# These read their input row by row, whatever its layout, and write rows.
-_MAKE_ROWS = (_aten.layer_norm, _aten.native_layer_norm, _dsconv.linear)
-_EXACT = {getattr(_aten, name) for name in f"{_MOVES} {_ROUND_ALONE}".split()} | {
-    *_MAKE_ROWS,
-    _dsconv.conv2d,
-    _dsconv.quantize_activation,
-}
-# PyTorch computes these on vectors, and what remains of a thread's share value by value, which rounds in another way.
-_BY_VECTORS = {getattr(_aten, name) for name in ("elu", "exp", "gelu", "mish", "sigmoid", "silu", "softplus", "tanh")}
 _VECTORS = 64  # values: the most that PyTorch takes at a time is two vectors of 16
 _SHARES = (1 << 15, 1 << 11)  # values: a thread gets no fewer, of most operators and of GELU
-
-
-def is_exact(node: fx.Node) -> bool:
-    """Whether an operator returns the same bits for every layout of what it reads."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet is None:  # of Python, on numbers
-        return True
-    return packet in _EXACT and "alpha" not in node.kwargs
-
-
-def is_by_vectors(node: fx.Node) -> bool:
-    """Whether an operator rounds what remains beside full vectors in another way, see :func:`fills_vectors`."""
-    return getattr(node.target, "overloadpacket", None) in _BY_VECTORS
-
-
-def is_by_format(node: fx.Node) -> bool:
-    """Whether PyTorch has two kernels for an operator, one of them for contiguous tensors alone.
-
-    The exact GELU of contiguous tensors is oneDNN's.
-    """
-    return getattr(node.target, "overloadpacket", None) is _aten.gelu
-
-
-def makes_rows(node: fx.Node) -> bool:
-    """Whether the layout of an operator's result does not follow from that of its input."""
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet in _MAKE_ROWS or packet is _aten.contiguous
 
 
 def fills_vectors(count: int) -> bool:
@@ -132,6 +81,24 @@ def restrided(x: Tensor, strides: Strides) -> Tensor:
     if all(size == 1 or a == b for size, a, b in zip(x.shape, have, strides, strict=True)):
         return x.as_strided(x.shape, strides)
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def order_in_memory(x: Tensor) -> tuple[int, ...]:
+    """Return the dimensions of ``x``, those with the largest strides first; a single image counts as the slowest.
+
+    >>> order_in_memory(torch.zeros(1, 3, 4, 4, dtype=torch.float32).to(memory_format=torch.channels_last))
+    (0, 2, 3, 1)
+    """
+    strides = x.stride()
+    order = sorted(range(len(x) == 1, len(strides)), key=lambda dim: -strides[dim])
+    return (0, *order) if len(x) == 1 else tuple(order)
+
+
+def in_layout_of(x: Tensor, images: int) -> Tensor:
+    """Return zeros for so many images, whose values lie in the order of those of ``x``."""
+    order, sizes = order_in_memory(x), [images, *x.shape[1:]]
+    zeros = torch.zeros([sizes[dim] for dim in order], dtype=x.dtype, device=x.device)
+    return zeros.permute([order.index(dim) for dim in range(x.dim())])
 
 
 def record(module: fx.GraphModule, x: Tensor) -> None:

@@ -1,14 +1,11 @@
 """What a compiled network consists of, as a table."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
-from dsconv import ops
-from dsconv.compilation import lowering
-from dsconv.compilation.fusion import INTEGER_OPERATORS
+from dsconv.compilation.operators import Step
 from dsconv.compilation.program import Program
 from dsconv.tables import as_text
 
@@ -17,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlanStep:
     """One operator of a compiled network.
 
     Attributes:
@@ -46,11 +43,11 @@ class Plan:
         memory_bytes: of all that lies between its steps, for one image.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[PlanStep, ...]
     memory_bytes: int
 
     @property
-    def in_pytorch(self) -> tuple[Step, ...]:
+    def in_pytorch(self) -> tuple[PlanStep, ...]:
         """Steps that PyTorch executes."""
         return tuple(step for step in self.steps if step.backend == "PyTorch")
 
@@ -85,33 +82,21 @@ class Plan:
 
 
 def plan_of(program: Program) -> Plan:
-    """Table of the steps of a program."""
-    return Plan(tuple(_step(step, program.constants) for step in program.steps), program.memory_bytes)
+    """Return the table of the steps of a program."""
+    return Plan(tuple(map(_row, program.steps)), program.memory_bytes)
 
 
-def _step(step: lowering.Step, tensors: Mapping[fx.Node, Tensor]) -> Step:
-    node, does = step.node, step.does
-    constants: list[Tensor | None] = []
-    if isinstance(does, lowering.Call):
-        backend = f"integers ({ops.cpu.isa()})" if node.target in INTEGER_OPERATORS else "PyTorch"
-        constants = [tensors.get(n) for n in node.all_input_nodes]
-    elif isinstance(does, lowering.Convolution):
-        backend = f"integers ({ops.cpu.isa()})"
-        constants = [does.arguments[name] for name in ops.cpu.WEIGHTS]
-    else:
-        backend = f"float32 ({ops.cpu.isa()})"
-        constants = [does.scale, does.shift] if isinstance(does, lowering.Map) else []
-    own = {lowering.Map: "dsconv.map", lowering.Average: "dsconv.average", lowering.Flatten: "dsconv.flatten"}
-    operator: Any = own.get(type(does)) or getattr(node.target, "overloadpacket", node.target)
+def _row(step: Step) -> PlanStep:
+    node: Any = step.node
     quantizes = ["quantize"] if step.targets and "quantize" not in step.fused else []
     stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
     value = node.meta.get("val")
     made = tuple(value.shape) if isinstance(value, Tensor) else ()
-    return Step(
+    return PlanStep(
         name=stack[-1][0],
-        operator=str(operator),
-        backend=backend,
+        operator=step.name or str(getattr(node.target, "overloadpacket", node.target)),
+        backend=step.backend(),
         fused=(*step.fused, *quantizes),
         shape=tuple(n if isinstance(n, int) else 1 for n in made),
-        weight_bytes=sum(constant.nbytes for constant in constants if constant is not None),
+        weight_bytes=sum(constant.nbytes for constant in step.constants() if constant is not None),
     )

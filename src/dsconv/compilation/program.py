@@ -9,31 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from dsconv.compilation.layouts import are_pixels, fills_vectors, is_by_vectors, is_dense, lies_in_lines, restrided
-from dsconv.compilation.lowering import Average, Call, Convolution, Flatten, Lowered, Map, Pool, Quantized, Step, Value
+from dsconv.compilation.layouts import are_pixels, fills_vectors, is_dense, lies_in_lines, restrided
+from dsconv.compilation.lowering import Lowered
 from dsconv.compilation.memory import ALIGNMENT, Buffer, place
+from dsconv.compilation.operators import operator_of
+from dsconv.compilation.operators.pytorch import Call
+from dsconv.compilation.values import Quantized, Value
 from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.ops import cpu
 
 # Memory of this size stays in the caches; more images at a time would not.
 _CACHED_BYTES = 10 << 20
 _GAP = 16  # values, a line of cache
-_aten = torch.ops.aten
-# Of PyTorch's operators, those that treat every image as if it were alone, where they make a tensor of images.
-_BY_IMAGE = (
-    _aten.adaptive_avg_pool2d.default,
-    _aten.avg_pool2d.default,
-    _aten.mean.dim,
-    _aten.reshape.default,
-    _aten.flatten.using_ints,
-    _aten.max_pool2d.default,
-    _aten.silu.default,
-    _aten.sigmoid.default,
-    _aten.hardsigmoid.default,
-    _aten.hardswish.default,
-    _aten.gelu.default,
-)
-_ELEMENTWISE = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
 _SPARE = 4  # pieces of memory that are kept for the next calls
 
 
@@ -46,7 +33,7 @@ class _Segment(NamedTuple):
 
     first: int
     last: int
-    call: Step | None
+    call: Call | None
 
 
 class Program:
@@ -72,12 +59,12 @@ class Program:
         self._spread = self._find_spread()
         self._plan_memory()
         for step in self.steps:
-            self._add(step)
+            step.add(self._native, self)
         self._segments = self._segments_of_calls()
         # What steps of the extension make outside the memory: the network's outputs.
-        made = {s.result for s in self.steps if s.result in self._bases and not isinstance(s.does, Call)}
+        made = {s.result for s in self.steps if s.result in self._bases and not s.in_pytorch}
         self._returns = {v.node: (base, *_layout(v)) for v, base in self._bases.items() if v in made}
-        calls = [step for step in self.steps if isinstance(step.does, Call)]
+        calls = [step for step in self.steps if step.in_pytorch]
         # What is there as a tensor of its own, in the layout of the model where that matters.
         self._as_in_model = {self._input.node, *self.constants, *(step.node for step in calls)}
         nodes = {n for step in calls for n in (step.node, *step.node.all_input_nodes)}
@@ -89,8 +76,8 @@ class Program:
         # Values of an image in each tensor that PyTorch computes on vectors.
         self._by_vectors = {
             math.prod(step.result.size)
-            for step in self.steps
-            if isinstance(step.does, Call) and step.result is not None and is_by_vectors(step.node)
+            for step in calls
+            if step.result is not None and operator_of(step.node).rounds == "by_vectors"
         }
         self._spare: deque[Tensor] = deque(maxlen=_SPARE)
 
@@ -119,27 +106,17 @@ class Program:
         if not lies_in_lines(self._input.node) and are_pixels(recorded["sizes"], recorded["strides"]):
             return False
         readers = [step for step in self.steps if any(value is self._input for value in step.float_values())]
-        return all(
-            (
-                isinstance(step.does, Convolution)
-                and not (step.does.quantized or step.does.depthwise)
-                and step.residual is None
-            )
-            or (isinstance(step.does, Map) and step.result is None)
-            for step in readers
-        )
+        return all(step.takes_lines() for step in readers)
 
     def _treats_images_alone(self) -> bool:
         """Whether parts of a batch give parts of its result."""
         tensors_of_images = {step.result.node for step in self.steps if step.result is not None}
         return tensors_of_images.issuperset(self._outputs) and all(
-            step.node.target is _aten.sym_size.int or (step.node.target in _BY_IMAGE and step.node in tensors_of_images)
+            operator_of(step.node).returns == "nothing"
+            or (operator_of(step.node).by_image and step.node in tensors_of_images)
             for step in self.steps
-            if isinstance(step.does, Call)
+            if step.in_pytorch
         )
-
-    def _root(self, value: Value) -> Value:
-        return value if value.home is None else value.home
 
     def _pixel(self, root: Value) -> int:
         """How many values after a pixel the next one begins."""
@@ -152,8 +129,8 @@ class Program:
         """
         able, unable = set[Value](), set[Value]()
         for step in self.steps:
-            roots = {self._root(value) for value in step.float_values()}
-            (able if isinstance(step.does, Convolution | Map) else unable).update(roots)
+            roots = {value.root() for value in step.float_values()}
+            (able if step.takes_gaps else unable).update(roots)
         return {
             root
             for root in able - unable
@@ -169,18 +146,18 @@ class Program:
         # What PyTorch returns may be a view of what it read, which is needed as long.
         last: dict[fx.Node, int] = dict.fromkeys(outputs, end)
         for index, step in reversed(list(enumerate(self.steps))):
-            call = isinstance(step.does, Call)
+            call = step.in_pytorch
             reads = step.node.all_input_nodes if call else [v.node for v in step.float_values() if v is not step.result]
             for node in reads:
                 last[node] = max(last.get(node, 0), last.get(step.node, index) if call else index)
         for index, step in enumerate(self.steps):
-            until = last.get(step.node, index) if isinstance(step.does, Call) else index
+            until = last.get(step.node, index) if step.in_pytorch else index
             for value in step.float_values():
-                root = self._root(value)
+                root = value.root()
                 if not root.outside:
                     size = 4 * self._pixel(root) * math.prod(root.size[1:])
                     self._use(root, size, index, end if root.node in outputs else until)
-                elif not isinstance(step.does, Call):
+                elif not step.in_pytorch:
                     self._bases.setdefault(root, len(self._bases) + 1)
             for quantized in step.quantized_tensors():
                 self._use(quantized, self._quantized_bytes(quantized), index, index)
@@ -197,7 +174,7 @@ class Program:
         """Where a residual is read for the last time, the sum takes its place."""
         for index, step in enumerate(self.steps):
             result, other = step.result, step.residual
-            if not isinstance(step.does, Convolution) or step.does.quantized is None or result is None or other is None:
+            if step.reads() is None or result is None or other is None:
                 continue
             mine, its = self._buffers.get(result), self._buffers.get(other)
             if mine is None or its is None or mine is its or its.last != index or mine.first != index:
@@ -222,77 +199,47 @@ class Program:
         """All steps, with what PyTorch does alone."""
         segments: list[_Segment] = []
         for index, step in enumerate(self.steps):
-            call = step if isinstance(step.does, Call) else None
+            call = step if isinstance(step, Call) else None
             if call is None and segments and segments[-1].call is None:
                 segments[-1] = segments[-1]._replace(last=index + 1)
             else:
                 segments.append(_Segment(index, index + 1, call))
         return segments
 
-    def _add(self, step: Step) -> None:
-        does, native = step.does, self._native
-        if isinstance(does, Call):
-            native.skip()  # so that both number steps alike
-            return
-        result = -1 if step.result is None or not step.result.in_float else self._value_id(step.result)
-        residual = -1 if step.residual is None else self._value_id(step.residual)
-        targets = [(self._quantized_id(q), first) for q, first in step.targets]
-        activation = cpu.ACTIVATIONS.index(step.activation)
-        uses = (result, residual, targets, activation, step.slope)
-        if isinstance(does, Convolution):
-            given = does.arguments
-            native.convolve(
-                does.sizes,
-                -1 if does.quantized is not None else self._value_id(does.source),
-                -1 if does.quantized is None else self._quantized_id(does.quantized),
-                *(_address(given[name]) for name in cpu.WEIGHTS),
-                given["weight_bits"],
-                given["activation_bits"],
-                ACTIVATION_SIGNS.index(given["sign"]),
-                uses,
-            )
-        elif isinstance(does, Map):
-            gate = -1 if does.gate is None else self._value_id(does.gate)
-            native.map(self._value_id(does.source), _address(does.scale), _address(does.shift), does.once, gate, uses)
-        elif isinstance(does, Average):
-            native.average(self._value_id(does.source), does.lanes, result)
-        elif isinstance(does, Flatten):
-            native.flatten(self._value_id(does.source), result)
-        elif isinstance(does, Pool):
-            assert step.result is not None
-            out = step.result.size[1:]
-            native.pool(
-                self._value_id(does.source), does.window, does.average, does.count_zeros, does.divisor, out, uses
-            )
-
-    def _value_id(self, value: Value) -> int:
-        if value not in self._ids:
-            root = self._root(value)
+    def value(self, of: Value | None) -> int:
+        """Return the number of a float32 tensor in the extension's program; -1 of none."""
+        if of is None:
+            return -1
+        if of not in self._ids:
+            root = of.root()
             base = self._bases.get(root, 0)
             offset = 0 if base else self._buffers[root].offset
             channels, height, width = root.size
             pixel = self._pixel(root)
             strides = (pixel * height * width, 1, width * pixel, pixel)
-            if value is self._input and self._nchw:
+            if of is self._input and self._nchw:
                 strides = (channels * height * width, height * width, width, 1)
-            self._ids[value] = self._native.values(base, offset, value.first, value.size, strides)
-        return self._ids[value]
+            self._ids[of] = self._native.values(base, offset, of.first, of.size, strides)
+        return self._ids[of]
 
-    def _quantized_id(self, q: Quantized) -> int:
-        if q not in self._ids:
-            form = q.format
-            self._ids[q] = self._native.quantized(
-                self._buffers[q].offset,
+    def quantized(self, of: Quantized | None) -> int:
+        """Return the number of a quantized tensor in the extension's program; -1 of none."""
+        if of is None:
+            return -1
+        if of not in self._ids:
+            form = of.format
+            self._ids[of] = self._native.quantized(
+                self._buffers[of].offset,
                 form.depth,
                 form.block_size,
                 form.groups,
-                (*q.size, *q.pad),
+                (*of.size, *of.pad),
                 8 if form.wide else 4,
                 form.bits,
                 ACTIVATION_SIGNS.index(form.sign),
                 form.shift,
             )
-        return self._ids[q]
+        return self._ids[of]
 
     # Running
 
@@ -328,7 +275,7 @@ class Program:
 
     def _call(
         self,
-        step: Step,
+        step: Call,
         images: int,
         env: dict[fx.Node, Any],
         kept: dict[Any, Tensor],
@@ -336,19 +283,17 @@ class Program:
         addresses: list[int],
     ) -> None:
         """A step, by PyTorch; ``kept`` holds tensors in layouts of the model, and what steps of the extension read."""
-        does = step.does
-        assert isinstance(does, Call)
-        for value in does.reads:
+        for value in step.reads_values:
             if value.node not in env:
                 env[value.node] = self._view(value, images, memory)
         node: Any = step.node
 
         def given(n: fx.Node) -> Any:
             x = env[n]
-            if not does.faithful or n in self._as_in_model:
+            if not step.faithful or n in self._as_in_model:
                 return x
             strides = self._strides.get(n)
-            if strides is None or (does.by_vectors and _alike_by_vectors(x, strides)):
+            if strides is None or (step.by_vectors and _alike_by_vectors(x, strides)):
                 return x
             if n not in kept:
                 kept[n] = restrided(x, strides)
@@ -356,7 +301,7 @@ class Program:
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
         env[node] = made = node.target(*args, **kwargs)
-        if does.faithful and not does.by_vectors and step.result is not None:
+        if step.faithful and not step.by_vectors and step.result is not None:
             self._check_layout(node, made)
         if step.result in self._bases:
             made = made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made.contiguous()
@@ -376,7 +321,7 @@ class Program:
 
     def _view(self, value: Value, images: int, memory: Tensor) -> Tensor:
         """A native value as PyTorch sees it."""
-        root = self._root(value)
+        root = value.root()
         channels, height, width = root.size
         at = self._buffers[root].offset * images // 4 + value.first
         if value.node.meta["val"].dim() == 2:
@@ -404,10 +349,6 @@ class Program:
         if memory is None or memory.nbytes < size:
             memory = torch.empty(max(1, -(-size // 4)), dtype=torch.float32, device="cpu")
         return memory
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _layout(value: Value) -> tuple[tuple[int, ...], torch.memory_format]:

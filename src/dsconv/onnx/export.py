@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsconv.compilation.capture import exported, needs_one_batch, reason, unknown_output
 from dsconv.compilation.compiled import CompiledModel
+from dsconv.compilation.frontends.pytorch import exported, needs_one_batch, reason, unknown_output
 from dsconv.config import QuantConfig
 from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.convert import swapped

@@ -1,4 +1,4 @@
-"""From a model to a graph of functional ATen and ``dsconv`` operators."""
+"""The front end of PyTorch's modules: from a model to a graph of functional operators, by :mod:`torch.export`."""
 
 import inspect
 import operator
@@ -11,42 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dsconv.compilation.state import capturable
+from dsconv.compilation.frontends.state import capturable
+from dsconv.compilation.layouts import in_layout_of
+from dsconv.compilation.operators import functional, operator_of
 from dsconv.errors import ModelError
 
-_aten, _dsconv = torch.ops.aten, torch.ops.dsconv
-_IN_PLACE = {
-    getattr(_aten, f"{name}_").default: getattr(_aten, name).default
-    for name in ("relu", "relu6", "hardtanh", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid")
-} | {_aten.add_.Tensor: _aten.add.Tensor, _aten.mul_.Tensor: _aten.mul.Tensor}
-# What returns a tensor of its own,
-_FRESH = (
-    *_IN_PLACE.values(),
-    _dsconv.conv2d.default,
-    _dsconv.linear.default,
-    _aten.cat.default,
-    _aten.max_pool2d.default,
-    _aten.avg_pool2d.default,
-    _aten.adaptive_avg_pool2d.default,
-    _aten.mean.dim,
-    _aten.softmax.int,
-    _aten.batch_norm.default,
-)
-# and what may return a view of its input.
-_VIEWS = (
-    _aten.flatten.using_ints,
-    _aten.reshape.default,
-    _aten.view.default,
-    _aten.contiguous.default,
-    _aten.dropout.default,
-    _aten.feature_dropout.default,
-    _aten.to.dtype,
-)
-_NEITHER = (_aten.sym_size.int, _aten._assert_tensor_metadata.default)
+_aten = torch.ops.aten
 
 
-def capture(model: nn.Module, x: Tensor, any_batch: bool = True) -> fx.GraphModule:
-    """Graph of ``model`` for inputs of the size and memory layout of ``x``, and any batch or that of ``x`` alone.
+def takes(model: nn.Module) -> bool:
+    """Tell whether this front end is for ``model``: it is for every module."""
+    return isinstance(model, nn.Module)
+
+
+def graph(model: nn.Module, x: Tensor, any_batch: bool) -> fx.GraphModule:
+    """Return the graph of ``model`` for inputs of the size and layout of ``x``, and any batch or that of ``x`` alone.
 
     Raises:
         ModelError: :mod:`torch.export` cannot capture it.
@@ -106,24 +85,6 @@ def needs_one_batch(error: BaseException) -> bool:
     return "Constraints violated" in str(error) or (isinstance(error, TypeError) and "SymInt" in str(error))
 
 
-def order_in_memory(x: Tensor) -> tuple[int, ...]:
-    """Dimensions of ``x``, those with the largest strides first; images come one after another where there is but one.
-
-    >>> order_in_memory(torch.zeros(1, 3, 4, 4, dtype=torch.float32).to(memory_format=torch.channels_last))
-    (0, 2, 3, 1)
-    """
-    strides = x.stride()
-    order = sorted(range(len(x) == 1, len(strides)), key=lambda dim: -strides[dim])
-    return (0, *order) if len(x) == 1 else tuple(order)
-
-
-def in_layout_of(x: Tensor, images: int) -> Tensor:
-    """Zeros for so many images, whose values lie in the order of those of ``x``."""
-    order, sizes = order_in_memory(x), [images, *x.shape[1:]]
-    zeros = torch.zeros([sizes[dim] for dim in order], dtype=x.dtype, device=x.device)
-    return zeros.permute([order.index(dim) for dim in range(x.dim())])
-
-
 def unknown_output(error: BaseException) -> str | None:
     """Return what to do where :mod:`torch.export` raised ``error`` for the type of a model's output, else None."""
     cause: BaseException | None = error
@@ -146,31 +107,32 @@ def make_functional(graph: fx.Graph) -> bool:
         another tensor may see a change.
     """
     for node in list(graph.nodes):
-        if _does_nothing(node):  # it returns its very input
+        is_input = operator_of(node).is_input
+        if is_input is not None and is_input(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     nodes = [node for node in graph.nodes if node.op == "call_function"]
-    if not all(node.target in (*_IN_PLACE, *_FRESH, *_VIEWS, *_NEITHER) for node in nodes):
+    if not all(functional(node) or operator_of(node).returns for node in nodes):
         return False
     if any(node.target is _aten.batch_norm.default and node.args[5] for node in nodes):
         return False  # it is in training mode, and changes its statistics
     # The node whose memory each may share.
     shared: dict[fx.Node, fx.Node] = {}
     for node in nodes:
-        if node.target in _VIEWS and node.args[0] in shared:
-            shared[node] = shared[node.args[0]]
-        elif node.target in _IN_PLACE:
+        if functional(node):
             changed = node.args[0]
             if changed not in shared or list(shared.values()).count(shared[changed]) != 1:
                 return False  # it is not the only one, or the model's own
             shared[node] = shared.pop(changed)
-        elif node.target in _FRESH:
+        elif operator_of(node).returns == "new":
             shared[node] = node
+        elif operator_of(node).returns == "view" and node.args[0] in shared:
+            shared[node] = shared[node.args[0]]
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in nodes:
-        if node.target in _IN_PLACE:
+        if twin := functional(node):
             changed = node.args[0]
-            node.target = _IN_PLACE[node.target]
+            node.target = twin
             changed.replace_all_uses_with(node, delete_user_cb=lambda user, of=node: order[user] > order[of])
         elif node.target is _aten._assert_tensor_metadata.default:
             graph.erase_node(node)
@@ -190,10 +152,3 @@ def _join_batchnorms(graph: fx.Graph) -> None:
             graph.erase_node(node)
             if not read.users:
                 graph.erase_node(read)
-
-
-def _does_nothing(node: fx.Node) -> bool:
-    if node.target in (_aten.dropout.default, _aten.feature_dropout.default):
-        return not node.args[2]
-    made: Any = node.meta.get("val")
-    return node.target is _aten.to.dtype and len(node.args) == 2 and made.dtype == node.args[0].meta["val"].dtype  # type: ignore[union-attr]

@@ -1,0 +1,14 @@
+"""A file for each kind of step, with all that the compiler knows of its operators; ``operator.py`` is their base.
+
+A new kind of step is a new file here.
+"""
+
+import importlib
+import pkgutil
+
+from dsconv.compilation.operators.operator import Operator, Step, activation_of, functional, only_user, operator_of
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Operator", "Step", "activation_of", "functional", "only_user", "operator_of"]

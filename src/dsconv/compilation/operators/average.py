@@ -1,0 +1,98 @@
+"""Averages of whole images, and the order in which they are summed up."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from dsconv.compilation.layouts import lies_in_lines
+from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
+from dsconv.compilation.values import Value
+from dsconv.ops import cpu
+
+# The last bits of a sum follow from its order, and that of PyTorch from the lanes of the vectors that it was built for.
+_LANES = (8, 16, 4)
+_TRIED = 16  # channels: enough that no other order rounds all of them alike, and few even of large images
+OWN_LANES = 8  # on every processor
+
+
+@dataclass(eq=False, kw_only=True)
+class Average(Step):
+    """The average of every channel of an image, in the order that so many lanes give."""
+
+    source: Value
+    lanes: int
+    name: ClassVar[str | None] = "dsconv.average"
+
+    def sources(self) -> Iterator[Value]:
+        yield self.source
+
+    def add(self, native: Any, ids: Ids) -> None:
+        native.average(ids.value(self.source), self.lanes, ids.value(self.result))
+
+
+def lanes_of_pytorch(size: tuple[int, int, int]) -> int | None:
+    """With how many lanes an ``Average`` of the extension has the bits of PyTorch's, for images ``(C, H, W)``; or None.
+
+    Found by trying, so that another PyTorch with another order goes unharmed.
+
+    >>> lanes_of_pytorch((64, 7, 7)) in (None, 4, 8, 16)
+    True
+    """
+    return _lanes_of_pytorch(size, cpu.isa())
+
+
+@cache
+def _lanes_of_pytorch(size: tuple[int, int, int], isa: str | None) -> int | None:
+    channels, height, width = size
+    if channels == 1:
+        return None  # a sum over all there is, which is cut up among threads
+    generator = torch.Generator().manual_seed(0)
+    tried = (1, min(channels, _TRIED), height, width)
+    x = torch.randn(tried, generator=generator, dtype=torch.float32, device="cpu")
+    expected = x.mean((2, 3)).flatten()
+    return next((lanes for lanes in _LANES if torch.equal(_averages(x, lanes, isa), expected)), None)
+
+
+def _averages(x: Tensor, lanes: int, isa: str | None) -> Tensor:
+    """Of one image."""
+    module = cpu.extension()
+    assert module is not None
+    _, channels, height, width = x.shape
+    pixels = x.contiguous(memory_format=torch.channels_last)
+    made = torch.empty(channels, dtype=torch.float32, device="cpu")
+    program = module.Program(isa)
+    source = program.values(1, 0, 0, (channels, height, width), (x.numel(), 1, width * channels, channels))
+    program.average(source, lanes, program.values(2, 0, 0, (channels, 1, 1), (channels, 1, channels, channels)))
+    program.run(1, [0, pixels.data_ptr(), made.data_ptr()], 0, 1, 0)
+    return made
+
+
+def _average(lowering: Lowering, node: fx.Node) -> Step | None:
+    source, result = lowering.value(node.args[0]), lowering.value(node)
+    if source is None or result is None or result.size != (source.size[0], 1, 1):
+        return None
+    given = cpu.arguments_of(node.target, node.args, node.kwargs)
+    over_images = sorted(dim % 4 for dim in given.get("dim") or (2, 3)) == [2, 3]
+    if source.node.meta["val"].dim() != 4 or not over_images:
+        return None
+    lanes: int | None = OWN_LANES
+    if not lowering.fast_math:
+        # PyTorch takes an average of another layout in another order.
+        lanes = lanes_of_pytorch(source.size) if lies_in_lines(source.node) else None
+    if lanes is None:
+        return None
+    source.in_float = result.in_float = True
+    return Average(node=node, result=result, source=source, lanes=lanes)
+
+
+def _of_one_value(node: fx.Node) -> bool:
+    read: Any = node.args[0]
+    return tuple(read.meta["val"].shape[-2:]) == tuple(node.args[1])  # type: ignore[arg-type]
+
+
+register("aten", "adaptive_avg_pool2d", returns="new", by_image=True, equals_input=_of_one_value, lower=_average)
+register("aten", "mean", returns="new", by_image=True, lower=_average)

@@ -1,0 +1,112 @@
+"""Convolutions and linear layers in integers."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, fx
+
+from dsconv.compilation.operators.operator import Ids, Lowering, Step, address, register
+from dsconv.compilation.values import Format, Quantized, Value
+from dsconv.numerics import ACTIVATION_SIGNS
+from dsconv.ops import cpu
+
+
+@dataclass(eq=False, kw_only=True)
+class Convolution(Step):
+    """A convolution or linear layer; ``quantized`` is its input, but for flattened blocks, which read ``source``."""
+
+    arguments: dict[str, Any]
+    sizes: tuple[int, ...]
+    source: Value
+    depthwise: bool
+    quantized: Quantized | None = None
+    takes_gaps: ClassVar[bool] = True
+    in_integers: ClassVar[bool] = True
+
+    @property
+    def writes_parts(self) -> bool:  # type: ignore[override]
+        return not self.depthwise
+
+    def sources(self) -> Iterator[Value]:
+        if self.quantized is None:
+            yield self.source
+
+    def reads(self) -> Quantized | None:
+        return self.quantized
+
+    def takes_lines(self) -> bool:
+        return not (self.quantized or self.depthwise) and self.residual is None
+
+    def add(self, native: Any, ids: Ids) -> None:
+        given = self.arguments
+        native.convolve(
+            self.sizes,
+            ids.value(self.source if self.quantized is None else None),
+            ids.quantized(self.quantized),
+            *(address(given[name]) for name in cpu.WEIGHTS),
+            given["weight_bits"],
+            given["activation_bits"],
+            ACTIVATION_SIGNS.index(given["sign"]),
+            self.uses(ids),
+        )
+
+    def constants(self) -> Sequence[Tensor | None]:
+        return [self.arguments[name] for name in cpu.WEIGHTS]
+
+    def macs(self) -> int:
+        channels, groups = self.sizes[1], self.sizes[15]
+        return math.prod(self.sizes[4:9]) * (channels // groups)
+
+
+def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
+    given = cpu.arguments_of(node.target, node.args, node.kwargs)
+    source, residual, result = (lowering.value(n) for n in (given["x"], given["residual"], node))
+    if source is None or result is None or (given["residual"] is not None and residual is None):
+        return None
+    for name in cpu.WEIGHTS:
+        tensor = lowering.constant(given[name])
+        if tensor is None and given[name] is not None:
+            return None
+        given[name] = tensor
+    sizes = cpu.checked_sizes(source.size, given)
+    groups, flat = sizes[-3], bool(sizes[-1])
+    depthwise = flat and groups == source.size[0] > 1
+    if depthwise and groups != result.size[0]:
+        return None  # it writes lines
+    quantized = None
+    if flat:
+        source.in_float = True
+    else:
+        wanted = Format(
+            source.size[0] // groups,
+            sizes[-2],
+            groups,
+            given["weight_bits"] > 4,
+            given["activation_bits"],
+            given["sign"],
+            given["kds_shift"] is not None,
+        )
+        quantized = source.want(wanted, (sizes[11], sizes[12]))
+    if residual is not None:
+        residual.in_float = True
+    result.direct = depthwise or groups == 1
+    return Convolution(
+        node=node,
+        arguments=given,
+        sizes=sizes,
+        source=source,
+        depthwise=depthwise,
+        quantized=quantized,
+        result=result,
+        residual=residual,
+        activation=given["activation"],
+        slope=given["slope"],
+        fused=["bias"] * (given["bias"] is not None) + node.meta.get("fused", []),
+    )
+
+
+register("dsconv", "conv2d", returns="new", rounds="alike", fuses=True, lower=_convolution)
+register("dsconv", "linear", returns="new", rounds="alike", fuses=True, makes_rows=True, lower=_convolution)
+register("dsconv", "quantize_activation", rounds="alike")

@@ -1,0 +1,36 @@
+"""Images as rows of values."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
+from dsconv.compilation.values import Value
+
+
+@dataclass(eq=False, kw_only=True)
+class Flatten(Step):
+    """All values of an image as channels of one pixel, those of a channel one after another."""
+
+    source: Value
+    name: ClassVar[str | None] = "dsconv.flatten"
+
+    def sources(self) -> Iterator[Value]:
+        yield self.source
+
+    def add(self, native: Any, ids: Ids) -> None:
+        native.flatten(ids.value(self.source), ids.value(self.result))
+
+
+def _flatten(lowering: Lowering, node: fx.Node) -> Step | None:
+    source, result = lowering.value(node.args[0]), lowering.value(node)
+    if source is None or result is None or result.size != (math.prod(source.size), 1, 1):
+        return None
+    source.in_float = result.in_float = True
+    return Flatten(node=node, result=result, source=source)
+
+
+register("aten", "flatten reshape", returns="view", rounds="alike", by_image=True, lower=_flatten)

@@ -1,0 +1,208 @@
+"""What the compiler knows of an operator, and of the steps of a program: the base of each file of this folder.
+
+A file holds the facts about some ATen or ``dsconv`` operators (:func:`register`), the steps that execute them, and the
+way from a node of a captured graph to such a step. The passes of the compiler ask for these by node.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from dsconv.compilation.values import Quantized, Value
+from dsconv.ops import cpu
+
+Settings = dict[str, Any]
+"""Arguments ``activation`` and ``slope`` of a layer."""
+Constant = Callable[[Any], Tensor | None]
+"""Returns the tensor of the model that a node stands for; None where it is another one."""
+
+
+class Ids(Protocol):
+    """Numbers of tensors in the extension's program."""
+
+    def value(self, of: Value | None) -> int:
+        """Return the number of a float32 tensor; -1 of none."""
+
+    def quantized(self, of: Quantized | None) -> int:
+        """Return the number of a quantized tensor; -1 of none."""
+
+
+class Lowering(Protocol):
+    """The graph that is being lowered to steps."""
+
+    module: fx.GraphModule
+    fast_math: bool
+    absorbed: set[fx.Node]
+
+    def value(self, node: Any) -> Value | None:
+        """Return the tensor of images that a node makes; None where it makes something else."""
+
+    def constant(self, node: Any) -> Tensor | None:
+        """Return the tensor of the model that a node stands for; None where it is another one."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Step:
+    """One thing to do; ``result`` and ``targets`` are written by it.
+
+    Attributes:
+        node: the last one of the graph that it computes.
+        residual: a tensor that is added before the activation.
+        fused: names of what it computes besides.
+        targets: quantized tensors, and the channel there that its first one becomes.
+    """
+
+    node: fx.Node
+    result: Value | None = None
+    residual: Value | None = None
+    activation: str = "none"
+    slope: float = 0.0
+    fused: list[str] = field(default_factory=list)
+    targets: list[tuple[Quantized, int]] = field(default_factory=list)
+
+    in_pytorch: ClassVar[bool] = False
+    takes_gaps: ClassVar[bool] = False
+    """Whether its float32 tensors may have a gap behind each pixel."""
+    writes_parts: ClassVar[bool] = False
+    """Whether it makes some channels of its result after others."""
+    name: ClassVar[str | None] = None
+    """As the plan calls it; None: as its operator is called."""
+    in_integers: ClassVar[bool] = False
+
+    def sources(self) -> Iterable[Value]:
+        """Float32 tensors that it reads, but for the residual."""
+        raise NotImplementedError
+
+    def reads(self) -> Quantized | None:
+        """The quantized tensor that it reads."""
+        return None
+
+    def takes_lines(self) -> bool:
+        """Tell whether its input may lie in lines of channels (NCHW)."""
+        return False
+
+    def add(self, native: Any, ids: Ids) -> None:
+        """Append it to the extension's program ``native``."""
+        raise NotImplementedError
+
+    def backend(self) -> str:
+        """Return what executes it, as the plan says it."""
+        kind = "integers" if self.in_integers else "PyTorch" if self.in_pytorch else "float32"
+        return kind if kind == "PyTorch" else f"{kind} ({cpu.isa()})"
+
+    def constants(self) -> Sequence[Tensor | None]:
+        """Tensors of the model that it reads."""
+        return ()
+
+    def macs(self) -> int:
+        """Multiply-adds for an image; 0 where it is no layer."""
+        return 0
+
+    def float_values(self) -> Iterator[Value]:
+        """Tensors that it reads and writes in float32."""
+        yield from self.sources()
+        if self.residual is not None:
+            yield self.residual
+        if self.result is not None and self.result.in_float:
+            yield self.result
+
+    def quantized_tensors(self) -> Iterator[Quantized]:
+        """Tensors that it reads and writes quantized."""
+        if (read := self.reads()) is not None:
+            yield read
+        yield from (quantized for quantized, _ in self.targets)
+
+    def uses(self, ids: Ids) -> tuple[Any, ...]:
+        """Return its result, residual, targets and activation as the extension takes them."""
+        result = self.result if self.result is not None and self.result.in_float else None
+        targets = [(ids.quantized(quantized), first) for quantized, first in self.targets]
+        activation = cpu.ACTIVATIONS.index(self.activation)
+        return ids.value(result), ids.value(self.residual), targets, activation, self.slope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """Facts about an operator of PyTorch or of dsconv, whoever executes it.
+
+    Attributes:
+        returns: a ``new`` tensor, perhaps a ``view`` of its first input, or ``nothing`` of tensors; None: unknown.
+        in_place: whether PyTorch has a twin of it that writes to its first input.
+        rounds: ``alike``: the same bits for every layout of its input; ``by_vectors``: so where values fill vectors
+            (:func:`dsconv.compilation.layouts.fills_vectors`); None: in a way of its own for each layout.
+        by_format: PyTorch has two kernels for it, one of them for contiguous tensors alone.
+        makes_rows: the layout of its result does not follow from that of its input.
+        by_image: it treats every image as if it were alone, where it makes a tensor of images.
+        fuses: it takes a BatchNorm, a sum and an activation behind it.
+        is_input, equals_input: whether a node returns its very input, or a tensor of the same values.
+        activation: the settings of a layer that computes it last, for a node; None: the layer cannot.
+        fast_math: our kernels round it in another way than PyTorch.
+        lower: makes a step of a node; None: PyTorch executes the node.
+    """
+
+    returns: Literal["new", "view", "nothing"] | None = None
+    in_place: bool = False
+    rounds: Literal["alike", "by_vectors"] | None = None
+    by_format: bool = False
+    makes_rows: bool = False
+    by_image: bool = False
+    fuses: bool = False
+    is_input: Callable[[fx.Node], bool] | None = None
+    equals_input: Callable[[fx.Node], bool] | None = None
+    activation: Callable[[fx.Node, Constant], Settings | None] | None = None
+    fast_math: bool = False
+    lower: Callable[[Lowering, fx.Node], Step | None] | None = None
+
+
+_UNKNOWN = Operator()
+_PYTHON = Operator(rounds="alike")  # on numbers
+_operators: dict[Any, Operator] = {}
+_in_place: dict[Any, Any] = {}
+
+
+def register(namespace: str, names: str, **facts: Any) -> None:
+    """Say what is known of some operators: ``register("aten", "relu relu6", returns="new")``.
+
+    Raises:
+        ValueError: something is known of one already.
+    """
+    for name in names.split():
+        packet = getattr(getattr(torch.ops, namespace), name)
+        if packet in _operators:
+            raise ValueError(f"{namespace}.{name} is registered already")
+        _operators[packet] = operator = Operator(**facts)
+        if operator.in_place:
+            twin = getattr(getattr(torch.ops, namespace), f"{name}_")
+            kinds = set(twin.overloads()) & set(packet.overloads())
+            _in_place.update({getattr(twin, kind): getattr(packet, kind) for kind in kinds})
+
+
+def operator_of(node: fx.Node) -> Operator:
+    """Return what is known of the operator of a node."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return _PYTHON if packet is None else _operators.get(packet, _UNKNOWN)
+
+
+def functional(node: fx.Node) -> Any:
+    """Return the operator that does the same as the in-place one of a node; None where it is none."""
+    return _in_place.get(node.target)
+
+
+def activation_of(node: fx.Node | None, constant: Constant, fast_math: bool) -> Settings | None:
+    """Return the settings of a layer that computes a node last; None where it cannot, or not in PyTorch's bits."""
+    known = _UNKNOWN if node is None else operator_of(node)
+    if node is None or known.activation is None or (known.fast_math and not fast_math):
+        return None
+    return known.activation(node, constant)
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """Return the node that reads a node, if it is one alone."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def address(tensor: Tensor | None) -> int:
+    """Return where the values of a tensor lie; 0 of none."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,59 @@
+"""Maxima and averages over windows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
+from dsconv.compilation.values import Value
+from dsconv.ops import cpu
+
+
+@dataclass(eq=False, kw_only=True)
+class Pool(Step):
+    """A maximum or an average over windows: (kernel, stride, padding, dilation), each of height and width."""
+
+    source: Value
+    window: tuple[int, ...]
+    average: bool = False
+    count_zeros: bool = False
+    divisor: int = 0
+
+    def sources(self) -> Iterator[Value]:
+        yield self.source
+
+    def add(self, native: Any, ids: Ids) -> None:
+        assert self.result is not None
+        how = (self.window, self.average, self.count_zeros, self.divisor, self.result.size[1:])
+        native.pool(ids.value(self.source), *how, self.uses(ids))
+
+
+def _pool(lowering: Lowering, node: fx.Node) -> Step | None:
+    given = cpu.arguments_of(node.target, node.args, node.kwargs)
+    source, result = lowering.value(node.args[0]), lowering.value(node)
+    if source is None or result is None or node.meta["val"].dim() != 4:
+        return None
+    average = node.target is torch.ops.aten.avg_pool2d.default
+    kernel = _pair(given["kernel_size"])
+    stride = _pair(given["stride"]) if given["stride"] else kernel
+    dilation = (1, 1) if average else _pair(given["dilation"])
+    window = (*kernel, *stride, *_pair(given["padding"]), *dilation)
+    zeros, divisor = (given["count_include_pad"], given["divisor_override"] or 0) if average else (False, 0)
+    source.in_float = result.direct = True
+    return Pool(
+        node=node, result=result, source=source, window=window, average=average, count_zeros=zeros, divisor=divisor
+    )
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    one, other = value * 2 if len(value) == 1 else value
+    return one, other
+
+
+register("aten", "max_pool2d", returns="new", rounds="alike", by_image=True, lower=_pool)
+register("aten", "avg_pool2d", returns="new", by_image=True, lower=_pool)

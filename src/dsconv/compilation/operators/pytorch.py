@@ -1,0 +1,80 @@
+"""Operators that PyTorch executes, and the facts about those that have no step of their own."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from dsconv.compilation.operators.operator import Ids, Step, operator_of, register
+from dsconv.compilation.values import Value
+
+
+@dataclass(eq=False, kw_only=True)
+class Call(Step):
+    """A node that PyTorch computes.
+
+    Attributes:
+        reads_values: the tensors of images among its inputs.
+        tensors: those of the model.
+        faithful: whether it is given tensors in the memory layout that they have in the model.
+        by_vectors: whether another layout will do where it leaves nothing beside full vectors.
+    """
+
+    reads_values: tuple[Value, ...]
+    tensors: Sequence[Tensor | None]
+    faithful: bool = False
+    by_vectors: bool = False
+    in_pytorch: ClassVar[bool] = True
+
+    @property
+    def in_integers(self) -> bool:  # type: ignore[override]
+        return operator_of(self.node).fuses  # an operator of dsconv
+
+    def constants(self) -> Sequence[Tensor | None]:
+        return self.tensors
+
+    def sources(self) -> Iterator[Value]:
+        yield from self.reads_values
+
+    def add(self, native: Any, ids: Ids) -> None:
+        native.skip()  # so that both number steps alike
+
+
+def _converts_nothing(node: fx.Node) -> bool:
+    of: Any = node.args[0]
+    converts = node.target is torch.ops.aten.to.dtype and len(node.args) == 2
+    return converts and bool(node.meta["val"].dtype == of.meta["val"].dtype)
+
+
+# These round nothing.
+register(
+    "aten",
+    "alias channel_shuffle chunk concat constant_pad_nd detach detach_ embedding expand expand_as flip gather "
+    "index_select lift_fresh_copy masked_fill movedim narrow pad permute pixel_shuffle pixel_unshuffle "
+    "reflection_pad1d reflection_pad2d repeat replication_pad1d replication_pad2d roll select slice split "
+    "split_with_sizes squeeze stack sym_numel t tile _to_copy transpose unbind unflatten unsqueeze upsample_nearest2d "
+    "where",
+    rounds="alike",
+)
+register("aten", "sym_size _assert_tensor_metadata", returns="nothing", rounds="alike")
+register("aten", "view", returns="view", rounds="alike")
+register("aten", "contiguous", returns="view", rounds="alike", makes_rows=True)
+register("aten", "dropout feature_dropout", returns="view", rounds="alike", is_input=lambda node: not node.args[2])
+register("aten", "to", returns="view", rounds="alike", is_input=_converts_nothing)
+register("aten", "clone", rounds="alike", equals_input=lambda node: not node.kwargs)  # dropout in inference
+# These round every value alone, and in the same way in vectors and outside them.
+register(
+    "aten",
+    "abs amax amin ceil clamp clamp_max clamp_min div eq floor ge gt le logical_and logical_not logical_or lt "
+    "max_pool1d maximum minimum ne neg round sign sub threshold",
+    rounds="alike",
+)
+# PyTorch computes these on vectors, and the rest of a thread's share value by value, which rounds in another way.
+register("aten", "elu exp mish softplus tanh", rounds="by_vectors")
+# The exact GELU of contiguous tensors is oneDNN's.
+register("aten", "gelu", rounds="by_vectors", by_format=True, by_image=True)
+register("aten", "softmax", returns="new")
+# These read their input row by row, whatever its layout, and write rows.
+register("aten", "layer_norm native_layer_norm", rounds="alike", makes_rows=True)

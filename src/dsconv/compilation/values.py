@@ -1,0 +1,90 @@
+"""Tensors of a program.
+
+A tensor of images ``(N, C, H, W)`` or ``(N, C)`` is a :class:`Value`. It exists as float32, whose channels lie side by
+side, where somebody wants it so, and quantized in every :class:`Format` in which a layer wants it; the step that makes
+it writes all of them. Concatenated tensors are written where the whole will be needed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import fx
+
+
+class Format(NamedTuple):
+    """How a layer wants its input quantized: blocks of ``block_size`` over ``depth`` values of each of the groups."""
+
+    depth: int
+    block_size: int
+    groups: int
+    wide: bool
+    bits: int
+    sign: str
+    shift: bool
+
+
+@dataclass(eq=False)
+class Quantized:
+    """A value in one format, with a border of zeros as wide as any layer that reads it needs."""
+
+    format: Format
+    size: tuple[int, int]
+    pad: tuple[int, int] = (0, 0)
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of images.
+
+    Attributes:
+        size: channels, height and width.
+        direct: whether the step that makes it can quantize it as well.
+        in_float: whether it is wanted in float32.
+        outside: it is not in the program's memory: an input, an output, or made by PyTorch.
+        quantized: it in every format that is wanted.
+        pieces: the values of which it is a concatenation.
+        home: the concatenation whose memory it is a part of, from channel ``first`` on.
+        parts: quantized concatenations that this is a part of, and from which channel on.
+    """
+
+    node: fx.Node
+    size: tuple[int, int, int]
+    direct: bool = False
+    in_float: bool = False
+    outside: bool = False
+    quantized: dict[Format, Quantized] = field(default_factory=dict)
+    pieces: tuple["Value", ...] = ()
+    home: "Value | None" = None
+    first: int = 0
+    parts: list[tuple[Quantized, int]] = field(default_factory=list)
+
+    def want(self, wanted: Format, pad: tuple[int, int] = (0, 0)) -> Quantized:
+        """Return it in that format, with a border of at least ``pad``."""
+        found = self.quantized.setdefault(wanted, Quantized(wanted, self.size[1:]))
+        found.pad = (max(found.pad[0], pad[0]), max(found.pad[1], pad[1]))
+        return found
+
+    def root(self) -> "Value":
+        """Return the value whose memory it has."""
+        return self if self.home is None else self.home
+
+    def places(self) -> list[tuple["Value", int]]:
+        """Return each piece, and its first channel in the whole."""
+        ends = [0]
+        for piece in self.pieces:
+            ends.append(ends[-1] + piece.size[0])
+        return list(zip(self.pieces, ends, strict=False))
+
+    def parts_are_blocks(self, wanted: Format) -> bool:
+        """Tell whether each piece, as it is made, can be quantized for its part."""
+        alone = len(set(self.pieces)) == len(self.pieces)
+        whole = all(first % wanted.block_size == 0 for _, first in self.places())
+        return alone and whole and wanted.groups == 1 and all(piece.direct for piece in self.pieces)
+
+    def index_of(self, part: Sequence["Value"]) -> int | None:
+        """Return where the values ``part`` lie among its pieces, one after another."""
+        for at in range(len(self.pieces) - len(part) + 1):
+            if all(a is b for a, b in zip(self.pieces[at:], part, strict=False)):
+                return at
+        return None
