@@ -91,7 +91,7 @@ def test_depthwise_is_exact_and_the_same_everywhere(
 
 
 @pytest.mark.parametrize("groups", [1, 24])
-@pytest.mark.parametrize("x_scale", [1e38, 1e35, 1e-28, 1e-30])
+@pytest.mark.parametrize("x_scale", [1e38, 1e35, 1.8 * 2.0**111, 1.8 * 2.0**110, 1e-28, 1e-30])
 def test_numbers_near_both_ends_of_float32_are_within_the_bound(groups: int, x_scale: float) -> None:
     torch.manual_seed(0)
     # VQK times x has to be a float32: VQK of two bits are -2..1, and a pixel is large in one channel alone.
@@ -103,6 +103,32 @@ def test_numbers_near_both_ends_of_float32_are_within_the_bound(groups: int, x_s
     case = Case(x, 24, (3, 3), config, groups, padding=(1, 1), bias=bias, weight_scale=weight_scale)
     y = case.run()
     assert y.isfinite().all() and y.any()
+    assert near(y, case.reference())
+    assert_same_everywhere(case, y)
+
+
+@pytest.mark.parametrize("activation_bits", [4, 7, 8])
+@pytest.mark.parametrize(("weight_bits", "size"), [(4, 64), (4, 512), (8, 248), (8, 256), (8, 512)])
+def test_the_largest_integers_in_the_largest_blocks_are_within_the_bound(
+    weight_bits: int, size: int, activation_bits: int
+) -> None:
+    torch.manual_seed(0)
+    config = LayerConfig(weight_bits=weight_bits, activation_bits=activation_bits, block_size=size)
+    for sign, value in (("adaptive", 1.999), ("adaptive", -1.999), ("extra", -1.999), ("included", -1.999)):
+        changed = config.model_copy(update={"activation_sign": sign})
+        case = Case(torch.full((1, size + 40, 3, 7), value), 40, (1, 1), changed, padding=(1, 1))
+        largest = 2 ** (weight_bits - 1)
+        case.vqk[::2], case.vqk[1::2] = -largest, largest - 1
+        case.packed = cpu.pack(case.vqk, case.kds, case.shift, changed, 1)
+        expected = case.reference()
+        for isa, y in by_isa(case.run).items():
+            assert near(y, expected), (isa, sign, value)
+
+
+def test_a_layer_of_more_outputs_than_tasks_is_within_the_bound() -> None:
+    torch.manual_seed(0)
+    case = Case(torch.randn(1, 16, 1, 3), 40 * 32 + 5, (1, 1), LayerConfig(block_size=16))
+    y = case.run()
     assert near(y, case.reference())
     assert_same_everywhere(case, y)
 
