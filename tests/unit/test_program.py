@@ -190,6 +190,34 @@ def test_layers_of_all_kinds_read_what_others_write(config: str, groups: int, st
     same_bits(compiled(net, config))
 
 
+def test_lines_of_many_pixels_give_the_same_bits() -> None:
+    net = Net(
+        lambda m, x: m.last(F.max_pool2d(F.relu(m.line(F.relu(m.stem(x)))), 3, 1, 1)),
+        stem=conv(3, 16, 1),
+        line=conv(16, 16, groups=16),
+        last=conv(16, 8, 1),
+    )
+    x = torch.randn(2, 3, 3, 1000)
+    fast = dsconv.compile(dsconv.quantize(net, "w4a4"), x)
+    with torch.inference_mode():
+        assert torch.equal(fast(x), fast.model(x))
+
+
+@pytest.mark.parametrize("activation", [F.relu, lambda y: y])
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("sign", ["adaptive", "extra", "included"])
+def test_a_block_that_is_quantized_as_it_is_made_is_rounded_by_its_signs(
+    sign: str, channels: int, activation: Callable[[Tensor], Tensor]
+) -> None:
+    net = Net(
+        lambda m, x: m.last(activation(m.middle(y := activation(m.stem(x))) + y)),
+        stem=conv(3, channels, 1),
+        middle=conv(channels, channels, 1),
+        last=conv(channels, 8, 1),
+    )
+    same_bits(compiled(net, {"activation_bits": 3, "activation_sign": sign, "block_size": channels}))
+
+
 def test_exponents_beyond_those_of_narrow_weights_give_the_same_bits_and_are_forgotten() -> None:
     def run(m: Net, x: Tensor) -> Tensor:
         large, small = m.large(x), m.small(x)  # computed in this order, concatenated in the other
@@ -259,6 +287,10 @@ def test_gates_are_steps_of_the_program_and_exponentials_are_those_of_pytorch() 
     called = [step.operator for step in fast.plan.in_pytorch]
     assert sorted(called) == ["aten.sigmoid", *["aten.silu"] * 3] and len(steps(fast, Average)) == 2
     same_bits(fast)
+
+
+def test_gates_of_large_images_are_those_of_the_image() -> None:
+    same_bits(compiled(excitation(), size=21), size=21)  # several tasks an image
 
 
 def test_with_fast_math_nothing_is_left_to_pytorch() -> None:
