@@ -121,6 +121,7 @@ def test_other_devices_and_compilers_get_the_same_errors() -> None:
 
 def extension_calls() -> dict[str, tuple[Callable[[Any], object], str]]:
     whole = (1, 16, 4, 4, 16, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 0)
+    pixels = (1, 16, 4, 4, 16, 4, 4, 1, 1, 1, 1, 0, 0, 1, 1, 1, 16, 0)
     dense, size = (256, 1, 64, 16), (16, 4, 4)
     grid = (4, 4, 1, 1)
 
@@ -169,6 +170,34 @@ def extension_calls() -> dict[str, tuple[Callable[[Any], object], str]]:
         "an input at no address": (
             lambda m: m.Convolution("scalar", whole, dense, dense, 4, 4, 0, 0, 0.0)(0, 64, 64, 0, 0, 0, 0, 0, 64),
             "input",
+        ),
+        "KDS at no address": (
+            lambda m: m.Convolution("scalar", whole, dense, dense, 4, 4, 0, 0, 0.0)(64, 64, 0, 0, 0, 0, 0, 0, 64),
+            "kds",
+        ),
+        "an output at no address": (
+            lambda m: m.Convolution("scalar", whole, dense, dense, 4, 4, 0, 0, 0.0)(64, 64, 64, 0, 0, 0, 0, 0, 0),
+            "output",
+        ),
+        "KDS of a program at no address": (
+            lambda m: program(m).convolve(whole, -1, 0, 64, 0, 0, 0, 0, 0, 4, 4, 0, uses),
+            "kds",
+        ),
+        "mantissas of a convolution that is not 1x1": (
+            lambda m: m.quantize_activation("scalar", whole, 0, dense, 4, 0, 0, 0),
+            "1x1",
+        ),
+        "mantissas at no address": (
+            lambda m: m.quantize_activation("scalar", pixels, 64, dense, 4, 0, 0, 64),
+            "mantissa",
+        ),
+        "exponents at no address": (
+            lambda m: m.quantize_activation("scalar", pixels, 64, dense, 4, 0, 64, 0),
+            "exponent",
+        ),
+        "kinds that share rows unevenly": (
+            lambda m: m.round_balanced("scalar", (1, 1, 3, 2), 4, False, 1e-4, [0], *[[0] * 3] * 3),
+            "sizes do not agree",
         ),
         "negative strides": (
             lambda m: m.Convolution("scalar", whole, (-256, 1, 64, 16), dense, 4, 4, 0, 0, 0.0),

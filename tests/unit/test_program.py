@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -590,3 +591,129 @@ def test_the_extension_refuses_steps_that_do_not_fit() -> None:
     ):
         with pytest.raises((ValueError, RuntimeError)):
             wrong()
+
+
+def of_fitting_steps(module: Any) -> dict[str, Any]:
+    """A program, and the numbers of its tensors."""
+    one = module.Program("scalar")
+    grid, dense = (4, 4, 1, 1), (256, 1, 64, 16)
+    return {
+        "program": one,
+        "plain": one.values(0, 0, 0, (16, 4, 4), dense),
+        "lines": one.values(0, 0, 0, (16, 4, 4), (256, 16, 4, 1)),
+        "wide": one.values(0, 0, 0, (32, 4, 4), (512, 1, 128, 32)),
+        "low": one.values(0, 0, 0, (16, 2, 4), (128, 1, 64, 16)),
+        "narrow": one.values(0, 0, 0, (16, 4, 2), (128, 1, 32, 16)),
+        "pixel": one.values(0, 0, 0, (16, 1, 1), (16, 1, 16, 16)),
+        "wide pixel": one.values(0, 0, 0, (32, 1, 1), (32, 1, 32, 32)),
+        "flat": one.values(0, 0, 0, (256, 1, 1), (256, 1, 256, 256)),
+        "flat, apart": one.values(0, 0, 0, (256, 1, 1), (512, 1, 512, 512)),
+        "input": one.quantized(4096, 16, 16, 1, grid, 4, 4, 0, False),
+        "two blocks": one.quantized(4096, 32, 16, 1, grid, 4, 4, 0, False),
+        "large block": one.quantized(4096, 32, 32, 1, grid, 4, 4, 0, False),
+        "groups": one.quantized(4096, 16, 16, 2, grid, 4, 4, 0, False),
+        "low input": one.quantized(4096, 16, 16, 1, (3, 4, 1, 1), 4, 4, 0, False),
+        "narrow input": one.quantized(4096, 16, 16, 1, (4, 3, 1, 1), 4, 4, 0, False),
+        "low border": one.quantized(4096, 16, 16, 1, (4, 4, 0, 1), 4, 4, 0, False),
+        "narrow border": one.quantized(4096, 16, 16, 1, (4, 4, 1, 0), 4, 4, 0, False),
+        "of wide weights": one.quantized(4096, 16, 16, 1, grid, 8, 4, 0, False),
+        "of more bits": one.quantized(4096, 16, 16, 1, grid, 4, 5, 0, False),
+        "of another sign": one.quantized(4096, 16, 16, 1, grid, 4, 4, 1, False),
+        "of a shift": one.quantized(4096, 16, 16, 1, grid, 4, 4, 0, True),
+        "of short blocks": one.quantized(4096, 16, 8, 1, grid, 4, 4, 0, False),
+    }
+
+
+SIZES = {"outputs": 16, "kernel": (3, 3), "padding": (1, 1), "groups": 1, "flat": False}
+OUTPUT, RESIDUAL, TARGET, SOURCE = "outputs: ", "residual: ", "targets: ", "quantized as the layer wants it"
+POOL, AVERAGE, FLATTEN, GATE = "pool: expected a padding", "average: ", "dense tensors of as many values", "gate: "
+MISFITS: list[tuple[str, dict[str, Any], str]] = [
+    *(("convolve", {"values": name}, OUTPUT) for name in ("lines", "wide", "low", "narrow")),
+    *(("convolve", {"residual": name}, RESIDUAL) for name in ("lines", "wide", "low", "narrow")),
+    *(("convolve", {"target": name}, TARGET) for name in ("low input", "narrow input", "large block", "groups")),
+    *(("convolve", {"target": "two blocks", "at": at}, TARGET) for at in (-16, 8, 24, 32)),
+    *(("convolve", {"input": name}, SOURCE) for name in ("two blocks", "groups", "of wide weights", "of more bits")),
+    *(("convolve", {"input": name}, SOURCE) for name in ("of another sign", "of a shift", "of short blocks")),
+    *(
+        ("convolve", {"input": name}, "quantized input of the layer's sizes")
+        for name in ("low input", "narrow input", "low border", "narrow border")
+    ),
+    *(("convolve", {"source": name}, "input of the layer's sizes") for name in ("wide", "low", "narrow")),
+    ("convolve", {"flat": True}, "flattened blocks need a float input"),
+    ("convolve", {"groups": 2, "target": "input"}, "grouped convolution"),
+    ("convolve", {"kernel": (3, 5)}, "sizes of the convolution"),
+    ("convolve", {"values": None}, "without an output"),
+    ("map", {"values": None}, "without an output"),
+    ("map", {"values": "wide"}, OUTPUT),
+    ("map", {"scale": True}, "scale and shift"),
+    *(("map", {"gate": name}, GATE) for name in ("lines", "wide", "low", "narrow", "wide pixel")),
+    ("map", {"source": "lines"}, "nothing to do but to quantize"),
+    ("map", {"source": "lines", "values": None, "target": "two blocks"}, "nothing to do but to quantize"),
+    ("map", {"source": "lines", "values": None, "target": "input", "activation": 1}, "nothing to do but to quantize"),
+    ("pool", {"source": "lines"}, "channels lie side by side"),
+    *(("pool", {"padding": padding}, POOL) for padding in ((-1, 1), (1, -1), (3, 1), (1, 3))),
+    *(("pool", {"stride": stride, "values": "plain"}, POOL) for stride in ((2, 1), (1, 2))),
+    ("pool", {"divisor": -1}, POOL),
+    ("pool", {"residual": "plain"}, POOL),
+    ("pool", {"activation": 1}, POOL),
+    ("pool", {"values": "low"}, OUTPUT),
+    ("pool", {"values": None}, "without an output"),
+    *(("average", {"lanes": lanes}, AVERAGE) for lanes in (-1, 0, 17)),
+    ("average", {"source": "lines"}, AVERAGE),
+    *(("average", {"values": name}, AVERAGE) for name in ("wide pixel", "low", "narrow")),
+    ("flatten", {"source": "lines"}, FLATTEN),
+    *(("flatten", {"values": name}, FLATTEN) for name in ("plain", "pixel")),
+    ("flatten", {"values": "flat, apart"}, "a tensor of its own"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changed", "message"), MISFITS)
+def test_a_step_that_does_not_fit_its_tensors_is_refused(kind: str, changed: dict[str, Any], message: str) -> None:
+    own = of_fitting_steps(cpu.extension())
+    one, address = own["program"], torch.zeros(1 << 16).data_ptr()
+
+    def add(changed: dict[str, Any]) -> None:
+        values = {"average": "pixel", "flatten": "flat"}.get(kind, "plain")
+        given = SIZES | {"source": "plain", "input": "input", "values": values, "stride": (1, 1)} | changed
+        number = {name: own.get(given.get(name), -1) for name in ("values", "residual", "gate", "source")}
+        targets = [(own[given["target"]], given.get("at", 0))] if given.get("target") else []
+        uses = (number["values"], number["residual"], targets, given.get("activation", 0), 0.0)
+        where = (*given["kernel"], *given["stride"], *given["padding"], 1, 1)
+        if kind == "convolve":
+            sizes = (1, 16, 4, 4, given["outputs"], 4, 4, *where, given["groups"], 16, given["flat"])
+            source = number["source"] if "source" in changed else -1
+            one.convolve(sizes, source, own[given["input"]], address, address, 0, 0, 0, 0, 4, 4, 0, uses)
+        elif kind == "map":
+            one.map(number["source"], address if given.get("scale") else 0, 0, False, number["gate"], uses)
+        elif kind == "pool":
+            one.pool(number["source"], where, False, False, given.get("divisor", 0), (4, 4), uses)
+        elif kind == "average":
+            one.average(number["source"], given.get("lanes", 8), number["values"])
+        else:
+            one.flatten(number["source"], number["values"])
+
+    add({})
+    with pytest.raises(ValueError, match=message):
+        add(changed)
+
+
+def test_a_run_is_given_all_memory_that_its_steps_use() -> None:
+    one = cpu.extension().Program("scalar")
+    dense, memory = (256, 1, 64, 16), torch.zeros(4096)
+    first, last = (one.values(base, 0, 0, (16, 4, 4), dense) for base in (0, 3))
+    one.map(first, 0, 0, False, -1, (last, -1, [], 0, 0.0))
+    address = memory.data_ptr() + -memory.data_ptr() % 64
+    one.run(1, [address, 0, 0, address + 4096], 0, 1, 0)
+    for wrong in (
+        lambda: one.run(1, [address, 0, 0], 0, 1, 0),
+        lambda: one.run(1, [address] * 4, 0, 2, 0),
+        lambda: one.run(1, [address] * 4, -1, 1, 0),
+    ):
+        with pytest.raises(ValueError, match="no such run"):
+            wrong()
+    with pytest.raises(ValueError, match="expected the address"):
+        one.run(1, [address, 0, 0, 0], 0, 1, 0)
+    with pytest.raises(ValueError, match="aligned"):
+        one.run(1, [address + 32, 0, 0, address + 4096], 0, 1, 0)
+    with pytest.raises(ValueError, match="offset of a multiple of 64"):
+        one.quantized(32, 16, 16, 1, (4, 4, 1, 1), 4, 4, 0, False)
