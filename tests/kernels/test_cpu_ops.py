@@ -60,6 +60,8 @@ DEPTHWISE = [
     (32, 1, (7, 7), (2, 1), (6, 0), (1, 2)),
     (48, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
     (5, 4, (7, 7), (3, 3), (3, 3), (1, 1)),
+    (20, 1, (3, 3), (1, 3), (1, 1), (1, 1)),
+    (20, 1, (5, 5), (3, 4), (2, 2), (1, 1)),
 ]
 
 
@@ -88,6 +90,19 @@ def test_depthwise_is_exact_and_the_same_everywhere(
     assert y[0, filters : 2 * filters].isnan().any()
     y[0, filters : 2 * filters] = 0
     assert not y.isnan().any()
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5)])
+@pytest.mark.parametrize("channels", [5, 16, 17, 40])
+def test_every_channel_of_a_depthwise_layer_has_terms_and_a_residual_of_its_own(channels: int, kernel: Any) -> None:
+    torch.manual_seed(0)
+    case = Case(torch.randn(2, channels, 7, 9), channels, kernel, LayerConfig(), channels)
+    plain, bias = case.run(), torch.randn(channels)
+    residual = torch.randn(plain.shape)
+    for layout in LAYOUTS:
+        given = {"x": laid_out(case.x, layout), "residual": laid_out(residual, layout), "bias": bias}
+        for isa, y in by_isa(lambda given=given: case.run(**given)).items():
+            assert same_bits(y, plain + bias[:, None, None] + residual), (isa, layout)
 
 
 @pytest.mark.parametrize("groups", [1, 24])

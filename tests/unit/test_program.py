@@ -204,6 +204,17 @@ def test_lines_of_many_pixels_give_the_same_bits() -> None:
         assert torch.equal(fast(x), fast.model(x))
 
 
+@pytest.mark.parametrize("size", [24, 40, 48, 96])
+def test_blocks_that_are_no_whole_panels_of_weights_give_the_same_bits(size: int) -> None:
+    net = Net(
+        lambda m, x: m.last(F.relu(m.middle(F.relu(m.stem(x))))),
+        stem=conv(3, 144, 1),
+        middle=conv(144, 200),
+        last=conv(200, 8, 1),
+    )
+    same_bits(compiled(net, {"activation_bits": 3, "block_size": size}))
+
+
 @pytest.mark.parametrize("activation", [F.relu, lambda y: y])
 @pytest.mark.parametrize("channels", [64, 128])
 @pytest.mark.parametrize("sign", ["adaptive", "extra", "included"])
@@ -219,10 +230,11 @@ def test_a_block_that_is_quantized_as_it_is_made_is_rounded_by_its_signs(
     same_bits(compiled(net, {"activation_bits": 3, "activation_sign": sign, "block_size": channels}))
 
 
-def test_exponents_beyond_those_of_narrow_weights_give_the_same_bits_and_are_forgotten() -> None:
+@pytest.mark.parametrize("first", ["small", "large"])
+def test_exponents_beyond_those_of_narrow_weights_give_the_same_bits_and_are_forgotten(first: str) -> None:
     def run(m: Net, x: Tensor) -> Tensor:
-        large, small = m.large(x), m.small(x)  # computed in this order, concatenated in the other
-        return m.last(torch.cat([small, large], 1))
+        large, small = m.large(x), m.small(x)  # computed in this order, concatenated in either
+        return m.last(torch.cat([small, large] if first == "small" else [large, small], 1))
 
     net = Net(run, large=conv(3, 64), small=conv(3, 64), last=conv(128, 20))
     for layer in (net.small, net.last):
