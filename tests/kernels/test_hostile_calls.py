@@ -122,6 +122,7 @@ def test_other_devices_and_compilers_get_the_same_errors() -> None:
 def extension_calls() -> dict[str, tuple[Callable[[Any], object], str]]:
     whole = (1, 16, 4, 4, 16, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 0)
     pixels = (1, 16, 4, 4, 16, 4, 4, 1, 1, 1, 1, 0, 0, 1, 1, 1, 16, 0)
+    unpadded = (1, 16, 4, 4, 16, 2, 2, 3, 3, 1, 1, 0, 0, 1, 1, 1, 16, 0)
     dense, size = (256, 1, 64, 16), (16, 4, 4)
     grid = (4, 4, 1, 1)
 
@@ -184,7 +185,7 @@ def extension_calls() -> dict[str, tuple[Callable[[Any], object], str]]:
             "kds",
         ),
         "mantissas of a convolution that is not 1x1": (
-            lambda m: m.quantize_activation("scalar", whole, 0, dense, 4, 0, 0, 0),
+            lambda m: m.quantize_activation("scalar", unpadded, 0, dense, 4, 0, 0, 0),
             "1x1",
         ),
         "mantissas at no address": (
