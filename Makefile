@@ -36,6 +36,7 @@ native: $(VENV)/dev.stamp  ## test the C++ kernels under AddressSanitizer and Un
 lint: $(VENV)/dev.stamp  ## check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp))
 	$(BIN)/mypy
 
 bench: $(VENV)/dev.stamp  ## measure the accuracy of real networks; ARGS goes to the script

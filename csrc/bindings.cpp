@@ -38,7 +38,7 @@ using Sizes = std::array<std::int64_t, 18>;
 
 // The order in which Python gives the sizes of a convolution: dsconv/ops/cpu.py.
 Geometry geometry(const Sizes& s) {
-  const Geometry g{s[0], s[1], s[2],  s[3],  s[4],  s[5],  s[6],  s[7],  s[8],
+  const Geometry g{s[0], s[1],  s[2],  s[3],  s[4],  s[5],  s[6],  s[7],  s[8],
                    s[9], s[10], s[11], s[12], s[13], s[14], s[15], s[16], s[17] != 0};
   if (!g.valid()) throw std::invalid_argument("the sizes of the convolution do not agree");
   return g;
@@ -104,7 +104,8 @@ T* needed(const char* what, Address address, bool used = true) {
 Strides strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 
 // Returns the strides of a tensor of these sizes, checked.
-Strides strides(std::array<std::int64_t, 4> s, std::int64_t images, std::int64_t channels, std::int64_t height, std::int64_t width) {
+Strides strides(std::array<std::int64_t, 4> s, std::int64_t images, std::int64_t channels, std::int64_t height,
+                std::int64_t width) {
   double last = 0.0;
   const std::int64_t sizes[] = {images, channels, height, width};
   for (int i = 0; i < 4; ++i) {
@@ -134,8 +135,7 @@ Enum one_of(const char* what, int value, int count) {
   return static_cast<Enum>(value);
 }
 
-Format format(std::int64_t depth, std::int64_t block_size, std::int64_t groups, int weight_bits, int bits, int sign,
-              bool shift) {
+Format format(std::int64_t depth, std::int64_t block_size, std::int64_t groups, int weight_bits, int bits, int sign, bool shift) {
   return {{depth, block_size}, groups, checked_bits(bits), one_of<Sign>("sign", sign, 3), is_wide(weight_bits), shift};
 }
 
@@ -204,7 +204,8 @@ NB_MODULE(_C, m) {
     if (taps < 1 || n < 1 || rows < 1 || kinds < 1 || rows % kinds) throw std::invalid_argument("sizes do not agree");
     if (taps > kMostTaps || n > 1 << 20) throw std::invalid_argument("sizes: expected at most 128 taps, 2^20 channels");
     const auto moments = [](const std::array<Address, 3>& of) {
-      return InputModel{needed<const double>("own", of[0]), needed<const double>("shared", of[1]), needed<const double>("mean", of[2])};
+      return InputModel{needed<const double>("own", of[0]), needed<const double>("shared", of[1]),
+                        needed<const double>("mean", of[2])};
     };
     const WeightRows of{needed<const float>("w", weight[0]), taps, n, rows, kinds};
     const Results to{needed<std::int8_t>("q", results[0]), needed<float>("scale", results[1]), needed<float>("shift", results[2])};
@@ -214,8 +215,8 @@ NB_MODULE(_C, m) {
     round_balanced(isa, of, counts, solved, {checked_bits(bits), shift, held}, to);
   });
   m.def("quantize_activation", [](std::string_view isa, const Sizes& sizes, Address input,
-                                  const std::array<std::int64_t, 4>& input_strides, int bits, int sign,
-                                  Address mantissa, Address exponent) {
+                                  const std::array<std::int64_t, 4>& input_strides, int bits, int sign, Address mantissa,
+                                  Address exponent) {
     const Geometry g = geometry(sizes);
     if (g.positions() != 1 || g.pad_h || g.pad_w || g.flat) throw std::invalid_argument("expected a 1x1 convolution");
     const Kernels& kernels = kernels_of(isa);
@@ -244,7 +245,8 @@ NB_MODULE(_C, m) {
              const Strides from = strides(input_strides, g.images, g.channels, g.height, g.width);
              Strides to = strides(output_strides, g.images, g.outputs, g.out_height, g.out_width);
              if (g.out_width <= 1) to.x = 1;
-             if (to.channel != 1 && to.x != 1) throw std::invalid_argument("output_strides: expected channels or lines that are dense");
+             if (to.channel != 1 && to.x != 1)
+               throw std::invalid_argument("output_strides: expected channels or lines that are dense");
              new (self) Convolution{kernels_of(isa), g, from, to, layer};
            })
       .def("__call__", [](const Convolution& self, Address input, Address weight, Address kds, Address kds_shift, Address bias,
@@ -281,27 +283,26 @@ NB_MODULE(_C, m) {
           "quantized_bytes",
           [](std::int64_t depth, std::int64_t block_size, std::int64_t groups, const std::array<std::int64_t, 4>& grid,
              bool shift) {
-            return Program::quantized_bytes(format(depth, block_size, groups, 4, 4, 0, shift), {1, grid[0], grid[1], grid[2], grid[3]});
+            return Program::quantized_bytes(format(depth, block_size, groups, 4, 4, 0, shift),
+                                            {1, grid[0], grid[1], grid[2], grid[3]});
           },
           "Bytes that a quantized tensor of an image takes.")
       .def("convolve",
-           [](Program& self, const Sizes& sizes, int from, int input, Address weight, Address kds, Address kds_shift,
-              Address bias, Address gain, Address offset, int weight_bits, int activation_bits, int sign, const Uses& uses) {
+           [](Program& self, const Sizes& sizes, int from, int input, Address weight, Address kds, Address kds_shift, Address bias,
+              Address gain, Address offset, int weight_bits, int activation_bits, int sign, const Uses& uses) {
              self.convolve(geometry(sizes),
-                           {needed<const std::uint8_t>("weight", weight), needed<const float>("kds", kds), at<const float>(kds_shift),
-                            terms(bias, gain, offset), is_wide(weight_bits), checked_bits(activation_bits),
-                            one_of<Sign>("sign", sign, 3), Activation::none, 0.0f},
+                           {needed<const std::uint8_t>("weight", weight), needed<const float>("kds", kds),
+                            at<const float>(kds_shift), terms(bias, gain, offset), is_wide(weight_bits),
+                            checked_bits(activation_bits), one_of<Sign>("sign", sign, 3), Activation::none, 0.0f},
                            from, input, use(uses));
            })
-      .def("map",
-           [](Program& self, int from, Address scale, Address shift, bool once, int gate, const Uses& uses) {
-             self.map(from, at<const float>(scale), at<const float>(shift), once, gate, use(uses));
-           })
+      .def("map", [](Program& self, int from, Address scale, Address shift, bool once, int gate,
+                     const Uses& uses) { self.map(from, at<const float>(scale), at<const float>(shift), once, gate, use(uses)); })
       .def("average", &Program::average)
       .def("flatten", &Program::flatten)
       .def("pool",
-           [](Program& self, int from, const std::array<std::int64_t, 8>& w, bool average, bool count_zeros,
-              std::int64_t divisor, const std::array<std::int64_t, 2>& out, const Uses& uses) {
+           [](Program& self, int from, const std::array<std::int64_t, 8>& w, bool average, bool count_zeros, std::int64_t divisor,
+              const std::array<std::int64_t, 2>& out, const Uses& uses) {
              self.pool(from, {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], average, count_zeros, divisor}, out[0], out[1],
                        use(uses));
            })
@@ -309,8 +310,7 @@ NB_MODULE(_C, m) {
       .def("bytes", &Program::bytes, "Of memory that a run over so many images needs, aligned to 64.")
       .def(
           "run",
-          [](const Program& self, std::int64_t images, const std::vector<Address>& bases, int first, int last,
-             Address seconds) {
+          [](const Program& self, std::int64_t images, const std::vector<Address>& bases, int first, int last, Address seconds) {
             count_run(self.kernels());
             nb::gil_scoped_release released;
             self.run(images, bases, first, last, at<double>(seconds));

@@ -62,8 +62,8 @@ std::vector<std::string_view> isa_found() {
   const bool fma = bit(basic.ecx, 12);
   const bool avx2 = ymm && fma && bit(extended.ebx, 5);
   // F, DQ, BW, VL, VNNI
-  const bool avx512 = zmm && bit(extended.ebx, 16) && bit(extended.ebx, 17) && bit(extended.ebx, 30) &&
-                      bit(extended.ebx, 31) && bit(extended.ecx, 11);
+  const bool avx512 = zmm && bit(extended.ebx, 16) && bit(extended.ebx, 17) && bit(extended.ebx, 30) && bit(extended.ebx, 31) &&
+                      bit(extended.ecx, 11);
   if (avx2) found.push_back("avx2");
   if (avx2 && bit(extended1.eax, 4)) found.push_back("avxvnni");
   if (avx2 && avx512) found.push_back("avx512vnni");

@@ -38,10 +38,8 @@ void parallel(std::int64_t tasks, Function function) {
     }
   };
   const ParallelFor on_threads = parallel_for;
-  if (on_threads && tasks > 1)
-    on_threads(0, tasks, 1, run, &all);
-  else
-    run(0, tasks, &all);
+  if (on_threads && tasks > 1) on_threads(0, tasks, 1, run, &all);
+  else run(0, tasks, &all);
   if (all.failed) std::rethrow_exception(all.error);
 }
 

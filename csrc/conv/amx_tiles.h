@@ -79,8 +79,7 @@ inline void load(int tile, const void* from, std::int64_t stride) {
 }
 
 inline void store(int tile, void* to, std::int64_t stride) {
-  for (int i = 0; i < rows(tile); ++i)
-    std::memcpy(static_cast<char*>(to) + i * stride, tiles.byte[tile][i], row_bytes(tile));
+  for (int i = 0; i < rows(tile); ++i) std::memcpy(static_cast<char*>(to) + i * stride, tiles.byte[tile][i], row_bytes(tile));
 }
 
 inline void dot(int c, int a, int b) {

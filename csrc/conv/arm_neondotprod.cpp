@@ -16,8 +16,8 @@ static inline Int narrowed(Int a, Int b, Int c, Int d) {
   return reinterpret_cast<Int>(vcombine_s8(vqmovn_s16(words(a, b)), vqmovn_s16(words(c, d))));
 }
 static inline Float fused(Float a, Float b, Float c) {
-  return reinterpret_cast<Float>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),
-                                           reinterpret_cast<float32x4_t>(b)));
+  return reinterpret_cast<Float>(
+      vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a), reinterpret_cast<float32x4_t>(b)));
 }
 
 #include "vector.inc"
@@ -72,7 +72,7 @@ static void eight(const Sums& t, const std::int64_t* pixel, const std::uint8_t* 
         const float e = rows.ends[block[m] + b].end;
         for (int v = 0; v < 2; ++v) {
           const float32x4_t term = Wide && rows.factors ? vmulq_n_f32(vcvtq_f32_s32(s[m][v]), e)
-                                        : vsubq_f32(vreinterpretq_f32_s32(s[m][v]), vdupq_n_f32(e));
+                                                        : vsubq_f32(vreinterpretq_f32_s32(s[m][v]), vdupq_n_f32(e));
           y[m][v] = vfmaq_f32(y[m][v], vld1q_f32(kds + 4 * v), term);
           if constexpr (Shift) {
             const float32x4_t shifted = vdupq_n_f32(rows.shifted[block[m] + b]);
@@ -100,6 +100,8 @@ constexpr int kHeight = 6;
 #include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"neondotprod", kLanes, 6, 96, nullptr, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{
+    "neondotprod", kLanes,         6,   96,   nullptr, quantize_pixels, quantize_channels, sum, store, store_block,
+    depthwise,     depthwise_line, map, pool, average};
 
 }  // namespace dsconv::neondotprod

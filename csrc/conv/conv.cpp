@@ -15,8 +15,8 @@ namespace dsconv {
 namespace {
 
 constexpr std::int64_t kLargest = std::int64_t{1} << 31;
-constexpr double kMost = 1e15;  // values in a tensor
-constexpr std::int64_t kTasks = 32;  // enough to share out evenly
+constexpr double kMost = 1e15;           // values in a tensor
+constexpr std::int64_t kTasks = 32;      // enough to share out evenly
 constexpr std::int64_t kWindows = 1024;  // outputs of a task that quantizes what they read
 
 // Outputs of a group that are finished before any is quantized: such that they are whole blocks of all targets.
@@ -74,8 +74,8 @@ void pack_weight(const Geometry& g, const std::int8_t* vqk, int bits, std::uint8
           for (int i = 0; i < 8; ++i) {
             const std::int64_t k = octet * 8 + i;
             const bool inside = output < per_group && k < depth;
-            eight[i] = static_cast<std::uint8_t>(
-                zero + (inside ? vqk[((group * per_group + output) * depth + k) * taps + tap] : 0));
+            eight[i] =
+                static_cast<std::uint8_t>(zero + (inside ? vqk[((group * per_group + output) * depth + k) * taps + tap] : 0));
           }
           const std::int64_t row = (all_panels * taps + tap) * g.cut().row_octets() + octet;
           if (wide) {
@@ -110,8 +110,8 @@ namespace {
 class Tasks {
  public:
   Tasks(const Geometry& g, const Layer& l, const Kernels& kernels, const Output& o, std::int64_t line)
-      : units((g.group_outputs() + unit_of(g, o.targets) - 1) / unit_of(g, o.targets)),
-        g_(g), l_(l), kernels_(kernels), o_(o), unit_(unit_of(g, o.targets)), tap_(g.taps(), 0) {
+      : units((g.group_outputs() + unit_of(g, o.targets) - 1) / unit_of(g, o.targets)), g_(g), l_(l), kernels_(kernels), o_(o),
+        unit_(unit_of(g, o.targets)), tap_(g.taps(), 0) {
     for (std::int64_t k = 0; k < g.taps() && !g.flat; ++k)
       tap_[k] = k / g.kernel_w * g.dilation_h * line + k % g.kernel_w * g.dilation_w;
   }
@@ -158,8 +158,8 @@ class Tasks {
     struct User;
     using Mine = Scratch<User>;
     const std::int64_t needed = kernels_.workspace ? kernels_.workspace(t) : 0;
-    Mine scratch(Mine::template size<std::uint8_t>(needed) + Mine::template size<float>(summed) +
-                 Mine::template size<float>(kept) + Mine::template size<std::int64_t>(targets * pixels));
+    Mine scratch(Mine::template size<std::uint8_t>(needed) + Mine::template size<float>(summed) + Mine::template size<float>(kept) +
+                 Mine::template size<std::int64_t>(targets * pixels));
     t.workspace = scratch.template take<std::uint8_t>(needed);
     float* const sums = scratch.template take<float>(summed);
     float* const finished = scratch.template take<float>(kept);
@@ -187,9 +187,17 @@ class Tasks {
         const int now = std::min(together, pixels - p);
         const auto outputs_from = [&](std::int64_t from, std::int64_t end) -> Store {
           const std::int64_t output = group * per_group + from;
-          return {sums + (from - begin) * pixels + p * kPair, now, static_cast<int>(end - from), place + p, residual_place + p, channel,
-                  l_.terms.from(output), o_.residual.values ? o_.residual.values + output * add.channel : nullptr,
-                  values + (from - begin) * channel, l_.activation, l_.slope};
+          return {sums + (from - begin) * pixels + p * kPair,
+                  now,
+                  static_cast<int>(end - from),
+                  place + p,
+                  residual_place + p,
+                  channel,
+                  l_.terms.from(output),
+                  o_.residual.values ? o_.residual.values + output * add.channel : nullptr,
+                  values + (from - begin) * channel,
+                  l_.activation,
+                  l_.slope};
         };
         if (block) {
           block->row = target_rows + p, block->pixels = now;
@@ -230,7 +238,8 @@ void quantize_windows(const Geometry& g, const Quantized& to, const Kernels& ker
   const std::int64_t channels = g.channels / g.groups;
   struct User;
   using Mine = Scratch<User>;
-  Mine scratch(Mine::size<const float*>(cut.depth) + Mine::size<std::int64_t>(count * g.out_width) + Lines::bytes(g, channels, count));
+  Mine scratch(Mine::size<const float*>(cut.depth) + Mine::size<std::int64_t>(count * g.out_width) +
+               Lines::bytes(g, channels, count));
   const float** const channel = scratch.take<const float*>(cut.depth);
   std::int64_t* const row = scratch.take<std::int64_t>(count * g.out_width);
   std::iota(row, row + count * g.out_width, 0);
@@ -263,7 +272,9 @@ void convolve_windows(const Geometry& g, const Layer& l, const Kernels& kernels,
     q.begin(0, format.cut.depth);
     quantize_windows(g, q, kernels, input, group, image, top, count);
     const std::int64_t begin = (image * g.out_height + top) * g.out_width, end = begin + count * g.out_width;
-    const auto row_of = [&](std::int64_t i, std::int64_t y, std::int64_t x) { return (i * g.out_height + y) * g.out_width + x - begin; };
+    const auto row_of = [&](std::int64_t i, std::int64_t y, std::int64_t x) {
+      return (i * g.out_height + y) * g.out_width + x - begin;
+    };
     for (std::int64_t first = begin; first < end; first += kernels.task)
       tasks.run(q.of_group(0), row_of, 1, group, first, std::min(end, first + kernels.task), 0, tasks.units);
   });
@@ -310,8 +321,8 @@ void convolve(const Geometry& whole, const Layer& l, const Kernels& kernels, con
   convolve(g, l, kernels, q, o);
 }
 
-void quantize_activation(const Geometry& g, const Layer& l, const Kernels& kernels, const Input& input,
-                         std::int8_t* mantissa, std::int8_t* exponent) {
+void quantize_activation(const Geometry& g, const Layer& l, const Kernels& kernels, const Input& input, std::int8_t* mantissa,
+                         std::int8_t* exponent) {
   const Format format = l.format(g);
   struct User;
   Scratch<User> scratch(Quantized::bytes(format, g.grid()));

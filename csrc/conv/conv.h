@@ -16,7 +16,7 @@ struct Geometry {
   std::int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   std::int64_t groups;
   std::int64_t block_size;
-  bool flat;   // blocks run over the channels * taps of one output
+  bool flat;  // blocks run over the channels * taps of one output
 
   bool valid() const;  // sizes that make sense, agree, and do not overflow
   // A channel a group. Blocks run over the taps of a filter; those of one tap are flat blocks of one value.
@@ -39,15 +39,15 @@ struct Geometry {
 };
 
 struct Layer {
-  const std::uint8_t* weight;    // packed
-  const float* kds;              // packed
-  const float* kds_shift;        // packed, or null
+  const std::uint8_t* weight;  // packed
+  const float* kds;            // packed
+  const float* kds_shift;      // packed, or null
   Terms terms;
-  bool wide;                     // weights of more than 4 bits
-  int bits;                      // of its activations
+  bool wide;  // weights of more than 4 bits
+  int bits;   // of its activations
   Sign sign;
   Activation activation;
-  float slope;                   // of a leaky ReLU
+  float slope;  // of a leaky ReLU
 
   Format format(const Geometry& g) const { return {g.cut(), g.groups, bits, sign, wide, kds_shift != nullptr}; }
 };
@@ -58,9 +58,9 @@ struct Input {
   Strides strides;
 };
 struct Output {
-  float* values;                 // null where only targets are wanted
+  float* values;  // null where only targets are wanted
   Strides strides;
-  Input residual;                // its values may be null; channels as far apart as those of the output
+  Input residual;                   // its values may be null; channels as far apart as those of the output
   std::span<const Target> targets;  // whole blocks of which are made of the outputs
 };
 
@@ -77,8 +77,7 @@ void convolve_depthwise(const Geometry&, const Layer&, const Kernels&, const Inp
 
 // What a 1x1 convolution makes of its input: mantissas (images, channels, pixels), and exponents (images, groups * blocks,
 // pixels), which are -128 for a block that is not finite.
-void quantize_activation(const Geometry&, const Layer&, const Kernels&, const Input&, std::int8_t* mantissa,
-                         std::int8_t* exponent);
+void quantize_activation(const Geometry&, const Layer&, const Kernels&, const Input&, std::int8_t* mantissa, std::int8_t* exponent);
 
 // Multiply-adds in a second that one thread reaches with everything in the first cache and one block: what no layer exceeds.
 double peak_rate(const Kernels&, double seconds);

@@ -11,8 +11,8 @@
 #define DSCONV_KERNELS(KERNEL) KERNEL(scalar)
 #endif
 
-#define DSCONV_DECLARE(isa) \
-  namespace isa {           \
+#define DSCONV_DECLARE(isa)     \
+  namespace isa {               \
   extern const Kernels kernels; \
   }
 namespace dsconv {

@@ -39,8 +39,7 @@ class Lines {
           std::fill_n(to, begin, 0.0f);
           std::fill(to + end, to + length, 0.0f);
           const float* values = from + channel * s.channel + in_y * s.y + in_x * s.x;
-          if (step == 1)
-            std::copy(values + begin, values + end, to + begin);
+          if (step == 1) std::copy(values + begin, values + end, to + begin);
           else if (step == 2)
             for (std::int64_t i = begin; i < end; ++i) to[i] = values[2 * i];
           else
@@ -62,9 +61,7 @@ class Lines {
   static std::int64_t read_by(const Geometry& g, std::int64_t outputs) {
     return (outputs - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
   }
-  static std::int64_t length(const Geometry& g) {
-    return g.out_width + (g.kernel_w - 1) * g.dilation_w / g.stride_w + kMaxLanes;
-  }
+  static std::int64_t length(const Geometry& g) { return g.out_width + (g.kernel_w - 1) * g.dilation_w / g.stride_w + kMaxLanes; }
 
   const Geometry& g_;
   std::int64_t channels_, lines_;

@@ -1,5 +1,3 @@
-#include "conv.h"
-
 #include <algorithm>
 #include <bit>
 #include <chrono>
@@ -7,6 +5,7 @@
 #include <vector>
 
 #include "../scratch.h"
+#include "conv.h"
 
 namespace dsconv {
 

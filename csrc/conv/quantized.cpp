@@ -19,20 +19,25 @@ std::int64_t padded(std::int64_t count) {
 
 Block block_of(const Quantized& to, std::int64_t group, std::int64_t index, const std::int64_t* row, std::int64_t pixels) {
   const Format& f = to.format();
-  return {static_cast<int>(f.cut.size(index)), f.bits, f.sign, row, static_cast<int>(pixels), to.of_group(group),
-          static_cast<int>(index), index * f.cut.block_size};
+  return {static_cast<int>(f.cut.size(index)),
+          f.bits,
+          f.sign,
+          row,
+          static_cast<int>(pixels),
+          to.of_group(group),
+          static_cast<int>(index),
+          index * f.cut.block_size};
 }
 
 bool Format::operator==(const Format& other) const {
-  return cut.depth == other.cut.depth && cut.block_size == other.cut.block_size && groups == other.groups &&
-         bits == other.bits && sign == other.sign && wide == other.wide && shift == other.shift;
+  return cut.depth == other.cut.depth && cut.block_size == other.cut.block_size && groups == other.groups && bits == other.bits &&
+         sign == other.sign && wide == other.wide && shift == other.shift;
 }
 
 std::int64_t Quantized::bytes(const Format& f, const Grid& grid) {
   const std::int64_t rows = f.groups * grid.rows();
   return padded<std::int8_t>(rows * f.cut.row_octets() * 8 + kSlack) + padded<Ends>(rows * f.cut.blocks()) +
-         padded<std::uint8_t>(f.groups * f.cut.blocks()) +
-         (f.shift ? padded<float>(rows * f.cut.blocks()) : 0);
+         padded<std::uint8_t>(f.groups * f.cut.blocks()) + (f.shift ? padded<float>(rows * f.cut.blocks()) : 0);
 }
 
 Quantized::Quantized(const Format& f, const Grid& grid, std::byte* memory) : format_(f), grid_(grid) {
@@ -93,8 +98,8 @@ void Quantized::rows_of(std::int64_t first_pixel, std::int64_t pixels, std::int6
   places_of(first_pixel, pixels, grid_.height, grid_.width, 1, of_line, to);
 }
 
-void quantize_into(const Target& target, const Kernels& kernels, const float* values, std::int64_t stride,
-                   const std::int64_t* row, std::int64_t pixels, std::int64_t from, std::int64_t to) {
+void quantize_into(const Target& target, const Kernels& kernels, const float* values, std::int64_t stride, const std::int64_t* row,
+                   std::int64_t pixels, std::int64_t from, std::int64_t to) {
   const Cut& cut = target.quantized.format().cut;
   for (std::int64_t channel = target.first + from; channel < target.first + to;) {
     const std::int64_t group = channel / cut.depth, index = channel % cut.depth / cut.block_size;
@@ -104,8 +109,8 @@ void quantize_into(const Target& target, const Kernels& kernels, const float* va
   }
 }
 
-void quantize_into(const Target& target, const Kernels& kernels, const float* values, std::int64_t stride,
-                   std::int64_t first_pixel, std::int64_t pixels, std::int64_t from, std::int64_t to) {
+void quantize_into(const Target& target, const Kernels& kernels, const float* values, std::int64_t stride, std::int64_t first_pixel,
+                   std::int64_t pixels, std::int64_t from, std::int64_t to) {
   std::int64_t row[kMaxTask];
   for (std::int64_t done = 0; done < pixels; done += kMaxTask) {
     const std::int64_t now = std::min<std::int64_t>(kMaxTask, pixels - done);

@@ -83,8 +83,8 @@ class Quantized {
 // Where neighbouring pixels of images of this size lie, from line to line and from image to image: those of a line `apart` one
 // behind the other from of_line(image, y, x) on.
 template <class OfLine>
-void places_of(std::int64_t first, std::int64_t pixels, std::int64_t height, std::int64_t width, std::int64_t apart,
-               OfLine of_line, std::int64_t* to) {
+void places_of(std::int64_t first, std::int64_t pixels, std::int64_t height, std::int64_t width, std::int64_t apart, OfLine of_line,
+               std::int64_t* to) {
   if (!pixels) return;  // of an image without any, perhaps
   std::int64_t image = first / width / height, y = first / width % height, x = first % width;
   for (std::int64_t p = 0; p < pixels; ++y, x = 0) {  // a line, or what is left of it

@@ -60,6 +60,7 @@ static void sum(const Sums& t) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels{"scalar", kLanes, 6, 96, nullptr, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{"scalar",  kLanes,         6,   96,   nullptr, quantize_pixels, quantize_channels, sum, store, store_block,
+                      depthwise, depthwise_line, map, pool, average};
 
 }  // namespace dsconv::scalar

@@ -22,8 +22,8 @@ static inline Float load_some(const float* from, int count) { return _mm256_mask
 static inline void store_some(float* to, Float v, int count) { _mm256_maskstore_ps(to, first_lanes(count), v); }
 
 static inline Int low_bytes(Int a, Int b, Int c, Int d) {
-  const __m256i ab = _mm256_blend_epi16(reinterpret_cast<__m256i>((a & 255) | b << 8),
-                                        reinterpret_cast<__m256i>((c & 255) << 16 | d << 24), 0xaa);
+  const __m256i ab =
+      _mm256_blend_epi16(reinterpret_cast<__m256i>((a & 255) | b << 8), reinterpret_cast<__m256i>((c & 255) << 16 | d << 24), 0xaa);
   return reinterpret_cast<Int>(ab);
 }
 static inline Int with_bytes(Int sum, Int four) {

@@ -30,13 +30,13 @@ static inline Int low_bytes(Int a, Int b, Int c, Int d) {
   return reinterpret_cast<Int>(_mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff), ab, cd, 0xca));
 }
 static inline Int with_bytes(Int sum, Int four) {
-  return reinterpret_cast<Int>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), _mm512_set1_epi8(1),
-                                                   reinterpret_cast<__m512i>(four)));
+  return reinterpret_cast<Int>(
+      _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), _mm512_set1_epi8(1), reinterpret_cast<__m512i>(four)));
 }
 
 static inline Int with_product(Int sum, Int a, Int b) {
-  return reinterpret_cast<Int>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a),
-                                                   reinterpret_cast<__m512i>(b)));
+  return reinterpret_cast<Int>(
+      _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 }
 
 static inline Int narrowed(Int a, Int b, Int c, Int d) {

@@ -35,9 +35,7 @@ struct Depth {
   }
 };
 
-static std::int64_t workspace(const Sums& t) {
-  return kSumsBytes + 2 * kTileBytes + t.panels * Depth(t).panel_bytes;
-}
+static std::int64_t workspace(const Sums& t) { return kSumsBytes + 2 * kTileBytes + t.panels * Depth(t).panel_bytes; }
 
 // Weights to signed bytes: in each row of 64 bytes four values of 16 outputs.
 template <bool Wide>
@@ -83,8 +81,7 @@ struct Pixels {
     int run = left < 2 ? left : 2;
     while (run < left && run < 2 * kTileRows && pixel[run] - pixel[run - 1] == pixel[1] - pixel[0]) ++run;
     gathered = run < left && run < kFewest;
-    if (gathered)
-      count = left < kTileRows ? left : kTileRows;
+    if (gathered) count = left < kTileRows ? left : kTileRows;
     else  // two tiles of nearly the same height rather than a full one and a low one
       count = run <= kTileRows ? run : run < 2 * kTileRows ? (run + 1) / 2 : kTileRows;
     stride = gathered ? 64 : count > 1 ? (pixel[1] - pixel[0]) * t.rows.row_bytes : 0;
@@ -96,9 +93,7 @@ struct Pixels {
   for (int m = 0; m < p.count; ++m) _mm512_store_si512(p.copy + 64 * m, _mm512_loadu_si512(p.row[m] + at));
   return p.copy;
 }
-static inline const std::int8_t* rows_from(const Pixels& p, std::int64_t at) {
-  return p.gathered ? gather(p, at) : p.row[0] + at;
-}
+static inline const std::int8_t* rows_from(const Pixels& p, std::int64_t at) { return p.gathered ? gather(p, at) : p.row[0] + at; }
 
 // Tiles 0 and 1 are sums of the first pixels, a panel each, 2 and 3 of the second; 4 and 5 pixels, 6 and 7 weights.
 static void configure(const Pixels* pixels, const Depth& depth) {
@@ -118,8 +113,7 @@ static void configure(const Pixels* pixels, const Depth& depth) {
 
 // Leaves the sums of one block in tiles. The rows of pixels are read from `at` on.
 template <int P>
-[[gnu::noinline]] static void multiply(const Pixels* pixels, std::int64_t at, const std::int8_t* w, const Depth& depth,
-                                       int steps) {
+[[gnu::noinline]] static void multiply(const Pixels* pixels, std::int64_t at, const std::int8_t* w, const Depth& depth, int steps) {
   const bool both = pixels[1].count > 0;
   TILE_ZERO(0);
   if constexpr (P == 2) TILE_ZERO(1);
@@ -159,7 +153,7 @@ static inline void store_sums(const Pixels* pixels, std::int32_t* sums) {
 // Blocks whose sums are stored, one after another, and what makes outputs of them.
 struct Group {
   int blocks, pixels;
-  bool first;                 // of its outputs, which hold nothing yet
+  bool first;  // of its outputs, which hold nothing yet
   const std::int64_t* pixel;
   float* output;
   const float* kds;
@@ -217,12 +211,10 @@ static inline void scale_group(const Sums& t, const Group& g, int from, int to) 
   static_assert(kGroup == 3);
   if (from == to) return;
   const auto of_ends = [&]<bool Factors>() {
-    if (g.blocks == 3)
-      scale_blocks<3, P, Factors, Shift>(t, g, from, to);
-    else
-      g.blocks == 2 ? scale_blocks<2, P, Factors, Shift>(t, g, from, to) : scale_blocks<1, P, Factors, Shift>(t, g, from, to);
+    if (g.blocks == 3) scale_blocks<3, P, Factors, Shift>(t, g, from, to);
+    else g.blocks == 2 ? scale_blocks<2, P, Factors, Shift>(t, g, from, to) : scale_blocks<1, P, Factors, Shift>(t, g, from, to);
   };
-  Wide && t.rows.factors ? of_ends.template operator()<true>() : of_ends.template operator()<false>();
+  Wide&& t.rows.factors ? of_ends.template operator()<true>() : of_ends.template operator()<false>();
 }
 
 // Returns how many pixels are done.
@@ -307,6 +299,7 @@ static void sum(const Sums& t) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels{"amx", kWidth, 32, 384, workspace, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{"amx",     kWidth,         32,  384,  workspace, quantize_pixels, quantize_channels, sum, store, store_block,
+                      depthwise, depthwise_line, map, pool, average};
 
 }  // namespace dsconv::amx

@@ -23,6 +23,7 @@ constexpr int kHeight = 3;
 #include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"avx2", kWidth, 3, 96, nullptr, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{"avx2",    kWidth,         3,   96,   nullptr, quantize_pixels, quantize_channels, sum, store, store_block,
+                      depthwise, depthwise_line, map, pool, average};
 
 }  // namespace dsconv::avx2

@@ -8,7 +8,7 @@ using namespace x86_512;
 
 static constexpr int kAhead = 2048;  // bytes
 
-constexpr int kSums = 14;       // and as many of floats, in the 32 registers
+constexpr int kSums = 14;  // and as many of floats, in the 32 registers
 template <int P>
 constexpr int kHeight = kSums / P;
 
@@ -105,8 +105,8 @@ static void tile_of(const Sums& t, const std::int64_t* pixel, float* output) {
         const __m512 e = _mm512_set1_ps(ends[m][block].end);
         for (int p = 0; p < P; ++p) {
           if constexpr (kParts == 2) s[m][p][0] = _mm512_add_epi32(s[m][p][0], s[m][p][1]);
-          const __m512 term = Factors ? _mm512_mul_ps(_mm512_cvtepi32_ps(s[m][p][0]), e)
-                                      : _mm512_sub_ps(_mm512_castsi512_ps(s[m][p][0]), e);
+          const __m512 term =
+              Factors ? _mm512_mul_ps(_mm512_cvtepi32_ps(s[m][p][0]), e) : _mm512_sub_ps(_mm512_castsi512_ps(s[m][p][0]), e);
           y[m][p] = _mm512_fmadd_ps(_mm512_loadu_ps(kds + p * kPanel), term, y[m][p]);
         }
         if constexpr (Shift) {
@@ -132,6 +132,7 @@ static void tile(const Sums& t, const std::int64_t* pixel, float* output) {
 #include "sum_by_height.inc"
 
 extern const Kernels kernels;
-const Kernels kernels{"avx512vnni", kWidth, 7, 98, nullptr, quantize_pixels, quantize_channels, sum, store, store_block, depthwise, depthwise_line, map, pool, average};
+const Kernels kernels{"avx512vnni", kWidth,         7,   98,   nullptr, quantize_pixels, quantize_channels, sum, store, store_block,
+                      depthwise,    depthwise_line, map, pool, average};
 
 }  // namespace dsconv::avx512vnni

@@ -12,8 +12,8 @@ namespace {
 
 constexpr std::int64_t kMost = std::int64_t{1} << 40;  // bytes an image
 constexpr int kMostBases = 1 << 20;
-constexpr double kMostBytes = 1e18;                    // of a run
-constexpr std::int64_t kPixels = 96;                   // that a task takes at a time
+constexpr double kMostBytes = 1e18;   // of a run
+constexpr std::int64_t kPixels = 96;  // that a task takes at a time
 
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
@@ -22,8 +22,8 @@ void require(bool holds, const char* what) {
 bool is_size(std::int64_t n) { return n > 0 && n < (std::int64_t{1} << 31); }
 
 // To (images, channels, pixels), from pixels and images that are so many values apart.
-void to_lines(const float* from, std::int64_t image_stride, std::int64_t pixel_stride, std::int64_t images,
-              std::int64_t channels, std::int64_t pixels, float* to) {
+void to_lines(const float* from, std::int64_t image_stride, std::int64_t pixel_stride, std::int64_t images, std::int64_t channels,
+              std::int64_t pixels, float* to) {
   // A few cache lines of every pixel, so that what is written stays in the first cache.
   constexpr std::int64_t kTogether = 64;
   const std::int64_t parts = (channels + kTogether - 1) / kTogether;
@@ -39,13 +39,15 @@ void to_lines(const float* from, std::int64_t image_stride, std::int64_t pixel_s
 }  // namespace
 
 int Program::values(const Values& v) {
-  require(v.base >= 0 && v.base < kMostBases && v.offset >= 0 && v.offset < kMost && v.offset % 64 == 0 && v.first >= 0 && is_size(v.channels) &&
-              is_size(v.height) && is_size(v.width),
+  require(v.base >= 0 && v.base < kMostBases && v.offset >= 0 && v.offset < kMost && v.offset % 64 == 0 && v.first >= 0 &&
+              is_size(v.channels) && is_size(v.height) && is_size(v.width),
           "values: sizes and places are not negative");
   const Strides& s = v.strides;
   require(s.image >= 0 && s.channel >= 0 && s.y >= 0 && s.x >= 0, "values: strides are not negative");
   // In floating point, where no product overflows; what passes is small enough to be exact.
-  const auto far = [](std::int64_t size, std::int64_t stride) { return static_cast<double>(size - 1) * static_cast<double>(stride); };
+  const auto far = [](std::int64_t size, std::int64_t stride) {
+    return static_cast<double>(size - 1) * static_cast<double>(stride);
+  };
   const double last = static_cast<double>(v.first) + far(v.channels, s.channel) + far(v.height, s.y) + far(v.width, s.x);
   require(s.image < kMost / 4 && last < static_cast<double>(std::max<std::int64_t>(s.image, 1)),
           "values: a tensor goes beyond its memory");
@@ -125,7 +127,8 @@ void Program::check(const Use& use, std::int64_t channels, std::int64_t height, 
   if (use.values >= 0)
     require(alike(values_of(use.values)) && values_of(use.values).dense(), "outputs: expected a dense tensor of their shape");
   if (use.residual >= 0)
-    require(alike(values_of(use.residual)) && values_of(use.residual).dense(), "residual: expected a dense tensor of the outputs' shape");
+    require(alike(values_of(use.residual)) && values_of(use.residual).dense(),
+            "residual: expected a dense tensor of the outputs' shape");
   for (const auto& [id, first] : use.targets) {
     const Tensor& t = tensor_of(id);
     const Cut& cut = t.format.cut;
@@ -183,10 +186,11 @@ void Program::map(int from, const float* scale, const float* shift, bool once, i
   require(use.values >= 0 || !use.targets.empty(), "a step without an output");
   const bool plain = !scale && gate_id < 0 && use.residual < 0 && use.activation == Activation::none && use.values < 0;
   if (!v.dense()) {  // an input as it comes, channel by channel
-    require(plain && std::all_of(use.targets.begin(), use.targets.end(), [&](const auto& target) {
-              const Format& format = tensor_of(target.first).format;
-              return target.second == 0 && format.cut.depth * format.groups == v.channels;
-            }),
+    require(plain && std::all_of(use.targets.begin(), use.targets.end(),
+                                 [&](const auto& target) {
+                                   const Format& format = tensor_of(target.first).format;
+                                   return target.second == 0 && format.cut.depth * format.groups == v.channels;
+                                 }),
             "expected a dense tensor, or nothing to do but to quantize it whole");
     steps_.push_back([=, this](const Run& run) {
       for (const auto& [id, first] : use.targets) quantize(quantized(run, id), kernels_, address(run, v), v.strides);
@@ -211,8 +215,9 @@ void Program::map(int from, const float* scale, const float* shift, bool once, i
         float* to = output.values ? const_cast<float*>(output.values) + first * output.strides.x : scratch.take<float>(0);
         stride = output.values ? output.strides.x : v.channels;
         const float* gates = gate.values ? gate.values + (one_gate ? image * gate.strides.image : first * gate.strides.x) : nullptr;
-        kernels_.map({made, v.strides.x, scale, shift, once, gates, one_gate ? 0 : gate.strides.x, other.values ? other.values + first * other.strides.x : nullptr,
-                      other.strides.x, to, stride, count, v.channels, use.activation, use.slope});
+        kernels_.map({made, v.strides.x, scale, shift, once, gates, one_gate ? 0 : gate.strides.x,
+                      other.values ? other.values + first * other.strides.x : nullptr, other.strides.x, to, stride, count,
+                      v.channels, use.activation, use.slope});
         made = to;
       }
       for (const Target& target : into) quantize_into(target, kernels_, made, stride, first, count, 0, v.channels);
@@ -227,7 +232,8 @@ void Program::pool(int from, const Window& w, std::int64_t out_height, std::int6
     require(is_size(n), "pool: expected positive sizes");
   require(w.pad_h >= 0 && w.pad_w >= 0 && w.pad_h < w.kernel_h * w.dilation_h && w.pad_w < w.kernel_w * w.dilation_w &&
               is_size(w.kernel_h * w.kernel_w) && (out_height - 1) * w.stride_h < v.height + w.pad_h &&
-              (out_width - 1) * w.stride_w < v.width + w.pad_w && w.divisor >= 0 && use.residual < 0 && use.activation == Activation::none,
+              (out_width - 1) * w.stride_w < v.width + w.pad_w && w.divisor >= 0 && use.residual < 0 &&
+              use.activation == Activation::none,
           "pool: expected a padding smaller than the kernel, windows that begin within the image, and nothing else to do");
   check(use, v.channels, out_height, out_width, true);
   require(use.values >= 0 || !use.targets.empty(), "a step without an output");
@@ -270,21 +276,20 @@ void Program::pool(int from, const Window& w, std::int64_t out_height, std::int6
           }
         }
         // The padding counts as far as the window would go without the rounding up of the output's size.
-        const std::int64_t counted = (std::min(top + w.kernel_h, v.height + w.pad_h) - top) *
-                                     (std::min(left + w.kernel_w, v.width + w.pad_w) - left);
+        const std::int64_t counted =
+            (std::min(top + w.kernel_h, v.height + w.pad_h) - top) * (std::min(left + w.kernel_w, v.width + w.pad_w) - left);
         const std::int64_t divisor = w.divisor ? w.divisor : w.count_zeros ? counted : taps;
         kernels_.pool({tap, taps, v.channels, w.average ? static_cast<float>(divisor) : 0.0f, made + x * stride});
       }
-      for (const Target& target : into)
-        quantize_into(target, kernels_, made, stride, line * out_width, out_width, 0, v.channels);
+      for (const Target& target : into) quantize_into(target, kernels_, made, stride, line * out_width, out_width, 0, v.channels);
     });
   });
 }
 
 void Program::average(int from, int lanes, int to) {
   const Values v = values_of(from), made = values_of(to);
-  require(v.dense() && made.strides.channel == 1 && made.channels == v.channels && made.height * made.width == 1 &&
-              lanes > 0 && lanes <= kMaxLanes,
+  require(v.dense() && made.strides.channel == 1 && made.channels == v.channels && made.height * made.width == 1 && lanes > 0 &&
+              lanes <= kMaxLanes,
           "average: expected dense tensors of the same channels, the second of one pixel, and 1 to 16 lanes");
   steps_.push_back([=, this](const Run& run) {
     constexpr std::int64_t kTogether = 4 * kMaxLanes;

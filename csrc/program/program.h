@@ -27,7 +27,7 @@ struct Values {
 // What becomes of the outputs of a step; -1 is none.
 struct Use {
   int values;
-  int residual;                                     // added before the activation
+  int residual;                                       // added before the activation
   std::vector<std::pair<int, std::int64_t>> targets;  // quantized tensors, and the channel there that the first becomes
   Activation activation;
   float slope;
@@ -69,7 +69,9 @@ class Program {
   void pool(int from, const Window&, std::int64_t out_height, std::int64_t out_width, const Use&);
 
   // A step that somebody else takes.
-  void skip() { steps_.push_back([](const Run&) {}); }
+  void skip() {
+    steps_.push_back([](const Run&) {});
+  }
 
   // Adds to seconds[step], if that is not null, what each step took.
   void run(std::int64_t images, std::span<const std::uintptr_t> bases, int first, int last, double* seconds) const;

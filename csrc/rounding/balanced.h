@@ -27,7 +27,7 @@ struct BalancedRule {
 };
 
 struct Results {
-  std::int8_t* q;       // (taps, n, rows)
+  std::int8_t* q;        // (taps, n, rows)
   float *scale, *shift;  // (taps, rows)
 };
 

@@ -1,5 +1,7 @@
 // Every instruction set of this processor against exact sums and, bit for bit, against the scalar kernels, over random
 // convolutions. Built with sanitizers and for other processors, where no Python is at hand.
+#include "../conv/kernels.h"
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,7 +11,6 @@
 #include <vector>
 
 #include "../conv/conv.h"
-#include "../conv/kernels.h"
 #include "../isa.h"
 #include "../rounding/balanced.h"
 
@@ -100,9 +101,9 @@ Case random_case() {
     c.kds.push_back(normal());
     c.kds_shift.push_back(normal());
   }
-  for (std::int64_t i = 0; i < g.outputs; ++i) c.biases.push_back(normal()), c.gains.push_back(normal()), c.offsets.push_back(normal());
-  for (std::int64_t i = 0; i < g.images * g.outputs * g.out_height * g.out_width; ++i)
-    c.residual.push_back(normal() * magnitude);
+  for (std::int64_t i = 0; i < g.outputs; ++i)
+    c.biases.push_back(normal()), c.gains.push_back(normal()), c.offsets.push_back(normal());
+  for (std::int64_t i = 0; i < g.images * g.outputs * g.out_height * g.out_width; ++i) c.residual.push_back(normal() * magnitude);
   return c;
 }
 
@@ -154,11 +155,18 @@ Made run(const Case& c, const Kernels& kernels) {
   pack_kds(g, c.kds.data(), kds.data());
   pack_kds(g, c.kds_shift.data(), shift.data());
   std::vector<float> output(c.residual.size(), 7.0f);
-  const Layer layer{weight.data(), kds.data(), c.shift ? shift.data() : nullptr,
+  const Layer layer{weight.data(),
+                    kds.data(),
+                    c.shift ? shift.data() : nullptr,
                     {c.bias ? c.biases.data() : nullptr, c.norm ? c.gains.data() : nullptr, c.norm ? c.offsets.data() : nullptr},
-                    wide, c.activation_bits, static_cast<Sign>(c.sign), c.activation, kSlope};
+                    wide,
+                    c.activation_bits,
+                    static_cast<Sign>(c.sign),
+                    c.activation,
+                    kSlope};
   const Strides to = strides_of(c, g.outputs, g.out_height, g.out_width);
-  const Input input{c.input.data(), strides_of(c, g.channels, g.height, g.width)}, residual{c.add ? c.residual.data() : nullptr, to};
+  const Input input{c.input.data(), strides_of(c, g.channels, g.height, g.width)},
+      residual{c.add ? c.residual.data() : nullptr, to};
   convolve(g, layer, kernels, input, {output.data(), to, residual, {}});
   if (!c.channels_last || (g.groups > 1 && !g.depthwise())) return {output, {}};
   // The same written as the next layer wants it, with and without the floats: what quantizing the floats gives.
@@ -195,8 +203,10 @@ bool pixels_alike(const Kernels& kernels) {
     const Kernels& used = i ? kernels : scalar::kernels;
     made[i].assign(channels * (pixels + 2), 7.0f);
     used.map({input.data(), channels, affine ? scale.data() : nullptr, affine ? shift.data() : nullptr, once,
-              gate ? input.data() : nullptr, stride, other ? input.data() : nullptr, channels, made[i].data(), channels, pixels, channels, activation, kSlope});
-    used.pool({tap.data(), static_cast<int>(taps), channels, average ? static_cast<float>(taps) : 0.0f, made[i].data() + pixels * channels});
+              gate ? input.data() : nullptr, stride, other ? input.data() : nullptr, channels, made[i].data(), channels, pixels,
+              channels, activation, kSlope});
+    used.pool({tap.data(), static_cast<int>(taps), channels, average ? static_cast<float>(taps) : 0.0f,
+               made[i].data() + pixels * channels});
     used.average({input.data(), apart, averaged, channels, lanes, made[i].data() + (pixels + 1) * channels});
   }
   for (std::size_t k = 0; k < made[0].size(); ++k)
@@ -241,8 +251,7 @@ std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
             for (std::int64_t b = 0; b < g.cut().blocks(); ++b) {
               std::vector<float> values;
               const std::int64_t first = b * g.block_size, end = std::min(g.cut().depth, first + g.block_size);
-              for (std::int64_t k = first; k < end; ++k)
-                values.push_back(g.flat ? value(k / taps, k % taps) : value(k, tap));
+              for (std::int64_t k = first; k < end; ++k) values.push_back(g.flat ? value(k / taps, k % taps) : value(k, tap));
               std::vector<int> mantissa;
               const double scale = quantize_block(values, c.activation_bits, c.sign, mantissa);
               std::int64_t s = 0, plain = 0;
@@ -298,7 +307,9 @@ struct BalancedCase {
       if (level < -half || level >= half) return {};
     for (const float v : found)
       if (!std::isfinite(v)) return {};
-    const auto bytes = [](const auto& of) { return std::pair(reinterpret_cast<const std::byte*>(of.data()), of.size() * sizeof of[0]); };
+    const auto bytes = [](const auto& of) {
+      return std::pair(reinterpret_cast<const std::byte*>(of.data()), of.size() * sizeof of[0]);
+    };
     std::vector<std::byte> all;
     for (const auto& [from, count] : {bytes(q), bytes(found)}) all.insert(all.end(), from, from + count);
     return all;
