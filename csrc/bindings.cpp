@@ -22,8 +22,8 @@
 #include <vector>
 
 #include "conv/conv.h"
-#include "conv/kernels.h"
-#include "isa.h"
+#include "isa/detect.h"
+#include "isa/list.h"
 #include "parallel.h"
 #include "program/program.h"
 #include "rounding/balanced.h"
@@ -37,28 +37,19 @@ using Address = std::uintptr_t;
 using Sizes = std::array<std::int64_t, 18>;
 
 // The order in which Python gives the sizes of a convolution: dsconv/ops/cpu.py.
-Geometry geometry(const Sizes& s) {
-  const Geometry g{s[0], s[1],  s[2],  s[3],  s[4],  s[5],  s[6],  s[7],  s[8],
-                   s[9], s[10], s[11], s[12], s[13], s[14], s[15], s[16], s[17] != 0};
+ConvSizes conv_sizes(const Sizes& s) {
+  const ConvSizes g{s[0], s[1],  s[2],  s[3],  s[4],  s[5],  s[6],  s[7],  s[8],
+                    s[9], s[10], s[11], s[12], s[13], s[14], s[15], s[16], s[17] != 0};
   if (!g.valid()) throw std::invalid_argument("the sizes of the convolution do not agree");
   return g;
 }
 
-// Kernels that are built, and how often they were run: tests have to know that none stood in for another.
-struct Built {
-  std::string_view isa;
-  const Kernels& kernels;
-  std::atomic<std::int64_t> runs{0};
-};
-Built all_built[] = {
-#define DSCONV_BUILT(name) {#name, name::kernels},
-    DSCONV_KERNELS(DSCONV_BUILT)
-#undef DSCONV_BUILT
-};
+// Runs of the kernels of each instruction set: tests have to know that none stood in for another.
+std::atomic<std::int64_t> run_counts[std::size(kBuiltKernels)];
 
 void count_run(const Kernels& kernels) {
-  for (Built& built : all_built)
-    if (&built.kernels == &kernels) built.runs.fetch_add(1, std::memory_order_relaxed);
+  for (std::size_t i = 0; i < std::size(kBuiltKernels); ++i)
+    if (kBuiltKernels[i] == &kernels) run_counts[i].fetch_add(1, std::memory_order_relaxed);
 }
 
 bool has(std::string_view isa) {
@@ -67,10 +58,10 @@ bool has(std::string_view isa) {
 }
 
 const Kernels& kernels_of(std::string_view isa) {
-  for (const Built& built : all_built) {
-    if (built.isa != isa) continue;
+  for (const Kernels* const kernels : kBuiltKernels) {
+    if (kernels->isa != isa) continue;
     if (!has(isa)) throw std::invalid_argument("isa: this processor has no " + std::string(isa));
-    return built.kernels;
+    return *kernels;
   }
   throw std::invalid_argument("isa: there are no kernels for " + std::string(isa));
 }
@@ -78,14 +69,14 @@ const Kernels& kernels_of(std::string_view isa) {
 std::vector<std::string_view> isa_with_kernels() {
   std::vector<std::string_view> both;
   for (const std::string_view found : isa_found())
-    for (const Built& built : all_built)
-      if (found == built.isa) both.push_back(found);
+    for (const Kernels* const kernels : kBuiltKernels)
+      if (found == kernels->isa) both.push_back(found);
   return both;
 }
 
 std::map<std::string_view, std::int64_t> runs() {
   std::map<std::string_view, std::int64_t> counted;
-  for (const Built& built : all_built) counted[built.isa] = built.runs;
+  for (std::size_t i = 0; i < std::size(kBuiltKernels); ++i) counted[kBuiltKernels[i]->isa] = run_counts[i];
   return counted;
 }
 
@@ -124,9 +115,9 @@ int checked_bits(int bits) {
 
 bool is_wide(int weight_bits) { return checked_bits(weight_bits) > 4; }
 
-Terms terms(Address bias, Address gain, Address offset) {
+PostOps post_ops(Address bias, Address gain, Address offset) {
   if (!gain != !offset) throw std::invalid_argument("gain and offset come together");
-  return {at<const float>(bias), at<const float>(gain), at<const float>(offset)};
+  return {at<const float>(bias), at<const float>(gain), at<const float>(offset), Activation::none, 0.0f};
 }
 
 template <class Enum>
@@ -135,22 +126,23 @@ Enum one_of(const char* what, int value, int count) {
   return static_cast<Enum>(value);
 }
 
-Format format(std::int64_t depth, std::int64_t block_size, std::int64_t groups, int weight_bits, int bits, int sign, bool shift) {
-  return {{depth, block_size}, groups, checked_bits(bits), one_of<Sign>("sign", sign, 3), is_wide(weight_bits), shift};
+ActivationFormat format(std::int64_t depth, std::int64_t block_size, std::int64_t groups, int weight_bits, int bits, int sign,
+                        bool shift) {
+  return {{depth, block_size}, groups, checked_bits(bits), one_of<Sign>("sign", sign, kSigns), is_wide(weight_bits), shift};
 }
 
 // A convolution of given sizes and layouts, of whichever tensors.
 struct Convolution {
   const Kernels& kernels;
-  Geometry geometry;
+  ConvSizes sizes;
   Strides from, to;
   Layer layer;  // but for its weights
 };
 
 // (float tensor, residual, [(quantized tensor, first channel)], activation, slope): dsconv/compilation/program.py.
-using Uses = std::tuple<int, int, std::vector<std::pair<int, std::int64_t>>, int, float>;
-Use use(const Uses& u) {
-  const auto& [values, residual, targets, activation, slope] = u;
+using OutputsTuple = std::tuple<int, int, std::vector<std::pair<int, std::int64_t>>, int, float>;
+StepOutputs outputs(const OutputsTuple& to) {
+  const auto& [values, residual, targets, activation, slope] = to;
   return {values, residual, targets, one_of<Activation>("activation", activation, kActivations), slope};
 }
 
@@ -186,16 +178,16 @@ NB_MODULE(_C, m) {
   m.def(
       "packed_sizes",
       [](const Sizes& sizes, int weight_bits) {
-        const Geometry g = geometry(sizes);
+        const ConvSizes g = conv_sizes(sizes);
         return std::pair(g.packed_bytes(is_wide(weight_bits)), g.kds_count());
       },
       "Bytes of the packed weight, and number of packed KDS.");
   m.def("pack_weight", [](const Sizes& sizes, Address vqk, int weight_bits, Address packed) {
     is_wide(weight_bits);
-    pack_weight(geometry(sizes), needed<const std::int8_t>("vqk", vqk), weight_bits, needed<std::uint8_t>("packed", packed));
+    pack_weight(conv_sizes(sizes), needed<const std::int8_t>("vqk", vqk), weight_bits, needed<std::uint8_t>("packed", packed));
   });
   m.def("pack_kds", [](const Sizes& sizes, Address kds, Address packed) {
-    pack_kds(geometry(sizes), needed<const float>("kds", kds), needed<float>("packed", packed));
+    pack_kds(conv_sizes(sizes), needed<const float>("kds", kds), needed<float>("packed", packed));
   });
   m.def("round_balanced", [](std::string_view isa, const std::array<std::int64_t, 4>& sizes, int bits, bool shift, double held,
                              const std::array<Address, 1>& weight, const std::array<Address, 3>& model,
@@ -208,21 +200,23 @@ NB_MODULE(_C, m) {
                         needed<const double>("mean", of[2])};
     };
     const WeightRows of{needed<const float>("w", weight[0]), taps, n, rows, kinds};
-    const Results to{needed<std::int8_t>("q", results[0]), needed<float>("scale", results[1]), needed<float>("shift", results[2])};
+    const BalancedResults to{needed<std::int8_t>("q", results[0]), needed<float>("scale", results[1]),
+                             needed<float>("shift", results[2])};
     const InputModel counts = moments(model), solved = moments(regularized);
-    count_run(kernels_of(isa));
+    const Kernels& kernels = kernels_of(isa);
+    count_run(kernels);
     nb::gil_scoped_release released;
-    round_balanced(isa, of, counts, solved, {checked_bits(bits), shift, held}, to);
+    round_balanced(kernels, of, counts, solved, {checked_bits(bits), shift, held}, to);
   });
   m.def("quantize_activation", [](std::string_view isa, const Sizes& sizes, Address input,
                                   const std::array<std::int64_t, 4>& input_strides, int bits, int sign, Address mantissa,
                                   Address exponent) {
-    const Geometry g = geometry(sizes);
-    if (g.positions() != 1 || g.pad_h || g.pad_w || g.flat) throw std::invalid_argument("expected a 1x1 convolution");
+    const ConvSizes g = conv_sizes(sizes);
+    if (g.kernel_size() != 1 || g.pad_h || g.pad_w || g.flat) throw std::invalid_argument("expected a 1x1 convolution");
     const Kernels& kernels = kernels_of(isa);
     Layer layer{};
-    layer.bits = checked_bits(bits);
-    layer.sign = one_of<Sign>("sign", sign, 3);
+    layer.activation_bits = checked_bits(bits);
+    layer.sign = one_of<Sign>("sign", sign, kSigns);
     const bool used = g.pixels() > 0;
     const Input from{needed<const float>("input", input, used), strides(input_strides, g.images, g.channels, g.height, g.width)};
     std::int8_t* const mantissas = needed<std::int8_t>("mantissa", mantissa, used);
@@ -238,10 +232,10 @@ NB_MODULE(_C, m) {
               const std::array<std::int64_t, 4>& output_strides, int weight_bits, int activation_bits, int sign, int activation,
               float slope) {
              Layer layer{};
-             layer.wide = is_wide(weight_bits), layer.bits = checked_bits(activation_bits);
-             layer.sign = one_of<Sign>("sign", sign, 3);
-             layer.activation = one_of<Activation>("activation", activation, kActivations), layer.slope = slope;
-             const Geometry g = geometry(sizes);
+             layer.wide = is_wide(weight_bits), layer.activation_bits = checked_bits(activation_bits);
+             layer.sign = one_of<Sign>("sign", sign, kSigns);
+             layer.post.activation = one_of<Activation>("activation", activation, kActivations), layer.post.slope = slope;
+             const ConvSizes g = conv_sizes(sizes);
              const Strides from = strides(input_strides, g.images, g.channels, g.height, g.width);
              Strides to = strides(output_strides, g.images, g.outputs, g.out_height, g.out_width);
              if (g.out_width <= 1) to.x = 1;
@@ -251,10 +245,12 @@ NB_MODULE(_C, m) {
            })
       .def("__call__", [](const Convolution& self, Address input, Address weight, Address kds, Address kds_shift, Address bias,
                           Address gain, Address offset, Address residual, Address output) {
-        const Geometry& g = self.geometry;
+        const ConvSizes& g = self.sizes;
         Layer layer = self.layer;
+        const PostOps post = post_ops(bias, gain, offset);
         layer.weight = needed<const std::uint8_t>("weight", weight), layer.kds = needed<const float>("kds", kds);
-        layer.kds_shift = at<const float>(kds_shift), layer.terms = terms(bias, gain, offset);
+        layer.kds_shift = at<const float>(kds_shift);
+        layer.post.bias = post.bias, layer.post.gain = post.gain, layer.post.offset = post.offset;
         const Output out{needed<float>("output", output, g.pixels() > 0), self.to, {at<const float>(residual), self.to}, {}};
         const Input in{needed<const float>("input", input, g.images && g.height && g.width), self.from};
         count_run(self.kernels);
@@ -268,15 +264,15 @@ NB_MODULE(_C, m) {
           "values",
           [](Program& self, int base, std::int64_t offset, std::int64_t first, const std::array<std::int64_t, 3>& size,
              const std::array<std::int64_t, 4>& s) {
-            return self.values({base, offset, first, size[0], size[1], size[2], strides(s)});
+            return self.add_float({base, offset, first, size[0], size[1], size[2], strides(s)});
           },
           "Number of a float tensor of an image: where it begins, (channels, height, width), and strides.")
       .def(
           "quantized",
           [](Program& self, std::int64_t offset, std::int64_t depth, std::int64_t block_size, std::int64_t groups,
              const std::array<std::int64_t, 4>& grid, int weight_bits, int bits, int sign, bool shift) {
-            return self.quantized(format(depth, block_size, groups, weight_bits, bits, sign, shift),
-                                  {1, grid[0], grid[1], grid[2], grid[3]}, offset);
+            return self.add_quantized(format(depth, block_size, groups, weight_bits, bits, sign, shift),
+                                      {1, grid[0], grid[1], grid[2], grid[3]}, offset);
           },
           "Number of a quantized tensor of an image of (height, width) and padding.")
       .def_static(
@@ -289,22 +285,24 @@ NB_MODULE(_C, m) {
           "Bytes that a quantized tensor of an image takes.")
       .def("convolve",
            [](Program& self, const Sizes& sizes, int from, int input, Address weight, Address kds, Address kds_shift, Address bias,
-              Address gain, Address offset, int weight_bits, int activation_bits, int sign, const Uses& uses) {
-             self.convolve(geometry(sizes),
+              Address gain, Address offset, int weight_bits, int activation_bits, int sign, const OutputsTuple& to) {
+             self.convolve(conv_sizes(sizes),
                            {needed<const std::uint8_t>("weight", weight), needed<const float>("kds", kds),
-                            at<const float>(kds_shift), terms(bias, gain, offset), is_wide(weight_bits),
-                            checked_bits(activation_bits), one_of<Sign>("sign", sign, 3), Activation::none, 0.0f},
-                           from, input, use(uses));
+                            at<const float>(kds_shift), post_ops(bias, gain, offset), is_wide(weight_bits),
+                            checked_bits(activation_bits), one_of<Sign>("sign", sign, kSigns)},
+                           from, input, outputs(to));
            })
-      .def("map", [](Program& self, int from, Address scale, Address shift, bool once, int gate,
-                     const Uses& uses) { self.map(from, at<const float>(scale), at<const float>(shift), once, gate, use(uses)); })
+      .def("map",
+           [](Program& self, int from, Address scale, Address shift, bool fma, int gate, const OutputsTuple& to) {
+             self.map(from, at<const float>(scale), at<const float>(shift), fma, gate, outputs(to));
+           })
       .def("average", &Program::average)
       .def("flatten", &Program::flatten)
       .def("pool",
-           [](Program& self, int from, const std::array<std::int64_t, 8>& w, bool average, bool count_zeros, std::int64_t divisor,
-              const std::array<std::int64_t, 2>& out, const Uses& uses) {
-             self.pool(from, {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], average, count_zeros, divisor}, out[0], out[1],
-                       use(uses));
+           [](Program& self, int from, const std::array<std::int64_t, 8>& w, bool average, bool count_padding, std::int64_t divisor,
+              const std::array<std::int64_t, 2>& out, const OutputsTuple& to) {
+             self.pool(from, {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], average, count_padding, divisor}, out[0], out[1],
+                       outputs(to));
            })
       .def("skip", &Program::skip, "A step that the caller takes.")
       .def("bytes", &Program::bytes, "Of memory that a run over so many images needs, aligned to 64.")

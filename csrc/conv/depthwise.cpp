@@ -4,122 +4,182 @@
 #include "../parallel.h"
 #include "../scratch.h"
 #include "conv.h"
-#include "lines.h"
+#include "line_buffer.h"
 
 namespace dsconv {
+namespace {
 
-constexpr std::int64_t kLargestLine = 5;  // the larger of the sizes of filters that depthwise_line knows
+constexpr std::int64_t kMaxLineFilter = 5;  // the largest filter that depthwise_line covers
 
-void convolve_depthwise(const Geometry& g, const Layer& l, const Kernels& kernels, const Input& from, const Output& o) {
-  const Strides& in = from.strides;
-  const Strides& out = o.strides;
-  const Strides& add = o.residual.strides;
-  const std::int64_t per_group = g.group_outputs(), taps = g.positions();
-  // Lanes are channels where those lie side by side, and pixels of a line otherwise.
-  const bool by_lane = in.channel == 1 && (!o.values || out.channel == 1) && per_group == 1;
-  if (!by_lane && (!o.targets.empty() || out.x != 1))
-    throw std::invalid_argument("a depthwise convolution needs an output whose lines are dense");
-  const bool in_lines = by_lane && g.channels >= kMaxLanes && g.kernel_h == g.kernel_w &&
-                        (g.kernel_w == 3 || g.kernel_w == kLargestLine) && g.stride_w <= 2 && g.dilation_w == 1 &&
-                        taps <= g.block_size;
-  const std::int64_t parts = by_lane ? 1 : g.groups;
-  const std::int64_t values = std::max<std::int64_t>(1, g.out_width * (by_lane ? g.channels : 1));
-  const std::int64_t lines = std::clamp<std::int64_t>(4096 / values, 1, std::max<std::int64_t>(1, g.out_height));
-  const std::int64_t stripes = (g.out_height + lines - 1) / lines;
-  parallel(g.images * parts * stripes, [&](std::int64_t task) {
-    const std::int64_t stripe = task % stripes, part = task / stripes % parts, image = task / stripes / parts;
+// The tasks of a depthwise convolution: some lines of outputs each. Lanes are channels where those are contiguous (by_channel), and
+// then a task does all of them; else lanes are pixels of a line, and a task does the filters of one input channel.
+class DepthwiseTasks {
+ public:
+  DepthwiseTasks(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Input& from, const Output& o)
+      : g_(g), l_(l), kernels_(kernels), from_(from), o_(o), taps_(g.kernel_size()), filters_(g.group_outputs()),
+        by_channel_(from.strides.channel == 1 && (!o.values || o.strides.channel == 1) && filters_ == 1),
+        few_(by_channel_ && g.channels < kMaxLanes), parts_(by_channel_ ? 1 : g.groups) {
+    if (!by_channel_ && (!o.targets.empty() || o.strides.x != 1))
+      throw std::invalid_argument("a depthwise convolution needs an output whose lines are dense");
+    by_line_ = by_channel_ && !few_ && g.kernel_h == g.kernel_w && (g.kernel_w == 3 || g.kernel_w == kMaxLineFilter) &&
+               g.stride_w <= 2 && g.dilation_w == 1 && taps_ <= g.block_size;
+    const std::int64_t values = std::max<std::int64_t>(1, g.out_width * (by_channel_ ? g.channels : 1));
+    lines_ = std::clamp<std::int64_t>(4096 / values, 1, std::max<std::int64_t>(1, g.out_height));
+    stripes_ = ceil_div(g.out_height, lines_);
+  }
+
+  std::int64_t count() const { return g_.images * parts_ * stripes_; }
+
+  void run(std::int64_t task) const {
+    const std::int64_t stripe = task % stripes_, part = task / stripes_ % parts_, image = task / stripes_ / parts_;
+    const std::int64_t zeros = by_channel_ ? g_.channels + kMaxLanes : 0, few_taps = few_ ? taps_ * kMaxLanes : 0;
+    const std::int64_t kept = o_.values ? 0 : g_.out_width * g_.channels;
     struct User;
     using Mine = Scratch<User>;
-    const bool few = by_lane && g.channels < kMaxLanes;  // fewer channels than are read at once
-    const std::int64_t zeros = by_lane ? g.channels + kMaxLanes : 0, ends = few ? taps * kMaxLanes : 0;
-    const std::int64_t kept = o.values ? 0 : g.out_width * g.channels;
-    Mine scratch(Mine::size<const float*>(taps) + Mine::size<float>(zeros) + Mine::size<float>(ends) + Mine::size<float>(kept) +
-                 (by_lane ? 0 : Lines::bytes(g, 1, 1)));
-    const float** tap = scratch.take<const float*>(taps);
-    float* zero = scratch.take<float>(zeros);
-    float* end = scratch.take<float>(ends);
-    float* const finished = scratch.take<float>(kept);
-    Lines cut(g, 1, 1, scratch.take<float>(0));
-    std::fill_n(zero, zeros, 0.0f);
-    std::fill_n(end, ends, 0.0f);
-    float few_terms[3][kMaxLanes] = {};
-    const auto filled = [&](const float* from, float* to) {
-      return from ? std::copy_n(from, g.channels, to) - g.channels : nullptr;
-    };
-    const Terms terms =
-        few ? Terms{filled(l.terms.bias, few_terms[0]), filled(l.terms.gain, few_terms[1]), filled(l.terms.offset, few_terms[2])}
-            : l.terms;
+    Mine scratch(Mine::size<const float*>(taps_) + Mine::size<float>(zeros) + Mine::size<float>(few_taps) +
+                 Mine::size<float>(kept) + (by_channel_ ? 0 : LineBuffer::bytes(g_, 1, 1)));
+    Line t{.image = image, .part = part, .y = 0, .post = l_.post};
+    t.tap = scratch.take<const float*>(taps_);
+    t.zeros = std::fill_n(scratch.take<float>(zeros), zeros, 0.0f) - zeros;
+    t.few_taps = std::fill_n(scratch.take<float>(few_taps), few_taps, 0.0f) - few_taps;
+    t.finished = scratch.take<float>(kept);
+    t.rearranged = scratch.take<float>(0);
+    float few_post[3][kMaxLanes] = {};
+    if (few_) pad_post(t.post, few_post);
+    for (t.y = stripe * lines_; t.y < std::min(g_.out_height, (stripe + 1) * lines_); ++t.y)
+      by_channel_ ? line_of_channels(t) : line_of_pixels(t);
+  }
 
-    // `lanes` outputs, of filter `output` or of the filters from there on, which read from tap[k][first].
-    const auto run = [&](std::int64_t output, std::int64_t first, std::int64_t lanes, float* to, const float* residual) {
-      const Store store{nullptr, 0, 0, nullptr, nullptr, 1, terms.from(output), residual, to, l.activation, l.slope};
-      kernels.depthwise({tap, first, static_cast<int>(lanes), by_lane, static_cast<int>(taps), static_cast<int>(g.block_size),
-                         l.bits, l.sign, reinterpret_cast<const std::int32_t*>(l.weight) + output, l.kds + output,
-                         l.kds_shift ? l.kds_shift + output : nullptr, g.outputs, store});
-    };
-    for (std::int64_t y = stripe * lines; y < std::min(g.out_height, (stripe + 1) * lines); ++y) {
-      const auto residual = [&](std::int64_t channel, std::int64_t x) {
-        return o.residual.values ? o.residual.values + image * add.image + channel * add.channel + y * add.y + x * add.x : nullptr;
-      };
-      const float* input = from.values + image * in.image + (by_lane ? 0 : part * in.channel);
-      if (!by_lane) {
-        cut.read(input, in, y);
-        for (std::int64_t k = 0; k < taps; ++k) tap[k] = cut.at(k);
-        for (std::int64_t output = part * per_group; output < (part + 1) * per_group; ++output)
-          run(output, 0, g.out_width, o.values + image * out.image + output * out.channel + y * out.y, residual(output, 0));
-        continue;
-      }
-      float* const line = o.values ? o.values + image * out.image + y * out.y : finished;
-      const std::int64_t pixel = o.values ? out.x : g.channels;
-      if (in_lines) {
-        const float* lines_read[kLargestLine];
-        std::int64_t step[kLargestLine];
-        for (std::int64_t k = 0; k < g.kernel_h; ++k) {
-          const std::int64_t in_y = y * g.stride_h - g.pad_h + k * g.dilation_h;
-          const bool inside = in_y >= 0 && in_y < g.height;
-          lines_read[k] = inside ? input + in_y * in.y : zero, step[k] = inside ? in.x : 0;
-        }
-        kernels.depthwise_line({static_cast<int>(g.kernel_w),
-                                static_cast<int>(g.stride_w),
-                                lines_read,
-                                step,
-                                -g.pad_w,
-                                g.width,
-                                g.out_width,
-                                g.channels,
-                                l.bits,
-                                l.sign,
-                                reinterpret_cast<const std::int32_t*>(l.weight),
-                                l.kds,
-                                l.kds_shift,
-                                terms,
-                                residual(0, 0),
-                                add.x,
-                                line,
-                                pixel,
-                                l.activation,
-                                l.slope});
-      }
-      for (std::int64_t x = in_lines ? g.out_width : 0; x < g.out_width; ++x) {
-        for (std::int64_t ky = 0, k = 0; ky < g.kernel_h; ++ky) {
-          const std::int64_t in_y = y * g.stride_h - g.pad_h + ky * g.dilation_h;
-          std::int64_t in_x = x * g.stride_w - g.pad_w;
-          for (std::int64_t kx = 0; kx < g.kernel_w; ++kx, ++k, in_x += g.dilation_w) {
-            const bool inside = in_y >= 0 && in_y < g.height && in_x >= 0 && in_x < g.width;
-            tap[k] = inside ? input + in_y * in.y + in_x * in.x : zero;
-            if (few) tap[k] = std::copy_n(tap[k], g.channels, end + k * kMaxLanes) - g.channels;
-          }
-        }
-        const std::int64_t whole = few ? g.channels : g.channels / kMaxLanes * kMaxLanes;
-        run(0, 0, whole, line + x * pixel, residual(0, x));
-        // What is left, once more with some before, so that nothing behind the last channel is read.
-        const std::int64_t last = g.channels - kMaxLanes;
-        if (whole < g.channels) run(last, last, kMaxLanes, line + x * pixel + last, residual(last, x));
-      }
-      for (const Target& target : o.targets)
-        quantize_into(target, kernels, line, pixel, (image * g.out_height + y) * g.out_width, g.out_width, 0, g.channels);
+ private:
+  // A line of outputs, and the memory of its task.
+  struct Line {
+    std::int64_t image, part, y;
+    PostOps post;
+    const float** tap = nullptr;
+    const float* zeros = nullptr;  // a pixel of the padding
+    float* few_taps = nullptr;     // the taps of a pixel of few channels, filled up to a vector
+    float* finished = nullptr;     // outputs that are not kept as floats
+    float* rearranged = nullptr;
+  };
+
+  // Fewer channels than are read at once: fills their post-ops up.
+  void pad_post(PostOps& post, float (&padded)[3][kMaxLanes]) const {
+    const float** const given[] = {&post.bias, &post.gain, &post.offset};
+    for (int i = 0; i < 3; ++i)
+      if (*given[i]) *given[i] = std::copy_n(*given[i], g_.channels, padded[i]) - g_.channels;
+  }
+
+  const float* residual(const Line& t, std::int64_t channel, std::int64_t x) const {
+    const auto& [values, s] = o_.residual;
+    return values ? values + t.image * s.image + channel * s.channel + t.y * s.y + x * s.x : nullptr;
+  }
+
+  // Computes `lanes` outputs, of filter `output` or of the filters from there on, which read from tap[k][first].
+  void run_kernel(const Line& t, std::int64_t output, std::int64_t first, std::int64_t lanes, float* to,
+                  const float* residual) const {
+    kernels_.vector.depthwise({.tap = t.tap,
+                               .first = first,
+                               .lanes = static_cast<int>(lanes),
+                               .by_channel = by_channel_,
+                               .taps = static_cast<int>(taps_),
+                               .block_size = static_cast<int>(g_.block_size),
+                               .bits = l_.activation_bits,
+                               .sign = l_.sign,
+                               .weight = reinterpret_cast<const std::int32_t*>(l_.weight) + output,
+                               .kds = l_.kds + output,
+                               .kds_shift = l_.kds_shift ? l_.kds_shift + output : nullptr,
+                               .filters = g_.outputs,
+                               .post = t.post.from(output),
+                               .residual = residual,
+                               .output = to});
+  }
+
+  void line_of_pixels(const Line& t) const {
+    const Strides &in = from_.strides, &out = o_.strides;
+    LineBuffer lines(g_, 1, 1, t.rearranged);
+    lines.read(from_.values + t.image * in.image + t.part * in.channel, in, t.y);
+    for (std::int64_t k = 0; k < taps_; ++k) t.tap[k] = lines.at(k);
+    for (std::int64_t n = t.part * filters_; n < (t.part + 1) * filters_; ++n)
+      run_kernel(t, n, 0, g_.out_width, o_.values + t.image * out.image + n * out.channel + t.y * out.y, residual(t, n, 0));
+  }
+
+  void line_of_channels(const Line& t) const {
+    float* const line = o_.values ? o_.values + t.image * o_.strides.image + t.y * o_.strides.y : t.finished;
+    const std::int64_t stride = o_.values ? o_.strides.x : g_.channels;
+    by_line_ ? whole_line(t, line, stride) : pixel_by_pixel(t, line, stride);
+    for (const QuantizedTarget& target : o_.targets)
+      quantize_into(target, kernels_, line, stride, (t.image * g_.out_height + t.y) * g_.out_width, g_.out_width, 0, g_.channels);
+  }
+
+  // Returns the line of the image that a row of taps reads; null in the padding.
+  const float* input_line(const Line& t, std::int64_t ky) const {
+    const std::int64_t in_y = t.y * g_.stride_h - g_.pad_h + ky * g_.dilation_h;
+    const bool inside = in_y >= 0 && in_y < g_.height;
+    return inside ? from_.values + t.image * from_.strides.image + in_y * from_.strides.y : nullptr;
+  }
+
+  void whole_line(const Line& t, float* line, std::int64_t stride) const {
+    const float* lines[kMaxLineFilter];
+    std::int64_t pixel_stride[kMaxLineFilter];
+    for (std::int64_t ky = 0; ky < g_.kernel_h; ++ky) {
+      const float* const from = input_line(t, ky);
+      lines[ky] = from ? from : t.zeros, pixel_stride[ky] = from ? from_.strides.x : 0;
     }
-  });
+    kernels_.vector.depthwise_line({.size = static_cast<int>(g_.kernel_w),
+                                    .stride = static_cast<int>(g_.stride_w),
+                                    .line = lines,
+                                    .pixel_stride = pixel_stride,
+                                    .first = -g_.pad_w,
+                                    .width = g_.width,
+                                    .outputs = g_.out_width,
+                                    .channels = g_.channels,
+                                    .bits = l_.activation_bits,
+                                    .sign = l_.sign,
+                                    .weight = reinterpret_cast<const std::int32_t*>(l_.weight),
+                                    .kds = l_.kds,
+                                    .kds_shift = l_.kds_shift,
+                                    .post = t.post,
+                                    .residual = residual(t, 0, 0),
+                                    .residual_stride = o_.residual.strides.x,
+                                    .output = line,
+                                    .output_stride = stride});
+  }
+
+  void pixel_by_pixel(const Line& t, float* line, std::int64_t stride) const {
+    for (std::int64_t x = 0; x < g_.out_width; ++x) {
+      for (std::int64_t ky = 0, k = 0; ky < g_.kernel_h; ++ky) {
+        const float* const from = input_line(t, ky);
+        std::int64_t in_x = x * g_.stride_w - g_.pad_w;
+        for (std::int64_t kx = 0; kx < g_.kernel_w; ++kx, ++k, in_x += g_.dilation_w) {
+          t.tap[k] = from && in_x >= 0 && in_x < g_.width ? from + in_x * from_.strides.x : t.zeros;
+          if (few_) t.tap[k] = std::copy_n(t.tap[k], g_.channels, t.few_taps + k * kMaxLanes) - g_.channels;
+        }
+      }
+      const std::int64_t whole = few_ ? g_.channels : g_.channels / kMaxLanes * kMaxLanes;
+      run_kernel(t, 0, 0, whole, line + x * stride, residual(t, 0, x));
+      // The last vector overlaps the one before, so that nothing behind the last channel is read.
+      const std::int64_t last = g_.channels - kMaxLanes;
+      if (whole < g_.channels) run_kernel(t, last, last, kMaxLanes, line + x * stride + last, residual(t, last, x));
+    }
+  }
+
+  const ConvSizes& g_;
+  const Layer& l_;
+  const Kernels& kernels_;
+  const Input& from_;
+  const Output& o_;
+  const std::int64_t taps_, filters_;  // filters of an input channel
+  const bool by_channel_, few_;        // few: fewer channels than are read at once
+  const std::int64_t parts_;
+  bool by_line_;
+  std::int64_t lines_, stripes_;  // lines of a task
+};
+
+}  // namespace
+
+void convolve_depthwise(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Input& from, const Output& o) {
+  const DepthwiseTasks tasks(g, l, kernels, from, o);
+  parallel(tasks.count(), [&](std::int64_t task) { tasks.run(task); });
 }
 
 }  // namespace dsconv

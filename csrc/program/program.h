@@ -1,4 +1,4 @@
-// A network as a list of steps over tensors that lie in one piece of memory.
+// A network as a list of steps over tensors in one piece of memory.
 #pragma once
 
 #include <cstdint>
@@ -11,30 +11,38 @@
 
 namespace dsconv {
 
-// A float tensor begins so many bytes an image after one of the addresses that a run is given, and `first` values on;
-// it has strides for all dimensions but the first, along which images lie one behind the other.
-struct Values {
+// A float tensor: of images that lie `strides.image` apart, from base address number `base` plus `offset` bytes an image plus
+// `first` values on.
+struct FloatTensor {
   int base;
   std::int64_t offset, first;
   std::int64_t channels, height, width;
   Strides strides;
 
-  bool dense() const {  // a pixel's channels side by side, pixels one after another
+  std::int64_t pixels() const { return height * width; }
+  bool dense() const {  // the channels of a pixel are contiguous, and so are pixels
     return strides.channel == 1 && strides.y == width * strides.x && strides.image == height * strides.y;
   }
 };
 
-// What becomes of the outputs of a step; -1 is none.
-struct Use {
+// The destinations of a step's outputs, and its last operations; -1 is no tensor.
+struct StepOutputs {
   int values;
   int residual;                                       // added before the activation
-  std::vector<std::pair<int, std::int64_t>> targets;  // quantized tensors, and the channel there that the first becomes
+  std::vector<std::pair<int, std::int64_t>> targets;  // quantized tensors, and where the first channel goes there
   Activation activation;
   float slope;
 };
 
-// Tensors are named by numbers. Base 0 is memory of bytes(images) bytes, aligned to 64, that nobody else uses during a run;
-// steps are fixed before the first run, and runs may overlap.
+// Windows of a pooling.
+struct PoolWindow {
+  std::int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  bool average, count_padding;
+  std::int64_t divisor;  // of an average; 0: the number of values, with those of the padding if they count
+};
+
+// Tensors are named by numbers. Base 0 is memory of bytes(images) bytes, aligned to 64, that nobody else uses during a run; steps
+// are fixed before the first run, and runs may overlap.
 class Program {
   struct Run {
     std::int64_t images;
@@ -45,59 +53,54 @@ class Program {
  public:
   explicit Program(const Kernels& kernels) : kernels_(kernels) {}
 
-  int values(const Values&);
-  int quantized(const Format&, const Grid&, std::int64_t offset);  // in base 0
-  static std::int64_t quantized_bytes(const Format&, const Grid&);
+  int add_float(const FloatTensor&);
+  int add_quantized(const ActivationFormat&, const PaddedGrid&, std::int64_t offset);  // in base 0
+  static std::int64_t quantized_bytes(const ActivationFormat&, const PaddedGrid&);
   std::int64_t bytes(std::int64_t images) const;
   const Kernels& kernels() const { return kernels_; }
 
-  // Of quantized tensor `input`, or with flattened blocks of float tensor `from`.
-  void convolve(const Geometry&, const Layer&, int from, int input, const Use&);
-  // Every value times its channel's scale plus its shift, where these are given, rounded once or twice; times that of `gate`,
-  // a tensor of that size or of one pixel, where it is not -1.
-  void map(int from, const float* scale, const float* shift, bool once, int gate, const Use&);
-  // The average of every channel of an image, as an Average sums up on so many lanes.
+  // Reads quantized tensor `input`, or with flattened blocks float tensor `from`.
+  void convolve(const ConvSizes&, const Layer&, int from, int input, const StepOutputs&);
+  // Multiplies by the channel's scale and adds its shift, where these are given, rounded once with `fma`, else twice; then
+  // multiplies by `gate`, a tensor of the same size or of one pixel, where it is not -1.
+  void map(int from, const float* scale, const float* shift, bool fma, int gate, const StepOutputs&);
+  // Averages every channel of an image, in the order of PyTorch's vectors of `lanes`.
   void average(int from, int lanes, int to);
-  // All values of an image as channels of one pixel, those of a channel one after another.
+  // Turns all values of an image into channels of one pixel, those of a channel one after another.
   void flatten(int from, int to);
-  // Over windows of the kernel size: the maximum, or the average, in which zeros of the padding count if they are to.
-  struct Window {
-    std::int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-    bool average, count_zeros;
-    std::int64_t divisor;  // of an average; 0: the number of values
-  };
-  void pool(int from, const Window&, std::int64_t out_height, std::int64_t out_width, const Use&);
-
-  // A step that somebody else takes.
+  void pool(int from, const PoolWindow&, std::int64_t out_height, std::int64_t out_width, const StepOutputs&);
+  // Adds a step that the caller takes.
   void skip() {
     steps_.push_back([](const Run&) {});
   }
 
-  // Adds to seconds[step], if that is not null, what each step took.
+  // Adds the time of each step to seconds[step], unless that is null.
   void run(std::int64_t images, std::span<const std::uintptr_t> bases, int first, int last, double* seconds) const;
 
  private:
-  struct Tensor {
-    Format format;
-    Grid grid;
+  struct QuantizedSlot {
+    ActivationFormat format;
+    PaddedGrid grid;  // of one image
     std::int64_t offset;
   };
 
-  const Values& values_of(int id) const;
-  const Tensor& tensor_of(int id) const;
+  const FloatTensor& float_tensor(int id) const;
+  const QuantizedSlot& quantized_slot(int id) const;
   std::uintptr_t base(const Run&, int number) const;
-  float* address(const Run&, const Values&) const;
+  float* address(const Run&, const FloatTensor&) const;
   Input input(const Run&, int id) const;
-  Quantized quantized(const Run&, int id) const;
-  std::vector<Target> targets(const Run&, const Use&, std::int64_t channels) const;
-  void check(const Use&, std::int64_t channels, std::int64_t height, std::int64_t width, bool whole) const;
+  Output output(const Run&, const StepOutputs&, std::span<const QuantizedTarget>) const;
+  QuantizedTensor quantized(const Run&, int id) const;
+  std::vector<QuantizedTarget> targets(const Run&, const StepOutputs&, std::int64_t channels) const;
+  void check(const StepOutputs&, std::int64_t channels, std::int64_t height, std::int64_t width, bool whole) const;
+  void quantize_whole(const FloatTensor&, const StepOutputs&);
 
   const Kernels& kernels_;
-  std::vector<Values> values_;
-  std::vector<Tensor> tensors_;
+  std::vector<FloatTensor> floats_;
+  std::vector<QuantizedSlot> quantized_;
   std::vector<Step> steps_;
   std::int64_t bytes_ = 0;
-  std::int64_t most_ = 1;  // bytes an image of the largest of all memories
+  std::int64_t largest_ = 1;  // bytes an image of the largest of all memories
   int bases_ = 1;
 };
 

@@ -1,9 +1,10 @@
-// Rounding of weights by rule `balanced`, as dsconv/numerics/balanced.py defines it, some rows at a time in cache.
+// Rounds weights by rule `balanced`, as dsconv/numerics/balanced.py defines it, some rows at a time in cache.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <string_view>
+
+#include "../kernels/kernels.h"
 
 namespace dsconv {
 
@@ -15,7 +16,7 @@ struct WeightRows {
   std::int64_t taps, n, rows, kinds;
 };
 
-// What is expected of the inputs, (n, kinds) each: dsconv.numerics.balanced.Model.
+// Expected moments of the inputs, (n, kinds) each: dsconv.numerics.balanced.Model.
 struct InputModel {
   const double *own, *shared, *mean;
 };
@@ -23,33 +24,27 @@ struct InputModel {
 struct BalancedRule {
   int bits;
   bool shift;
-  double held;  // what holds a scale where it is, as a fraction of its part of the normal equations
+  double held;  // weight that holds a scale where it is, as a fraction of its part of the normal equations
 };
 
-struct Results {
+struct BalancedResults {
   std::int8_t* q;        // (taps, n, rows)
   float *scale, *shift;  // (taps, rows)
 };
 
-// Some rows of one kind, as many as a kernel has lanes at most.
-struct BalancedTask {
+// Some rows of one kind, at most as many as VectorKernels::balanced_rows.
+struct BalancedArgs {
   WeightRows rows;
   InputModel model, regularized;
   BalancedRule rule;
-  Results results;
+  BalancedResults results;
   std::int64_t kind, first;
   int count;
   std::byte* memory;
 };
 
-struct BalancedKernel {
-  int lanes;
-  std::int64_t (*memory_bytes)(const WeightRows&, const BalancedRule&);
-  void (*round)(const BalancedTask&);
-};
-
-// Rows are rounded for `regularized`, where by `model` that is no worse than without it.
-void round_balanced(std::string_view isa, const WeightRows&, const InputModel& model, const InputModel& regularized,
-                    const BalancedRule&, const Results&);
+// Rounds rows for `regularized`, where that is no worse by `model` than rounding each value alone.
+void round_balanced(const Kernels&, const WeightRows&, const InputModel& model, const InputModel& regularized, const BalancedRule&,
+                    const BalancedResults&);
 
 }  // namespace dsconv

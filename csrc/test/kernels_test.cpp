@@ -48,7 +48,7 @@ float quantize_block(const std::vector<float>& values, int bits, int sign, std::
 }
 
 struct Case {
-  Geometry g{};
+  ConvSizes g{};
   int weight_bits, activation_bits, sign, target_bits;
   std::int64_t block_size;  // of its outputs
   bool shift, bias, norm, add, channels_last;
@@ -59,7 +59,7 @@ struct Case {
 
 Case random_case() {
   Case c;
-  Geometry& g = c.g;
+  ConvSizes& g = c.g;
   const bool depthwise = pick(0, 4) == 0;
   g.groups = depthwise ? pick(2, 40) : pick(0, 3) ? 1 : pick(2, 3);
   g.images = pick(0, 9) ? pick(1, 2) : 0;
@@ -95,9 +95,9 @@ Case random_case() {
   }
   if (!c.input.empty() && pick(0, 4) == 0) c.input[pick(0, c.input.size() - 1)] = pick(0, 1) ? NAN : INFINITY;
   const int half = 1 << (c.weight_bits - 1);
-  for (std::int64_t i = 0; i < g.outputs * g.taps() * g.cut().depth; ++i)
+  for (std::int64_t i = 0; i < g.outputs * g.taps() * g.layout().depth; ++i)
     c.vqk.push_back(static_cast<std::int8_t>(pick(-half, half - 1)));
-  for (std::int64_t i = 0; i < g.outputs * g.cut().blocks() * g.taps(); ++i) {
+  for (std::int64_t i = 0; i < g.outputs * g.layout().blocks() * g.taps(); ++i) {
     c.kds.push_back(normal());
     c.kds_shift.push_back(normal());
   }
@@ -120,18 +120,18 @@ struct Made {
 };
 
 // How the outputs are quantized for layers that read them.
-Format format_of(const Case& c) {
+ActivationFormat format_of(const Case& c) {
   return {{c.g.outputs, c.block_size}, 1, c.target_bits, static_cast<Sign>(c.sign), c.target_bits % 2 == 0, c.shift};
 }
-Grid grid_of(const Case& c) { return {c.g.images, c.g.out_height, c.g.out_width, c.g.pad_h, c.g.pad_w}; }
+PaddedGrid grid_of(const Case& c) { return {c.g.images, c.g.out_height, c.g.out_width, c.g.pad_h, c.g.pad_w}; }
 
 std::byte* aligned(std::vector<std::byte>& memory) {
   return memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64) % 64;
 }
 
 // A quantized tensor's rows one after another, so that two of them can be compared.
-std::vector<std::byte> rows_of(const Quantized& q) {
-  const Rows r = q.of_group(0);
+std::vector<std::byte> rows_of(const QuantizedTensor& q) {
+  const QuantizedRows r = q.of_group(0);
   const std::size_t rows = q.grid().rows(), blocks = rows * r.blocks;
   std::vector<std::byte> all;
   const auto add = [&](const void* from, std::size_t bytes) {
@@ -139,15 +139,15 @@ std::vector<std::byte> rows_of(const Quantized& q) {
   };
   add(r.mantissa, rows * r.row_bytes);
   for (std::size_t i = 0; i < blocks; ++i) {  // a NaN is a NaN
-    add(&r.ends[i].start, 4);
-    const float both[2] = {r.ends[i].end, r.shifted ? r.shifted[i] : 0.0f};
+    add(&r.scale[i].acc_init, 4);
+    const float both[2] = {r.scale[i].scale, r.shift_term ? r.shift_term[i] : 0.0f};
     for (const float v : both) std::isnan(v) ? add("NaN", 3) : add(&v, 4);
   }
   return all;
 }
 
 Made run(const Case& c, const Kernels& kernels) {
-  const Geometry& g = c.g;
+  const ConvSizes& g = c.g;
   const bool wide = c.weight_bits > 4;
   std::vector<std::uint8_t> weight(g.packed_bytes(wide));
   std::vector<float> kds(g.kds_count()), shift(g.kds_count());
@@ -158,26 +158,25 @@ Made run(const Case& c, const Kernels& kernels) {
   const Layer layer{weight.data(),
                     kds.data(),
                     c.shift ? shift.data() : nullptr,
-                    {c.bias ? c.biases.data() : nullptr, c.norm ? c.gains.data() : nullptr, c.norm ? c.offsets.data() : nullptr},
+                    {c.bias ? c.biases.data() : nullptr, c.norm ? c.gains.data() : nullptr, c.norm ? c.offsets.data() : nullptr,
+                     c.activation, kSlope},
                     wide,
                     c.activation_bits,
-                    static_cast<Sign>(c.sign),
-                    c.activation,
-                    kSlope};
+                    static_cast<Sign>(c.sign)};
   const Strides to = strides_of(c, g.outputs, g.out_height, g.out_width);
   const Input input{c.input.data(), strides_of(c, g.channels, g.height, g.width)},
       residual{c.add ? c.residual.data() : nullptr, to};
   convolve(g, layer, kernels, input, {output.data(), to, residual, {}});
   if (!c.channels_last || (g.groups > 1 && !g.depthwise())) return {output, {}};
   // The same written as the next layer wants it, with and without the floats: what quantizing the floats gives.
-  std::vector<std::byte> memory(Quantized::bytes(format_of(c), grid_of(c)) + 64);
-  const Quantized q(format_of(c), grid_of(c), aligned(memory));
+  std::vector<std::byte> memory(QuantizedTensor::bytes(format_of(c), grid_of(c)) + 64);
+  const QuantizedTensor q(format_of(c), grid_of(c), aligned(memory));
   quantize(q, kernels, output.data(), to);
   const std::vector<std::byte> expected = rows_of(q);
   for (const bool floats : {true, false}) {
     std::fill(memory.begin(), memory.end(), std::byte{0x55});
     q.begin(0, g.outputs);
-    const Target target{q, 0};
+    const QuantizedTarget target{q, 0};
     std::vector<float> again(output.size(), 7.0f);
     convolve(g, layer, kernels, input, {floats ? again.data() : nullptr, to, residual, {&target, 1}});
     if (rows_of(q) != expected) return {};
@@ -202,12 +201,12 @@ bool pixels_alike(const Kernels& kernels) {
   for (int i = 0; i < 2; ++i) {
     const Kernels& used = i ? kernels : scalar::kernels;
     made[i].assign(channels * (pixels + 2), 7.0f);
-    used.map({input.data(), channels, affine ? scale.data() : nullptr, affine ? shift.data() : nullptr, once,
-              gate ? input.data() : nullptr, stride, other ? input.data() : nullptr, channels, made[i].data(), channels, pixels,
-              channels, activation, kSlope});
-    used.pool({tap.data(), static_cast<int>(taps), channels, average ? static_cast<float>(taps) : 0.0f,
-               made[i].data() + pixels * channels});
-    used.average({input.data(), apart, averaged, channels, lanes, made[i].data() + (pixels + 1) * channels});
+    used.vector.map({input.data(), channels, affine ? scale.data() : nullptr, affine ? shift.data() : nullptr, once,
+                     gate ? input.data() : nullptr, stride, other ? input.data() : nullptr, channels, made[i].data(), channels,
+                     pixels, channels, activation, kSlope});
+    used.vector.pool({tap.data(), static_cast<int>(taps), channels, average ? static_cast<float>(taps) : 0.0f,
+                      made[i].data() + pixels * channels});
+    used.vector.average({input.data(), apart, averaged, channels, lanes, made[i].data() + (pixels + 1) * channels});
   }
   for (std::size_t k = 0; k < made[0].size(); ++k)
     if (std::memcmp(&made[0][k], &made[1][k], 4) && !(std::isnan(made[0][k]) && std::isnan(made[1][k]))) return false;
@@ -231,7 +230,7 @@ double activated(const Case& c, double v) {
 
 // First place where `output` is further from the exact sums than float32 allows, or -1.
 std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
-  const Geometry& g = c.g;
+  const ConvSizes& g = c.g;
   const std::int64_t cg = g.channels / g.groups, og = g.outputs / g.groups, taps = g.kernel_h * g.kernel_w;
   const Strides in = strides_of(c, g.channels, g.height, g.width), out = strides_of(c, g.outputs, g.out_height, g.out_width);
   for (std::int64_t n = 0; n < g.images; ++n)
@@ -248,18 +247,18 @@ std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
           double sum = c.bias ? c.biases[o] : 0.0, size = std::fabs(sum);
           std::int64_t terms = 0;
           for (std::int64_t tap = 0; tap < g.taps(); ++tap)
-            for (std::int64_t b = 0; b < g.cut().blocks(); ++b) {
+            for (std::int64_t b = 0; b < g.layout().blocks(); ++b) {
               std::vector<float> values;
-              const std::int64_t first = b * g.block_size, end = std::min(g.cut().depth, first + g.block_size);
+              const std::int64_t first = b * g.block_size, end = std::min(g.layout().depth, first + g.block_size);
               for (std::int64_t k = first; k < end; ++k) values.push_back(g.flat ? value(k / taps, k % taps) : value(k, tap));
               std::vector<int> mantissa;
               const double scale = quantize_block(values, c.activation_bits, c.sign, mantissa);
               std::int64_t s = 0, plain = 0;
               for (std::int64_t k = first; k < end; ++k) {
-                s += mantissa[k - first] * c.vqk[(o * g.cut().depth + k) * g.taps() + tap];
+                s += mantissa[k - first] * c.vqk[(o * g.layout().depth + k) * g.taps() + tap];
                 plain += mantissa[k - first];
               }
-              const std::int64_t where = (o * g.cut().blocks() + b) * g.taps() + tap;
+              const std::int64_t where = (o * g.layout().blocks() + b) * g.taps() + tap;
               const double term = c.kds[where] * scale * static_cast<double>(s);
               const double more = c.shift ? c.kds_shift[where] * scale * static_cast<double>(plain) : 0.0;
               sum += term + more;
@@ -296,12 +295,12 @@ struct BalancedCase {
     rows.w = w.data();
   }
 
-  std::vector<std::byte> rounded(std::string_view isa) const {
+  std::vector<std::byte> rounded(const Kernels& kernels) const {
     const std::int64_t scales = rows.taps * rows.rows;
     std::vector<float> found(2 * scales);
     std::vector<std::int8_t> q(w.size());
     const InputModel model{own.data(), shared.data(), mean.data()}, regularized{held.data(), shared.data(), mean.data()};
-    round_balanced(isa, rows, model, regularized, rule, {q.data(), found.data(), found.data() + scales});
+    round_balanced(kernels, rows, model, regularized, rule, {q.data(), found.data(), found.data() + scales});
     const int half = 1 << (rule.bits - 1);
     for (const std::int8_t level : q)
       if (level < -half || level >= half) return {};
@@ -321,11 +320,10 @@ struct BalancedCase {
 int main(int count, char** arguments) {
   const int cases = count > 1 ? std::atoi(arguments[1]) : 300;
   std::vector<const Kernels*> tested;
-// The tiles of AMX are emulated here, what is around them needs the vectors of AVX-512.
-#define DSCONV_LIST(isa)                           \
-  for (const std::string_view found : isa_found()) \
-    if (found == (std::string_view(#isa) == "amx" ? "avx512vnni" : #isa)) tested.push_back(&isa::kernels);
-  DSCONV_KERNELS(DSCONV_LIST)
+  // The tiles of AMX are emulated here, the rest needs the vectors of AVX-512.
+  for (const Kernels* const kernels : kBuiltKernels)
+    for (const std::string_view found : isa_found())
+      if (found == (std::string_view(kernels->isa) == "amx" ? "avx512vnni" : kernels->isa)) tested.push_back(kernels);
   for (int i = 0; i < cases; ++i) {
     const Case c = random_case();
     if (!c.g.valid()) return std::printf("case %d: a valid geometry is refused\n", i), 1;
@@ -348,10 +346,10 @@ int main(int count, char** arguments) {
   }
   for (int i = 0; i < cases; ++i) {
     const BalancedCase c;
-    const std::vector<std::byte> reference = c.rounded("scalar");
+    const std::vector<std::byte> reference = c.rounded(scalar::kernels);
     if (reference.empty()) return std::printf("case %d: rounded to what is out of range\n", i), 1;
     for (const Kernels* kernels : tested)
-      if (c.rounded(kernels->isa) != reference) return std::printf("case %d: %s rounds in another way\n", i, kernels->isa), 1;
+      if (c.rounded(*kernels) != reference) return std::printf("case %d: %s rounds in another way\n", i, kernels->isa), 1;
   }
   std::printf("%d convolutions, and roundings, alike on", cases);
   for (const Kernels* kernels : tested) std::printf(" %s", kernels->isa);

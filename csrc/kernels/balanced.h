@@ -1,39 +1,71 @@
-// Rounds DSCONV_LANES rows by rule `balanced`, one in each lane of vectors. Lanes never meet, and every operation rounds as it is
-// written, so that results are the same for all numbers of lanes. Include inside a namespace of its own. Functions of the
-// standard library stay outside: what is compiled here for one processor must not serve others.
+// Rounds weights by rule `balanced`, a row in each lane. Lanes never meet, and every operation rounds as it is written, so that
+// results are the same for all numbers of lanes. Functions of the standard library stay outside: compiled here for one processor,
+// they must not serve others.
+#pragma once
 
-static constexpr int kLanes = DSCONV_LANES;
-typedef float Float __attribute__((vector_size(4 * DSCONV_LANES)));
-typedef double Double __attribute__((vector_size(8 * DSCONV_LANES)));
-typedef std::int32_t Mask __attribute__((vector_size(4 * DSCONV_LANES)));
-typedef std::int64_t Wide __attribute__((vector_size(8 * DSCONV_LANES)));
+#include "../rounding/balanced.h"
+#include "../simd/lanes.h"
 
-static inline Float widen(float v) { return Float{} + v; }
-static inline Double widen(double v) { return Double{} + v; }
-static inline Float to_float(const Double& v) { return __builtin_convertvector(v, Float); }
-static inline Double to_double(const Float& v) { return __builtin_convertvector(v, Double); }
+namespace dsconv {
 
-// Returns the whole number next to v, the even one of two, within [-half, half - 1]. Sums of this size have no fraction.
-static inline Float level(Float v, float half) {
-  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23
-  v = v < -half ? widen(-half) : v;
-  v = v > half - 1 ? widen(half - 1) : v;
-  return (v + kWhole) - kWhole;
-}
-static inline Double level(Double v, double half) {
-  constexpr double kWhole = 6755399441055744.0;  // 1.5 * 2^52
-  v = v < -half ? widen(-half) : v;
-  v = v > half - 1 ? widen(half - 1) : v;
-  return (v + kWhole) - kWhole;
-}
+template <class V>
+struct BalancedVectors {
+  static constexpr int kLanes = V::kDoubles;
+  using Float = typename simd::VectorOf<float, 4 * V::kDoubles>::type;
+  using Double = typename simd::VectorOf<double, 8 * V::kDoubles>::type;
+  using Mask = typename simd::VectorOf<std::int32_t, 4 * V::kDoubles>::type;
+  using WideMask = typename simd::VectorOf<std::int64_t, 8 * V::kDoubles>::type;
 
-template <class Vector>
+  static Float widen(float v) { return Float{} + v; }
+  static Double widen(double v) { return Double{} + v; }
+  static Float to_float(const Double& v) { return __builtin_convertvector(v, Float); }
+  static Double to_double(const Float& v) { return __builtin_convertvector(v, Double); }
+
+  // Integers (taps, n) of a row in each lane, and scale and shift (taps) of its blocks.
+  struct Rounded {
+    Double *q, *scale, *shift;
+  };
+
+  // Hands out memory; without any, counts how much it takes.
+  struct Memory {
+    std::byte* start;
+    std::int64_t taken = 0;
+
+    template <class T, class... More>
+    void take(std::int64_t count, T*& values, More*&... more) {
+      values = start ? reinterpret_cast<T*>(start + taken) : nullptr;
+      taken += (count * static_cast<std::int64_t>(sizeof(T)) + 63) / 64 * 64;
+      if constexpr (sizeof...(More) > 0) take(count, more...);
+    }
+  };
+
+  // Returns the integer nearest to v, ties to even, within [-half, half - 1]. Sums with the constant have no fraction.
+  static Float level(Float v, float half) {
+    constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23
+    v = v < -half ? widen(-half) : v;
+    v = v > half - 1 ? widen(half - 1) : v;
+    return (v + kWhole) - kWhole;
+  }
+  static Double level(Double v, double half) {
+    constexpr double kWhole = 6755399441055744.0;  // 1.5 * 2^52
+    v = v < -half ? widen(-half) : v;
+    v = v > half - 1 ? widen(half - 1) : v;
+    return (v + kWhole) - kWhole;
+  }
+};
+
+template <class T>
 struct Line {
-  Vector scale, shift;
+  T scale, shift;
 };
 
 // The same as dsconv/numerics/scales.py, of n values in each lane, and with the names that it has there.
-class Refined {
+template <class V>
+class Refined : BalancedVectors<V> {
+  using Vectors = BalancedVectors<V>;
+  using typename Vectors::Double, typename Vectors::Float, typename Vectors::Mask;
+  using Vectors::widen, Vectors::level;
+
  public:
   explicit Refined(const BalancedRule& rule) : half_(static_cast<float>(1 << (rule.bits - 1))), shift_(rule.shift) {}
 
@@ -110,26 +142,14 @@ class Refined {
   bool shift_;
 };
 
-// Places in memory, one after another; or, where there is none yet, how much it has to be.
-struct Memory {
-  std::byte* start;
-  std::int64_t taken = 0;
-
-  template <class T, class... More>
-  void take(std::int64_t count, T*& values, More*&... more) {
-    values = start ? reinterpret_cast<T*>(start + taken) : nullptr;
-    taken += (count * static_cast<std::int64_t>(sizeof(T)) + 63) / 64 * 64;
-    if constexpr (sizeof...(More) > 0) take(count, more...);
-  }
-};
-
-// Integers (taps, n) of a row in each lane, and scale and shift (taps) of its blocks.
-struct Rounded {
-  Double *q, *scale, *shift;
-};
-
 // Rounds kLanes rows of one kind, by the steps of dsconv/numerics/balanced.py and with the names that they have there.
-class Solver {
+template <class V>
+class Solver : BalancedVectors<V> {
+  using Vectors = BalancedVectors<V>;
+  using typename Vectors::Double, typename Vectors::Float, typename Vectors::WideMask, typename Vectors::Memory,
+      typename Vectors::Rounded;
+  using Vectors::widen, Vectors::to_float, Vectors::to_double, Vectors::level, Vectors::kLanes;
+
  public:
   Solver(Memory& memory, std::int64_t taps, std::int64_t n, const BalancedRule& rule)
       : taps_(taps), n_(n), unknowns_(taps * (rule.shift ? 2 : 1)), rule_(rule), half_(1 << (rule.bits - 1)), refined_(rule) {
@@ -146,7 +166,7 @@ class Solver {
     take(true_, model, kinds, kind), take(held_, regularized, kinds, kind);
   }
 
-  void solve(const WeightRows& rows, std::int64_t first, int count, const Results& to) {
+  void solve(const WeightRows& rows, std::int64_t first, int count, const BalancedResults& to) {
     Float unit{};
     for (std::int64_t tap = 0; tap < taps_; ++tap) {
       for (std::int64_t c = 0; c < n_; ++c) {
@@ -170,7 +190,7 @@ class Solver {
       for (std::int64_t c = 0; c < n_; ++c) plain_.q[tap * n_ + c] = to_double(integers_[c]);
       plain_.scale[tap] = to_double(to_float(line.scale)) / whole, plain_.shift[tap] = to_double(to_float(line.shift)) / whole;
     }
-    const Wide better = value(found_) <= value(plain_);
+    const WideMask better = value(found_) <= value(plain_);
     for (std::int64_t tap = 0; tap < taps_; ++tap) {
       const Float a = to_float((better ? found_.scale[tap] : plain_.scale[tap]) * whole);
       const Float b = to_float((better ? found_.shift[tap] : plain_.shift[tap]) * whole);
@@ -387,7 +407,7 @@ class Solver {
   std::int64_t taps_, n_, unknowns_;
   BalancedRule rule_;
   double half_;
-  Refined refined_;
+  Refined<V> refined_;
   Channels true_, held_;
   // What of a channel counts at a tap of the nearest plane.
   double *made_up_, *free_weight_, *weight_, *change_, *pull_, *push_;
@@ -397,18 +417,19 @@ class Solver {
   Float *w_, *free_, *ratio_, *integers_;
 };
 
-static std::int64_t memory_bytes(const WeightRows& rows, const BalancedRule& rule) {
-  Memory counted{nullptr};
-  Solver(counted, rows.taps, rows.n, rule);
+template <class V>
+std::int64_t balanced_bytes(const WeightRows& rows, const BalancedRule& rule) {
+  typename BalancedVectors<V>::Memory counted{nullptr};
+  Solver<V>(counted, rows.taps, rows.n, rule);
   return counted.taken;
 }
 
-static void round(const BalancedTask& t) {
-  Memory memory{t.memory};
-  Solver solver(memory, t.rows.taps, t.rows.n, t.rule);
-  solver.expect(t.model, t.regularized, t.rows.kinds, t.kind);
-  solver.solve(t.rows, t.first, t.count, t.results);
+template <class V>
+void round_balanced_rows(const BalancedArgs& a) {
+  typename BalancedVectors<V>::Memory memory{a.memory};
+  Solver<V> solver(memory, a.rows.taps, a.rows.n, a.rule);
+  solver.expect(a.model, a.regularized, a.rows.kinds, a.kind);
+  solver.solve(a.rows, a.first, a.count, a.results);
 }
 
-extern const BalancedKernel kernel;
-const BalancedKernel kernel{kLanes, memory_bytes, round};
+}  // namespace dsconv

@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "detect.h"
 
 #include <cstdint>
 

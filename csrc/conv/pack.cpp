@@ -1,0 +1,69 @@
+// Weights and KDS in the order in which kernels read them.
+#include <algorithm>
+#include <cstring>
+
+#include "../parallel.h"
+#include "conv.h"
+
+namespace dsconv {
+namespace {
+
+// An octet of 16 outputs takes 64 bytes, or 128 if wide.
+void pack_panel(const ConvSizes& g, const std::int8_t* vqk, bool wide, std::int64_t group, std::int64_t panel,
+                std::uint8_t* packed) {
+  const int zero = wide ? kWideZeroPoint : kZeroPoint;
+  const std::int64_t taps = g.taps(), depth = g.layout().depth, outputs = g.group_outputs();
+  for (std::int64_t tap = 0; tap < taps; ++tap)
+    for (std::int64_t octet = 0; octet < g.layout().row_octets(); ++octet, packed += wide ? 128 : 64)
+      for (int n = 0; n < kPanel; ++n) {
+        const std::int64_t output = panel * kPanel + n;
+        std::uint8_t eight[8];
+        for (int i = 0; i < 8; ++i) {
+          const std::int64_t k = octet * 8 + i;
+          const bool inside = output < outputs && k < depth;
+          eight[i] = static_cast<std::uint8_t>(zero + (inside ? vqk[((group * outputs + output) * depth + k) * taps + tap] : 0));
+        }
+        if (wide) {
+          std::memcpy(packed + 4 * n, eight, 4);
+          std::memcpy(packed + 64 + 4 * n, eight + 4, 4);
+        } else {
+          for (int i = 0; i < 4; ++i) packed[4 * n + i] = eight[i] | eight[i + 4] << 4;
+        }
+      }
+}
+
+}  // namespace
+
+void pack_weight(const ConvSizes& g, const std::int8_t* vqk, int bits, std::uint8_t* packed) {
+  const bool wide = bits > 4;
+  const std::int64_t depth = g.layout().depth, panels = 2 * g.panel_pairs();
+  if (g.depthwise()) {
+    std::memset(packed, 0, g.packed_bytes(wide));
+    for (std::int64_t n = 0; n < g.outputs; ++n)
+      for (std::int64_t k = 0; k < depth; ++k) {
+        const std::int32_t q = vqk[n * depth + k];
+        std::memcpy(packed + (k * g.outputs + n) * sizeof q, &q, sizeof q);
+      }
+    return;
+  }
+  parallel(g.groups * panels,
+           [&](std::int64_t i) { pack_panel(g, vqk, wide, i / panels, i % panels, packed + i * g.panel_bytes(wide)); });
+}
+
+void pack_kds(const ConvSizes& g, const float* kds, float* packed) {
+  const std::int64_t taps = g.taps(), blocks = g.layout().blocks(), outputs = g.group_outputs();
+  if (g.depthwise()) {
+    std::fill_n(packed, g.kds_count(), 0.0f);
+    for (std::int64_t n = 0; n < g.outputs; ++n)
+      for (std::int64_t b = 0; b < blocks; ++b) packed[b * g.outputs + n] = kds[n * blocks + b];
+    return;
+  }
+  for (std::int64_t group = 0; group < g.groups; ++group)
+    for (std::int64_t pair = 0; pair < g.panel_pairs(); ++pair)
+      for (std::int64_t tap = 0; tap < taps; ++tap)
+        for (std::int64_t b = 0; b < blocks; ++b)
+          for (std::int64_t n = pair * kNR; n < (pair + 1) * kNR; ++n)
+            *packed++ = n < outputs ? kds[((group * outputs + n) * blocks + b) * taps + tap] : 0.0f;
+}
+
+}  // namespace dsconv

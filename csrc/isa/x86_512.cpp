@@ -1,0 +1,8 @@
+#include "../simd/x86_512.h"
+
+#include "../kernels/vector_kernels.h"
+#include "list.h"
+
+namespace dsconv::x86_512 {
+constinit const VectorKernels kernels = vector_kernels<simd::X86_512>();
+}

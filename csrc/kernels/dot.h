@@ -1,0 +1,44 @@
+// The driver of dot products: cuts output pixels into tiles of MR x NR.
+#pragma once
+
+#include "kernels.h"
+
+namespace dsconv {
+
+// A Tile of an instruction set, a type of an unnamed namespace, has
+//   template <int Panels> static constexpr int kMR;   pixels of a full tile
+//   template <int M, int Panels, bool Wide, bool Shift> static void run(const DotArgs&, const std::int64_t* row, float* sums);
+template <class Tile, int M, int Panels, bool Wide, bool Shift>
+void dot_lower_tile(const DotArgs& a, int pixels, const std::int64_t* row, float* sums) {
+  if constexpr (M > 0) {
+    if (pixels == M) return Tile::template run<M, Panels, Wide, Shift>(a, row, sums);
+    dot_lower_tile<Tile, M - 1, Panels, Wide, Shift>(a, pixels, row, sums);
+  }
+}
+
+template <class Tile, int Panels, bool Wide, bool Shift>
+void dot_tiles(const DotArgs& a) {
+  constexpr int M = Tile::template kMR<Panels>;
+  int m = 0;
+  // Two tiles of nearly the same height are faster than a full one and a low one.
+  for (int left = a.pixels; left > 0;) {
+    const int height = left >= 2 * M || left == M ? M : left > M ? (left + 1) / 2 : left;
+    for (int i = m; a.prefetch && i < m + height; ++i)
+      for (int n = 0; n < Panels * kPanel; n += 16) __builtin_prefetch(a.prefetch + a.prefetch_place[i] + n, 1);  // cache lines
+    if (height == M) Tile::template run<M, Panels, Wide, Shift>(a, a.row + m, a.sums + m * kNR);
+    else dot_lower_tile<Tile, M - 1, Panels, Wide, Shift>(a, height, a.row + m, a.sums + m * kNR);
+    m += height;
+    left -= height;
+  }
+}
+
+template <class Tile>
+void dot(const DotArgs& a) {
+  const auto with_settings = [&]<bool Wide, bool Shift>() {
+    a.panels == 2 ? dot_tiles<Tile, 2, Wide, Shift>(a) : dot_tiles<Tile, 1, Wide, Shift>(a);
+  };
+  if (a.rows.wide) a.kds_shift ? with_settings.template operator()<true, true>() : with_settings.template operator()<true, false>();
+  else a.kds_shift ? with_settings.template operator()<false, true>() : with_settings.template operator()<false, false>();
+}
+
+}  // namespace dsconv

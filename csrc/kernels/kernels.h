@@ -1,0 +1,216 @@
+// Arguments and tables of the kernels. Kernels are stateless: they allocate nothing, start no thread and know no image. Offsets say
+// where a pixel lies, so that padding, stride, dilation and groups are the caller's business.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dsconv {
+
+inline constexpr int kPanel = 16;        // outputs in a packed row of weights
+inline constexpr int kNR = 2 * kPanel;   // outputs of a call of dot; KDS and sums lie in rows of as many
+inline constexpr int kReadPastEnd = 64;  // bytes behind the last mantissa that kernels may read
+inline constexpr int kMaxLanes = 16;
+inline constexpr int kMaxTaskPixels = 384;
+inline constexpr int kMaxBlockSize = 512;
+
+enum class Sign : int { adaptive, extra, included };  // the order of ACTIVATION_SIGNS in Python
+inline constexpr int kSigns = static_cast<int>(Sign::included) + 1;
+enum class Activation : int { none, relu, relu6, leaky_relu, hardswish, hardsigmoid, silu, sigmoid };
+inline constexpr int kActivations = static_cast<int>(Activation::sigmoid) + 1;
+
+// Weights are stored as unsigned numbers, q + zero point: as nibbles up to 4 bits, else ("wide") as bytes.
+inline constexpr int kZeroPoint = 8, kWideZeroPoint = 128;
+
+// The largest magnitude of a mantissa. 8 bits always include the sign.
+constexpr int max_mantissa(int bits) { return bits == 8 ? 128 : (1 << bits) - 1; }
+
+// The scale 2^e of a block of a pixel, and the accumulators' start. `acc_init` contains the zero-point correction, -zero_point
+// times the sum of the mantissas. `scale` is a NaN for a block that is not finite. Accumulators have one of two forms:
+// - magic, where |S| < 2^22: `scale` is 1.5 * 2^(23 + e), and acc_init contains its bits too. The accumulator ends as the bits of
+// the
+//   float scale + S * 2^e. Subtracting `scale`, which is exact, then replaces a conversion and a product.
+// - integer, for wide weights and large blocks: `scale` is 2^e, a factor of the converted accumulator.
+struct BlockScale {
+  std::int32_t acc_init;
+  float scale;
+};
+// Bits of 1.0f, of the magic number for e = 0, and of the NaN, which differ from those of every magic number, even an overflowing
+// one.
+inline constexpr std::uint32_t kOneBits = 0x3f800000, kMagicBits = 0x4b400000, kNanBits = 0x7fffffff;
+inline constexpr int kMaxMagicExponent = 104;  // a larger e overflows the magic number
+
+// The quantized input: a row of mantissas for each pixel of the zero-bordered image, and the scales of its blocks.
+struct QuantizedRows {
+  std::int8_t* mantissa;   // [rows][row_bytes]
+  BlockScale* scale;       // [rows][blocks]
+  std::uint8_t* overflow;  // [blocks], not 0 where a magic number overflows: the reference kernel sums such layers
+  float* shift_term;       // [rows][blocks], 2^e * sum of the mantissas; null without a shift
+  std::int64_t row_bytes;
+  int blocks;
+  bool wide;     // weights
+  bool int_acc;  // integer accumulators
+};
+
+// One block of some pixels, to be quantized into rows.
+struct QuantizeArgs {
+  int channels, bits;
+  Sign sign;
+  const std::int64_t* row;  // of each pixel
+  int pixels;
+  QuantizedRows rows;
+  int block;
+  std::int64_t first_byte;  // of the block in a row of mantissas
+};
+
+// Dot products of a run of output pixels with one or two panels of weights, over all taps and blocks.
+struct DotArgs {
+  QuantizedRows rows;
+  int octets, last_octets;      // groups of eight values in a block, and in the last one
+  const std::uint8_t* weight;   // the first panel
+  std::int64_t panel_bytes;     // from there to the second
+  int panels;                   // 1 or 2
+  int max_mantissa;             // the largest magnitude
+  const float* kds;             // [taps * blocks][kNR]
+  const float* kds_shift;       // the same, or null
+  const std::int64_t* row;      // of each output pixel: the row of its first tap
+  int pixels;                   // output pixels
+  const std::int64_t* tap_row;  // of each tap: the distance in rows to the first
+  int taps;
+  float* sums;            // [pixels][kNR]
+  const float* prefetch;  // kNR floats of each pixel that the epilogue reads or writes next, prefetch_place behind this; or null
+  const std::int64_t* prefetch_place;
+  std::uint8_t* workspace;  // of workspace_bytes, aligned to 64
+};
+
+// Turns a sum into an output: activation((sum + bias) * gain + offset + residual), the product and the offset rounded once.
+// Pointers may be null; gain and offset, of a BatchNorm, come together.
+struct PostOps {
+  const float *bias, *gain, *offset;
+  Activation activation;
+  float slope;  // of a leaky ReLU
+
+  PostOps from(std::int64_t output) const {
+    const auto at = [output](const float* p) { return p ? p + output : nullptr; };
+    return {at(bias), at(gain), at(offset), activation, slope};
+  }
+};
+
+struct EpilogueArgs {
+  const float* sums;  // [pixels][kNR]
+  int pixels, outputs;
+  const std::int64_t* place;  // of each pixel in the output
+  const std::int64_t* residual_place;
+  std::int64_t channel_stride;  // between the outputs of a pixel, and its residuals
+  PostOps post;
+  const float* residual;  // or null
+  float* output;
+};
+
+// Pixels whose channels are contiguous: activation((x * scale + shift) * gate + addend).
+struct MapArgs {
+  const float* input;
+  std::int64_t input_stride;   // in values, from pixel to pixel; all strides of pixels are
+  const float *scale, *shift;  // of each channel, or both null
+  bool fma;                    // x * scale + shift is rounded once
+  const float* gate;           // or null
+  std::int64_t gate_stride;    // 0: one pixel for all
+  const float* addend;         // or null
+  std::int64_t addend_stride;
+  float* output;
+  std::int64_t output_stride;
+  std::int64_t pixels, channels;
+  Activation activation;
+  float slope;
+};
+
+// One output pixel of a pooling: the maximum of its taps, NaN above all numbers, or their average.
+struct PoolArgs {
+  const float* const* tap;
+  int taps;
+  std::int64_t channels;
+  float divisor;  // of an average; 0 for the maximum
+  float* output;
+};
+
+// The average of each channel over all pixels, in the order in which PyTorch sums contiguous values with vectors of `lanes`: value
+// i goes to one of 4 * lanes partial sums, and long sums are sums of shorter ones. Results depend on `lanes`, not on the
+// instruction set.
+struct AverageArgs {
+  const float* input;
+  std::int64_t stride, pixels, channels;
+  int lanes;  // 1 to kMaxLanes
+  float* output;
+};
+
+// Depthwise convolution of up to `lanes` neighbouring outputs: of as many filters (by_channel), or of neighbouring pixels of one
+// filter. Weights, KDS and post-ops of filters are contiguous, and read up to kMaxLanes behind the last one.
+struct DepthwiseArgs {
+  const float* const* tap;  // lane i reads tap[k][first + i]
+  std::int64_t first;
+  int lanes;  // are stored; kMaxLanes are read
+  bool by_channel;
+  int taps, block_size, bits;
+  Sign sign;
+  const std::int32_t* weight;    // [taps][filters]
+  const float *kds, *kds_shift;  // [blocks][filters]; the shift may be null
+  std::int64_t filters;
+  PostOps post;
+  const float* residual;  // or null
+  float* output;          // of lane 0; the others follow
+};
+
+// Depthwise convolution of a line of outputs whose channels are contiguous: square filters of 3 or 5 in one block, stride 1 or 2.
+struct DepthwiseLineArgs {
+  int size, stride;
+  const float* const* line;  // of each row of taps: pixel x lies at line[k] + x * pixel_stride[k]
+  const std::int64_t* pixel_stride;
+  std::int64_t first, width;       // the first output reads from pixel `first` on; pixels outside 0 to `width` are zeros
+  std::int64_t outputs, channels;  // at least kMaxLanes channels
+  int bits;
+  Sign sign;
+  const std::int32_t* weight;    // [taps][channels]
+  const float *kds, *kds_shift;  // the shift may be null
+  PostOps post;
+  const float* residual;  // or null
+  std::int64_t residual_stride;
+  float* output;
+  std::int64_t output_stride;
+};
+
+struct BalancedArgs;
+struct BalancedRule;
+struct WeightRows;
+
+// Operators that differ between instruction sets by the width of vectors alone (kernels/*.h).
+struct VectorKernels {
+  int lanes;
+  // NCHW: neighbouring pixels are contiguous, channel c of pixel i lies at channel[c][first + i]. Reads as many pixels as `lanes`.
+  void (*quantize_nchw)(const QuantizeArgs&, const float* const* channel, std::int64_t first);
+  // NHWC: the channels of a pixel are contiguous, channel c of pixel i lies at values[i * stride + c].
+  void (*quantize_nhwc)(const QuantizeArgs&, const float* values, std::int64_t stride);
+  void (*epilogue)(const EpilogueArgs&);
+  // Finishes and quantizes the outputs of a whole block. Outputs of pixels lie `stride` apart, sums of kNR outputs each
+  // `sums_stride`. Returns false and does nothing for settings that it does not cover.
+  bool (*epilogue_quantize)(const EpilogueArgs&, std::int64_t sums_stride, const QuantizeArgs&, std::int64_t stride);
+  void (*depthwise)(const DepthwiseArgs&);
+  void (*depthwise_line)(const DepthwiseLineArgs&);
+  void (*map)(const MapArgs&);
+  void (*pool)(const PoolArgs&);
+  void (*average)(const AverageArgs&);
+  int balanced_rows;  // that round_balanced takes together
+  std::int64_t (*balanced_bytes)(const WeightRows&, const BalancedRule&);
+  void (*round_balanced)(const BalancedArgs&);
+};
+
+// Kernels of an instruction set.
+struct Kernels {
+  const char* isa;
+  int mr;                                           // pixels of a tile of dot
+  int task_pixels;                                  // pixels that dot is best given at once, a multiple of mr
+  std::int64_t (*workspace_bytes)(const DotArgs&);  // null: none
+  void (*dot)(const DotArgs&);
+  const VectorKernels& vector;
+};
+
+}  // namespace dsconv

@@ -1,0 +1,33 @@
+// All operators over vectors of one type. Their instantiation takes long to compile: instruction sets with the same vectors share
+// it.
+#pragma once
+
+#include "balanced.h"
+#include "depthwise.h"
+#include "epilogue.h"
+#include "map.h"
+#include "pool.h"
+#include "quantize.h"
+
+namespace dsconv {
+
+template <class V>
+constexpr VectorKernels vector_kernels() {
+  return {
+      .lanes = V::kLanes,
+      .quantize_nchw = quantize_nchw<V>,
+      .quantize_nhwc = quantize_nhwc<V>,
+      .epilogue = epilogue<V>,
+      .epilogue_quantize = epilogue_quantize<V>,
+      .depthwise = depthwise<V>,
+      .depthwise_line = depthwise_line<V>,
+      .map = map<V>,
+      .pool = pool<V>,
+      .average = average<V>,
+      .balanced_rows = V::kDoubles,
+      .balanced_bytes = balanced_bytes<V>,
+      .round_balanced = round_balanced_rows<V>,
+  };
+}
+
+}  // namespace dsconv
