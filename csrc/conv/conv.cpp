@@ -95,10 +95,8 @@ class DotTasks {
   DotArgs dot_args(const QuantizedRows& rows, const Pixels& px) const {
     DotArgs a{};
     a.rows = rows;
-    a.octets = static_cast<int>(g_.layout().octets());
-    a.last_octets = static_cast<int>(g_.layout().last_octets());
-    a.panel_bytes = g_.panel_bytes(l_.wide);
-    a.panels = 2;
+    a.octets = static_cast<int>(g_.layout().octets()), a.last_octets = static_cast<int>(g_.layout().last_octets());
+    a.panel_bytes = g_.panel_bytes(l_.wide), a.panels = 2;
     a.max_mantissa = max_mantissa(l_.activation_bits);
     a.row = px.row, a.pixels = px.count;
     a.tap_row = tap_row_.data(), a.taps = static_cast<int>(g_.taps());
@@ -137,17 +135,15 @@ class DotTasks {
     std::optional<QuantizeArgs> block = block_of(px, unit);
     for (int p = 0; p < px.count; p += together) {
       const int count = std::min(together, px.count - p);
-      const auto outputs = [&](std::int64_t from, std::int64_t end) -> EpilogueArgs {
+      const auto outputs = [&](std::int64_t from, std::int64_t end) {
         const std::int64_t output = px.group * g_.group_outputs() + from;
-        return {.sums = px.sums + (from - unit.begin) * px.count + p * kNR,
-                .pixels = count,
-                .outputs = static_cast<int>(end - from),
-                .place = px.place + p,
-                .residual_place = px.residual_place + p,
-                .channel_stride = channel_stride(),
-                .post = l_.post.from(output),
-                .residual = o_.residual.values ? o_.residual.values + output * o_.residual.strides.channel : nullptr,
-                .output = unit.values + (from - unit.begin) * channel_stride()};
+        EpilogueArgs a{};
+        a.sums = px.sums + (from - unit.begin) * px.count + p * kNR, a.pixels = count, a.outputs = static_cast<int>(end - from);
+        a.place = px.place + p, a.residual_place = px.residual_place + p, a.channel_stride = channel_stride();
+        a.post = l_.post.from(output);
+        if (o_.residual.values) a.residual = o_.residual.values + output * o_.residual.strides.channel;
+        a.output = unit.values + (from - unit.begin) * channel_stride();
+        return a;
       };
       if (block) {
         block->row = px.target_row + p, block->pixels = count;

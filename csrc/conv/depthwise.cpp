@@ -77,21 +77,13 @@ class DepthwiseTasks {
   // Computes `lanes` outputs, of filter `output` or of the filters from there on, which read from tap[k][first].
   void run_kernel(const Line& t, std::int64_t output, std::int64_t first, std::int64_t lanes, float* to,
                   const float* residual) const {
-    kernels_.vector.depthwise({.tap = t.tap,
-                               .first = first,
-                               .lanes = static_cast<int>(lanes),
-                               .by_channel = by_channel_,
-                               .taps = static_cast<int>(taps_),
-                               .block_size = static_cast<int>(g_.block_size),
-                               .bits = l_.activation_bits,
-                               .sign = l_.sign,
-                               .weight = reinterpret_cast<const std::int32_t*>(l_.weight) + output,
-                               .kds = l_.kds + output,
-                               .kds_shift = l_.kds_shift ? l_.kds_shift + output : nullptr,
-                               .filters = g_.outputs,
-                               .post = t.post.from(output),
-                               .residual = residual,
-                               .output = to});
+    DepthwiseArgs a{};
+    a.tap = t.tap, a.first = first, a.lanes = static_cast<int>(lanes), a.by_channel = by_channel_;
+    a.taps = static_cast<int>(taps_), a.block_size = static_cast<int>(g_.block_size), a.bits = l_.activation_bits, a.sign = l_.sign;
+    a.weight = reinterpret_cast<const std::int32_t*>(l_.weight) + output, a.filters = g_.outputs;
+    a.kds = l_.kds + output, a.kds_shift = l_.kds_shift ? l_.kds_shift + output : nullptr;
+    a.post = t.post.from(output), a.residual = residual, a.output = to;
+    kernels_.vector.depthwise(a);
   }
 
   void line_of_pixels(const Line& t) const {
@@ -125,24 +117,14 @@ class DepthwiseTasks {
       const float* const from = input_line(t, ky);
       lines[ky] = from ? from : t.zeros, pixel_stride[ky] = from ? from_.strides.x : 0;
     }
-    kernels_.vector.depthwise_line({.size = static_cast<int>(g_.kernel_w),
-                                    .stride = static_cast<int>(g_.stride_w),
-                                    .line = lines,
-                                    .pixel_stride = pixel_stride,
-                                    .first = -g_.pad_w,
-                                    .width = g_.width,
-                                    .outputs = g_.out_width,
-                                    .channels = g_.channels,
-                                    .bits = l_.activation_bits,
-                                    .sign = l_.sign,
-                                    .weight = reinterpret_cast<const std::int32_t*>(l_.weight),
-                                    .kds = l_.kds,
-                                    .kds_shift = l_.kds_shift,
-                                    .post = t.post,
-                                    .residual = residual(t, 0, 0),
-                                    .residual_stride = o_.residual.strides.x,
-                                    .output = line,
-                                    .output_stride = stride});
+    DepthwiseLineArgs a{};
+    a.size = static_cast<int>(g_.kernel_w), a.stride = static_cast<int>(g_.stride_w);
+    a.line = lines, a.pixel_stride = pixel_stride, a.first = -g_.pad_w, a.width = g_.width;
+    a.outputs = g_.out_width, a.channels = g_.channels, a.bits = l_.activation_bits, a.sign = l_.sign;
+    a.weight = reinterpret_cast<const std::int32_t*>(l_.weight), a.kds = l_.kds, a.kds_shift = l_.kds_shift, a.post = t.post;
+    a.residual = residual(t, 0, 0), a.residual_stride = o_.residual.strides.x;
+    a.output = line, a.output_stride = stride;
+    kernels_.vector.depthwise_line(a);
   }
 
   void pixel_by_pixel(const Line& t, float* line, std::int64_t stride) const {

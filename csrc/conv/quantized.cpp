@@ -19,14 +19,11 @@ std::int64_t padded(std::int64_t count) {
 QuantizeArgs quantize_args(const QuantizedTensor& to, std::int64_t group, std::int64_t block, const std::int64_t* row,
                            std::int64_t pixels) {
   const ActivationFormat& f = to.format();
-  return {.channels = static_cast<int>(f.layout.size(block)),
-          .bits = f.bits,
-          .sign = f.sign,
-          .row = row,
-          .pixels = static_cast<int>(pixels),
-          .rows = to.of_group(group),
-          .block = static_cast<int>(block),
-          .first_byte = block * f.layout.block_size};
+  QuantizeArgs a{};
+  a.channels = static_cast<int>(f.layout.size(block)), a.bits = f.bits, a.sign = f.sign;
+  a.row = row, a.pixels = static_cast<int>(pixels);
+  a.rows = to.of_group(group), a.block = static_cast<int>(block), a.first_byte = block * f.layout.block_size;
+  return a;
 }
 
 std::int64_t QuantizedTensor::bytes(const ActivationFormat& f, const PaddedGrid& grid) {

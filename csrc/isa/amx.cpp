@@ -296,13 +296,11 @@ void dot(const DotArgs& a) {
 
 }  // namespace
 
-constinit const Kernels kernels{
-    .isa = "amx",
-    .mr = 2 * kTileRows,
-    .task_pixels = 384,
-    .workspace_bytes = workspace_bytes,
-    .dot = dot,
-    .vector = x86_512::kernels,
-};
+constinit const Kernels kernels{.isa = "amx",
+                                .mr = 2 * kTileRows,
+                                .task_pixels = 384,
+                                .workspace_bytes = workspace_bytes,
+                                .dot = dot,
+                                .vector = x86_512::kernels};
 
 }  // namespace dsconv::amx

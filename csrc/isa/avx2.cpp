@@ -19,13 +19,6 @@ using Tile = Tile256<DotProduct>;
 
 }  // namespace
 
-constinit const Kernels kernels{
-    .isa = "avx2",
-    .mr = Tile::kMR<2>,
-    .task_pixels = 96,
-    .workspace_bytes = nullptr,
-    .dot = dot<Tile>,
-    .vector = x86_256::kernels,
-};
+constinit const Kernels kernels{.isa = "avx2", .mr = Tile::kMR<2>, .task_pixels = 96, .dot = dot<Tile>, .vector = x86_256::kernels};
 
 }  // namespace dsconv::avx2

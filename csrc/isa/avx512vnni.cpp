@@ -161,12 +161,6 @@ struct Tile {
 }  // namespace
 
 constinit const Kernels kernels{
-    .isa = "avx512vnni",
-    .mr = Tile::kMR<2>,
-    .task_pixels = 98,
-    .workspace_bytes = nullptr,
-    .dot = dot<Tile>,
-    .vector = x86_512::kernels,
-};
+    .isa = "avx512vnni", .mr = Tile::kMR<2>, .task_pixels = 98, .dot = dot<Tile>, .vector = x86_512::kernels};
 
 }  // namespace dsconv::avx512vnni

@@ -99,13 +99,6 @@ constexpr VectorKernels vector = vector_kernels<simd::Neon>();
 
 }  // namespace
 
-constinit const Kernels kernels{
-    .isa = "neondotprod",
-    .mr = Tile::kMR<2>,
-    .task_pixels = 96,
-    .workspace_bytes = nullptr,
-    .dot = dot<Tile>,
-    .vector = vector,
-};
+constinit const Kernels kernels{.isa = "neondotprod", .mr = Tile::kMR<2>, .task_pixels = 96, .dot = dot<Tile>, .vector = vector};
 
 }  // namespace dsconv::neondotprod

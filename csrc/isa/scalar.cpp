@@ -51,13 +51,6 @@ constexpr VectorKernels vector = vector_kernels<simd::Scalar>();
 
 }  // namespace
 
-constinit const Kernels kernels{
-    .isa = "scalar",
-    .mr = 6,
-    .task_pixels = 96,
-    .workspace_bytes = nullptr,
-    .dot = dot,
-    .vector = vector,
-};
+constinit const Kernels kernels{.isa = "scalar", .mr = 6, .task_pixels = 96, .dot = dot, .vector = vector};
 
 }  // namespace dsconv::scalar

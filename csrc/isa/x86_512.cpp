@@ -3,6 +3,4 @@
 #include "../kernels/vector_kernels.h"
 #include "list.h"
 
-namespace dsconv::x86_512 {
-constinit const VectorKernels kernels = vector_kernels<simd::X86_512>();
-}
+namespace dsconv { constinit const VectorKernels x86_512::kernels = vector_kernels<simd::X86_512>(); }

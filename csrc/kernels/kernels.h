@@ -206,9 +206,9 @@ struct VectorKernels {
 // Kernels of an instruction set.
 struct Kernels {
   const char* isa;
-  int mr;                                           // pixels of a tile of dot
-  int task_pixels;                                  // pixels that dot is best given at once, a multiple of mr
-  std::int64_t (*workspace_bytes)(const DotArgs&);  // null: none
+  int mr;                                                     // pixels of a tile of dot
+  int task_pixels;                                            // pixels that dot is best given at once, a multiple of mr
+  std::int64_t (*workspace_bytes)(const DotArgs&) = nullptr;  // null: none
   void (*dot)(const DotArgs&);
   const VectorKernels& vector;
 };

@@ -220,22 +220,14 @@ void Program::map(int from, const float* scale, const float* shift, bool fma, in
         float* const written =
             output.values ? const_cast<float*>(output.values) + first * output.strides.x : scratch.take<float>(0);
         stride = output.values ? output.strides.x : v.channels;
-        kernels_.vector.map(
-            {.input = made,
-             .input_stride = v.strides.x,
-             .scale = scale,
-             .shift = shift,
-             .fma = fma,
-             .gate = gate.values ? gate.values + (one_gate ? image * gate.strides.image : first * gate.strides.x) : nullptr,
-             .gate_stride = one_gate ? 0 : gate.strides.x,
-             .addend = addend.values ? addend.values + first * addend.strides.x : nullptr,
-             .addend_stride = addend.strides.x,
-             .output = written,
-             .output_stride = stride,
-             .pixels = count,
-             .channels = v.channels,
-             .activation = to.activation,
-             .slope = to.slope});
+        MapArgs a{};
+        a.input = made, a.input_stride = v.strides.x, a.pixels = count, a.channels = v.channels;
+        a.scale = scale, a.shift = shift, a.fma = fma;
+        if (gate.values) a.gate = gate.values + (one_gate ? image * gate.strides.image : first * gate.strides.x);
+        a.gate_stride = one_gate ? 0 : gate.strides.x;
+        if (addend.values) a.addend = addend.values + first * addend.strides.x, a.addend_stride = addend.strides.x;
+        a.output = written, a.output_stride = stride, a.activation = to.activation, a.slope = to.slope;
+        kernels_.vector.map(a);
         made = written;
       }
       for (const QuantizedTarget& target : into) quantize_into(target, kernels_, made, stride, first, count, 0, v.channels);
@@ -338,12 +330,11 @@ void Program::average(int from, int lanes, int to) {
     const std::int64_t parts = ceil_div(v.channels, kTogether);
     parallel(run.images * parts, [&](std::int64_t task) {
       const std::int64_t image = task / parts, first = task % parts * kTogether;
-      kernels_.vector.average({.input = address(run, v) + image * v.strides.image + first,
-                               .stride = v.strides.x,
-                               .pixels = v.pixels(),
-                               .channels = std::min(kTogether, v.channels - first),
-                               .lanes = lanes,
-                               .output = address(run, made) + image * made.strides.image + first});
+      AverageArgs a{};
+      a.input = address(run, v) + image * v.strides.image + first, a.stride = v.strides.x;
+      a.pixels = v.pixels(), a.channels = std::min(kTogether, v.channels - first), a.lanes = lanes;
+      a.output = address(run, made) + image * made.strides.image + first;
+      kernels_.vector.average(a);
     });
   });
 }

@@ -1,7 +1,5 @@
 // Every instruction set of this processor against exact sums and, bit for bit, against the scalar kernels, over random
 // convolutions. Built with sanitizers and for other processors, where no Python is at hand.
-#include "../conv/kernels.h"
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,7 +9,8 @@
 #include <vector>
 
 #include "../conv/conv.h"
-#include "../isa.h"
+#include "../isa/detect.h"
+#include "../isa/list.h"
 #include "../rounding/balanced.h"
 
 using namespace dsconv;
