@@ -16,15 +16,15 @@ namespace {
 constexpr int kMostThreads = 1024;
 std::atomic<int> wanted{1};
 
-// Threads that wait for a job and take parts of it one by one; the caller takes part. One job at a time: a caller that
-// finds the pool busy does its job alone.
+// Threads that wait for a job and take parts of it one by one, as the caller does. One job at a time: a caller that finds the pool busy
+// does its job alone.
 class Pool {
  public:
   explicit Pool(int threads) : threads_(threads) {
     workers_.reserve(threads - 1);
     try {
       for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
-    } catch (...) {  // the system gives no more: those that there are do the work
+    } catch (...) {  // the system gives no more threads: those that exist do the work
     }
   }
 
@@ -84,15 +84,15 @@ class Pool {
   void* context_ = nullptr;
 };
 
-// The state that a process has to itself. It is never destroyed: another thread may still use it at exit.
+// The state of this process. Never destroyed: another thread may still use it at exit.
 struct Own {
   std::mutex busy;
   std::unique_ptr<Pool> pool;
 };
 Own* own = new Own;
 
-// The child of a fork has none of the threads, neither ours nor PyTorch's, which it would wait for without end; what another
-// thread had locked stays locked. It begins with a pool of its own.
+// The child of a fork has none of the threads, neither ours nor PyTorch's, and would wait for them without end; locks that another thread
+// held stay locked. So it begins with a pool of its own.
 void begin_child() {
   own = new Own;
   if (parallel_for) parallel_for = parallel_for_of_pool;

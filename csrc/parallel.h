@@ -1,4 +1,4 @@
-// Runs independent tasks: on the threads that PyTorch has, on a pool of our own, or one after another.
+// Runs independent tasks: on the threads of PyTorch, on a pool of our own, or one after another.
 #pragma once
 
 #include <atomic>
@@ -10,15 +10,15 @@ namespace dsconv {
 using Range = void (*)(std::int64_t begin, std::int64_t end, void* context);
 using ParallelFor = void (*)(std::int64_t begin, std::int64_t end, std::int64_t grain, Range, void* context);
 
-// What runs the tasks; null is one after another. Set before the first task; the child of a fork changes to its own pool.
+// Runs the tasks; null: one after another. Set before the first task; the child of a fork changes to its own pool.
 inline std::atomic<ParallelFor> parallel_for{nullptr};
 
-// Runs on a pool that is made when first used, of as many threads as were last asked for with pool_threads.
+// Runs on a pool of as many threads as pool_threads last asked for, which starts at its first use.
 void parallel_for_of_pool(std::int64_t begin, std::int64_t end, std::int64_t grain, Range, void* context);
 void pool_threads(int count);
 
-// Threads take one task after another, so that none waits for another that has longer ones. What a task throws is thrown
-// to the caller when all others are done, the first of several.
+// Threads take one task after another, so that none waits for another that has longer ones. The caller gets the first exception of a
+// task when all others are done.
 template <class Function>
 void parallel(std::int64_t tasks, Function function) {
   struct Context {
@@ -28,7 +28,7 @@ void parallel(std::int64_t tasks, Function function) {
     std::atomic<bool> failed{false};
     std::exception_ptr error{};
   } all{function, tasks};
-  // Whatever range a thread is given, it goes on until nothing is left.
+  // A thread goes on until nothing is left, whatever its range.
   const auto run = [](std::int64_t, std::int64_t, void* context) {
     Context& c = *static_cast<Context*>(context);
     try {

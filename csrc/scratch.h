@@ -1,4 +1,4 @@
-// Memory that a thread keeps from call to call, since new pages cost more than the arithmetic of a small layer.
+// Memory that a thread keeps from call to call: new pages cost more than the arithmetic of a small layer.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ class NoMemory : public std::bad_alloc {
   char what_[128];
 };
 
-// What is large is given back. Every user has its own, named by a type.
+// Large memory is given back after use. Every user, named by a type, has memory of its own.
 template <class User>
 class Scratch {
  public:
@@ -29,7 +29,7 @@ class Scratch {
     kept_.release();
     const std::int64_t whole = (bytes + 63) / 64 * 64;
     kept_.data = static_cast<std::byte*>(::operator new(whole, std::align_val_t{64}, std::nothrow));
-    if (!kept_.data) throw NoMemory(whole);  // nothing is kept then, nor said to be
+    if (!kept_.data) throw NoMemory(whole);  // kept_ says that nothing is kept
     kept_.bytes = whole;
   }
   ~Scratch() {
@@ -38,7 +38,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // The next so many values.
+  // Returns room for the next `count` values.
   template <class T>
   T* take(std::int64_t count) {
     T* values = reinterpret_cast<T*>(kept_.data + taken_);

@@ -145,7 +145,7 @@ inline void store_accumulators(const TilePixels* pixels, std::int32_t* acc) {
   }
 }
 
-// Blocks whose accumulators are stored, one after another, and what their sums need.
+// Blocks whose accumulators are stored one after another, and the data for adding them to the sums.
 struct BlockGroup {
   int blocks, pixels;
   bool first;  // sums hold nothing yet

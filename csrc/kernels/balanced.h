@@ -245,7 +245,7 @@ class Solver : BalancedVectors<V> {
     }
   }
 
-  // Sets what counts at this tap, and returns what is pulled at by the taps behind it.
+  // Sets the weights of channels at this tap, and returns the pull of the taps behind it.
   Double prepare(std::int64_t tap) {
     const auto& [own, shared, mean] = held_;
     const auto behind = static_cast<double>(tap);
@@ -371,7 +371,7 @@ class Solver : BalancedVectors<V> {
       Double* const row = normal_ + i * unknowns_;
       for (std::int64_t j = 0; j < i; ++j) {
         const Double* const upper = normal_ + j * unknowns_;
-        // own_part_ keeps what is divided by the diagonal only later.
+        // own_part_ keeps values that are divided by the diagonal only later.
         Double sum = row[j];
         for (std::int64_t k = 0; k < j; ++k) sum -= own_part_[k] * upper[k];
         own_part_[j] = sum;
@@ -409,7 +409,7 @@ class Solver : BalancedVectors<V> {
   double half_;
   Refined<V> refined_;
   Channels true_, held_;
-  // What of a channel counts at a tap of the nearest plane.
+  // Of each channel, at a tap of the nearest plane.
   double *made_up_, *free_weight_, *weight_, *change_, *pull_, *push_;
   Double *target_, *sums_, *moved_, *weighted_;
   Rounded found_, plain_;

@@ -5,7 +5,7 @@
 
 namespace dsconv {
 
-// Where Taps is not 0, a filter is one block of so many, and its inputs stay in registers.
+// Unless Taps is 0, a filter is one block of so many, and its inputs stay in registers.
 template <class V, int Taps, bool ByChannel, bool Shift>
 void depthwise_taps(const DepthwiseArgs& args) {
   using Float = typename V::Float;

@@ -48,7 +48,7 @@ struct Lanes {
   static Float load(const float* from, int count) { return count == N ? load(from) : Vector::load_some(from, count); }
   static void store(float* to, Float v, int count) { count == N ? store(to, v) : Vector::store_some(to, v, count); }
 
-  // Of vectors or scalars; both return b where either is a NaN.
+  // For vectors and scalars; both return b where either is a NaN.
   static constexpr auto max = [](auto a, auto b) { return a > b ? a : b; };
   static constexpr auto min = [](auto a, auto b) { return a < b ? a : b; };
 

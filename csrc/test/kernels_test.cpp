@@ -67,7 +67,7 @@ Case random_case() {
   g.kernel_h = pick(1, 3), g.kernel_w = pick(1, 5);
   g.stride_h = pick(1, 3), g.stride_w = pick(1, 3);
   g.dilation_h = pick(1, 2), g.dilation_w = pick(1, 2);
-  const bool common = depthwise && pick(0, 1);  // what depthwise_line knows
+  const bool common = depthwise && pick(0, 1);  // depthwise_line covers it
   if (common) g.kernel_h = g.kernel_w = pick(0, 1) ? 3 : 5, g.stride_w = pick(1, 2), g.dilation_w = 1;
   g.pad_h = pick(0, 3), g.pad_w = pick(0, 3);
   do {
@@ -167,7 +167,7 @@ Made run(const Case& c, const Kernels& kernels) {
       residual{c.add ? c.residual.data() : nullptr, to};
   convolve(g, layer, kernels, input, {output.data(), to, residual, {}});
   if (!c.channels_last || (g.groups > 1 && !g.depthwise())) return {output, {}};
-  // The same written as the next layer wants it, with and without the floats: what quantizing the floats gives.
+  // The epilogue quantizes outputs, with and without the floats, to the same as quantizing the floats.
   std::vector<std::byte> memory(QuantizedTensor::bytes(format_of(c), grid_of(c)) + 64);
   const QuantizedTensor q(format_of(c), grid_of(c), aligned(memory));
   quantize(q, kernels, output.data(), to);
