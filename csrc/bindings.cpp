@@ -1,7 +1,8 @@
 // The only file that knows Python: everything else under csrc/ is plain C++20.
 //
-// Tensors cross as addresses, which Python has validated (shape, dtype, layout, device); sizes are checked here again.
+// Tensors cross as addresses, which Python has validated (shape, dtype, layout, device). Sizes are checked here again.
 #include <nanobind/nanobind.h>
+#include <nanobind/operators.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
@@ -29,21 +30,12 @@
 #include "rounding/balanced.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace {
 
 using namespace dsconv;
 using Address = std::uintptr_t;
-using Sizes = std::array<std::int64_t, 18>;
-
-// The order in which Python gives the sizes of a convolution: dsconv/ops/cpu.py.
-ConvSizes conv_sizes(const Sizes& s) {
-  const ConvSizes g{s[0], s[1],  s[2],  s[3],  s[4],  s[5],  s[6],  s[7],  s[8],
-                    s[9], s[10], s[11], s[12], s[13], s[14], s[15], s[16], s[17] != 0};
-  if (!g.valid()) throw std::invalid_argument("the sizes of the convolution do not agree");
-  return g;
-}
-
 // Runs of the kernels of each instruction set: tests have to know that none stood in for another.
 std::atomic<std::int64_t> run_counts[std::size(kBuiltKernels)];
 
@@ -146,11 +138,41 @@ StepOutputs outputs(const OutputsTuple& to) {
   return {values, residual, targets, one_of<Activation>("activation", activation, kActivations), slope};
 }
 
-}  // namespace
+// The sizes of a convolution, by name. They are checked once, and fixed from then on.
+void bind_sizes(nb::module_& m) {
+  using Size = std::int64_t;
+  static constexpr std::pair<const char*, Size ConvSizes::*> kSizes[] = {
+      {"images", &ConvSizes::images},       {"channels", &ConvSizes::channels},     {"height", &ConvSizes::height},
+      {"width", &ConvSizes::width},         {"outputs", &ConvSizes::outputs},       {"out_height", &ConvSizes::out_height},
+      {"out_width", &ConvSizes::out_width}, {"kernel_h", &ConvSizes::kernel_h},     {"kernel_w", &ConvSizes::kernel_w},
+      {"stride_h", &ConvSizes::stride_h},   {"stride_w", &ConvSizes::stride_w},     {"pad_h", &ConvSizes::pad_h},
+      {"pad_w", &ConvSizes::pad_w},         {"dilation_h", &ConvSizes::dilation_h}, {"dilation_w", &ConvSizes::dilation_w},
+      {"groups", &ConvSizes::groups},       {"block_size", &ConvSizes::block_size}};
+  auto sizes =
+      nb::class_<ConvSizes>(m, "ConvSizes", "Sizes of a convolution that agree. All are keyword arguments, and attributes.");
+  sizes.def(
+      "__init__",
+      [](ConvSizes* self, Size images, Size channels, Size height, Size width, Size outputs, Size out_height, Size out_width,
+         Size kernel_h, Size kernel_w, Size stride_h, Size stride_w, Size pad_h, Size pad_w, Size dilation_h, Size dilation_w,
+         Size groups, Size block_size, bool flat) {
+        const ConvSizes g{images,   channels, height, width, outputs,    out_height, out_width, kernel_h,   kernel_w,
+                          stride_h, stride_w, pad_h,  pad_w, dilation_h, dilation_w, groups,    block_size, flat};
+        if (!g.valid()) throw std::invalid_argument("the sizes of the convolution do not agree");
+        new (self) ConvSizes(g);
+      },
+      nb::kw_only(), "images"_a, "channels"_a, "height"_a, "width"_a, "outputs"_a, "out_height"_a, "out_width"_a, "kernel_h"_a,
+      "kernel_w"_a, "stride_h"_a, "stride_w"_a, "pad_h"_a, "pad_w"_a, "dilation_h"_a, "dilation_w"_a, "groups"_a, "block_size"_a,
+      "flat"_a);
+  for (const auto& [name, member] : kSizes) sizes.def_ro(name, member);
+  sizes.def_ro("flat", &ConvSizes::flat);
+  sizes.def(nb::self == nb::self).def("__hash__", [](const ConvSizes& self) {
+    std::size_t hash = self.flat;
+    for (const auto& [name, member] : kSizes) hash = hash * 1000003 + static_cast<std::size_t>(self.*member);
+    return hash;
+  });
+}
 
-NB_MODULE(_C, m) {
-  nb::set_leak_warnings(false);  // a network that lives until the interpreter ends is none
-  m.doc() = "Compiled part of dsconv";
+void bind_machine(nb::module_& m) {
   m.def("isa_found", &isa_found,
         "Instruction sets that this processor has and the operating system lets this process use, weakest first.");
   m.def("isa_with_kernels", &isa_with_kernels, "Those of isa_found that convolutions have kernels for.");
@@ -175,19 +197,21 @@ NB_MODULE(_C, m) {
         return peak_rate(kernels, seconds);
       },
       "Multiply-adds in a second that one thread reaches with everything in the first cache.");
+}
+
+void bind_layers(nb::module_& m) {
   m.def(
       "packed_sizes",
-      [](const Sizes& sizes, int weight_bits) {
-        const ConvSizes g = conv_sizes(sizes);
-        return std::pair(g.packed_bytes(is_wide(weight_bits)), g.kds_count());
+      [](const ConvSizes& sizes, int weight_bits) {
+        return std::pair(sizes.packed_bytes(is_wide(weight_bits)), sizes.kds_count());
       },
       "Bytes of the packed weight, and number of packed KDS.");
-  m.def("pack_weight", [](const Sizes& sizes, Address vqk, int weight_bits, Address packed) {
+  m.def("pack_weight", [](const ConvSizes& sizes, Address vqk, int weight_bits, Address packed) {
     is_wide(weight_bits);
-    pack_weight(conv_sizes(sizes), needed<const std::int8_t>("vqk", vqk), weight_bits, needed<std::uint8_t>("packed", packed));
+    pack_weight(sizes, needed<const std::int8_t>("vqk", vqk), weight_bits, needed<std::uint8_t>("packed", packed));
   });
-  m.def("pack_kds", [](const Sizes& sizes, Address kds, Address packed) {
-    pack_kds(conv_sizes(sizes), needed<const float>("kds", kds), needed<float>("packed", packed));
+  m.def("pack_kds", [](const ConvSizes& sizes, Address kds, Address packed) {
+    pack_kds(sizes, needed<const float>("kds", kds), needed<float>("packed", packed));
   });
   m.def("round_balanced", [](std::string_view isa, const std::array<std::int64_t, 4>& sizes, int bits, bool shift, double held,
                              const std::array<Address, 1>& weight, const std::array<Address, 3>& model,
@@ -208,10 +232,9 @@ NB_MODULE(_C, m) {
     nb::gil_scoped_release released;
     round_balanced(kernels, of, counts, solved, {checked_bits(bits), shift, held}, to);
   });
-  m.def("quantize_activation", [](std::string_view isa, const Sizes& sizes, Address input,
+  m.def("quantize_activation", [](std::string_view isa, const ConvSizes& g, Address input,
                                   const std::array<std::int64_t, 4>& input_strides, int bits, int sign, Address mantissa,
                                   Address exponent) {
-    const ConvSizes g = conv_sizes(sizes);
     if (g.kernel_size() != 1 || g.pad_h || g.pad_w || g.flat) throw std::invalid_argument("expected a 1x1 convolution");
     const Kernels& kernels = kernels_of(isa);
     Layer layer{};
@@ -225,17 +248,18 @@ NB_MODULE(_C, m) {
     nb::gil_scoped_release released;
     quantize_activation(g, layer, kernels, from, mantissas, exponents);
   });
+}
 
+void bind_convolution(nb::module_& m) {
   nb::class_<Convolution>(m, "Convolution")
       .def("__init__",
-           [](Convolution* self, std::string_view isa, const Sizes& sizes, const std::array<std::int64_t, 4>& input_strides,
+           [](Convolution* self, std::string_view isa, const ConvSizes& g, const std::array<std::int64_t, 4>& input_strides,
               const std::array<std::int64_t, 4>& output_strides, int weight_bits, int activation_bits, int sign, int activation,
               float slope) {
              Layer layer{};
              layer.wide = is_wide(weight_bits), layer.activation_bits = checked_bits(activation_bits);
              layer.sign = one_of<Sign>("sign", sign, kSigns);
              layer.post.activation = one_of<Activation>("activation", activation, kActivations), layer.post.slope = slope;
-             const ConvSizes g = conv_sizes(sizes);
              const Strides from = strides(input_strides, g.images, g.channels, g.height, g.width);
              Strides to = strides(output_strides, g.images, g.outputs, g.out_height, g.out_width);
              if (g.out_width <= 1) to.x = 1;
@@ -257,7 +281,9 @@ NB_MODULE(_C, m) {
         nb::gil_scoped_release released;
         convolve(g, layer, self.kernels, in, out);
       });
+}
 
+void bind_program(nb::module_& m) {
   nb::class_<Program>(m, "Program", "A network as a list of steps over tensors that lie in one piece of memory.")
       .def("__init__", [](Program* self, std::string_view isa) { new (self) Program(kernels_of(isa)); })
       .def(
@@ -284,9 +310,9 @@ NB_MODULE(_C, m) {
           },
           "Bytes that a quantized tensor of an image takes.")
       .def("convolve",
-           [](Program& self, const Sizes& sizes, int from, int input, Address weight, Address kds, Address kds_shift, Address bias,
-              Address gain, Address offset, int weight_bits, int activation_bits, int sign, const OutputsTuple& to) {
-             self.convolve(conv_sizes(sizes),
+           [](Program& self, const ConvSizes& sizes, int from, int input, Address weight, Address kds, Address kds_shift,
+              Address bias, Address gain, Address offset, int weight_bits, int activation_bits, int sign, const OutputsTuple& to) {
+             self.convolve(sizes,
                            {needed<const std::uint8_t>("weight", weight), needed<const float>("kds", kds),
                             at<const float>(kds_shift), post_ops(bias, gain, offset), is_wide(weight_bits),
                             checked_bits(activation_bits), one_of<Sign>("sign", sign, kSigns)},
@@ -314,4 +340,16 @@ NB_MODULE(_C, m) {
             self.run(images, bases, first, last, at<double>(seconds));
           },
           "Run steps on tensors at these addresses; adds what each took, unless that address is 0.");
+}
+
+}  // namespace
+
+NB_MODULE(_C, m) {
+  nb::set_leak_warnings(false);  // networks that live until the interpreter ends do not leak
+  m.doc() = "Compiled part of dsconv";
+  bind_sizes(m);
+  bind_machine(m);
+  bind_layers(m);
+  bind_convolution(m);
+  bind_program(m);
 }

@@ -59,6 +59,7 @@ struct ConvSizes {
   std::int64_t block_size;
   bool flat;  // blocks run over the channels * taps of one output
 
+  bool operator==(const ConvSizes&) const = default;
   bool valid() const;  // sizes are in range, agree, and do not overflow
   // One input channel per group. Blocks run over the taps of a filter; blocks of one tap are flat blocks of one value.
   bool depthwise() const { return flat && groups > 1 && groups == channels; }

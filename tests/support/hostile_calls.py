@@ -130,8 +130,8 @@ def numbers(count: int) -> list[int]:
     return [number() for _ in range(count)]
 
 
-def sizes() -> list[int]:
-    """Of a convolution; most agree."""
+def sizes() -> Any:
+    """Sizes of a convolution; most agree."""
     n, c, o, k, s, p = (random.choice(v) for v in ((1, 2), (8, 16, 24), (8, 24), (1, 3), (1, 2), (0, 1)))
     height, width, groups, flat = random.choice(((9, 8), (3, 3), (1, 12))), None, 1, 0
     (height, width), depthwise = height, random.random() < 0.3
@@ -139,10 +139,14 @@ def sizes() -> list[int]:
         o, groups, flat = c, c, 1
     height, width = max(height, k), max(width, k)
     out = [(v + 2 * p - k) // s + 1 for v in (height, width)]
-    made = [n, c, height, width, o, *out, k, k, s, s, p, p, 1, 1, groups, 16, flat]
+    names = (
+        "images channels height width outputs out_height out_width kernel_h kernel_w stride_h stride_w pad_h pad_w "
+        "dilation_h dilation_w groups block_size"
+    )
+    made = dict(zip(names.split(), (n, c, height, width, o, *out, k, k, s, s, p, p, 1, 1, groups, 16), strict=True))
     for _ in range(random.choice((0, 0, 1, 2))):
-        made[random.randrange(len(made))] = number()
-    return made
+        made[random.choice(list(made))] = number()
+    return MODULE.ConvSizes(**made, flat=bool(flat))
 
 
 MODULE = cpu.extension()
@@ -150,12 +154,12 @@ BUFFER = torch.zeros(MEMORY, dtype=torch.float32, device="cpu")
 KEPT: list[Tensor] = []
 
 
-def weights(of: list[int], bits: int) -> tuple[int, int, int]:
+def weights(of: Any, bits: int) -> tuple[int, int, int]:
     """Addresses of a packed weight, KDS and terms of these sizes."""
     size, count = MODULE.packed_sizes(of, bits)
     if max(size, count) > MEMORY:
         raise ValueError("too large to be tried")
-    made = [torch.zeros(size, dtype=torch.uint8), torch.ones(count), torch.ones(max(0, of[4]) + 16)]
+    made = [torch.zeros(size, dtype=torch.uint8), torch.ones(count), torch.ones(of.outputs + 16)]
     KEPT.extend(made)
     return tuple(t.data_ptr() for t in made)
 

@@ -32,7 +32,7 @@ MAX_BLOCK_SIZE = 512
 _TOO_LARGE = 1 << 31  # for a size, a stride or a number of anything
 # What a layer reads besides its input, in the order of csrc/bindings.cpp.
 WEIGHTS = ("weight", "kds", "kds_shift", "bias", "gain", "offset")
-# In the order of csrc/conv/tile.h, and so is ACTIVATION_SIGNS.
+# In the order of csrc/kernels/kernels.h, and so is ACTIVATION_SIGNS.
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "silu", "sigmoid")
 
 
@@ -220,13 +220,34 @@ def _sizes(
     groups: int,
     block_size: int,
     flat: bool,
-) -> tuple[int, ...]:
-    """Sizes of a convolution of ``x (N, C, H, W)`` in the order of csrc/bindings.cpp."""
+) -> Any:
+    """Sizes of a convolution of ``x (N, C, H, W)``: a ``ConvSizes`` of the extension."""
     if groups == x[1] > 1 and not flat:  # depthwise: blocks of a tap are flattened blocks of one value
         flat, block_size = True, 1
-    out = _output_size(x[2:], kernel, stride, padding, dilation)
-    where = (*kernel, *stride, *padding, *dilation)
-    return (*x, outputs, *out, *where, groups, block_size, int(flat))
+    module = extension()
+    assert module is not None
+    (images, channels, height, width), (kernel_h, kernel_w) = x, kernel
+    out_height, out_width = _output_size(x[2:], kernel, stride, padding, dilation)
+    return module.ConvSizes(
+        images=images,
+        channels=channels,
+        height=height,
+        width=width,
+        outputs=outputs,
+        out_height=out_height,
+        out_width=out_width,
+        kernel_h=kernel_h,
+        kernel_w=kernel_w,
+        stride_h=stride[0],
+        stride_w=stride[1],
+        pad_h=padding[0],
+        pad_w=padding[1],
+        dilation_h=dilation[0],
+        dilation_w=dilation[1],
+        groups=groups,
+        block_size=block_size,
+        flat=flat,
+    )
 
 
 def _output_size(
@@ -396,9 +417,9 @@ def _check_settings(name: str, weight_bits: int, activation_bits: int, sign: str
 
 
 class _Plan(NamedTuple):
-    """The sizes of a call in the order of csrc/bindings.cpp, and what its output and the weights have to be."""
+    """The sizes of a call (``ConvSizes`` of the extension), and what its output and the weights have to be."""
 
-    sizes: tuple[int, ...]
+    sizes: Any
     output: tuple[int, ...]
     """Height and width."""
     expected: tuple[tuple[str, torch.dtype, tuple[int]], ...]
@@ -427,9 +448,8 @@ def _plan(
     weight_bytes, kds_count = module.packed_sizes(sizes, weight_bits)
     counts = (weight_bytes, kds_count, kds_count, outputs, outputs, outputs)
     dtypes = (torch.uint8, *[torch.float32] * 5)
-    return _Plan(
-        sizes, sizes[5:7], tuple((name, dtype, (n,)) for name, dtype, n in zip(WEIGHTS, dtypes, counts, strict=True))
-    )
+    expected = tuple((name, dtype, (n,)) for name, dtype, n in zip(WEIGHTS, dtypes, counts, strict=True))
+    return _Plan(sizes, (sizes.out_height, sizes.out_width), expected)
 
 
 def _addresses(name: str, plan: _Plan, weights: Sequence[Tensor | None]) -> list[int]:
@@ -457,8 +477,8 @@ def arguments_of(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     return given | dict(zip(given, args, strict=False)) | kwargs
 
 
-def checked_sizes(x: tuple[int, int, int], given: dict[str, Any]) -> tuple[int, ...]:
-    """Sizes in the order of csrc/bindings.cpp of a call of ``conv2d``, or of ``linear``, on one image of shape ``x``.
+def checked_sizes(x: tuple[int, int, int], given: dict[str, Any]) -> Any:
+    """Return the ``ConvSizes`` of a call of ``conv2d``, or of ``linear``, on one image of shape ``x``.
 
     Raises:
         ValueError: the weights do not belong to such a call.
@@ -475,7 +495,7 @@ def checked_sizes(x: tuple[int, int, int], given: dict[str, Any]) -> tuple[int, 
 def _convolution(
     isa: str,
     name: str,
-    sizes: tuple[int, ...],
+    sizes: Any,
     x_strides: tuple[int, ...],
     y_strides: tuple[int, ...],
     weight_bits: int,

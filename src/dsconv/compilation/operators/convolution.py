@@ -1,6 +1,5 @@
 """Convolutions and linear layers in integers."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,10 +14,16 @@ from dsconv.ops import cpu
 
 @dataclass(eq=False, kw_only=True)
 class Convolution(Step):
-    """A convolution or linear layer; ``quantized`` is its input, but for flattened blocks, which read ``source``."""
+    """A convolution or linear layer.
+
+    Attributes:
+        arguments: of its operator, by name.
+        sizes: of one image, ``ConvSizes`` of the extension.
+        quantized: its input; None for flattened blocks, which read ``source``.
+    """
 
     arguments: dict[str, Any]
-    sizes: tuple[int, ...]
+    sizes: Any
     source: Value
     depthwise: bool
     quantized: Quantized | None = None
@@ -56,8 +61,8 @@ class Convolution(Step):
         return [self.arguments[name] for name in cpu.WEIGHTS]
 
     def macs(self) -> int:
-        channels, groups = self.sizes[1], self.sizes[15]
-        return math.prod(self.sizes[4:9]) * (channels // groups)
+        s = self.sizes
+        return int(s.outputs * s.out_height * s.out_width * s.kernel_h * s.kernel_w * (s.channels // s.groups))
 
 
 def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
@@ -71,7 +76,7 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
             return None
         given[name] = tensor
     sizes = cpu.checked_sizes(source.size, given)
-    groups, flat = sizes[-3], bool(sizes[-1])
+    groups, flat = sizes.groups, sizes.flat
     depthwise = flat and groups == source.size[0] > 1
     if depthwise and groups != result.size[0]:
         return None  # it writes lines
@@ -81,14 +86,14 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
     else:
         wanted = Format(
             source.size[0] // groups,
-            sizes[-2],
+            sizes.block_size,
             groups,
             given["weight_bits"] > 4,
             given["activation_bits"],
             given["sign"],
             given["kds_shift"] is not None,
         )
-        quantized = source.want(wanted, (sizes[11], sizes[12]))
+        quantized = source.want(wanted, (sizes.pad_h, sizes.pad_w))
     if residual is not None:
         residual.in_float = True
     result.direct = depthwise or groups == 1
