@@ -196,7 +196,9 @@ def extension_calls() -> dict[str, tuple[Callable[[Any], object], str]]:
             "kds",
         ),
         "mantissas of a convolution that is not 1x1": (
-            lambda m: m.quantize_activation("scalar", sizes(m, pad_h=0, pad_w=0, out_height=2, out_width=2), 0, dense, 4, 0, 0, 0),
+            lambda m: m.quantize_activation(
+                "scalar", sizes(m, pad_h=0, pad_w=0, out_height=2, out_width=2), 0, dense, 4, 0, 0, 0
+            ),
             "1x1",
         ),
         "mantissas at no address": (
