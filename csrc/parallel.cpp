@@ -16,8 +16,8 @@ namespace {
 constexpr int kMostThreads = 1024;
 std::atomic<int> wanted{1};
 
-// Threads that wait for a job and take parts of it one by one, as the caller does. One job at a time: a caller that finds the pool busy
-// does its job alone.
+// Threads that wait for a job and take parts of it one by one, as the caller does. One job at a time: a caller that
+// finds the pool busy does its job alone.
 class Pool {
  public:
   explicit Pool(int threads) : threads_(threads) {
@@ -91,8 +91,8 @@ struct Own {
 };
 Own* own = new Own;
 
-// The child of a fork has none of the threads, neither ours nor PyTorch's, and would wait for them without end; locks that another thread
-// held stay locked. So it begins with a pool of its own.
+// The child of a fork has none of the threads, neither ours nor PyTorch's, and would wait for them without end; locks
+// that another thread held stay locked. So it begins with a pool of its own.
 void begin_child() {
   own = new Own;
   if (parallel_for) parallel_for = parallel_for_of_pool;

@@ -17,8 +17,8 @@ inline std::atomic<ParallelFor> parallel_for{nullptr};
 void parallel_for_of_pool(std::int64_t begin, std::int64_t end, std::int64_t grain, Range, void* context);
 void pool_threads(int count);
 
-// Threads take one task after another, so that none waits for another that has longer ones. The caller gets the first exception of a
-// task when all others are done.
+// Threads take one task after another, so that none waits for another that has longer ones. The caller gets the first
+// exception of a task when all others are done.
 template <class Function>
 void parallel(std::int64_t tasks, Function function) {
   struct Context {

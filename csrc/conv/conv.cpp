@@ -16,7 +16,8 @@ namespace {
 constexpr std::int64_t kTasks = 32;      // enough to balance the threads
 constexpr std::int64_t kWindows = 1024;  // outputs of a task that quantizes their windows
 
-// Returns how many outputs of a group are finished before any is quantized: such that they are whole blocks of all targets.
+// Returns how many outputs of a group are finished before any is quantized: such that they are whole blocks of all
+// targets.
 std::int64_t unit_of(const ConvSizes& g, std::span<const QuantizedTarget> targets) {
   std::int64_t unit = kNR;
   for (const QuantizedTarget& target : targets) unit = std::lcm(unit, target.tensor.format().layout.block_size);
@@ -35,8 +36,8 @@ class DotTasks {
 
   const std::int64_t units;  // of the outputs of a group
 
-  // Computes outputs of some units of a group at pixels `first` to `end`, kMaxTaskPixels at most. Their first taps lie in rows
-  // `row_stride` apart in a line, from row_of(image, y, x) on.
+  // Computes outputs of some units of a group at pixels `first` to `end`, kMaxTaskPixels at most. Their first taps lie
+  // in rows `row_stride` apart in a line, from row_of(image, y, x) on.
   template <class RowOf>
   void run(const QuantizedRows& rows, RowOf row_of, std::int64_t row_stride, std::int64_t group, std::int64_t first,
            std::int64_t end, std::int64_t begin_unit, std::int64_t end_unit) const {
@@ -201,7 +202,8 @@ void quantize_windows(const ConvSizes& g, const QuantizedTensor& to, const Kerne
 // Convolves with flattened blocks. A task quantizes its windows, and sums over them while they are in cache.
 void convolve_flat(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Input& input, const Output& o) {
   const DotTasks tasks(g, l, kernels, o, 0);
-  // Lines of some hundred outputs, whose input is rearranged once; fewer where there are not enough to balance the threads.
+  // Lines of some hundred outputs, whose input is rearranged once; fewer where there are not enough to balance the
+  // threads.
   const std::int64_t width = std::max<std::int64_t>(1, g.out_width), lines = std::max<std::int64_t>(1, g.out_height);
   const std::int64_t most = std::max<std::int64_t>(1, kWindows / width), shared = g.groups * g.images * lines / (kTasks / 2);
   const std::int64_t least = std::min(most, ceil_div(kernels.task_pixels, width));
@@ -230,8 +232,8 @@ void convolve_flat(const ConvSizes& g, const Layer& l, const Kernels& kernels, c
 
 void convolve(const ConvSizes& g, const Layer& l, const Kernels& kernels, const QuantizedTensor& q, const Output& o) {
   const DotTasks tasks(g, l, kernels, o, q.grid().line());
-  // Chunks of about the same size, of whole tiles. A task keeps its pixels in cache and goes through the weights; with few pixels
-  // there are more tasks, of some weights.
+  // Chunks of about the same size, of whole tiles. A task keeps its pixels in cache and goes through the weights; with
+  // few pixels there are more tasks, of some weights.
   const std::int64_t pixels = g.pixels(), chunks = ceil_div(pixels, kernels.task_pixels);
   const std::int64_t even = ceil_div(pixels, std::max<std::int64_t>(1, chunks));
   const std::int64_t chunk = std::min<std::int64_t>(kernels.task_pixels, ceil_div(even, kernels.mr) * kernels.mr);

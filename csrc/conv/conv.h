@@ -46,13 +46,13 @@ void convolve(const ConvSizes&, const Layer&, const Kernels&, const Input&, cons
 void convolve(const ConvSizes&, const Layer&, const Kernels&, const QuantizedTensor& input, const Output&);
 void convolve_depthwise(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 
-// Quantizes the input of a 1x1 convolution to mantissas (images, channels, pixels) and exponents (images, groups * blocks, pixels),
-// which are -128 for a block that is not finite.
+// Quantizes the input of a 1x1 convolution to mantissas (images, channels, pixels) and exponents (images, groups *
+// blocks, pixels), which are -128 for a block that is not finite.
 void quantize_activation(const ConvSizes&, const Layer&, const Kernels&, const Input&, std::int8_t* mantissa,
                          std::int8_t* exponent);
 
-// Returns the multiply-adds per second that one thread reaches with one block and all data in the first cache: an upper bound for
-// layers.
+// Returns the multiply-adds per second that one thread reaches with one block and all data in the first cache: an upper
+// bound for layers.
 double peak_rate(const Kernels&, double seconds);
 
 }  // namespace dsconv

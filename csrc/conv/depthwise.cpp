@@ -11,8 +11,9 @@ namespace {
 
 constexpr std::int64_t kMaxLineFilter = 5;  // the largest filter that depthwise_line covers
 
-// The tasks of a depthwise convolution: some lines of outputs each. Lanes are channels where those are contiguous (by_channel), and
-// then a task does all of them; else lanes are pixels of a line, and a task does the filters of one input channel.
+// The tasks of a depthwise convolution: some lines of outputs each. Lanes are channels where those are contiguous
+// (by_channel), and then a task does all of them; else lanes are pixels of a line, and a task does the filters of one
+// input channel.
 class DepthwiseTasks {
  public:
   DepthwiseTasks(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Input& from, const Output& o)

@@ -7,8 +7,8 @@
 
 namespace dsconv {
 
-// The lines of an image that some lines of outputs read, rearranged so that the inputs of neighbouring outputs at a tap are
-// contiguous: every stride-th value of a line, with zeros where the image ends.
+// The lines of an image that some lines of outputs read, rearranged so that the inputs of neighbouring outputs at a tap
+// are contiguous: every stride-th value of a line, with zeros where the image ends.
 class LineBuffer {
  public:
   static std::int64_t bytes(const ConvSizes& g, std::int64_t channels, std::int64_t outputs) {
@@ -31,8 +31,8 @@ class LineBuffer {
       }
   }
 
-  // Returns the inputs of the first line of outputs at a place of the flattened channels and taps; those of the next line lie
-  // next_line() further on.
+  // Returns the inputs of the first line of outputs at a place of the flattened channels and taps; those of the next
+  // line lie next_line() further on.
   const float* at(std::int64_t place) const {
     const std::int64_t kx = place % g_.kernel_w * g_.dilation_w, row = place / g_.kernel_w;
     const std::int64_t line = row / g_.kernel_h * lines_ + row % g_.kernel_h * g_.dilation_h;

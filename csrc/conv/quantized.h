@@ -27,8 +27,8 @@ class QuantizedTensor {
   }
   // Writes the rows of neighbouring pixels, from line to line and from image to image.
   void rows_of(std::int64_t first_pixel, std::int64_t pixels, std::int64_t* row) const;
-  // Must be called before channels are quantized, from the first of a block to the last of one. Fills the border for the first
-  // channel.
+  // Must be called before channels are quantized, from the first of a block to the last of one. Fills the border for
+  // the first channel.
   void begin(std::int64_t first, std::int64_t channels) const;
 
  private:
@@ -40,8 +40,8 @@ class QuantizedTensor {
   QuantizedRows rows_{};
 };
 
-// Writes the offsets of neighbouring pixels, from line to line and from image to image: those of a line lie `stride` apart, from
-// of_line(image, y, x) on.
+// Writes the offsets of neighbouring pixels, from line to line and from image to image: those of a line lie `stride`
+// apart, from of_line(image, y, x) on.
 template <class OfLine>
 void pixel_offsets(std::int64_t first, std::int64_t pixels, std::int64_t height, std::int64_t width, std::int64_t stride,
                    OfLine of_line, std::int64_t* to) {
@@ -70,8 +70,8 @@ struct QuantizedTarget {
 QuantizeArgs quantize_args(const QuantizedTensor& to, std::int64_t group, std::int64_t block, const std::int64_t* row,
                            std::int64_t pixels);
 
-// Quantizes channels `from` to `to`, whole blocks of the target, of the pixels that have these rows. The channels of a pixel are
-// contiguous from values[i * stride] on, where channel `from` lies.
+// Quantizes channels `from` to `to`, whole blocks of the target, of the pixels that have these rows. The channels of a
+// pixel are contiguous from values[i * stride] on, where channel `from` lies.
 void quantize_into(const QuantizedTarget&, const Kernels&, const float* values, std::int64_t stride, const std::int64_t* row,
                    std::int64_t pixels, std::int64_t from, std::int64_t to);
 

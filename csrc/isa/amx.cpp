@@ -212,8 +212,8 @@ inline void add_group(const DotArgs& a, const BlockGroup& g, int from, int to) {
   Wide&& a.rows.int_acc ? with_form.template operator()<true>() : with_form.template operator()<false>();
 }
 
-// Sums the pixels of two tiles. While tiles multiply a block of one group, vectors add a part of the group before. Accumulators are
-// stored only then, so that nothing waits for a product that is not ready.
+// Sums the pixels of two tiles. While tiles multiply a block of one group, vectors add a part of the group before.
+// Accumulators are stored only then, so that nothing waits for a product that is not ready.
 template <int P, bool Wide, bool Shift>
 inline void sum_pixels(const DotArgs& a, const Depth& depth, const std::int8_t* w, const TilePixels* pixels, int from,
                        BlockGroup* groups, int& now) {

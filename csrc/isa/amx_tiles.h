@@ -106,8 +106,8 @@ inline void dot(int c, int a, int b) {
 
 #else
 
-// Compilers do not know all that these instructions read: GCC 12 takes a tile load for one that reads nothing and a configuration for
-// one of 8 bytes. A barrier keeps earlier stores before them and later ones behind.
+// Compilers do not know all that these instructions read: GCC 12 takes a tile load for one that reads nothing and a
+// configuration for one of 8 bytes. A barrier keeps earlier stores before them and later ones behind.
 #define TILE_READS(from) __asm__ volatile("" : : "r"(from) : "memory")
 #define TILE_CONFIGURE(config)   \
   do {                           \

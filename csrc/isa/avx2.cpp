@@ -8,14 +8,15 @@ struct DotProduct {
   static constexpr bool kNibblePairs = true;
 
   static __m256i add(__m256i acc, __m256i w, __m256i x) {
-    // Bytes are widened first, because two of their products would saturate: even bytes in one vector, odd ones in the other.
+    // Bytes are widened first, because two of their products would saturate: even bytes in one vector, odd ones in the
+    // other.
     const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
     const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
     return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd)));
   }
 };
 
-using Tile = Tile256<DotProduct>;
+using Tile = DotTile<Dot256<DotProduct>>;
 
 }  // namespace
 

@@ -16,9 +16,9 @@ inline __m512i broadcast_four(const std::int8_t* from) {
   return _mm512_set1_epi32(four);
 }
 
-// Prefetches weights. They come from a cache far away, or from memory, in three times as long as their dot products take. Tiles of
-// the first pixels ask for those of the next outputs, each for a fourth, and the first one for its own, earlier than the processor
-// would.
+// Prefetches weights. They come from a cache far away, or from memory, in three times as long as their dot products
+// take. Tiles of the first pixels ask for those of the next outputs, each for a fourth, and the first one for its own,
+// earlier than the processor would.
 template <int Panels, bool Wide>
 struct WeightPrefetch {
   static constexpr int kLines = Wide ? 4 : 2;
@@ -85,9 +85,9 @@ template <bool IntAcc, bool Shift, int M, int P, int Parts>
   }
 }
 
-// A template, so that all sums stay in registers. Loops are known to run once at least, and a tap or a block changes one offset for
-// all pixels: otherwise the compiler keeps many more values than there are registers. All but low tiles take octets in fours, since
-// every turn of a loop copies the sums.
+// A template, so that all sums stay in registers. Loops are known to run once at least, and a tap or a block changes
+// one offset for all pixels: otherwise the compiler keeps many more values than there are registers. All but low tiles
+// take octets in fours, since every turn of a loop copies the sums.
 template <int M, int P, bool Wide, bool IntAcc, bool Shift>
 void tile(const DotArgs& a, const std::int64_t* row, float* sums) {
   // Low tiles have few sums: two of each, so that one does not wait for the other.

@@ -10,7 +10,7 @@ struct DotProduct {
   static __m256i add(__m256i acc, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
 };
 
-using Tile = Tile256<DotProduct>;
+using Tile = DotTile<Dot256<DotProduct>>;
 
 }  // namespace
 

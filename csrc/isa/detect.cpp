@@ -30,8 +30,8 @@ Registers cpuid(std::uint32_t leaf, std::uint32_t subleaf) {
 
 constexpr bool bit(std::uint64_t word, int position) { return (word >> position) & 1; }
 
-// Returns the register files that the operating system saves on a context switch. The instruction is written as bytes because the
-// intrinsic needs a target flag that would let the compiler use it before OSXSAVE is checked.
+// Returns the register files that the operating system saves on a context switch. The instruction is written as bytes
+// because the intrinsic needs a target flag that would let the compiler use it before OSXSAVE is checked.
 std::uint64_t xgetbv0() {
   std::uint32_t low, high;
   __asm__ volatile(".byte 0x0f, 0x01, 0xd0" : "=a"(low), "=d"(high) : "c"(0));

@@ -1,6 +1,6 @@
-// Rounds weights by rule `balanced`, a row in each lane. Lanes never meet, and every operation rounds as it is written, so that
-// results are the same for all numbers of lanes. Functions of the standard library stay outside: compiled here for one processor,
-// they must not serve others.
+// Rounds weights by rule `balanced`, a row in each lane. Lanes never meet, and every operation rounds as it is written,
+// so that results are the same for all numbers of lanes. Functions of the standard library stay outside: compiled here
+// for one processor, they must not serve others.
 #pragma once
 
 #include "../rounding/balanced.h"
@@ -359,7 +359,8 @@ class Solver : BalancedVectors<V> {
     solve_held();
   }
 
-  // Solutions of the lower half of the normal equations, lightly held where they were, by Cholesky's factors without roots.
+  // Solutions of the lower half of the normal equations, lightly held where they were, by Cholesky's factors without
+  // roots.
   void solve_held() {
     const auto before = [&](std::int64_t i) -> Double& { return i < taps_ ? found_.scale[i] : found_.shift[i - taps_]; };
     for (std::int64_t i = 0; i < unknowns_; ++i) {

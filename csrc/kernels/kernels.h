@@ -1,5 +1,5 @@
-// Arguments and tables of the kernels. Kernels are stateless: they allocate nothing, start no thread and know no image. Offsets say
-// where a pixel lies, so that padding, stride, dilation and groups are the caller's business.
+// Arguments and tables of the kernels. Kernels are stateless: they allocate nothing, start no thread and know no image.
+// Offsets say where a pixel lies, so that padding, stride, dilation and groups are the caller's business.
 #pragma once
 
 #include <cstddef>
@@ -25,18 +25,18 @@ inline constexpr int kZeroPoint = 8, kWideZeroPoint = 128;
 // The largest magnitude of a mantissa. 8 bits always include the sign.
 constexpr int max_mantissa(int bits) { return bits == 8 ? 128 : (1 << bits) - 1; }
 
-// The scale 2^e of a block of a pixel, and the accumulators' start. `acc_init` contains the zero-point correction, -zero_point
-// times the sum of the mantissas. `scale` is a NaN for a block that is not finite. Accumulators have one of two forms:
-// - magic, where |S| < 2^22: `scale` is 1.5 * 2^(23 + e), and acc_init contains its bits too. The accumulator ends as the bits of
-// the
-//   float scale + S * 2^e. Subtracting `scale`, which is exact, then replaces a conversion and a product.
+// The scale 2^e of a block of a pixel, and the accumulators' start. `acc_init` contains the zero-point correction,
+// -zero_point times the sum of the mantissas. `scale` is a NaN for a block that is not finite. Accumulators have one of
+// two forms:
+// - magic, where |S| < 2^22: `scale` is 1.5 * 2^(23 + e), and acc_init contains its bits too. The accumulator ends as
+//   the bits of the float scale + S * 2^e. Subtracting `scale`, which is exact, replaces a conversion and a product.
 // - integer, for wide weights and large blocks: `scale` is 2^e, a factor of the converted accumulator.
 struct BlockScale {
   std::int32_t acc_init;
   float scale;
 };
-// Bits of 1.0f, of the magic number for e = 0, and of the NaN, which differ from those of every magic number, even an overflowing
-// one.
+// Bits of 1.0f, of the magic number for e = 0, and of the NaN, which differ from those of every magic number, even an
+// overflowing one.
 inline constexpr std::uint32_t kOneBits = 0x3f800000, kMagicBits = 0x4b400000, kNanBits = 0x7fffffff;
 inline constexpr int kMaxMagicExponent = 104;  // a larger e overflows the magic number
 
@@ -83,8 +83,8 @@ struct DotArgs {
   std::uint8_t* workspace;  // of workspace_bytes, aligned to 64
 };
 
-// Turns a sum into an output: activation((sum + bias) * gain + offset + residual), the product and the offset rounded once.
-// Pointers may be null; gain and offset, of a BatchNorm, come together.
+// Turns a sum into an output: activation((sum + bias) * gain + offset + residual), the product and the offset rounded
+// once. Pointers may be null; gain and offset, of a BatchNorm, come together.
 struct PostOps {
   const float *bias, *gain, *offset;
   Activation activation;
@@ -133,9 +133,9 @@ struct PoolArgs {
   float* output;
 };
 
-// The average of each channel over all pixels, in the order in which PyTorch sums contiguous values with vectors of `lanes`: value
-// i goes to one of 4 * lanes partial sums, and long sums are sums of shorter ones. Results depend on `lanes`, not on the
-// instruction set.
+// The average of each channel over all pixels, in the order in which PyTorch sums contiguous values with vectors of
+// `lanes`: value i goes to one of 4 * lanes partial sums, and long sums are sums of shorter ones. Results depend on
+// `lanes`, not on the instruction set.
 struct AverageArgs {
   const float* input;
   std::int64_t stride, pixels, channels;
@@ -143,8 +143,9 @@ struct AverageArgs {
   float* output;
 };
 
-// Depthwise convolution of up to `lanes` neighbouring outputs: of as many filters (by_channel), or of neighbouring pixels of one
-// filter. Weights, KDS and post-ops of filters are contiguous, and read up to kMaxLanes behind the last one.
+// Depthwise convolution of up to `lanes` neighbouring outputs: of as many filters (by_channel), or of neighbouring
+// pixels of one filter. Weights, KDS and post-ops of filters are contiguous, and read up to kMaxLanes behind the last
+// one.
 struct DepthwiseArgs {
   const float* const* tap;  // lane i reads tap[k][first + i]
   std::int64_t first;
@@ -160,7 +161,8 @@ struct DepthwiseArgs {
   float* output;          // of lane 0; the others follow
 };
 
-// Depthwise convolution of a line of outputs whose channels are contiguous: square filters of 3 or 5 in one block, stride 1 or 2.
+// Depthwise convolution of a line of outputs whose channels are contiguous: square filters of 3 or 5 in one block,
+// stride 1 or 2.
 struct DepthwiseLineArgs {
   int size, stride;
   const float* const* line;  // of each row of taps: pixel x lies at line[k] + x * pixel_stride[k]
@@ -185,7 +187,8 @@ struct WeightRows;
 // Operators that differ between instruction sets by the width of vectors alone (kernels/*.h).
 struct VectorKernels {
   int lanes;
-  // NCHW: neighbouring pixels are contiguous, channel c of pixel i lies at channel[c][first + i]. Reads as many pixels as `lanes`.
+  // NCHW: neighbouring pixels are contiguous, channel c of pixel i lies at channel[c][first + i]. Reads as many pixels
+  // as `lanes`.
   void (*quantize_nchw)(const QuantizeArgs&, const float* const* channel, std::int64_t first);
   // NHWC: the channels of a pixel are contiguous, channel c of pixel i lies at values[i * stride + c].
   void (*quantize_nhwc)(const QuantizeArgs&, const float* values, std::int64_t stride);

@@ -7,8 +7,8 @@ namespace dsconv {
 
 enum class Pooling { average, maximum, maximum_or_nan };
 
-// Pools vectors of channels from c on, the last of `count` lanes; more vectors wait less for their last maximum. A maximum turns
-// lanes of `doubt` into NaN where a value is infinite or a NaN, which it may have passed over.
+// Pools vectors of channels from c on, the last of `count` lanes; more vectors wait less for their last maximum. A
+// maximum turns lanes of `doubt` into NaN where a value is infinite or a NaN, which it may have passed over.
 template <class V, int Vectors, Pooling P>
 inline void pool_channels(const PoolArgs& a, std::int64_t c, int count, typename V::Float& doubt) {
   using Float = typename V::Float;

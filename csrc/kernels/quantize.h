@@ -5,8 +5,8 @@
 
 namespace dsconv {
 
-// The largest bits among a block's values, in each lane. Magnitudes are ordered as their bits are, with infinity and NaN on top. As
-// unsigned words, negative values are above all others; as signed integers, below.
+// The largest bits among a block's values, in each lane. Magnitudes are ordered as their bits are, with infinity and
+// NaN on top. As unsigned words, negative values are above all others; as signed integers, below.
 template <class V>
 struct BlockRange {
   typename V::Word words{};
@@ -25,7 +25,8 @@ struct BlockQuantizer {
   using Word = typename V::Word;
   using Bytes = typename V::Bytes;
 
-  // 2 q + 1.5 * 2^24 has the integer nearest to q, ties to even, in the lowest bits of its word, which is kMagicWord for 0.
+  // 2 q + 1.5 * 2^24 has the integer nearest to q, ties to even, in the lowest bits of its word, which is kMagicWord
+  // for 0.
   static constexpr float kMagic = 25165824.0f;
   static constexpr std::int32_t kMagicWord = 0x4bc00000;
 
@@ -50,7 +51,8 @@ struct BlockQuantizer {
     limits = limit * 0x01010101;
   }
 
-  // The quantizers of single lanes, broadcast: of pixels whose channels are contiguous. They support clamp_bytes and integer.
+  // The quantizers of single lanes, broadcast: of pixels whose channels are contiguous. They support clamp_bytes and
+  // integer.
   struct Broadcasts {
     float factor[V::kLanes];
     std::int32_t limits[V::kLanes], nonzero[V::kLanes];
@@ -72,7 +74,8 @@ struct BlockQuantizer {
   Int round(Float v) const { return V::as_int(V::fma(v, factor, Float{} + kMagic)); }
   // The nearest integer; anything where the block is not finite.
   Int integer(Float v) const { return V::as_int(V::as_word(round(v)) - static_cast<std::uint32_t>(kMagicWord)); }
-  // A mantissa plus kMagicWord, in lanes that are nonzero. Rounding passes the least mantissa only where the sign is `extra`.
+  // A mantissa plus kMagicWord, in lanes that are nonzero. Rounding passes the least mantissa only where the sign is
+  // `extra`.
   template <bool Extra>
   Int quantize(Float v) const {
     const Int n = V::min(round(v), most);
@@ -195,8 +198,8 @@ void quantize_nchw(const QuantizeArgs& a, const float* const* channel, std::int6
   a.sign == Sign::extra ? with_sign.template operator()<true>() : with_sign.template operator()<false>();
 }
 
-// Quantizes blocks of `Vectors` whole vectors, or of any size where that is 0. first_read(pixel, channel, vector) returns
-// vector(values + pixel * stride, channel), and may compute and store it before.
+// Quantizes blocks of `Vectors` whole vectors, or of any size where that is 0. first_read(pixel, channel, vector)
+// returns vector(values + pixel * stride, channel), and may compute and store it before.
 template <class V, bool Extra, int Vectors, class FirstRead>
 inline void quantize_nhwc_block(const QuantizeArgs& args, const float* values, std::int64_t stride, FirstRead first_read) {
   constexpr int kLanes = V::kLanes;

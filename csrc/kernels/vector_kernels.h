@@ -1,5 +1,5 @@
-// All operators over vectors of one type. Their instantiation takes long to compile: instruction sets with the same vectors share
-// it.
+// All operators over vectors of one type. Their instantiation takes long to compile: instruction sets with the same
+// vectors share it.
 #pragma once
 
 #include "balanced.h"

@@ -11,8 +11,8 @@
 
 namespace dsconv {
 
-// A float tensor: of images that lie `strides.image` apart, from base address number `base` plus `offset` bytes an image plus
-// `first` values on.
+// A float tensor: of images that lie `strides.image` apart, from base address number `base` plus `offset` bytes an
+// image plus `first` values on.
 struct FloatTensor {
   int base;
   std::int64_t offset, first;
@@ -41,8 +41,8 @@ struct PoolWindow {
   std::int64_t divisor;  // of an average; 0: the number of values, with those of the padding if they count
 };
 
-// Tensors are named by numbers. Base 0 is memory of bytes(images) bytes, aligned to 64, that nobody else uses during a run; steps
-// are fixed before the first run, and runs may overlap.
+// Tensors are named by numbers. Base 0 is memory of bytes(images) bytes, aligned to 64, that nobody else uses during a
+// run; steps are fixed before the first run, and runs may overlap.
 class Program {
   struct Run {
     std::int64_t images;
@@ -61,8 +61,8 @@ class Program {
 
   // Reads quantized tensor `input`, or with flattened blocks float tensor `from`.
   void convolve(const ConvSizes&, const Layer&, int from, int input, const StepOutputs&);
-  // Multiplies by the channel's scale and adds its shift, where these are given, rounded once with `fma`, else twice; then
-  // multiplies by `gate`, a tensor of the same size or of one pixel, where it is not -1.
+  // Multiplies by the channel's scale and adds its shift, where these are given, rounded once with `fma`, else twice;
+  // then multiplies by `gate`, a tensor of the same size or of one pixel, where it is not -1.
   void map(int from, const float* scale, const float* shift, bool fma, int gate, const StepOutputs&);
   // Averages every channel of an image, in the order of PyTorch's vectors of `lanes`.
   void average(int from, int lanes, int to);

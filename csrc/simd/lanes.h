@@ -10,10 +10,10 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(Bytes)));
 };
 
-// Types of vectors of N lanes of 32 bits, and functions of them. The vector types of simd/<isa>.h derive from it and replace
-// functions for which the instruction set has something better. Each is a type of an unnamed namespace, which gives internal
-// linkage to all templates over it: the linker must never take a function that was compiled for one instruction set for that of
-// another.
+// Types of vectors of N lanes of 32 bits, and functions of them. The vector types of simd/<isa>.h derive from it and
+// replace functions for which the instruction set has something better. Each is a type of an unnamed namespace, which
+// gives internal linkage to all templates over it: the linker must never take a function that was compiled for one
+// instruction set for that of another.
 template <int N, class Vector>
 struct Lanes {
   static_assert(N == 4 || N == 8 || N == 16);
@@ -67,8 +67,8 @@ struct Lanes {
   // Adds the product of the low 16 bits, signed; b has zeros above them.
   static Int add_product(Int sum, Int a, Int b) { return sum + (a << 16 >> 16) * (b << 16 >> 16); }
 
-  // Interleaves values, or pairs of values, of the first (Half 0) or the second halves of every 128 bits. Processors shuffle
-  // fastest within 128 bits.
+  // Interleaves values, or pairs of values, of the first (Half 0) or the second halves of every 128 bits. Processors
+  // shuffle fastest within 128 bits.
   template <int Half, class T>
   static T interleave_values(T a, T b) {
     constexpr int h = 2 * Half;

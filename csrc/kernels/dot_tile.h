@@ -1,0 +1,71 @@
+// A tile of dot products for instruction sets with few registers: two vectors of outputs side by side.
+#pragma once
+
+#include "dot.h"
+
+namespace dsconv {
+
+inline constexpr int kTileVectors = 2;
+
+// A tile of M x (kTileVectors * lanes) outputs. Dot, a type of an unnamed namespace or a template over one, has
+//   Vector            a vector type
+//   static constexpr int kMR
+//   template <bool Wide> static std::int32_t acc_init(const BlockScale&, bool int_acc)
+//   template <bool Wide, int M> static void add_octets(const DotArgs&, const std::uint8_t* w, const std::int8_t* const (&x)[M],
+//                                                      int octets, Vector::Int (&acc)[M][kTileVectors])
+template <class Dot, int M, bool Wide, bool Shift>
+void dot_tile(const DotArgs& a, const std::int64_t* row, const std::uint8_t* w, const float* kds, const float* shift, float* sums) {
+  using V = typename Dot::Vector;
+  const QuantizedRows& rows = a.rows;
+  typename V::Float y[M][kTileVectors];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < kTileVectors; ++v) y[m][v] = typename V::Float{};
+  for (int k = 0; k < a.taps; ++k) {
+    const std::int8_t* x[M];
+    std::int64_t block[M];
+    for (int m = 0; m < M; ++m) {
+      const std::int64_t at = row[m] + a.tap_row[k];
+      x[m] = rows.mantissa + at * rows.row_bytes;
+      block[m] = at * rows.blocks;
+    }
+    for (int b = 0; b < rows.blocks; ++b) {
+      typename V::Int acc[M][kTileVectors];
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < kTileVectors; ++v)
+          acc[m][v] = V::broadcast(Dot::template acc_init<Wide>(rows.scale[block[m] + b], rows.int_acc));
+      const int octets = b + 1 < rows.blocks ? a.octets : a.last_octets;
+      Dot::template add_octets<Wide>(a, w, x, octets, acc);
+      w += octets * (Wide ? 128 : 64);
+      for (int m = 0; m < M; ++m) {
+        x[m] += 8 * octets;
+        const auto scale = V::broadcast(rows.scale[block[m] + b].scale);
+        for (int v = 0; v < kTileVectors; ++v) {
+          const auto term = Wide && rows.int_acc ? V::to_float(acc[m][v]) * scale : V::as_float(acc[m][v]) - scale;
+          y[m][v] = V::fma(V::load(kds + V::kLanes * v), term, y[m][v]);
+          if constexpr (Shift)
+            y[m][v] = V::fma(V::load(shift + V::kLanes * v), V::broadcast(rows.shift_term[block[m] + b]), y[m][v]);
+        }
+      }
+      kds += kNR;
+      if constexpr (Shift) shift += kNR;
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < kTileVectors; ++v) V::store(sums + m * kNR + V::kLanes * v, y[m][v]);
+}
+
+// The Tile of dot.h.
+template <class Dot>
+struct DotTile {
+  template <int Panels>
+  static constexpr int kMR = Dot::kMR;
+
+  template <int M, int Panels, bool Wide, bool Shift>
+  static void run(const DotArgs& a, const std::int64_t* row, float* sums) {
+    for (int n = 0; n < Panels * kPanel; n += Dot::Vector::kLanes * kTileVectors)
+      dot_tile<Dot, M, Wide, Shift>(a, row, a.weight + (n / kPanel) * a.panel_bytes + 4 * (n % kPanel), a.kds + n,
+                                    Shift ? a.kds_shift + n : nullptr, sums + n);
+  }
+};
+
+}  // namespace dsconv
