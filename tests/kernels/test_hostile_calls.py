@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Case, same_bits
+from kernel_cases import Case, conv_sizes, same_bits
 from torch import Tensor
 
 from dsconv.config import LayerConfig
@@ -119,18 +119,14 @@ def test_other_devices_and_compilers_get_the_same_errors() -> None:
 # The extension
 
 
-def sizes(module: Any, **changed: int) -> Any:
-    """Of a 3x3 convolution of 16 channels."""
-    given = {"images": 1, "channels": 16, "outputs": 16, "groups": 1, "block_size": 16}
-    sides = {"": 4, "out_": 4, "kernel_": 3, "stride_": 1, "pad_": 1, "dilation_": 1}
-    for name, n in sides.items():
-        given |= dict.fromkeys((name + "height", name + "width") if n == 4 else (name + "h", name + "w"), n)
-    return module.ConvSizes(**given | changed, flat=False)
-
-
 def pixels(module: Any) -> Any:
     """Of a 1x1 convolution."""
-    return sizes(module, kernel_h=1, kernel_w=1, pad_h=0, pad_w=0)
+    return conv_sizes(module, kernel_h=1, kernel_w=1, pad_h=0, pad_w=0)
+
+
+def unpadded(module: Any) -> Any:
+    """Of a 3x3 convolution without padding."""
+    return conv_sizes(module, pad_h=0, pad_w=0, out_height=2, out_width=2)
 
 
 def extension_calls() -> dict[str, tuple[Callable[[Any], object], str]]:
@@ -176,28 +172,34 @@ def extension_calls() -> dict[str, tuple[Callable[[Any], object], str]]:
         "a pool beyond its image": (lambda m: pool(m, 3, 3, 9, 9, 1, 1, 1, 1), "pool"),
         "a pool of too many": (lambda m: pool(m, 2**31 - 1, 2**31 - 1, 1, 1, 1, 1, 1, 1), "pool"),
         "weights at no address": (
-            lambda m: program(m).convolve(sizes(m), -1, 0, 0, 64, 0, 0, 0, 0, 4, 4, 0, uses),
+            lambda m: program(m).convolve(conv_sizes(m), -1, 0, 0, 64, 0, 0, 0, 0, 4, 4, 0, uses),
             "weight",
         ),
         "an input at no address": (
-            lambda m: m.Convolution("scalar", sizes(m), dense, dense, 4, 4, 0, 0, 0.0)(0, 64, 64, 0, 0, 0, 0, 0, 64),
+            lambda m: m.Convolution("scalar", conv_sizes(m), dense, dense, 4, 4, 0, 0, 0.0)(
+                0, 64, 64, 0, 0, 0, 0, 0, 64
+            ),
             "input",
         ),
         "KDS at no address": (
-            lambda m: m.Convolution("scalar", sizes(m), dense, dense, 4, 4, 0, 0, 0.0)(64, 64, 0, 0, 0, 0, 0, 0, 64),
+            lambda m: m.Convolution("scalar", conv_sizes(m), dense, dense, 4, 4, 0, 0, 0.0)(
+                64, 64, 0, 0, 0, 0, 0, 0, 64
+            ),
             "kds",
         ),
         "an output at no address": (
-            lambda m: m.Convolution("scalar", sizes(m), dense, dense, 4, 4, 0, 0, 0.0)(64, 64, 64, 0, 0, 0, 0, 0, 0),
+            lambda m: m.Convolution("scalar", conv_sizes(m), dense, dense, 4, 4, 0, 0, 0.0)(
+                64, 64, 64, 0, 0, 0, 0, 0, 0
+            ),
             "output",
         ),
         "KDS of a program at no address": (
-            lambda m: program(m).convolve(sizes(m), -1, 0, 64, 0, 0, 0, 0, 0, 4, 4, 0, uses),
+            lambda m: program(m).convolve(conv_sizes(m), -1, 0, 64, 0, 0, 0, 0, 0, 4, 4, 0, uses),
             "kds",
         ),
         "mantissas of a convolution that is not 1x1": (
             lambda m: m.quantize_activation(
-                "scalar", sizes(m, pad_h=0, pad_w=0, out_height=2, out_width=2), 0, dense, 4, 0, 0, 0
+                "scalar", conv_sizes(m, pad_h=0, pad_w=0, out_height=2, out_width=2), 0, dense, 4, 0, 0, 0
             ),
             "1x1",
         ),
@@ -214,16 +216,16 @@ def extension_calls() -> dict[str, tuple[Callable[[Any], object], str]]:
             "sizes do not agree",
         ),
         "negative strides": (
-            lambda m: m.Convolution("scalar", sizes(m), (-256, 1, 64, 16), dense, 4, 4, 0, 0, 0.0),
+            lambda m: m.Convolution("scalar", conv_sizes(m), (-256, 1, 64, 16), dense, 4, 4, 0, 0, 0.0),
             "strides",
         ),
         "output strides that the kernels do not know": (
-            lambda m: m.Convolution("scalar", sizes(m), dense, (512, 2, 128, 32), 4, 4, 0, 0, 0.0),
+            lambda m: m.Convolution("scalar", conv_sizes(m), dense, (512, 2, 128, 32), 4, 4, 0, 0, 0.0),
             "output_strides",
         ),
-        "sizes that do not agree": (lambda m: sizes(m, out_width=5), "do not agree"),
-        "sizes that overflow": (lambda m: sizes(m, images=2**40), "do not agree"),
-        "nothing to pack": (lambda m: m.pack_weight(sizes(m), 0, 4, 0), "vqk|packed"),
+        "sizes that do not agree": (lambda m: conv_sizes(m, out_width=5), "do not agree"),
+        "sizes that overflow": (lambda m: conv_sizes(m, images=2**40), "do not agree"),
+        "nothing to pack": (lambda m: m.pack_weight(conv_sizes(m), 0, 4, 0), "vqk|packed"),
     }
 
 
@@ -236,20 +238,22 @@ def test_the_extension_refuses(call: Callable[[Any], object], message: str) -> N
 
 def test_sizes_are_named_and_fixed() -> None:
     module = cpu.extension()
-    made = sizes(module)
+    made = conv_sizes(module)
     assert (made.channels, made.pad_h, made.flat) == (16, 1, False)
-    assert made == sizes(module) != sizes(module, dilation_h=2, out_height=2) and hash(made) == hash(sizes(module))
+    assert made == conv_sizes(module) != conv_sizes(module, dilation_h=2, out_height=2) and hash(made) == hash(
+        conv_sizes(module)
+    )
     with pytest.raises(AttributeError):
         made.channels = 8
     for wrong in ({"rows": 1}, {"channels": "16"}, {"channels": 2**64}):
         with pytest.raises(TypeError):
-            sizes(module, **wrong)
+            conv_sizes(module, **wrong)
 
 
 def test_kernels_that_the_processor_lacks_are_refused() -> None:
     module = cpu.extension()
     names = {"scalar", "avx2", "avxvnni", "avx512vnni", "amx", "neon", "neondotprod", "mmx", ""}
-    whole, dense = sizes(module), (256, 1, 64, 16)
+    whole, dense = conv_sizes(module), (256, 1, 64, 16)
     for name in names - set(module.isa_with_kernels()):
         for call in (
             lambda name=name: module.peak_rate(name, 0.01),

@@ -147,6 +147,15 @@ def near(y: Tensor, reference: Reference) -> bool:
     return y.shape == reference.output.shape and bool((inside | (y.isnan() & reference.output.isnan())).all())
 
 
+def conv_sizes(module: Any, *, flat: bool = False, **changed: int) -> Any:
+    """Sizes for the extension of a 3x3 convolution of 16 channels on 4x4 pixels, but for some."""
+    given = {"images": 1, "channels": 16, "outputs": 16, "groups": 1, "block_size": 16}
+    given |= dict.fromkeys(("height", "width", "out_height", "out_width"), 4)
+    given |= dict.fromkeys(("kernel_h", "kernel_w"), 3)
+    given |= dict.fromkeys(("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"), 1)
+    return module.ConvSizes(**given | changed, flat=flat)
+
+
 def by_isa(call: Callable[[], Any], *, covered: bool = True) -> dict[str, Any]:
     """Return what a call returns with each instruction set, having checked that its kernels ran and no others.
 

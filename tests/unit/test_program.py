@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import by_isa
+from kernel_cases import by_isa, conv_sizes
 from kernel_cases import same_bits as same_bits_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -565,12 +565,25 @@ def test_the_extension_refuses_steps_that_do_not_fit() -> None:
         return one, one.values(0, 0, 0, size, strides), one.quantized(1024, 16, 16, 1, (4, 4, 1, 1), 4, 4, 0, False)
 
     one, values, quantized = fresh()
-    whole = (1, 16, 4, 4, 16, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 0)
     address = torch.zeros(1 << 16).data_ptr()
     uses = (values, -1, [], 0, 0.0)
 
-    def convolve(sizes: tuple[int, ...] = whole, source: int = -1, read: int = 1000, use: object = uses) -> None:
-        one.convolve(sizes, source, quantized if read == 1000 else read, address, address, 0, 0, 0, 0, 4, 4, 0, use)
+    def convolve(source: int = -1, read: int = 1000, use: object = uses, **changed: int) -> None:
+        one.convolve(
+            conv_sizes(module, **changed),
+            source,
+            quantized if read == 1000 else read,
+            address,
+            address,
+            0,
+            0,
+            0,
+            0,
+            4,
+            4,
+            0,
+            use,
+        )
 
     convolve()
     for wrong in (
@@ -581,10 +594,10 @@ def test_the_extension_refuses_steps_that_do_not_fit() -> None:
         lambda: convolve(use=(values, -1, [(3, 0)], 0, 0.0)),
         lambda: convolve(use=(values, -1, [], 9, 0.0)),
         lambda: convolve(use=(values, 5, [], 0, 0.0)),
-        lambda: convolve((1, 32, 4, 4, 16, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 0)),
-        lambda: convolve((1, 16, 4, 4, 32, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 0)),
-        lambda: convolve((1, 16, 4, 4, 16, 6, 6, 3, 3, 1, 1, 2, 2, 1, 1, 1, 16, 0)),
-        lambda: convolve((1, 16, 4, 4, 16, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1)),
+        lambda: convolve(channels=32),
+        lambda: convolve(outputs=32),
+        lambda: convolve(out_height=6, out_width=6, pad_h=2, pad_w=2),
+        lambda: convolve(flat=True),
         lambda: one.values(0, 0, 0, (17, 4, 4), strides),
         lambda: one.values(0, 1, 0, size, strides),
         lambda: one.values(-1, 0, 0, size, strides),
@@ -692,7 +705,9 @@ def test_a_step_that_does_not_fit_its_tensors_is_refused(kind: str, changed: dic
         uses = (number["values"], number["residual"], targets, given.get("activation", 0), 0.0)
         where = (*given["kernel"], *given["stride"], *given["padding"], 1, 1)
         if kind == "convolve":
-            sizes = (1, 16, 4, 4, given["outputs"], 4, 4, *where, given["groups"], 16, given["flat"])
+            names = ("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w")
+            changes = dict(zip(names, where, strict=False)) | {name: given[name] for name in ("outputs", "groups")}
+            sizes = conv_sizes(cpu.extension(), flat=given["flat"], **changes)
             source = number["source"] if "source" in changed else -1
             one.convolve(sizes, source, own[given["input"]], address, address, 0, 0, 0, 0, 4, 4, 0, uses)
         elif kind == "map":
