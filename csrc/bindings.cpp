@@ -324,6 +324,7 @@ void bind_program(nb::module_& m) {
            })
       .def("average", &Program::average)
       .def("flatten", &Program::flatten)
+      .def("shuffle", &Program::shuffle)
       .def("pool",
            [](Program& self, int from, const std::array<std::int64_t, 8>& w, bool average, bool count_padding, std::int64_t divisor,
               const std::array<std::int64_t, 2>& out, const OutputsTuple& to) {

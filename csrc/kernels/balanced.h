@@ -190,7 +190,11 @@ class Solver : BalancedVectors<V> {
       for (std::int64_t c = 0; c < n_; ++c) plain_.q[tap * n_ + c] = to_double(integers_[c]);
       plain_.scale[tap] = to_double(to_float(line.scale)) / whole, plain_.shift[tap] = to_double(to_float(line.shift)) / whole;
     }
-    const WideMask better = value(found_) <= value(plain_);
+    WideMask better = value(found_) <= value(plain_);
+    for (std::int64_t tap = 0; tap < taps_; ++tap) {  // a float does not hold every scale of a huge weight
+      const Double a = to_double(to_float(found_.scale[tap] * whole)), b = to_double(to_float(found_.shift[tap] * whole));
+      better &= a - a + (b - b) == 0;
+    }
     for (std::int64_t tap = 0; tap < taps_; ++tap) {
       const Float a = to_float((better ? found_.scale[tap] : plain_.scale[tap]) * whole);
       const Float b = to_float((better ? found_.shift[tap] : plain_.shift[tap]) * whole);

@@ -339,6 +339,24 @@ void Program::average(int from, int lanes, int to) {
   });
 }
 
+void Program::shuffle(int from, int factor, int to) {
+  const FloatTensor v = float_tensor(from), made = float_tensor(to);
+  require(v.dense() && made.dense() && factor > 0 && factor <= v.channels && made.height == v.height * factor &&
+              made.width == v.width * factor && made.channels * factor * factor == v.channels,
+          "shuffle: expected dense tensors, the second with factor * factor times the pixels for the channels");
+  steps_.push_back([=, this](const Run& run) {
+    parallel(run.images * made.height, [&](std::int64_t line) {
+      const std::int64_t image = line / made.height, y = line % made.height;
+      const float* const row = address(run, v) + image * v.strides.image + y / factor * v.strides.y;
+      float* out = address(run, made) + image * made.strides.image + y * made.strides.y;
+      for (std::int64_t x = 0; x < made.width; ++x, out += made.strides.x) {
+        const float* const in = row + x / factor * v.strides.x + y % factor * factor + x % factor;
+        for (std::int64_t c = 0; c < made.channels; ++c) out[c] = in[c * factor * factor];
+      }
+    });
+  });
+}
+
 void Program::flatten(int from, int to) {
   const FloatTensor v = float_tensor(from), made = float_tensor(to);
   const std::int64_t count = v.channels * v.pixels();

@@ -68,6 +68,8 @@ class Program {
   void average(int from, int lanes, int to);
   // Turns all values of an image into channels of one pixel, those of a channel one after another.
   void flatten(int from, int to);
+  // Moves factor * factor channels to each channel's pixels, as pixel_shuffle of PyTorch does.
+  void shuffle(int from, int factor, int to);
   void pool(int from, const PoolWindow&, std::int64_t out_height, std::int64_t out_width, const StepOutputs&);
   // Adds a step that the caller takes.
   void skip() {

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from dsconv.numerics import (
     quantize_weight_shifted,
     weights,
 )
+from dsconv.ops import cpu
 
 BITS = range(2, 9)
 bits_ = st.integers(2, 8)
@@ -319,6 +321,16 @@ def test_balanced_never_raises_its_objective(w: Tensor, bits: int, block_size: i
     # In float32, errors below 1e-6 of the weights are noise.
     noise = 1e-9 * w.double().square().amax() * w[0].numel()
     assert (after <= before * (1 + 1e-4) + noise).all()
+
+
+@pytest.mark.parametrize("solver", [None, cpu.solve_balanced])
+@pytest.mark.parametrize("seed", range(5))
+def test_balanced_has_finite_scales_of_the_largest_floats(seed: int, solver: Any) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sign, kept = (torch.rand(14, 3, 25, generator=generator) > p for p in (0.5, 0.3))
+    w = torch.finfo(torch.float32).max * (2.0 * sign - 1) * kept
+    found = quantize_weight_shifted(w, 5, 3, rule="balanced", solver=solver)
+    assert found.kds.isfinite().all() and found.kds_shift.isfinite().all()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -122,6 +122,8 @@ def solve(w: Tensor, model: Model, held: Model, half: int, shift: bool) -> Resul
     q, a, c = (torch.stack(values).double() for values in zip(*plain, strict=True))
     refined = q, a / unit, c / unit
     better = model.value(_missed(target, found)) <= model.value(_missed(target, refined))
+    for value in found[1:]:  # float32 does not hold every scale of a huge weight
+        better &= (value * unit).float().isfinite().all(0).squeeze(0)
     q, a, c = (torch.where(better, new, old) for new, old in zip(found, refined, strict=True))
     return q.to(torch.int8), (a * unit).float(), (c * unit).float()
 

@@ -52,7 +52,7 @@ def _converts_nothing(node: fx.Node) -> bool:
 register(
     "aten",
     "alias channel_shuffle chunk concat constant_pad_nd detach detach_ embedding expand expand_as flip gather "
-    "index_select lift_fresh_copy masked_fill movedim narrow pad permute pixel_shuffle pixel_unshuffle "
+    "index_select lift_fresh_copy masked_fill movedim narrow pad permute pixel_unshuffle "
     "reflection_pad1d reflection_pad2d repeat replication_pad1d replication_pad2d roll select slice split "
     "split_with_sizes squeeze stack sym_numel t tile _to_copy transpose unbind unflatten unsqueeze upsample_nearest2d "
     "where",
