@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from dsconv.conversion import fold_batchnorm, quantize
     from dsconv.conversion.summary import summary
     from dsconv.cpu import cpu_info
-    from dsconv.evaluation import compare, evaluate
+    from dsconv.evaluation.compare import compare
+    from dsconv.evaluation.evaluate import evaluate
     from dsconv.io import load, save
     from dsconv.mixed import search, sensitivity
     from dsconv.onnx import export_onnx

@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -18,6 +20,11 @@ def one_line(text: str, longest: int = 1500) -> str:
         part = (longest - 5) // 2
         plain = f"{plain[: longest - 5 - part]} ... {plain[-part:]}"
     return plain
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class DSConvError(Exception):
@@ -57,6 +64,15 @@ class MissingExtraError(DSConvError, ImportError):
 
     def __init__(self, extra: str, package: str):
         super().__init__(f"{package} is not installed: pip install 'dsconv[{extra}]'")
+
+
+@contextmanager
+def usable_device(device: object) -> Iterator[None]:
+    """Turn what PyTorch raises for a ``device`` that is not there into a ConfigError."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"The device {str(device)!r} cannot be used: {first_line(error)}") from error
 
 
 def check_extra(extra: str, package: str) -> None:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Literal, get_args
 
-from dsconv.errors import ModelError, check_extra
+from dsconv.errors import ConfigError, ModelError, check_extra
 from dsconv.files import as_path
 
 ActivationSign = Literal["adaptive", "extra", "included"]
@@ -23,7 +23,16 @@ OPSET = 21
 PEERS = ("torch", "onnxruntime", "openvino")
 """Runtimes that :func:`dsconv.bench` measures beside dsconv."""
 
+OnInterrupt = Literal["raise", "partial"]
+"""What Ctrl-C does to a measurement: raise KeyboardInterrupt, or end with the figures so far."""
+
 _LIBRARIES = ("torchvision", "timm", "dsconv")
+
+
+def check_on_interrupt(value: str) -> None:
+    """Raise ConfigError unless ``value`` is one of :data:`OnInterrupt`."""
+    if value not in (known := get_args(OnInterrupt)):
+        raise ConfigError(f"on_interrupt: expected {' or '.join(map(repr, known))}, got {value!r}")
 
 
 def is_registered(name: str) -> bool:

@@ -38,6 +38,11 @@ def loads(text: str | bytes, *, finite: bool = True) -> Any:
     return value
 
 
+def finite_or_none(value: float | None) -> float | None:
+    """Return a figure as JSON has it: an infinite or undefined one is None."""
+    return value if value is None or math.isfinite(value) else None
+
+
 def _depth(text: str) -> int:
     depth = deepest = 0
     for bracket in _BRACKETS.findall(_STRING.sub("", text)):

@@ -21,9 +21,12 @@ from dsconv.cpu import cores
 from dsconv.data.folder import Images
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
-from dsconv.evaluation import Comparison, Evaluation, compare_each
+from dsconv.evaluation import Comparison, Evaluation
+from dsconv.evaluation.compare import compare_each
 from dsconv.layers.inputs import as_input_of
 from dsconv.modes import check_module, evaluation_mode
+from dsconv.names import OnInterrupt
+from dsconv.strict_json import finite_or_none
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:
@@ -75,7 +78,7 @@ class Candidate:
             "settings": self.settings,
             "bytes": self.bytes,
             "effective_bits": self.effective_bits,
-            **{name: _finite(getattr(self.evaluation, name, None)) for name in measured},
+            **{name: finite_or_none(getattr(self.evaluation, name, None)) for name in measured},
             "first_quartile_ms": first,
             "median_ms": median,
             "third_quartile_ms": third,
@@ -206,7 +209,7 @@ def tradeoff(
     limit: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
-    on_interrupt: Literal["raise", "partial"] = "raise",
+    on_interrupt: OnInterrupt = "raise",
 ) -> Tradeoff:
     """Size, accuracy and time of several quantized networks that were made of one float network.
 
@@ -330,10 +333,6 @@ def _time(
             times |= {
                 name: quartiles([1e3 * t for t in taken]) for name, taken in zip(networks, race.times, strict=True)
             }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is None or math.isfinite(value) else None
 
 
 def _text(show: str, value: float | None) -> str | None:

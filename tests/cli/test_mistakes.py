@@ -170,7 +170,7 @@ def test_bench_settings_beside_a_file_that_has_its_own(options: str, cli: Cli, q
         ("{net} --data {here}/all_broken", ["none of the", "all_broken"]),
         ("{net} --out {here}/beyond/labels.csv", ["labels.csv", "--force"]),
         ("{net} --plot {here}/no/such.png", ["written to"]),
-        ("{net} --size 3x8x8", ["cannot run on images of shape (3, 8, 8)"]),
+        ("{net} --size 3x8x8", ["cannot run on images of shape (1, 3, 8, 8)"]),
         ("none.safetensors", ["none.safetensors", "there is none"]),
     ],
 )

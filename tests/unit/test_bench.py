@@ -271,7 +271,7 @@ def test_arguments_out_of_range(changes: dict[str, Any], expected: str, net: tnn
 
 
 def test_networks_that_cannot_be_run(net: tnn.Sequential, qnet: tnn.Module) -> None:
-    with pytest.raises(ModelError, match=r"cannot run on images of shape \(1, 12, 12\)"):
+    with pytest.raises(ModelError, match=r"cannot run on images of shape \(1, 1, 12, 12\)"):
         dsconv.bench(net, qnet, (1, 12, 12))
     with pytest.raises(ModelError, match=r"eval\(\)"):
         dsconv.bench(network().train(), qnet, SHAPE)

@@ -423,7 +423,7 @@ class Unbatched(Two):
 
 def test_networks_of_other_inputs_and_outputs() -> None:
     x = pictures()
-    with pytest.raises(ModelError, match=r"reference: it cannot run on images \(1, 3, 12, 12\).*other"):
+    with pytest.raises(ModelError, match=r"reference: it cannot run on images of shape \(1, 3, 12, 12\).*other"):
         dsconv.calibrate(dsconv.quantize(Two()), Two(), x)
     net = PerImage().eval()
     with pytest.raises(ModelError, match=r"'conv'.*as often for all images"):

@@ -163,7 +163,9 @@ class TestEvaluate:
             evaluate(Odd(), torch.zeros(2, 8, 1, 1))
 
     def test_images_that_do_not_fit_the_model_are_named(self) -> None:
-        with pytest.raises(ModelError, match=r"model cannot run on images of shape \(2, 5, 6, 6\), torch.float32, cpu"):
+        with pytest.raises(
+            ModelError, match=r"model: it cannot run on images of shape \(2, 5, 6, 6\), torch.float32, cpu"
+        ):
             evaluate(Net(), torch.zeros(2, 5, 6, 6))
 
     @pytest.mark.parametrize("label", [8, -1])

@@ -29,8 +29,8 @@ from dsconv.conversion.fold import add_bias
 from dsconv.conversion.preparation import set_preprocess
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
-from dsconv.errors import ConfigError, ModelError
-from dsconv.evaluation import first_line, ready
+from dsconv.errors import ConfigError, ModelError, usable_device
+from dsconv.evaluation.running import ready
 from dsconv.files import as_path, check_place
 from dsconv.io.state import StateFile
 from dsconv.layers import DSLayer
@@ -122,10 +122,8 @@ def adapt(
     check_models(student, teacher, names)
     if log is not None:
         check_place(as_path(log, "log"))
-    try:
+    with usable_device(device):
         place = device_of(student) if device is None else torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"The device {str(device)!r} cannot be used: {first_line(error)}") from error
     with Processes(place) as processes:
         if recipe.batch_size % processes.count:
             raise ConfigError(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.adaptation.shadow import LearnedWeight, RecomputedWeight, Shadow
-from dsconv.calibration.layers import Pair, forward, tensors_of
+from dsconv.calibration.layers import Pair, tensors_of
 from dsconv.errors import ModelError
-from dsconv.evaluation import logits_in
+from dsconv.evaluation.running import forward, logits_in
 from dsconv.layers import DSLayer
 from dsconv.recipe import Recipe
 

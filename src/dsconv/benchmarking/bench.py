@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,10 @@ from dsconv.conversion import model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cores
 from dsconv.errors import ConfigError, MissingExtraError, ModelError
+from dsconv.evaluation.running import forward
 from dsconv.layers.inputs import dtype_of
 from dsconv.modes import check_evaluation_mode, check_module
-from dsconv.names import PEERS
+from dsconv.names import PEERS, OnInterrupt, check_on_interrupt
 from dsconv.progress import Advance, progress_bar
 
 _RANDOM_IMAGES = 8
@@ -42,7 +42,7 @@ def bench(
     fast_math: bool = False,
     name: str | None = None,
     progress: bool = False,
-    on_interrupt: Literal["raise", "partial"] = "raise",
+    on_interrupt: OnInterrupt = "raise",
 ) -> Bench:
     """Time a quantized network, compiled and as it is, beside its float original in other runtimes, in one process.
 
@@ -125,7 +125,7 @@ def _check(
     threads: Sequence[int],
     turns: int | None,
     seconds: float,
-    on_interrupt: str,
+    on_interrupt: OnInterrupt,
 ) -> None:
     for peer in against:
         if peer not in PEERS:
@@ -136,8 +136,7 @@ def _check(
         raise ConfigError(f"threads: expected whole numbers from 1 to the {cores()} cores there are, got {threads}")
     if (turns is not None and turns < 2) or seconds <= 0:
         raise ConfigError(f"expected turns of at least 2 and seconds above 0, got {turns} and {seconds}")
-    if on_interrupt not in ("raise", "partial"):
-        raise ConfigError(f"on_interrupt must be 'raise' or 'partial', got {on_interrupt!r}.")
+    check_on_interrupt(on_interrupt)
     check_module("reference", reference)
     check_evaluation_mode(reference, "timing it")
     if (dtype := dtype_of(reference)) not in (None, torch.float32):
@@ -240,11 +239,8 @@ def _timing(case: Case, contestant: Contestant, times: Sequence[float]) -> Timin
 
 
 def _output(reference: nn.Module, x: Tensor) -> Tensor:
-    try:
-        with torch.inference_mode():
-            y = reference(x)
-    except RuntimeError as error:
-        raise ModelError(f"the network cannot run on images of shape {tuple(x.shape[1:])}: {error}") from error
+    with torch.inference_mode():
+        y = forward("reference", reference, x)
     if not isinstance(y, Tensor) or y.dtype != torch.float32:
         got = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
         raise ModelError(f"the network must return one float32 tensor, got {got}")

@@ -26,7 +26,7 @@ from dsconv.conversion.preparation import set_preprocess
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
 from dsconv.errors import ConfigError, ModelError
-from dsconv.evaluation import ready
+from dsconv.evaluation.running import ready
 from dsconv.files import as_path
 from dsconv.layers import DSLayer
 from dsconv.numerics.rounding import regression_target, regularized, round_to

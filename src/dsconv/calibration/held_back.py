@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dsconv.calibration.layers import forward, tensors_of
-from dsconv.evaluation import logits_in
+from dsconv.calibration.layers import tensors_of
+from dsconv.evaluation.running import forward, logits_in
 
 Measure = Literal["KL divergence", "relative error"]
 

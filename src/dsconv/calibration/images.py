@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dsconv.conversion.preparation import preprocess_for, preprocess_of
 from dsconv.data import Batches, ImageFolder, Images, Preprocess, batches
 from dsconv.data.preprocess import PHOTOGRAPH_DEVIATION, PHOTOGRAPH_MEAN
 from dsconv.errors import DataError
-from dsconv.evaluation import preprocess_for
 from dsconv.layers.inputs import as_input_of
 from dsconv.progress import progress_bar
-from dsconv.zoo import preprocess_of
 
 FEWEST, ENOUGH, GOOD = 4, 16, 128
 # How many times as wide or narrow, or how many deviations off, images may be without a warning, and without a refusal.

@@ -14,9 +14,8 @@ from dsconv.calibration.collect import count_places
 from dsconv.conversion.convert import FLOAT_TYPES, effective_weight, quantized_type
 from dsconv.conversion.info import model_info
 from dsconv.errors import ModelError
-from dsconv.evaluation import first_line
+from dsconv.evaluation.running import forward
 from dsconv.layers import Affine, DSLayer
-from dsconv.layers.inputs import as_input_of
 
 # The covariance of what an output reads is a matrix of at most so many rows.
 _MOST_READ = 9216
@@ -154,14 +153,6 @@ def tensors_of(output: Any) -> list[Tensor]:
         elif isinstance(leaf, Mapping):  # of a class that PyTorch does not know
             found += tensors_of(list(leaf.values()))
     return found
-
-
-def forward(name: str, model: nn.Module, x: Tensor, errors: type[Exception] = RuntimeError) -> Any:
-    """Output of ``model``, called ``name`` in the ModelError that takes the place of ``errors``."""
-    try:
-        return model(as_input_of(model, x))
-    except errors as error:
-        raise ModelError(f"{name}: it cannot run on images {tuple(x.shape)}: {first_line(error)}") from error
 
 
 def nonfinite_layer(model: nn.Module, x: Tensor) -> str | None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.calibration.collect import Moments, as_rows, batched, count_places, inputs_at, outputs_at, places
-from dsconv.calibration.layers import Pair, forward, nonfinite_layer
+from dsconv.calibration.layers import Pair, nonfinite_layer
 from dsconv.errors import ModelError
+from dsconv.evaluation.running import forward
 
 Key = tuple[str, int, int]
 """Layer, batch and call."""

@@ -1,9 +1,9 @@
 """What a calibration did to each layer, as a table."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from dsconv.strict_json import finite_or_none
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON; an infinite distance is None."""
-        distances = {name: value if math.isfinite(value) else None for name, value in self._distances().items()}
+        distances = {name: finite_or_none(value) for name, value in self._distances().items()}
         return asdict(self) | distances | {"kept": self.kept}
 
     def _distances(self) -> dict[str, float]:

@@ -22,7 +22,15 @@ from dsconv.cli.mistakes import one_paragraph
 from dsconv.config import PRESETS, QuantConfig
 from dsconv.cpu import cores
 from dsconv.data.preprocess import Preprocess, laid_over
-from dsconv.errors import ConfigError, DataError, MissingExtraError, ModelError, check_extra, import_extra
+from dsconv.errors import (
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    ModelError,
+    check_extra,
+    import_extra,
+    usable_device,
+)
 from dsconv.files import check_place
 from dsconv.names import check_model_name, is_registered
 
@@ -371,10 +379,8 @@ def begin(threads: int | None = None, device: str = "cpu") -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
+    with usable_device(device):
         torch.empty(0, dtype=torch.float32, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def load_file(path: Path, model: str | None, reference: str | None = None) -> "nn.Module":

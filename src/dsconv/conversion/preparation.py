@@ -1,5 +1,6 @@
 """How a network's images are prepared: an attribute of the network, which travels with all that is made from it."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -8,6 +9,7 @@ from torch import nn
 
 from dsconv.conversion.info import model_info
 from dsconv.conversion.wrappers import peeled
+from dsconv.data.folder import Images
 from dsconv.data.preprocess import Preprocess, laid_over
 from dsconv.errors import ConfigError, MissingExtraError
 
@@ -41,6 +43,13 @@ def preprocess_of(model: nn.Module) -> Preprocess | None:
         except (ConfigError, MissingExtraError, AttributeError, KeyError, TypeError):
             return None  # it is not a configuration of timm, or none that a Preprocess can express
     return own
+
+
+def preprocess_for(images: Images, given: Preprocess | None, *models: nn.Module) -> Preprocess | None:
+    """Return ``given``, or for a folder what the first of ``models`` says that says anything."""
+    if given is not None or not isinstance(images, str | os.PathLike):
+        return given
+    return next((found for model in models if (found := preprocess_of(model)) is not None), None)
 
 
 def set_preprocess(model: nn.Module, preprocess: Preprocess | Mapping[str, Any]) -> None:

@@ -1,0 +1,7 @@
+"""Accuracy and speed of a network, and the distance of a quantized one from its float original."""
+
+from dsconv.evaluation.compare import compare
+from dsconv.evaluation.evaluate import evaluate
+from dsconv.evaluation.results import Comparison, Evaluation
+
+__all__ = ["Comparison", "Evaluation", "compare", "evaluate"]
