@@ -22,7 +22,7 @@ from dsconv.demo import PREPROCESS, load_digits, load_network
 from dsconv.errors import ConfigError, DataError, FileFormatError, MissingExtraError, ModelError
 from dsconv.numerics import fake_quantize_activation
 from dsconv.report import Report, gather, write_page
-from dsconv.report.gathering import _Sample
+from dsconv.report.inputs import Sample
 from dsconv.report.page import page
 
 HOSTILE = """<script>alert('1')</script>"&amp;<b>"""
@@ -134,7 +134,7 @@ def test_a_sample_is_fair_to_early_and_late() -> None:
     generator = torch.Generator().manual_seed(0)
     channels, rows = 64, 512
     parts = [torch.full((rows, channels), float(i)) for i in range(50)]
-    sample = _Sample(torch.rand(rows, generator=generator), parts[0], parts[0])
+    sample = Sample(torch.rand(rows, generator=generator), parts[0], parts[0])
     for part in parts[1:]:
         sample.add(torch.rand(rows, generator=generator), part, part)
     counts = torch.histc(sample.after[:, 0], 10, 0, 50)

@@ -1,7 +1,8 @@
 """Pictures of what was found, and a page that holds all of it: ``pip install 'dsconv[report]'``."""
 
 from dsconv.report.benches import draw_benches
-from dsconv.report.gathering import Report, gather
+from dsconv.report.contents import Report
+from dsconv.report.gathering import gather
 from dsconv.report.page import write_page, write_report
 from dsconv.report.pictures import draw, draw_pareto, draw_sensitivity, draw_tradeoff
 

@@ -17,7 +17,8 @@ from dsconv.benchmarking.results import OURS, Timing, digits, plural
 from dsconv.conversion import LayerSummary
 from dsconv.errors import import_extra
 from dsconv.files import as_path, check_place, replacing
-from dsconv.report.gathering import Report, gather
+from dsconv.report.contents import Report
+from dsconv.report.gathering import gather
 
 _SIGNS = {
     "adaptive": "a sign bit only in blocks that hold a negative value",

@@ -1,0 +1,109 @@
+"""The contents of a report on a quantized network, as plain data."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dsconv.benchmarking.profiling import Profile
+from dsconv.benchmarking.results import Bench
+from dsconv.config import QuantConfig
+from dsconv.conversion import LayerSummary, Summary
+from dsconv.data import Preprocess
+from dsconv.evaluation import Comparison, Evaluation
+from dsconv.report.disagreements import Disagreement
+from dsconv.report.distribution import Distribution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Facts about a quantized layer; None where it was not measured.
+
+    Attributes:
+        summary: its settings and sizes.
+        weights: of the float network, and what VQK and KDS stand for.
+        inputs: of the layer in the float network, and what it reads in the quantized one, as mantissas and exponents.
+            Without a reference both are of the quantized network.
+        exponents: number of blocks of the input by their exponent e, a value being ``mantissa * 2^e``.
+        zero_blocks: number of those that are all zero, and have none.
+        output_sqnr_db: as in :class:`dsconv.evaluation.Comparison`.
+        kl: divergence in nats that it causes alone.
+    """
+
+    summary: LayerSummary
+    weights: Distribution | None = None
+    inputs: Distribution | None = None
+    exponents: dict[int, int] | None = None
+    zero_blocks: int = 0
+    output_sqnr_db: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that a page shows.
+
+    Attributes:
+        name: of the network.
+        reference: name of the float network, None without one.
+        images: folder that the images are from, None where it was none.
+        config: the settings it was quantized with, None where unknown.
+        preprocess: how the images were prepared, or are to be where there are none; None where unknown.
+        accuracy: beside the reference, or alone, or None without images.
+        sensitivity_images: number of images that ``Layer.kl`` was measured on.
+        classes: names of the classes.
+        missing: for each part of the page that has no data, why; what to type stands between backticks.
+        warnings: what a reader has to know before anything else.
+    """
+
+    name: str
+    reference: str | None
+    images: str | None
+    summary: Summary
+    config: QuantConfig | None
+    layers: list[Layer]
+    preprocess: Preprocess | None = None
+    accuracy: Evaluation | None = None
+    sensitivity_images: int = 0
+    disagreements: list[Disagreement] = field(default_factory=list)
+    classes: Sequence[str] = ()
+    profile: Profile | None = None
+    benches: Sequence[Bench] = ()
+    missing: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def int8_bytes(self) -> int:
+        """With every weight in 8 bits, a float32 scale for each output channel, and all else as it is."""
+        rows = self.summary.layers
+        return sum(row.bytes_before // 4 + 4 * row.shape[0] for row in rows if row.shape) + self.summary.other_bytes
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """``accuracy`` where there is a reference."""
+        return self.accuracy if isinstance(self.accuracy, Comparison) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON: the figures of the page, without its images."""
+        seen = [asdict(disagreement) for disagreement in self.disagreements]
+        return {
+            "name": self.name,
+            "reference": self.reference,
+            "images": self.images,
+            "config": self.config and self.config.to_dict(),
+            "preprocess": self.preprocess and self.preprocess.model_dump(mode="json"),
+            "summary": self.summary.to_dict() | {"int8_bytes": self.int8_bytes},
+            "layers": [_figures(layer) for layer in self.layers],
+            "accuracy": self.accuracy and self.accuracy.to_dict(),
+            "sensitivity_images": self.sensitivity_images,
+            "disagreements": [{name: value for name, value in one.items() if name != "jpeg"} for one in seen],
+            "classes": list(self.classes),
+            "profile": self.profile and self.profile.to_dict(),
+            "benches": [bench.to_dict() for bench in self.benches],
+            "missing": self.missing,
+            "warnings": self.warnings,
+        }
+
+
+def _figures(layer: Layer) -> dict[str, Any]:
+    figures = asdict(layer)
+    return {"name": figures.pop("summary")["name"], **figures}
