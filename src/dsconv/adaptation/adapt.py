@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +22,10 @@ from dsconv.adaptation.student import Student, logits_of, noting_outputs
 from dsconv.calibration.calibrate import check_models
 from dsconv.calibration.images import check_images, prepared_as, read_images
 from dsconv.calibration.layers import Pair, nonfinite_layer, pairs_of, trace
-from dsconv.config import QuantConfig
-from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.copying import copied
-from dsconv.conversion.fold import add_bias
+from dsconv.conversion.info import info_of, note
 from dsconv.conversion.preparation import set_preprocess
+from dsconv.conversion.quantized import add_bias
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
 from dsconv.errors import ConfigError, ModelError, usable_device
@@ -154,11 +153,8 @@ def adapt(
             if found is not None:
                 run.resume(saved, *found)
             adaptation = run.train(saved, None if log is None else Path(log), progress, on_look)
-    before = model_info(result) or ModelInfo(QuantConfig())
     added = (pair.name for pair in pairs if student.get_submodule(pair.name).bias is None)
-    result.dsconv_info = replace(  # type: ignore[assignment]
-        before, adapted_on=len(x), biases=(*before.biases, *added), adaptation=adaptation
-    )
+    note(result, adapted_on=len(x), biases=(*info_of(result).biases, *added), adaptation=adaptation)
     return result
 
 

@@ -4,7 +4,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import metadata
 
 import torch
@@ -18,17 +17,17 @@ from dsconv.calibration.passes import Passes
 from dsconv.calibration.report import CalibratedLayer, Calibration
 from dsconv.calibration.state import State
 from dsconv.compilation import CompiledModel
-from dsconv.config import QuantConfig
-from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.copying import copied
-from dsconv.conversion.fold import add_bias
+from dsconv.conversion.info import info_of, note
 from dsconv.conversion.preparation import set_preprocess
+from dsconv.conversion.quantized import add_bias, quantized_layers
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation.running import ready
 from dsconv.files import as_path
 from dsconv.layers import DSLayer
+from dsconv.modes import check_module
 from dsconv.numerics.rounding import regression_target, regularized, round_to
 from dsconv.progress import progress_bar
 
@@ -151,31 +150,19 @@ def calibrate(
     table = Calibration(tuple(records), len(x), seed, len(held_back), distance.measure, *compared)
     if table.kept == "given":
         warnings.warn(f"{table.verdict}: calibrate on more images like those to come", stacklevel=2)
-        given.dsconv_info = replace(_info(given), calibration=table)  # type: ignore[assignment]
+        note(given, calibration=table)
         return given
-    info = _info(result)
     added = (p.name for p in pairs if p.reason is None and qmodel.get_submodule(p.name).bias is None)
-    result.dsconv_info = replace(  # type: ignore[assignment]
-        info, calibrated_on=len(x), biases=(*info.biases, *added), calibration=table
-    )
+    note(result, calibrated_on=len(x), biases=(*info_of(result).biases, *added), calibration=table)
     return result
-
-
-def _info(model: nn.Module) -> ModelInfo:
-    return model_info(model) or ModelInfo(QuantConfig())
 
 
 def check_models(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = NAMES) -> None:
     """Raise ModelError unless one is a quantized network that can be changed, and the other a network."""
-    for name, model in zip(names, (qmodel, reference), strict=True):
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(names[1], reference)
     if isinstance(qmodel, CompiledModel):
         raise ModelError(f"{names[0]}: it is compiled: pass its .model, and compile the result")
-    if not any(isinstance(module, DSLayer) for module in qmodel.modules()):
-        raise ModelError(
-            f"{names[0]}: {type(qmodel).__name__} holds no quantized layer: convert it with dsconv.quantize"
-        )
+    quantized_layers(qmodel, names[0])
 
 
 def _round(pair: Pair, moments: Moments, images: int) -> CalibratedLayer:

@@ -13,8 +13,8 @@ from dsconv.compilation.lowering import lower
 from dsconv.compilation.plan import Plan, plan_of
 from dsconv.compilation.program import OtherLayout, Program
 from dsconv.conversion.copying import copied
-from dsconv.conversion.fold import check_inference
 from dsconv.conversion.preparation import preprocess_of
+from dsconv.conversion.quantized import check_inference
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cpu_info
 from dsconv.data.preprocess import Preprocess

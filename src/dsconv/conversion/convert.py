@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from dsconv.config import LayerConfig, QuantConfig, as_config
 from dsconv.conversion import hooks
 from dsconv.conversion.copying import CALLED, HOOKS, copied, is_of_torch, replaced
-from dsconv.conversion.info import ModelInfo, model_info
+from dsconv.conversion.info import ModelInfo, info_of
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.statistics import input_moments
 from dsconv.conversion.wrappers import unwrapped
@@ -37,6 +37,7 @@ from dsconv.layers import (
     DSLinear,
 )
 from dsconv.layers.inputs import device_of
+from dsconv.modes import check_module
 from dsconv.numerics import InputMoments
 
 QUANTIZED_TYPES: tuple[type[DSLayer], ...] = (
@@ -106,8 +107,7 @@ def quantize(
     >>> quantize(net, "paper")[2].vqk.shape
     torch.Size([64, 32, 3, 3])
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("model: TorchScript cannot be converted: pass the Python model it was made from")
     return quantize_for(unwrapped(model), as_config(config), None, preprocess)
@@ -122,18 +122,17 @@ def quantize_for(
     """:func:`quantize` with what is known of the inputs of layers; None: what BatchNorms tell."""
     layers = _find_layers(model)
     _check_overrides(config, layers)
-    prepared, before = preprocess_of(model), model_info(model)
+    prepared = preprocess_of(model)
     if preprocess is not None:
         prepared = laid_over(prepared, preprocess)
-    info = ModelInfo(
-        config,
-        architecture=getattr(model, "dsconv_architecture", None),
-        preprocess=prepared.model_dump(mode="json") if prepared is not None else None,
-        folded=dict(before.folded) if before is not None else {},
-        affine=before.affine if before is not None else (),
-        calibrated_on=before.calibrated_on if before is not None else 0,
-        biases=before.biases if before is not None else (),
-        adapted_on=before.adapted_on if before is not None else 0,
+    info = ModelInfo.from_stored(
+        {
+            **info_of(model).stored(),
+            "config": config,
+            "architecture": getattr(model, "dsconv_architecture", None),
+            "in_float": {},
+            "preprocess": prepared.model_dump(mode="json") if prepared is not None else None,
+        }
     )
     swaps: dict[nn.Module, DSLayer] = {}
     for found in layers:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dsconv.config import QuantConfig
 from dsconv.conversion.convert import FLOAT_TYPES, QUANTIZED_TYPES, swapped
 from dsconv.conversion.copying import copied, replaced
-from dsconv.conversion.info import ModelInfo, model_info
+from dsconv.conversion.info import info_of
+from dsconv.conversion.quantized import add_bias, check_inference
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ModelError
 from dsconv.layers import Affine, DSLayer
-from dsconv.modes import check_evaluation_mode
 
 _BATCHNORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -101,7 +100,7 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
                 made = Affine.from_batchnorm(batchnorm)
                 if made.scale.isfinite().all() and made.shift.isfinite().all():
                     affine[batchnorm] = made
-    before = copy.deepcopy(model_info(qmodel)) or ModelInfo(QuantConfig())
+    before = copy.deepcopy(info_of(qmodel))
     now = {names[batchnorm]: names[layer] for batchnorm, (layer, _) in folds.items()}
     became = (*before.affine, *(names[batchnorm] for batchnorm in affine))
     info = replace(before, folded=before.folded | now, affine=became, not_folded=not_folded)
@@ -116,29 +115,6 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
         taking.bias = nn.Parameter(folded.bias, requires_grad=taking.bias is not None and taking.bias.requires_grad)
         taking.pack_()
     return result
-
-
-def check_inference(qmodel: object, doing: str) -> None:
-    """Refuse what is no quantized model in eval mode.
-
-    Raises:
-        ModelError: with what to do before ``doing``.
-    """
-    if not isinstance(qmodel, nn.Module):
-        raise ModelError(f"qmodel: expected a torch.nn.Module, got {type(qmodel).__name__}")
-    kind = type(qmodel).__name__
-    if not any(isinstance(module, DSLayer) for module in qmodel.modules()):
-        raise ModelError(f"model {kind} holds no quantized layer: convert it with dsconv.quantize first")
-    # A part in training mode on purpose goes on computing what it did.
-    check_evaluation_mode(qmodel, doing, parts=False)
-
-
-def add_bias(layer: DSLayer, like: object) -> None:
-    """Give a layer without a bias one of zeros, in the dtype of the parameter ``like`` and trainable where it is."""
-    if layer.bias is None:
-        dtype = like.dtype if isinstance(like, Tensor) else torch.float32
-        zeros = torch.zeros(len(layer.vqk), dtype=dtype, device=layer.vqk.device)
-        layer.bias = nn.Parameter(zeros, requires_grad=isinstance(like, Tensor) and like.requires_grad)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
-"""What a quantized model carries about itself."""
+"""Facts that a quantized model carries about itself."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -8,10 +9,12 @@ from torch import nn
 from dsconv.config import QuantConfig
 from dsconv.conversion.wrappers import peeled
 
+_NOT_STORED = {"not_folded", "calibration", "adaptation"}
+
 
 @dataclass
 class ModelInfo:
-    """What a quantized model carries about itself.
+    """Facts that a quantized model carries about itself.
 
     Attributes:
         config: the settings it was made with.
@@ -41,8 +44,29 @@ class ModelInfo:
     calibration: Any = None
     adaptation: Any = None
 
+    def stored(self) -> dict[str, Any]:
+        """Return the fields that files keep, as a header has them."""
+        kept = {name: value for name, value in vars(self).items() if name not in _NOT_STORED}
+        return {**kept, "config": self.config.to_dict(), "affine": list(self.affine), "biases": list(self.biases)}
+
+    @classmethod
+    def from_stored(cls, data: Mapping[str, Any]) -> "ModelInfo":
+        """Return what :meth:`stored` gave, but with a QuantConfig as ``config``; other names are left out."""
+        kept = {name: value for name, value in data.items() if name in vars(cls(QuantConfig())).keys() - _NOT_STORED}
+        return cls(**{**kept, "affine": tuple(data["affine"]), "biases": tuple(data["biases"])})
+
 
 def model_info(model: nn.Module) -> ModelInfo | None:
     """The :class:`ModelInfo` of a model that :func:`quantize` or :func:`dsconv.load` returned, else None."""
     info = getattr(peeled(model), "dsconv_info", None)
     return info if isinstance(info, ModelInfo) else None
+
+
+def info_of(model: nn.Module) -> ModelInfo:
+    """Return the :class:`ModelInfo` of a model; that of the default settings where it has none."""
+    return model_info(model) or ModelInfo(QuantConfig())
+
+
+def note(model: nn.Module, **changes: Any) -> None:
+    """Change fields of the :class:`ModelInfo` of a model."""
+    model.dsconv_info = replace(info_of(model), **changes)  # type: ignore[assignment]

@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from dsconv.conversion.info import model_info
+from dsconv.conversion.info import model_info, note
 from dsconv.conversion.wrappers import peeled
 from dsconv.data.folder import Images
 from dsconv.data.preprocess import Preprocess, laid_over
@@ -70,12 +69,10 @@ def set_preprocess(model: nn.Module, preprocess: Preprocess | Mapping[str, Any])
     (256, (192, 192))
     """
     stated = laid_over(preprocess_of(model), preprocess)
-    info = model_info(model)
-    if info is None:
+    if model_info(model) is None:
         model.dsconv_preprocess = stated  # type: ignore[assignment]
     else:
-        changed = replace(info, preprocess=stated.model_dump(mode="json"))
-        model.dsconv_info = changed  # type: ignore[assignment]
+        note(model, preprocess=stated.model_dump(mode="json"))
 
 
 def offered(value: Any) -> Preprocess | None:

@@ -23,9 +23,9 @@ from dsconv import ops, strict_json
 from dsconv.compilation import CompiledModel
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion.convert import FLOAT_TYPES, quantized_type, swapped
-from dsconv.conversion.fold import add_bias
-from dsconv.conversion.info import ModelInfo, model_info
+from dsconv.conversion.info import ModelInfo, info_of, model_info
 from dsconv.conversion.preparation import preprocess_of
+from dsconv.conversion.quantized import add_bias, quantized_layers
 from dsconv.conversion.summary import LayerSummary, Summary, quantized_row
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Preprocess
@@ -219,17 +219,7 @@ def _loaded(
             wrong.append(f"module {name!r}: the file has it as a BatchNorm in its inference form, the model has not")
     _refuse(path, header, model, wrong)
     config = _config(path, header.config)
-    info = ModelInfo(
-        config,
-        header.architecture,
-        header.in_float,
-        header.preprocess,
-        header.folded,
-        tuple(header.affine),
-        header.calibrated_on,
-        tuple(header.biases),
-        header.adapted_on,
-    )
+    info = ModelInfo.from_stored({**dict(header), "config": config})
     result = swapped(model, swaps, info)
     _give_memory(result, home)
     _fill(path, header, result, tensors)
@@ -280,9 +270,9 @@ def _stored_tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    layers = _quantized_layers(qmodel, duplicates=True)
-    bits = {f"{name}.vqk".lstrip("."): layer.config.weight_bits for name, layer in layers}
-    file_names = _file_names(name for name, _ in layers)
+    layers = quantized_layers(qmodel, duplicates=True)
+    bits = {f"{name}.vqk".lstrip("."): layer.config.weight_bits for name, layer in layers.items()}
+    file_names = _file_names(layers)
     for own_name, value in qmodel.state_dict().items():
         name = file_names.get(own_name, own_name)
         if not isinstance(value, Tensor):
@@ -299,7 +289,7 @@ def _stored_tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
         value = value.detach().cpu()
         packed = pack(value, bits[own_name]) if own_name in bits else value
         tensors[name] = packed.clone(memory_format=torch.contiguous_format)
-    for name, layer in _quantized_layers(qmodel):
+    for name, layer in quantized_layers(qmodel).items():
         shape = torch.tensor(layer.vqk.shape, dtype=torch.int64, device="cpu")
         tensors[f"{name}.{_SHAPE}".lstrip(".")] = shape
     return tensors, aliases
@@ -325,15 +315,10 @@ def _with_own_names(path: Path, header: Header, tensors: dict[str, Tensor]) -> t
     return header.model_copy(update={"aliases": aliases}), renamed
 
 
-def _quantized_layers(model: nn.Module, *, duplicates: bool = False) -> list[tuple[str, DSLayer]]:
-    modules = model.named_modules(remove_duplicate=not duplicates)
-    return [(name, module) for name, module in modules if isinstance(module, DSLayer)]
-
-
 def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None) -> Header:
     settings: list[LayerConfig] = []
     layers: dict[str, LayerRecord] = {}
-    for name, layer in _quantized_layers(qmodel):
+    for name, layer in quantized_layers(qmodel).items():
         if layer.config not in settings:
             settings.append(layer.config)
         sqnr = layer.weight_sqnr_db
@@ -344,26 +329,20 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
             # JSON has no infinity; three digits are all that a report shows.
             sqnr_db=round(sqnr, 3) if sqnr is not None and abs(sqnr) < 1e3 else None,
         )
-    if not layers:
-        raise ModelError(
-            f"model {type(qmodel).__name__} holds no quantized layer: convert it with dsconv.quantize first"
-        )
-    info, preprocess = model_info(qmodel) or ModelInfo(QuantConfig()), preprocess_of(qmodel)
+    info, preprocess = info_of(qmodel), preprocess_of(qmodel)
+    found = {
+        "architecture": architecture or info.architecture,
+        "folded": _folded(qmodel),
+        "affine": [name for name, module in qmodel.named_modules() if isinstance(module, Affine)],
+        "preprocess": None if preprocess is None else preprocess.model_dump(mode="json"),
+    }
     return Header(
         dsconv_version=metadata.version("dsconv"),
         model_class=_class_name(qmodel),
-        architecture=architecture or info.architecture,
-        config=info.config.to_dict(),
         settings=[config.model_dump(mode="json") for config in settings],
         layers=layers,
-        in_float=info.in_float,
-        folded=_folded(qmodel),
-        affine=[name for name, module in qmodel.named_modules() if isinstance(module, Affine)],
-        calibrated_on=info.calibrated_on,
-        biases=list(info.biases),
-        adapted_on=info.adapted_on,
         aliases=aliases,
-        preprocess=None if preprocess is None else preprocess.model_dump(mode="json"),
+        **{**info.stored(), **found},
     )
 
 
@@ -577,9 +556,10 @@ def _check_values(path: Path, model: nn.Module) -> None:
 
 def _fill(path: Path, header: Header, model: nn.Module, stored: dict[str, Tensor]) -> None:
     """Put the tensors of a file into the model of the right structure, in the dtypes of the file."""
-    layers = _quantized_layers(model, duplicates=True)
-    quantized = {f"{name}.vqk".lstrip("."): layer for name, layer in layers}
-    scales = {f"{name}.{part}".lstrip(".") for name, _ in layers for part in ("kds", "kds_shift")}
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in modules if isinstance(module, DSLayer)}
+    quantized = {f"{name}.vqk".lstrip("."): layer for name, layer in layers.items()}
+    scales = {f"{name}.{part}".lstrip(".") for name in layers for part in ("kds", "kds_shift")}
     expected = model.state_dict(keep_vars=True)
     tensors = dict(stored)
     wrong: list[str] = []
@@ -619,7 +599,7 @@ def _fill(path: Path, header: Header, model: nn.Module, stored: dict[str, Tensor
             expected[name].data = expected[name].data.to(value.dtype)
     model.load_state_dict(state)
     common = next((p for p in model.parameters() if p.numel() and p.is_floating_point()), None)
-    for _, layer in layers:
+    for layer in layers.values():
         like = layer.bias if layer.bias is not None else common
         if like is not None:
             layer.weight_like.data = layer.weight_like.data.to(like.dtype)

@@ -20,8 +20,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from dsconv.config import FLOAT, LayerConfig, QuantConfig, as_config
-from dsconv.conversion import LayerSummary, ModelInfo, model_info, quantize, summary
+from dsconv.conversion import LayerSummary, quantize, summary
 from dsconv.conversion.convert import quantize_for, swapped
+from dsconv.conversion.info import info_of
 from dsconv.conversion.statistics import input_moments, normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
@@ -403,8 +404,8 @@ def _as_they_are(
     model: nn.Module, quantized: nn.Module, pairs: Sequence[tuple[str, Choice]]
 ) -> Iterator[tuple[str, Choice, nn.Module]]:
     """The float ``model`` with one layer of ``quantized`` at a time."""
-    info = model_info(quantized)
-    if info is not None and (info.folded or info.affine):
+    info = info_of(quantized)
+    if info.folded or info.affine:
         raise ModelError("config: BatchNorm is folded into the layers of this quantized network: pass it as it was")
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, choice in pairs:
@@ -415,7 +416,7 @@ def _as_they_are(
                 f"layer {name!r}: expected a {layer.float_type.__name__} in the float network, got {kind}: pass the "
                 "network that was quantized"
             )
-        yield name, choice, swapped(model, {modules[name]: copy.deepcopy(layer)}, info or ModelInfo(QuantConfig()))
+        yield name, choice, swapped(model, {modules[name]: copy.deepcopy(layer)}, info)
 
 
 def _as_chosen(

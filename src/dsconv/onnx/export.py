@@ -14,15 +14,14 @@ from torch import Tensor, nn
 
 from dsconv.compilation.compiled import CompiledModel
 from dsconv.compilation.frontends.pytorch import exported, needs_one_batch, reason, unknown_output
-from dsconv.config import QuantConfig
-from dsconv.conversion import ModelInfo, model_info
 from dsconv.conversion.convert import swapped
+from dsconv.conversion.info import info_of
 from dsconv.conversion.preparation import preprocess_of
+from dsconv.conversion.quantized import quantized_layers
 from dsconv.conversion.statistics import noise, normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
 from dsconv.files import as_path, replacing
-from dsconv.layers import DSLayer
 from dsconv.modes import check_evaluation_mode
 from dsconv.names import OPSET, STYLES, Style
 from dsconv.onnx import int8
@@ -131,10 +130,7 @@ def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, full
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ConfigError(f"example_input: expected a tensor (N, ...) of at least 2 dimensions, got {got}")
     kind = type(qmodel).__name__
-    if not isinstance(qmodel, nn.Module):
-        raise ModelError(f"qmodel: expected a quantized torch.nn.Module, got {kind}")
-    if not _layers(qmodel):
-        raise ModelError(f"model {kind} holds no quantized layer: convert it with dsconv.quantize first")
+    quantized_layers(qmodel)
     check_evaluation_mode(qmodel, "the export")
     half = [name for name, value in qmodel.named_parameters() if value.dtype != torch.float32 and value.numel()]
     if half or x.dtype != torch.float32:
@@ -155,14 +151,10 @@ def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, full
         )
 
 
-def _layers(model: nn.Module) -> dict[str, DSLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, DSLayer)}
-
-
 def _facts(qmodel: nn.Module, style: str) -> dict[str, str]:
     """What the metadata of the file say."""
     settings: dict[str, list[str]] = {}
-    for name, layer in _layers(qmodel).items():
+    for name, layer in quantized_layers(qmodel).items():
         settings.setdefault(layer.config.model_dump_json(), []).append(name)
     # The most common settings, and what the others are for.
     common, *others = sorted(settings, key=lambda text: -len(settings[text]))
@@ -209,7 +201,7 @@ def _write_int8(
 def _exported(qmodel: nn.Module, x: Tensor, style: str, opset: int) -> Any:
     """The network as an ``onnx.ModelProto``."""
     model = _captured(qmodel, x, opset)
-    _lower(model, _LOWERINGS[style](_layers(qmodel)))
+    _lower(model, _LOWERINGS[style](quantized_layers(qmodel)))
     _simplify_pools(model.graph)
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -225,8 +217,10 @@ def _exported(qmodel: nn.Module, x: Tensor, style: str, opset: int) -> Any:
 
 def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
     """The network as an ``onnx_ir.Model`` in which a node of its name stands for each layer."""
-    stand_ins: dict[nn.Module, nn.Module] = {layer: StandIn(name, layer) for name, layer in _layers(qmodel).items()}
-    model = swapped(qmodel, stand_ins, model_info(qmodel) or ModelInfo(QuantConfig()))
+    stand_ins: dict[nn.Module, nn.Module] = {
+        layer: StandIn(name, layer) for name, layer in quantized_layers(qmodel).items()
+    }
+    model = swapped(qmodel, stand_ins, info_of(qmodel))
     kind = type(qmodel).__name__
     try:
         with warnings.catch_warnings(), torch.no_grad():

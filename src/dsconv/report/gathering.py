@@ -11,6 +11,7 @@ from dsconv.benchmarking.profiling import Profile, profile
 from dsconv.benchmarking.results import Bench
 from dsconv.compilation import compile
 from dsconv.conversion import ModelInfo, model_info, summary
+from dsconv.conversion.quantized import quantized_layers
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess, batches
 from dsconv.data.folder import Batches
@@ -68,12 +69,9 @@ def gather(
     (['conv1', 'layer1.conv1'], 'Pass `--data DIR` (in Python `images=`).')
     """
     qmodel, reference = unwrapped(qmodel), unwrapped(reference)
-    check_module("qmodel", qmodel)
     if reference is not None:
         check_module("reference", reference)
-    layers = {found: layer for found, layer in qmodel.named_modules() if isinstance(layer, DSLayer)}
-    if not layers:
-        raise ModelError(f"qmodel: expected a quantized network, {type(qmodel).__name__} has no quantized layer")
+    layers = quantized_layers(qmodel)
     if sensitivity_images < 0 or (runs < 2 and runs != 0):
         raise ConfigError(f"expected sensitivity_images from 0 and runs 0 or from 2, got {sensitivity_images}, {runs}")
     info, known = model_info(qmodel), summary(qmodel)

@@ -1,0 +1,43 @@
+"""The quantized layers of a network: found, checked and given a bias."""
+
+import torch
+from torch import Tensor, nn
+
+from dsconv.errors import ModelError
+from dsconv.layers import DSLayer
+from dsconv.modes import check_evaluation_mode, check_module
+
+
+def quantized_layers(model: nn.Module, name: str = "qmodel", *, duplicates: bool = False) -> dict[str, DSLayer]:
+    """Return the quantized layers of the argument ``name``, by name: by each name where ``duplicates``, else by one.
+
+    Raises:
+        ModelError: it is no network, or has none.
+    """
+    check_module(name, model)
+    modules = model.named_modules(remove_duplicate=not duplicates)
+    found = {path: module for path, module in modules if isinstance(module, DSLayer)}
+    if not found:
+        raise ModelError(
+            f"{name}: {type(model).__name__} holds no quantized layer: convert it with dsconv.quantize first"
+        )
+    return found
+
+
+def check_inference(qmodel: nn.Module, doing: str) -> None:
+    """Refuse all but a quantized model in evaluation mode.
+
+    Raises:
+        ModelError: with what to do before ``doing``.
+    """
+    quantized_layers(qmodel)
+    # A part in training mode on purpose goes on computing what it did.
+    check_evaluation_mode(qmodel, doing, parts=False)
+
+
+def add_bias(layer: DSLayer, like: object) -> None:
+    """Give a layer without a bias one of zeros, in the dtype of the parameter ``like`` and trainable where it is."""
+    if layer.bias is None:
+        dtype = like.dtype if isinstance(like, Tensor) else torch.float32
+        zeros = torch.zeros(len(layer.vqk), dtype=dtype, device=layer.vqk.device)
+        layer.bias = nn.Parameter(zeros, requires_grad=isinstance(like, Tensor) and like.requires_grad)
