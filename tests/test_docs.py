@@ -117,6 +117,7 @@ def test_commands_and_reference_follow_the_code() -> None:
     text = pages["on_page_markdown"]((ROOT / "docs" / "commands.md").read_text("utf-8"))
     for command in cli._EXAMPLES:
         assert f"## `dsconv {command.__name__}`" in text
+    assert "`dsconv compare`" not in text, "a hidden command"
     assert "--weight-bits" in text and "<!--" not in text + reference
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+from dsconv import cli
+
 _MARK = re.compile(r"<!-- (commands|names of (\S+)) -->")
 
 
@@ -20,6 +22,9 @@ def commands() -> str:
     call = [sys.executable, "-m", "typer", "dsconv.cli", "utils", "docs", "--name", "dsconv"]
     text = subprocess.run(call, check=True, capture_output=True, text=True).stdout
     text = text[text.index("\n## ") :]
+    for command in cli.app.registered_commands:
+        if command.hidden:
+            text = re.sub(rf"(?s)\n## `dsconv {command.callback.__name__}`.*?(?=\n## |\Z)", "", text)
     # Typer leaves these as they are; Markdown would set *.png, *.svg in italics and run examples together.
     text = re.sub(r"(?m)^(\* `[^`]+`:)(.*)$", lambda line: line[1] + line[2].replace("*", r"\*"), text)
     return re.sub(r"(?m)^(dsconv|torchrun) .*$", r"```console\n\g<0>\n```", text)

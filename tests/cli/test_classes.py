@@ -15,7 +15,7 @@ NET = "dsconv/digits_resnet"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COMMANDS = {
     "evaluate": (),
-    "compare": (),
+    "tradeoff": (),
     "report": ("--sensitivity-images", "0", "--runs", "0", "--out", "a.html"),
     "export": ("--out", "a.onnx"),
 }
@@ -69,7 +69,7 @@ def test_a_file_of_classes_gives_the_order(
     found = json.loads(done.stdout)
     figures = {
         "evaluate": lambda: found["top1"],
-        "compare": lambda: found["networks"][0]["top1"],
+        "tradeoff": lambda: found["networks"][0]["top1"],
         "report": lambda: found["accuracy"]["top1"],
         "export": lambda: found["comparison"]["reference"]["top1"],
     }[command]
@@ -106,7 +106,7 @@ def test_mistakes_in_a_file_of_classes(
     assert done.code == 1 and not done.stdout and len(errors) == 1 and expected in errors[0]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "compare", "report"])
+@pytest.mark.parametrize("command", ["evaluate", "tradeoff", "report"])
 def test_more_names_than_outputs_are_a_mistake(
     command: str, cli: Cli, words: Path, classes: Path, quantized_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +122,7 @@ def test_a_file_of_classes_may_come_from_another_system(cli: Cli, words: Path, c
     assert json.loads(cli("evaluate", NET, "--data", words, "--classes", classes, "--json").stdout)["top1"] >= 90
 
 
-@pytest.mark.parametrize("command", ["compare", "export"])
+@pytest.mark.parametrize("command", ["tradeoff", "export"])
 def test_classes_without_images_are_wrong_usage(command: str, cli: Cli, classes: Path, quantized_file: Path) -> None:
     done = cli(command, quantized_file, "--classes", classes, *COMMANDS[command])
     assert done.code == 2 and "--classes" in done.stderr and "--data" in done.stderr

@@ -27,7 +27,7 @@ GREY = ("--resize", "8x8", "--channels", "gray")
 COMMANDS = (
     "quantize",
     "evaluate",
-    "compare",
+    "tradeoff",
     "bench",
     "profile",
     "report",

@@ -73,7 +73,7 @@ WRONG = {
     ),
     "evaluate none.safetensors --data none --mean 1,2": (NO_FILE, NO_DATA, "mean must hold"),
     "evaluate {unstated} --data none": ("name it with --model", NO_DATA, PREPARATION),
-    "compare {unstated} none.safetensors --data none --out {there}": (
+    "tradeoff {unstated} none.safetensors --data none --out {there}": (
         "name it with --model",
         NO_FILE,
         NO_DATA,
@@ -216,7 +216,7 @@ def test_the_reference_serves_as_the_model(cli: Cli, tmp_path: Path, digits: Pat
     short = ("--data", digits, "--limit", 16)
     commands = [
         ("evaluate", file, *short),
-        ("compare", file, *short),
+        ("tradeoff", file, *short),
         ("sensitivity", file, *short),
         ("calibrate", file, *short, "--out", tmp_path / "a"),
         ("adapt", file, *short, "--steps", 1, "--batch-size", 4, "--out", tmp_path / "b"),
@@ -232,9 +232,9 @@ def test_the_reference_serves_as_the_model(cli: Cli, tmp_path: Path, digits: Pat
 THREADS, DEVICE, LIMIT = (
     {*names.split()}
     for names in (
-        "quantize evaluate compare bench profile report export sensitivity search calibrate adapt demo",
-        "evaluate compare sensitivity search calibrate adapt",
-        "evaluate compare bench report export sensitivity search calibrate adapt",
+        "quantize evaluate tradeoff bench profile report export sensitivity search calibrate adapt demo",
+        "evaluate tradeoff sensitivity search calibrate adapt",
+        "evaluate tradeoff bench report export sensitivity search calibrate adapt",
     )
 )
 
@@ -247,6 +247,7 @@ def test_options_of_one_name_exist_where_they_make_sense_and_mean_the_same(optio
     found = {
         name: parameter
         for name, command in group.commands.items()
+        if not command.hidden
         for parameter in command.params
         if f"--{option}" in parameter.opts
     }

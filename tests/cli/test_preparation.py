@@ -110,7 +110,7 @@ def test_quantize_says_what_later_commands_will_miss(cli: Cli, mine: Path, tmp_p
 
 COMMANDS = {
     "evaluate": "evaluate {source} --data {data}",
-    "compare": "compare {file} --model {model} --data {data}",
+    "tradeoff": "tradeoff {file} --model {model} --data {data}",
     "bench": "bench {source} --data {data} --size 1x8x8 --against torch --turns 2",
     "report": "report {file} --model {model} --data {data} --out {tmp}/a",
     "export": "export {file} --model {model} --data {data} --size 1x8x8 --out {tmp}/a",
@@ -215,11 +215,11 @@ def test_files_that_say_different_things_are_not_compared_on_the_same_images(
 ) -> None:
     other = tmp_path / "other.safetensors"
     assert cli("quantize", "dsconv/digits_resnet", "--preset", "paper", "--mean", "0.5", "--out", other).code == 0
-    compare = ("compare", quantized_file, other, "--data", digits, "--limit", 2)
-    done = cli(*compare)
+    tradeoff = ("tradeoff", quantized_file, other, "--data", digits, "--limit", 2)
+    done = cli(*tradeoff)
     assert done.code == 1 and str(other) in done.stderr and "prepared differently" in done.stderr
     assert "mean 0, " in done.stderr and "mean 0.5, " in done.stderr
-    assert cli(*compare, "--mean", "0.5").code == 0
+    assert cli(*tradeoff, "--mean", "0.5").code == 0
 
 
 @pytest.mark.slow

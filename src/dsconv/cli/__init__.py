@@ -5,7 +5,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +14,6 @@ from dsconv import __version__, stopping
 from dsconv.cli.adapt import adapt
 from dsconv.cli.bench import bench
 from dsconv.cli.calibrate import calibrate
-from dsconv.cli.compare import compare
 from dsconv.cli.demo import demo
 from dsconv.cli.evaluate import evaluate
 from dsconv.cli.export import export
@@ -24,6 +24,7 @@ from dsconv.cli.quantize import quantize
 from dsconv.cli.report import report
 from dsconv.cli.search import search
 from dsconv.cli.sensitivity import sensitivity
+from dsconv.cli.tradeoff import tradeoff
 from dsconv.errors import DSConvError
 
 app = typer.Typer(
@@ -45,9 +46,9 @@ dsconv quantize timm/resnet18 --weight-bits 3 --override 'layer4.*=weight_bits:2
 dsconv evaluate resnet50.safetensors --reference torchvision/resnet50 --data photos --limit 1000
 
 dsconv evaluate net.py:make --weights net.pt --data images --resize 256 --crop 224""",
-    compare: """dsconv compare w4.safetensors w3.safetensors mixed.safetensors
+    tradeoff: """dsconv tradeoff w4.safetensors w3.safetensors mixed.safetensors
 
-dsconv compare w4.safetensors w3.safetensors --data imagenet/val --time --plot pareto.png --out figures.csv""",
+dsconv tradeoff w4.safetensors w3.safetensors --data imagenet/val --time --plot pareto.png --out figures.csv""",
     bench: """dsconv bench torchvision/resnet50 --plot bench.png
 
 dsconv bench resnet50.safetensors --batch-size 1,8 --threads 1,2 --out bench.json
@@ -77,6 +78,14 @@ torchrun --nproc-per-node 2 -m dsconv adapt net.safetensors --data photos --devi
 }
 for command, examples in _EXAMPLES.items():
     app.command(cls=Command, epilog=f"Examples:\n\n{examples}")(command)
+
+
+@app.command(cls=Command, hidden=True)
+@wraps(tradeoff, assigned=("__annotations__",))
+def compare(**options: Any) -> None:
+    """Do what dsconv tradeoff does: its former name, for one version."""
+    print("dsconv compare is deprecated: use dsconv tradeoff, which does the same", file=sys.stderr)
+    tradeoff(**options)
 
 
 def _print_version(wanted: bool) -> None:

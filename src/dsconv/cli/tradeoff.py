@@ -1,4 +1,4 @@
-"""``dsconv compare``: several quantized files of one network, side by side."""
+"""``dsconv tradeoff``: several quantized files of one network, side by side."""
 
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +56,7 @@ _FILES_HELP = "Files that dsconv quantize wrote, all of one float model."
 _OUT_SUFFIXES = (".json", ".csv")
 
 
-def compare(
+def tradeoff(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=_FILES_HELP, show_default=False)],
     data: Annotated[Path | None, typer.Option(metavar="DIR", help=f"{DATA_HELP} For the accuracy.")] = None,
     reference: Reference = None,
