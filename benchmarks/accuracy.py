@@ -52,7 +52,7 @@ BATCH = 50
 # Bits a weight that the searched rows may come to, and on how many images, or of noise, layers are ranked.
 BUDGET, SMALL_BUDGET, SMALLEST_BUDGET, SEEN = 4.7, 3.7, 2.8, 32
 CALIBRATED = 128
-# Recipe of the distilled rows.
+# Recipe of the adapted rows.
 RECIPE = dsconv.Recipe()
 HEAD = """\
 # Results
@@ -84,8 +84,8 @@ Machine: {machine}.
   serves calibrated networks better was learned from these figures.
 - `calibrated` rows went through `dsconv.calibrate` then, with {calibrated} unlabelled photographs, none of which is
   evaluated (see [Calibrating](calibrate.md)).
-- `distilled` rows went through `dsconv.adapt` after that, with all unlabelled photographs and the recipe `default` (see
-  [Distilling](adapt.md)). Those of CIFAR and Tiny-ImageNet are of the sets that the networks were trained on, and tell
+- `adapted` rows went through `dsconv.adapt` after that, with all unlabelled photographs and the recipe `default` (see
+  [Adapting](adapt.md)). Those of CIFAR and Tiny-ImageNet are of the sets that the networks were trained on, and tell
   less of others.
 - Other formats quantize all layers, weights and activations alike. *Round to nearest*: weights with one scale an
   output, activations with a scale and a zero point an image. MX formats and NVFP4: in blocks along the channels. These
@@ -100,7 +100,7 @@ class Setting:
     """A row of the tables: its name, what is quantized, in which table it stands, and what is done with which images.
 
     Bits are ``searched`` with noise or images within a ``budget``, the network may be ``calibrated``, and then
-    ``distilled``. A ``baseline`` is quantized its own way.
+    ``adapted``. A ``baseline`` is quantized its own way.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Setting:
     searched: Literal["", "noise", "images"] = ""
     budget: float = BUDGET
     calibrated: bool = False
-    distilled: bool = False
+    adapted: bool = False
     baseline: Baseline | None = None
 
     @property
@@ -122,8 +122,8 @@ class Setting:
             found["search"] = [self.searched, self.budget, SEEN]
         if self.calibrated:
             found["calibrated"] = CALIBRATED
-        if self.distilled:
-            found["distilled"] = RECIPE.model_dump(mode="json")
+        if self.adapted:
+            found["adapted"] = RECIPE.model_dump(mode="json")
         return found
 
 
@@ -133,7 +133,7 @@ def settings() -> list[Setting]:
     w4a4, w3a4, w2a4 = (preset("w4a4", activation_sign="extra", weight_bits=bits) for bits in (4, 3, 2))
     plain = {"activation_sign": "extra", "block_size": 32, "weight_shift": False}
     w4_plain, w3_plain = (preset("w4a4", **plain, weight_bits=bits) for bits in (4, 3))
-    done, no_shift = "searched with images, calibrated, distilled", "extra, no shift, searched with images, calibrated"
+    done, no_shift = "searched with images, calibrated, adapted", "extra, no shift, searched with images, calibrated"
     rows = [
         Setting(f"paper W4A4 {sign}", preset("paper", block_size=block, activation_sign=sign), "presets")
         for block in (16, 32, 64, 128)
@@ -149,12 +149,12 @@ def settings() -> list[Setting]:
         Setting("w4a4 extra, searched with images, calibrated", w4a4, "presets", "images", calibrated=True),
         Setting(f"w4a4 extra, {done}", w4a4, "presets", "images", BUDGET, True, True),
         Setting(f"w4a4 {no_shift}", w4_plain, "presets", "images", calibrated=True),
-        Setting(f"w4a4 {no_shift}, distilled", w4_plain, "presets", "images", BUDGET, True, True),
+        Setting(f"w4a4 {no_shift}, adapted", w4_plain, "presets", "images", BUDGET, True, True),
         Setting("w3a4 extra, searched with images", w3a4, "presets", "images", SMALL_BUDGET),
         Setting("w3a4 extra, searched with images, calibrated", w3a4, "presets", "images", SMALL_BUDGET, True),
         Setting(f"w3a4 extra, {done}", w3a4, "presets", "images", SMALL_BUDGET, True, True),
         Setting(f"w3a4 {no_shift}", w3_plain, "presets", "images", SMALL_BUDGET, True),
-        Setting(f"w3a4 {no_shift}, distilled", w3_plain, "presets", "images", SMALL_BUDGET, True, True),
+        Setting(f"w3a4 {no_shift}, adapted", w3_plain, "presets", "images", SMALL_BUDGET, True, True),
         Setting("w2a4 extra, searched with images, calibrated", w2a4, "presets", "images", SMALLEST_BUDGET, True),
         Setting(f"w2a4 extra, {done}", w2a4, "presets", "images", SMALLEST_BUDGET, True, True),
         Setting("default (W4A8)", preset("default"), "presets"),
@@ -258,7 +258,7 @@ class Work:
 
     def quantized(self, row: Setting) -> tuple[nn.Module, float]:
         """The network that a row is about."""
-        key = json.dumps({**row.identity, "distilled": None})
+        key = json.dumps({**row.identity, "adapted": None})
         if key in self.calibrated:
             qmodel, seconds = self.calibrated[key]
         else:
@@ -269,7 +269,7 @@ class Work:
                 qmodel = dsconv.calibrate(qmodel, self.network, self.unlabelled(CALIBRATED))
             seconds += time.perf_counter() - start
             self.calibrated[key] = qmodel, seconds
-        if row.distilled:
+        if row.adapted:
             start = time.perf_counter()
             qmodel = dsconv.adapt(qmodel, self.network, self.unlabelled(), recipe=RECIPE)
             seconds += time.perf_counter() - start

@@ -2,7 +2,7 @@
 
     python benchmarks/images.py calibrate   # SqueezeNet, calibrated on 16 to 256 images
     python benchmarks/images.py int8        # int8 ONNX files with ranges from images, or from BatchNorms alone
-    python benchmarks/images.py lr          # digits, distilled with several learning rates; needs no other networks
+    python benchmarks/images.py lr          # digits, adapted with several learning rates; needs no other networks
 
 The networks and images are those of ``benchmarks/accuracy.py``.
 """
@@ -71,7 +71,7 @@ def int8() -> Iterator[str]:
 
 
 def lr() -> Iterator[str]:
-    """KL of the digits network, 2-bit weights, calibrated and then distilled."""
+    """KL of the digits network, 2-bit weights, calibrated and then adapted."""
     net: nn.Module = dsconv.zoo.build("dsconv/digits_resnet")
     images, _ = dsconv.demo.load_digits("unlabelled")
     held_out, _ = dsconv.demo.load_digits("test")

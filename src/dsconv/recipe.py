@@ -1,4 +1,4 @@
-"""How a network is distilled: :class:`Recipe`, and the recipes that have a name."""
+"""Settings of an adaptation: :class:`Recipe`, and the recipes that have a name."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self

@@ -341,7 +341,7 @@ def test_calibrate_a_model_and_a_file(
 
     assert strict_json(cli("inspect", file, "--json").stdout)["calibrated_on"] == 32
     assert "calibrated on: 32 images" in cli("inspect", file).stdout
-    assert "calibrated on: no images; distilled on: no images" in cli("inspect", quantized_file).stdout
+    assert "calibrated on: no images; adapted on: no images" in cli("inspect", quantized_file).stdout
     figures = strict_json(cli("evaluate", file, "--data", digits, "--json").stdout)
     assert figures["quantization"]["calibrated_on"] == 32
 
@@ -428,7 +428,7 @@ def test_adapt_a_file(cli: Callable[..., Any], tmp_path: Path, digits: Path, qua
     recipe = {"steps": 3, "batch_size": 8, "lr": 0.001}
     expected = dsconv.adapt(student, teacher, folder, limit=40, recipe=recipe).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in dsconv.load(out).state_dict().items())
-    assert "distilled on: 40 images" in cli("inspect", out).stdout
+    assert "adapted on: 40 images" in cli("inspect", out).stdout
     figures = strict_json(cli("evaluate", out, "--data", digits, "--json").stdout)
     assert figures["quantization"]["adapted_on"] == 40
     done = cli("adapt", quantized_file, *short, "--recipe", "paper", "--seed", "2", "--out", out, "--force")

@@ -1,4 +1,4 @@
-"""Distillation: what is trained, what is kept, and what becomes of a training that is stopped."""
+"""Adaptation: what is trained, what is kept, and what becomes of a training that is stopped."""
 
 import csv
 import os

@@ -128,6 +128,7 @@ def adapt(
             raise ConfigError(
                 f"batch_size: expected a multiple of the {processes.count} processes, got {recipe.batch_size}"
             )
+        # The word in state files.
         saved = StateFile(None if state is None else as_path(state, "state"), resume, "distillation")
         limit = recipe.images if limit is None else limit
         progress = progress and processes.rank == 0

@@ -1,4 +1,4 @@
-"""What a distillation did, as a table and as CSV."""
+"""Figures of an adaptation, as a table and as CSV."""
 
 import csv
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """A distillation as a whole; prints as a table.
+    """An adaptation as a whole; prints as a table.
 
     Attributes:
         recipe: what it was done by.
@@ -72,7 +72,7 @@ class Adaptation:
         from rich.table import Table
 
         caption = (
-            f"Distilled on {self.images} images, seed {self.seed}; {self.held_back} more are held back. "
+            f"Adapted on {self.images} images, seed {self.seed}; {self.held_back} more are held back. "
             f"Kept: step {self.best_step}. Ended: {self.stopped}."
         )
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")

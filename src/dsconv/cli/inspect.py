@@ -34,7 +34,7 @@ def inspect(
         f"architecture: {header.architecture or 'not named'}, a {header.model_class}",
         f"config: {header.config}",
         f"preparation of images: {Preprocess(**header.preprocess) if header.preprocess else 'not stated'}",
-        f"calibrated on: {header.calibrated_on or 'no'} images; distilled on: {header.adapted_on or 'no'} images",
+        f"calibrated on: {header.calibrated_on or 'no'} images; adapted on: {header.adapted_on or 'no'} images",
     )
     # A file may say anything, and a terminal obeys some of it.
     print(*(one_line(line, 10_000) for line in lines), sep="\n")
