@@ -6,40 +6,12 @@ from typing import Annotated, Any
 import typer
 
 import dsconv
-from dsconv.cli.common import (
-    UNLABELLED_HELP,
-    AnyRange,
-    Channels,
-    Crop,
-    Device,
-    Force,
-    Interpolation,
-    Json,
-    LimitOrAll,
-    Mean,
-    ModelOfFile,
-    Reference,
-    Resize,
-    Scale,
-    Std,
-    Threads,
-    Weights,
-    begin,
-    check_data,
-    check_file,
-    check_out,
-    load_file,
-    original_of,
-    preparation_of,
-    print_json,
-    print_table,
-    read_preparation,
-    resumable,
-    say,
-    say_preparation,
-    state_beside,
-)
+from dsconv.cli import options as opt
+from dsconv.cli.checks import check_data, check_file, check_out, state_beside
 from dsconv.cli.mistakes import Mistakes
+from dsconv.cli.networks import begin, load_file, original_of, resumable
+from dsconv.cli.output import print_json, print_table, say
+from dsconv.cli.preparation import preparation_of, read_preparation, say_preparation
 from dsconv.names import check_weights
 from dsconv.recipe import RECIPES, Recipe
 
@@ -50,34 +22,34 @@ _AUTOCAST_HELP = "Multiply in bfloat16, which GPUs do faster."
 
 def adapt(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Of dsconv quantize or calibrate.", show_default=False)],
-    data: Annotated[Path, typer.Option(metavar="DIR", help=UNLABELLED_HELP, show_default=False)],
+    data: Annotated[Path, typer.Option(metavar="DIR", help=opt.UNLABELLED_HELP, show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help=_OUT_HELP, show_default=False)],
-    reference: Reference = None,
-    weights: Weights = "default",
-    model: ModelOfFile = None,
+    reference: opt.Reference = None,
+    weights: opt.Weights = "default",
+    model: opt.ModelOfFile = None,
     recipe: Annotated[str, typer.Option(metavar="|".join(RECIPES), help="What is done, by name.")] = "default",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps at most, in place of the recipe's.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, metavar="IMAGES", help="Images of a step, over all processes.")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    limit: LimitOrAll = None,
+    limit: opt.LimitOrAll = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
     log: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Write how far it comes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
-    threads: Threads = None,
-    device: Device = "cpu",
+    threads: opt.Threads = None,
+    device: opt.Device = "cpu",
     autocast: Annotated[bool, typer.Option("--autocast", help=_AUTOCAST_HELP)] = False,
-    any_range: AnyRange = False,
-    force: Force = False,
-    as_json: Json = False,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    scale: Scale = None,
-    channels: Channels = None,
-    interpolation: Interpolation = None,
+    any_range: opt.AnyRange = False,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    scale: opt.Scale = None,
+    channels: opt.Channels = None,
+    interpolation: opt.Interpolation = None,
 ) -> None:
     """Train a quantized network to put out, on your images, what its float original does.
 

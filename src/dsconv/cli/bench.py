@@ -6,45 +6,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import dsconv
-from dsconv.cli.common import (
-    FILE_HELP,
-    Channels,
-    Config,
-    Crop,
-    FastMath,
-    Force,
-    Interpolation,
-    Json,
-    Limit,
-    Mean,
-    ModelOrReference,
-    Preset,
-    Resize,
-    Scale,
-    Size,
-    Std,
-    Weights,
-    begin,
+from dsconv.cli import options as opt
+from dsconv.cli.checks import (
     check_data,
     check_out,
+    check_own_settings,
     check_plot,
-    check_size,
     check_source,
-    image_shape,
     is_quantized_file,
-    json_text,
-    load_file,
-    preparation_of,
-    print_json,
-    print_table,
     read_config,
-    read_images,
-    read_preparation,
-    read_size,
-    say,
-    say_preparation,
 )
 from dsconv.cli.mistakes import Mistakes
+from dsconv.cli.networks import begin, build, load_file, read_images
+from dsconv.cli.output import json_text, print_json, print_table, say
+from dsconv.cli.preparation import (
+    check_one_size,
+    check_size,
+    image_shape,
+    preparation_of,
+    read_preparation,
+    read_size,
+    say_preparation,
+)
 from dsconv.config import QuantConfig
 from dsconv.cpu import cores
 from dsconv.files import replacing
@@ -61,7 +44,7 @@ _SECONDS_HELP = "Seconds for each network, batch size and number of threads, onc
 
 def bench(
     models_or_files: Annotated[
-        list[str], typer.Argument(metavar="MODEL_OR_FILE...", help=FILE_HELP, show_default=False)
+        list[str], typer.Argument(metavar="MODEL_OR_FILE...", help=opt.FILE_HELP, show_default=False)
     ],
     against: Annotated[str, typer.Option(metavar="NAME,...", help="Runtimes to measure beside dsconv.")] = ",".join(
         PEERS
@@ -72,29 +55,29 @@ def bench(
     threads: Annotated[
         str, typer.Option(metavar="THREADS,...", help="Threads of the CPU for each runtime: one number or several.")
     ] = "1",
-    size: Size = None,
+    size: opt.Size = None,
     data: Annotated[Path | None, typer.Option(metavar="DIR", help=_DATA_HELP)] = None,
-    limit: Limit = 8,
-    weights: Weights = "default",
-    preset: Preset = "default",
-    config: Config = None,
-    model: ModelOrReference = None,
-    fast_math: FastMath = False,
+    limit: opt.Limit = 8,
+    weights: opt.Weights = "default",
+    preset: opt.Preset = "default",
+    config: opt.Config = None,
+    model: opt.ModelOrReference = None,
+    fast_math: opt.FastMath = False,
     seconds: Annotated[float | None, typer.Option(min=0.001, help=_SECONDS_HELP)] = None,
     turns: Annotated[int | None, typer.Option(min=2, help="Turns of each runtime, in place of --seconds.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write all figures here.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the times as bars.")] = None,
-    force: Force = False,
-    as_json: Json = False,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    scale: Scale = None,
-    channels: Channels = None,
-    interpolation: Interpolation = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    scale: opt.Scale = None,
+    channels: opt.Channels = None,
+    interpolation: opt.Interpolation = None,
 ) -> None:
     """Time quantized networks beside PyTorch, ONNX Runtime and OpenVINO.
 
@@ -104,11 +87,8 @@ def bench(
     options = locals()
     mistakes = Mistakes()
     mistakes.usage(turns is not None and seconds is not None, "choose one of --seconds and --turns.")
-    mistakes.usage(
-        all(map(is_quantized_file, models_or_files)) and (weights != "default" or preset != "default" or bool(config)),
-        "a quantized FILE has its own: --weights, --preset and --config are for models.",
-    )
-    mistakes.usage(bool(size and (resize or crop)), "choose one of --size and --resize, --crop.")
+    mistakes.check(check_own_settings, models_or_files, preset, config, weights)
+    mistakes.check(check_one_size, size, resize, crop)
     peers = against.split(",")
     unknown = ", ".join(set(peers) - set(PEERS))
     mistakes.usage(bool(unknown), f"--against: expected some of {', '.join(PEERS)}, got {unknown!r}.")
@@ -191,8 +171,7 @@ def _networks(name: str, weights: str, settings: QuantConfig, model: str | None)
         weights_of = {f"{name}.weight": layer.dequantized_weight() for name, layer in layers.items()}
         reference.load_state_dict(qmodel.state_dict() | weights_of, strict=False)
         return reference, qmodel
-    say(f"building {name} with weights {weights}")
-    reference = zoo.build(name, weights=weights)
+    reference = build(name, weights)
     say("quantizing")
     return reference, dsconv.quantize(reference, settings)
 

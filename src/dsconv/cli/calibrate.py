@@ -7,45 +7,21 @@ from typing import Annotated
 import typer
 
 import dsconv
-from dsconv.cli.common import (
-    FILE_HELP,
-    UNLABELLED_HELP,
-    AnyRange,
-    Channels,
-    Config,
-    Crop,
-    Device,
-    Force,
-    Interpolation,
-    Json,
-    Limit,
-    Mean,
-    ModelOfFile,
-    Preset,
-    Reference,
-    Resize,
-    Scale,
-    Std,
-    Threads,
-    Weights,
-    begin,
+from dsconv.cli import options as opt
+from dsconv.cli.checks import (
     check_data,
+    check_goes_with_file,
     check_out,
+    check_own_settings,
     check_source,
     is_quantized_file,
-    load_file,
-    original_of,
-    preparation_of,
-    print_json,
-    print_table,
     read_config,
-    read_preparation,
-    resumable,
-    say,
-    say_preparation,
     state_beside,
 )
 from dsconv.cli.mistakes import Mistakes
+from dsconv.cli.networks import begin, build, load_file, original_of, resumable
+from dsconv.cli.output import print_json, print_table, say
+from dsconv.cli.preparation import preparation_of, read_preparation, say_preparation
 from dsconv.names import check_weights
 
 _OUT_HELP = "File to write: *.safetensors."
@@ -53,30 +29,30 @@ _RESUME_HELP = "Continue a calibration that was stopped, from the file beside OU
 
 
 def calibrate(
-    file_or_model: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help=FILE_HELP, show_default=False)],
-    data: Annotated[Path, typer.Option(metavar="DIR", help=UNLABELLED_HELP, show_default=False)],
+    file_or_model: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help=opt.FILE_HELP, show_default=False)],
+    data: Annotated[Path, typer.Option(metavar="DIR", help=opt.UNLABELLED_HELP, show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help=_OUT_HELP, show_default=False)],
-    reference: Reference = None,
-    weights: Weights = "default",
-    model: ModelOfFile = None,
-    preset: Preset = "default",
-    config: Config = None,
-    limit: Limit = 128,
+    reference: opt.Reference = None,
+    weights: opt.Weights = "default",
+    model: opt.ModelOfFile = None,
+    preset: opt.Preset = "default",
+    config: opt.Config = None,
+    limit: opt.Limit = 128,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of places in the images.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
     memory: Annotated[float, typer.Option(min=0.01, metavar="GIB", help="Rough bound of what activations take.")] = 4.0,
-    threads: Threads = None,
-    device: Device = "cpu",
-    any_range: AnyRange = False,
-    force: Force = False,
-    as_json: Json = False,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    scale: Scale = None,
-    channels: Channels = None,
-    interpolation: Interpolation = None,
+    threads: opt.Threads = None,
+    device: opt.Device = "cpu",
+    any_range: opt.AnyRange = False,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    scale: opt.Scale = None,
+    channels: opt.Channels = None,
+    interpolation: opt.Interpolation = None,
 ) -> None:
     """Round the weights of a quantized network again so that, on your images, each layer puts out what it did in float.
 
@@ -86,14 +62,8 @@ def calibrate(
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), file_or_model, model, reference)
     is_file = is_quantized_file(file_or_model)
-    mistakes.usage(
-        not is_file and bool(reference or model),
-        "--reference and --model go with a quantized FILE, not with a float model.",
-    )
-    mistakes.usage(
-        is_file and (preset != "default" or config is not None),
-        "a quantized FILE has its own settings: --preset and --config go with a float model.",
-    )
+    mistakes.check(check_goes_with_file, file_or_model, reference, model)
+    mistakes.check(check_own_settings, [file_or_model], preset, config)
     mistakes.check(check_source, file_or_model, model, reference)
     mistakes.check(check_weights, weights)
     settings = mistakes.check(read_config, preset, config)
@@ -103,7 +73,6 @@ def calibrate(
     mistakes.end()
 
     begin(threads, device)
-    from dsconv import zoo
     from dsconv.conversion import model_info
 
     qmodel = None
@@ -113,8 +82,7 @@ def calibrate(
         name = reference or model or original_of(qmodel, file_or_model)
     else:
         name = file_or_model
-    say(f"building {name} with weights {weights}")
-    network = zoo.build(name, weights=weights)
+    network = build(name, weights)
     preprocess = preparation_of(given, file_or_model, qmodel, network)
     say_preparation(preprocess, data)
     if qmodel is None:

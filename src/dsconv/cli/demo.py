@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsconv.cli.common import Json, Threads, begin, print_json, print_table, say
+from dsconv.cli import options as opt
+from dsconv.cli.networks import begin
+from dsconv.cli.output import print_json, print_table, say
 from dsconv.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -20,8 +22,8 @@ _OUT = Path("demo-out")
 
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the file and the picture.")] = _OUT,
-    threads: Threads = None,
-    as_json: Json = False,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Quantize a small network for handwritten digits in several ways and show what each costs."""
     place = next((folder for folder in (out, *out.parents) if folder.exists()), out)

@@ -6,41 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import dsconv
-from dsconv.cli.common import (
-    DATA_HELP,
-    FILE_HELP,
-    BatchSize,
-    Channels,
-    Classes,
-    Crop,
-    Device,
-    Interpolation,
-    Json,
-    LimitOrAll,
-    Mean,
-    ModelOfFile,
-    ReferenceToCompare,
-    Resize,
-    Scale,
-    Std,
-    Threads,
-    Weights,
-    Workers,
-    begin,
+from dsconv.cli import options as opt
+from dsconv.cli.checks import (
     check_data,
+    check_goes_with_file,
+    check_own_weights,
     check_source,
-    image_folder,
     is_quantized_file,
-    load_file,
-    preparation_of,
-    print_json,
-    print_table,
     read_classes,
-    read_preparation,
-    say,
-    say_preparation,
 )
 from dsconv.cli.mistakes import Mistakes
+from dsconv.cli.networks import begin, build, image_folder, load_file
+from dsconv.cli.output import print_json, print_table, say
+from dsconv.cli.preparation import preparation_of, read_preparation, say_preparation
 from dsconv.names import check_weights
 
 if TYPE_CHECKING:
@@ -48,25 +26,25 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    file_or_model: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help=FILE_HELP, show_default=False)],
-    data: Annotated[Path, typer.Option(metavar="DIR", help=DATA_HELP, show_default=False)],
-    reference: ReferenceToCompare = None,
-    weights: Weights = "default",
-    model: ModelOfFile = None,
-    classes: Classes = None,
-    limit: LimitOrAll = None,
-    batch_size: BatchSize = 32,
-    workers: Workers = 0,
-    threads: Threads = None,
-    device: Device = "cpu",
-    as_json: Json = False,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    scale: Scale = None,
-    channels: Channels = None,
-    interpolation: Interpolation = None,
+    file_or_model: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help=opt.FILE_HELP, show_default=False)],
+    data: Annotated[Path, typer.Option(metavar="DIR", help=opt.DATA_HELP, show_default=False)],
+    reference: opt.ReferenceToCompare = None,
+    weights: opt.Weights = "default",
+    model: opt.ModelOfFile = None,
+    classes: opt.Classes = None,
+    limit: opt.LimitOrAll = None,
+    batch_size: opt.BatchSize = 32,
+    workers: opt.Workers = 0,
+    threads: opt.Threads = None,
+    device: opt.Device = "cpu",
+    as_json: opt.Json = False,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    scale: opt.Scale = None,
+    channels: opt.Channels = None,
+    interpolation: opt.Interpolation = None,
 ) -> None:
     """Measure a quantized file, or a float model, on a folder of images.
 
@@ -75,14 +53,8 @@ def evaluate(
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), file_or_model, model, reference)
     is_file = is_quantized_file(file_or_model)
-    mistakes.usage(
-        not is_file and bool(reference or model),
-        "--reference and --model go with a quantized FILE, not with a float model.",
-    )
-    mistakes.usage(
-        is_file and not reference and weights != "default",
-        "a quantized FILE has its own weights: --weights are those of --reference.",
-    )
+    mistakes.check(check_goes_with_file, file_or_model, reference, model)
+    mistakes.check(check_own_weights, file_or_model, reference, weights)
     mistakes.check(check_source, file_or_model, model, reference)
     mistakes.check(check_weights, weights)
     mistakes.check(check_data, data)
@@ -97,8 +69,7 @@ def evaluate(
     network = load_file(source, model, reference) if is_file else zoo.build(file_or_model, weights=weights)
     original = None
     if reference:
-        say(f"building {reference} with weights {weights}")
-        original = zoo.build(reference, weights=weights)
+        original = build(reference, weights)
     preprocess = preparation_of(given, file_or_model, network, original)
     say_preparation(preprocess, data)
     images = image_folder(data, preprocess, names)

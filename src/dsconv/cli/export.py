@@ -6,42 +6,20 @@ from typing import Annotated, Any
 import typer
 
 import dsconv
-from dsconv.cli.common import (
-    BatchSize,
-    Channels,
-    Classes,
-    Crop,
-    Force,
-    Interpolation,
-    Json,
-    Limit,
-    Mean,
-    ModelOrReference,
-    Resize,
-    Scale,
-    Size,
-    Std,
-    Threads,
-    begin,
-    check_data,
-    check_extras,
-    check_file,
-    check_out,
+from dsconv.cli import options as opt
+from dsconv.cli.checks import check_data, check_extras, check_file, check_out, read_classes
+from dsconv.cli.mistakes import Mistakes
+from dsconv.cli.networks import begin, image_folder, load_file, read_images
+from dsconv.cli.output import print_json, print_table, say
+from dsconv.cli.preparation import (
+    check_one_size,
     check_size,
-    image_folder,
     image_shape,
-    load_file,
     preparation_of,
-    print_json,
-    print_table,
-    read_classes,
-    read_images,
     read_preparation,
     read_size,
-    say,
     say_preparation,
 )
-from dsconv.cli.mistakes import Mistakes
 from dsconv.names import OPSET, Style
 
 _STYLE_HELP = (
@@ -60,23 +38,23 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.onnx", help="File to write.", show_default=False)],
     style: Annotated[Style, typer.Option(help=_STYLE_HELP)] = "qdq",
     data: Annotated[Path | None, typer.Option(metavar="DIR", help=_DATA_HELP)] = None,
-    classes: Classes = None,
+    classes: opt.Classes = None,
     full_range: Annotated[bool, typer.Option("--full-range", help=_FULL_RANGE_HELP)] = False,
-    limit: Limit = 32,
-    batch_size: BatchSize = 32,
-    size: Size = None,
+    limit: opt.Limit = 32,
+    batch_size: opt.BatchSize = 32,
+    size: opt.Size = None,
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = OPSET,
-    model: ModelOrReference = None,
-    threads: Threads = None,
-    force: Force = False,
-    as_json: Json = False,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    scale: Scale = None,
-    channels: Channels = None,
-    interpolation: Interpolation = None,
+    model: opt.ModelOrReference = None,
+    threads: opt.Threads = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    scale: opt.Scale = None,
+    channels: opt.Channels = None,
+    interpolation: opt.Interpolation = None,
 ) -> None:
     """Write a quantized network as an ONNX file, of any batch size.
 
@@ -88,7 +66,7 @@ def export(
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, options, str(file), model, needed=needed)
     shape = mistakes.check(read_size, size)
-    mistakes.usage(bool(size and (resize or crop)), "choose one of --size and --resize, --crop.")
+    mistakes.check(check_one_size, size, resize, crop)
     names = mistakes.check(read_classes, classes)
     mistakes.usage(classes is not None and data is None, "--classes are of the images of --data.")
     mistakes.usage(full_range and style != "int8", "--full-range is of --style int8.")

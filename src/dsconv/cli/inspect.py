@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from dsconv.cli.common import Json, print_json, print_table
+from dsconv.cli import options as opt
+from dsconv.cli.output import print_json, print_table
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import one_line
 
@@ -14,7 +15,7 @@ def inspect(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A file that dsconv quantize wrote.", show_default=False)
     ],
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Show what a quantized file holds, from the file alone; its checksum is verified."""
     if file.is_dir():

@@ -6,55 +6,34 @@ from typing import Annotated
 import typer
 
 import dsconv
-from dsconv.cli.common import (
-    FILE_HELP,
-    BatchSize,
-    Config,
-    FastMath,
-    Json,
-    ModelOrReference,
-    Preset,
-    Size,
-    Threads,
-    Weights,
-    begin,
-    check_size,
-    check_source,
-    image_shape,
-    is_quantized_file,
-    load_file,
-    print_json,
-    print_table,
-    read_config,
-    read_size,
-    say,
-)
+from dsconv.cli import options as opt
+from dsconv.cli.checks import check_own_settings, check_source, is_quantized_file, read_config
 from dsconv.cli.mistakes import Mistakes
+from dsconv.cli.networks import begin, load_file
+from dsconv.cli.output import print_json, print_table, say
+from dsconv.cli.preparation import check_size, image_shape, read_size
 from dsconv.names import check_weights
 
 
 def profile(
-    model_or_file: Annotated[str, typer.Argument(metavar="MODEL_OR_FILE", help=FILE_HELP, show_default=False)],
-    batch_size: BatchSize = 1,
-    threads: Threads = 1,
+    model_or_file: Annotated[str, typer.Argument(metavar="MODEL_OR_FILE", help=opt.FILE_HELP, show_default=False)],
+    batch_size: opt.BatchSize = 1,
+    threads: opt.Threads = 1,
     runs: Annotated[int, typer.Option(min=2, help="Runs that are timed.")] = 20,
-    size: Size = None,
-    weights: Weights = "default",
-    preset: Preset = "default",
-    config: Config = None,
-    model: ModelOrReference = None,
-    fast_math: FastMath = False,
-    as_json: Json = False,
+    size: opt.Size = None,
+    weights: opt.Weights = "default",
+    preset: opt.Preset = "default",
+    config: opt.Config = None,
+    model: opt.ModelOrReference = None,
+    fast_math: opt.FastMath = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Time each step of a compiled network on random images."""
     mistakes = Mistakes()
     is_file = is_quantized_file(model_or_file)
     shape = mistakes.check(read_size, size)
     settings = mistakes.check(read_config, preset, config)
-    mistakes.usage(
-        is_file and (weights != "default" or preset != "default" or bool(config)),
-        "a quantized FILE has its own: --weights, --preset and --config are for models.",
-    )
+    mistakes.check(check_own_settings, [model_or_file], preset, config, weights)
     mistakes.check(check_source, model_or_file, model if is_file else None)
     mistakes.check(check_size, {}, model_or_file, shape)
     mistakes.check(check_weights, weights)

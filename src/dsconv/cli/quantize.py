@@ -10,31 +10,12 @@ import typer
 
 import dsconv
 from dsconv import strict_json
-from dsconv.cli.common import (
-    MODEL_HELP,
-    Channels,
-    Config,
-    Crop,
-    Force,
-    Interpolation,
-    Json,
-    Mean,
-    Preset,
-    Resize,
-    Scale,
-    Std,
-    Threads,
-    Weights,
-    begin,
-    check_out,
-    print_json,
-    print_table,
-    read_config,
-    read_preparation,
-    say,
-    unknown_preparation,
-)
+from dsconv.cli import options as opt
+from dsconv.cli.checks import check_out, read_config
 from dsconv.cli.mistakes import Mistakes
+from dsconv.cli.networks import begin, build
+from dsconv.cli.output import print_json, print_table, say
+from dsconv.cli.preparation import read_preparation, unknown_preparation
 from dsconv.config import FLOAT, KdsDtype, LayerConfig, QuantConfig, Settings
 from dsconv.errors import ConfigError
 from dsconv.names import ActivationSign, WeightRule, WeightScale, check_model_name, check_weights
@@ -48,16 +29,16 @@ _some = partial(
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=opt.MODEL_HELP, show_default=False)],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE", help="File to write: *.safetensors.", show_default=False)
     ],
-    weights: Weights = "default",
-    preset: Preset = "default",
-    config: Config = None,
-    threads: Threads = None,
-    force: Force = False,
-    as_json: Json = False,
+    weights: opt.Weights = "default",
+    preset: opt.Preset = "default",
+    config: opt.Config = None,
+    threads: opt.Threads = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
     weight_bits: Annotated[int | None, _every(min=2, max=8, help="Bits of a weight's integer.")] = None,
     activation_bits: Annotated[int | None, _every(min=2, max=8, help="Bits of an activation's mantissa.")] = None,
     weights_only: Annotated[bool, _every("--weights-only", help="Leave activations in float.")] = False,
@@ -75,13 +56,13 @@ def quantize(
         list[str] | None,
         _some(metavar="PATTERN=SETTINGS", help="Layers by name: 'layer4.*=weight_bits:3'; repeatable."),
     ] = None,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    scale: Scale = None,
-    channels: Channels = None,
-    interpolation: Interpolation = None,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    scale: opt.Scale = None,
+    channels: opt.Channels = None,
+    interpolation: opt.Interpolation = None,
 ) -> None:
     """Quantize a trained network and write it to a file, which also says how images are prepared."""
     options = locals()
@@ -96,8 +77,7 @@ def quantize(
     begin(threads)
     from dsconv import zoo
 
-    say(f"building {model} with weights {weights}")
-    network = zoo.build(model, weights=weights)
+    network = build(model, weights)
     say("quantizing")
     start = time.perf_counter()
     qmodel = dsconv.quantize(network, settings, preprocess=given or None)

@@ -6,43 +6,12 @@ from typing import Annotated
 
 import typer
 
-from dsconv.cli.common import (
-    DATA_HELP,
-    BatchSize,
-    Channels,
-    Classes,
-    Crop,
-    Force,
-    Interpolation,
-    Json,
-    LimitOrAll,
-    Mean,
-    ModelOfFile,
-    ReferenceToCompare,
-    Resize,
-    Scale,
-    Size,
-    Std,
-    Threads,
-    Weights,
-    Workers,
-    begin,
-    check_data,
-    check_extras,
-    check_file,
-    check_out,
-    image_folder,
-    image_shape,
-    load_file,
-    preparation_of,
-    print_json,
-    read_classes,
-    read_preparation,
-    read_size,
-    say,
-    say_preparation,
-)
+from dsconv.cli import options as opt
+from dsconv.cli.checks import check_data, check_extras, check_file, check_out, check_own_weights, read_classes
 from dsconv.cli.mistakes import Mistakes
+from dsconv.cli.networks import begin, build, image_folder, load_file
+from dsconv.cli.output import print_json, say
+from dsconv.cli.preparation import image_shape, preparation_of, read_preparation, read_size, say_preparation
 from dsconv.errors import DataError, FileFormatError
 from dsconv.names import check_weights
 
@@ -54,28 +23,28 @@ def report(
         Path, typer.Argument(metavar="FILE", help="A file that dsconv quantize wrote.", show_default=False)
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="Page to write.", show_default=False)],
-    reference: ReferenceToCompare = None,
-    weights: Weights = "default",
-    model: ModelOfFile = None,
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help=DATA_HELP)] = None,
-    limit: LimitOrAll = None,
-    batch_size: BatchSize = 32,
-    workers: Workers = 0,
-    threads: Threads = None,
-    classes: Classes = None,
+    reference: opt.ReferenceToCompare = None,
+    weights: opt.Weights = "default",
+    model: opt.ModelOfFile = None,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help=opt.DATA_HELP)] = None,
+    limit: opt.LimitOrAll = None,
+    batch_size: opt.BatchSize = 32,
+    workers: opt.Workers = 0,
+    threads: opt.Threads = None,
+    classes: opt.Classes = None,
     sensitivity_images: Annotated[int, typer.Option(min=0, help=_SENSITIVITY_HELP)] = 16,
     runs: Annotated[int, typer.Option(min=0, help="Runs that are timed, at least 2; 0: none.")] = 20,
     bench: Annotated[Path | None, typer.Option(metavar="FILE.json", help="What dsconv bench --out wrote.")] = None,
-    size: Size = None,
-    force: Force = False,
-    as_json: Json = False,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    scale: Scale = None,
-    channels: Channels = None,
-    interpolation: Interpolation = None,
+    size: opt.Size = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    scale: opt.Scale = None,
+    channels: opt.Channels = None,
+    interpolation: opt.Interpolation = None,
 ) -> None:
     """Write a page of HTML on a quantized file: size, accuracy, distributions, errors and times of its layers.
 
@@ -85,10 +54,7 @@ def report(
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, options, str(file), model, reference, needed=data is not None)
     shape = mistakes.check(read_size, size)
-    mistakes.usage(
-        not reference and weights != "default",
-        "a quantized FILE has its own weights: --weights are those of --reference.",
-    )
+    mistakes.check(check_own_weights, str(file), reference, weights)
     mistakes.usage(runs == 1, "--runs: expected 0 or at least 2, got 1.")
     mistakes.check(check_file, file, model, reference)
     mistakes.check(check_weights, weights)
@@ -108,8 +74,7 @@ def report(
     say(f"loading {file}")
     network, original = load_file(file, model, reference), None
     if reference:
-        say(f"building {reference} with weights {weights}")
-        original = zoo.build(reference, weights=weights)
+        original = build(reference, weights)
     preprocess, images = zoo.preprocess_of(network), None
     if data is not None or given:
         preprocess = preparation_of(given, str(file), network, original)

@@ -6,43 +6,12 @@ from typing import Annotated
 import typer
 
 import dsconv
-from dsconv.cli.common import (
-    MODEL_HELP,
-    BatchSize,
-    Channels,
-    Config,
-    Crop,
-    Data,
-    Device,
-    Force,
-    Interpolation,
-    Json,
-    Limit,
-    Mean,
-    Plot,
-    Preset,
-    Resize,
-    Scale,
-    Seed,
-    Std,
-    Threads,
-    Weights,
-    begin,
-    check_data,
-    check_extras,
-    check_out,
-    check_plot,
-    preparation_of,
-    print_json,
-    print_table,
-    read_config,
-    read_preparation,
-    resumable,
-    say,
-    say_preparation,
-    state_beside,
-)
+from dsconv.cli import options as opt
+from dsconv.cli.checks import check_data, check_extras, check_out, check_plot, read_config, state_beside
 from dsconv.cli.mistakes import Mistakes
+from dsconv.cli.networks import begin, build, resumable
+from dsconv.cli.output import print_json, print_table
+from dsconv.cli.preparation import preparation_of, read_preparation, say_preparation
 from dsconv.files import replacing
 from dsconv.names import check_model_name, check_weights
 
@@ -52,7 +21,7 @@ _OUT_HELP = "File to write: settings for dsconv quantize --config."
 
 
 def search(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=opt.MODEL_HELP, show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.json", help=_OUT_HELP, show_default=False)],
     effective_bits: Annotated[
         float | None,
@@ -69,26 +38,26 @@ def search(
     activation_bits: Annotated[
         float | None, typer.Option(min=0, help="Bits of activations, mean over the weights.", rich_help_panel=_LIMITS)
     ] = None,
-    data: Data = None,
-    weights: Weights = "default",
-    preset: Preset = "default",
-    config: Config = None,
-    limit: Limit = 32,
-    batch_size: BatchSize = 16,
-    seed: Seed = 0,
+    data: opt.Data = None,
+    weights: opt.Weights = "default",
+    preset: opt.Preset = "default",
+    config: opt.Config = None,
+    limit: opt.Limit = 32,
+    batch_size: opt.BatchSize = 16,
+    seed: opt.Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
-    threads: Threads = None,
-    device: Device = "cpu",
-    plot: Plot = None,
-    force: Force = False,
-    as_json: Json = False,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    scale: Scale = None,
-    channels: Channels = None,
-    interpolation: Interpolation = None,
+    threads: opt.Threads = None,
+    device: opt.Device = "cpu",
+    plot: opt.Plot = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    scale: opt.Scale = None,
+    channels: opt.Channels = None,
+    interpolation: opt.Interpolation = None,
 ) -> None:
     """Choose the bits of each layer so that the network strays least within a budget. Images need no labels.
 
@@ -110,10 +79,9 @@ def search(
     mistakes.end()
 
     begin(threads, device)
-    from dsconv import report, zoo
+    from dsconv import report
 
-    say(f"building {model} with weights {weights}")
-    network = zoo.build(model, weights=weights)
+    network = build(model, weights)
     preprocess = preparation_of(given, model, network)
     say_preparation(preprocess, data)
     with resumable(state):

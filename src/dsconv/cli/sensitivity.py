@@ -6,72 +6,47 @@ from typing import Annotated, Any
 import typer
 
 import dsconv
-from dsconv.cli.common import (
-    FILE_HELP,
-    BatchSize,
-    Channels,
-    Config,
-    Crop,
-    Data,
-    Device,
-    Force,
-    Interpolation,
-    Json,
-    Limit,
-    Mean,
-    ModelOfFile,
-    Plot,
-    Preset,
-    Reference,
-    Resize,
-    Scale,
-    Seed,
-    Std,
-    Threads,
-    Weights,
-    begin,
+from dsconv.cli import options as opt
+from dsconv.cli.checks import (
     check_data,
+    check_goes_with_file,
     check_out,
+    check_own_settings,
     check_plot,
     check_source,
     is_quantized_file,
-    load_file,
-    original_of,
-    preparation_of,
-    print_json,
-    print_table,
     read_config,
-    read_preparation,
-    say,
-    say_preparation,
 )
 from dsconv.cli.mistakes import Mistakes
+from dsconv.cli.networks import begin, build, load_file, original_of
+from dsconv.cli.output import print_json, print_table, say
+from dsconv.cli.preparation import preparation_of, read_preparation, say_preparation
 from dsconv.names import check_weights
 
 
 def sensitivity(
-    file_or_model: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help=FILE_HELP, show_default=False)],
-    data: Data = None,
-    reference: Reference = None,
-    weights: Weights = "default",
-    model: ModelOfFile = None,
-    preset: Preset = "default",
-    config: Config = None,
-    limit: Limit = 32,
-    batch_size: BatchSize = 16,
-    seed: Seed = 0,
-    threads: Threads = None,
-    device: Device = "cpu",
-    plot: Plot = None,
-    force: Force = False,
-    as_json: Json = False,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    scale: Scale = None,
-    channels: Channels = None,
-    interpolation: Interpolation = None,
+    file_or_model: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help=opt.FILE_HELP, show_default=False)],
+    data: opt.Data = None,
+    reference: opt.Reference = None,
+    weights: opt.Weights = "default",
+    model: opt.ModelOfFile = None,
+    preset: opt.Preset = "default",
+    config: opt.Config = None,
+    limit: opt.Limit = 32,
+    batch_size: opt.BatchSize = 16,
+    seed: opt.Seed = 0,
+    threads: opt.Threads = None,
+    device: opt.Device = "cpu",
+    plot: opt.Plot = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    scale: opt.Scale = None,
+    channels: opt.Channels = None,
+    interpolation: opt.Interpolation = None,
 ) -> None:
     """Show how far the network strays when one layer of it alone is quantized: KL divergence, without labels.
 
@@ -80,14 +55,8 @@ def sensitivity(
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), file_or_model, model, reference)
     is_file = is_quantized_file(file_or_model)
-    mistakes.usage(
-        not is_file and bool(reference or model),
-        "--reference and --model go with a quantized FILE, not with a float model.",
-    )
-    mistakes.usage(
-        is_file and (preset != "default" or config is not None),
-        "a quantized FILE has its own settings: --preset and --config go with a float model.",
-    )
+    mistakes.check(check_goes_with_file, file_or_model, reference, model)
+    mistakes.check(check_own_settings, [file_or_model], preset, config)
     settings: Any = mistakes.check(read_config, preset, config)
     mistakes.check(check_source, file_or_model, model, reference)
     mistakes.check(check_weights, weights)
@@ -97,15 +66,14 @@ def sensitivity(
     mistakes.end()
 
     begin(threads, device)
-    from dsconv import report, zoo
+    from dsconv import report
 
     name, qmodel = file_or_model, None
     if is_file:
         say(f"loading {file_or_model}")
         settings = qmodel = load_file(Path(file_or_model), model, reference)
         name = reference or model or original_of(qmodel, file_or_model)
-    say(f"building {name} with weights {weights}")
-    network = zoo.build(name, weights=weights)
+    network = build(name, weights)
     preprocess = preparation_of(given, file_or_model, qmodel, network)
     say_preparation(preprocess, data)
     found = dsconv.sensitivity(

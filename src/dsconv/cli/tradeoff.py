@@ -6,49 +6,20 @@ from typing import Annotated
 import typer
 
 import dsconv
-from dsconv.cli.common import (
-    DATA_HELP,
-    BatchSize,
-    Channels,
-    Classes,
-    Crop,
-    Device,
-    Force,
-    Interpolation,
-    Json,
-    LimitOrAll,
-    Mean,
-    ModelOfFile,
-    Reference,
-    Resize,
-    Scale,
-    Size,
-    Std,
-    Threads,
-    Weights,
-    Workers,
-    begin,
-    check_data,
-    check_file,
+from dsconv.cli import options as opt
+from dsconv.cli.checks import check_data, check_file, check_out, check_plot, read_classes
+from dsconv.cli.mistakes import Mistakes
+from dsconv.cli.networks import begin, image_folder, load_file, original_of
+from dsconv.cli.output import json_text, print_json, print_table, say
+from dsconv.cli.preparation import (
     check_one_preparation,
-    check_out,
-    check_plot,
     check_size,
-    image_folder,
     image_shape,
-    json_text,
-    load_file,
-    original_of,
     preparation_of,
-    print_json,
-    print_table,
-    read_classes,
     read_preparation,
     read_size,
-    say,
     say_preparation,
 )
-from dsconv.cli.mistakes import Mistakes
 from dsconv.files import replacing
 from dsconv.names import check_weights
 
@@ -58,34 +29,34 @@ _OUT_SUFFIXES = (".json", ".csv")
 
 def tradeoff(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=_FILES_HELP, show_default=False)],
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help=f"{DATA_HELP} For the accuracy.")] = None,
-    reference: Reference = None,
-    weights: Weights = "default",
-    model: ModelOfFile = None,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help=f"{opt.DATA_HELP} For the accuracy.")] = None,
+    reference: opt.Reference = None,
+    weights: opt.Weights = "default",
+    model: opt.ModelOfFile = None,
     time: Annotated[bool, typer.Option("--time", help="Time them as well, on one image and in turns.")] = False,
-    threads: Threads = None,
+    threads: opt.Threads = None,
     seconds: Annotated[float, typer.Option(min=0.001, help="Seconds that --time takes, once all are warm.")] = 10.0,
-    size: Size = None,
-    classes: Classes = None,
-    limit: LimitOrAll = None,
-    batch_size: BatchSize = 32,
-    workers: Workers = 0,
-    device: Device = "cpu",
+    size: opt.Size = None,
+    classes: opt.Classes = None,
+    limit: opt.LimitOrAll = None,
+    batch_size: opt.BatchSize = 32,
+    workers: opt.Workers = 0,
+    device: opt.Device = "cpu",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE.json|FILE.csv", help="Write all figures here.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw accuracy over size, and over time with --time.")
     ] = None,
-    force: Force = False,
-    as_json: Json = False,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    scale: Scale = None,
-    channels: Channels = None,
-    interpolation: Interpolation = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    scale: opt.Scale = None,
+    channels: opt.Channels = None,
+    interpolation: opt.Interpolation = None,
 ) -> None:
     """Show size, bits and settings of several quantized files of one network; with --data what they cost in accuracy.
 

@@ -1,0 +1,164 @@
+"""Checks of arguments that need no network, for ``Mistakes.check``."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from dsconv.cli.mistakes import one_paragraph
+from dsconv.config import QuantConfig
+from dsconv.data.preprocess import Preprocess
+from dsconv.errors import ConfigError, DataError, ModelError, check_extra, import_extra
+from dsconv.files import check_place
+from dsconv.names import check_model_name, is_registered
+
+
+def is_quantized_file(name: str) -> bool:
+    """Whether an argument is a file that ``dsconv quantize`` wrote, or a folder that holds one, and no model."""
+    path = Path(name)
+    return path.suffix == ".safetensors" or path.is_file() or (path / "model.safetensors").is_file()
+
+
+def check_file(path: Path, *models: str | None) -> None:
+    """Raise what is wrong with a quantized file, as far as its header tells; ``models`` are to load it into."""
+    if not path.is_file() and not path.is_dir():  # a pipe would be waited for
+        raise FileNotFoundError(f"{path}: expected a file written by dsconv, there is none")
+    header = header_of(path)
+    architecture = header.get("architecture")
+    if header and not any(models) and not (architecture and is_registered(architecture)):
+        raise ModelError(
+            f"{path}: does not say how to build the float model that it is loaded into, a {header['model_class']}: "
+            "name it with --model, as path/to/file.py:factory"
+        )
+    for name in models if any(models) else [architecture]:
+        if name:
+            check_model_name(name)
+
+
+def check_source(name: str, *models: str | None) -> None:
+    """Raise what is wrong with an argument that is a quantized file or a float model."""
+    check_file(Path(name), *models) if is_quantized_file(name) else check_model_name(name)
+
+
+def check_goes_with_file(name: str, *models: str | None) -> None:
+    """Raise wrong usage where ``--reference`` or ``--model`` is given beside a float model."""
+    if any(models) and not is_quantized_file(name):
+        raise typer.BadParameter("--reference and --model go with a quantized FILE, not with a float model.")
+
+
+def check_own_settings(names: Iterable[str], preset: str, config: Path | None, weights: str | None = None) -> None:
+    """Raise wrong usage where settings, or weights, are given and ``names`` are all quantized files."""
+    if (preset, config, weights or "default") != ("default", None, "default") and all(map(is_quantized_file, names)):
+        options = "--preset and --config" if weights is None else "--preset, --config and --weights"
+        raise typer.BadParameter(f"a quantized FILE has its own settings: {options} go with a float model.")
+
+
+def check_own_weights(name: str, reference: str | None, weights: str) -> None:
+    """Raise wrong usage where weights are given for a quantized file, and there is no ``--reference``."""
+    if weights != "default" and not reference and is_quantized_file(name):
+        raise typer.BadParameter("a quantized FILE has its own weights: --weights are those of --reference.")
+
+
+def check_data(path: Path | None) -> None:
+    """Raise DataError where a folder of images is none."""
+    if path is not None and not path.is_dir():
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        raise DataError(f"--data: the image folder {path} {what}")
+
+
+def check_out(force: bool, **paths: Path | None) -> None:
+    """Raise what is wrong with the files that a command is to write, by the names of their options."""
+    wrong: list[str] = []
+    seen: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None:
+            continue
+        if (same := seen.setdefault(path.absolute(), option)) != option:
+            wrong.append(f"{path}: --{same} and --{option} are one file: choose another for one of them")
+            continue
+        try:
+            check_place(path)
+        except OSError as error:
+            wrong.append(one_paragraph(error))
+            continue
+        if path.exists() and not force:
+            wrong.append(f"{path}: there is such a file already: add --force to replace it, or choose another")
+    if wrong:
+        raise OSError("; ".join(wrong))
+
+
+def check_plot(plot: Path | None) -> None:
+    """Raise what is wrong with the format of a picture, or that nothing is there to draw it."""
+    if plot is None:
+        return
+    known = import_extra("report", "matplotlib.figure").Figure().canvas.get_supported_filetypes()
+    if plot.suffix[1:] not in known:
+        raise typer.BadParameter(
+            f"--plot: expected a name that ends in one of .{', .'.join(known)}, got {plot.name!r}."
+        )
+
+
+def check_extras(extra: str, *packages: str) -> None:
+    """Raise MissingExtraError where one of the packages that ``extra`` installs is missing."""
+    for package in packages:
+        check_extra(extra, package)
+
+
+def state_beside(out: Path, resume: bool, work: str) -> Path:
+    """Return the file from which ``work`` that was stopped is resumed: there is one if, and only if, that is asked."""
+    state = out.with_name(f"{out.name}.state")
+    if state.exists() != resume:
+        there, todo = ("no", "leave out --resume") if resume else ("a", f"add --resume, or delete {state}")
+        raise ConfigError(f"{state}: there is {there} {work} to resume: {todo}")
+    return state
+
+
+def read_classes(path: Path | None) -> list[str] | None:
+    """Return the names of a file, one a line; None without a file."""
+    if path is None:
+        return None
+    try:
+        names = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except ValueError as error:
+        raise DataError(f"{path}: expected names of classes as UTF-8 text: {error}") from None
+    if not names:
+        raise DataError(f"{path}: expected names of classes, one a line, it is empty")
+    first: dict[str, int] = {}
+    for line, name in enumerate(names, 1):
+        if not name:
+            raise DataError(f"{path}, line {line}: expected the name of a class, the line is blank: delete it")
+        if (other := first.setdefault(name, line)) != line:
+            raise DataError(f"{path}, line {line}: {name!r} is the name of line {other} already: name each class once")
+    return names
+
+
+def read_config(preset: str, path: Path | None) -> QuantConfig:
+    """Return the settings of a preset, or of the file that takes its place."""
+    if path is None:
+        return QuantConfig.preset(preset)
+    if preset != "default":
+        raise typer.BadParameter("choose one of --preset and --config.")
+    try:
+        return QuantConfig.from_json(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected settings as JSON: {error}") from None
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """Return what a quantized file says of its network; nothing where it is damaged, of which loading tells more."""
+    from safetensors import safe_open
+
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            entries = file.metadata() or {}
+        said = {name: json.loads(entries[name]) for name in ("model_class", "architecture", "preprocess")}
+        if said["preprocess"] is not None:
+            said["preprocess"] = Preprocess(**said["preprocess"])
+        return said if isinstance(said["architecture"], str | None) else {}
+    except Exception:  # of many kinds, each of which loading turns into an error of its own
+        return {}

@@ -1,0 +1,100 @@
+"""Work on networks and images, which imports PyTorch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dsconv
+from dsconv.cli.output import say
+from dsconv.data.preprocess import Preprocess
+from dsconv.errors import ConfigError, DataError, MissingExtraError, ModelError, usable_device
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dsconv.data import ImageFolder
+
+
+def begin(threads: int | None = None, device: str = "cpu") -> None:
+    """Import PyTorch, and have it use ``threads`` threads.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with usable_device(device):
+        torch.empty(0, dtype=torch.float32, device=device)
+
+
+def load_file(path: Path, model: str | None, reference: str | None = None) -> "nn.Module":
+    """Return the quantized network of a file: loaded into ``model``, else as the file says, else into ``reference``."""
+    from dsconv import zoo
+
+    if model:
+        return dsconv.load(path, zoo.build(model, weights="random"))
+    try:
+        return dsconv.load(path)
+    except (ModelError, MissingExtraError) as error:
+        if reference:
+            return dsconv.load(path, zoo.build(reference, weights="random"))
+        if isinstance(error, MissingExtraError):
+            raise
+        raise ModelError(f"{error}; here, name it with --model") from None
+
+
+def build(name: str, weights: str) -> "nn.Module":
+    """Return the float model of a name, and say so."""
+    from dsconv import zoo
+
+    say(f"building {name} with weights {weights}")
+    return zoo.build(name, weights=weights)
+
+
+def original_of(qmodel: "nn.Module", file: str) -> str:
+    """Return the name of the float model that a file says its network was made from."""
+    from dsconv.conversion import model_info
+
+    info = model_info(qmodel)
+    if info is None or info.architecture is None:
+        raise ModelError(f"{file} does not name the float model it was made from: name it with --reference")
+    return info.architecture
+
+
+def read_images(data: Path, preprocess: Preprocess, limit: int) -> "Tensor":
+    """Return ``limit`` images of a folder, evenly spaced."""
+    import torch
+
+    from dsconv.data import batches
+
+    source = batches(data, preprocess=preprocess, batch_size=limit, limit=limit)
+    images = [images for images, _ in source]
+    for broken in source.broken:
+        say(f"left out: {broken.path}: {broken.reason}")
+    if not images:
+        raise DataError(f"none of the first images of {data} can be read")
+    return torch.cat(images)
+
+
+def image_folder(data: Path, preprocess: Preprocess, classes: list[str] | None) -> "ImageFolder":
+    """Return the images of ``--data``, and say how its class folders are ordered."""
+    from dsconv.data import ImageFolder
+
+    folder = ImageFolder(data, preprocess, classes)
+    if folder.order is not None:
+        say(f"class folders {folder.order_in_words}")
+    return folder
+
+
+@contextmanager
+def resumable(state: Path) -> Iterator[None]:
+    """Say, where the block is stopped, that its work goes on from ``state``."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError, ConfigError):
+        if state.exists():
+            say(f"stopped: what is done is in {state}; the same command with --resume goes on from there")
+        raise

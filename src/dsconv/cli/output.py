@@ -1,0 +1,38 @@
+"""How the commands print: figures on stdout, all else on stderr."""
+
+import json
+import math
+import os
+import sys
+from typing import Any
+
+
+def say(message: str) -> None:
+    """A line on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_table(table: Any) -> None:
+    """As wide as the window; in a file or a pipe there is none to fit into."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
+    Console(width=width, highlight=False).print(table)
+
+
+def print_json(data: Any) -> None:
+    """Strict JSON: a figure that is infinite or undefined becomes null."""
+    print(json_text(data))
+
+
+def json_text(data: Any) -> str:
+    """What :func:`print_json` prints."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
