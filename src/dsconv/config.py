@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dsconv import strict_json
-from dsconv.errors import ConfigError, one_line
+from dsconv.errors import ConfigError, check_choice, one_line
 from dsconv.names import ActivationSign, WeightRule, WeightScale
 
 if TYPE_CHECKING:
@@ -170,8 +170,7 @@ class QuantConfig(LayerConfig):
         >>> QuantConfig.preset("default", weight_bits=3).weight_bits
         3
         """
-        if not isinstance(name, str) or name not in _PRESETS:
-            raise ConfigError(f"preset: expected one of {', '.join(_PRESETS)}, got {_shown(name)}")
+        check_choice("preset", name, _PRESETS)
         return cls(**{**_PRESETS[name], **changes})
 
     def layer(

@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,18 @@ class MissingExtraError(DSConvError, ImportError):
 
     def __init__(self, extra: str, package: str):
         super().__init__(f"{package} is not installed: pip install 'dsconv[{extra}]'")
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ConfigError unless the argument ``name`` is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {one_line(repr(value), 200)}")
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise ConfigError unless the argument ``name`` is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}: expected a whole number from {least}, got {value!r}")
 
 
 @contextmanager

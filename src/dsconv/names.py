@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Literal, get_args
 
-from dsconv.errors import ConfigError, ModelError, check_extra
+from dsconv.errors import ModelError, check_choice, check_extra
 from dsconv.files import as_path
 
 ActivationSign = Literal["adaptive", "extra", "included"]
@@ -31,8 +31,7 @@ _LIBRARIES = ("torchvision", "timm", "dsconv")
 
 def check_on_interrupt(value: str) -> None:
     """Raise ConfigError unless ``value`` is one of :data:`OnInterrupt`."""
-    if value not in (known := get_args(OnInterrupt)):
-        raise ConfigError(f"on_interrupt: expected {' or '.join(map(repr, known))}, got {value!r}")
+    check_choice("on_interrupt", value, get_args(OnInterrupt))
 
 
 def is_registered(name: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field
 
 from dsconv.config import Strict
-from dsconv.errors import ConfigError
+from dsconv.errors import ConfigError, check_choice
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -61,8 +61,7 @@ class Recipe(Strict):
             The published one: 960 images, Adam with a constant learning rate of 1e-5, VQK and KDS recomputed from
             float weights in each step, logits only. For what :func:`dsconv.quantize` made, not for calibrated networks.
         """
-        if name not in _RECIPES:
-            raise ConfigError(f"recipe: expected one of {', '.join(_RECIPES)}, got {name!r}")
+        check_choice("recipe", name, _RECIPES)
         return cls(**{**_RECIPES[name], **changes})
 
 

@@ -628,7 +628,7 @@ class TestBatches:
 
     @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("workers", -1), ("limit", 0), ("limit", 1.5)])
     def test_numbers_out_of_range_are_named(self, name: str, value: object) -> None:
-        with pytest.raises(ConfigError, match=f"{name} must be a whole number"):
+        with pytest.raises(ConfigError, match=f"{name}: expected a whole number"):
             batches(torch.zeros(1, 3, 8, 8), **{name: value})
 
     def test_preprocess_is_needed_for_a_path_and_refused_elsewhere(self, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from dsconv.conversion.preparation import set_preprocess
 from dsconv.conversion.quantized import add_bias
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
-from dsconv.errors import ConfigError, ModelError, usable_device
+from dsconv.errors import ConfigError, ModelError, check_whole, usable_device
 from dsconv.evaluation.running import ready
 from dsconv.files import as_path, check_place
 from dsconv.io.state import StateFile
@@ -114,8 +114,7 @@ def adapt(
     (True, 256)
     """
     recipe = as_recipe(recipe)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed: expected a whole number from 0, got {seed!r}")
+    check_whole("seed", seed, 0)
     names = "student", "teacher"
     student, teacher = unwrapped(student), unwrapped(teacher)
     check_models(student, teacher, names)

@@ -23,7 +23,7 @@ from dsconv.conversion.preparation import set_preprocess
 from dsconv.conversion.quantized import add_bias, quantized_layers
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
-from dsconv.errors import ConfigError, ModelError
+from dsconv.errors import ModelError, check_whole
 from dsconv.evaluation.running import ready
 from dsconv.files import as_path
 from dsconv.layers import DSLayer
@@ -105,8 +105,7 @@ def calibrate(
     (True, 128)
     """
     for name, value, least in (("positions", positions, 1), ("seed", seed, 0), ("memory_bytes", memory_bytes, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}: expected a whole number from {least}, got {value!r}")
+        check_whole(name, value, least)
     qmodel, reference = unwrapped(qmodel), unwrapped(reference)
     check_models(qmodel, reference)
     saved = State(None if state is None else as_path(state, "state"), resume)

@@ -45,12 +45,7 @@ def read_images(
     if len(shapes) > 1:
         raise DataError(f"images: expected all of one shape, got {shapes[0]} and {shapes[1]}: resize or crop them")
     count = sum(map(len, parts))
-    if source.broken:
-        warnings.warn(
-            f"{len(source.broken)} files could not be read, the first {source.broken[0].path}: "
-            f"{source.broken[0].reason}",
-            stacklevel=3,
-        )
+    source.warn_of_broken(stacklevel=3)
     x = torch.cat(parts) if parts else torch.empty((0, 1), dtype=torch.float32, device="cpu")
     if not (finite := x.isfinite().flatten(1).all(1)).all():
         raise DataError(f"images: image {int((~finite).nonzero()[0])} holds a NaN or an infinity")

@@ -21,10 +21,15 @@ def is_quantized_file(name: str) -> bool:
     return path.suffix == ".safetensors" or path.is_file() or (path / "model.safetensors").is_file()
 
 
-def check_file(path: Path, *models: str | None) -> None:
-    """Raise what is wrong with a quantized file, as far as its header tells; ``models`` are to load it into."""
+def check_there(path: Path) -> None:
+    """Raise FileNotFoundError where there is no file of dsconv, and no folder that may hold one."""
     if not path.is_file() and not path.is_dir():  # a pipe would be waited for
         raise FileNotFoundError(f"{path}: expected a file written by dsconv, there is none")
+
+
+def check_file(path: Path, *models: str | None) -> None:
+    """Raise what is wrong with a quantized file, as far as its header tells; ``models`` are to load it into."""
+    check_there(path)
     header = header_of(path)
     architecture = header.get("architecture")
     if header and not any(models) and not (architecture and is_registered(architecture)):

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dsconv.cli import options as opt
+from dsconv.cli.checks import check_there
 from dsconv.cli.output import print_json, print_table
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import one_line
@@ -20,8 +21,7 @@ def inspect(
     """Show what a quantized file holds, from the file alone; its checksum is verified."""
     if file.is_dir():
         file /= "model.safetensors"
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: expected a file written by dsconv, there is none")
+    check_there(file)
     from dsconv.io import describe
 
     header, summary = describe(file)

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import stat
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dsconv.data.preprocess import Preprocess
-from dsconv.errors import ConfigError, DataError
+from dsconv.errors import ConfigError, DataError, check_whole
 
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -339,6 +340,13 @@ class Batches:
         known = _count(images)
         self.total = min(known, limit) if known is not None and limit is not None else known
 
+    def warn_of_broken(self, stacklevel: int) -> None:
+        """Warn if files could not be read; ``stacklevel`` as in ``warnings.warn``, from the caller."""
+        if self.broken:
+            path, reason = self.broken[0]
+            text = f"{len(self.broken)} files could not be read, the first {path}: {reason}"
+            warnings.warn(text, stacklevel=stacklevel + 1)
+
     def __iter__(self) -> Iterator[Labelled]:
         self.broken, self.files = [] if self.folder is None else list(self.folder.left_out), []
         seen, labelled = 0, None
@@ -470,8 +478,8 @@ def batches(
     if isinstance(images, Batches):
         return images
     for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("limit", limit, 1)):
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise ConfigError(f"{name} must be a whole number from {least}, got {value!r}.")
+        if value is not None:
+            check_whole(name, value, least)
     if isinstance(images, str | os.PathLike):
         if preprocess is None:
             raise DataError(

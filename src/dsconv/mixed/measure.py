@@ -6,7 +6,6 @@ import itertools
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -26,7 +25,7 @@ from dsconv.conversion.info import info_of
 from dsconv.conversion.statistics import input_moments, normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
-from dsconv.errors import ConfigError, FileFormatError, ModelError
+from dsconv.errors import ConfigError, FileFormatError, ModelError, check_whole
 from dsconv.evaluation import compare, evaluate
 from dsconv.io.state import StateFile
 from dsconv.layers import DSLayer
@@ -246,12 +245,7 @@ def measure(
         preprocess = preprocess or preprocess_of(quantized) or preprocess_of(model)
     source = _batches(preprocess, images, limit, batch_size, seed)
     kept = [(x, None) for x, _ in source]
-    if source.broken:
-        warnings.warn(
-            f"{len(source.broken)} files could not be read, the first {source.broken[0].path}: "
-            f"{source.broken[0].reason}",
-            stacklevel=2,
-        )
+    source.warn_of_broken(stacklevel=2)
     original = model
     if images is None and with_statistics(model):
         # With its own statistics, noise has the moments behind a BatchNorm that images have.
@@ -386,8 +380,7 @@ def _batches(preprocess: Preprocess | None, images: Images | None, limit: int, b
                 "images: without any, noise takes their place, and the model does not say how images are prepared: "
                 "pass preprocess=Preprocess(crop=224, mean=..., std=...), or images"
             )
-        if limit < 1:
-            raise ConfigError(f"limit must be a whole number from 1, got {limit!r}.")
+        check_whole("limit", limit, 1)
         images, preprocess = synthetic_images(limit, preprocess, seed=seed), None
     return batches(images, preprocess=preprocess, batch_size=batch_size, limit=limit)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsconv.errors import check_choice
 from dsconv.names import ACTIVATION_SIGNS, ActivationSign
 from dsconv.numerics.weights import block_count, check_bits, check_block_size
 
@@ -118,8 +119,7 @@ def check_activation(x: Tensor, bits: int, block_size: int, sign: str, groups: i
         ValueError: an argument is out of range.
     """
     check_bits("bits", bits)
-    if sign not in ACTIVATION_SIGNS:
-        raise ValueError(f"sign: expected one of {', '.join(ACTIVATION_SIGNS)}, got {sign!r}")
+    check_choice("sign", sign, ACTIVATION_SIGNS)
     if not isinstance(x, Tensor):
         raise ValueError(f"x: expected a float tensor, got {type(x).__name__}")
     if not x.is_floating_point() or x.layout is not torch.strided:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsconv.errors import check_choice, check_whole
 from dsconv.names import WEIGHT_RULES, WEIGHT_SCALES, WeightRule, WeightScale
 from dsconv.numerics.balanced import Solver, most_rows, round_balanced
 from dsconv.numerics.scales import round_rows
@@ -156,8 +157,7 @@ def check_bits(name: str, bits: int) -> None:
 
 def check_block_size(block_size: int) -> None:
     """Raise ValueError unless ``block_size`` is a whole number of at least 1."""
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size: expected a whole number of at least 1, got {block_size!r}")
+    check_whole("block_size", block_size, 1)
 
 
 def _quantize(
@@ -174,9 +174,8 @@ def _quantize(
 ) -> QuantizedWeight:
     check_bits("bits", bits)
     check_block_size(block_size)
-    for name, value, allowed in (("rule", rule, WEIGHT_RULES), ("scale", scale, WEIGHT_SCALES)):
-        if value not in allowed:
-            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    check_choice("rule", rule, WEIGHT_RULES)
+    check_choice("scale", scale, WEIGHT_SCALES)
     if not w.is_floating_point() or not 2 <= w.dim() <= 5:
         raise ValueError(
             f"w: expected a float tensor (O, C/groups, *K) of 2 to 5 dimensions, got {w.dtype} {tuple(w.shape)}"

@@ -20,7 +20,7 @@ from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.quantized import quantized_layers
 from dsconv.conversion.statistics import noise, normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
-from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
+from dsconv.errors import ConfigError, MissingExtraError, ModelError, check_choice, import_extra
 from dsconv.files import as_path, replacing
 from dsconv.modes import check_evaluation_mode
 from dsconv.names import OPSET, STYLES, Style
@@ -117,8 +117,7 @@ def export_onnx(
 
 
 def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, full_range: bool, opset: int) -> None:
-    if style not in STYLES:
-        raise ConfigError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
+    check_choice("style", style, STYLES)
     for module in ("onnx", "onnxscript", *["onnxruntime"] * (style == "int8")):
         import_extra("onnx", module)
     if not hasattr(torch.onnx, "ops"):
