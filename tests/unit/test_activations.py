@@ -249,7 +249,7 @@ def call(**changes: object) -> tuple[Tensor, Tensor]:
         ({"bits": 1}, "bits: expected a whole number in 2..8, got 1"),
         ({"bits": 9}, "bits"),
         ({"bits": 4.5}, "bits"),
-        ({"block_size": 0}, "block_size: expected a whole number of at least 1, got 0"),
+        ({"block_size": 0}, "block_size: expected a whole number from 1, got 0"),
         ({"sign": "both"}, "sign: expected one of adaptive, extra, included, got 'both'"),
         ({"groups": 4}, "groups: expected a divisor of the 6 channels, got 4"),
         ({"groups": 0}, "groups"),

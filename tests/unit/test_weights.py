@@ -462,7 +462,7 @@ def test_nonfinite_weight_is_an_error(bad: float) -> None:
         ({"bits": 9}, "bits"),
         ({"bits": 4.0}, "bits"),
         ({"bits": True}, "bits"),
-        ({"block_size": 0}, "block_size: expected a whole number of at least 1, got 0"),
+        ({"block_size": 0}, "block_size: expected a whole number from 1, got 0"),
         ({"block_size": -3}, "block_size"),
         ({"block_size": 2.0}, "block_size"),
         ({"groups": 3}, "groups: expected a divisor of the 4 output channels, got 3"),

@@ -17,7 +17,7 @@ from dsconv.benchmarking.results import Bench, Timing, plural
 from dsconv.conversion import model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cores
-from dsconv.errors import ConfigError, MissingExtraError, ModelError
+from dsconv.errors import ConfigError, MissingExtraError, ModelError, check_choice
 from dsconv.evaluation.running import forward
 from dsconv.layers.inputs import dtype_of
 from dsconv.modes import check_evaluation_mode, check_module
@@ -128,8 +128,7 @@ def _check(
     on_interrupt: OnInterrupt,
 ) -> None:
     for peer in against:
-        if peer not in PEERS:
-            raise ConfigError(f"against: expected some of {', '.join(PEERS)}, got {peer!r}")
+        check_choice("against", peer, PEERS)
     if not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"batch_sizes: expected whole numbers from 1, got {batch_sizes}")
     if not threads or min(threads) < 1 or max(threads) > cores():

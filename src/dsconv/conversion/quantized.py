@@ -1,5 +1,7 @@
 """The quantized layers of a network: found, checked and given a bias."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,25 @@ def check_inference(qmodel: nn.Module, doing: str) -> None:
     quantized_layers(qmodel)
     # A part in training mode on purpose goes on computing what it did.
     check_evaluation_mode(qmodel, doing, parts=False)
+
+
+def check_original(name: str, layer: DSLayer, there: nn.Module | None, network: str = "reference") -> None:
+    """Refuse what cannot be the layer ``name`` of the float ``network`` that ``layer`` was made from.
+
+    Raises:
+        ModelError: there is none, or one of another class or shape.
+    """
+    shape = tuple(layer.dequantized_weight().shape)
+    got = "no such layer" if there is None else f"a {type(there).__name__}"
+    if isinstance(there, layer.float_type):
+        there_shape = tuple(cast(Tensor, there.weight).shape)
+        if there_shape == shape:
+            return
+        got += f" with {there_shape}"
+    raise ModelError(
+        f"{network}: expected a {layer.float_type.__name__} {name!r} with a weight {shape}, as in the quantized "
+        f"network, got {got}: pass the float network that was quantized"
+    )
 
 
 def add_bias(layer: DSLayer, like: object) -> None:

@@ -22,6 +22,7 @@ from dsconv.config import FLOAT, LayerConfig, QuantConfig, as_config
 from dsconv.conversion import LayerSummary, quantize, summary
 from dsconv.conversion.convert import quantize_for, swapped
 from dsconv.conversion.info import info_of
+from dsconv.conversion.quantized import check_original
 from dsconv.conversion.statistics import input_moments, normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
@@ -403,12 +404,7 @@ def _as_they_are(
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, choice in pairs:
         layer: Any = quantized.get_submodule(name)
-        if not isinstance(modules.get(name), layer.float_type):
-            kind = type(modules.get(name)).__name__
-            raise ModelError(
-                f"layer {name!r}: expected a {layer.float_type.__name__} in the float network, got {kind}: pass the "
-                "network that was quantized"
-            )
+        check_original(name, layer, modules.get(name), "model")
         yield name, choice, swapped(model, {modules[name]: copy.deepcopy(layer)}, info)
 
 

@@ -1,23 +1,22 @@
 """Measures what a report tells of a quantized network: see :func:`gather`."""
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dsconv.benchmarking.profiling import Profile, profile
 from dsconv.benchmarking.results import Bench
 from dsconv.compilation import compile
 from dsconv.conversion import ModelInfo, model_info, summary
-from dsconv.conversion.quantized import quantized_layers
+from dsconv.conversion.quantized import check_original, quantized_layers
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess, batches
 from dsconv.data.folder import Batches
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import Evaluation, compare, evaluate
-from dsconv.layers import DSLayer
 from dsconv.mixed import sensitivity
 from dsconv.modes import check_module, evaluation_mode
 from dsconv.report.contents import Layer, Report
@@ -76,7 +75,9 @@ def gather(
         raise ConfigError(f"expected sensitivity_images from 0 and runs 0 or from 2, got {sensitivity_images}, {runs}")
     info, known = model_info(qmodel), summary(qmodel)
     if reference is not None:
-        _check_reference(reference, layers)
+        modules = dict(reference.named_modules(remove_duplicate=False))
+        for path, module in layers.items():
+            check_original(path, module, modules.get(path))
     preprocess = preprocess or preprocess_of(qmodel) or (preprocess_of(reference) if reference else None)
     source = None
     if images is not None:
@@ -204,20 +205,3 @@ def _profile(qmodel: nn.Module, shape: Sequence[int] | None, runs: int) -> Profi
             return profile(compile(qmodel, x), x, runs=runs)
     except ModelError as error:
         return f"The network cannot be compiled: {error}".replace("`", "'")
-
-
-def _check_reference(reference: nn.Module, layers: Mapping[str, DSLayer]) -> None:
-    modules = dict(reference.named_modules(remove_duplicate=False))
-    for name, layer in layers.items():
-        there: Any = modules.get(name)
-        shape = tuple(layer.dequantized_weight().shape)
-        got = "no such layer" if there is None else f"a {type(there).__name__}"
-        if isinstance(there, layer.float_type):
-            there_shape = tuple(cast(Tensor, there.weight).shape)
-            if there_shape == shape:
-                continue
-            got += f" with {there_shape}"
-        raise ModelError(
-            f"reference: expected a {layer.float_type.__name__} {name!r} with a weight {shape}, as in the quantized "
-            f"network, got {got}: pass the float network that was quantized"
-        )
