@@ -50,7 +50,7 @@ class LayerConfig(Strict):
         activation_bits: 2..8, or None: the input stays float, the layer is then quantized in its weights only.
         block_size: values that share a KDS and an exponent, >= 1.
         weight_rule: ``paper``, ``refined`` or ``balanced``, see :func:`dsconv.numerics.quantize_weight`.
-        weight_scale: ``l2`` or ``kl``.
+        weight_scale: criterion by which scales are chosen, ``l2`` or ``kl``; the scales themselves are KDS.
         weight_shift: whether a block has a shift beside its scale.
         activation_sign: ``adaptive``, ``extra`` or ``included``, see :func:`dsconv.numerics.quantize_activation`.
         kds_dtype: ``float32``, ``float16`` or ``bfloat16``. A layer whose KDS do not fit float16 keeps float32.
