@@ -24,7 +24,7 @@ PEERS = ("torch", "onnxruntime", "openvino")
 """Runtimes that :func:`dsconv.bench` measures beside dsconv."""
 
 OnInterrupt = Literal["raise", "partial"]
-"""What Ctrl-C does to a measurement: raise KeyboardInterrupt, or end with the figures so far."""
+"""Effect of Ctrl-C on a measurement: it raises KeyboardInterrupt, or ends it with the figures so far."""
 
 _LIBRARIES = ("torchvision", "timm", "dsconv")
 

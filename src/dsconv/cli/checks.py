@@ -16,7 +16,7 @@ from dsconv.names import check_model_name, is_registered
 
 
 def is_quantized_file(name: str) -> bool:
-    """Whether an argument is a file that ``dsconv quantize`` wrote, or a folder that holds one, and no model."""
+    """Tell whether an argument is a file that ``dsconv quantize`` wrote, or a folder that holds one, and no model."""
     path = Path(name)
     return path.suffix == ".safetensors" or path.is_file() or (path / "model.safetensors").is_file()
 

@@ -1,4 +1,4 @@
-"""How the commands print: figures on stdout, all else on stderr."""
+"""Prints for the commands: figures on stdout, all else on stderr."""
 
 import json
 import math
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def say(message: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 def print_table(table: Any) -> None:
-    """As wide as the window; in a file or a pipe there is none to fit into."""
+    """Print a table as wide as the window; in a file or a pipe there is none to fit into."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
@@ -21,12 +21,12 @@ def print_table(table: Any) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Strict JSON: a figure that is infinite or undefined becomes null."""
+    """Print strict JSON: a figure that is infinite or undefined becomes null."""
     print(json_text(data))
 
 
 def json_text(data: Any) -> str:
-    """What :func:`print_json` prints."""
+    """Return the text that :func:`print_json` prints."""
     return json.dumps(_finite(data), indent=2, allow_nan=False)
 
 

@@ -57,7 +57,7 @@ class ModelInfo:
 
 
 def model_info(model: nn.Module) -> ModelInfo | None:
-    """The :class:`ModelInfo` of a model that :func:`quantize` or :func:`dsconv.load` returned, else None."""
+    """Return the :class:`ModelInfo` of a model that :func:`quantize` or :func:`dsconv.load` returned, else None."""
     info = getattr(peeled(model), "dsconv_info", None)
     return info if isinstance(info, ModelInfo) else None
 

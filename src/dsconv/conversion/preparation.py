@@ -1,4 +1,4 @@
-"""How a network's images are prepared: an attribute of the network, which travels with all that is made from it."""
+"""Preparation of a network's images: an attribute of the network, which travels with all that is made from it."""
 
 import os
 from collections.abc import Mapping

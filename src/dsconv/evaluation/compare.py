@@ -36,7 +36,7 @@ def compare(
     per_layer: bool = True,
     each: Callable[[Tensor, Tensor | None, Tensor, Tensor], object] | None = None,
 ) -> Comparison:
-    """How close a quantized network stays to its float original on the same images; labels are not needed.
+    """Measure how close a quantized network stays to its float original on the same images; labels are not needed.
 
     Args:
         reference: the float network.
@@ -90,7 +90,7 @@ def compare_each(
     per_layer: bool = True,
     each: Callable[[Tensor, Tensor | None, Tensor, Tensor], object] | None = None,
 ) -> dict[str, Comparison]:
-    """`compare` with each of several quantized networks, by name, in one pass over the images."""
+    """Return the results of `compare` for several quantized networks, by name, from one pass over the images."""
     reference, qmodels = unwrapped(reference), {name: unwrapped(qmodel) for name, qmodel in qmodels.items()}
     for name, network in {"reference": reference, **qmodels}.items():
         check_module(name, network)
@@ -140,7 +140,7 @@ def _comparison(
 
 @contextmanager
 def _layer_errors(reference: nn.Module, qmodel: nn.Module, wanted: bool) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Hooks on every DSConv layer of ``qmodel`` and its namesake in ``reference``.
+    """Hook every DSConv layer of ``qmodel`` and its namesake in ``reference``.
 
     Yields a function that returns, by layer, the float64 pair (sum f^2, sum (f - q)^2) since it was last called.
     """

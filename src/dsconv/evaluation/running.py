@@ -74,7 +74,7 @@ class ImagePass:
 
 @contextmanager
 def ready(models: list[nn.Module], device: str | torch.device | None) -> Iterator[None]:
-    """Evaluation mode, inference mode and ``device`` for as long as the block lasts."""
+    """Put ``models`` into evaluation mode, inference mode and on ``device`` for as long as the block lasts."""
     homes = [device_of(model) for model in models]
     try:
         for model in models:

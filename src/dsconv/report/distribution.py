@@ -40,7 +40,7 @@ class Distribution:
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor) -> "Distribution":
-        """Of finite values, at least one, in the same order.
+        """Compare finite values, at least one, with those that take their place, in the same order.
 
         >>> found = Distribution.of(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, 3.0]))
         >>> round(found.moved, 2), found.figures["maximum"]
