@@ -1,5 +1,6 @@
 """Facts that a quantized model carries about itself."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -46,7 +47,7 @@ class ModelInfo:
 
     def stored(self) -> dict[str, Any]:
         """Return the fields that files keep, as a header has them."""
-        kept = {name: value for name, value in vars(self).items() if name not in _NOT_STORED}
+        kept = {name: copy.copy(value) for name, value in vars(self).items() if name not in _NOT_STORED}
         return {**kept, "config": self.config.to_dict(), "affine": list(self.affine), "biases": list(self.biases)}
 
     @classmethod
