@@ -10,11 +10,11 @@ from torch.nn.utils import parametrize
 
 from dsconv import ops
 from dsconv.config import LayerConfig
-from dsconv.conversion.convert import FLOAT_TYPES
 from dsconv.conversion.info import model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import one_line
 from dsconv.layers import DSLayer
+from dsconv.layers.kinds import kind_of
 from dsconv.modes import check_module
 from dsconv.numerics import packed_bytes
 from dsconv.tables import as_text
@@ -193,7 +193,7 @@ def summary(model: nn.Module) -> Summary:
             rows.append(quantized_row(name, type(module).__name__, shape, module.config, size, sqnr, module.backend))
             counted.update(id(t) for t in module.buffers(recurse=False))
         elif "parametrizations" not in name.split("."):
-            is_layer = isinstance(module, FLOAT_TYPES)
+            is_layer = kind_of(module) is not None
             unknown = "not converted" if is_layer else "neither a convolution nor a linear layer"
             reason = (info.in_float.get(name) if info else None) or unknown
             for parameter_name, parameter in _own_parameters(module):

@@ -67,9 +67,18 @@ class DSLayer(nn.Module):
         weight_sqnr_db: ``10 log10(sum w^2 / sum (w - w_q)^2)`` of the weight it was made from, None where unknown.
     """
 
+    # What other packages know of a kind of layers; dsconv.layers.kinds has the list of them.
     kind: ClassVar[LayerKind] = "conv"
     float_type: ClassVar[type[nn.Module]]
+    # What the float layer calls, and the arguments that make the smallest one.
+    float_function: ClassVar[Callable[..., Tensor]]
+    float_arguments: ClassVar[tuple[int, ...]] = (1, 1, 1)
+    # What the call of the float layer runs, as PyTorch has it.
+    plain_call: ClassVar[dict[str, Any]]
+    # Dimensions over which the kernel moves; 0 is a linear layer, whose channels are the last dimension.
+    dims: ClassVar[int]
     transposed: ClassVar[bool] = False
+    onnx_operator: ClassVar[str] = "Conv"
     groups: int = 1
     vqk: Tensor
     kds: Tensor
@@ -84,7 +93,7 @@ class DSLayer(nn.Module):
         super().__init__()
         self.config = config
         self.weight_sqnr_db: float | None = None
-        rows = self._rows(torch.zeros(vqk_shape, dtype=torch.int8, device="cpu"))
+        rows = self.blockwise(torch.zeros(vqk_shape, dtype=torch.int8, device="cpu"))
         kds = torch.zeros(
             (rows.shape[0], block_count(rows.shape[1], config.block_size), *rows.shape[2:]),
             dtype=config.torch_kds_dtype,
@@ -97,15 +106,19 @@ class DSLayer(nn.Module):
         zeros = torch.zeros(vqk_shape[0], dtype=torch.float32, device="cpu")
         self.bias = nn.Parameter(zeros) if bias else None
 
-    def _rows(self, weight: Tensor) -> Tensor:
-        """``weight`` as the arithmetic sees it: flattened to ``(O, C/groups * K)`` where blocks are."""
+    def blockwise(self, weight: Tensor) -> Tensor:
+        """Return ``weight (O, C/groups, *K)`` as the arithmetic sees it: ``(O, C/groups * K)`` for flattened blocks."""
         return weight.flatten(1) if self.config.blocks == "flat" else weight
 
     def dequantized_weight(self) -> Tensor:
-        """Float32 weight that VQK and KDS stand for, in the layout of the float layer."""
+        """Return the float32 weight that VQK and KDS stand for, in the layout of the float layer."""
+        return self.conv_weight()
+
+    def conv_weight(self) -> Tensor:
+        """Return the float32 weight ``(O, C/groups, *K)`` that VQK and KDS stand for, in their layout."""
         if self._shadow is not None:
             return self._shadow()
-        return dequantize_weight(self._rows(self.vqk), self.kds, self.config.block_size, self.kds_shift).view(
+        return dequantize_weight(self.blockwise(self.vqk), self.kds, self.config.block_size, self.kds_shift).view(
             self.vqk.shape
         )
 
@@ -150,7 +163,7 @@ class DSLayer(nn.Module):
             ValueError: the weight holds a NaN or an infinity.
         """
         config = self.config
-        rows = self._rows(weight.float())
+        rows = self.blockwise(weight.float())
         if inputs is not None and rows.dim() < weight.dim():  # each tap of a channel
             inputs = InputMoments(*(m.repeat_interleave(weight[0, 0].numel(), 1) for m in inputs))
         given: dict[str, Any] = {"groups": self.groups, "rule": config.weight_rule, "inputs": inputs}
@@ -182,7 +195,7 @@ class DSLayer(nn.Module):
         self.vqk = vqk.view(weight.shape)
         self.kds = kds.to(config.torch_kds_dtype)
         self.kds_shift = None if kds_shift is None else kds_shift.to(config.torch_kds_dtype)
-        rows, vqk = self._rows(weight.float()), self._rows(self.vqk)
+        rows, vqk = self.blockwise(weight.float()), self.blockwise(self.vqk)
         signal = noise = 0.0
         # A part at a time: float64 copies of a large weight would take several times its memory.
         size = max(1, (1 << 17) // max(1, rows[:1].numel()))
@@ -334,12 +347,22 @@ class DSLayer(nn.Module):
             raise TypeError(f"{cls.__name__}: expected a {cls.float_type.__name__}, got {type(layer).__name__}")
         made = cls.like(layer, cls._layer_config(config))
         float_weight: Tensor = layer.weight if weight is None else weight  # type: ignore[assignment]
-        return made.quantize_(made._conv_layout(float_weight.detach()), inputs)
+        return made.quantize_(made.conv_layout(float_weight.detach()), inputs)
 
     @classmethod
     def _geometry(cls, layer: Any) -> tuple[Any, ...]:
         """Positional arguments that make a layer of this class of the same geometry as the float ``layer``."""
         raise NotImplementedError(cls.__name__)
+
+    @classmethod
+    def float_input_shape(cls, layer: Any, extra: int) -> tuple[int, ...]:
+        """Return the shape of an input of the float ``layer``, ``extra`` longer than what an output reads."""
+        raise NotImplementedError(cls.__name__)
+
+    @classmethod
+    def float_is_depthwise(cls, layer: Any) -> bool:
+        """Return whether each channel of the float ``layer`` is a group of its own."""
+        return False
 
     @classmethod
     def _layer_config(cls, config: LayerConfig | str | None) -> LayerConfig:
@@ -350,8 +373,8 @@ class DSLayer(nn.Module):
             raise ConfigError(f"config: it leaves layers of kind {cls.kind!r} in float: pass a LayerConfig")
         return settings
 
-    def _conv_layout(self, weight: Tensor) -> Tensor:
-        """``weight`` of the float layer in the layout of ``vqk``."""
+    def conv_layout(self, weight: Tensor) -> Tensor:
+        """Return a ``weight`` of the float layer in the layout of ``vqk``."""
         return weight
 
     def _settings_repr(self) -> str:

@@ -4,12 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dsconv import ops
 from dsconv.config import LayerConfig
+from dsconv.layers.kinds import register
 from dsconv.layers.layer import DSLayer
 
 
+@register
 class DSLinear(DSLayer):
     """Quantized ``torch.nn.Linear``: ``x (..., in_features)``; blocks of input features, see :class:`DSLayer`.
 
@@ -19,7 +22,8 @@ class DSLinear(DSLayer):
     (torch.Size([2, 10]), torch.Size([10, 1]))
     """
 
-    kind, float_type = "linear", nn.Linear
+    kind, dims, onnx_operator = "linear", 0, "Gemm"
+    float_type, float_function, float_arguments = nn.Linear, F.linear, (1, 1)
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, config: LayerConfig | None = None):
         super().__init__((out_features, in_features), bias, self._layer_config(config))
@@ -28,6 +32,10 @@ class DSLinear(DSLayer):
     @classmethod
     def _geometry(cls, layer: Any) -> tuple[Any, ...]:
         return layer.in_features, layer.out_features, layer.bias is not None
+
+    @classmethod
+    def float_input_shape(cls, layer: Any, extra: int) -> tuple[int, ...]:
+        return 2, layer.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """Output ``(..., out_features)`` in the dtype of ``x``."""
