@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsconv.backends.simulate import quantized
 from dsconv.layers import DSLayer
 from dsconv.numerics.rounding import Blocks, quadratic
-from dsconv.ops.simulate import quantized
 
 # Inputs that are looked at at a time.
 _CHUNK = 1 << 22

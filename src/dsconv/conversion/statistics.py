@@ -17,7 +17,7 @@ from dsconv.data import Preprocess, synthetic_images
 from dsconv.layers.inputs import as_input_of
 from dsconv.layers.kinds import kind_of
 from dsconv.numerics import InputMoments
-from dsconv.ops.cpu import PyTorchOnOneThread
+from dsconv.threads import PyTorchOnOneThread
 
 _IMAGES = 16
 # Sizes of noise for networks that do not tell their input's: of the first that does where the next is not needed.

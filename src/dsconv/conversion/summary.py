@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from dsconv import ops
+from dsconv import backends
 from dsconv.config import LayerConfig
 from dsconv.conversion.info import model_info
 from dsconv.conversion.wrappers import unwrapped
@@ -206,7 +206,7 @@ def summary(model: nn.Module) -> Summary:
                 full_name = name if is_layer else ".".join(filter(None, (name, parameter_name)))
                 kind, size = type(module).__name__, 0 if shared else _bytes(parameter)
                 bits = 8.0 * parameter.dtype.itemsize
-                rows.append(LayerSummary(full_name, kind, shape, bits, size, size, ops.IN_FLOAT, reason))
+                rows.append(LayerSummary(full_name, kind, shape, bits, size, size, backends.IN_FLOAT, reason))
     unpacked = sum(_bytes(t) for m in model.modules() if isinstance(m, DSLayer) for t in m.buffers(recurse=False))
     in_float = sum(row.bytes_after for row in rows if not row.quantized)
     return Summary(tuple(rows), total - unpacked - in_float)
@@ -219,7 +219,7 @@ def quantized_row(
     config: LayerConfig,
     size: int,
     weight_sqnr_db: float | None,
-    backend: ops.Backend,
+    backend: backends.Execution,
 ) -> LayerSummary:
     """Row of a quantized layer of class ``kind``, VQK ``shape`` and ``size`` in bytes."""
     stated = config.model_dump(exclude={"weight_rule", "weight_scale"})

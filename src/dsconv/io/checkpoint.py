@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from dsconv import ops, strict_json
+from dsconv import backends, strict_json
 from dsconv.compilation import CompiledModel
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion.convert import swapped
@@ -264,15 +264,15 @@ def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
         settings = _layer_settings(path, header.settings[record.settings])
         parts = [f"{name}.{part}".lstrip(".") for part in ("vqk", "kds", "kds_shift")]
         size = sum(tensors.pop(part).nbytes for part in parts if part in tensors)
-        backend = ops.backend(record.shape, settings, transposed=KINDS.get(record.type, DSLayer).transposed)
-        shape = tuple(record.shape)
+        shape, transposed = tuple(record.shape), KINDS.get(record.type, DSLayer).transposed
+        backend = backends.execution(backends.Operation(shape, settings, transposed))
         rows.append(quantized_row(name, record.type, shape, settings, size, record.sqnr_db, backend))
     for name, tensor in tensors.items():
         if tensor.dim() >= 2 and tensor.is_floating_point():
             layer = name.removesuffix(".weight")
             reason = header.in_float.get(layer, "neither a convolution nor a linear layer")
             size, bits = tensor.nbytes, 8.0 * tensor.element_size()
-            rows.append(LayerSummary(layer, "", tuple(tensor.shape), bits, size, size, ops.IN_FLOAT, reason))
+            rows.append(LayerSummary(layer, "", tuple(tensor.shape), bits, size, size, backends.IN_FLOAT, reason))
     in_float = sum(row.bytes_after for row in rows if not row.quantized)
     return header, Summary(tuple(rows), sum(tensor.nbytes for tensor in tensors.values()) - in_float)
 

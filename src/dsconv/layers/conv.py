@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsconv import ops
+from dsconv.backends import Operation
 from dsconv.config import LayerConfig
 from dsconv.layers.kinds import register
-from dsconv.layers.layer import DSLayer, KernelWeights
-from dsconv.ops.simulate import windows
+from dsconv.layers.layer import DSLayer
+from dsconv.ops import windows
 
 Size = int | Sequence[int]
 
@@ -87,8 +86,7 @@ class DSConvNd(DSLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Output ``(N, O, *S_out)``, or ``(O, *S_out)`` for ``x (C, *S)``, in the dtype of ``x``."""
         batched = self.padded(x)
-        weights = self._weights_for_kernels(batched)
-        y = self._simulated(batched) if weights is None else self._in_integers(batched, weights)
+        y = self._run(batched)
         return y if x.dim() == batched.dim() else y.squeeze(0)
 
     def padded(self, x: Tensor) -> Tensor:
@@ -107,34 +105,11 @@ class DSConvNd(DSLayer):
         """
         return windows(self.padded(x), self.kernel_size, self.stride, self.zero_padding, self.dilation)
 
-    def _simulated(self, x: Tensor) -> Tensor:
-        return ops.conv(
-            x,
-            self.dequantized_weight(),
-            self.bias,
-            self.config,
-            stride=self.stride,
-            padding=self.zero_padding,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
-
-    def _in_integers(self, x: Tensor, weights: KernelWeights) -> Tensor:
-        # The kernels know two dimensions: one more in front, of size 1, where there is but one.
-        missing = 2 - self.dims
-        y: Tensor = torch.ops.dsconv.conv2d(
-            x.float().unsqueeze(2) if missing else x.float(),
-            *weights.packed,
-            self._kernel_bias(),
-            [1] * missing + list(self.kernel_size),
-            [1] * missing + list(self.stride),
-            [0] * missing + list(self.zero_padding),
-            [1] * missing + list(self.dilation),
-            self.groups,
-            self.config.blocks == "flat",
-            *weights.settings,
-        )
-        return (y.squeeze(2) if missing else y).to(x.dtype)
+    @property
+    def operation(self) -> Operation:
+        """See the base class."""
+        where = self.stride, self.zero_padding, self.dilation
+        return Operation(tuple(self.vqk.shape), self.config, self.transposed, self.groups, *where)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

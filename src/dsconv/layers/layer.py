@@ -1,4 +1,4 @@
-"""What all quantized layers share: VQK, KDS, bias, the settings they were made with, and what executes them."""
+"""What all quantized layers share: VQK, KDS, bias, the settings they were made with, and their backend."""
 
 import warnings
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from dsconv import ops
+from dsconv import backends, ops
 from dsconv.config import LayerConfig, LayerKind, QuantConfig, as_config
 from dsconv.errors import ConfigError
 from dsconv.layers.readonly import ReadOnly
@@ -21,20 +21,20 @@ from dsconv.numerics import (
     quantize_weight_shifted,
     sqnr_db,
 )
-from dsconv.ops import cpu
+from dsconv.threads import PyTorchOnOneThread
 
 # PyTorch 2.6 cannot tell.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class KernelWeights(NamedTuple):
-    """What the integer kernels take of a layer: packed weights, and the settings that end their operators' arguments.
+    """The weights of a layer as its backend packed them.
 
     ``made_of`` are the buffers and the config these were made of, ``versions`` those of the buffers at that time.
     """
 
-    packed: cpu.Packed
-    settings: tuple[int, int, int, str, int]
+    backend: backends.Backend
+    packed: Any
     made_of: tuple[Tensor | LayerConfig | None, ...]
     versions: tuple[int, ...]
 
@@ -42,15 +42,15 @@ class KernelWeights(NamedTuple):
 class DSLayer(nn.Module):
     """Base of the quantized layers.
 
-    A layer is executed in integers (:mod:`dsconv.ops.cpu`) where these hold, and simulated in float otherwise:
+    A layer is executed in integers (:mod:`dsconv.backends`) where these hold, and simulated in float otherwise:
 
-    - the kernels cover it (:attr:`backend` says why, if they do not), and it is on the CPU;
-    - its input is float32, float16 or bfloat16 on the CPU; the halves are converted to float32, and the output back;
+    - a backend for its device covers it (:attr:`backend` says why, if none does);
+    - its input is float32, float16 or bfloat16 on that device; the output is of the same dtype;
     - no gradient is asked for: gradients are disabled (``torch.inference_mode``), or neither input nor bias requires
       one. ``torch.export`` of a layer in eval mode asks for none;
     - :func:`dsconv.ops.simulated` is not in effect.
 
-    The kernels read a packed copy of the weights, which is no part of the state. It follows the buffers when they are
+    The backend reads a packed copy of the weights, which is no part of the state. It follows the buffers when they are
     loaded, moved, replaced or changed in place. ``torch.compile`` and ``torch.export`` take it as they find it: call
     :meth:`pack_` after replacing or changing buffers by hand.
 
@@ -118,9 +118,8 @@ class DSLayer(nn.Module):
         """Return the float32 weight ``(O, C/groups, *K)`` that VQK and KDS stand for, in their layout."""
         if self._shadow is not None:
             return self._shadow()
-        return dequantize_weight(self.blockwise(self.vqk), self.kds, self.config.block_size, self.kds_shift).view(
-            self.vqk.shape
-        )
+        weight: Tensor = backends.SIMULATION.pack(self.operation, self.vqk, self.kds, self.kds_shift)
+        return weight
 
     @property
     def weight(self) -> Tensor:
@@ -153,7 +152,7 @@ class DSLayer(nn.Module):
         Raises:
             ValueError: the weight holds a NaN or an infinity.
         """
-        with cpu.PyTorchOnOneThread(always=True):
+        with PyTorchOnOneThread(always=True):
             return self.store_(*self.quantized(weight, inputs), weight)
 
     def quantized(self, weight: Tensor, inputs: InputMoments | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -167,7 +166,7 @@ class DSLayer(nn.Module):
         if inputs is not None and rows.dim() < weight.dim():  # each tap of a channel
             inputs = InputMoments(*(m.repeat_interleave(weight[0, 0].numel(), 1) for m in inputs))
         given: dict[str, Any] = {"groups": self.groups, "rule": config.weight_rule, "inputs": inputs}
-        given["solver"] = cpu.solve_balanced
+        given["solver"] = ops.solve_balanced
         if config.weight_shift:
             vqk, kds, shift = quantize_weight_shifted(rows, config.weight_bits, config.block_size, **given)
             return vqk.view(weight.shape), kds, shift
@@ -208,12 +207,17 @@ class DSLayer(nn.Module):
         return self.pack_()
 
     @property
-    def backend(self) -> ops.Backend:
+    def operation(self) -> backends.Operation:
+        """What the layer computes, as backends read it."""
+        return backends.Operation(tuple(self.vqk.shape), self.config)
+
+    @property
+    def backend(self) -> backends.Execution:
         """What executes the layer when no gradient is asked for, and if it is the simulation, why."""
-        return ops.backend(self.vqk.shape, self.config, transposed=self.transposed, device=self.vqk.device)
+        return backends.execution(self.operation, self.vqk.device)
 
     def pack_(self) -> Self:
-        """Make the kernels' copy of the weights anew, which is rarely needed (see above); returns the layer."""
+        """Make the backend's copy of the weights anew, which is rarely needed (see above); returns the layer."""
         self._kernel_weights = self._packed()
         return self
 
@@ -221,26 +225,28 @@ class DSLayer(nn.Module):
         return self.vqk, self.kds, self.kds_shift, self.config
 
     def _packed(self) -> KernelWeights | None:
-        """None where the kernels do not cover the layer."""
-        config, shape = self.config, self.vqk.shape
+        """Return None where no backend but the simulation covers the layer."""
+        backend, _ = backends.choose(self.operation, self.vqk.device)
         # Other types of tensors have no values here: those of a compiler, those spread over machines.
-        here = type(self.vqk) is Tensor and self.vqk.is_cpu
-        if not here or cpu.why_not(shape, config, transposed=self.transposed):
+        if type(self.vqk) is not Tensor or backend is backends.SIMULATION:
             return None
         made_of = self._buffers_and_config()
         versions = _versions(made_of)
         # Tensors of inference mode could not be used outside it.
         with torch.inference_mode(False):
-            packed = cpu.pack(self.vqk, self.kds, self.kds_shift, config, self.groups)
-        activation_bits, block_size = config.activation_bits, cpu.kernel_block_size(shape, config)
-        assert activation_bits is not None
-        assert block_size is not None
-        settings = (shape[0], config.weight_bits, activation_bits, config.activation_sign, block_size)
-        return KernelWeights(packed, settings, made_of, versions)
+            packed = backend.pack(self.operation, self.vqk, self.kds, self.kds_shift)
+        return KernelWeights(backend, packed, made_of, versions)
+
+    def _run(self, x: Tensor, **geometry: Any) -> Tensor:
+        """Return the output for ``x``, batched and padded; ``geometry`` replaces parts of :attr:`operation`."""
+        operation, weights = self.operation._replace(**geometry), self._weights_for_kernels(x)
+        if weights is None:
+            return backends.SIMULATION.run(operation, self.conv_weight(), self.bias, x)
+        return weights.backend.run(operation, weights.packed, self.bias, x)
 
     def _weights_for_kernels(self, x: Tensor) -> KernelWeights | None:
         """None where ``x`` is to be simulated in float: see the rule above."""
-        if x.device.type != "cpu" or x.dtype not in _DTYPES or ops.is_simulated():
+        if x.device != self.vqk.device or x.dtype not in _DTYPES or ops.is_simulated():
             return None
         # Several threads may find it out of date at once: they all make the same, and each uses its own.
         weights = self._kernel_weights
@@ -265,9 +271,6 @@ class DSLayer(nn.Module):
         if not torch.is_grad_enabled() or (_is_exporting() and not self.training):
             return False
         return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
-
-    def _kernel_bias(self) -> Tensor | None:
-        return None if self.bias is None else self.bias.float().contiguous()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         vqk = self.vqk

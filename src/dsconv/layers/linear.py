@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsconv import ops
 from dsconv.config import LayerConfig
 from dsconv.layers.kinds import register
 from dsconv.layers.layer import DSLayer
@@ -41,12 +39,7 @@ class DSLinear(DSLayer):
         """Output ``(..., out_features)`` in the dtype of ``x``."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"DSLinear: expected input (..., {self.in_features}), got {tuple(x.shape)}")
-        weights = self._weights_for_kernels(x)
-        if weights is None:
-            return ops.linear(x, self.dequantized_weight(), self.bias, self.config)
-        rows = x.float() if x.dim() == 2 else x.float().reshape(-1, self.in_features)
-        y: Tensor = torch.ops.dsconv.linear(rows, *weights.packed, self._kernel_bias(), *weights.settings)
-        return (y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)).to(x.dtype)
+        return self._run(x)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._settings_repr()}"

@@ -6,11 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsconv import ops
 from dsconv.config import LayerConfig
 from dsconv.layers.conv import DSConvNd, Size
 from dsconv.layers.kinds import register
-from dsconv.ops.simulate import windows
+from dsconv.ops import transposed_layout, windows
 
 
 class DSConvTransposeNd(DSConvNd):
@@ -49,11 +48,11 @@ class DSConvTransposeNd(DSConvNd):
         return *size, *where, layer.bias is not None, layer.dilation
 
     def conv_layout(self, weight: Tensor) -> Tensor:
-        return ops.transposed_layout(weight, self.groups)
+        return transposed_layout(weight, self.groups)
 
     def dequantized_weight(self) -> Tensor:
         """Float32 weight ``(C, O/groups, *K)`` that VQK and KDS stand for, the layout of the float layer."""
-        return ops.transposed_layout(self.conv_weight(), self.groups)
+        return transposed_layout(self.conv_weight(), self.groups)
 
     def windows(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """See the base class. The taps are in reverse: it is a convolution of inputs with zeros between them."""
@@ -68,17 +67,7 @@ class DSConvTransposeNd(DSConvNd):
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Output ``(N, O, *S_out)``; ``output_size`` settles the size where the stride leaves it open."""
         batched = self.padded(x)
-        y = ops.conv_transpose(
-            batched,
-            self.conv_weight(),
-            self.bias,
-            self.config,
-            stride=self.stride,
-            padding=self.zero_padding,
-            output_padding=self.output_padding_for(batched, output_size),
-            dilation=self.dilation,
-            groups=self.groups,
-        )
+        y = self._run(batched, output_padding=self.output_padding_for(batched, output_size))
         return y if x.dim() == batched.dim() else y.squeeze(0)
 
     def output_size_for(self, size: Sequence[int], output_padding: Sequence[int] | None = None) -> tuple[int, ...]:

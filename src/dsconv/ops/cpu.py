@@ -7,14 +7,11 @@ write into memory that is there. ``dsconv::quantize_activation`` returns what
 :func:`dsconv.numerics.quantize_activation` does.
 """
 
-import ctypes
 import os
-import threading
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, wraps
-from pathlib import Path
+from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +21,9 @@ from dsconv.errors import ConfigError
 from dsconv.numerics import ACTIVATION_SIGNS, block_count, check_activation, quantize_activation
 from dsconv.numerics.balanced import Model, solve
 from dsconv.numerics.rounding import HELD
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from dsconv.threads import PyTorchOnOneThread as PyTorchOnOneThread
+from dsconv.threads import parallel, torch_parallel_for, with_pytorch_on_one_thread
+from dsconv.threads import threads as threads
 
 MAX_BLOCK_SIZE = 512
 _TOO_LARGE = 1 << 31  # for a size, a stride or a number of anything
@@ -51,29 +48,8 @@ def extension() -> ModuleType | None:
         import dsconv._C as module
     except ImportError:
         return None
-    module.use_parallel_for(_torch_parallel_for() if parallel() == "torch" else 0)
+    module.use_parallel_for(torch_parallel_for() if parallel() == "torch" else 0)
     return module
-
-
-@cache
-def parallel() -> str:
-    """What runs the tasks of a convolution: ``DSCONV_PARALLEL``, else ``torch`` where PyTorch offers it, else ``pool``.
-
-    ``torch`` is PyTorch's own threads, ``pool`` as many threads of our own, ``serial`` the calling thread alone. In a
-    process that was forked, ``pool`` takes the place of ``torch``: PyTorch's threads do not survive a fork.
-
-    Raises:
-        ConfigError: ``DSCONV_PARALLEL`` is none of these, or ``torch`` where PyTorch does not offer its threads.
-    """
-    wanted = os.environ.get("DSCONV_PARALLEL")
-    if wanted not in (None, "torch", "pool", "serial"):
-        raise ConfigError(f"DSCONV_PARALLEL: expected torch, pool or serial, got {wanted!r}")
-    if wanted == "torch" and not _torch_parallel_for():
-        raise ConfigError(
-            f"DSCONV_PARALLEL: PyTorch {torch.__version__} does not offer its threads (2.10 and later do): use pool"
-        )
-    chosen = wanted or ("torch" if _torch_parallel_for() else "pool")
-    return "pool" if _State.forked and chosen == "torch" else chosen
 
 
 def use_threads() -> None:
@@ -81,54 +57,6 @@ def use_threads() -> None:
     module = extension()
     if module is not None and parallel() == "pool":
         module.use_pool(threads())
-
-
-def threads() -> int:
-    """Return how many threads kernels run on: as many as PyTorch has outside of :class:`PyTorchOnOneThread`."""
-    return _state.threads or torch.get_num_threads()
-
-
-class _State(threading.local):
-    forked: ClassVar[bool] = False
-    threads: int | None = None
-
-
-_state = _State()
-
-
-def _begin_child() -> None:
-    _State.forked = True
-    parallel.cache_clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_child)
-
-
-class PyTorchOnOneThread:
-    """Within it, in a process that was forked, PyTorch computes on the calling thread; kernels keep their threads.
-
-    A fork copies the calling thread alone. PyTorch's threads (OpenMP) are missing in the child, which waits for them
-    for ever if its parent used them.
-
-    Args:
-        always: do so in every process. Many operations on few numbers each gain little by more threads, and take many
-            times as long where other processes use the cores: the threads wait for one another after each.
-    """
-
-    def __init__(self, *, always: bool = False):
-        self._always = always
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads() if self._always or _State.forked else 1
-        if self._before > 1:
-            _state.threads = self._before
-            torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        if self._before > 1:
-            torch.set_num_threads(self._before)
-            _state.threads = None
 
 
 class _KernelThreads:
@@ -147,28 +75,6 @@ class _KernelThreads:
             torch.set_num_threads(self._before)
 
 
-def _with_pytorch_on_one_thread(function: Callable[P, T]) -> Callable[P, T]:
-    @wraps(function)
-    def call(*args: P.args, **named: P.kwargs) -> T:
-        if not _State.forked:
-            return function(*args, **named)
-        with PyTorchOnOneThread():
-            return function(*args, **named)
-
-    return call
-
-
-@cache
-def _torch_parallel_for() -> int:
-    """Address of libtorch's ``torch_parallel_for``, or 0."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        run = ctypes.CDLL(str(library)).torch_parallel_for
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(run, ctypes.c_void_p).value or 0
-
-
 @cache
 def isa() -> str | None:
     """The instruction set that convolutions use: the best that has kernels, but none above ``DSCONV_MAX_ISA``.
@@ -185,21 +91,6 @@ def isa() -> str | None:
         return None
     usable = [name for name in module.isa_with_kernels() if cap is None or known.index(name) <= known.index(cap)]
     return usable[-1] if usable else None
-
-
-def why_not(weight_shape: Sequence[int], config: LayerConfig, *, transposed: bool = False) -> str:
-    """Why the kernels do not cover a layer of VQK shape ``(O, C/groups, *K)``; empty where they do."""
-    if extension() is None:
-        return "the extension dsconv._C is not built"
-    if transposed:
-        return "transposed convolutions have no kernels"
-    if len(weight_shape) > 4:
-        return "3-D convolutions have no kernels"
-    if config.activation_bits is None:
-        return "its input stays float"
-    if kernel_block_size(weight_shape, config) is None:
-        return f"its blocks of {config.block_size} are not a multiple of 8 of at most {MAX_BLOCK_SIZE}"
-    return ""
 
 
 def kernel_block_size(weight_shape: Sequence[int], config: LayerConfig) -> int | None:
@@ -259,14 +150,14 @@ def _output_size(
     ]
 
 
-@_with_pytorch_on_one_thread
+@with_pytorch_on_one_thread
 def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig, groups: int) -> Packed:
     """Weights of a covered layer as the kernels read them, on the CPU.
 
     Args:
         vqk: int8 ``(O, C/groups, *K)`` with up to two kernel dimensions.
         kds, kds_shift: ``(O, CB, *K)``, or ``(O, CB)`` for flattened blocks.
-        config: its settings; :func:`why_not` has nothing against them.
+        config: its settings, which the kernels cover (:mod:`dsconv.backends.cpu`).
         groups: convolution groups.
 
     Raises:
@@ -645,7 +536,7 @@ def _ready_conv2d(
     return _ready("conv2d", plan, x, x.stride(), weights, addresses, y, y.stride(), s)
 
 
-@_with_pytorch_on_one_thread
+@with_pytorch_on_one_thread
 def _conv2d(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
     y = _ready_conv2d(*args, out=out, **named)()
     return y if out is None or out is y else out.copy_(y)
@@ -714,7 +605,7 @@ def _ready_linear(
     return _ready("linear", plan, x, x_strides, weights, addresses, y, y_strides, s)
 
 
-@_with_pytorch_on_one_thread
+@with_pytorch_on_one_thread
 def _linear(*args: Any, **named: Any) -> Tensor:
     return _ready_linear(*args, **named)()
 
@@ -775,7 +666,7 @@ def bind(
     return ready.__call__
 
 
-@_with_pytorch_on_one_thread
+@with_pytorch_on_one_thread
 def _quantize_activation(
     x: Tensor, bits: int, block_size: int, sign: str = "adaptive", groups: int = 1
 ) -> tuple[Tensor, Tensor]:

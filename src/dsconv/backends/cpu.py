@@ -1,0 +1,83 @@
+"""Layers in integers on the CPU, by the operators of :mod:`dsconv.ops.cpu`."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsconv.backends.base import Operation
+from dsconv.ops import cpu
+
+
+class Weights(NamedTuple):
+    """Packed weights, and the settings that end the arguments of the operators."""
+
+    packed: cpu.Packed
+    settings: tuple[int, int, int, str, int]
+
+
+device: str | None = "cpu"
+
+
+def describe() -> str:
+    """Return the name that summaries and plans show.
+
+    Raises:
+        ConfigError: ``DSCONV_MAX_ISA`` is not the name of an instruction set.
+    """
+    return f"integers ({cpu.isa()})"
+
+
+def covers(operation: Operation) -> str:
+    """Return why the kernels cannot execute an operation; an empty text where they can."""
+    config = operation.config
+    if cpu.extension() is None:
+        return "the extension dsconv._C is not built"
+    if operation.transposed:
+        return "transposed convolutions have no kernels"
+    if len(operation.shape) > 4:
+        return "3-D convolutions have no kernels"
+    if config.activation_bits is None:
+        return "its input stays float"
+    if cpu.kernel_block_size(operation.shape, config) is None:
+        return f"its blocks of {config.block_size} are not a multiple of 8 of at most {cpu.MAX_BLOCK_SIZE}"
+    return ""
+
+
+def pack(operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None) -> Weights:
+    """Return the weights as the kernels read them.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+    """
+    shape, config = operation.shape, operation.config
+    packed = cpu.pack(vqk, kds, kds_shift, config, operation.groups)
+    activation_bits, block_size = config.activation_bits, cpu.kernel_block_size(shape, config)
+    assert activation_bits is not None
+    assert block_size is not None
+    return Weights(packed, (shape[0], config.weight_bits, activation_bits, config.activation_sign, block_size))
+
+
+def run(operation: Operation, packed: Weights, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Return the output for ``x``, computed in integers and float32, in the dtype of ``x``."""
+    bias = None if bias is None else bias.float().contiguous()
+    y: Tensor
+    if len(operation.shape) == 2:
+        rows = x.float() if x.dim() == 2 else x.float().reshape(-1, x.shape[-1])
+        y = torch.ops.dsconv.linear(rows, *packed.packed, bias, *packed.settings)
+        return (y if x.dim() == 2 else y.view(*x.shape[:-1], operation.shape[0])).to(x.dtype)
+    # The kernels know two dimensions: one more in front, of size 1, where there is but one.
+    missing = 4 - len(operation.shape)
+    y = torch.ops.dsconv.conv2d(
+        x.float().unsqueeze(2) if missing else x.float(),
+        *packed.packed,
+        bias,
+        [1] * missing + list(operation.shape[2:]),
+        [1] * missing + list(operation.stride),
+        [0] * missing + list(operation.padding),
+        [1] * missing + list(operation.dilation),
+        operation.groups,
+        operation.config.blocks == "flat",
+        *packed.settings,
+    )
+    return (y.squeeze(2) if missing else y).to(x.dtype)
