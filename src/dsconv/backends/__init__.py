@@ -9,7 +9,7 @@ from dsconv.backends.base import Backend, Operation
 from dsconv.ops import is_simulated
 
 BACKENDS: list[Backend] = [cpu, simulate]
-"""In the order of preference; the last one covers everything."""
+"""In the order of preference; the last one covers everything. ``base.py`` says what each has to offer."""
 SIMULATION: Backend = simulate
 IN_FLOAT = "PyTorch float"
 """What executes a layer that is not quantized."""

@@ -47,23 +47,11 @@ class Backend(Protocol):
         """Return why it cannot execute an operation; an empty text where it can."""
 
     def pack(self, operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None) -> Any:
-        """Return the weights of a layer in the form that :meth:`run` reads.
-
-        Args:
-            operation: one that it covers.
-            vqk: int8 ``(O, C/groups, *K)``.
-            kds, kds_shift: floats ``(O, CB, *K)``, or ``(O, CB)`` for flattened blocks.
+        """Return the weights in the form that :meth:`run` reads: of VQK int8 ``(O, C/groups, *K)``, KDS and shift.
 
         Raises:
             ValueError: shapes or dtypes that do not belong together.
         """
 
     def run(self, operation: Operation, packed: Any, bias: Tensor | None, x: Tensor) -> Tensor:
-        """Return the output of a layer, in the dtype of ``x``.
-
-        Args:
-            operation: the one that ``packed`` was made for.
-            packed: what :meth:`pack` returned.
-            bias: floats ``(O,)``, or None.
-            x: float32, float16 or bfloat16 ``(N, C, *S)``; ``(..., C)`` for a linear layer.
-        """
+        """Return the output for ``x (N, C, *S)``, or ``(..., C)`` for a linear layer, in the dtype of ``x``."""

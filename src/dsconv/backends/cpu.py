@@ -20,16 +20,10 @@ device: str | None = "cpu"
 
 
 def describe() -> str:
-    """Return the name that summaries and plans show.
-
-    Raises:
-        ConfigError: ``DSCONV_MAX_ISA`` is not the name of an instruction set.
-    """
     return f"integers ({cpu.isa()})"
 
 
 def covers(operation: Operation) -> str:
-    """Return why the kernels cannot execute an operation; an empty text where they can."""
     config = operation.config
     if cpu.extension() is None:
         return "the extension dsconv._C is not built"
@@ -45,21 +39,14 @@ def covers(operation: Operation) -> str:
 
 
 def pack(operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None) -> Weights:
-    """Return the weights as the kernels read them.
-
-    Raises:
-        ValueError: shapes or dtypes that do not belong together.
-    """
-    shape, config = operation.shape, operation.config
+    config, block_size = operation.config, cpu.kernel_block_size(operation.shape, operation.config)
+    assert config.activation_bits is not None and block_size is not None
+    settings = (config.weight_bits, config.activation_bits, config.activation_sign, block_size)
     packed = cpu.pack(vqk, kds, kds_shift, config, operation.groups)
-    activation_bits, block_size = config.activation_bits, cpu.kernel_block_size(shape, config)
-    assert activation_bits is not None
-    assert block_size is not None
-    return Weights(packed, (shape[0], config.weight_bits, activation_bits, config.activation_sign, block_size))
+    return Weights(packed, (operation.shape[0], *settings))
 
 
 def run(operation: Operation, packed: Weights, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return the output for ``x``, computed in integers and float32, in the dtype of ``x``."""
     bias = None if bias is None else bias.float().contiguous()
     y: Tensor
     if len(operation.shape) == 2:

@@ -18,12 +18,10 @@ device: str | None = None
 
 
 def describe() -> str:
-    """Return the name that summaries and plans show."""
     return "float simulation"
 
 
 def covers(operation: Operation) -> str:
-    """Return an empty text: it covers all operations."""
     return ""
 
 
@@ -34,7 +32,6 @@ def pack(operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | Non
 
 
 def run(operation: Operation, packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return the output for ``x``, computed in float32, in the dtype of ``x``."""
     config, groups, weight = operation.config, operation.groups, packed
     bias = None if bias is None else bias.float()
     dims = weight.dim() - 2

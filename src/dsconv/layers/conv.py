@@ -86,7 +86,7 @@ class DSConvNd(DSLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Output ``(N, O, *S_out)``, or ``(O, *S_out)`` for ``x (C, *S)``, in the dtype of ``x``."""
         batched = self.padded(x)
-        y = self._run(batched)
+        y = self._run(batched, self.operation)
         return y if x.dim() == batched.dim() else y.squeeze(0)
 
     def padded(self, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class DSConvNd(DSLayer):
     def operation(self) -> Operation:
         """See the base class."""
         where = self.stride, self.zero_padding, self.dilation
-        return Operation(tuple(self.vqk.shape), self.config, self.transposed, self.groups, *where)
+        return Operation(self.vqk.shape, self.config, self.transposed, self.groups, *where)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

@@ -209,7 +209,7 @@ class DSLayer(nn.Module):
     @property
     def operation(self) -> backends.Operation:
         """What the layer computes, as backends read it."""
-        return backends.Operation(tuple(self.vqk.shape), self.config)
+        return backends.Operation(self.vqk.shape, self.config)
 
     @property
     def backend(self) -> backends.Execution:
@@ -237,23 +237,25 @@ class DSLayer(nn.Module):
             packed = backend.pack(self.operation, self.vqk, self.kds, self.kds_shift)
         return KernelWeights(backend, packed, made_of, versions)
 
-    def _run(self, x: Tensor, **geometry: Any) -> Tensor:
-        """Return the output for ``x``, batched and padded; ``geometry`` replaces parts of :attr:`operation`."""
-        operation, weights = self.operation._replace(**geometry), self._weights_for_kernels(x)
+    def _run(self, x: Tensor, operation: backends.Operation) -> Tensor:
+        """Return the output for ``x``, batched and padded."""
+        weights = self._weights_for_kernels(x)
         if weights is None:
             return backends.SIMULATION.run(operation, self.conv_weight(), self.bias, x)
         return weights.backend.run(operation, weights.packed, self.bias, x)
 
     def _weights_for_kernels(self, x: Tensor) -> KernelWeights | None:
         """None where ``x`` is to be simulated in float: see the rule above."""
-        if x.device != self.vqk.device or x.dtype not in _DTYPES or ops.is_simulated():
+        if x.dtype not in _DTYPES or ops.is_simulated():
             return None
         # Several threads may find it out of date at once: they all make the same, and each uses its own.
         weights = self._kernel_weights
         # A compiler knows no values to make them of.
         if not torch.compiler.is_compiling() and not self._is_current(weights):
             weights = self._kernel_weights = self._packed()
-        if weights is not None and self._needs_gradient(x):
+        if weights is None or x.device.type != weights.backend.device:
+            return None
+        if self._needs_gradient(x):
             if not self.training and not torch.compiler.is_compiling():
                 _warn_of_gradients()
             return None

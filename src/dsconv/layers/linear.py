@@ -39,7 +39,7 @@ class DSLinear(DSLayer):
         """Output ``(..., out_features)`` in the dtype of ``x``."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"DSLinear: expected input (..., {self.in_features}), got {tuple(x.shape)}")
-        return self._run(x)
+        return self._run(x, self.operation)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._settings_repr()}"

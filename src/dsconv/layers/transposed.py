@@ -67,7 +67,8 @@ class DSConvTransposeNd(DSConvNd):
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Output ``(N, O, *S_out)``; ``output_size`` settles the size where the stride leaves it open."""
         batched = self.padded(x)
-        y = self._run(batched, output_padding=self.output_padding_for(batched, output_size))
+        padding = self.output_padding_for(batched, output_size)
+        y = self._run(batched, self.operation._replace(output_padding=padding))
         return y if x.dim() == batched.dim() else y.squeeze(0)
 
     def output_size_for(self, size: Sequence[int], output_padding: Sequence[int] | None = None) -> tuple[int, ...]:
