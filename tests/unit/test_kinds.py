@@ -35,10 +35,10 @@ def pointwise() -> Iterator[None]:
 
     @register
     class DSPointwise(DSConv1d):
-        float_type, float_arguments = Pointwise, (1, 1)
+        float_type = Pointwise
 
         @classmethod
-        def _geometry(cls, layer: Any) -> tuple[Any, ...]:
+        def float_geometry(cls, layer: Any) -> tuple[Any, ...]:
             return layer.inputs, layer.outputs, 1
 
         @classmethod
@@ -59,7 +59,7 @@ def pointwise() -> Iterator[None]:
 def test_every_public_layer_is_registered_with_the_layer_that_it_replaces() -> None:
     assert {name for name in dsconv.nn.__all__ if name.startswith("DS")} == {*KINDS, "DSLayer"}
     for name, kind in KINDS.items():
-        layer = kind.float_type(*kind.float_arguments)
+        layer = kind.float_type(*[1] * (3 if kind.dims else 2))
         assert kind.float_type.__name__ == name.removeprefix("DS")
         assert kind_of(layer) is kind is type(kind.from_float(layer))
         assert layer(torch.zeros(kind.float_input_shape(layer, 3))).dim() == kind.dims + 2

@@ -1,6 +1,7 @@
 """Swaps the layers of a model for quantized ones, without running the model."""
 
 import copy
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -337,7 +338,8 @@ def _keep_attributes(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any
 def _attributes_of(kind: type[DSLayer]) -> frozenset[str]:
     """Return the attributes that PyTorch gives a float layer."""
     make: Callable[..., nn.Module] = kind.float_type
-    return frozenset(vars(make(*kind.float_arguments, device="meta", dtype=torch.float32)))
+    sizes = [1 for parameter in inspect.signature(make).parameters.values() if parameter.default is parameter.empty]
+    return frozenset(vars(make(*sizes, device="meta", dtype=torch.float32)))
 
 
 def _keep_hooks(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) -> None:

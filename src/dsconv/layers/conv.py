@@ -1,7 +1,7 @@
 """Quantized convolutions of one to three dimensions."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,12 +13,13 @@ from dsconv.layers.layer import DSLayer
 from dsconv.ops import windows
 
 Size = int | Sequence[int]
+_SIZE = ("in_channels", "out_channels", "kernel_size")
 
 
 class DSConvNd(DSLayer):
     """What convolutions of all dimensions share. The arguments are those of ``torch.nn.Conv2d``, and ``config``."""
 
-    dims: ClassVar[int]
+    float_attributes = (*_SIZE, "stride", "padding", "dilation", "groups", "bias", "padding_mode")
 
     def __init__(
         self,
@@ -64,12 +65,6 @@ class DSConvNd(DSLayer):
         return self.padding, self.padding
 
     @classmethod
-    def _geometry(cls, layer: Any) -> tuple[Any, ...]:
-        where = layer.stride, layer.padding, layer.dilation, layer.groups
-        size = layer.in_channels, layer.out_channels, layer.kernel_size
-        return *size, *where, layer.bias is not None, layer.padding_mode
-
-    @classmethod
     def float_input_shape(cls, layer: Any, extra: int) -> tuple[int, ...]:
         size = [d * (k - 1) + extra for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         return 2, layer.in_channels, *size
@@ -91,7 +86,12 @@ class DSConvNd(DSLayer):
 
     def padded(self, x: Tensor) -> Tensor:
         """``x (N, C, *S)``, with a batch of one where there is none, and all padding but ``zero_padding``."""
-        x = _batched(self, x)
+        if x.dim() not in (self.dims + 1, self.dims + 2) or x.shape[-self.dims - 1] != self.in_channels:
+            raise ValueError(
+                f"{type(self).__name__}: expected input (N, {self.in_channels}, ...) of {self.dims + 2} dimensions, "
+                f"got {tuple(x.shape)}"
+            )
+        x = x.unsqueeze(0) if x.dim() == self.dims + 1 else x
         if not self._in_front:
             return x
         return F.pad(x, self._border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
@@ -117,15 +117,6 @@ class DSConvNd(DSLayer):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
         return f"{text}, {self._settings_repr()}"
-
-
-def _batched(layer: DSConvNd, x: Tensor) -> Tensor:
-    if x.dim() not in (layer.dims + 1, layer.dims + 2) or x.shape[-layer.dims - 1] != layer.in_channels:
-        raise ValueError(
-            f"{type(layer).__name__}: expected input (N, {layer.in_channels}, ...) of {layer.dims + 2} dimensions, "
-            f"got {tuple(x.shape)}"
-        )
-    return x.unsqueeze(0) if x.dim() == layer.dims + 1 else x
 
 
 @register

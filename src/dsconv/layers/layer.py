@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +70,11 @@ class DSLayer(nn.Module):
     # What other packages know of a kind of layers; dsconv.layers.kinds has the list of them.
     kind: ClassVar[LayerKind] = "conv"
     float_type: ClassVar[type[nn.Module]]
-    # What the float layer calls, and the arguments that make the smallest one.
+    # The function that the float layer calls, and the methods that its call runs.
     float_function: ClassVar[Callable[..., Tensor]]
-    float_arguments: ClassVar[tuple[int, ...]] = (1, 1, 1)
-    # What the call of the float layer runs, as PyTorch has it.
     plain_call: ClassVar[dict[str, Any]]
+    # Attributes of the float layer that are the positional arguments of the quantized one.
+    float_attributes: ClassVar[tuple[str, ...]]
     # Dimensions over which the kernel moves; 0 is a linear layer, whose channels are the last dimension.
     dims: ClassVar[int]
     transposed: ClassVar[bool] = False
@@ -118,8 +118,7 @@ class DSLayer(nn.Module):
         """Return the float32 weight ``(O, C/groups, *K)`` that VQK and KDS stand for, in their layout."""
         if self._shadow is not None:
             return self._shadow()
-        weight: Tensor = backends.SIMULATION.pack(self.operation, self.vqk, self.kds, self.kds_shift)
-        return weight
+        return cast(Tensor, backends.SIMULATION.pack(self.operation, self.vqk, self.kds, self.kds_shift))
 
     @property
     def weight(self) -> Tensor:
@@ -313,7 +312,7 @@ class DSLayer(nn.Module):
     def like(cls, layer: Any, config: LayerConfig) -> Self:
         """Layer of the geometry, device, training flag and bias of the float ``layer``, whose weights are all zero."""
         make: Callable[..., Self] = cls
-        made = make(*cls._geometry(layer), config=config)
+        made = make(*cls.float_geometry(layer), config=config)
         tensors = chain(layer.parameters(), layer.buffers())
         home = next((t for t in tensors if t.is_floating_point()), made.weight_like)
         made.to(home.device)
@@ -355,9 +354,11 @@ class DSLayer(nn.Module):
         return made.quantize_(made.conv_layout(float_weight.detach()), inputs)
 
     @classmethod
-    def _geometry(cls, layer: Any) -> tuple[Any, ...]:
-        """Positional arguments that make a layer of this class of the same geometry as the float ``layer``."""
-        raise NotImplementedError(cls.__name__)
+    def float_geometry(cls, layer: Any) -> tuple[Any, ...]:
+        """Return the positional arguments of a quantized layer of the same geometry as the float ``layer``."""
+        return tuple(
+            layer.bias is not None if name == "bias" else getattr(layer, name) for name in cls.float_attributes
+        )
 
     @classmethod
     def float_input_shape(cls, layer: Any, extra: int) -> tuple[int, ...]:

@@ -21,15 +21,11 @@ class DSLinear(DSLayer):
     """
 
     kind, dims, onnx_operator = "linear", 0, "Gemm"
-    float_type, float_function, float_arguments = nn.Linear, F.linear, (1, 1)
+    float_type, float_function, float_attributes = nn.Linear, F.linear, ("in_features", "out_features", "bias")
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, config: LayerConfig | None = None):
         super().__init__((out_features, in_features), bias, self._layer_config(config))
         self.in_features, self.out_features = in_features, out_features
-
-    @classmethod
-    def _geometry(cls, layer: Any) -> tuple[Any, ...]:
-        return layer.in_features, layer.out_features, layer.bias is not None
 
     @classmethod
     def float_input_shape(cls, layer: Any, extra: int) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """Quantized transposed convolutions of one to three dimensions."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +15,7 @@ class DSConvTransposeNd(DSConvNd):
     """What transposed convolutions share. ``vqk`` is in the layout of a convolution; blocks are always per tap."""
 
     transposed, onnx_operator = True, "ConvTranspose"
+    float_attributes = (*DSConvNd.float_attributes[:5], "output_padding", "groups", "bias", "dilation")
 
     def __init__(
         self,
@@ -40,12 +40,6 @@ class DSConvTransposeNd(DSConvNd):
         config = self._layer_config(config).model_copy(update={"blocks": "tap"})
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, config=config)
         self.output_padding = self._per_dim(output_padding)
-
-    @classmethod
-    def _geometry(cls, layer: Any) -> tuple[Any, ...]:
-        where = layer.stride, layer.padding, layer.output_padding, layer.groups
-        size = layer.in_channels, layer.out_channels, layer.kernel_size
-        return *size, *where, layer.bias is not None, layer.dilation
 
     def conv_layout(self, weight: Tensor) -> Tensor:
         return transposed_layout(weight, self.groups)
