@@ -1,20 +1,13 @@
 """Layers in integers on the CPU, by the operators of :mod:`dsconv.ops.cpu`."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from dsconv.backends.base import Operation
 from dsconv.ops import cpu
 
-
-class Weights(NamedTuple):
-    """Packed weights, and the settings that end the arguments of the operators."""
-
-    packed: cpu.Packed
-    settings: tuple[int, int, int, str, int]
-
+# Packed weights, and the settings that end the arguments of the operators.
+Weights = tuple[cpu.Packed, tuple[int, int, int, str, int]]
 
 device: str | None = "cpu"
 
@@ -43,21 +36,22 @@ def pack(operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | Non
     assert config.activation_bits is not None and block_size is not None
     settings = (config.weight_bits, config.activation_bits, config.activation_sign, block_size)
     packed = cpu.pack(vqk, kds, kds_shift, config, operation.groups)
-    return Weights(packed, (operation.shape[0], *settings))
+    return packed, (operation.shape[0], *settings)
 
 
 def run(operation: Operation, packed: Weights, bias: Tensor | None, x: Tensor) -> Tensor:
+    weights, settings = packed
     bias = None if bias is None else bias.float().contiguous()
     y: Tensor
     if len(operation.shape) == 2:
         rows = x.float() if x.dim() == 2 else x.float().reshape(-1, x.shape[-1])
-        y = torch.ops.dsconv.linear(rows, *packed.packed, bias, *packed.settings)
+        y = torch.ops.dsconv.linear(rows, *weights, bias, *settings)
         return (y if x.dim() == 2 else y.view(*x.shape[:-1], operation.shape[0])).to(x.dtype)
     # The kernels know two dimensions: one more in front, of size 1, where there is but one.
     missing = 4 - len(operation.shape)
     y = torch.ops.dsconv.conv2d(
         x.float().unsqueeze(2) if missing else x.float(),
-        *packed.packed,
+        *weights,
         bias,
         [1] * missing + list(operation.shape[2:]),
         [1] * missing + list(operation.stride),
@@ -65,6 +59,6 @@ def run(operation: Operation, packed: Weights, bias: Tensor | None, x: Tensor) -
         [1] * missing + list(operation.dilation),
         operation.groups,
         operation.config.blocks == "flat",
-        *packed.settings,
+        *settings,
     )
     return (y.squeeze(2) if missing else y).to(x.dtype)

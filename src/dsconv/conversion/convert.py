@@ -29,7 +29,7 @@ from dsconv.data.preprocess import Preprocess, laid_over
 from dsconv.errors import ConfigError, ModelError
 from dsconv.layers import DSLayer
 from dsconv.layers.inputs import device_of
-from dsconv.layers.kinds import float_types, kind_of
+from dsconv.layers.kinds import KINDS, kind_of
 from dsconv.numerics import InputMoments
 
 # Classes of PyTorch and torchvision that read the weights of their layers and never call them.
@@ -168,7 +168,7 @@ class FoundLayer:
 
 def _find_layers(model: nn.Module) -> list[FoundLayer]:
     found: dict[int, FoundLayer] = {}
-    written = hooks.written_by_others(model, float_types())
+    written = hooks.written_by_others(model, tuple(kind.float_type for kind in KINDS.values()))
     for name, module, parent in _walk(model):
         kind = type(module) if isinstance(module, DSLayer) else kind_of(module)
         if id(module) in found:

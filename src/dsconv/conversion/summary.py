@@ -4,12 +4,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dsconv import backends
-from dsconv.config import LayerConfig
 from dsconv.conversion.info import model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import one_line
@@ -189,8 +189,8 @@ def summary(model: nn.Module) -> Summary:
         if isinstance(module, DSLayer):
             size = packed_bytes(module.vqk.numel(), module.config.weight_bits)
             size += sum(_bytes(scale) for scale in (module.kds, module.kds_shift) if scale is not None)
-            shape, sqnr = tuple(module.vqk.shape), module.weight_sqnr_db
-            rows.append(quantized_row(name, type(module).__name__, shape, module.config, size, sqnr, module.backend))
+            kind, sqnr, device = type(module).__name__, module.weight_sqnr_db, module.vqk.device
+            rows.append(quantized_row(name, kind, module.operation, size, sqnr, device))
             counted.update(id(t) for t in module.buffers(recurse=False))
         elif "parametrizations" not in name.split("."):
             is_layer = kind_of(module) is not None
@@ -213,15 +213,10 @@ def summary(model: nn.Module) -> Summary:
 
 
 def quantized_row(
-    name: str,
-    kind: str,
-    shape: tuple[int, ...],
-    config: LayerConfig,
-    size: int,
-    weight_sqnr_db: float | None,
-    backend: backends.Execution,
+    name: str, kind: str, operation: backends.Operation, size: int, sqnr: float | None, device: torch.device
 ) -> LayerSummary:
-    """Row of a quantized layer of class ``kind``, VQK ``shape`` and ``size`` in bytes."""
+    """Return the row of a quantized layer of class ``kind`` and ``size`` in bytes."""
+    shape, config, backend = operation.shape, operation.config, backends.execution(operation, device)
     stated = config.model_dump(exclude={"weight_rule", "weight_scale"})
     if config.activation_bits is None:
         stated["activation_sign"] = None
@@ -229,13 +224,13 @@ def quantized_row(
     return LayerSummary(
         name=name,
         kind=kind,
-        shape=shape,
+        shape=tuple(shape),
         effective_bits=8 * size / max(1, weights),
         bytes_before=4 * weights,
         bytes_after=size,
         backend=backend.name,
         backend_reason=backend.reason,
-        weight_sqnr_db=weight_sqnr_db,
+        weight_sqnr_db=sqnr,
         **stated,
     )
 

@@ -264,9 +264,8 @@ def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
         settings = _layer_settings(path, header.settings[record.settings])
         parts = [f"{name}.{part}".lstrip(".") for part in ("vqk", "kds", "kds_shift")]
         size = sum(tensors.pop(part).nbytes for part in parts if part in tensors)
-        shape, transposed = tuple(record.shape), KINDS.get(record.type, DSLayer).transposed
-        backend = backends.execution(backends.Operation(shape, settings, transposed))
-        rows.append(quantized_row(name, record.type, shape, settings, size, record.sqnr_db, backend))
+        operation = backends.Operation(tuple(record.shape), settings, KINDS.get(record.type, DSLayer).transposed)
+        rows.append(quantized_row(name, record.type, operation, size, record.sqnr_db, torch.device("cpu")))
     for name, tensor in tensors.items():
         if tensor.dim() >= 2 and tensor.is_floating_point():
             layer = name.removesuffix(".weight")

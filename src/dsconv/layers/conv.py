@@ -69,10 +69,6 @@ class DSConvNd(DSLayer):
         size = [d * (k - 1) + extra for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         return 2, layer.in_channels, *size
 
-    @classmethod
-    def float_is_depthwise(cls, layer: Any) -> bool:
-        return not cls.transposed and bool(layer.groups == layer.in_channels > 1)
-
     def output_size_for(self, size: Sequence[int]) -> tuple[int, ...]:
         """Return ``S_out`` for an input that is ``size`` large after :meth:`padded`."""
         sides = zip(size, self.kernel_size, self.stride, self.zero_padding, self.dilation, strict=True)

@@ -2,8 +2,6 @@
 
 from typing import TypeVar
 
-from torch import nn
-
 from dsconv.layers.layer import DSLayer
 
 Kind = TypeVar("Kind", bound=type[DSLayer])
@@ -16,20 +14,10 @@ KINDS: dict[str, type[DSLayer]] = {}
 
 
 def register(kind: Kind) -> Kind:
-    """Add a class to the kinds of quantized layers; a decorator.
-
-    >>> from dsconv.nn import DSConv2d
-    >>> KINDS["DSConv2d"] is DSConv2d is kind_of(nn.Conv2d(1, 1, 1))
-    True
-    """
+    """Add a class to the kinds of quantized layers; a decorator."""
     KINDS[kind.__name__] = kind
     kind.plain_call = {name: getattr(kind.float_type, name, None) for name in ("__call__", *CALLED)}
     return kind
-
-
-def float_types() -> tuple[type[nn.Module], ...]:
-    """Return the classes of the float layers that have a kind."""
-    return tuple(kind.float_type for kind in KINDS.values())
 
 
 def kind_of(module: object) -> type[DSLayer] | None:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from itertools import chain
+from operator import is_
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
@@ -262,11 +263,7 @@ class DSLayer(nn.Module):
 
     def _is_current(self, weights: KernelWeights | None) -> bool:
         now = self._buffers_and_config()
-        return (
-            weights is not None
-            and all(a is b for a, b in zip(weights.made_of, now, strict=True))
-            and weights.versions == _versions(now)
-        )
+        return weights is not None and all(map(is_, weights.made_of, now)) and weights.versions == _versions(now)
 
     def _needs_gradient(self, x: Tensor) -> bool:
         if not torch.is_grad_enabled() or (_is_exporting() and not self.training):
@@ -368,7 +365,7 @@ class DSLayer(nn.Module):
     @classmethod
     def float_is_depthwise(cls, layer: Any) -> bool:
         """Return whether each channel of the float ``layer`` is a group of its own."""
-        return False
+        return cls.dims > 0 and not cls.transposed and bool(layer.groups == layer.in_channels > 1)
 
     @classmethod
     def _layer_config(cls, config: LayerConfig | str | None) -> LayerConfig:
