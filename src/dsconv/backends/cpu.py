@@ -1,4 +1,4 @@
-"""Layers in integers on the CPU, by the operators of :mod:`dsconv.ops.cpu`."""
+"""The backend for integers on the CPU: a :class:`dsconv.backends.Backend` by the operators of :mod:`dsconv.ops.cpu`."""
 
 import torch
 from torch import Tensor

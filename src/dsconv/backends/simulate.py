@@ -1,6 +1,6 @@
-"""The simulation of layers in float32: dequantized weights times activations that went through block floating point.
+"""The backend that simulates layers in float32: dequantized weights times activations in block floating point.
 
-It computes on every device and is differentiable; the gradient passes straight through the rounding of activations.
+It covers all layers, on every device. The gradient passes straight through the rounding of activations.
 """
 
 from torch import Tensor

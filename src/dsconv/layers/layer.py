@@ -68,7 +68,7 @@ class DSLayer(nn.Module):
         weight_sqnr_db: ``10 log10(sum w^2 / sum (w - w_q)^2)`` of the weight it was made from, None where unknown.
     """
 
-    # What other packages know of a kind of layers; dsconv.layers.kinds has the list of them.
+    # Other packages read from these what a kind of layer is; dsconv.layers.kinds has the list of kinds.
     kind: ClassVar[LayerKind] = "conv"
     float_type: ClassVar[type[nn.Module]]
     # The function that the float layer calls, and the methods that its call runs.
