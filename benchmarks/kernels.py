@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsconv import QuantConfig, zoo
+from dsconv import QuantConfig, backends, zoo
 from dsconv.benchmarking.machine import cores, machine, machine_notes, why_no_bf16
 from dsconv.benchmarking.measure import Race, quartiles, shortest
 from dsconv.benchmarking.results import plural
@@ -184,7 +184,7 @@ def our_weights(layer: Layer, weight: Tensor, block: int, activation_bits: int, 
     whole = QuantConfig(block_size=block, activation_bits=activation_bits, weight_shift=shift)
     config = whole.layer(kind="conv" if layer.kernel else "linear", first=layer.channels == IMAGE[0])
     assert config is not None
-    if reason := cpu.why_not(weight.shape, config):
+    if reason := backends.cpu.covers(backends.Operation(tuple(weight.shape), config)):
         raise NotRun(reason)
     rows = weight.flatten(1) if config.blocks == "flat" else weight
     moved: Tensor | None = None

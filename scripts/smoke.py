@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 import dsconv
-from dsconv.ops import SIMULATION
+from dsconv.backends import SIMULATION
 
 
 def main(pure: bool) -> None:
@@ -28,7 +28,7 @@ def main(pure: bool) -> None:
     images, labels = dsconv.demo.load_digits()
     quantized = dsconv.quantize(network)
     (backend,) = dsconv.summary(quantized).backends
-    assert backend == (SIMULATION if pure else f"integers ({info.isa_used})"), backend
+    assert backend == (SIMULATION.describe() if pure else f"integers ({info.isa_used})"), backend
     with TemporaryDirectory() as folder, torch.inference_mode():
         again = dsconv.load(dsconv.save(quantized, Path(folder, "digits.safetensors")))
         logits = again(images)

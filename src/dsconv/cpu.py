@@ -69,7 +69,7 @@ def cpu_info() -> CpuInfo:
         return _without_extension(f"built, but cannot be loaded: {error}")
     import torch
 
-    from dsconv import ops
+    from dsconv import ops, threads
 
     used, best = ops.cpu.isa(), extension.isa_with_kernels()[-1]
     return CpuInfo(
@@ -81,7 +81,7 @@ def cpu_info() -> CpuInfo:
             if used == best
             else f"DSCONV_MAX_ISA={os.environ.get('DSCONV_MAX_ISA')} keeps it from {best}"
         ),
-        parallel=_PARALLEL[ops.cpu.parallel()],
+        parallel=_PARALLEL[threads.parallel()],
         torch_threads=torch.get_num_threads(),
     )
 

@@ -2,32 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from dsconv.layers import (
-    Affine,
-    DSConv1d,
-    DSConv2d,
-    DSConv3d,
-    DSConvTranspose1d,
-    DSConvTranspose2d,
-    DSConvTranspose3d,
-    DSLayer,
-    DSLinear,
-)
+from dsconv.layers import *  # noqa: F403
+from dsconv.layers import __all__ as __all__
 
 if TYPE_CHECKING:
     from dsconv.hub import DSConvModel as DSConvModel
-
-__all__ = [
-    "Affine",
-    "DSConv1d",
-    "DSConv2d",
-    "DSConv3d",
-    "DSConvTranspose1d",
-    "DSConvTranspose2d",
-    "DSConvTranspose3d",
-    "DSLayer",
-    "DSLinear",
-]
 
 
 def __getattr__(name: str) -> Any:

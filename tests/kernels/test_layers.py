@@ -33,8 +33,7 @@ from dsconv.numerics import (
     reference_conv,
     sqnr_db,
 )
-from dsconv.ops import cpu
-from dsconv.ops.simulate import patches
+from dsconv.ops import cpu, patches
 
 pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
 

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 
+from dsconv import threads
 from dsconv.ops import cpu
 
 pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
@@ -60,7 +61,7 @@ def outcome(script: str = "", parallel: str = "pool") -> str:
 
 
 def test_whatever_runs_the_tasks_the_bits_are_the_same() -> None:
-    ways = ["pool", "serial"] + (["torch"] if cpu._torch_parallel_for() else [])
+    ways = ["pool", "serial"] + (["torch"] if threads.torch_parallel_for() else [])
     printed = [outcome(parallel=way).split() for way in ways]
     assert [way for way, _ in printed] == ways
     assert len({digest for _, digest in printed}) == 1
@@ -181,7 +182,7 @@ assert two is None or workers() == two + 5, (two, workers())
 @pytest.mark.parametrize("way", ["pool", "torch"])
 @pytest.mark.parametrize("script", FORKS.values(), ids=FORKS)
 def test_what_is_forked_computes(script: str, way: str) -> None:
-    if way == "torch" and not cpu._torch_parallel_for():
+    if way == "torch" and not threads.torch_parallel_for():
         pytest.skip("this PyTorch does not offer its threads")
     assert outcome(script, way) == outcome(parallel=way)
 

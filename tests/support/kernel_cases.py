@@ -18,8 +18,7 @@ from dsconv.numerics import (
     quantize_weight_shifted,
     reference_conv,
 )
-from dsconv.ops import cpu
-from dsconv.ops.simulate import patches
+from dsconv.ops import cpu, patches
 
 LAYOUTS = ("contiguous", "channels last", "every second", "transposed")
 

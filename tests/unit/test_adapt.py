@@ -80,7 +80,7 @@ def test_learning_starts_from_the_integers_and_scales_of_the_layer(case: Case, s
     if shift_integers:
         # As after a calibration, they are not the nearest to the weight.
         vqk = (vqk + torch.randint_like(vqk, -1, 2)).clamp(-4, 3)
-    weight = layer._conv_layout(original.weight.detach())
+    weight = layer.conv_layout(original.weight.detach())
     moved = type(layer).from_float(original, layer.config)
     moved.vqk = vqk
     shadow = LearnedWeight(moved, weight)
@@ -96,12 +96,12 @@ def test_learning_starts_from_the_integers_and_scales_of_the_layer(case: Case, s
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: str(case[0].config))
 def test_gradients_pass_straight_through_the_rounding(case: Case) -> None:
     layer, original = case
-    weight = layer._conv_layout(original.weight.detach())
+    weight = layer.conv_layout(original.weight.detach())
     shadow = LearnedWeight(layer, weight)
     g = torch.randn(layer.vqk.shape)
     shadow().backward(g)
     expected_level = g * (DSLayer.dequantized_weight(layer) * 0 + _spread(layer, layer.kds.float()))
-    torch.testing.assert_close(shadow.level.grad, layer._rows(expected_level))
+    torch.testing.assert_close(shadow.level.grad, layer.blockwise(expected_level))
     # What a scale multiplies, summed over its block.
     gain = _sums(layer, g * layer.vqk) * layer.kds.float()
     torch.testing.assert_close(shadow.gain.grad, gain, rtol=1e-4, atol=1e-6)
@@ -116,7 +116,7 @@ def test_gradients_pass_straight_through_the_rounding(case: Case) -> None:
 
 
 def _blocks(layer: DSLayer, value: Tensor) -> list[Tensor]:
-    return list(layer._rows(value).split(layer.config.block_size, dim=1))
+    return list(layer.blockwise(value).split(layer.config.block_size, dim=1))
 
 
 def _sums(layer: DSLayer, value: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def test_inputs_and_rows_of_a_layer_multiply_to_its_output(case: tuple[DSLayer, 
     total = count_places(layer, y)
     where = places(total, 2 * total // 3, torch.Generator().manual_seed(1))
     assert len(where) < total
-    weight = as_rows(layer, DSLayer.dequantized_weight(layer))
+    weight = as_rows(layer, layer.conv_weight())
     expected = outputs_at(layer, y, where)
     seen = 0
     for read, part in inputs_at(layer, x, y.shape, where):
@@ -81,4 +81,4 @@ def test_rows_become_the_layer_again(case: tuple[DSLayer, Tensor]) -> None:
     spread = blocks.spread(as_rows(layer, layer.kds).float()) * as_rows(layer, layer.vqk)
     if layer.kds_shift is not None:
         spread += blocks.spread(as_rows(layer, layer.kds_shift).float())
-    torch.testing.assert_close(spread, as_rows(layer, DSLayer.dequantized_weight(layer)))
+    torch.testing.assert_close(spread, as_rows(layer, layer.conv_weight()))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dsconv
+from dsconv import threads
 from dsconv.cpu import cpu_info
 from dsconv.errors import ModelError
 from dsconv.ops import cpu
@@ -108,7 +109,7 @@ def test_instruction_set_in_use_is_reported_with_the_reason(monkeypatch: pytest.
 @needs_extension
 @pytest.mark.parametrize(("name", "shown"), [("pool", "a pool of their own"), ("serial", "serial")])
 def test_kind_of_threads_in_use_is_reported(name: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "parallel", lambda: name)
+    monkeypatch.setattr(threads, "parallel", lambda: name)
     assert cpu_info().parallel == shown and f"threads of the kernels  {shown}" in str(cpu_info())
 
 

@@ -50,14 +50,14 @@ class LearnedWeight(nn.Module):
         config = layer.config
         self.bits, self.block_size, self.kds_dtype = config.weight_bits, config.block_size, config.torch_kds_dtype
         self.shape = layer.vqk.shape
-        vqk = layer._rows(layer.vqk).float()
+        vqk = layer.blockwise(layer.vqk).float()
         self.register_buffer("kds", layer.kds.float())
         self.register_buffer("kds_shift", None if layer.kds_shift is None else layer.kds_shift.float())
         # Where in its interval a level starts tells how far the weight is from the next one.
         zero = torch.zeros_like(vqk)
         offset = 0.0 if self.kds_shift is None else dequantize_weight(zero, self.kds, self.block_size, self.kds_shift)
         step = dequantize_weight(zero + 1, self.kds, self.block_size)
-        exact = (layer._rows(weight) - offset) / torch.where(step == 0, torch.inf, step)
+        exact = (layer.blockwise(weight) - offset) / torch.where(step == 0, torch.inf, step)
         self.level = nn.Parameter(vqk + (exact - vqk).clamp_(-_START, _START))
         self.gain = nn.Parameter(torch.ones_like(self.kds))
         self.offset = None if self.kds_shift is None else nn.Parameter(torch.zeros_like(self.kds))
@@ -105,9 +105,9 @@ class RecomputedWeight(nn.Module):
     def forward(self) -> Tensor:
         (layer,) = self._layer
         vqk, kds, shift = self.stored()
-        dtype = layer.config.torch_kds_dtype
+        size, dtype = layer.config.block_size, layer.config.torch_kds_dtype
         shift = None if shift is None else shift.to(dtype)
-        value = dequantize_weight(layer._rows(vqk), kds.to(dtype), layer.config.block_size, shift).view_as(self.weight)
+        value = dequantize_weight(layer.blockwise(vqk), kds.to(dtype), size, shift).view_as(self.weight)
         return self.weight + (value - self.weight.detach())
 
     @torch.no_grad()

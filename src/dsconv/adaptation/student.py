@@ -12,7 +12,6 @@ from dsconv.adaptation.shadow import LearnedWeight, RecomputedWeight, Shadow
 from dsconv.calibration.layers import Pair, tensors_of
 from dsconv.errors import ModelError
 from dsconv.evaluation.running import forward, logits_in
-from dsconv.layers import DSLayer
 from dsconv.recipe import Recipe
 
 # Of its dequantized weight, a layer may differ so much, squared, from what is recomputed at the start.
@@ -84,7 +83,7 @@ class Student(nn.Module):
     def check_start(self) -> None:
         """Raise ModelError where the shadows do not stand for what the network holds."""
         for pair, shadow in self._both():
-            held, shadowed = DSLayer.dequantized_weight(pair.layer), cast(Shadow, shadow)()
+            held, shadowed = pair.layer.conv_weight(), cast(Shadow, shadow)()
             if (held - shadowed).square().sum() > _SAME * held.square().sum():
                 raise ModelError(
                     f"layer {pair.name!r}: its integers are not those of its rule, as after a calibration, and weights "

@@ -26,7 +26,6 @@ from dsconv.data import Images, Preprocess
 from dsconv.errors import ModelError, check_whole
 from dsconv.evaluation.running import ready
 from dsconv.files import as_path
-from dsconv.layers import DSLayer
 from dsconv.modes import check_module
 from dsconv.numerics.rounding import regression_target, regularized, round_to
 from dsconv.progress import progress_bar
@@ -172,7 +171,7 @@ def _round(pair: Pair, moments: Moments, images: int) -> CalibratedLayer:
 
     def error() -> float:
         bias = torch.zeros_like(moments.mean_r) if layer.bias is None else layer.bias.float().view_as(moments.mean_r)
-        return moments.error(as_rows(layer, DSLayer.dequantized_weight(layer)), bias)
+        return moments.error(as_rows(layer, layer.conv_weight()), bias)
 
     before = error()
     # One sample for each number that is looked for asks for a ridge as large as the inputs' variance.
@@ -184,7 +183,7 @@ def _round(pair: Pair, moments: Moments, images: int) -> CalibratedLayer:
     kds_shift = None if shift is None else from_rows(layer, shift, layer.kds.shape)
     _store(pair, vqk, from_rows(layer, scale, layer.kds.shape), kds_shift)
     assert layer.bias is not None
-    layer.bias.copy_(moments.bias(as_rows(layer, DSLayer.dequantized_weight(layer))).flatten())
+    layer.bias.copy_(moments.bias(as_rows(layer, layer.conv_weight())).flatten())
     return CalibratedLayer(pair.name, moments.count, before, error(), time.perf_counter() - since)
 
 

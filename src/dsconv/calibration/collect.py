@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsconv.layers import DSLayer, DSLinear
+from dsconv.backends.simulate import quantized
+from dsconv.layers import DSLayer
 from dsconv.numerics.rounding import Blocks, quadratic
-from dsconv.ops.simulate import quantized
 
 # Inputs that are looked at at a time.
 _CHUNK = 1 << 22
@@ -58,12 +58,12 @@ def count_places(layer: DSLayer, y: Tensor) -> int:
 
 def batched(layer: Any, value: Tensor) -> Tensor:
     """``value``, an input or output of ``layer``, with a dimension of images also where there was none."""
-    return value if isinstance(layer, DSLinear) or value.dim() == layer.dims + 2 else value.unsqueeze(0)
+    return value if layer.dims == 0 or value.dim() == layer.dims + 2 else value.unsqueeze(0)
 
 
 def outputs_at(layer: DSLayer, y: Tensor, where: Tensor) -> Tensor:
     """Float32 ``(n, O)``: the output ``y`` of ``layer``, or of its float original, at the places ``where`` ``(n,)``."""
-    if isinstance(layer, DSLinear):
+    if layer.dims == 0:
         return y.reshape(-1, y.shape[-1])[where].float()
     return _channels_at(y, (len(y), *y.shape[2:]), where).float()
 
@@ -73,7 +73,7 @@ def inputs_at(layer: Any, x: Tensor, size: torch.Size, where: Tensor) -> Iterato
 
     Yields float32 ``(G, n, d)`` and the part of ``where`` that it belongs to.
     """
-    linear = isinstance(layer, DSLinear)
+    linear = layer.dims == 0
     read = x.reshape(-1, x.shape[-1]) if linear else layer.windows(x, size[2:])
     step = max(1, _CHUNK // (layer.vqk[0].numel() * layer.groups))
     for start in range(0, len(where), step):

@@ -11,11 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from dsconv.calibration.collect import count_places
-from dsconv.conversion.convert import FLOAT_TYPES, effective_weight, quantized_type
+from dsconv.conversion.convert import effective_weight
 from dsconv.conversion.info import model_info
 from dsconv.errors import ModelError
 from dsconv.evaluation.running import forward
 from dsconv.layers import Affine, DSLayer
+from dsconv.layers.kinds import kind_of
 
 # The covariance of what an output reads is a matrix of at most so many rows.
 _MOST_READ = 9216
@@ -65,16 +66,17 @@ def pairs_of(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = N
         if not isinstance(layer, DSLayer):
             continue
         original, watched = modules.get(name), modules.get(batchnorms.get(name, name))
-        if not isinstance(original, FLOAT_TYPES) or not isinstance(layer, quantized_type(original)):
+        kind = kind_of(original)
+        if original is None or kind is None or not isinstance(layer, kind):
             got = "none" if original is None else f"a {type(original).__name__}"
             wrong.append(f"layer {name!r} is a {type(layer).__name__}, and the reference has {got} there")
             continue
         if watched is None or (name in batchnorms and not isinstance(watched, _BatchNorm)):
             wrong.append(f"the reference has no BatchNorm {batchnorms[name]!r}, which is folded into layer {name!r}")
             continue
-        weight, reason = effective_weight(original)
+        weight, reason = effective_weight(original, kind)
         shape = tuple(layer.vqk.shape)
-        weight = None if weight is None else layer._conv_layout(weight).float()
+        weight = None if weight is None else layer.conv_layout(weight).float()
         if weight is None or weight.shape != shape:
             found = reason if weight is None else f"it is {tuple(weight.shape)} in the reference"
             wrong.append(f"layer {name!r} has a weight {shape}, but {found}")

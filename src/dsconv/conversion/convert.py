@@ -1,6 +1,7 @@
 """Swaps the layers of a model for quantized ones, without running the model."""
 
 import copy
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -19,54 +20,25 @@ from torch.overrides import TorchFunctionMode
 
 from dsconv.config import LayerConfig, QuantConfig, as_config
 from dsconv.conversion import hooks
-from dsconv.conversion.copying import CALLED, HOOKS, copied, is_of_torch, replaced
+from dsconv.conversion.copying import HOOKS, copied, is_of_torch, is_torch_class, replaced
 from dsconv.conversion.info import ModelInfo, info_of
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.statistics import input_moments
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data.preprocess import Preprocess, laid_over
 from dsconv.errors import ConfigError, ModelError
-from dsconv.layers import (
-    DSConv1d,
-    DSConv2d,
-    DSConv3d,
-    DSConvTranspose1d,
-    DSConvTranspose2d,
-    DSConvTranspose3d,
-    DSLayer,
-    DSLinear,
-)
+from dsconv.layers import DSLayer
 from dsconv.layers.inputs import device_of
+from dsconv.layers.kinds import KINDS, kind_of
 from dsconv.modes import check_module
 from dsconv.numerics import InputMoments
 
-QUANTIZED_TYPES: tuple[type[DSLayer], ...] = (
-    DSConv1d,
-    DSConv2d,
-    DSConv3d,
-    DSConvTranspose1d,
-    DSConvTranspose2d,
-    DSConvTranspose3d,
-    DSLinear,
-)
 # Classes of PyTorch and torchvision that read the weights of their layers and never call them.
 _READ_WEIGHTS = {
     "MultiheadAttention",
     "TransformerEncoderLayer",
     "ShiftedWindowAttention",
     "ShiftedWindowAttentionV2",
-}
-FLOAT_TYPES = tuple(quantized.float_type for quantized in QUANTIZED_TYPES)
-# What calls of PyTorch's own layers run, which a class of the user or a patch of the class may replace.
-_PLAIN = {base: {name: getattr(base, name, None) for name in ("__call__", *CALLED)} for base in FLOAT_TYPES}
-_FUNCTIONS: dict[type[nn.Module], Callable[..., Any]] = {
-    nn.Conv1d: nn.functional.conv1d,
-    nn.Conv2d: nn.functional.conv2d,
-    nn.Conv3d: nn.functional.conv3d,
-    nn.ConvTranspose1d: nn.functional.conv_transpose1d,
-    nn.ConvTranspose2d: nn.functional.conv_transpose2d,
-    nn.ConvTranspose3d: nn.functional.conv_transpose3d,
-    nn.Linear: nn.functional.linear,
 }
 
 
@@ -142,7 +114,7 @@ def quantize_for(
         settings = None if reason else layer_config(config, found, layers)
         weight = None
         if settings is not None:
-            weight, reason = effective_weight(found.layer)
+            weight, reason = effective_weight(found.layer, found.kind)
         elif not reason:
             reason = "the config leaves it in float"
         if weight is None or settings is None:
@@ -151,9 +123,8 @@ def quantize_for(
         if inputs is None and settings.weight_rule == "balanced" and config.batchnorm_statistics:
             inputs = input_moments(model, prepared)
         known = None if inputs is None else inputs.get(found.layer)
-        kind = quantized_type(found.layer)
         try:
-            swaps[found.layer] = kind.from_float(found.layer, settings, weight=weight, inputs=known)
+            swaps[found.layer] = found.kind.from_float(found.layer, settings, weight=weight, inputs=known)
         except ValueError as error:
             raise ModelError(f"layer {found.name!r}: {error}") from None
     if not swaps and not any(isinstance(module, DSLayer) for module in model.modules()):
@@ -181,9 +152,10 @@ def swapped(model: nn.Module, swaps: Mapping[nn.Module, nn.Module], info: ModelI
 
 @dataclass
 class FoundLayer:
-    """A convolution or linear layer of a model: every name it has, and why it must stay in float, if so."""
+    """A convolution or linear layer of a model: its kind, every name it has, and why it must stay in float, if so."""
 
     layer: nn.Module
+    kind: type[DSLayer]
     names: list[str]
     reason: str = ""
 
@@ -195,14 +167,13 @@ class FoundLayer:
 
 def _find_layers(model: nn.Module) -> list[FoundLayer]:
     found: dict[int, FoundLayer] = {}
-    written = hooks.written_by_others(model, FLOAT_TYPES)
+    written = hooks.written_by_others(model, tuple(kind.float_type for kind in KINDS.values()))
     for name, module, parent in _walk(model):
-        if not isinstance(module, (*FLOAT_TYPES, DSLayer)):
-            continue
+        kind = type(module) if isinstance(module, DSLayer) else kind_of(module)
         if id(module) in found:
             found[id(module)].names.append(name)
-        else:
-            found[id(module)] = FoundLayer(module, [name], _why_float(module, parent) or written.get(module, ""))
+        elif kind is not None:
+            found[id(module)] = FoundLayer(module, kind, [name], _why_float(module, parent) or written.get(module, ""))
     return list(found.values())
 
 
@@ -222,22 +193,16 @@ def _why_float(layer: nn.Module, parent: nn.Module | None) -> str:
     return ""
 
 
-def quantized_type(layer: nn.Module) -> type[DSLayer]:
-    """The quantized class that takes the place of a float layer."""
-    return next(quantized for quantized in QUANTIZED_TYPES if isinstance(layer, quantized.float_type))
-
-
 def layer_config(config: QuantConfig, found: FoundLayer, layers: list[FoundLayer]) -> LayerConfig | None:
     """Settings of a layer among all ``layers`` of its model, in order; None where it is left in float."""
     layer: Any = found.layer
-    convolutions = [other.layer for other in layers if not _is_linear(other.layer)]
-    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-    depthwise = not _is_linear(layer) and not transposed and layer.groups == layer.in_channels > 1
+    convolutions = [other.layer for other in layers if other.kind.kind == "conv"]
+    depthwise = found.kind.float_is_depthwise(layer)
     # Of several names that one counts which an override matches.
     overridden = [name for name in found.names if any(fnmatchcase(name, pattern) for pattern in config.overrides)]
     settings = config.layer(
         (overridden or found.names)[0],
-        kind="linear" if _is_linear(layer) else "conv",
+        kind=found.kind.kind,
         first=layer in convolutions[:1],
         last=layer is layers[-1].layer,
         depthwise=depthwise,
@@ -246,10 +211,6 @@ def layer_config(config: QuantConfig, found: FoundLayer, layers: list[FoundLayer
         # One block per filter.
         settings = settings.model_copy(update={"block_size": math.prod(layer.kernel_size)})
     return settings
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear | DSLinear)
 
 
 def _check_overrides(config: QuantConfig, layers: list[FoundLayer]) -> None:
@@ -262,10 +223,10 @@ def _check_overrides(config: QuantConfig, layers: list[FoundLayer]) -> None:
             )
 
 
-def effective_weight(layer: Any) -> tuple[Tensor | None, str]:
-    """The weight that ``layer`` convolves with, or None and the reason why it cannot be told."""
+def effective_weight(layer: Any, kind: type[DSLayer]) -> tuple[Tensor | None, str]:
+    """The weight that ``layer`` of a ``kind`` convolves with, or None and the reason why it cannot be told."""
     with torch.no_grad():
-        hooked = hooks.written(layer, partial(_input_of, layer, 4))
+        hooked = hooks.written(layer, partial(_input_of, layer, kind, 4))
         if hooked is not None and hooked.weight is None:
             return None, hooked.reason
         weight = _computed(layer) if hooked is None else hooked.weight
@@ -273,8 +234,8 @@ def effective_weight(layer: Any) -> tuple[Tensor | None, str]:
             return None, "it has no weight before it has run: run the model once before converting it"
         if weight.is_meta:
             return None, "its weight is on the meta device and has no values"
-        own = _own_call(layer)
-        return (weight.detach(), "") if not own else _probe(layer, weight.detach(), own)
+        own = _own_call(layer, kind)
+        return (weight.detach(), "") if not own else _probe(layer, kind, weight.detach(), own)
 
 
 def _computed(layer: Any) -> Any:
@@ -289,15 +250,15 @@ def _computed(layer: Any) -> Any:
     return getattr(layer, "weight", None)
 
 
-def _own_call(layer: nn.Module) -> str:
-    """What a call of ``layer`` runs in the place of what PyTorch's layer does; empty where that is nothing."""
+def _own_call(layer: nn.Module, kind: type[DSLayer]) -> str:
+    """What a call of ``layer`` runs in the place of what its ``kind`` has; empty where that is nothing."""
     if name := replaced(layer):
         return f"its {name} was replaced by another one"
-    base = next(base for base in FLOAT_TYPES if isinstance(layer, base))
     own = type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)
-    for name, plain in _PLAIN[base].items():
+    for name, plain in kind.plain_call.items():
         function = getattr(own, name, None)
-        if function is not plain or not (function is None or is_of_torch(function)):
+        patched = function is not None and is_torch_class(kind.float_type) and not is_of_torch(function)
+        if function is not plain or patched:
             return f"its class {type(layer).__name__} has a {name} of its own"
     return ""
 
@@ -319,27 +280,26 @@ class _CaptureWeight(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _probe(layer: Any, weight: Tensor, own: str) -> tuple[Tensor | None, str]:
+def _probe(layer: Any, kind: type[DSLayer], weight: Tensor, own: str) -> tuple[Tensor | None, str]:
     """Weight of a layer whose call is not the plain one, if that amounts to the plain layer with another weight.
 
     The layer is run on random inputs of two sizes, and compared with the layer that would take its place, with the
     weight that it used before rounding.
     """
-    base = next(base for base in FLOAT_TYPES if isinstance(layer, base))
     used: Tensor | None = None
     for extra in (4, 5):
-        x = _input_of(layer, extra)
+        x = _input_of(layer, kind, extra)
         try:
             # A copy without its hooks: finding the weight leaves no trace.
-            memo: dict[int, Any] = {id(getattr(layer, kind)): OrderedDict() for kind in HOOKS}
+            memo: dict[int, Any] = {id(getattr(layer, name)): OrderedDict() for name in HOOKS}
             probed = copied(layer, memo, isolate=True).float()
             if not parametrize.is_parametrized(layer):
                 vars(probed).pop("weight", None)
                 probed._parameters["weight"] = nn.Parameter(weight.float(), requires_grad=False)
-            with _CaptureWeight(_FUNCTIONS[base]) as capture:
+            with _CaptureWeight(kind.float_function) as capture:
                 y = probed(x)
             (used,) = capture.weights
-            expected = _unrounded(layer, used)(x)
+            expected = _unrounded(layer, kind, used)(x)
             same = used.shape == weight.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
         except Exception:
             same = False
@@ -349,20 +309,16 @@ def _probe(layer: Any, weight: Tensor, own: str) -> tuple[Tensor | None, str]:
     return used.detach().to(weight.dtype), ""
 
 
-def _unrounded(layer: Any, weight: Tensor) -> DSLayer:
+def _unrounded(layer: Any, kind: type[DSLayer], weight: Tensor) -> DSLayer:
     """The quantized layer that takes the place of ``layer``, but with a float weight and float activations."""
-    made = quantized_type(layer).like(layer, LayerConfig(activation_bits=None)).float()
-    vars(made)["_shadow"] = lambda: made._conv_layout(weight)
+    made = kind.like(layer, LayerConfig(activation_bits=None)).float()
+    vars(made)["_shadow"] = lambda: made.conv_layout(weight)
     return made
 
 
-def _input_of(layer: Any, extra: int) -> Tensor:
+def _input_of(layer: Any, kind: type[DSLayer], extra: int) -> Tensor:
     """Random float32 input of a layer, ``extra`` longer in each dimension than what an output reads."""
-    if _is_linear(layer):
-        shape: tuple[int, ...] = (2, layer.in_features)
-    else:
-        size = [d * (k - 1) + extra for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        shape = (2, layer.in_channels, *size)
+    shape = kind.float_input_shape(layer, extra)
     generator = torch.Generator().manual_seed(extra)
     x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return x.to(device_of(layer))
@@ -370,24 +326,25 @@ def _input_of(layer: Any, extra: int) -> Tensor:
 
 def _keep_attributes(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) -> None:
     """What a model noted on a layer of its own, as builders from lists of layers do, is there to be read."""
-    if isinstance(layer, FLOAT_TYPES):
-        base = next(base for base in FLOAT_TYPES if isinstance(layer, base))
+    if (kind := kind_of(layer)) is not None:
         for name, value in vars(layer).items():
-            known = name.startswith("_") or name in _attributes_of(base)  # type: ignore[arg-type]
+            known = name.startswith("_") or name in _attributes_of(kind)  # type: ignore[arg-type]
             if not known and not hasattr(quantized, name):
                 vars(quantized)[name] = copy.deepcopy(value, memo)
 
 
 @cache
-def _attributes_of(base: Callable[..., nn.Module]) -> frozenset[str]:
-    """Attributes that PyTorch gives a layer."""
-    sizes = (1, 1) if base is nn.Linear else (1, 1, 1)
-    return frozenset(vars(base(*sizes, device="meta", dtype=torch.float32)))
+def _attributes_of(kind: type[DSLayer]) -> frozenset[str]:
+    """Return the attributes that PyTorch gives a float layer."""
+    make: Callable[..., nn.Module] = kind.float_type
+    sizes = [1 for parameter in inspect.signature(make).parameters.values() if parameter.default is parameter.empty]
+    return frozenset(vars(make(*sizes, device="meta", dtype=torch.float32)))
 
 
 def _keep_hooks(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) -> None:
     """Hooks of the user go on being called; those that compute the weight have done their work."""
-    written = hooks.written(layer, partial(_input_of, layer, 4)) if isinstance(layer, FLOAT_TYPES) else None
+    layer_kind = kind_of(layer)
+    written = None if layer_kind is None else hooks.written(layer, partial(_input_of, layer, layer_kind, 4))
     done = frozenset() if written is None else written.keys
     for kind in HOOKS:
         kept = getattr(quantized, kind)

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.errors import ModelError
+from dsconv.layers.kinds import CALLED
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Methods of a module that its call runs, and that an attribute of the instance replaces.
-CALLED = ("forward", "_conv_forward", "_call_impl")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What torch.compile makes of a callable remembers it by this name.
 _COMPILED = "_torchdynamo_orig_callable"
@@ -271,7 +270,7 @@ def held(value: Any) -> Iterable[Any]:
 
 def _attributes(model: nn.Module) -> list[Any]:
     """The model, and the functions that its classes define."""
-    classes = {base for module in model.modules() for base in type(module).__mro__ if not _is_torch(base)}
+    classes = {base for module in model.modules() for base in type(module).__mro__ if not is_torch_class(base)}
     # What methods do with other objects is not known: of these, functions that hold modules count alone.
     return [model, *(_Method(value) for base in classes for _, value in _methods(base))]
 
@@ -293,7 +292,7 @@ class _Method:
 
 def _methods(kind: type) -> Iterator[tuple[str, Any]]:
     """Names and functions that a class of the user defines, but for those that make its instances."""
-    for name, value in vars(kind).items() if not _is_torch(kind) else ():
+    for name, value in vars(kind).items() if not is_torch_class(kind) else ():
         if _runs(value) and name not in ("__init__", "__new__"):
             yield name, value
 
@@ -302,7 +301,8 @@ def _runs(value: Any) -> bool:
     return isinstance(value, FunctionType | MethodType | partial)
 
 
-def _is_torch(kind: type) -> bool:
+def is_torch_class(kind: type) -> bool:
+    """Return whether a class is PyTorch's or Python's own."""
     return kind.__module__.partition(".")[0] in ("torch", "builtins")
 
 

@@ -6,7 +6,7 @@ import os
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dsconv.conversion.convert import FLOAT_TYPES, QUANTIZED_TYPES, swapped
+from dsconv.conversion.convert import swapped
 from dsconv.conversion.copying import copied, replaced
 from dsconv.conversion.info import info_of
 from dsconv.conversion.quantized import add_bias, check_inference
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ModelError
 from dsconv.layers import Affine, DSLayer
+from dsconv.layers.kinds import KINDS, kind_of
 
 _BATCHNORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -175,8 +176,8 @@ class _Uses:
         readers = [node for call in self.calls[layer] for node in call.users if node not in calls]
         if readers:
             return None, f"the output of {name} is also read by {self._describe(readers[0])}"
-        fits = type(batchnorm) is _BATCHNORM_TYPES[getattr(layer, "dims", 1) - 1]
-        if not _is_one_of(layer, QUANTIZED_TYPES) or not fits or batchnorm.num_features != len(layer.vqk):
+        fits = type(batchnorm) is _BATCHNORM_TYPES[max(layer.dims, 1) - 1]
+        if not _is_one_of(layer, KINDS.values()) or not fits or batchnorm.num_features != len(layer.vqk):
             fed = f"{name}, a {type(layer).__name__} of {len(layer.vqk)}"
             return None, f"a {kind} of {batchnorm.num_features} channels does not belong to the output of {fed}"
         if layer._forward_hooks or batchnorm._forward_hooks or batchnorm._forward_pre_hooks:
@@ -201,7 +202,7 @@ class _Uses:
         return str(getattr(node.target, "__name__", node.target))
 
 
-def _is_one_of(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+def _is_one_of(module: nn.Module, types: Collection[type[nn.Module]]) -> bool:
     """Whether its forward is that of one of ``types``: a subclass may have its own."""
     return type(module) in types and replaced(module) is None
 
@@ -225,7 +226,7 @@ class _Tracer(fx.Tracer):
         return lambda root, *x: root.forward(*x), [self.root, *inputs]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, (DSLayer, _BatchNorm, *FLOAT_TYPES))
+        known = isinstance(m, DSLayer | _BatchNorm) or kind_of(m) is not None
         return known or super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

@@ -15,10 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dsconv.conversion.copying import copied
 from dsconv.data import Preprocess, synthetic_images
 from dsconv.layers.inputs import as_input_of
+from dsconv.layers.kinds import kind_of
 from dsconv.numerics import InputMoments
-from dsconv.ops.cpu import PyTorchOnOneThread
+from dsconv.threads import PyTorchOnOneThread
 
-LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _IMAGES = 16
 # Sizes of noise for networks that do not tell their input's: of the first that does where the next is not needed.
 _SIDES = (64, 224, 32)
@@ -37,8 +37,9 @@ def input_moments(model: nn.Module, preprocess: Preprocess | None = None) -> dic
     >>> moments.mean.shape, bool((moments.mean - 0.4).abs().max() < 0.05)  # of a normal variable's positive part
     (torch.Size([1, 8]), True)
     """
-    first = next((layer for layer in model.modules() if isinstance(layer, (*LAYERS, nn.Conv1d, nn.Conv3d))), None)
-    if not isinstance(first, nn.Conv2d) or not with_statistics(model):
+    first: Any = next((layer for layer in model.modules() if kind_of(layer) is not None), None)
+    kind = kind_of(first)
+    if kind is None or kind.dims != 2 or kind.transposed or not with_statistics(model):
         return {}
     known = preprocess is not None and (preprocess.crop or preprocess.resize) is not None
     found: dict[nn.Module, InputMoments] = {}
@@ -101,15 +102,17 @@ def _measured(model: nn.Module, images: Tensor) -> tuple[dict[nn.Module, InputMo
     original: Mapping[nn.Module, nn.Module] = dict(zip(run.modules(), model.modules(), strict=True))
     found: dict[nn.Module, InputMoments] = {}
     told = missing = False
+    kinds = {module: kind for module in run.modules() if (kind := kind_of(module)) is not None and kind.dims in (0, 2)}
+    rows = {module for module, kind in kinds.items() if kind.dims == 0}
 
     def before(layer: Any, inputs: tuple[Any, ...]) -> None:
         nonlocal told, missing
         if not told or original[layer] in found:
             return
         x = inputs[0].detach().float()
-        x = x.flatten(0, -2).mT.unsqueeze(0) if isinstance(layer, nn.Linear) else x.flatten(2)
+        x = x.flatten(0, -2).mT.unsqueeze(0) if layer in rows else x.flatten(2)
         if x.shape[0] * x.shape[2] < _ENOUGH:
-            missing = missing or not isinstance(layer, nn.Linear)
+            missing = missing or layer not in rows
             return
         with PyTorchOnOneThread(always=True):
             variance, mean = _var_mean(x)
@@ -122,9 +125,9 @@ def _measured(model: nn.Module, images: Tensor) -> tuple[dict[nn.Module, InputMo
         told = isinstance(module, _BatchNorm)
 
     for module in run.modules():
-        if isinstance(module, LAYERS):
+        if module in kinds:
             module.register_forward_pre_hook(before)
-        if isinstance(module, (*LAYERS, _BatchNorm)):
+        if module in kinds or isinstance(module, _BatchNorm):
             module.register_forward_hook(after)
     with torch.no_grad():
         run(images)

@@ -4,17 +4,17 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from dsconv import ops
-from dsconv.config import LayerConfig
-from dsconv.conversion.convert import FLOAT_TYPES
+from dsconv import backends
 from dsconv.conversion.info import model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import one_line
 from dsconv.layers import DSLayer
+from dsconv.layers.kinds import kind_of
 from dsconv.modes import check_module
 from dsconv.numerics import packed_bytes
 from dsconv.tables import as_text
@@ -189,11 +189,11 @@ def summary(model: nn.Module) -> Summary:
         if isinstance(module, DSLayer):
             size = packed_bytes(module.vqk.numel(), module.config.weight_bits)
             size += sum(_bytes(scale) for scale in (module.kds, module.kds_shift) if scale is not None)
-            shape, sqnr = tuple(module.vqk.shape), module.weight_sqnr_db
-            rows.append(quantized_row(name, type(module).__name__, shape, module.config, size, sqnr, module.backend))
+            kind, sqnr, device = type(module).__name__, module.weight_sqnr_db, module.vqk.device
+            rows.append(quantized_row(name, kind, module.operation, size, sqnr, device))
             counted.update(id(t) for t in module.buffers(recurse=False))
         elif "parametrizations" not in name.split("."):
-            is_layer = isinstance(module, FLOAT_TYPES)
+            is_layer = kind_of(module) is not None
             unknown = "not converted" if is_layer else "neither a convolution nor a linear layer"
             reason = (info.in_float.get(name) if info else None) or unknown
             for parameter_name, parameter in _own_parameters(module):
@@ -206,22 +206,17 @@ def summary(model: nn.Module) -> Summary:
                 full_name = name if is_layer else ".".join(filter(None, (name, parameter_name)))
                 kind, size = type(module).__name__, 0 if shared else _bytes(parameter)
                 bits = 8.0 * parameter.dtype.itemsize
-                rows.append(LayerSummary(full_name, kind, shape, bits, size, size, ops.IN_FLOAT, reason))
+                rows.append(LayerSummary(full_name, kind, shape, bits, size, size, backends.IN_FLOAT, reason))
     unpacked = sum(_bytes(t) for m in model.modules() if isinstance(m, DSLayer) for t in m.buffers(recurse=False))
     in_float = sum(row.bytes_after for row in rows if not row.quantized)
     return Summary(tuple(rows), total - unpacked - in_float)
 
 
 def quantized_row(
-    name: str,
-    kind: str,
-    shape: tuple[int, ...],
-    config: LayerConfig,
-    size: int,
-    weight_sqnr_db: float | None,
-    backend: ops.Backend,
+    name: str, kind: str, operation: backends.Operation, size: int, sqnr: float | None, device: torch.device
 ) -> LayerSummary:
-    """Row of a quantized layer of class ``kind``, VQK ``shape`` and ``size`` in bytes."""
+    """Return the row of a quantized layer of class ``kind`` and ``size`` in bytes."""
+    shape, config, backend = operation.shape, operation.config, backends.execution(operation, device)
     stated = config.model_dump(exclude={"weight_rule", "weight_scale"})
     if config.activation_bits is None:
         stated["activation_sign"] = None
@@ -229,13 +224,13 @@ def quantized_row(
     return LayerSummary(
         name=name,
         kind=kind,
-        shape=shape,
+        shape=tuple(shape),
         effective_bits=8 * size / max(1, weights),
         bytes_before=4 * weights,
         bytes_after=size,
         backend=backend.name,
         backend_reason=backend.reason,
-        weight_sqnr_db=weight_sqnr_db,
+        weight_sqnr_db=sqnr,
         **stated,
     )
 

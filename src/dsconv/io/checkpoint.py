@@ -19,10 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from dsconv import ops, strict_json
+from dsconv import backends, strict_json
 from dsconv.compilation import CompiledModel
 from dsconv.config import LayerConfig, QuantConfig
-from dsconv.conversion.convert import FLOAT_TYPES, quantized_type, swapped
+from dsconv.conversion.convert import swapped
 from dsconv.conversion.info import ModelInfo, info_of, model_info
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.quantized import add_bias, quantized_layers
@@ -32,6 +32,7 @@ from dsconv.data import Preprocess
 from dsconv.errors import ConfigError, FileFormatError, ModelError, one_line
 from dsconv.files import as_path, check_place, replacing
 from dsconv.layers import Affine, DSLayer
+from dsconv.layers.kinds import KINDS, kind_of
 from dsconv.modes import check_module
 from dsconv.numerics import pack, unpack
 from dsconv.numerics.packing import packed_bytes
@@ -183,14 +184,15 @@ def _loaded(
     wrong: list[str] = []
     for name, record in header.layers.items():
         layer = modules.get(name)
-        if layer is None or not isinstance(layer, FLOAT_TYPES):
+        kind = kind_of(layer)
+        if layer is None or kind is None:
             got = "none" if layer is None else f"a {type(layer).__name__}"
             wrong.append(f"layer {name!r}: the file has a {record.type}, the model has {got} there")
             continue
-        if quantized_type(layer).__name__ != record.type:
+        if kind is not KINDS.get(record.type):
             wrong.append(f"layer {name!r}: the file has a {record.type}, the model a {type(layer).__name__}")
             continue
-        quantized = quantized_type(layer).like(layer, settings[record.settings])
+        quantized = kind.like(layer, settings[record.settings])
         if list(quantized.vqk.shape) != record.shape:
             shapes = f"{record.shape}, the model {list(quantized.vqk.shape)}"
             wrong.append(f"layer {name!r}: the file has weights of shape {shapes}")
@@ -252,15 +254,14 @@ def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
         settings = _layer_settings(path, header.settings[record.settings])
         parts = [f"{name}.{part}".lstrip(".") for part in ("vqk", "kds", "kds_shift")]
         size = sum(tensors.pop(part).nbytes for part in parts if part in tensors)
-        backend = ops.backend(record.shape, settings, transposed="Transpose" in record.type)
-        shape = tuple(record.shape)
-        rows.append(quantized_row(name, record.type, shape, settings, size, record.sqnr_db, backend))
+        operation = backends.Operation(tuple(record.shape), settings, KINDS.get(record.type, DSLayer).transposed)
+        rows.append(quantized_row(name, record.type, operation, size, record.sqnr_db, torch.device("cpu")))
     for name, tensor in tensors.items():
         if tensor.dim() >= 2 and tensor.is_floating_point():
             layer = name.removesuffix(".weight")
             reason = header.in_float.get(layer, "neither a convolution nor a linear layer")
             size, bits = tensor.nbytes, 8.0 * tensor.element_size()
-            rows.append(LayerSummary(layer, "", tuple(tensor.shape), bits, size, size, ops.IN_FLOAT, reason))
+            rows.append(LayerSummary(layer, "", tuple(tensor.shape), bits, size, size, backends.IN_FLOAT, reason))
     in_float = sum(row.bytes_after for row in rows if not row.quantized)
     return header, Summary(tuple(rows), sum(tensor.nbytes for tensor in tensors.values()) - in_float)
 

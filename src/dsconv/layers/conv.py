@@ -1,24 +1,25 @@
-"""Quantized convolutions and transposed convolutions of one to three dimensions."""
+"""Quantized convolutions of one to three dimensions."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsconv import ops
+from dsconv.backends import Operation
 from dsconv.config import LayerConfig
-from dsconv.layers.layer import DSLayer, KernelWeights
-from dsconv.ops.simulate import windows
+from dsconv.layers.kinds import register
+from dsconv.layers.layer import DSLayer
+from dsconv.ops import windows
 
 Size = int | Sequence[int]
+_SIZE = ("in_channels", "out_channels", "kernel_size")
 
 
-class _DSConvNd(DSLayer):
+class DSConvNd(DSLayer):
     """What convolutions of all dimensions share. The arguments are those of ``torch.nn.Conv2d``, and ``config``."""
 
-    dims: ClassVar[int]
+    float_attributes = (*_SIZE, "stride", "padding", "dilation", "groups", "bias", "padding_mode")
 
     def __init__(
         self,
@@ -64,21 +65,29 @@ class _DSConvNd(DSLayer):
         return self.padding, self.padding
 
     @classmethod
-    def _geometry(cls, layer: Any) -> tuple[Any, ...]:
-        where = layer.stride, layer.padding, layer.dilation, layer.groups
-        size = layer.in_channels, layer.out_channels, layer.kernel_size
-        return *size, *where, layer.bias is not None, layer.padding_mode
+    def float_input_shape(cls, layer: Any, extra: int) -> tuple[int, ...]:
+        size = [d * (k - 1) + extra for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return 2, layer.in_channels, *size
+
+    def output_size_for(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return ``S_out`` for an input that is ``size`` large after :meth:`padded`."""
+        sides = zip(size, self.kernel_size, self.stride, self.zero_padding, self.dilation, strict=True)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
 
     def forward(self, x: Tensor) -> Tensor:
         """Output ``(N, O, *S_out)``, or ``(O, *S_out)`` for ``x (C, *S)``, in the dtype of ``x``."""
         batched = self.padded(x)
-        weights = self._weights_for_kernels(batched)
-        y = self._simulated(batched) if weights is None else self._in_integers(batched, weights)
+        y = self._run(batched, self.operation)
         return y if x.dim() == batched.dim() else y.squeeze(0)
 
     def padded(self, x: Tensor) -> Tensor:
         """``x (N, C, *S)``, with a batch of one where there is none, and all padding but ``zero_padding``."""
-        x = _batched(self, x)
+        if x.dim() not in (self.dims + 1, self.dims + 2) or x.shape[-self.dims - 1] != self.in_channels:
+            raise ValueError(
+                f"{type(self).__name__}: expected input (N, {self.in_channels}, ...) of {self.dims + 2} dimensions, "
+                f"got {tuple(x.shape)}"
+            )
+        x = x.unsqueeze(0) if x.dim() == self.dims + 1 else x
         if not self._in_front:
             return x
         return F.pad(x, self._border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
@@ -92,34 +101,11 @@ class _DSConvNd(DSLayer):
         """
         return windows(self.padded(x), self.kernel_size, self.stride, self.zero_padding, self.dilation)
 
-    def _simulated(self, x: Tensor) -> Tensor:
-        return ops.conv(
-            x,
-            self.dequantized_weight(),
-            self.bias,
-            self.config,
-            stride=self.stride,
-            padding=self.zero_padding,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
-
-    def _in_integers(self, x: Tensor, weights: KernelWeights) -> Tensor:
-        # The kernels know two dimensions: one more in front, of size 1, where there is but one.
-        missing = 2 - self.dims
-        y: Tensor = torch.ops.dsconv.conv2d(
-            x.float().unsqueeze(2) if missing else x.float(),
-            *weights.packed,
-            self._kernel_bias(),
-            [1] * missing + list(self.kernel_size),
-            [1] * missing + list(self.stride),
-            [0] * missing + list(self.zero_padding),
-            [1] * missing + list(self.dilation),
-            self.groups,
-            self.config.blocks == "flat",
-            *weights.settings,
-        )
-        return (y.squeeze(2) if missing else y).to(x.dtype)
+    @property
+    def operation(self) -> Operation:
+        """See the base class."""
+        where = self.stride, self.zero_padding, self.dilation
+        return Operation(self.vqk.shape, self.config, self.transposed, self.groups, *where)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -129,112 +115,15 @@ class _DSConvNd(DSLayer):
         return f"{text}, {self._settings_repr()}"
 
 
-class _DSConvTransposeNd(_DSConvNd):
-    """What transposed convolutions share. ``vqk`` is in the layout of a convolution; blocks are always per tap."""
-
-    transposed = True
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        output_padding: Size = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: Size = 1,
-        padding_mode: str = "zeros",
-        *,
-        config: LayerConfig | None = None,
-    ):
-        if padding_mode != "zeros" or isinstance(padding, str):
-            raise ValueError(
-                "padding, padding_mode: expected whole numbers and 'zeros' for a transposed convolution, "
-                f"got {padding!r} and {padding_mode!r}"
-            )
-        config = self._layer_config(config).model_copy(update={"blocks": "tap"})
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, config=config)
-        self.output_padding = self._per_dim(output_padding)
-
-    @classmethod
-    def _geometry(cls, layer: Any) -> tuple[Any, ...]:
-        where = layer.stride, layer.padding, layer.output_padding, layer.groups
-        size = layer.in_channels, layer.out_channels, layer.kernel_size
-        return *size, *where, layer.bias is not None, layer.dilation
-
-    def _conv_layout(self, weight: Tensor) -> Tensor:
-        return ops.transposed_layout(weight, self.groups)
-
-    def dequantized_weight(self) -> Tensor:
-        """Float32 weight ``(C, O/groups, *K)`` that VQK and KDS stand for, the layout of the float layer."""
-        return ops.transposed_layout(super().dequantized_weight(), self.groups)
-
-    def windows(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """See the base class. The taps are in reverse: it is a convolution of inputs with zeros between them."""
-        taken = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)))
-        spread[:, :, *(slice(None, None, s) for s in self.stride)] = x
-        before = [t - p for t, p in zip(taken, self.zero_padding, strict=True)]
-        after = [wanted + t - b - n for wanted, t, b, n in zip(size, taken, before, spread.shape[2:], strict=True)]
-        border = [pad for pair in reversed(list(zip(before, after, strict=True))) for pad in pair]
-        return windows(F.pad(spread, border), self.kernel_size, (1,) * self.dims, (0,) * self.dims, self.dilation)
-
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """Output ``(N, O, *S_out)``; ``output_size`` settles the size where the stride leaves it open."""
-        batched = self.padded(x)
-        y = ops.conv_transpose(
-            batched,
-            super().dequantized_weight(),
-            self.bias,
-            self.config,
-            stride=self.stride,
-            padding=self.zero_padding,
-            output_padding=self.output_padding_for(batched, output_size),
-            dilation=self.dilation,
-            groups=self.groups,
-        )
-        return y if x.dim() == batched.dim() else y.squeeze(0)
-
-    def output_padding_for(self, x: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
-        """What lies beyond the smallest output of ``x`` for one of ``output_size``, by default ``output_padding``.
-
-        Raises:
-            ValueError: the stride does not lead to that size.
-        """
-        if output_size is None:
-            return self.output_padding
-        output_size = tuple(output_size)[-self.dims :]
-        smallest = [
-            (n - 1) * s - 2 * p + d * (k - 1) + 1
-            for n, s, p, d, k in zip(
-                x.shape[2:], self.stride, self.zero_padding, self.dilation, self.kernel_size, strict=True
-            )
-        ]
-        extra = tuple(want - least for want, least in zip(output_size, smallest, strict=True))
-        if not all(0 <= e < s for e, s in zip(extra, self.stride, strict=True)):
-            largest = [least + s - 1 for least, s in zip(smallest, self.stride, strict=True)]
-            raise ValueError(f"output_size: expected {smallest} to {largest}, got {list(output_size)}")
-        return extra
-
-
-def _batched(layer: _DSConvNd, x: Tensor) -> Tensor:
-    if x.dim() not in (layer.dims + 1, layer.dims + 2) or x.shape[-layer.dims - 1] != layer.in_channels:
-        raise ValueError(
-            f"{type(layer).__name__}: expected input (N, {layer.in_channels}, ...) of {layer.dims + 2} dimensions, "
-            f"got {tuple(x.shape)}"
-        )
-    return x.unsqueeze(0) if x.dim() == layer.dims + 1 else x
-
-
-class DSConv1d(_DSConvNd):
+@register
+class DSConv1d(DSConvNd):
     """Quantized ``torch.nn.Conv1d``: ``x (N, C, L)``; blocks of input channels, see :class:`DSLayer`."""
 
-    dims, float_type = 1, nn.Conv1d
+    dims, float_type, float_function = 1, nn.Conv1d, F.conv1d
 
 
-class DSConv2d(_DSConvNd):
+@register
+class DSConv2d(DSConvNd):
     """Quantized ``torch.nn.Conv2d``: ``x (N, C, H, W)``; blocks of input channels, see :class:`DSLayer`.
 
     >>> import torch
@@ -243,28 +132,11 @@ class DSConv2d(_DSConvNd):
     torch.Size([1, 8, 5, 5])
     """
 
-    dims, float_type = 2, nn.Conv2d
+    dims, float_type, float_function = 2, nn.Conv2d, F.conv2d
 
 
-class DSConv3d(_DSConvNd):
+@register
+class DSConv3d(DSConvNd):
     """Quantized ``torch.nn.Conv3d``: ``x (N, C, D, H, W)``; blocks of input channels, see :class:`DSLayer`."""
 
-    dims, float_type = 3, nn.Conv3d
-
-
-class DSConvTranspose1d(_DSConvTransposeNd):
-    """Quantized ``torch.nn.ConvTranspose1d``: ``x (N, C, L)``."""
-
-    dims, float_type = 1, nn.ConvTranspose1d
-
-
-class DSConvTranspose2d(_DSConvTransposeNd):
-    """Quantized ``torch.nn.ConvTranspose2d``: ``x (N, C, H, W)``."""
-
-    dims, float_type = 2, nn.ConvTranspose2d
-
-
-class DSConvTranspose3d(_DSConvTransposeNd):
-    """Quantized ``torch.nn.ConvTranspose3d``: ``x (N, C, D, H, W)``."""
-
-    dims, float_type = 3, nn.ConvTranspose3d
+    dims, float_type, float_function = 3, nn.Conv3d, F.conv3d

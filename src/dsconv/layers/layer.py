@@ -1,15 +1,16 @@
-"""What all quantized layers share: VQK, KDS, bias, the settings they were made with, and what executes them."""
+"""What all quantized layers share: VQK, KDS, bias, the settings they were made with, and their backend."""
 
 import warnings
 from collections.abc import Callable
 from functools import cache
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple, Self
+from operator import is_
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from dsconv import ops
+from dsconv import backends, ops
 from dsconv.config import LayerConfig, LayerKind, QuantConfig, as_config
 from dsconv.errors import ConfigError
 from dsconv.layers.readonly import ReadOnly
@@ -21,20 +22,20 @@ from dsconv.numerics import (
     quantize_weight_shifted,
     sqnr_db,
 )
-from dsconv.ops import cpu
+from dsconv.threads import PyTorchOnOneThread
 
 # PyTorch 2.6 cannot tell.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class KernelWeights(NamedTuple):
-    """What the integer kernels take of a layer: packed weights, and the settings that end their operators' arguments.
+    """The weights of a layer as its backend packed them.
 
     ``made_of`` are the buffers and the config these were made of, ``versions`` those of the buffers at that time.
     """
 
-    packed: cpu.Packed
-    settings: tuple[int, int, int, str, int]
+    backend: backends.Backend
+    packed: Any
     made_of: tuple[Tensor | LayerConfig | None, ...]
     versions: tuple[int, ...]
 
@@ -42,15 +43,15 @@ class KernelWeights(NamedTuple):
 class DSLayer(nn.Module):
     """Base of the quantized layers.
 
-    A layer is executed in integers (:mod:`dsconv.ops.cpu`) where these hold, and simulated in float otherwise:
+    A layer is executed in integers (:mod:`dsconv.backends`) where these hold, and simulated in float otherwise:
 
-    - the kernels cover it (:attr:`backend` says why, if they do not), and it is on the CPU;
-    - its input is float32, float16 or bfloat16 on the CPU; the halves are converted to float32, and the output back;
+    - a backend for its device covers it (:attr:`backend` says why, if none does);
+    - its input is float32, float16 or bfloat16 on that device; the output is of the same dtype;
     - no gradient is asked for: gradients are disabled (``torch.inference_mode``), or neither input nor bias requires
       one. ``torch.export`` of a layer in eval mode asks for none;
     - :func:`dsconv.ops.simulated` is not in effect.
 
-    The kernels read a packed copy of the weights, which is no part of the state. It follows the buffers when they are
+    The backend reads a packed copy of the weights, which is no part of the state. It follows the buffers when they are
     loaded, moved, replaced or changed in place. ``torch.compile`` and ``torch.export`` take it as they find it: call
     :meth:`pack_` after replacing or changing buffers by hand.
 
@@ -67,9 +68,18 @@ class DSLayer(nn.Module):
         weight_sqnr_db: ``10 log10(sum w^2 / sum (w - w_q)^2)`` of the weight it was made from, None where unknown.
     """
 
+    # Other packages read from these what a kind of layer is; dsconv.layers.kinds has the list of kinds.
     kind: ClassVar[LayerKind] = "conv"
     float_type: ClassVar[type[nn.Module]]
+    # The function that the float layer calls, and the methods that its call runs.
+    float_function: ClassVar[Callable[..., Tensor]]
+    plain_call: ClassVar[dict[str, Any]]
+    # Attributes of the float layer that are the positional arguments of the quantized one.
+    float_attributes: ClassVar[tuple[str, ...]]
+    # Dimensions over which the kernel moves; 0 is a linear layer, whose channels are the last dimension.
+    dims: ClassVar[int]
     transposed: ClassVar[bool] = False
+    onnx_operator: ClassVar[str] = "Conv"
     groups: int = 1
     vqk: Tensor
     kds: Tensor
@@ -84,7 +94,7 @@ class DSLayer(nn.Module):
         super().__init__()
         self.config = config
         self.weight_sqnr_db: float | None = None
-        rows = self._rows(torch.zeros(vqk_shape, dtype=torch.int8, device="cpu"))
+        rows = self.blockwise(torch.zeros(vqk_shape, dtype=torch.int8, device="cpu"))
         kds = torch.zeros(
             (rows.shape[0], block_count(rows.shape[1], config.block_size), *rows.shape[2:]),
             dtype=config.torch_kds_dtype,
@@ -97,17 +107,19 @@ class DSLayer(nn.Module):
         zeros = torch.zeros(vqk_shape[0], dtype=torch.float32, device="cpu")
         self.bias = nn.Parameter(zeros) if bias else None
 
-    def _rows(self, weight: Tensor) -> Tensor:
-        """``weight`` as the arithmetic sees it: flattened to ``(O, C/groups * K)`` where blocks are."""
+    def blockwise(self, weight: Tensor) -> Tensor:
+        """Return ``weight (O, C/groups, *K)`` as the arithmetic sees it: ``(O, C/groups * K)`` for flattened blocks."""
         return weight.flatten(1) if self.config.blocks == "flat" else weight
 
     def dequantized_weight(self) -> Tensor:
-        """Float32 weight that VQK and KDS stand for, in the layout of the float layer."""
+        """Return the float32 weight that VQK and KDS stand for, in the layout of the float layer."""
+        return self.conv_weight()
+
+    def conv_weight(self) -> Tensor:
+        """Return the float32 weight ``(O, C/groups, *K)`` that VQK and KDS stand for, in their layout."""
         if self._shadow is not None:
             return self._shadow()
-        return dequantize_weight(self._rows(self.vqk), self.kds, self.config.block_size, self.kds_shift).view(
-            self.vqk.shape
-        )
+        return cast(Tensor, backends.SIMULATION.pack(self.operation, self.vqk, self.kds, self.kds_shift))
 
     @property
     def weight(self) -> Tensor:
@@ -140,7 +152,7 @@ class DSLayer(nn.Module):
         Raises:
             ValueError: the weight holds a NaN or an infinity.
         """
-        with cpu.PyTorchOnOneThread(always=True):
+        with PyTorchOnOneThread(always=True):
             return self.store_(*self.quantized(weight, inputs), weight)
 
     def quantized(self, weight: Tensor, inputs: InputMoments | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -150,11 +162,11 @@ class DSLayer(nn.Module):
             ValueError: the weight holds a NaN or an infinity.
         """
         config = self.config
-        rows = self._rows(weight.float())
+        rows = self.blockwise(weight.float())
         if inputs is not None and rows.dim() < weight.dim():  # each tap of a channel
             inputs = InputMoments(*(m.repeat_interleave(weight[0, 0].numel(), 1) for m in inputs))
         given: dict[str, Any] = {"groups": self.groups, "rule": config.weight_rule, "inputs": inputs}
-        given["solver"] = cpu.solve_balanced
+        given["solver"] = ops.solve_balanced
         if config.weight_shift:
             vqk, kds, shift = quantize_weight_shifted(rows, config.weight_bits, config.block_size, **given)
             return vqk.view(weight.shape), kds, shift
@@ -182,7 +194,7 @@ class DSLayer(nn.Module):
         self.vqk = vqk.view(weight.shape)
         self.kds = kds.to(config.torch_kds_dtype)
         self.kds_shift = None if kds_shift is None else kds_shift.to(config.torch_kds_dtype)
-        rows, vqk = self._rows(weight.float()), self._rows(self.vqk)
+        rows, vqk = self.blockwise(weight.float()), self.blockwise(self.vqk)
         signal = noise = 0.0
         # A part at a time: float64 copies of a large weight would take several times its memory.
         size = max(1, (1 << 17) // max(1, rows[:1].numel()))
@@ -195,12 +207,17 @@ class DSLayer(nn.Module):
         return self.pack_()
 
     @property
-    def backend(self) -> ops.Backend:
+    def operation(self) -> backends.Operation:
+        """What the layer computes, as backends read it."""
+        return backends.Operation(self.vqk.shape, self.config)
+
+    @property
+    def backend(self) -> backends.Execution:
         """What executes the layer when no gradient is asked for, and if it is the simulation, why."""
-        return ops.backend(self.vqk.shape, self.config, transposed=self.transposed, device=self.vqk.device)
+        return backends.execution(self.operation, self.vqk.device)
 
     def pack_(self) -> Self:
-        """Make the kernels' copy of the weights anew, which is rarely needed (see above); returns the layer."""
+        """Make the backend's copy of the weights anew, which is rarely needed (see above); returns the layer."""
         self._kernel_weights = self._packed()
         return self
 
@@ -208,33 +225,37 @@ class DSLayer(nn.Module):
         return self.vqk, self.kds, self.kds_shift, self.config
 
     def _packed(self) -> KernelWeights | None:
-        """None where the kernels do not cover the layer."""
-        config, shape = self.config, self.vqk.shape
+        """Return None where no backend but the simulation covers the layer."""
+        backend, _ = backends.choose(self.operation, self.vqk.device)
         # Other types of tensors have no values here: those of a compiler, those spread over machines.
-        here = type(self.vqk) is Tensor and self.vqk.is_cpu
-        if not here or cpu.why_not(shape, config, transposed=self.transposed):
+        if type(self.vqk) is not Tensor or backend is backends.SIMULATION:
             return None
         made_of = self._buffers_and_config()
         versions = _versions(made_of)
         # Tensors of inference mode could not be used outside it.
         with torch.inference_mode(False):
-            packed = cpu.pack(self.vqk, self.kds, self.kds_shift, config, self.groups)
-        activation_bits, block_size = config.activation_bits, cpu.kernel_block_size(shape, config)
-        assert activation_bits is not None
-        assert block_size is not None
-        settings = (shape[0], config.weight_bits, activation_bits, config.activation_sign, block_size)
-        return KernelWeights(packed, settings, made_of, versions)
+            packed = backend.pack(self.operation, self.vqk, self.kds, self.kds_shift)
+        return KernelWeights(backend, packed, made_of, versions)
+
+    def _run(self, x: Tensor, operation: backends.Operation) -> Tensor:
+        """Return the output for ``x``, batched and padded."""
+        weights = self._weights_for_kernels(x)
+        if weights is None:
+            return backends.SIMULATION.run(operation, self.conv_weight(), self.bias, x)
+        return weights.backend.run(operation, weights.packed, self.bias, x)
 
     def _weights_for_kernels(self, x: Tensor) -> KernelWeights | None:
         """None where ``x`` is to be simulated in float: see the rule above."""
-        if x.device.type != "cpu" or x.dtype not in _DTYPES or ops.is_simulated():
+        if x.dtype not in _DTYPES or ops.is_simulated():
             return None
         # Several threads may find it out of date at once: they all make the same, and each uses its own.
         weights = self._kernel_weights
         # A compiler knows no values to make them of.
         if not torch.compiler.is_compiling() and not self._is_current(weights):
             weights = self._kernel_weights = self._packed()
-        if weights is not None and self._needs_gradient(x):
+        if weights is None or x.device.type != weights.backend.device:
+            return None
+        if self._needs_gradient(x):
             if not self.training and not torch.compiler.is_compiling():
                 _warn_of_gradients()
             return None
@@ -242,19 +263,12 @@ class DSLayer(nn.Module):
 
     def _is_current(self, weights: KernelWeights | None) -> bool:
         now = self._buffers_and_config()
-        return (
-            weights is not None
-            and all(a is b for a, b in zip(weights.made_of, now, strict=True))
-            and weights.versions == _versions(now)
-        )
+        return weights is not None and all(map(is_, weights.made_of, now)) and weights.versions == _versions(now)
 
     def _needs_gradient(self, x: Tensor) -> bool:
         if not torch.is_grad_enabled() or (_is_exporting() and not self.training):
             return False
         return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
-
-    def _kernel_bias(self) -> Tensor | None:
-        return None if self.bias is None else self.bias.float().contiguous()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         vqk = self.vqk
@@ -295,7 +309,7 @@ class DSLayer(nn.Module):
     def like(cls, layer: Any, config: LayerConfig) -> Self:
         """Layer of the geometry, device, training flag and bias of the float ``layer``, whose weights are all zero."""
         make: Callable[..., Self] = cls
-        made = make(*cls._geometry(layer), config=config)
+        made = make(*cls.float_geometry(layer), config=config)
         tensors = chain(layer.parameters(), layer.buffers())
         home = next((t for t in tensors if t.is_floating_point()), made.weight_like)
         made.to(home.device)
@@ -334,12 +348,24 @@ class DSLayer(nn.Module):
             raise TypeError(f"{cls.__name__}: expected a {cls.float_type.__name__}, got {type(layer).__name__}")
         made = cls.like(layer, cls._layer_config(config))
         float_weight: Tensor = layer.weight if weight is None else weight  # type: ignore[assignment]
-        return made.quantize_(made._conv_layout(float_weight.detach()), inputs)
+        return made.quantize_(made.conv_layout(float_weight.detach()), inputs)
 
     @classmethod
-    def _geometry(cls, layer: Any) -> tuple[Any, ...]:
-        """Positional arguments that make a layer of this class of the same geometry as the float ``layer``."""
+    def float_geometry(cls, layer: Any) -> tuple[Any, ...]:
+        """Return the positional arguments of a quantized layer of the same geometry as the float ``layer``."""
+        return tuple(
+            layer.bias is not None if name == "bias" else getattr(layer, name) for name in cls.float_attributes
+        )
+
+    @classmethod
+    def float_input_shape(cls, layer: Any, extra: int) -> tuple[int, ...]:
+        """Return the shape of an input of the float ``layer``, ``extra`` longer than what an output reads."""
         raise NotImplementedError(cls.__name__)
+
+    @classmethod
+    def float_is_depthwise(cls, layer: Any) -> bool:
+        """Return whether each channel of the float ``layer`` is a group of its own."""
+        return cls.dims > 0 and not cls.transposed and bool(layer.groups == layer.in_channels > 1)
 
     @classmethod
     def _layer_config(cls, config: LayerConfig | str | None) -> LayerConfig:
@@ -350,8 +376,8 @@ class DSLayer(nn.Module):
             raise ConfigError(f"config: it leaves layers of kind {cls.kind!r} in float: pass a LayerConfig")
         return settings
 
-    def _conv_layout(self, weight: Tensor) -> Tensor:
-        """``weight`` of the float layer in the layout of ``vqk``."""
+    def conv_layout(self, weight: Tensor) -> Tensor:
+        """Return a ``weight`` of the float layer in the layout of ``vqk``."""
         return weight
 
     def _settings_repr(self) -> str:

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dsconv import ops
 from dsconv.config import LayerConfig
+from dsconv.layers.kinds import register
 from dsconv.layers.layer import DSLayer
 
 
+@register
 class DSLinear(DSLayer):
     """Quantized ``torch.nn.Linear``: ``x (..., in_features)``; blocks of input features, see :class:`DSLayer`.
 
@@ -19,26 +20,22 @@ class DSLinear(DSLayer):
     (torch.Size([2, 10]), torch.Size([10, 1]))
     """
 
-    kind, float_type = "linear", nn.Linear
+    kind, dims, onnx_operator = "linear", 0, "Gemm"
+    float_type, float_function, float_attributes = nn.Linear, F.linear, ("in_features", "out_features", "bias")
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, config: LayerConfig | None = None):
         super().__init__((out_features, in_features), bias, self._layer_config(config))
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
-    def _geometry(cls, layer: Any) -> tuple[Any, ...]:
-        return layer.in_features, layer.out_features, layer.bias is not None
+    def float_input_shape(cls, layer: Any, extra: int) -> tuple[int, ...]:
+        return 2, layer.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """Output ``(..., out_features)`` in the dtype of ``x``."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"DSLinear: expected input (..., {self.in_features}), got {tuple(x.shape)}")
-        weights = self._weights_for_kernels(x)
-        if weights is None:
-            return ops.linear(x, self.dequantized_weight(), self.bias, self.config)
-        rows = x.float() if x.dim() == 2 else x.float().reshape(-1, self.in_features)
-        y: Tensor = torch.ops.dsconv.linear(rows, *weights.packed, self._kernel_bias(), *weights.settings)
-        return (y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)).to(x.dtype)
+        return self._run(x, self.operation)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._settings_repr()}"

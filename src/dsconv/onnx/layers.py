@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from dsconv.config import LayerConfig
 from dsconv.errors import import_extra
-from dsconv.layers import DSLayer, DSLinear
-from dsconv.layers.conv import _DSConvNd, _DSConvTransposeNd
+from dsconv.layers import DSLayer
 from dsconv.onnx.activations import Magnitude, patches, quantize, quantize_of_attributes
 from dsconv.onnx.graph import Nodes, Value
 
@@ -29,19 +28,13 @@ class StandIn(nn.Module):
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """As that of the layer."""
-        layer: DSLayer = self.__dict__["layer"]
-        if isinstance(layer, DSLinear):
-            rows = x.reshape(-1, layer.in_features)
-            y = self._node(rows, (layer.out_features,))
-            return y if x.dim() == 2 else y.reshape(*x.shape[:-1], layer.out_features)
-        assert isinstance(layer, _DSConvNd)
+        layer: Any = self.__dict__["layer"]
+        if layer.dims == 0:
+            y = self._node(x.reshape(-1, layer.vqk.shape[1]), (len(layer.vqk),))
+            return y if x.dim() == 2 else y.reshape(*x.shape[:-1], len(layer.vqk))
         x = layer.padded(x)
-        sides = zip(x.shape[2:], layer.kernel_size, layer.stride, layer.zero_padding, layer.dilation, strict=True)
-        if not isinstance(layer, _DSConvTransposeNd):
-            return self._node(x, (len(layer.vqk), *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)))
-        more = layer.output_padding_for(x, output_size)
-        size = [(n - 1) * s - 2 * p + d * (k - 1) + 1 + e for (n, k, s, p, d), e in zip(sides, more, strict=True)]
-        return self._node(x, (len(layer.vqk), *size), output_padding=list(more))
+        more = {"output_padding": list(layer.output_padding_for(x, output_size))} if layer.transposed else {}
+        return self._node(x, (len(layer.vqk), *layer.output_size_for(x.shape[2:], **more)), **more)
 
     def _node(self, x: Tensor, shape: tuple[int, ...], **attributes: Any) -> Tensor:
         attributes = {"layer": self.name, **attributes}
@@ -65,15 +58,15 @@ class Integers:
 
     def layer(self, name: str, x: Value, output_padding: Sequence[int] | None) -> Value:
         """Output of a layer for ``x``."""
-        layer, op = self.layers[name], self.op
+        layer: Any = self.layers[name]
+        op = self.op
         bias = None if layer.bias is None else self._tensor(f"{name}.bias", layer.bias.float())
         channels = layer.vqk.shape[1] * layer.groups
-        if isinstance(layer, DSLinear):
-            return self._linear(name, self._input(x, layer, channels), bias)
-        assert isinstance(layer, _DSConvNd)
-        given = {"strides": layer.stride, "pads": layer.zero_padding * 2, "dilations": layer.dilation}
-        # What is the default takes room in the file.
-        where: dict[str, Any] = {n: value for n, value in given.items() if set(value) != {0 if n == "pads" else 1}}
+        given, where = {}, {}
+        if layer.dims:
+            given = {"strides": layer.stride, "pads": layer.zero_padding * 2, "dilations": layer.dilation}
+            # What is the default takes room in the file.
+            where = {n: value for n, value in given.items() if set(value) != {0 if n == "pads" else 1}}
         if self._over_patches(layer):
             kernel = layer.kernel_size
             x = self._once(("patches", x, kernel, *given.values()), lambda: patches(op, x, channels, kernel, **where))
@@ -81,9 +74,9 @@ class Integers:
         if layer.groups > 1:
             where["group"] = layer.groups
         x = self._input(x, layer, channels)
-        if isinstance(layer, _DSConvTransposeNd):
-            return op.ConvTranspose(x, self._weight(name), bias, output_padding=output_padding, **where)
-        return self._conv(name, x, bias, **where)
+        if output_padding is not None:
+            where = {"output_padding": output_padding, **where}
+        return getattr(self, layer.onnx_operator)(name, x, bias, **where)
 
     def functions(self) -> list[Any]:
         """Model-local functions that the nodes made so far call."""
@@ -103,10 +96,15 @@ class Integers:
     def _quantized(self, x: Value, config: LayerConfig, channels: int, groups: int) -> Value:
         return quantize(self.op, x, config, channels, groups)
 
-    def _conv(self, name: str, x: Value, bias: Value, **where: Any) -> Value:
+    # The lowering of a layer, by its ``onnx_operator``.
+
+    def Conv(self, name: str, x: Value, bias: Value, **where: Any) -> Value:
         return self.op.Conv(x, self._weight(name), bias, **where)
 
-    def _linear(self, name: str, x: Value, bias: Value) -> Value:
+    def ConvTranspose(self, name: str, x: Value, bias: Value, **where: Any) -> Value:
+        return self.op.ConvTranspose(x, self._weight(name), bias, **where)
+
+    def Gemm(self, name: str, x: Value, bias: Value) -> Value:
         return self.op.Gemm(x, self._weight(name), bias, transB=1)
 
     def _weight(self, name: str) -> Value:
@@ -210,57 +208,54 @@ class Functions(Integers):
         known = {"bits": config.activation_bits, "sign": config.activation_sign}
         magnitude = {name: [int(value)] for name, value in Magnitude.of(config)._asdict().items()}
         sizes = {"block_size": [config.block_size], "group": [groups]}
-        return self._call("BFPQuantize", [x], {**known, **sizes, **magnitude})
+        return self._call("BFPQuantize", {"x": x}, {**known, **sizes, **magnitude})
 
-    def _conv(self, name: str, x: Value, bias: Value, **where: Any) -> Value:
-        layer, dims = self.layers[name], self.layers[name].vqk.dim() - 2
+    def Conv(self, name: str, x: Value, bias: Value, **where: Any) -> Value:
+        layer, dims = self.layers[name], self.layers[name].dims
         if layer.config.blocks == "flat" and not self._over_patches(layer):
-            return super()._conv(name, x, bias, **where)
+            return super().Conv(name, x, bias, **where)
         default = {"strides": [1] * dims, "pads": [0] * 2 * dims, "dilations": [1] * dims, "group": 1}
         return self._fused("DSConv", name, x, bias, default | where)
 
-    def _linear(self, name: str, x: Value, bias: Value) -> Value:
+    def Gemm(self, name: str, x: Value, bias: Value) -> Value:
         return self._fused("DSLinear", name, x, bias, {})
 
     def _fused(self, function: str, name: str, x: Value, bias: Value, where: dict[str, Any]) -> Value:
         vqk, kds, shift, size = self._parts(name)
         known = {"weight_bits": self.layers[name].config.weight_bits, "block_size": size}
-        weights = [self._integers(f"{name}.vqk", vqk), kds, *([] if shift is None else [shift])]
-        suffix = "" if shift is None else "Shifted"
-        return self._call(f"{function}{suffix}", [x, *weights, bias], {**known, **where})
+        inputs = {"x": x, "vqk": self._integers(f"{name}.vqk", vqk), "kds": kds}
+        if shift is not None:
+            function, inputs["kds_shift"] = f"{function}Shifted", shift
+        return self._call(function, {**inputs, "bias": bias}, {**known, **where})
 
-    def _call(self, function: str, inputs: list[Value | None], attributes: dict[str, Any]) -> Value:
+    def _call(self, function: str, inputs: dict[str, Value | None], attributes: dict[str, Any]) -> Value:
         if function not in self._called:
-            self._called[function] = _function(function, list(attributes))
-        return self.op.call(DOMAIN, function, inputs, attributes)[0]
+            self._called[function] = _function(function, list(inputs), list(attributes))
+        return self.op.call(DOMAIN, function, list(inputs.values()), attributes)[0]
 
     def functions(self) -> list[Any]:
         return list(self._called.values())
 
 
-def _function(name: str, attributes: list[str]) -> Any:
-    """The function of a name, which has these attributes."""
+def _function(name: str, inputs: list[str], attributes: list[str]) -> Any:
+    """Return the function of a name, which has these inputs and attributes."""
     op = Nodes(in_function=True)
-    inputs = [op.ir.Value(name=part) for part in ("x", "vqk", "kds", "kds_shift", "bias")]
-    if name == "BFPQuantize":
-        inputs = inputs[:1]
-        y = quantize_of_attributes(op, *inputs)
-    else:
-        x, vqk, kds, shift, bias = inputs
-        weight = op.DequantizeLinear(vqk, kds, axis=1, block_size=op.attribute("block_size", "INT"))
-        if name.endswith("Shifted"):
+    given = {part: op.ir.Value(name=part) for part in inputs}
+    if "vqk" in given:
+        weight = op.DequantizeLinear(given["vqk"], given["kds"], axis=1, block_size=op.attribute("block_size", "INT"))
+        if "kds_shift" in given:
             size = op.Constant(value_int=op.attribute("block_size", "INT"))
-            depth = op.Squeeze(op.Shape(vqk, start=1, end=2))
-            weight = op.Add(weight, op.Gather(shift, _block_of(op, depth, size), axis=1))
-        else:
-            inputs.remove(shift)
-        if name.startswith("DSLinear"):
-            y = op.Gemm(x, weight, bias, transB=1)
-        else:
+            depth = op.Squeeze(op.Shape(given["vqk"], start=1, end=2))
+            weight = op.Add(weight, op.Gather(given["kds_shift"], _block_of(op, depth, size), axis=1))
+        if "strides" in attributes:
             where = {n: op.attribute(n, "INTS") for n in ("strides", "pads", "dilations")}
-            y = op.Conv(x, weight, bias, group=op.attribute("group", "INT"), **where)
+            y = op.Conv(given["x"], weight, given["bias"], group=op.attribute("group", "INT"), **where)
+        else:
+            y = op.Gemm(given["x"], weight, given["bias"], transB=1)
+    else:
+        y = quantize_of_attributes(op, given["x"])
     ir = op.ir
-    graph = ir.Graph(inputs, [y], nodes=op.made, opset_imports={"": 21})
+    graph = ir.Graph(list(given.values()), [y], nodes=op.made, opset_imports={"": 21})
     return ir.Function(
         DOMAIN, name, graph=graph, attributes=[ir.Attr(n, ir.AttributeType.UNDEFINED, None) for n in attributes]
     )

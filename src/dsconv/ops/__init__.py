@@ -1,54 +1,15 @@
-"""The operators, and which backend executes them.
+"""Operators on tensors: in integers on the CPU (:mod:`dsconv.ops.cpu`), and views that convolutions need.
 
-``cpu`` computes in integers, by the kernels of the extension ``dsconv._C``. ``simulate`` takes the same integers as
-float32 and multiplies them so: on any device, differentiable, and as accurate, but not with the speed of integers.
+:mod:`dsconv.backends` says which of them a layer is executed by; within :func:`simulated`, it is none.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
-import torch
-
-from dsconv.config import LayerConfig
 from dsconv.ops import cpu
-from dsconv.ops.simulate import conv, conv_transpose, linear, patches, transposed_layout
-
-SIMULATION = "float simulation"
-IN_FLOAT = "PyTorch float"
-"""Backend of a layer that is not quantized."""
-
-
-class Backend(NamedTuple):
-    """What executes a quantized layer: ``integers (ISA)``, or :data:`SIMULATION` and the reason for it."""
-
-    name: str
-    reason: str | None = None
-
-
-def backend(
-    vqk_shape: Sequence[int],
-    config: LayerConfig,
-    *,
-    transposed: bool = False,
-    device: torch.device | str = "cpu",
-) -> Backend:
-    """What executes a layer of VQK shape ``(O, C/groups, *K)`` on ``device`` when no gradient is asked for.
-
-    Raises:
-        ConfigError: ``DSCONV_MAX_ISA`` is not the name of an instruction set.
-
-    >>> backend((64, 32, 3, 3, 3), LayerConfig()).name
-    'float simulation'
-    """
-    if is_simulated():
-        reason = "dsconv.ops.simulated() is in effect"
-    elif torch.device(device).type != "cpu":
-        reason = f"it is on the device {device}"
-    else:
-        reason = cpu.why_not(vqk_shape, config, transposed=transposed)
-    return Backend(SIMULATION, reason) if reason else Backend(f"integers ({cpu.isa()})")
+from dsconv.ops.cpu import solve_balanced
+from dsconv.ops.views import patches, transposed_layout, windows
 
 
 class _State(threading.local):
@@ -84,17 +45,4 @@ def is_simulated() -> bool:
     return _state.simulated
 
 
-__all__ = [
-    "IN_FLOAT",
-    "SIMULATION",
-    "Backend",
-    "backend",
-    "conv",
-    "conv_transpose",
-    "cpu",
-    "is_simulated",
-    "linear",
-    "patches",
-    "simulated",
-    "transposed_layout",
-]
+__all__ = ["cpu", "is_simulated", "patches", "simulated", "solve_balanced", "transposed_layout", "windows"]

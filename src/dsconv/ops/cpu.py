@@ -7,14 +7,11 @@ write into memory that is there. ``dsconv::quantize_activation`` returns what
 :func:`dsconv.numerics.quantize_activation` does.
 """
 
-import ctypes
 import os
-import threading
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, wraps
-from pathlib import Path
+from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +21,9 @@ from dsconv.errors import ConfigError
 from dsconv.numerics import ACTIVATION_SIGNS, block_count, check_activation, quantize_activation
 from dsconv.numerics.balanced import Model, solve
 from dsconv.numerics.rounding import HELD
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from dsconv.threads import PyTorchOnOneThread as PyTorchOnOneThread
+from dsconv.threads import parallel, torch_parallel_for, with_pytorch_on_one_thread
+from dsconv.threads import threads as threads
 
 MAX_BLOCK_SIZE = 512
 _TOO_LARGE = 1 << 31  # for a size, a stride or a number of anything
@@ -51,29 +48,8 @@ def extension() -> ModuleType | None:
         import dsconv._C as module
     except ImportError:
         return None
-    module.use_parallel_for(_torch_parallel_for() if parallel() == "torch" else 0)
+    module.use_parallel_for(torch_parallel_for() if parallel() == "torch" else 0)
     return module
-
-
-@cache
-def parallel() -> str:
-    """What runs the tasks of a convolution: ``DSCONV_PARALLEL``, else ``torch`` where PyTorch offers it, else ``pool``.
-
-    ``torch`` is PyTorch's own threads, ``pool`` as many threads of our own, ``serial`` the calling thread alone. In a
-    process that was forked, ``pool`` takes the place of ``torch``: PyTorch's threads do not survive a fork.
-
-    Raises:
-        ConfigError: ``DSCONV_PARALLEL`` is none of these, or ``torch`` where PyTorch does not offer its threads.
-    """
-    wanted = os.environ.get("DSCONV_PARALLEL")
-    if wanted not in (None, "torch", "pool", "serial"):
-        raise ConfigError(f"DSCONV_PARALLEL: expected torch, pool or serial, got {wanted!r}")
-    if wanted == "torch" and not _torch_parallel_for():
-        raise ConfigError(
-            f"DSCONV_PARALLEL: PyTorch {torch.__version__} does not offer its threads (2.10 and later do): use pool"
-        )
-    chosen = wanted or ("torch" if _torch_parallel_for() else "pool")
-    return "pool" if _State.forked and chosen == "torch" else chosen
 
 
 def use_threads() -> None:
@@ -81,54 +57,6 @@ def use_threads() -> None:
     module = extension()
     if module is not None and parallel() == "pool":
         module.use_pool(threads())
-
-
-def threads() -> int:
-    """Return how many threads kernels run on: as many as PyTorch has outside of :class:`PyTorchOnOneThread`."""
-    return _state.threads or torch.get_num_threads()
-
-
-class _State(threading.local):
-    forked: ClassVar[bool] = False
-    threads: int | None = None
-
-
-_state = _State()
-
-
-def _begin_child() -> None:
-    _State.forked = True
-    parallel.cache_clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_child)
-
-
-class PyTorchOnOneThread:
-    """Within it, in a process that was forked, PyTorch computes on the calling thread; kernels keep their threads.
-
-    A fork copies the calling thread alone. PyTorch's threads (OpenMP) are missing in the child, which waits for them
-    for ever if its parent used them.
-
-    Args:
-        always: do so in every process. Many operations on few numbers each gain little by more threads, and take many
-            times as long where other processes use the cores: the threads wait for one another after each.
-    """
-
-    def __init__(self, *, always: bool = False):
-        self._always = always
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads() if self._always or _State.forked else 1
-        if self._before > 1:
-            _state.threads = self._before
-            torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        if self._before > 1:
-            torch.set_num_threads(self._before)
-            _state.threads = None
 
 
 class _KernelThreads:
@@ -145,28 +73,6 @@ class _KernelThreads:
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             torch.set_num_threads(self._before)
-
-
-def _with_pytorch_on_one_thread(function: Callable[P, T]) -> Callable[P, T]:
-    @wraps(function)
-    def call(*args: P.args, **named: P.kwargs) -> T:
-        if not _State.forked:
-            return function(*args, **named)
-        with PyTorchOnOneThread():
-            return function(*args, **named)
-
-    return call
-
-
-@cache
-def _torch_parallel_for() -> int:
-    """Address of libtorch's ``torch_parallel_for``, or 0."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        run = ctypes.CDLL(str(library)).torch_parallel_for
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(run, ctypes.c_void_p).value or 0
 
 
 @cache
@@ -187,21 +93,6 @@ def isa() -> str | None:
     return usable[-1] if usable else None
 
 
-def why_not(weight_shape: Sequence[int], config: LayerConfig, *, transposed: bool = False) -> str:
-    """Why the kernels do not cover a layer of VQK shape ``(O, C/groups, *K)``; empty where they do."""
-    if extension() is None:
-        return "the extension dsconv._C is not built"
-    if transposed:
-        return "transposed convolutions have no kernels"
-    if len(weight_shape) > 4:
-        return "3-D convolutions have no kernels"
-    if config.activation_bits is None:
-        return "its input stays float"
-    if kernel_block_size(weight_shape, config) is None:
-        return f"its blocks of {config.block_size} are not a multiple of 8 of at most {MAX_BLOCK_SIZE}"
-    return ""
-
-
 def kernel_block_size(weight_shape: Sequence[int], config: LayerConfig) -> int | None:
     """Block size as the kernels see it; a single short block is filled up. None where they do not cover it."""
     taps = torch.Size(weight_shape[2:]).numel()
@@ -210,24 +101,32 @@ def kernel_block_size(weight_shape: Sequence[int], config: LayerConfig) -> int |
     return size if size % 8 == 0 and size <= MAX_BLOCK_SIZE else None
 
 
-def _sizes(
-    x: Sequence[int],
-    outputs: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    block_size: int,
-    flat: bool,
-) -> Any:
+class _Geometry(NamedTuple):
+    """The windows of a convolution, in height and width, and its groups."""
+
+    kernel_size: Sequence[int]
+    stride: Sequence[int] = (1, 1)
+    padding: Sequence[int] = (0, 0)
+    dilation: Sequence[int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, size: Sequence[int]) -> list[int]:
+        sides = zip(size, *self[:4], strict=True)
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides]
+
+
+_PIXEL = _Geometry((1, 1))
+
+
+def _sizes(x: Sequence[int], outputs: int, geometry: _Geometry, block_size: int, flat: bool) -> Any:
     """Sizes of a convolution of ``x (N, C, H, W)``: a ``ConvSizes`` of the extension."""
+    kernel, stride, padding, dilation, groups = geometry
     if groups == x[1] > 1 and not flat:  # depthwise: blocks of a tap are flattened blocks of one value
         flat, block_size = True, 1
     module = extension()
     assert module is not None
     (images, channels, height, width), (kernel_h, kernel_w) = x, kernel
-    out_height, out_width = _output_size(x[2:], kernel, stride, padding, dilation)
+    out_height, out_width = geometry.output_size(x[2:])
     return module.ConvSizes(
         images=images,
         channels=channels,
@@ -250,23 +149,14 @@ def _sizes(
     )
 
 
-def _output_size(
-    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    return [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    ]
-
-
-@_with_pytorch_on_one_thread
+@with_pytorch_on_one_thread
 def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig, groups: int) -> Packed:
     """Weights of a covered layer as the kernels read them, on the CPU.
 
     Args:
         vqk: int8 ``(O, C/groups, *K)`` with up to two kernel dimensions.
         kds, kds_shift: ``(O, CB, *K)``, or ``(O, CB)`` for flattened blocks.
-        config: its settings; :func:`why_not` has nothing against them.
+        config: its settings, which the kernels cover (:mod:`dsconv.backends.cpu`).
         groups: convolution groups.
 
     Raises:
@@ -280,7 +170,7 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
     kernel = [1] * (4 - vqk.dim()) + list(vqk.shape[2:])
     # Any image will do whose output has a pixel: the packed layout does not depend on it.
     x = (1, vqk.shape[1] * groups, *kernel)
-    sizes = _sizes(x, vqk.shape[0], kernel, (1, 1), (0, 0), (1, 1), groups, block_size, config.blocks == "flat")
+    sizes = _sizes(x, vqk.shape[0], _Geometry(kernel, groups=groups), block_size, config.blocks == "flat")
     weight_bytes, kds_count = module.packed_sizes(sizes, config.weight_bits)
     vqk = vqk.detach().cpu().contiguous()
     weight = torch.empty(weight_bytes, dtype=torch.uint8, device="cpu")
@@ -370,22 +260,10 @@ def _check_input(name: str, x: Tensor | None, dims: int, *, anywhere: bool = Fal
         )
 
 
-def _check_where(
-    x: Sequence[int],
-    outputs: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> None:
-    """Check what says where a convolution of ``x (N, C, H, W)`` reads."""
-    for name, numbers, least in (
-        ("kernel_size", kernel, 1),
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
+def _check_geometry(x: Sequence[int], outputs: int, geometry: _Geometry) -> None:
+    """Check the geometry of a convolution of ``x (N, C, H, W)``."""
+    kernel, stride, padding, dilation, groups = geometry
+    for name, numbers, least in zip(_Geometry._fields, geometry[:4], (1, 1, 0, 1), strict=False):
         if len(numbers) != 2 or not all(least <= n < _TOO_LARGE for n in numbers):
             raise ValueError(
                 f"dsconv::conv2d: {name}: expected two whole numbers of at least {least}, got {tuple(numbers)}"
@@ -394,7 +272,7 @@ def _check_where(
         raise ValueError(
             f"dsconv::conv2d: groups: expected a divisor of {x[1]} channels and {outputs} outputs, got {groups}"
         )
-    size = _output_size(x[2:], kernel, stride, padding, dilation)
+    size = geometry.output_size(x[2:])
     # A compiler may not know the size yet.
     if all(isinstance(n, int) for n in size) and min(size) < 1 and 0 not in x:
         raise ValueError(
@@ -428,23 +306,14 @@ class _Plan(NamedTuple):
 # Networks make the same few calls over and over.
 @lru_cache(maxsize=4096)
 def _plan(
-    x: torch.Size | tuple[int, ...],
-    outputs: int,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-    block_size: int,
-    flat: bool,
-    weight_bits: int,
+    x: tuple[int, ...], outputs: int, geometry: _Geometry, block_size: int, flat: bool, weight_bits: int
 ) -> _Plan:
     _check_bits("conv2d", "weight_bits", weight_bits)
-    _check_where(x, outputs, kernel, stride, padding, dilation, groups)
+    _check_geometry(x, outputs, geometry)
     module = extension()
     if module is None:
         raise RuntimeError("dsconv::conv2d: the extension dsconv._C is not built")
-    sizes = _sizes(x, outputs, kernel, stride, padding, dilation, groups, block_size, flat)
+    sizes = _sizes(x, outputs, geometry, block_size, flat)
     weight_bytes, kds_count = module.packed_sizes(sizes, weight_bits)
     counts = (weight_bytes, kds_count, kds_count, outputs, outputs, outputs)
     dtypes = (torch.uint8, *[torch.float32] * 5)
@@ -483,11 +352,9 @@ def checked_sizes(x: tuple[int, int, int], given: dict[str, Any]) -> Any:
     Raises:
         ValueError: the weights do not belong to such a call.
     """
-    one, settings = (1, 1), (given["block_size"], given.get("flat", False), given["weight_bits"])
-    where = [tuple(given.get(name, default)) for name, default in (("kernel_size", one), ("stride", one))]
-    where += [tuple(given.get("padding", (0, 0))), tuple(given.get("dilation", one))]
-    plan = _plan((1, *x), given["outputs"], *where, given.get("groups", 1), *settings)
-    _addresses("conv2d", plan, [given[name] for name in WEIGHTS])
+    call = (_Call if "flat" in given else _linear_call)(**given)
+    plan = call.plan((1, *x))
+    _addresses("conv2d", plan, call.weights)
     return plan.sizes
 
 
@@ -562,9 +429,20 @@ def _empty_output(x: Tensor, outputs: int, size: Sequence[int], groups: int = 1)
     return torch.empty((x.shape[0], outputs, *size), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-class _Settings(NamedTuple):
-    """The arguments that convolutions and linear layers end with."""
+class _Call(NamedTuple):
+    """The arguments of ``conv2d``. Those of ``linear`` are of a convolution with a kernel of one pixel."""
 
+    x: Tensor
+    weight: Tensor
+    kds: Tensor
+    kds_shift: Tensor | None
+    bias: Tensor | None
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    flat: bool
     outputs: int
     weight_bits: int
     activation_bits: int
@@ -575,6 +453,23 @@ class _Settings(NamedTuple):
     slope: float = 0.01
     gain: Tensor | None = None
     offset: Tensor | None = None
+
+    @property
+    def weights(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.kds, self.kds_shift, self.bias, self.gain, self.offset
+
+    @property
+    def geometry(self) -> _Geometry:
+        where = tuple(self.kernel_size), tuple(self.stride), tuple(self.padding), tuple(self.dilation)
+        return _Geometry(*where, self.groups)
+
+    def plan(self, x: tuple[int, ...]) -> _Plan:
+        """Return the plan for an input of the shape ``x (N, C, H, W)``."""
+        return _plan(x, self.outputs, self.geometry, self.block_size, self.flat, self.weight_bits)
+
+
+def _linear_call(x: Any, weight: Any, kds: Any, kds_shift: Any, bias: Any, *rest: Any, **named: Any) -> _Call:
+    return _Call(x, weight, kds, kds_shift, bias, *_PIXEL, False, *rest, **named)
 
 
 class _Ready(NamedTuple):
@@ -593,59 +488,34 @@ class _Ready(NamedTuple):
 
 
 def _ready(
-    name: str,
-    plan: _Plan,
-    x: Tensor,
-    x_strides: tuple[int, ...],
-    weights: Sequence[Tensor | None],
-    addresses: Sequence[int],
-    y: Tensor,
-    y_strides: tuple[int, ...],
-    s: _Settings,
+    name: str, c: _Call, plan: _Plan, weights: Any, addresses: Any, x: Tensor, y: Tensor, strides: Any
 ) -> _Ready:
     best = isa()
     assert best is not None
-    numbers = (s.weight_bits, s.activation_bits, s.sign, s.activation, s.slope)
-    run = _convolution(best, name, plan.sizes, x_strides, y_strides, *numbers)
-    added = None if s.residual is None else _residual(name, s.residual, y)
+    numbers = (c.weight_bits, c.activation_bits, c.sign, c.activation, c.slope)
+    run = _convolution(best, name, plan.sizes, *strides, *numbers)
+    added = None if c.residual is None else _residual(name, c.residual, y)
     ends = (0 if added is None else added.data_ptr(), y.data_ptr())
     return _Ready(run, (x.data_ptr(), *addresses, *ends), (x, *weights, added), y)
 
 
-def _ready_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    kds: Tensor,
-    kds_shift: Tensor | None,
-    bias: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    flat: bool,
-    *rest: Any,
-    out: Tensor | None = None,
-    **named: Any,
-) -> _Ready:
-    _check_input("conv2d", x, 4)
-    s = _Settings(*rest, **named)
-    where = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
-    plan = _plan(x.shape, s.outputs, *where, s.block_size, flat, s.weight_bits)
-    weights = (weight, kds, kds_shift, bias, s.gain, s.offset)
+def _ready_conv2d(*args: Any, out: Tensor | None = None, **named: Any) -> _Ready:
+    c = _Call(*args, **named)
+    _check_input("conv2d", c.x, 4)
+    plan, weights = c.plan(c.x.shape), c.weights
     addresses = _addresses("conv2d", plan, weights)
-    x = x if _channels_last(x) else x.contiguous()
+    x = c.x if _channels_last(c.x) else c.x.contiguous()
     if out is not None:
-        _check_out("conv2d", out, (len(x), s.outputs, *plan.output), (x, *weights))
+        _check_out("conv2d", out, (len(x), c.outputs, *plan.output), (x, *weights))
     y = out
-    if out is None or groups == x.shape[1] > 1:  # depthwise writes in the layout of x
-        made = _empty_output(x, s.outputs, plan.output, groups)
+    if out is None or c.groups == x.shape[1] > 1:  # depthwise writes in the layout of x
+        made = _empty_output(x, c.outputs, plan.output, c.groups)
         y = out if out is not None and out.stride() == made.stride() else made
     assert y is not None
-    return _ready("conv2d", plan, x, x.stride(), weights, addresses, y, y.stride(), s)
+    return _ready("conv2d", c, plan, weights, addresses, x, y, (x.stride(), y.stride()))
 
 
-@_with_pytorch_on_one_thread
+@with_pytorch_on_one_thread
 def _conv2d(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
     y = _ready_conv2d(*args, out=out, **named)()
     return y if out is None or out is y else out.copy_(y)
@@ -654,86 +524,47 @@ def _conv2d(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
 # What compilers and the device meta see. All checks but those of the weights' sizes are those of a real call.
 
 
-def _check_fake(
-    name: str, x: Tensor, dims: int, weights: Sequence[Tensor | None], s: _Settings, out: Tensor | None = None
-) -> None:
-    _check_input(name, x, dims, anywhere=True)
-    _check_settings(name, s.weight_bits, s.activation_bits, s.sign, s.activation)
-    for other in (*weights, s.residual, s.gain, s.offset, out):
-        if other is not None and other.device != x.device:
-            raise ValueError(f"dsconv::{name}: expected all tensors on {x.device}, as x is, got one on {other.device}")
+def _check_fake(name: str, c: _Call, dims: int, out: Tensor | None) -> None:
+    _check_input(name, c.x, dims, anywhere=True)
+    _check_settings(name, c.weight_bits, c.activation_bits, c.sign, c.activation)
+    for other in (*c.weights, c.residual, out):
+        if other is not None and other.device != (here := c.x.device):
+            raise ValueError(f"dsconv::{name}: expected all tensors on {here}, as x is, got one on {other.device}")
 
 
-def _conv2d_fake(
-    x: Tensor,
-    weight: Tensor,
-    kds: Tensor,
-    kds_shift: Tensor | None,
-    bias: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    flat: bool,
-    *rest: Any,
-    out: Tensor | None = None,
-    **named: Any,
-) -> Tensor:
-    s = _Settings(*rest, **named)
-    _check_fake("conv2d", x, 4, (weight, kds, kds_shift, bias), s, out)
-    _check_where(x.shape, s.outputs, kernel_size, stride, padding, dilation, groups)
-    size = _output_size(x.shape[2:], kernel_size, stride, padding, dilation)
-    return _empty_output(x, s.outputs, size, groups) if out is None else out
+def _conv2d_fake(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
+    c = _Call(*args, **named)
+    _check_fake("conv2d", c, 4, out)
+    _check_geometry(c.x.shape, c.outputs, c.geometry)
+    size = c.geometry.output_size(c.x.shape[2:])
+    return _empty_output(c.x, c.outputs, size, c.groups) if out is None else out
 
 
-def _ready_linear(
-    x: Tensor,
-    weight: Tensor,
-    kds: Tensor,
-    kds_shift: Tensor | None,
-    bias: Tensor | None,
-    *rest: Any,
-    out: Tensor | None = None,
-    **named: Any,
-) -> _Ready:
-    _check_input("linear", x, 2)
-    s = _Settings(*rest, **named)
-    one, shape = (1, 1), (len(x), s.outputs)
-    # A row of pixels whose channels lie side by side.
-    # The weights are checked against a row of at least one.
-    row = (1, x.shape[-1], 1, max(1, x.shape[0]))
-    plan = _plan(row, s.outputs, one, one, (0, 0), one, 1, s.block_size, False, s.weight_bits)
-    weights = (weight, kds, kds_shift, bias, s.gain, s.offset)
+def _ready_linear(*args: Any, out: Tensor | None = None, **named: Any) -> _Ready:
+    c = _linear_call(*args, **named)
+    _check_input("linear", c.x, 2)
+    # A row of pixels whose channels lie side by side. The weights are checked against a row of at least one.
+    row = (1, c.x.shape[-1], 1, max(1, c.x.shape[0]))
+    plan, weights = _plan(row, c.outputs, _PIXEL, c.block_size, False, c.weight_bits), c.weights
     addresses = _addresses("linear", plan, weights)
-    x = x.contiguous()
+    x, shape = c.x.contiguous(), (len(c.x), c.outputs)
     if out is not None:
         _check_out("linear", out, shape, (x, *weights))
     y = x.new_empty(shape) if out is None else out
-    x_strides, y_strides = (0, 1, 0, x.shape[1]), (0, 1, 0, s.outputs)
-    return _ready("linear", plan, x, x_strides, weights, addresses, y, y_strides, s)
+    return _ready("linear", c, plan, weights, addresses, x, y, ((0, 1, 0, x.shape[1]), (0, 1, 0, c.outputs)))
 
 
-@_with_pytorch_on_one_thread
+@with_pytorch_on_one_thread
 def _linear(*args: Any, **named: Any) -> Tensor:
     return _ready_linear(*args, **named)()
 
 
-def _linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    kds: Tensor,
-    kds_shift: Tensor | None,
-    bias: Tensor | None,
-    *rest: Any,
-    out: Tensor | None = None,
-    **named: Any,
-) -> Tensor:
-    s = _Settings(*rest, **named)
-    _check_fake("linear", x, 2, (weight, kds, kds_shift, bias), s, out)
-    if not 0 < s.outputs < _TOO_LARGE:
-        raise ValueError(f"dsconv::linear: outputs: expected a positive number, got {s.outputs}")
-    return x.new_empty((x.shape[0], s.outputs)) if out is None else out
+def _linear_fake(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
+    c = _linear_call(*args, **named)
+    _check_fake("linear", c, 2, out)
+    if not 0 < c.outputs < _TOO_LARGE:
+        raise ValueError(f"dsconv::linear: outputs: expected a positive number, got {c.outputs}")
+    return c.x.new_empty((c.x.shape[0], c.outputs)) if out is None else out
 
 
 def bind(
@@ -775,7 +606,7 @@ def bind(
     return ready.__call__
 
 
-@_with_pytorch_on_one_thread
+@with_pytorch_on_one_thread
 def _quantize_activation(
     x: Tensor, bits: int, block_size: int, sign: str = "adaptive", groups: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -793,8 +624,7 @@ def _quantize_activation(
     blocks = groups * block_count(channels, block_size)
     exponent = x.new_empty((x.shape[0], blocks, *x.shape[2:]), dtype=torch.int8)
     image = (x.shape[0], x.shape[1], 1, x[0, 0].numel())
-    one = (1, 1)
-    sizes = _sizes(image, groups, one, one, (0, 0), one, groups, size, False)
+    sizes = _sizes(image, groups, _Geometry((1, 1), groups=groups), size, False)
     strides = (image[1] * image[3], image[3], image[3], 1)
     use_threads()
     module.quantize_activation(

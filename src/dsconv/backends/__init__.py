@@ -1,0 +1,54 @@
+"""The backends that execute quantized layers, and which of them executes a layer."""
+
+from typing import NamedTuple
+
+import torch
+
+from dsconv.backends import cpu, simulate
+from dsconv.backends.base import Backend, Operation
+from dsconv.ops import is_simulated
+
+BACKENDS: list[Backend] = [cpu, simulate]
+"""In the order of preference; the last one covers everything. ``base.py`` says what each has to offer."""
+SIMULATION: Backend = simulate
+IN_FLOAT = "PyTorch float"
+"""What executes a layer that is not quantized."""
+
+
+class Execution(NamedTuple):
+    """The name of the backend that executes a layer, and if that is the simulation, the reason for it."""
+
+    name: str
+    reason: str | None = None
+
+
+def choose(operation: Operation, device: torch.device | str = "cpu") -> tuple[Backend, str]:
+    """Return the first backend that covers an operation on ``device``, and why those before it do not."""
+    reasons: list[str] = []
+    for backend in BACKENDS:
+        if backend.device in (None, torch.device(device).type):
+            reasons.append(backend.covers(operation))
+            if not reasons[-1]:
+                break
+    return backend, "; ".join(reasons[:-1])
+
+
+def execution(operation: Operation, device: torch.device | str = "cpu") -> Execution:
+    """Tell what executes an operation on ``device`` when no gradient is asked for.
+
+    Raises:
+        ConfigError: ``DSCONV_MAX_ISA`` is not the name of an instruction set.
+
+    >>> from dsconv.config import LayerConfig
+    >>> execution(Operation((64, 32, 3, 3, 3), LayerConfig())).name
+    'float simulation'
+    """
+    if is_simulated():
+        return Execution(SIMULATION.describe(), "dsconv.ops.simulated() is in effect")
+    backend, reason = choose(operation, device)
+    if backend is not SIMULATION:
+        return Execution(backend.describe())
+    return Execution(backend.describe(), reason or f"it is on the device {device}")
+
+
+__all__ = ["BACKENDS", "IN_FLOAT", "SIMULATION", "Backend", "Execution", "Operation", "choose", "execution"]

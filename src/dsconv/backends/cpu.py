@@ -1,0 +1,64 @@
+"""The backend for integers on the CPU: a :class:`dsconv.backends.Backend` by the operators of :mod:`dsconv.ops.cpu`."""
+
+import torch
+from torch import Tensor
+
+from dsconv.backends.base import Operation
+from dsconv.ops import cpu
+
+# Packed weights, and the settings that end the arguments of the operators.
+Weights = tuple[cpu.Packed, tuple[int, int, int, str, int]]
+
+device: str | None = "cpu"
+
+
+def describe() -> str:
+    return f"integers ({cpu.isa()})"
+
+
+def covers(operation: Operation) -> str:
+    config = operation.config
+    if cpu.extension() is None:
+        return "the extension dsconv._C is not built"
+    if operation.transposed:
+        return "transposed convolutions have no kernels"
+    if len(operation.shape) > 4:
+        return "3-D convolutions have no kernels"
+    if config.activation_bits is None:
+        return "its input stays float"
+    if cpu.kernel_block_size(operation.shape, config) is None:
+        return f"its blocks of {config.block_size} are not a multiple of 8 of at most {cpu.MAX_BLOCK_SIZE}"
+    return ""
+
+
+def pack(operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None) -> Weights:
+    config, block_size = operation.config, cpu.kernel_block_size(operation.shape, operation.config)
+    assert config.activation_bits is not None and block_size is not None
+    settings = (config.weight_bits, config.activation_bits, config.activation_sign, block_size)
+    packed = cpu.pack(vqk, kds, kds_shift, config, operation.groups)
+    return packed, (operation.shape[0], *settings)
+
+
+def run(operation: Operation, packed: Weights, bias: Tensor | None, x: Tensor) -> Tensor:
+    weights, settings = packed
+    bias = None if bias is None else bias.float().contiguous()
+    y: Tensor
+    if len(operation.shape) == 2:
+        rows = x.float() if x.dim() == 2 else x.float().reshape(-1, x.shape[-1])
+        y = torch.ops.dsconv.linear(rows, *weights, bias, *settings)
+        return (y if x.dim() == 2 else y.view(*x.shape[:-1], operation.shape[0])).to(x.dtype)
+    # The kernels know two dimensions: one more in front, of size 1, where there is but one.
+    missing = 4 - len(operation.shape)
+    y = torch.ops.dsconv.conv2d(
+        x.float().unsqueeze(2) if missing else x.float(),
+        *weights,
+        bias,
+        [1] * missing + list(operation.shape[2:]),
+        [1] * missing + list(operation.stride),
+        [0] * missing + list(operation.padding),
+        [1] * missing + list(operation.dilation),
+        operation.groups,
+        operation.config.blocks == "flat",
+        *settings,
+    )
+    return (y.squeeze(2) if missing else y).to(x.dtype)

@@ -1,0 +1,61 @@
+"""The backend that simulates layers in float32: dequantized weights times activations in block floating point.
+
+It covers all layers, on every device. The gradient passes straight through the rounding of activations.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsconv.backends.base import Operation
+from dsconv.config import LayerConfig
+from dsconv.numerics import dequantize_weight, fake_quantize_activation
+from dsconv.ops.views import patches, transposed_layout
+
+_CONV = (F.conv1d, F.conv2d, F.conv3d)
+_CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+device: str | None = None
+
+
+def describe() -> str:
+    return "float simulation"
+
+
+def covers(operation: Operation) -> str:
+    return ""
+
+
+def pack(operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None) -> Tensor:
+    """Return the float32 weight ``(O, C/groups, *K)``."""
+    rows = vqk.flatten(1) if operation.config.blocks == "flat" else vqk
+    return dequantize_weight(rows, kds, operation.config.block_size, kds_shift).view(vqk.shape)
+
+
+def run(operation: Operation, packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    config, groups, weight = operation.config, operation.groups, packed
+    bias = None if bias is None else bias.float()
+    dims = weight.dim() - 2
+    if not dims:
+        rows = x.reshape(-1, x.shape[-1])
+        return F.linear(quantized(rows, config, groups=1).view(x.shape), weight, bias).to(x.dtype)
+    stride, padding, dilation = list(operation.stride), list(operation.padding), list(operation.dilation)
+    if operation.transposed:
+        x_q, extra = quantized(x, config, groups), list(operation.output_padding)
+        weight = transposed_layout(weight, groups)
+        return _CONV_TRANSPOSE[dims - 1](x_q, weight, bias, stride, padding, extra, groups, dilation).to(x.dtype)
+    if config.blocks == "flat" and config.activation_bits is not None:
+        x_q = quantized(patches(x, weight.shape[2:], stride, padding, dilation), config, groups)
+        weight = weight.reshape(len(weight), -1, *[1] * dims)
+        stride, padding, dilation = [1] * dims, [0] * dims, [1] * dims
+    else:
+        x_q = quantized(x, config, groups)
+    return _CONV[dims - 1](x_q, weight, bias, stride, padding, dilation, groups).to(x.dtype)
+
+
+def quantized(x: Tensor, config: LayerConfig, groups: int) -> Tensor:
+    """Return float32 ``x (N, C, *S)`` after the rounding that ``config`` asks for."""
+    if config.activation_bits is None:
+        return x.float()
+    return fake_quantize_activation(
+        x, config.activation_bits, config.block_size, sign=config.activation_sign, groups=groups
+    )

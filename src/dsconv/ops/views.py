@@ -1,0 +1,39 @@
+"""Views of tensors that convolutions need: what their outputs read, and the layouts of their weights."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def transposed_layout(weight: Tensor, groups: int) -> Tensor:
+    """``(O, C/groups, *K)`` to PyTorch's layout of transposed convolutions ``(C, O/groups, *K)``, and back.
+
+    >>> import torch
+    >>> transposed_layout(torch.zeros(6, 4, 3, 3), groups=2).shape
+    torch.Size([8, 3, 3, 3])
+    """
+    return torch.unflatten(weight, 0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def windows(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """What each output reads, as a view of padded ``x (N, C, *S)``: ``(N, C, *S_out, *kernel)``."""
+    x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
+    for d in range(len(kernel)):
+        x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
+    return x
+
+
+def patches(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """What each output of a convolution reads: ``(N, C, *S)`` to ``(N, C * prod(kernel), *S_out)``, the taps of a
+    channel side by side.
+    """
+    dims = len(kernel)
+    x = windows(x, kernel, stride, padding, dilation)
+    x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    return x.flatten(1, 1 + dims)

@@ -1,0 +1,89 @@
+"""Which backend executes a layer, and a backend that a test adds to the list."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch import nn as tnn
+
+import dsconv
+from dsconv import LayerConfig, backends
+from dsconv.backends import Operation, cpu, simulate
+
+
+class Negated:
+    """A backend for linear layers of four bits that computes as the simulation does, and changes the sign."""
+
+    device: str | None = "cpu"
+
+    def __init__(self) -> None:
+        self.packed: list[Operation] = []
+
+    def describe(self) -> str:
+        return "negated"
+
+    def covers(self, operation: Operation) -> str:
+        return "it is a convolution" if len(operation.shape) > 2 else ""
+
+    def pack(self, operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None) -> Any:
+        self.packed.append(operation)
+        return simulate.pack(operation, vqk, kds, kds_shift)
+
+    def run(self, operation: Operation, packed: Any, bias: Tensor | None, x: Tensor) -> Tensor:
+        return -simulate.run(operation, packed, bias, x)
+
+
+@pytest.fixture
+def negated(monkeypatch: pytest.MonkeyPatch) -> Negated:
+    """Have another backend, which is preferred."""
+    backend = Negated()
+    monkeypatch.setattr(backends, "BACKENDS", [backend, *backends.BACKENDS])
+    return backend
+
+
+def network() -> tnn.Module:
+    torch.manual_seed(0)
+    return tnn.Sequential(tnn.Conv2d(16, 8, 3), tnn.AdaptiveAvgPool2d(1), tnn.Flatten(), tnn.Linear(8, 4))
+
+
+def test_a_new_backend_executes_what_it_covers_and_the_summary_says_so(negated: Negated) -> None:
+    qnet, x = dsconv.quantize(network()), torch.randn(2, 8)
+    conv, linear = dsconv.summary(qnet).layers
+    assert (linear.backend, linear.backend_reason) == ("negated", None)
+    assert conv.backend != "negated" and "negated" in str(dsconv.summary(qnet))
+    assert negated.packed[-1] == qnet[3].operation
+    with torch.inference_mode():
+        y = qnet[3](x)
+        with dsconv.ops.simulated():
+            torch.testing.assert_close(qnet[3](x), -y)
+            assert dsconv.summary(qnet).layers[1].backend_reason == "dsconv.ops.simulated() is in effect"
+        assert qnet(torch.randn(2, 16, 5, 5)).shape == (2, 4)
+    assert torch.equal(qnet[3](x.requires_grad_()), -y)  # which has a gradient
+
+
+def test_its_weights_are_packed_anew_after_a_change(negated: Negated) -> None:
+    layer, x = dsconv.nn.DSLinear.from_float(tnn.Linear(8, 4, bias=False)), torch.ones(1, 8)
+    with torch.inference_mode():
+        y = layer(x)
+        layer.kds.mul_(2)
+        with dsconv.ops.simulated():
+            expected = -layer(x)
+        assert torch.equal(layer(x), expected) and not torch.equal(expected, y)
+        layer.to("meta")
+    assert layer.backend == ("float simulation", "it is on the device meta")
+
+
+def test_reasons_of_all_backends_for_the_device_are_told(negated: Negated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "covers", lambda operation: "it is too hot")
+    found = backends.execution(Operation((8, 16, 3, 3), LayerConfig()))
+    assert found == ("float simulation", "it is a convolution; it is too hot")
+    monkeypatch.setattr(negated, "device", "cuda")
+    assert backends.execution(Operation((8, 16), LayerConfig())).reason == "it is too hot"
+    assert backends.execution(Operation((8, 16), LayerConfig()), "cuda:1").name == "negated"
+
+
+def test_the_last_backend_covers_everything_everywhere() -> None:
+    assert backends.BACKENDS[-1] is backends.SIMULATION and backends.SIMULATION.device is None
+    for shape, transposed in (((8, 16), False), ((8, 16, 3, 3), True), ((8, 16, 3, 3, 3), False)):
+        assert backends.SIMULATION.covers(Operation(shape, LayerConfig(activation_bits=None), transposed)) == ""
