@@ -25,7 +25,7 @@ inline void pool_channels(const PoolArgs& a, std::int64_t c, int count, typename
       const Float next = part(k, i);
       if constexpr (P == Pooling::average) v[i] += next;
       if constexpr (P == Pooling::maximum) v[i] = next > v[i] ? next : v[i], doubts[i] = V::fma(next, Float{}, doubts[i]);
-      if constexpr (P == Pooling::maximum_or_nan) v[i] = (next > v[i]) | (next != next) ? next : v[i];
+      if constexpr (P == Pooling::maximum_or_nan) v[i] = ((next > v[i]) | (next != next)) ? next : v[i];
     }
   for (int i = 0; i < Vectors; ++i) {
     if constexpr (P == Pooling::average) v[i] /= a.divisor;
