@@ -42,10 +42,9 @@ def pack(operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | Non
 def run(operation: Operation, packed: Weights, bias: Tensor | None, x: Tensor) -> Tensor:
     weights, settings = packed
     bias = None if bias is None else bias.float().contiguous()
-    y: Tensor
     if len(operation.shape) == 2:
         rows = x.float() if x.dim() == 2 else x.float().reshape(-1, x.shape[-1])
-        y = torch.ops.dsconv.linear(rows, *weights, bias, *settings)
+        y: Tensor = torch.ops.dsconv.linear(rows, *weights, bias, *settings)
         return (y if x.dim() == 2 else y.view(*x.shape[:-1], operation.shape[0])).to(x.dtype)
     # The kernels know two dimensions: one more in front, of size 1, where there is but one.
     missing = 4 - len(operation.shape)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsconv import ops
 from dsconv.errors import ModelError
-from dsconv.layers import DSConv1d, DSConv2d, DSConv3d, DSLayer
+from dsconv.layers import DSLayer
 from dsconv.numerics import NONFINITE, dequantize_activation, quantize_activation
 from dsconv.report.distribution import Distribution
 
@@ -83,13 +83,13 @@ def sampled(layers: Mapping[str, DSLayer], reference: nn.Module | None) -> Itera
             handle.remove()
 
 
-def _rows_read(layer: DSLayer, x: Tensor, generator: torch.Generator) -> Tensor:
+def _rows_read(layer: Any, x: Tensor, generator: torch.Generator) -> Tensor:
     """Rows ``(P, C)`` at random places of a layer's input ``x``, on the CPU in float32."""
-    if layer.kind == "linear":
+    if layer.dims == 0:
         x = x.reshape(-1, x.shape[-1], 1)
     elif x.dim() == layer.vqk.dim() - 1:
         x = x.unsqueeze(0)
-    if isinstance(layer, DSConv1d | DSConv2d | DSConv3d) and layer.config.blocks == "flat":
+    if layer.dims and layer.config.blocks == "flat":
         size = x[0].numel() * math.prod(layer.kernel_size) // math.prod(layer.stride)
         order = torch.randperm(len(x), generator=generator, dtype=torch.int64, device="cpu")
         some = order[: max(1, _PATCHES // size)]
