@@ -161,7 +161,7 @@ class Solver : BalancedVectors<V> {
     memory.take(unknowns_ * unknowns_, normal_), memory.take(unknowns_, right_, inner_, own_part_);
   }
 
-  // WeightRows of this kind come next.
+  // Sets the model of the next rows.
   void expect(const InputModel& model, const InputModel& regularized, std::int64_t kinds, std::int64_t kind) {
     take(true_, model, kinds, kind), take(held_, regularized, kinds, kind);
   }
@@ -282,7 +282,7 @@ class Solver : BalancedVectors<V> {
     }
   }
 
-  // Sums of errors of each channel, over its taps, go to sums_.
+  // Sets sums_ to the errors of each channel, summed over its taps.
   void sum_missed(const Rounded& of) {
     clear(sums_, n_);
     for (std::int64_t tap = 0; tap < taps_; ++tap) {
@@ -363,8 +363,8 @@ class Solver : BalancedVectors<V> {
     solve_held();
   }
 
-  // Solutions of the lower half of the normal equations, lightly held where they were, by Cholesky's factors without
-  // roots.
+  // Solves the normal equations, of which the lower half is given, by an LDL' factorization. Solutions are lightly held
+  // where they were.
   void solve_held() {
     const auto before = [&](std::int64_t i) -> Double& { return i < taps_ ? found_.scale[i] : found_.shift[i - taps_]; };
     for (std::int64_t i = 0; i < unknowns_; ++i) {
@@ -394,7 +394,7 @@ class Solver : BalancedVectors<V> {
     }
   }
 
-  // The expected squared error of an output.
+  // Returns the expected squared error of an output.
   Double value(const Rounded& of) {
     const auto& [own, shared, mean] = true_;
     Double inner{}, common{};
@@ -414,7 +414,7 @@ class Solver : BalancedVectors<V> {
   double half_;
   Refined<V> refined_;
   Channels true_, held_;
-  // Of each channel, at a tap of the nearest plane.
+  // Factors of each channel at a tap of the nearest plane.
   double *made_up_, *free_weight_, *weight_, *change_, *pull_, *push_;
   Double *target_, *sums_, *moved_, *weighted_;
   Rounded found_, plain_;

@@ -8,7 +8,7 @@
 
 namespace dsconv {
 
-// The normal equations of a row's scales are of a size that grows with their square.
+// The memory of a row's normal equations grows with the square of its taps.
 inline constexpr std::int64_t kMostTaps = 128;
 
 struct WeightRows {
@@ -43,7 +43,7 @@ struct BalancedArgs {
   std::byte* memory;
 };
 
-// Rounds rows for `regularized`, where that is no worse by `model` than rounding each value alone.
+// Rounds rows for `regularized`; a row that is worse by `model` than by rule `refined` is rounded by that.
 void round_balanced(const Kernels&, const WeightRows&, const InputModel& model, const InputModel& regularized, const BalancedRule&,
                     const BalancedResults&);
 
