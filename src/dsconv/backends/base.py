@@ -8,7 +8,7 @@ from dsconv.config import LayerConfig
 
 
 class Operation(NamedTuple):
-    """What a quantized layer computes, beside its tensors.
+    """The computation of a quantized layer, without its tensors.
 
     Attributes:
         shape: of VQK, ``(O, C/groups, *K)``; a linear layer has no ``K``.

@@ -251,7 +251,7 @@ def _computed(layer: Any) -> Any:
 
 
 def _own_call(layer: nn.Module, kind: type[DSLayer]) -> str:
-    """What a call of ``layer`` runs in the place of what its ``kind`` has; empty where that is nothing."""
+    """Return why a call of ``layer`` does not compute what its ``kind`` does; an empty text if it does."""
     if name := replaced(layer):
         return f"its {name} was replaced by another one"
     own = type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)

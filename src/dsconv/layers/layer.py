@@ -208,7 +208,7 @@ class DSLayer(nn.Module):
 
     @property
     def operation(self) -> backends.Operation:
-        """What the layer computes, as backends read it."""
+        """The computation of the layer, as backends read it."""
         return backends.Operation(self.vqk.shape, self.config)
 
     @property

@@ -1,4 +1,4 @@
-"""What the compiler knows of an operator, and of the steps of a program: the base of each file of this folder.
+"""The compiler's facts about operators, and the base of the steps of a program.
 
 A file holds the facts about some ATen or ``dsconv`` operators (:func:`register`), the steps that execute them, and the
 way from a node of a captured graph to such a step. The passes of the compiler ask for these by node.
