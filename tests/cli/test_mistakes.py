@@ -286,7 +286,7 @@ def test_mistakes_with_sensitivity_and_search(
     done = cli(*options.format(net=NET, tmp=tmp_path, factory=factory).split())
     assert done.code == 1 and not done.stdout
     check_paragraph(done.stderr, *expected)
-    # What was measured for a budget that cannot be kept serves for another one, as the message says.
+    # The measurements for an impossible budget serve for another one, as the message says.
     assert os.listdir(tmp_path) == (["a.state"] if "a.state; the same command with --resume" in done.stderr else [])
 
 

@@ -44,7 +44,7 @@ def roundings(draw: st.DrawFn) -> tuple[Tensor, tuple[Tensor, Tensor] | None, in
 
 def errors(w: Tensor, known: tuple[Tensor, Tensor] | None, found: balanced.Result) -> Tensor:
     """Return the expected squared error of each row: ``(R,)``."""
-    mean, variance = known or (torch.full((w.shape[1], 1), 0.4**0.5), torch.ones(w.shape[1], 1))
+    mean, variance = known or (w.new_full((w.shape[1], 1), 0.4**0.5), w.new_ones(w.shape[1], 1))
     q, scale, shift = (value.double() for value in found)
     return balanced.Model.of(mean.double(), variance.double(), len(w)).value(w.double() - q * scale - shift)
 

@@ -120,12 +120,12 @@ def test_other_devices_and_compilers_get_the_same_errors() -> None:
 
 
 def pixels(module: Any) -> Any:
-    """Of a 1x1 convolution."""
+    """Return the sizes of a 1x1 convolution."""
     return conv_sizes(module, kernel_h=1, kernel_w=1, pad_h=0, pad_w=0)
 
 
 def unpadded(module: Any) -> Any:
-    """Of a 3x3 convolution without padding."""
+    """Return the sizes of a 3x3 convolution without padding."""
     return conv_sizes(module, pad_h=0, pad_w=0, out_height=2, out_width=2)
 
 

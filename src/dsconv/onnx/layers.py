@@ -65,7 +65,7 @@ class Integers:
         given, where = {}, {}
         if layer.dims:
             given = {"strides": layer.stride, "pads": layer.zero_padding * 2, "dilations": layer.dilation}
-            # What is the default takes room in the file.
+            # Attributes at their defaults would take room in the file.
             where = {n: value for n, value in given.items() if set(value) != {0 if n == "pads" else 1}}
         if self._over_patches(layer):
             kernel = layer.kernel_size
