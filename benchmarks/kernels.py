@@ -51,7 +51,7 @@ from dsconv.benchmarking.results import plural
 from dsconv.config import LayerConfig
 from dsconv.files import replacing
 from dsconv.numerics import quantize_weight, quantize_weight_shifted
-from dsconv.ops import cpu
+from dsconv.ops import cpu, native, packing
 
 NETWORKS = ("resnet18", "resnet50", "vgg16", "googlenet", "densenet121", "alexnet")
 IMAGE = (3, 224, 224)
@@ -177,7 +177,7 @@ class Weights:
     """A layer's weights for our kernels."""
 
     config: LayerConfig
-    packed: cpu.Packed
+    packed: packing.Packed
 
 
 def our_weights(layer: Layer, weight: Tensor, block: int, activation_bits: int, shift: bool) -> Weights:
@@ -192,12 +192,12 @@ def our_weights(layer: Layer, weight: Tensor, block: int, activation_bits: int, 
         vqk, kds, moved = quantize_weight_shifted(rows, config.weight_bits, config.block_size)
     else:
         vqk, kds = quantize_weight(rows, config.weight_bits, config.block_size)
-    return Weights(config, cpu.pack(vqk.view(weight.shape), kds, moved, config, layer.groups))
+    return Weights(config, packing.pack(vqk.view(weight.shape), kds, moved, config, layer.groups))
 
 
 def ours(job: Job, block: int, weights: Weights) -> Contestant:
     layer, config = job.layer, weights.config
-    size = cpu.kernel_block_size(layer.weight_shape, config)
+    size = packing.kernel_block_size(layer.weight_shape, config)
     settings = (layer.outputs, config.weight_bits, config.activation_bits, config.activation_sign, size)
     where: tuple[object, ...] = ()
     operator = torch.ops.dsconv.linear
@@ -210,7 +210,9 @@ def ours(job: Job, block: int, weights: Weights) -> Contestant:
     # As the other runtimes do, writes into the same memory every time, which is bound once.
     call = cpu.bind("conv2d" if layer.kernel else "linear", *arguments, out=out)
     moved = float_bytes(job) + sum(t.nbytes for t in weights.packed if t is not None)
-    return Contestant(our_name(block), call, call, f"{cpu.isa()} W{config.weight_bits}A{config.activation_bits}", moved)
+    return Contestant(
+        our_name(block), call, call, f"{native.isa()} W{config.weight_bits}A{config.activation_bits}", moved
+    )
 
 
 def our_name(block: int) -> str:
@@ -523,9 +525,9 @@ def measure_ceilings(threads: int) -> Ceilings:
     matmul_s = min(shortest(call, repeats=5) for call in products)
     copy_s = shortest(lambda: target.copy_(source), repeats=5)
     # Our own products of bytes with everything in the first cache, on each of the threads: what no layer exceeds.
-    integers = threads * cpu.extension().peak_rate(cpu.isa(), 0.3) / 1e9
+    integers = threads * native.extension().peak_rate(native.isa(), 0.3) / 1e9
     return {
-        "gmacs": {f"integers ({cpu.isa()})": integers, "float32 product": size**3 / matmul_s / 1e9},
+        "gmacs": {f"integers ({native.isa()})": integers, "float32 product": size**3 / matmul_s / 1e9},
         "gigabytes": {"copy in memory": 2 * source.nbytes / copy_s / 1e9},
     }
 

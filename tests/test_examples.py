@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import dsconv
-from dsconv.ops import cpu
+from dsconv.ops import native
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 IMAGES, SIZE = 24, 32
@@ -40,7 +40,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     return runs
 
 
-needs_extension = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+needs_extension = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 
 def needs(name: str) -> None:

@@ -86,4 +86,4 @@ __getattr__, __dir__ = lazily(
 )
 
 # Programs of torch.export call the operators by their names, without a word to this package.
-import_with(("torch", "dsconv.numerics"), "dsconv.ops")
+import_with(("torch", "dsconv.numerics", "dsconv.threads"), "dsconv.ops")

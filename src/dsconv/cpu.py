@@ -71,7 +71,7 @@ def cpu_info() -> CpuInfo:
 
     from dsconv import ops, threads
 
-    used, best = ops.cpu.isa(), extension.isa_with_kernels()[-1]
+    used, best = ops.isa(), extension.isa_with_kernels()[-1]
     return CpuInfo(
         extension=None,
         isa_found=tuple(extension.isa_found()),

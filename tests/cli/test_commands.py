@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import dsconv
 from dsconv import zoo
 from dsconv.demo import load_digits, load_network
-from dsconv.ops import cpu
+from dsconv.ops import native
 
 NET = "dsconv/digits_resnet"
 GREY = ("--resize", "8x8", "--channels", "gray")
@@ -562,7 +562,7 @@ def test_a_written_file_has_the_permissions_of_any_new_file(cli: Callable[..., A
     assert (tmp_path / "net").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+@pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 def test_fast_math_leaves_nothing_to_pytorch(cli: Callable[..., Any], factory: Path) -> None:
     for options, in_pytorch in (((), {"aten.silu"}), (("--fast-math",), set())):
         model = (f"{factory}:swish", "--size", "1x12x12", "--weights", "random")

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dsconv import LayerConfig, nn, ops
 from dsconv.numerics import balanced
-from dsconv.ops import cpu
+from dsconv.ops import native, rounding
+from dsconv.threads import PyTorchOnOneThread
 
-pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 
 @st.composite
@@ -54,7 +55,7 @@ def errors(w: Tensor, known: tuple[Tensor, Tensor] | None, found: balanced.Resul
 def test_rounds_as_it_is_defined_and_alike_on_every_instruction_set(case: Any) -> None:
     w, known, bits, shift = case
     expected = balanced.round_balanced(w, known, bits, shift)
-    by_name = by_isa(lambda: balanced.round_balanced(w, known, bits, shift, cpu.solve_balanced))
+    by_name = by_isa(lambda: balanced.round_balanced(w, known, bits, shift, ops.solve_balanced))
     first, *others = by_name.values()
     for found in others:
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), by_name.keys()
@@ -77,7 +78,7 @@ def test_rows_of_random_weights_are_those_of_the_definition() -> None:
     for bits, shift in ((4, True), (3, False), (8, True)):
         known = torch.rand(2, 32, 4, generator=torch.Generator().manual_seed(1)).unbind()
         expected = balanced.round_balanced(w, known, bits, shift)
-        found = balanced.round_balanced(w, known, bits, shift, cpu.solve_balanced)
+        found = balanced.round_balanced(w, known, bits, shift, ops.solve_balanced)
         alike = (found[0] == expected[0]).all(0).all(0)
         assert alike.float().mean() > 0.99
         for a, b in zip(found[1:], expected[1:], strict=True):
@@ -105,35 +106,35 @@ def test_layers_are_rounded_by_it_on_the_threads_that_pytorch_has(config: Any, m
 @pytest.mark.parametrize(
     ("shape", "kernels"),
     [
-        ((cpu._MOST_TAPS, 4, 9), True),
-        ((cpu._MOST_TAPS + 1, 4, 9), False),
+        ((rounding._MOST_TAPS, 4, 9), True),
+        ((rounding._MOST_TAPS + 1, 4, 9), False),
         ((1, 64, 9), True),
-        ((64, cpu._MOST_COLUMNS // 64 + 1, 1), False),
+        ((64, rounding._MOST_COLUMNS // 64 + 1, 1), False),
     ],
 )
 def test_what_it_does_not_cover_is_left_to_pytorch(
     shape: tuple[int, ...], kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, left = cpu.extension(), "left to PyTorch"
+    module, left = native.extension(), "left to PyTorch"
     assert module is not None
-    monkeypatch.setattr(cpu, "solve", lambda *given: left)
+    monkeypatch.setattr(rounding, "solve", lambda *given: left)
     before = sum(module.runs().values())
-    found = balanced.round_balanced(torch.ones(shape), None, 4, False, cpu.solve_balanced)
+    found = balanced.round_balanced(torch.ones(shape), None, 4, False, ops.solve_balanced)
     assert (found is not left) == kernels == (sum(module.runs().values()) > before)
 
 
 def test_weights_elsewhere_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "solve", lambda *given: "left to PyTorch")
+    monkeypatch.setattr(rounding, "solve", lambda *given: "left to PyTorch")
     w = torch.zeros(2, 8, 4, device="meta")
-    assert balanced.round_balanced(w, None, 4, False, cpu.solve_balanced) == "left to PyTorch"  # type: ignore[comparison-overlap]
+    assert balanced.round_balanced(w, None, 4, False, ops.solve_balanced) == "left to PyTorch"  # type: ignore[comparison-overlap]
 
 
 def test_takes_every_dtype_layout_and_moments_for_all_kinds() -> None:
     w = torch.randn(4, 16, 30, generator=torch.Generator().manual_seed(0))
     mean, variance = torch.rand(16, 3), torch.rand(16, 1)
-    expected = balanced.round_balanced(w, (mean, variance.repeat(1, 3)), 4, True, cpu.solve_balanced)
+    expected = balanced.round_balanced(w, (mean, variance.repeat(1, 3)), 4, True, ops.solve_balanced)
     for other in (w.double(), w.mT.contiguous().mT):
-        found = balanced.round_balanced(other, (mean, variance), 4, True, cpu.solve_balanced)
+        found = balanced.round_balanced(other, (mean, variance), 4, True, ops.solve_balanced)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -154,7 +155,7 @@ def test_the_number_of_threads_of_later_threads_stays_what_it_is() -> None:
         nn.DSConv2d.from_float(layer, config)
 
     with threads(3), ThreadPoolExecutor(1) as pool:
-        with cpu.PyTorchOnOneThread(always=True):
+        with PyTorchOnOneThread(always=True):
             other = pool.submit(quantize_on_one)
             started.wait()
         go.set()
@@ -163,8 +164,12 @@ def test_the_number_of_threads_of_later_threads_stays_what_it_is() -> None:
 
 
 def test_the_limits_are_those_of_the_extension() -> None:
-    module = cpu.extension()
+    module = native.extension()
     assert module is not None
-    for taps, n, says in ((cpu._MOST_TAPS, 1, "address"), (1, cpu._MOST_COLUMNS, "address"), (129, 1, "taps")):
+    for taps, n, says in (
+        (rounding._MOST_TAPS, 1, "address"),
+        (1, rounding._MOST_COLUMNS, "address"),
+        (129, 1, "taps"),
+    ):
         with pytest.raises(ValueError, match=says):
             module.round_balanced("scalar", (taps, n, 1, 1), 4, False, 1e-4, [0], *[[0] * 3] * 3)

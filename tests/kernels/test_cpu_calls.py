@@ -13,11 +13,12 @@ import torch
 from kernel_cases import Case, same_bits, threads
 from torch import Tensor
 
+from dsconv import ops
 from dsconv.config import LayerConfig
 from dsconv.numerics import quantize_weight
-from dsconv.ops import cpu
+from dsconv.ops import cpu, native, packing
 
-pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 CONV, LINEAR = torch.ops.dsconv.conv2d, torch.ops.dsconv.linear
 QUANTIZE = torch.ops.dsconv.quantize_activation
@@ -38,7 +39,7 @@ def conv(groups: int = 1, filters: int = 1) -> dict[str, Any]:
 def linear() -> dict[str, Any]:
     torch.manual_seed(0)
     config = LayerConfig(block_size=16)
-    packed = cpu.pack(*quantize_weight(torch.randn(20, 24), 4, 16), None, config, groups=1)
+    packed = packing.pack(*quantize_weight(torch.randn(20, 24), 4, 16), None, config, groups=1)
     settings = {"outputs": 20, "weight_bits": 4, "activation_bits": 8, "sign": "adaptive", "block_size": 16}
     more = {"bias": torch.randn(20), "residual": torch.randn(3, 20), "activation": "relu6"}
     more |= {"gain": torch.randn(20), "offset": torch.randn(20)}
@@ -217,7 +218,7 @@ BAD_ANYWHERE = [
     ("block_size", 7, ""),
     ("block_size", 520, ""),
     ("block_size", 8, ""),
-    ("activation", "gelu", f"activation: expected one of {', '.join(cpu.ACTIVATIONS)}, got 'gelu'"),
+    ("activation", "gelu", f"activation: expected one of {', '.join(ops.ACTIVATIONS)}, got 'gelu'"),
     ("residual", lambda value: value[1:], "residual: expected"),
     ("residual", lambda value: value[:1], "residual: expected"),
     ("residual", lambda value: value[..., None], "residual: expected"),
@@ -320,17 +321,17 @@ def test_packing_checks_what_belongs_together(
     blocks: Any, vqk: Tensor, kds: Tensor, shift: Tensor | None, message: str
 ) -> None:
     config = LayerConfig(block_size=16, blocks=blocks)
-    cpu.pack(VQK, TAP_KDS if blocks == "tap" else FLAT_KDS, None, config, groups=1)
+    packing.pack(VQK, TAP_KDS if blocks == "tap" else FLAT_KDS, None, config, groups=1)
     with pytest.raises(ValueError, match=message):
-        cpu.pack(vqk, kds, shift, config, groups=1)
+        packing.pack(vqk, kds, shift, config, groups=1)
 
 
 def test_cap_of_the_instruction_set_is_obeyed_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSCONV_MAX_ISA", "scalar")
-    assert cpu.isa.__wrapped__() == "scalar"
+    assert native.isa.__wrapped__() == "scalar"
     monkeypatch.setenv("DSCONV_MAX_ISA", "mmx")
     with pytest.raises(ValueError, match="DSCONV_MAX_ISA"):
-        cpu.isa.__wrapped__()
+        native.isa.__wrapped__()
 
 
 # Memory

@@ -10,11 +10,12 @@ from kernel_cases import LAYOUTS, Case, by_isa, cases, laid_out, near, same_bits
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsconv import ops
 from dsconv.config import LayerConfig
 from dsconv.numerics import quantize_activation, quantize_weight
-from dsconv.ops import cpu
+from dsconv.ops import native, packing
 
-pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 any_layout = st.sampled_from(LAYOUTS)
 
@@ -134,7 +135,7 @@ def test_the_largest_integers_in_the_largest_blocks_are_within_the_bound(
         case = Case(torch.full((1, size + 40, 3, 7), value), 40, (1, 1), changed, padding=(1, 1))
         largest = 2 ** (weight_bits - 1)
         case.vqk[::2], case.vqk[1::2] = -largest, largest - 1
-        case.packed = cpu.pack(case.vqk, case.kds, case.shift, changed, 1)
+        case.packed = packing.pack(case.vqk, case.kds, case.shift, changed, 1)
         expected = case.reference()
         for isa, y in by_isa(case.run).items():
             assert near(y, expected), (isa, sign, value)
@@ -213,7 +214,7 @@ def test_exponentials_are_near_and_the_same_everywhere(activation: str, groups: 
 
 
 @pytest.mark.parametrize("groups", [1, 40])
-@pytest.mark.parametrize("activation", cpu.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 def test_nan_stays_nan_through_activations(activation: str, groups: int) -> None:
     x = torch.randn(1, 40, 1, 40)
     x[..., ::3] = torch.nan
@@ -233,12 +234,12 @@ def test_linear_equals_a_convolution_of_one_pixel(data: st.DataObject) -> None:
     if data.draw(st.booleans()):
         x = torch.randn(features, rows).t()
     vqk, kds = quantize_weight(torch.randn(outputs, features), config.weight_bits, 32)
-    size = cpu.kernel_block_size(vqk.shape, config)
+    size = packing.kernel_block_size(vqk.shape, config)
     bias = torch.randn(outputs) if data.draw(st.booleans()) else None
     settings = (outputs, config.weight_bits, 8, "adaptive", size)
-    activation = (data.draw(st.sampled_from(cpu.ACTIVATIONS)), 0.2)
+    activation = (data.draw(st.sampled_from(ops.ACTIVATIONS)), 0.2)
     residual = data.draw(st.sampled_from((None, torch.randn(y_shape), torch.randn(y_shape[::-1]).t())))
-    packed = cpu.pack(vqk, kds, None, config, groups=1)
+    packed = packing.pack(vqk, kds, None, config, groups=1)
     one = [1, 1]
     pixel = None if residual is None else residual[..., None, None]
     where = (one, one, [0, 0], one, 1, False)

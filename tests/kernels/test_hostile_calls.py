@@ -12,9 +12,9 @@ from kernel_cases import Case, conv_sizes, same_bits
 from torch import Tensor
 
 from dsconv.config import LayerConfig
-from dsconv.ops import cpu
+from dsconv.ops import cpu, native
 
-pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 SCRIPT = Path(__file__).parents[1] / "support" / "hostile_calls.py"
 CONV = torch.ops.dsconv.conv2d
@@ -232,12 +232,12 @@ def extension_calls() -> dict[str, tuple[Callable[[Any], object], str]]:
 @pytest.mark.parametrize(("call", "message"), extension_calls().values(), ids=extension_calls())
 def test_the_extension_refuses(call: Callable[[Any], object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        call(cpu.extension())
+        call(native.extension())
     assert "\n" not in str(error.value)
 
 
 def test_sizes_are_named_and_fixed() -> None:
-    module = cpu.extension()
+    module = native.extension()
     made = conv_sizes(module)
     assert (made.channels, made.pad_h, made.flat) == (16, 1, False)
     assert made == conv_sizes(module) != conv_sizes(module, dilation_h=2, out_height=2) and hash(made) == hash(
@@ -251,7 +251,7 @@ def test_sizes_are_named_and_fixed() -> None:
 
 
 def test_kernels_that_the_processor_lacks_are_refused() -> None:
-    module = cpu.extension()
+    module = native.extension()
     names = {"scalar", "avx2", "avxvnni", "avx512vnni", "amx", "neon", "neondotprod", "mmx", ""}
     whole, dense = conv_sizes(module), (256, 1, 64, 16)
     for name in names - set(module.isa_with_kernels()):

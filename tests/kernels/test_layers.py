@@ -33,9 +33,9 @@ from dsconv.numerics import (
     reference_conv,
     sqnr_db,
 )
-from dsconv.ops import cpu, patches
+from dsconv.ops import native, packing, patches
 
-pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 TAP = LayerConfig(block_size=16)
 SHIFT = LayerConfig(block_size=16, activation_bits=8, weight_shift=True, kds_dtype="float16")
@@ -107,7 +107,7 @@ def test_convolution_returns_what_the_operator_returns(config: LayerConfig, wher
         assert calls(layer, x) == ["conv2d"]
         expected = torch.ops.dsconv.conv2d(
             x,
-            *cpu.pack(layer.vqk, layer.kds, layer.kds_shift, layer.config, layer.groups),
+            *packing.pack(layer.vqk, layer.kds, layer.kds_shift, layer.config, layer.groups),
             layer.bias,
             *(list(value) for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)),
             layer.groups,
@@ -116,7 +116,7 @@ def test_convolution_returns_what_the_operator_returns(config: LayerConfig, wher
             config.weight_bits,
             config.activation_bits,
             config.activation_sign,
-            cpu.kernel_block_size(layer.vqk.shape, config),
+            packing.kernel_block_size(layer.vqk.shape, config),
         )
         assert torch.equal(layer(x), expected)
     assert_near(expected, run_simulated(layer, x))
@@ -130,7 +130,7 @@ def test_linear_of_any_leading_shape_returns_what_the_operator_returns(
     layer, x = linear(config), torch.randn(shape)
     with torch.inference_mode():
         assert calls(layer, x) == ["linear"]
-        packed = cpu.pack(layer.vqk, layer.kds, layer.kds_shift, layer.config, 1)
+        packed = packing.pack(layer.vqk, layer.kds, layer.kds_shift, layer.config, 1)
         settings = (12, config.weight_bits, config.activation_bits, config.activation_sign, 16)
         expected = torch.ops.dsconv.linear(x.view(-1, 40), *packed, layer.bias, *settings)
         y = layer(x)
@@ -238,7 +238,7 @@ def test_double_precision_and_other_devices_are_simulated() -> None:
 
 
 def test_without_the_extension_layers_are_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "extension", lambda: None)
+    monkeypatch.setattr(native, "extension", lambda: None)
     layer, x = conv(), image()
     assert layer.backend == ("float simulation", "the extension dsconv._C is not built")
     assert torch.equal(run(layer, x), run_simulated(layer, x))
@@ -246,18 +246,18 @@ def test_without_the_extension_layers_are_simulated(monkeypatch: pytest.MonkeyPa
 
 def test_every_instruction_set_is_named_and_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = quantize(dsconv.demo.load_network(), {"weight_rule": "paper"}), dsconv.demo.load_digits()[0][:8]
-    expected, module = run(model, x), cpu.extension()
+    expected, module = run(model, x), native.extension()
     try:
         for name in module.isa_with_kernels():
             monkeypatch.setenv("DSCONV_MAX_ISA", name)
-            cpu.isa.cache_clear()
+            native.isa.cache_clear()
             assert dsconv.summary(model).backends == (f"integers ({name})",)
             for execute in (lambda: run(model, x), lambda: dsconv.compile(model, x)(x)):
                 before = module.runs()
                 assert torch.equal(execute(), expected)
                 assert {other for other, count in module.runs().items() if count > before[other]} == {name}
     finally:
-        cpu.isa.cache_clear()
+        native.isa.cache_clear()
 
 
 def test_a_file_is_said_to_be_executed_as_its_model_is(tmp_path: Path) -> None:

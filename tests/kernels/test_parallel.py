@@ -8,9 +8,9 @@ from functools import cache
 import pytest
 
 from dsconv import threads
-from dsconv.ops import cpu
+from dsconv.ops import native
 
-pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 LAYERS = """
 import hashlib, multiprocessing, os, signal, threading, traceback
@@ -18,7 +18,7 @@ import torch
 import dsconv
 from dsconv import nn
 from dsconv.config import LayerConfig
-from dsconv.ops import cpu
+import dsconv.threads
 
 torch.set_num_threads(3)
 torch.manual_seed(0)
@@ -51,7 +51,7 @@ def eight_at_once(work):
 def outcome(script: str = "", parallel: str = "pool") -> str:
     """What a script that begins with LAYERS prints, and the digest of the output."""
     done = subprocess.run(
-        [sys.executable, "-c", f"{LAYERS}{script}\nprint(cpu.parallel(), expected)"],
+        [sys.executable, "-c", f"{LAYERS}{script}\nprint(dsconv.threads.parallel(), expected)"],
         capture_output=True,
         text=True,
         env=os.environ | {"DSCONV_PARALLEL": parallel},

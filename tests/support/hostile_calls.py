@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsconv.config import LayerConfig
 from dsconv.numerics import quantize_weight
-from dsconv.ops import cpu
+from dsconv.ops import native, packing
 
 INTEGERS = (-(2**63), -(2**31), -1, 0, 1, 2, 3, 5, 8, 16, 24, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1)
 MEMORY = 1 << 20  # values
@@ -41,7 +41,7 @@ def conv2d(groups: int) -> dict[str, Any]:
 
 def linear() -> dict[str, Any]:
     vqk, kds = quantize_weight(torch.randn(24, 24), 4, 16)
-    packed = cpu.pack(vqk, kds, None, LayerConfig(block_size=16), 1)._asdict()
+    packed = packing.pack(vqk, kds, None, LayerConfig(block_size=16), 1)._asdict()
     given = {name: value for name, value in conv2d(1).items() if name not in WHERE}
     return given | packed | {"x": torch.randn(3, 24), "residual": torch.randn(3, 24)}
 
@@ -149,7 +149,7 @@ def sizes() -> Any:
     return MODULE.ConvSizes(**made, flat=bool(flat))
 
 
-MODULE = cpu.extension()
+MODULE = native.extension()
 BUFFER = torch.zeros(MEMORY, dtype=torch.float32, device="cpu")
 KEPT: list[Tensor] = []
 

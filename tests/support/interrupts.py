@@ -1,8 +1,9 @@
-"""Ctrl-C for the processes that tests start."""
+"""Ctrl-C and hang-ups for the processes that tests start."""
 
 import signal
 
 
 def heeded() -> None:
-    """To be called in a new process: a job in the background inherits that it ignores SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """To be called in a new process: jobs in the background inherit that they ignore SIGINT, those of nohup SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

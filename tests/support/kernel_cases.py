@@ -18,7 +18,7 @@ from dsconv.numerics import (
     quantize_weight_shifted,
     reference_conv,
 )
-from dsconv.ops import cpu, patches
+from dsconv.ops import native, packing, patches
 
 LAYOUTS = ("contiguous", "channels last", "every second", "transposed")
 
@@ -48,7 +48,7 @@ class Case:
         else:
             vqk, self.kds = quantize_weight(rows, config.weight_bits, config.block_size)
         self.vqk = vqk.view(weight.shape)
-        self.packed = cpu.pack(self.vqk, self.kds, self.shift, config, self.groups)
+        self.packed = packing.pack(self.vqk, self.kds, self.shift, config, self.groups)
 
     def arguments(self) -> dict[str, Any]:
         config = self.config
@@ -66,7 +66,7 @@ class Case:
             "weight_bits": config.weight_bits,
             "activation_bits": config.activation_bits,
             "sign": config.activation_sign,
-            "block_size": cpu.kernel_block_size(self.vqk.shape, config),
+            "block_size": packing.kernel_block_size(self.vqk.shape, config),
         }
 
     def run(self, **changed: Any) -> Tensor:
@@ -162,13 +162,13 @@ def by_isa(call: Callable[[], Any], *, covered: bool = True) -> dict[str, Any]:
         call: what to call.
         covered: whether the kernels do all of it, unless there is nothing to compute.
     """
-    module = cpu.extension()
+    module = native.extension()
     assert module is not None
     returned = {}
     for name in module.isa_with_kernels():
         before = module.runs()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu, "isa", lambda name=name: name)
+            patch.setattr(native, "isa", lambda name=name: name)
             returned[name] = call()
         ran = {other for other, count in module.runs().items() if count > before[other]}
         nothing = not covered or is_empty(returned[name])

@@ -9,7 +9,8 @@ from torch import nn as tnn
 
 import dsconv
 from dsconv import LayerConfig, backends
-from dsconv.backends import Operation, cpu, simulate
+from dsconv.backends import Executable, Operation, cpu, simulate
+from dsconv.ops import native
 
 
 class Negated:
@@ -20,7 +21,7 @@ class Negated:
     def __init__(self) -> None:
         self.packed: list[Operation] = []
 
-    def describe(self) -> str:
+    def describe(self, in_integers: bool = True) -> str:
         return "negated"
 
     def covers(self, operation: Operation) -> str:
@@ -32,6 +33,39 @@ class Negated:
 
     def run(self, operation: Operation, packed: Any, bias: Tensor | None, x: Tensor) -> Tensor:
         return -simulate.run(operation, packed, bias, x)
+
+    def lower(self) -> Executable | None:
+        return None
+
+
+class Recorded:
+    """An executable that does what another does, and notes what is asked of it."""
+
+    def __init__(self, executable: Executable) -> None:
+        self.executable, self.asked = executable, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked.append(name)
+        return getattr(self.executable, name)
+
+
+class Recorder(Negated):
+    """A backend for no layer, and for whole networks."""
+
+    def __init__(self) -> None:
+        self.executables: list[Recorded] = []
+
+    def describe(self, in_integers: bool = True) -> str:
+        return "recorded" if in_integers else "recorded float32"
+
+    def covers(self, operation: Operation) -> str:
+        return "it is alone"
+
+    def lower(self) -> Executable:
+        executable = cpu.lower()
+        assert executable is not None
+        self.executables.append(Recorded(executable))
+        return self.executables[-1]  # type: ignore[return-value]
 
 
 @pytest.fixture
@@ -87,3 +121,21 @@ def test_the_last_backend_covers_everything_everywhere() -> None:
     assert backends.BACKENDS[-1] is backends.SIMULATION and backends.SIMULATION.device is None
     for shape, transposed in (((8, 16), False), ((8, 16, 3, 3), True), ((8, 16, 3, 3, 3), False)):
         assert backends.SIMULATION.covers(Operation(shape, LayerConfig(activation_bits=None), transposed)) == ""
+
+
+@pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
+def test_networks_are_compiled_for_the_first_backend_that_executes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    qnet, x = dsconv.quantize(network().eval()), torch.randn(2, 16, 8, 8)
+    expected = dsconv.compile(qnet, x)(x)
+    recorder = Recorder()
+    monkeypatch.setattr(backends, "BACKENDS", [recorder, *backends.BACKENDS])
+    compiled = dsconv.compile(qnet, x)
+    assert torch.equal(compiled(x), expected)
+    asked = {name for executable in recorder.executables for name in executable.asked}
+    assert {"convolve", "quantized", "average", "run"} <= asked
+    assert {step.backend for step in compiled.plan.steps} == {"recorded", "recorded float32"}
+
+
+def test_no_device_but_the_cpu_executes_whole_networks() -> None:
+    with pytest.raises(RuntimeError, match="the device meta"):
+        backends.lowering("meta")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import dsconv
 from dsconv.errors import ModelError
-from dsconv.ops import cpu
+from dsconv.ops import native
 
-needs_extension = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+needs_extension = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 
 @functools.lru_cache

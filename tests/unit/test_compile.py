@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import dsconv
 from dsconv.compilation import CompiledModel
 from dsconv.errors import ModelError
-from dsconv.ops import cpu
+from dsconv.ops import native
 
-pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 
 def randomized(model: nn.Module) -> nn.Module:
@@ -308,7 +308,7 @@ def test_plan_prints_what_runs_and_by_what() -> None:
         "dsconv.conv2d" in text
         and "dsconv.flatten" in text
         and "1 by PyTorch" in text
-        and f"integers ({cpu.isa()})" in text
+        and f"integers ({native.isa()})" in text
     )
     assert "MB between steps for an image" in text and fast.plan.memory_bytes > 0
     assert fast.plan.weight_bytes > 0
@@ -317,7 +317,7 @@ def test_plan_prints_what_runs_and_by_what() -> None:
 def test_plan_counts_the_weights_of_layers_that_pytorch_calls() -> None:
     x = torch.randn(3, 16, 9)  # lines
     fast = compiled(nn.Sequential(nn.Conv1d(16, 32, 3), nn.ReLU(), nn.Conv1d(32, 8, 3)), x[:1])
-    layers = [step for step in fast.plan.steps if step.backend == f"integers ({cpu.isa()})"]
+    layers = [step for step in fast.plan.steps if step.backend == f"integers ({native.isa()})"]
     assert len(layers) == 2 and all(layer.weight_bytes > 16 * 32 * 3 // 4 for layer in layers)
     assert_same_bits(fast, x)
 

@@ -12,7 +12,7 @@ import dsconv
 from dsconv import threads
 from dsconv.cpu import cpu_info
 from dsconv.errors import ModelError
-from dsconv.ops import cpu
+from dsconv.ops import native
 
 needs_extension = pytest.mark.skipif(
     importlib.util.find_spec("dsconv._C") is None, reason="dsconv was installed without its C++ extension"
@@ -96,14 +96,14 @@ def test_instruction_set_in_use_is_reported_with_the_reason(monkeypatch: pytest.
     for cap in (None, "scalar"):
         if cap:
             monkeypatch.setenv("DSCONV_MAX_ISA", cap)
-        cpu.isa.cache_clear()
+        native.isa.cache_clear()
         info = cpu_info()
-        assert info.isa_used == (cap or cpu.extension().isa_with_kernels()[-1])
-        capped = info.isa_used != cpu.extension().isa_with_kernels()[-1]
+        assert info.isa_used == (cap or native.extension().isa_with_kernels()[-1])
+        capped = info.isa_used != native.extension().isa_with_kernels()[-1]
         assert ("DSCONV_MAX_ISA=scalar" in info.isa_reason) is capped
         assert f"instruction set used    {info.isa_used}: {info.isa_reason}" in str(info)
         assert info.parallel and info.parallel in str(info)
-    cpu.isa.cache_clear()
+    native.isa.cache_clear()
 
 
 @needs_extension

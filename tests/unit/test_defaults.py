@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dsconv
 from dsconv.data import Preprocess, synthetic_images
 from dsconv.numerics import quantize_activation, quantize_weight, reference_conv
-from dsconv.ops import cpu
+from dsconv.ops import native
 
 
 @contextmanager
@@ -104,7 +104,7 @@ EXPECTED: dict[Callable[[Path], list[Tensor]], list[Tensor]] = {}
 def test_other_defaults_give_the_same_bits(
     step: Callable[[Path], list[Tensor]], other: dict[str, object], tmp_path: Path
 ) -> None:
-    if cpu.extension() is None and step in (STEPS["compile"], STEPS["compile with fast math"]):
+    if native.extension() is None and step in (STEPS["compile"], STEPS["compile with fast math"]):
         pytest.skip("the extension dsconv._C is not built")
     if step not in EXPECTED:
         EXPECTED[step] = step(tmp_path)

@@ -16,19 +16,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dsconv
 from dsconv.data import ImageFolder, Preprocess
 from dsconv.errors import ConfigError, DataError, ModelError
 from dsconv.evaluation import Comparison, compare, evaluate
-
-
-class Marked(nn.Conv2d):
-    """A convolution that `compare` takes for a DSConv layer; its noise is a crude rounding of the weight."""
-
-    def __init__(self, float_layer: nn.Conv2d, step: float):
-        super().__init__(float_layer.in_channels, float_layer.out_channels, float_layer.kernel_size)
-        self.load_state_dict(float_layer.state_dict())
-        self.weight.data = (self.weight.data / step).round() * step
-        self.vqk = self.weight
 
 
 class Net(nn.Module):
@@ -46,11 +37,13 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def pair(step: float = 0.05, classes: int = 8) -> tuple[Net, Net]:
+def pair(bits: int = 5, classes: int = 8) -> tuple[Net, Net]:
     torch.manual_seed(0)
     reference, quantized = Net(classes), Net(classes)
     quantized.load_state_dict(reference.state_dict())
-    quantized.first, quantized.twice = Marked(reference.first, step), Marked(reference.twice, step)
+    for name in ("first", "twice"):
+        float_layer, config = getattr(reference, name), dsconv.LayerConfig(weight_bits=bits, activation_bits=8)
+        setattr(quantized, name, dsconv.nn.DSConv2d.from_float(float_layer, config))
     return reference, quantized
 
 
@@ -346,7 +339,7 @@ class TestCompare:
         assert result.to_dict()["logit_sqnr_db"] is None
 
     def test_more_noise_is_farther_away(self) -> None:
-        near, far = (compare(*pair(step), images()) for step in (0.01, 0.2))
+        near, far = (compare(*pair(bits), images()) for bits in (8, 2))
         assert near.kl < far.kl and near.logit_sqnr_db > far.logit_sqnr_db + 10
         assert all(near.layer_sqnr_db[name] > far.layer_sqnr_db[name] + 10 for name in near.layer_sqnr_db)
 
@@ -371,7 +364,7 @@ class TestCompare:
 
     def test_a_nan_in_a_layer_shows_in_its_sqnr(self) -> None:
         reference, quantized = pair()
-        quantized.twice.weight.data[0, 0] = math.nan
+        quantized.twice.kds[0, 0] = math.nan
         result = compare(reference, quantized, images())
         assert math.isnan(result.layer_sqnr_db["twice"]) and math.isfinite(result.layer_sqnr_db["first"])
         assert result.nonfinite == 10

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import interrupts
 import pytest
 import torch
 from torch import nn
@@ -225,7 +226,8 @@ def test_nothing_is_left_of_what_was_ended(name: str, code: int, tmp_path: Path)
         "except KeyboardInterrupt:\n"
         "    sys.exit(stopping.exit_code())\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, tmp_path / "a"], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", program, tmp_path / "a"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=interrupts.heeded)
     assert done.returncode == code and not done.stderr and not os.listdir(tmp_path)
 
 

@@ -35,3 +35,13 @@ def modules_after_import() -> set[str]:
 def test_import_dsconv_does_not_import(heavy: str, modules_after_import: set[str]) -> None:
     assert "dsconv" in modules_after_import
     assert heavy not in modules_after_import
+
+
+@pytest.mark.parametrize(
+    "module", ["threads", "config", "numerics", "numerics.balanced", "ops.native", "backends.base"]
+)
+def test_what_the_operators_need_can_be_imported_first(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import dsconv.{module}"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

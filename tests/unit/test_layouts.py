@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import dsconv
 from dsconv.compilation import CompiledModel, compiled, layouts
-from dsconv.ops import cpu
+from dsconv.ops import native
 
-pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 Layout = Callable[[Tensor], Tensor]
 LAYOUTS: dict[str, Layout] = {

@@ -23,9 +23,9 @@ from dsconv.compilation.operators.average import Average
 from dsconv.compilation.operators.map import Map
 from dsconv.compilation.operators.pool import Pool
 from dsconv.compilation.operators.pytorch import Call
-from dsconv.ops import cpu
+from dsconv.ops import native
 
-pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 
 class Net(nn.Module):
@@ -557,7 +557,7 @@ def test_profile_counts_every_step_and_its_multiply_adds() -> None:
 
 
 def test_the_extension_refuses_steps_that_do_not_fit() -> None:
-    module = cpu.extension()
+    module = native.extension()
     nothing, size, strides = (-1, -1, [], 0, 0.0), (16, 4, 4), (256, 1, 64, 16)
 
     def fresh() -> tuple[object, int, int]:
@@ -694,7 +694,7 @@ MISFITS: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("kind", "changed", "message"), MISFITS)
 def test_a_step_that_does_not_fit_its_tensors_is_refused(kind: str, changed: dict[str, Any], message: str) -> None:
-    own = of_fitting_steps(cpu.extension())
+    own = of_fitting_steps(native.extension())
     one, address = own["program"], torch.zeros(1 << 16).data_ptr()
 
     def add(changed: dict[str, Any]) -> None:
@@ -707,7 +707,7 @@ def test_a_step_that_does_not_fit_its_tensors_is_refused(kind: str, changed: dic
         if kind == "convolve":
             names = ("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w")
             changes = dict(zip(names, where, strict=False)) | {name: given[name] for name in ("outputs", "groups")}
-            sizes = conv_sizes(cpu.extension(), flat=given["flat"], **changes)
+            sizes = conv_sizes(native.extension(), flat=given["flat"], **changes)
             source = number["source"] if "source" in changed else -1
             one.convolve(sizes, source, own[given["input"]], address, address, 0, 0, 0, 0, 4, 4, 0, uses)
         elif kind == "map":
@@ -725,7 +725,7 @@ def test_a_step_that_does_not_fit_its_tensors_is_refused(kind: str, changed: dic
 
 
 def test_a_run_is_given_all_memory_that_its_steps_use() -> None:
-    one = cpu.extension().Program("scalar")
+    one = native.extension().Program("scalar")
     dense, memory = (256, 1, 64, 16), torch.zeros(4096)
     first, last = (one.values(base, 0, 0, (16, 4, 4), dense) for base in (0, 3))
     one.map(first, 0, 0, False, -1, (last, -1, [], 0, 0.0))

@@ -11,9 +11,9 @@ from torch.nn.utils import parametrizations
 import dsconv
 from dsconv.conversion import LayerSummary
 from dsconv.numerics import packed_bytes
-from dsconv.ops import cpu
+from dsconv.ops import native
 
-needs_extension = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+needs_extension = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 
 def model() -> tnn.Sequential:
@@ -37,9 +37,9 @@ def row(name: str, config: dsconv.QuantConfig) -> LayerSummary:
 def scalar(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that uses the one instruction set that every machine has."""
     monkeypatch.setenv("DSCONV_MAX_ISA", "scalar")
-    cpu.isa.cache_clear()
+    native.isa.cache_clear()
     yield
-    cpu.isa.cache_clear()
+    native.isa.cache_clear()
 
 
 @pytest.mark.usefixtures("scalar")
@@ -54,8 +54,8 @@ def test_bits_and_bytes_of_a_layer(bits: int, kds_dtype: str, size: int, shift: 
     assert found.bytes_after == packed_bytes(350, bits) + scales * size
     assert found.effective_bits == found.bytes_after * 8 / 350
     assert found.quantized and found.reason is None
-    assert found.backend == ("integers (scalar)" if cpu.extension() else "float simulation")
-    assert found.backend_reason == (None if cpu.extension() else "the extension dsconv._C is not built")
+    assert found.backend == ("integers (scalar)" if native.extension() else "float simulation")
+    assert found.backend_reason == (None if native.extension() else "the extension dsconv._C is not built")
 
 
 @pytest.mark.parametrize(

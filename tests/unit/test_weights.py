@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dsconv import ops
 from dsconv.numerics import (
     WEIGHT_RULES,
     InputMoments,
@@ -24,7 +25,6 @@ from dsconv.numerics import (
     quantize_weight_shifted,
     weights,
 )
-from dsconv.ops import cpu
 
 BITS = range(2, 9)
 bits_ = st.integers(2, 8)
@@ -323,7 +323,7 @@ def test_balanced_never_raises_its_objective(w: Tensor, bits: int, block_size: i
     assert (after <= before * (1 + 1e-4) + noise).all()
 
 
-@pytest.mark.parametrize("solver", [None, cpu.solve_balanced])
+@pytest.mark.parametrize("solver", [None, ops.solve_balanced])
 @pytest.mark.parametrize("seed", range(5))
 def test_balanced_has_finite_scales_of_the_largest_floats(seed: int, solver: Any) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 
 from dsconv.backends import cpu, simulate
-from dsconv.backends.base import Backend, Operation
+from dsconv.backends.base import Backend, Executable, Operation
+from dsconv.backends.simulate import quantized
 from dsconv.ops import is_simulated
 
 BACKENDS: list[Backend] = [cpu, simulate]
@@ -33,6 +34,18 @@ def choose(operation: Operation, device: torch.device | str = "cpu") -> tuple[Ba
     return backend, "; ".join(reasons[:-1])
 
 
+def lowering(device: torch.device | str = "cpu") -> tuple[Backend, Executable]:
+    """Return the first backend that executes whole networks on ``device``, and an executable of it without steps.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    for backend in BACKENDS:
+        if backend.device == torch.device(device).type and (made := backend.lower()) is not None:
+            return backend, made
+    raise RuntimeError(f"no backend executes whole networks on the device {device}")
+
+
 def execution(operation: Operation, device: torch.device | str = "cpu") -> Execution:
     """Tell what executes an operation on ``device`` when no gradient is asked for.
 
@@ -51,4 +64,16 @@ def execution(operation: Operation, device: torch.device | str = "cpu") -> Execu
     return Execution(backend.describe(), reason or f"it is on the device {device}")
 
 
-__all__ = ["BACKENDS", "IN_FLOAT", "SIMULATION", "Backend", "Execution", "Operation", "choose", "execution"]
+__all__ = [
+    "BACKENDS",
+    "IN_FLOAT",
+    "SIMULATION",
+    "Backend",
+    "Executable",
+    "Execution",
+    "Operation",
+    "choose",
+    "execution",
+    "lowering",
+    "quantized",
+]

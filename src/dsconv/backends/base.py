@@ -1,5 +1,6 @@
 """The interface of backends, and the operation of a layer that they execute."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -28,11 +29,120 @@ class Operation(NamedTuple):
     output_padding: tuple[int, ...] = ()
 
 
+Uses = tuple[int, int, list[tuple[int, int]], int, float]
+"""Numbers of the result, the residual, and the quantized tensors with the channel there that the first one becomes; the
+number of the activation in :data:`dsconv.ops.ACTIVATIONS`, and its slope."""
+
+
+class Executable(Protocol):
+    """The steps of a network over one piece of memory; a run executes some that follow one another.
+
+    Tensors have numbers, -1 of none, and every step is one call that appends it. Sizes are of one image: channels,
+    height and width. Weights and other constants are addresses of tensors, 0 of none, that the caller keeps.
+    """
+
+    def values(
+        self, base: int, offset: int, first: int, size: tuple[int, int, int], strides: tuple[int, int, int, int]
+    ) -> int:
+        """Return the number of a float32 tensor.
+
+        Args:
+            base: the address of a run that it lies at. Base 0 is the memory between steps.
+            offset: bytes from there, for an image.
+            first: channel of the tensor there that its first one is.
+            strides: of image, channel, row and pixel, in values.
+        """
+
+    def quantized(
+        self,
+        offset: int,
+        depth: int,
+        block_size: int,
+        groups: int,
+        grid: tuple[int, int, int, int],
+        lane_bits: int,
+        bits: int,
+        sign: int,
+        shift: bool,
+    ) -> int:
+        """Return the number of a quantized tensor in the memory between steps.
+
+        Args:
+            depth: channels of a group.
+            grid: height and width, and how many zeros lie around it in each.
+            lane_bits: of the weights that it meets, 4 or 8.
+            sign: number in :data:`dsconv.numerics.ACTIVATION_SIGNS`.
+            shift: whether its blocks are summed up for a KDS shift.
+        """
+
+    def quantized_bytes(
+        self, depth: int, block_size: int, groups: int, grid: tuple[int, int, int, int], shift: bool
+    ) -> int:
+        """Return how much memory such a tensor takes, for an image."""
+
+    def convolve(
+        self,
+        sizes: Any,
+        source: int,
+        quantized: int,
+        weight: int,
+        kds: int,
+        kds_shift: int,
+        bias: int,
+        gain: int,
+        offset: int,
+        weight_bits: int,
+        activation_bits: int,
+        sign: int,
+        uses: Uses,
+    ) -> None:
+        """Append ``dsconv::conv2d`` of :func:`dsconv.ops.checked_sizes`, of a float32 or a quantized tensor."""
+
+    def map(self, source: int, scale: int, shift: int, once: bool, gate: int, uses: Uses) -> None:
+        """Append a :class:`dsconv.compilation.operators.map.Map`."""
+
+    def pool(
+        self,
+        source: int,
+        window: tuple[int, ...],
+        average: bool,
+        count_zeros: bool,
+        divisor: int,
+        out: tuple[int, ...],
+        uses: Uses,
+    ) -> None:
+        """Append a :class:`dsconv.compilation.operators.pool.Pool` with ``out`` pixels in height and width."""
+
+    def average(self, source: int, lanes: int, result: int) -> None:
+        """Append a :class:`dsconv.compilation.operators.average.Average`."""
+
+    def shuffle(self, source: int, factor: int, result: int) -> None:
+        """Append a :class:`dsconv.compilation.operators.pixel_shuffle.PixelShuffle`."""
+
+    def flatten(self, source: int, result: int) -> None:
+        """Append a :class:`dsconv.compilation.operators.flatten.Flatten`."""
+
+    def skip(self) -> None:
+        """Append a step that the caller executes."""
+
+    def bytes(self, images: int) -> int:
+        """Return how much memory the steps need between them."""
+
+    def run(self, images: int, bases: Sequence[int], first: int, last: int, seconds: int) -> None:
+        """Execute steps ``first`` to ``last``, not included, for so many images.
+
+        Args:
+            bases: addresses.
+            seconds: address of a float64 for each step, to which its time is added; 0 of none.
+        """
+
+
 class Backend(Protocol):
     """A module of these functions, or an object with these methods.
 
     A graph that :mod:`torch.export` captures holds the operators that :meth:`run` calls. The compiler makes steps of
-    its own of those that it knows (``dsconv::conv2d`` and ``dsconv::linear``) and leaves all others to PyTorch.
+    those that it knows (``dsconv::conv2d`` and ``dsconv::linear``), appends them to what :meth:`lower` returns, and
+    leaves all others to PyTorch.
 
     Attributes:
         device: type of the devices that it computes on; None is all of them.
@@ -40,8 +150,8 @@ class Backend(Protocol):
 
     device: str | None
 
-    def describe(self) -> str:
-        """Return the name that summaries and plans show."""
+    def describe(self, in_integers: bool = True) -> str:
+        """Return the name that summaries and plans show, for layers or for steps in float32."""
 
     def covers(self, operation: Operation) -> str:
         """Return why it cannot execute an operation; an empty text where it can."""
@@ -55,3 +165,6 @@ class Backend(Protocol):
 
     def run(self, operation: Operation, packed: Any, bias: Tensor | None, x: Tensor) -> Tensor:
         """Return the output for ``x (N, C, *S)``, or ``(..., C)`` for a linear layer, in the dtype of ``x``."""
+
+    def lower(self) -> Executable | None:
+        """Return an executable for the steps of a network; None where it executes layers alone."""

@@ -3,22 +3,22 @@
 import torch
 from torch import Tensor
 
-from dsconv.backends.base import Operation
-from dsconv.ops import cpu
+from dsconv.backends.base import Executable, Operation
+from dsconv.ops import native, packing
 
 # Packed weights, and the settings that end the arguments of the operators.
-Weights = tuple[cpu.Packed, tuple[int, int, int, str, int]]
+Weights = tuple[packing.Packed, tuple[int, int, int, str, int]]
 
 device: str | None = "cpu"
 
 
-def describe() -> str:
-    return f"integers ({cpu.isa()})"
+def describe(in_integers: bool = True) -> str:
+    return f"{'integers' if in_integers else 'float32'} ({native.isa()})"
 
 
 def covers(operation: Operation) -> str:
     config = operation.config
-    if cpu.extension() is None:
+    if native.extension() is None:
         return "the extension dsconv._C is not built"
     if operation.transposed:
         return "transposed convolutions have no kernels"
@@ -26,16 +26,16 @@ def covers(operation: Operation) -> str:
         return "3-D convolutions have no kernels"
     if config.activation_bits is None:
         return "its input stays float"
-    if cpu.kernel_block_size(operation.shape, config) is None:
-        return f"its blocks of {config.block_size} are not a multiple of 8 of at most {cpu.MAX_BLOCK_SIZE}"
+    if packing.kernel_block_size(operation.shape, config) is None:
+        return f"its blocks of {config.block_size} are not a multiple of 8 of at most {packing.MAX_BLOCK_SIZE}"
     return ""
 
 
 def pack(operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None) -> Weights:
-    config, block_size = operation.config, cpu.kernel_block_size(operation.shape, operation.config)
+    config, block_size = operation.config, packing.kernel_block_size(operation.shape, operation.config)
     assert config.activation_bits is not None and block_size is not None
     settings = (config.weight_bits, config.activation_bits, config.activation_sign, block_size)
-    packed = cpu.pack(vqk, kds, kds_shift, config, operation.groups)
+    packed = packing.pack(vqk, kds, kds_shift, config, operation.groups)
     return packed, (operation.shape[0], *settings)
 
 
@@ -61,3 +61,11 @@ def run(operation: Operation, packed: Weights, bias: Tensor | None, x: Tensor) -
         *settings,
     )
     return (y.squeeze(2) if missing else y).to(x.dtype)
+
+
+def lower() -> Executable | None:
+    module = native.extension()
+    if module is None:
+        return None
+    made: Executable = module.Program(native.isa())
+    return made

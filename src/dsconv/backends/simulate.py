@@ -17,7 +17,7 @@ _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 device: str | None = None
 
 
-def describe() -> str:
+def describe(in_integers: bool = True) -> str:
     return "float simulation"
 
 
@@ -50,6 +50,10 @@ def run(operation: Operation, packed: Tensor, bias: Tensor | None, x: Tensor) ->
     else:
         x_q = quantized(x, config, groups)
     return _CONV[dims - 1](x_q, weight, bias, stride, padding, dilation, groups).to(x.dtype)
+
+
+def lower() -> None:
+    return None
 
 
 def quantized(x: Tensor, config: LayerConfig, groups: int) -> Tensor:

@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in _PACKAGES},
-        "isa": ops.cpu.isa(),
+        "isa": ops.isa(),
         "caps": {name: os.environ.get(name) for name in _CAPS},
     }
 

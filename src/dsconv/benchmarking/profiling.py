@@ -16,7 +16,7 @@ from dsconv.benchmarking.results import digits, plural
 from dsconv.compilation.compiled import CompiledModel
 from dsconv.errors import ModelError
 from dsconv.modes import check_module
-from dsconv.ops import cpu
+from dsconv.ops import peak_rate
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class StepTime:
         name, operator, backend, fused, shape: as in :class:`dsconv.compilation.PlanStep`.
         first_quartile_ms, median_ms, third_quartile_ms: for the whole batch, over the runs.
         macs: multiply-adds of an image; 0 where it is no layer.
+        bytes: read and written for an image, with what is constant.
         gmac_per_s: of the batch at the median time, in 1e9.
         of_peak: that over what the threads reach in dot products with everything in their first cache.
     """
@@ -44,6 +45,7 @@ class StepTime:
     median_ms: float
     third_quartile_ms: float
     macs: int
+    bytes: int
     gmac_per_s: float
     of_peak: float
 
@@ -81,7 +83,7 @@ class Profile:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in ("layer", "operator", "executed by", "fused", "output"):
             table.add_column(column, overflow="fold")
-        for column in ("ms", "quartiles", "% of time", "GMAC/s", "% of peak"):
+        for column in ("ms", "quartiles", "% of time", "kB", "GMAC/s", "% of peak"):
             table.add_column(column, justify="right", no_wrap=True)
         whole = sum(step.median_ms for step in self.steps)
         for step in self.steps:
@@ -92,6 +94,7 @@ class Profile:
                 digits(step.median_ms),
                 f"{digits(step.first_quartile_ms)} .. {digits(step.third_quartile_ms)}",
                 f"{100 * step.median_ms / whole:.1f}",
+                f"{step.bytes / 1e3:.0f}",
                 *rate,
                 style="yellow" if step.backend == "PyTorch" else None,
             )
@@ -149,9 +152,7 @@ def profile(model: CompiledModel, x: Tensor, *, runs: int = 20) -> Profile:
             totals.append(_timed(partial(program, x, seconds)))
             times.append(seconds.tolist())
     threads = torch.get_num_threads()
-    module = cpu.extension()
-    assert module is not None
-    peak = threads * module.peak_rate(cpu.isa(), 0.2)
+    peak = threads * peak_rate(0.2)
     steps = []
     for index, (step, row) in enumerate(zip(program.steps, plan.steps, strict=True)):
         first, median, third = (1e3 * value for value in quartiles([taken[index] for taken in times]))
@@ -165,6 +166,7 @@ def profile(model: CompiledModel, x: Tensor, *, runs: int = 20) -> Profile:
                 median_ms=median,
                 third_quartile_ms=third,
                 macs=macs,
+                bytes=step.bytes(program.quantized_bytes),
                 gmac_per_s=rate / 1e9,
                 of_peak=rate / peak,
             )

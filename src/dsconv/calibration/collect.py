@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsconv.backends.simulate import quantized
+from dsconv.backends import quantized
 from dsconv.layers import DSLayer
 from dsconv.numerics.rounding import Blocks, quadratic
 

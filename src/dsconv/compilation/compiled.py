@@ -19,7 +19,7 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cpu_info
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ModelError
-from dsconv.ops import cpu
+from dsconv.threads import PyTorchOnOneThread
 
 _SIZES_KEPT = 16
 
@@ -71,7 +71,7 @@ class CompiledModel(nn.Module):
         """Output for ``x`` of any batch size; a new image size or memory layout is captured first, and the last 16 are
         remembered.
         """
-        with cpu.PyTorchOnOneThread():
+        with PyTorchOnOneThread():
             if torch.is_inference_mode_enabled():
                 return self._run(x)
             with torch.inference_mode():
@@ -108,7 +108,7 @@ class CompiledModel(nn.Module):
         if captures is not None and (this_batch or (found is not None and not found.any_batch)):
             found = captures.programs.get(exactly)
         if found is None:
-            with cpu.PyTorchOnOneThread(), self._lock:  # one thread captures, the others wait for it
+            with PyTorchOnOneThread(), self._lock:  # one thread captures, the others wait for it
                 captures = self._captured.get(size)
                 if captures is None:
                     captures = _Captures(_graph_for_any_batch(self.model, x))

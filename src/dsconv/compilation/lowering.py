@@ -1,4 +1,4 @@
-"""From a captured graph to steps: most for the program of the extension, the others for PyTorch.
+"""From a captured graph to steps: most for the executable of a backend, the others for PyTorch.
 
 The step that makes a tensor writes it in every format that is wanted (:mod:`dsconv.compilation.values`).
 """

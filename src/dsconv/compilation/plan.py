@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dsconv.backends import Backend
 from dsconv.compilation.operators import Step
 from dsconv.compilation.program import Program
 from dsconv.tables import as_text
@@ -83,10 +84,11 @@ class Plan:
 
 def plan_of(program: Program) -> Plan:
     """Return the table of the steps of a program."""
-    return Plan(tuple(map(_row, program.steps)), program.memory_bytes)
+    return Plan(tuple(_row(step, program.backend) for step in program.steps), program.memory_bytes)
 
 
-def _row(step: Step) -> PlanStep:
+def _row(step: Step, lowered_to: Backend) -> PlanStep:
+    backend = "PyTorch" if step.in_pytorch and not step.in_integers else lowered_to.describe(step.in_integers)
     node: Any = step.node
     quantizes = ["quantize"] if step.targets and "quantize" not in step.fused else []
     stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
@@ -95,7 +97,7 @@ def _row(step: Step) -> PlanStep:
     return PlanStep(
         name=stack[-1][0],
         operator=step.name or str(getattr(node.target, "overloadpacket", node.target)),
-        backend=step.backend(),
+        backend=backend,
         fused=(*step.fused, *quantizes),
         shape=tuple(n if isinstance(n, int) else 1 for n in made),
         weight_bytes=sum(constant.nbytes for constant in step.constants() if constant is not None),

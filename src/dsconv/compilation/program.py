@@ -1,4 +1,4 @@
-"""Runs the steps of a network: most in one call of the extension, over one piece of memory; some in PyTorch."""
+"""Runs the steps of a network: most in one call of an executable, over one piece of memory; some in PyTorch."""
 
 import math
 import time
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from dsconv.backends import lowering
 from dsconv.compilation.layouts import are_pixels, fills_vectors, is_dense, lies_in_lines, restrided
 from dsconv.compilation.lowering import Lowered
 from dsconv.compilation.memory import ALIGNMENT, Buffer, place
@@ -16,7 +17,8 @@ from dsconv.compilation.operators import operator_of
 from dsconv.compilation.operators.pytorch import Call
 from dsconv.compilation.values import Quantized, Value
 from dsconv.numerics import ACTIVATION_SIGNS
-from dsconv.ops import cpu
+from dsconv.ops import use_threads
+from dsconv.threads import PyTorchOnOneThread, threads
 
 # Memory of this size stays in the caches; more images at a time would not.
 _CACHED_BYTES = 10 << 20
@@ -29,7 +31,7 @@ class OtherLayout(Exception):
 
 
 class _Segment(NamedTuple):
-    """Steps ``first`` to ``last``, not included: of the extension, or one of PyTorch."""
+    """Steps ``first`` to ``last``, not included: of the executable, or one of PyTorch."""
 
     first: int
     last: int
@@ -41,17 +43,16 @@ class Program:
 
     Attributes:
         steps: in order.
+        backend: what executes them, but for those of PyTorch.
         memory_bytes: of what lies between steps, for one image.
         images_at_once: a larger batch is run in parts of so many, or as many as there are threads; None where it is
             not, for PyTorch computes something that may depend on other images.
     """
 
     def __init__(self, lowered: Lowered, any_batch: bool = True):
-        module = cpu.extension()
-        assert module is not None
+        self.backend, self._executable = lowering()
         self.steps, self.constants = lowered.steps, lowered.constants
         self._input, self._outputs, self._structure = lowered.input, lowered.outputs, lowered.structure
-        self._native = module.Program(cpu.isa())
         self._bases: dict[Value, int] = {}
         self._buffers: dict[Value | Quantized, Buffer] = {}
         self._ids: dict[Value | Quantized, int] = {}
@@ -59,9 +60,9 @@ class Program:
         self._spread = self._find_spread()
         self._plan_memory()
         for step in self.steps:
-            step.add(self._native, self)
+            step.add(self._executable, self)
         self._segments = self._segments_of_calls()
-        # What steps of the extension make outside the memory: the network's outputs.
+        # What steps of the executable make outside the memory: the network's outputs.
         made = {s.result for s in self.steps if s.result in self._bases and not s.in_pytorch}
         self._returns = {v.node: (base, *_layout(v)) for v, base in self._bases.items() if v in made}
         calls = [step for step in self.steps if step.in_pytorch]
@@ -70,7 +71,7 @@ class Program:
         nodes = {n for step in calls for n in (step.node, *step.node.all_input_nodes)}
         nodes.update(node for node in self._outputs if isinstance(node, fx.Node))
         self._strides = {node: s for node in nodes if (s := _strides(node, lowered.batch)) is not None}
-        self.memory_bytes: int = self._native.bytes(1)
+        self.memory_bytes: int = self._executable.bytes(1)
         alone = any_batch and self._treats_images_alone()
         self.images_at_once = _CACHED_BYTES // max(1, self.memory_bytes) if alone else None
         # Values of an image in each tensor that PyTorch computes on vectors.
@@ -87,10 +88,10 @@ class Program:
         Raises:
             OtherLayout: the recorded strides do not hold for this batch or number of threads.
         """
-        with cpu.PyTorchOnOneThread():
+        with PyTorchOnOneThread():
             if self.images_at_once is None or len(x) <= max(1, self.images_at_once):
                 return self._structure(self._run(x, seconds))
-            at_once = max(self.images_at_once, cpu.threads())
+            at_once = max(self.images_at_once, threads())
             batches = {len(x), at_once, len(x) % at_once}
             if not all(fills_vectors(images * size) for images in batches for size in self._by_vectors):
                 return self._structure(self._run(x, seconds))
@@ -160,7 +161,7 @@ class Program:
                 elif not step.in_pytorch:
                     self._bases.setdefault(root, len(self._bases) + 1)
             for quantized in step.quantized_tensors():
-                self._use(quantized, self._quantized_bytes(quantized), index, index)
+                self._use(quantized, self.quantized_bytes(quantized), index, index)
         self._sum_in_place()
         place(list(dict.fromkeys(self._buffers.values())))
 
@@ -184,16 +185,12 @@ class Program:
                 its.use(mine.last)
                 self._buffers[result] = its
 
-    def _quantized_bytes(self, q: Quantized) -> int:
-        module = cpu.extension()
-        assert module is not None
+    def quantized_bytes(self, q: Quantized) -> int:
+        """Return how much memory a quantized tensor takes, for an image."""
         form = q.format
-        size: int = module.Program.quantized_bytes(
-            form.depth, form.block_size, form.groups, (*q.size, *q.pad), form.shift
-        )
-        return size
+        return self._executable.quantized_bytes(form.depth, form.block_size, form.groups, (*q.size, *q.pad), form.shift)
 
-    # Steps of the extension
+    # Steps of the executable
 
     def _segments_of_calls(self) -> list[_Segment]:
         """All steps, with what PyTorch does alone."""
@@ -207,7 +204,7 @@ class Program:
         return segments
 
     def value(self, of: Value | None) -> int:
-        """Return the number of a float32 tensor in the extension's program; -1 of none."""
+        """Return the number of a float32 tensor in the executable; -1 of none."""
         if of is None:
             return -1
         if of not in self._ids:
@@ -219,16 +216,16 @@ class Program:
             strides = (pixel * height * width, 1, width * pixel, pixel)
             if of is self._input and self._nchw:
                 strides = (channels * height * width, height * width, width, 1)
-            self._ids[of] = self._native.values(base, offset, of.first, of.size, strides)
+            self._ids[of] = self._executable.values(base, offset, of.first, of.size, strides)
         return self._ids[of]
 
     def quantized(self, of: Quantized | None) -> int:
-        """Return the number of a quantized tensor in the extension's program; -1 of none."""
+        """Return the number of a quantized tensor in the executable; -1 of none."""
         if of is None:
             return -1
         if of not in self._ids:
             form = of.format
-            self._ids[of] = self._native.quantized(
+            self._ids[of] = self._executable.quantized(
                 self._buffers[of].offset,
                 form.depth,
                 form.block_size,
@@ -249,7 +246,7 @@ class Program:
         env: dict[fx.Node, Any] = {**self.constants, self._input.node: x}
         pixels = x.dim() == 4 and not self._nchw
         own = x.contiguous(memory_format=torch.channels_last) if pixels else x.contiguous()
-        memory = self._memory(self._native.bytes(images))
+        memory = self._memory(self._executable.bytes(images))
         addresses = [0] * (len(self._bases) + 1)
         addresses[0] = memory.data_ptr()
         if self._input in self._bases:
@@ -259,11 +256,11 @@ class Program:
             env[node] = y
             addresses[base] = y.data_ptr()
         kept: dict[Any, Tensor] = {}
-        cpu.use_threads()
+        use_threads()
         for segment in self._segments:
             if segment.call is None:
                 times = 0 if seconds is None else seconds.data_ptr()
-                self._native.run(images, addresses, segment.first, segment.last, times)
+                self._executable.run(images, addresses, segment.first, segment.last, times)
             else:
                 since = time.perf_counter()
                 self._call(segment.call, images, env, kept, memory, addresses)
@@ -282,7 +279,7 @@ class Program:
         memory: Tensor,
         addresses: list[int],
     ) -> None:
-        """A step, by PyTorch; ``kept`` holds tensors in layouts of the model, and what steps of the extension read."""
+        """A step, by PyTorch; ``kept`` holds tensors in layouts of the model, and what steps of the executable read."""
         for value in step.reads_values:
             if value.node not in env:
                 env[value.node] = self._view(value, images, memory)

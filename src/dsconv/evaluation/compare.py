@@ -16,6 +16,7 @@ from dsconv.errors import ModelError
 from dsconv.evaluation.results import Comparison, Evaluation
 from dsconv.evaluation.running import ImagePass, ready, timed_logits
 from dsconv.evaluation.scores import Sums, closeness, score, total_of
+from dsconv.layers import DSLayer
 from dsconv.modes import check_module
 from dsconv.names import OnInterrupt
 from dsconv.numerics import sqnr_db
@@ -172,7 +173,7 @@ def _layer_errors(reference: nn.Module, qmodel: nn.Module, wanted: bool) -> Iter
 
     try:
         for name, layer in qmodel.named_modules() if wanted else ():
-            if hasattr(layer, "vqk"):
+            if isinstance(layer, DSLayer):
                 if name not in originals:
                     raise ModelError(f"The reference has no layer {name!r}: give the network that was quantized.")
                 hooks.append(originals[name].register_forward_hook(lambda _, __, out, name=name: remember(name, out)))

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dsconv.ops import cpu
-from dsconv.ops.cpu import solve_balanced
+from dsconv.ops.arguments import ACTIVATIONS, WEIGHTS, arguments_of, checked_sizes
+from dsconv.ops.native import isa, peak_rate, use_threads
+from dsconv.ops.rounding import solve_balanced
 from dsconv.ops.views import patches, transposed_layout, windows
 
 
@@ -45,4 +47,19 @@ def is_simulated() -> bool:
     return _state.simulated
 
 
-__all__ = ["cpu", "is_simulated", "patches", "simulated", "solve_balanced", "transposed_layout", "windows"]
+__all__ = [
+    "ACTIVATIONS",
+    "WEIGHTS",
+    "arguments_of",
+    "checked_sizes",
+    "cpu",
+    "is_simulated",
+    "isa",
+    "patches",
+    "peak_rate",
+    "simulated",
+    "solve_balanced",
+    "transposed_layout",
+    "use_threads",
+    "windows",
+]

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import dsconv
-from dsconv.ops import cpu
+from dsconv.ops import native
 
-pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])
@@ -40,7 +40,7 @@ def test_of_a_concatenation() -> None:
 
 
 def test_the_extension_refuses_tensors_that_do_not_fit() -> None:
-    module = cpu.extension()
+    module = native.extension()
     one = module.Program("scalar")
 
     def tensor(c: int, h: int, w: int) -> int:

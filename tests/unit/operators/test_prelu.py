@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import dsconv
-from dsconv.ops import cpu
+from dsconv.ops import native
 
-pytestmark = pytest.mark.skipif(cpu.extension() is None, reason="the extension dsconv._C is not built")
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 
 def compiled(net: nn.Module, x: torch.Tensor) -> list[tuple[str, tuple[str, ...]]]:

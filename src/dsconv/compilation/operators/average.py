@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from dsconv.backends import lowering
+from dsconv.backends.base import Executable
 from dsconv.compilation.layouts import lies_in_lines
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
 from dsconv.compilation.values import Value
-from dsconv.ops import cpu
+from dsconv.ops import arguments_of
 
 # The last bits of a sum follow from its order, and that of PyTorch from the lanes of the vectors that it was built for.
 _LANES = (8, 16, 4)
@@ -30,23 +32,24 @@ class Average(Step):
     def sources(self) -> Iterator[Value]:
         yield self.source
 
-    def add(self, native: Any, ids: Ids) -> None:
-        native.average(ids.value(self.source), self.lanes, ids.value(self.result))
+    def add(self, to: Executable, ids: Ids) -> None:
+        to.average(ids.value(self.source), self.lanes, ids.value(self.result))
 
 
 def lanes_of_pytorch(size: tuple[int, int, int]) -> int | None:
-    """With how many lanes an ``Average`` of the extension has the bits of PyTorch's, for images ``(C, H, W)``; or None.
+    """With how many lanes an ``Average`` has the bits of PyTorch's, for images ``(C, H, W)``; or None.
 
     Found by trying, so that another PyTorch with another order goes unharmed.
 
     >>> lanes_of_pytorch((64, 7, 7)) in (None, 4, 8, 16)
     True
     """
-    return _lanes_of_pytorch(size, cpu.isa())
+    backend, _ = lowering()
+    return _lanes_of_pytorch(size, backend.describe())
 
 
 @cache
-def _lanes_of_pytorch(size: tuple[int, int, int], isa: str | None) -> int | None:
+def _lanes_of_pytorch(size: tuple[int, int, int], backend: str) -> int | None:
     channels, height, width = size
     if channels == 1:
         return None  # a sum over all there is, which is cut up among threads
@@ -54,17 +57,15 @@ def _lanes_of_pytorch(size: tuple[int, int, int], isa: str | None) -> int | None
     tried = (1, min(channels, _TRIED), height, width)
     x = torch.randn(tried, generator=generator, dtype=torch.float32, device="cpu")
     expected = x.mean((2, 3)).flatten()
-    return next((lanes for lanes in _LANES if torch.equal(_averages(x, lanes, isa), expected)), None)
+    return next((lanes for lanes in _LANES if torch.equal(_averages(x, lanes), expected)), None)
 
 
-def _averages(x: Tensor, lanes: int, isa: str | None) -> Tensor:
+def _averages(x: Tensor, lanes: int) -> Tensor:
     """Of one image."""
-    module = cpu.extension()
-    assert module is not None
     _, channels, height, width = x.shape
     pixels = x.contiguous(memory_format=torch.channels_last)
     made = torch.empty(channels, dtype=torch.float32, device="cpu")
-    program = module.Program(isa)
+    _, program = lowering()
     source = program.values(1, 0, 0, (channels, height, width), (x.numel(), 1, width * channels, channels))
     program.average(source, lanes, program.values(2, 0, 0, (channels, 1, 1), (channels, 1, channels, channels)))
     program.run(1, [0, pixels.data_ptr(), made.data_ptr()], 0, 1, 0)
@@ -75,7 +76,7 @@ def _average(lowering: Lowering, node: fx.Node) -> Step | None:
     source, result = lowering.value(node.args[0]), lowering.value(node)
     if source is None or result is None or result.size != (source.size[0], 1, 1):
         return None
-    given = cpu.arguments_of(node.target, node.args, node.kwargs)
+    given = arguments_of(node.target, node.args, node.kwargs)
     over_images = sorted(dim % 4 for dim in given.get("dim") or (2, 3)) == [2, 3]
     if source.node.meta["val"].dim() != 4 or not over_images:
         return None

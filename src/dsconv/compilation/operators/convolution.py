@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
+from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, address, register
 from dsconv.compilation.values import Format, Quantized, Value
 from dsconv.numerics import ACTIVATION_SIGNS
-from dsconv.ops import cpu
+from dsconv.ops import WEIGHTS, arguments_of, checked_sizes
 
 
 @dataclass(eq=False, kw_only=True)
@@ -18,7 +19,7 @@ class Convolution(Step):
 
     Attributes:
         arguments: of its operator, by name.
-        sizes: of one image, ``ConvSizes`` of the extension.
+        sizes: of one image (:func:`dsconv.ops.checked_sizes`).
         quantized: its input; None for flattened blocks, which read ``source``.
     """
 
@@ -44,13 +45,19 @@ class Convolution(Step):
     def takes_lines(self) -> bool:
         return not (self.quantized or self.depthwise) and self.residual is None
 
-    def add(self, native: Any, ids: Ids) -> None:
+    def add(self, to: Executable, ids: Ids) -> None:
         given = self.arguments
-        native.convolve(
+        weight, kds, kds_shift, bias, gain, offset = (address(given[name]) for name in WEIGHTS)
+        to.convolve(
             self.sizes,
             ids.value(self.source if self.quantized is None else None),
             ids.quantized(self.quantized),
-            *(address(given[name]) for name in cpu.WEIGHTS),
+            weight,
+            kds,
+            kds_shift,
+            bias,
+            gain,
+            offset,
             given["weight_bits"],
             given["activation_bits"],
             ACTIVATION_SIGNS.index(given["sign"]),
@@ -58,7 +65,7 @@ class Convolution(Step):
         )
 
     def constants(self) -> Sequence[Tensor | None]:
-        return [self.arguments[name] for name in cpu.WEIGHTS]
+        return [self.arguments[name] for name in WEIGHTS]
 
     def macs(self) -> int:
         s = self.sizes
@@ -66,16 +73,16 @@ class Convolution(Step):
 
 
 def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
-    given = cpu.arguments_of(node.target, node.args, node.kwargs)
+    given = arguments_of(node.target, node.args, node.kwargs)
     source, residual, result = (lowering.value(n) for n in (given["x"], given["residual"], node))
     if source is None or result is None or (given["residual"] is not None and residual is None):
         return None
-    for name in cpu.WEIGHTS:
+    for name in WEIGHTS:
         tensor = lowering.constant(given[name])
         if tensor is None and given[name] is not None:
             return None
         given[name] = tensor
-    sizes = cpu.checked_sizes(source.size, given)
+    sizes = checked_sizes(source.size, given)
     groups, flat = sizes.groups, sizes.flat
     depthwise = flat and groups == source.size[0] > 1
     if depthwise and groups != result.size[0]:

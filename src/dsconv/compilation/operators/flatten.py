@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
+from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
 from dsconv.compilation.values import Value
 
@@ -21,8 +22,8 @@ class Flatten(Step):
     def sources(self) -> Iterator[Value]:
         yield self.source
 
-    def add(self, native: Any, ids: Ids) -> None:
-        native.flatten(ids.value(self.source), ids.value(self.result))
+    def add(self, to: Executable, ids: Ids) -> None:
+        to.flatten(ids.value(self.source), ids.value(self.result))
 
 
 def _flatten(lowering: Lowering, node: fx.Node) -> Step | None:

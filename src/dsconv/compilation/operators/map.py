@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from dsconv.backends.base import Executable
 from dsconv.compilation.layouts import in_one_format
 from dsconv.compilation.operators.operator import (
     Ids,
@@ -44,9 +45,9 @@ class Map(Step):
     def takes_lines(self) -> bool:
         return self.result is None
 
-    def add(self, native: Any, ids: Ids) -> None:
+    def add(self, to: Executable, ids: Ids) -> None:
         scale, shift = address(self.scale), address(self.shift)
-        native.map(ids.value(self.source), scale, shift, self.once, ids.value(self.gate), self.uses(ids))
+        to.map(ids.value(self.source), scale, shift, self.once, ids.value(self.gate), self.uses(ids))
 
     def constants(self) -> Sequence[Tensor | None]:
         return self.scale, self.shift

@@ -4,6 +4,7 @@ A file holds the facts about some ATen or ``dsconv`` operators (:func:`register`
 way from a node of a captured graph to such a step. The passes of the compiler ask for these by node.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -11,8 +12,9 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, fx
 
+from dsconv.backends.base import Executable, Uses
 from dsconv.compilation.values import Quantized, Value
-from dsconv.ops import cpu
+from dsconv.ops import ACTIVATIONS
 
 Settings = dict[str, Any]
 """Arguments ``activation`` and ``slope`` of a layer."""
@@ -21,7 +23,7 @@ Constant = Callable[[Any], Tensor | None]
 
 
 class Ids(Protocol):
-    """Numbers of tensors in the extension's program."""
+    """Numbers of tensors in an executable."""
 
     def value(self, of: Value | None) -> int:
         """Return the number of a float32 tensor; -1 of none."""
@@ -84,14 +86,9 @@ class Step:
         """Tell whether its input may lie in lines of channels (NCHW)."""
         return False
 
-    def add(self, native: Any, ids: Ids) -> None:
-        """Append it to the extension's program ``native``."""
+    def add(self, to: Executable, ids: Ids) -> None:
+        """Append it to an executable."""
         raise NotImplementedError
-
-    def backend(self) -> str:
-        """Return what executes it, as the plan says it."""
-        kind = "integers" if self.in_integers else "PyTorch" if self.in_pytorch else "float32"
-        return kind if kind == "PyTorch" else f"{kind} ({cpu.isa()})"
 
     def constants(self) -> Sequence[Tensor | None]:
         """Tensors of the model that it reads."""
@@ -100,6 +97,12 @@ class Step:
     def macs(self) -> int:
         """Multiply-adds for an image; 0 where it is no layer."""
         return 0
+
+    def bytes(self, quantized_bytes: Callable[[Quantized], int]) -> int:
+        """Return how much it reads and writes for an image, constants included, each tensor once."""
+        values = sum(4 * math.prod(value.size) for value in self.float_values())
+        tensors = sum(constant.nbytes for constant in self.constants() if constant is not None)
+        return values + tensors + sum(map(quantized_bytes, self.quantized_tensors()))
 
     def float_values(self) -> Iterator[Value]:
         """Tensors that it reads and writes in float32."""
@@ -115,11 +118,11 @@ class Step:
             yield read
         yield from (quantized for quantized, _ in self.targets)
 
-    def uses(self, ids: Ids) -> tuple[Any, ...]:
-        """Return its result, residual, targets and activation as the extension takes them."""
+    def uses(self, ids: Ids) -> Uses:
+        """Return its result, residual, targets and activation as an executable takes them."""
         result = self.result if self.result is not None and self.result.in_float else None
         targets = [(ids.quantized(quantized), first) for quantized, first in self.targets]
-        activation = cpu.ACTIVATIONS.index(self.activation)
+        activation = ACTIVATIONS.index(self.activation)
         return ids.value(result), ids.value(self.residual), targets, activation, self.slope
 
 

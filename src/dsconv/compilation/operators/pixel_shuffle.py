@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
+from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
 from dsconv.compilation.values import Value
 
@@ -21,8 +22,8 @@ class PixelShuffle(Step):
     def sources(self) -> Iterator[Value]:
         yield self.source
 
-    def add(self, native: Any, ids: Ids) -> None:
-        native.shuffle(ids.value(self.source), self.factor, ids.value(self.result))
+    def add(self, to: Executable, ids: Ids) -> None:
+        to.shuffle(ids.value(self.source), self.factor, ids.value(self.result))
 
 
 def _pixel_shuffle(lowering: Lowering, node: fx.Node) -> Step | None:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
 from dsconv.compilation.values import Value
-from dsconv.ops import cpu
+from dsconv.ops import arguments_of
 
 
 @dataclass(eq=False, kw_only=True)
@@ -25,14 +26,14 @@ class Pool(Step):
     def sources(self) -> Iterator[Value]:
         yield self.source
 
-    def add(self, native: Any, ids: Ids) -> None:
+    def add(self, to: Executable, ids: Ids) -> None:
         assert self.result is not None
         how = (self.window, self.average, self.count_zeros, self.divisor, self.result.size[1:])
-        native.pool(ids.value(self.source), *how, self.uses(ids))
+        to.pool(ids.value(self.source), *how, self.uses(ids))
 
 
 def _pool(lowering: Lowering, node: fx.Node) -> Step | None:
-    given = cpu.arguments_of(node.target, node.args, node.kwargs)
+    given = arguments_of(node.target, node.args, node.kwargs)
     source, result = lowering.value(node.args[0]), lowering.value(node)
     if source is None or result is None or node.meta["val"].dim() != 4:
         return None

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Step, operator_of, register
 from dsconv.compilation.values import Value
 
@@ -38,8 +39,8 @@ class Call(Step):
     def sources(self) -> Iterator[Value]:
         yield from self.reads_values
 
-    def add(self, native: Any, ids: Ids) -> None:
-        native.skip()  # so that both number steps alike
+    def add(self, to: Executable, ids: Ids) -> None:
+        to.skip()  # so that both number steps alike
 
 
 def _converts_nothing(node: fx.Node) -> bool:

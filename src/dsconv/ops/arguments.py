@@ -1,0 +1,219 @@
+"""The arguments of ``dsconv::conv2d`` and ``dsconv::linear``, and what they have to be."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsconv.numerics import ACTIVATION_SIGNS
+from dsconv.ops import native
+
+TOO_LARGE = 1 << 31  # for a size, a stride or a number of anything
+# What a layer reads besides its input, in the order of csrc/bindings.cpp.
+WEIGHTS = ("weight", "kds", "kds_shift", "bias", "gain", "offset")
+# In the order of csrc/kernels/kernels.h, and so is ACTIVATION_SIGNS.
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "silu", "sigmoid")
+
+
+class Geometry(NamedTuple):
+    """The windows of a convolution, in height and width, and its groups."""
+
+    kernel_size: Sequence[int]
+    stride: Sequence[int] = (1, 1)
+    padding: Sequence[int] = (0, 0)
+    dilation: Sequence[int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, size: Sequence[int]) -> list[int]:
+        sides = zip(size, *self[:4], strict=True)
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides]
+
+
+PIXEL = Geometry((1, 1))
+
+
+def sizes_of(x: Sequence[int], outputs: int, geometry: Geometry, block_size: int, flat: bool) -> Any:
+    """Sizes of a convolution of ``x (N, C, H, W)``: a ``ConvSizes`` of the extension."""
+    kernel, stride, padding, dilation, groups = geometry
+    if groups == x[1] > 1 and not flat:  # depthwise: blocks of a tap are flattened blocks of one value
+        flat, block_size = True, 1
+    module = native.extension()
+    assert module is not None
+    (images, channels, height, width), (kernel_h, kernel_w) = x, kernel
+    out_height, out_width = geometry.output_size(x[2:])
+    return module.ConvSizes(
+        images=images,
+        channels=channels,
+        height=height,
+        width=width,
+        outputs=outputs,
+        out_height=out_height,
+        out_width=out_width,
+        kernel_h=kernel_h,
+        kernel_w=kernel_w,
+        stride_h=stride[0],
+        stride_w=stride[1],
+        pad_h=padding[0],
+        pad_w=padding[1],
+        dilation_h=dilation[0],
+        dilation_w=dilation[1],
+        groups=groups,
+        block_size=block_size,
+        flat=flat,
+    )
+
+
+class Shapes(NamedTuple):
+    """The sizes of a call (``ConvSizes`` of the extension), and the output and the weights that belong to it."""
+
+    sizes: Any
+    output: tuple[int, ...]
+    """Height and width."""
+    weights: tuple[tuple[str, torch.dtype, tuple[int]], ...]
+
+
+class Call(NamedTuple):
+    """The arguments of ``conv2d``. Those of ``linear`` are of a convolution with a kernel of one pixel."""
+
+    x: Tensor
+    weight: Tensor
+    kds: Tensor
+    kds_shift: Tensor | None
+    bias: Tensor | None
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    flat: bool
+    outputs: int
+    weight_bits: int
+    activation_bits: int
+    sign: str
+    block_size: int
+    residual: Tensor | None = None
+    activation: str = "none"
+    slope: float = 0.01
+    gain: Tensor | None = None
+    offset: Tensor | None = None
+
+    @property
+    def weights(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.kds, self.kds_shift, self.bias, self.gain, self.offset
+
+    @property
+    def geometry(self) -> Geometry:
+        where = tuple(self.kernel_size), tuple(self.stride), tuple(self.padding), tuple(self.dilation)
+        return Geometry(*where, self.groups)
+
+    def shapes(self, x: tuple[int, ...]) -> Shapes:
+        """Return those for an input of the shape ``x (N, C, H, W)``."""
+        return shapes_of(x, self.outputs, self.geometry, self.block_size, self.flat, self.weight_bits)
+
+
+def linear_call(x: Any, weight: Any, kds: Any, kds_shift: Any, bias: Any, *rest: Any, **named: Any) -> Call:
+    return Call(x, weight, kds, kds_shift, bias, *PIXEL, False, *rest, **named)
+
+
+# Networks make the same few calls over and over.
+@lru_cache(maxsize=4096)
+def shapes_of(
+    x: tuple[int, ...], outputs: int, geometry: Geometry, block_size: int, flat: bool, weight_bits: int
+) -> Shapes:
+    check_bits("conv2d", "weight_bits", weight_bits)
+    check_geometry(x, outputs, geometry)
+    module = native.extension()
+    if module is None:
+        raise RuntimeError("dsconv::conv2d: the extension dsconv._C is not built")
+    sizes = sizes_of(x, outputs, geometry, block_size, flat)
+    weight_bytes, kds_count = module.packed_sizes(sizes, weight_bits)
+    counts = (weight_bytes, kds_count, kds_count, outputs, outputs, outputs)
+    dtypes = (torch.uint8, *[torch.float32] * 5)
+    weights = tuple((name, dtype, (n,)) for name, dtype, n in zip(WEIGHTS, dtypes, counts, strict=True))
+    return Shapes(sizes, (sizes.out_height, sizes.out_width), weights)
+
+
+def addresses_of(name: str, shapes: Shapes, weights: Sequence[Tensor | None]) -> list[int]:
+    """Of weights that are what they have to be; 0 where there are none."""
+    addresses = []
+    for (argument, dtype, shape), value in zip(shapes.weights, weights, strict=True):
+        if value is None:
+            if argument in ("weight", "kds"):  # PyTorch takes None for a tensor
+                raise ValueError(f"dsconv::{name}: {argument}: expected {dtype} {shape}, got None")
+            addresses.append(0)
+            continue
+        strided = value.is_cpu and value.layout is torch.strided
+        if value.dtype != dtype or value.shape != shape or not strided or not value.is_contiguous():
+            raise ValueError(
+                f"dsconv::{name}: {argument}: expected contiguous {dtype} {shape} on the CPU for these settings, "
+                f"got {value.dtype} {tuple(value.shape)} on {value.device}"
+            )
+        addresses.append(value.data_ptr())
+    return addresses
+
+
+def arguments_of(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of an operator by name, those left out with their defaults."""
+    given = {a.name: a.default_value for a in operator._schema.arguments}
+    return given | dict(zip(given, args, strict=False)) | kwargs
+
+
+def checked_sizes(x: tuple[int, int, int], given: dict[str, Any]) -> Any:
+    """Return the ``ConvSizes`` of a call of ``conv2d``, or of ``linear``, on one image of shape ``x``.
+
+    Raises:
+        ValueError: the weights do not belong to such a call.
+    """
+    call = (Call if "flat" in given else linear_call)(**given)
+    shapes = call.shapes((1, *x))
+    addresses_of("conv2d", shapes, call.weights)
+    return shapes.sizes
+
+
+def check_input(name: str, x: Tensor | None, dims: int, *, anywhere: bool = False) -> None:
+    if x is None:  # which PyTorch takes for a tensor
+        raise ValueError(f"dsconv::{name}: expected float32 x of {dims} dimensions, got None")
+    here = anywhere or x.is_cpu
+    if x.dtype != torch.float32 or x.dim() != dims or not here or x.layout is not torch.strided:
+        where = "" if anywhere else " on the CPU"
+        layout = "" if x.layout is torch.strided else f", {x.layout}"
+        raise ValueError(
+            f"dsconv::{name}: expected float32 x of {dims} dimensions{where}, "
+            f"got {x.dtype} {tuple(x.shape)} on {x.device}{layout}"
+        )
+
+
+def check_geometry(x: Sequence[int], outputs: int, geometry: Geometry) -> None:
+    """Check the geometry of a convolution of ``x (N, C, H, W)``."""
+    kernel, stride, padding, dilation, groups = geometry
+    for name, numbers, least in zip(Geometry._fields, geometry[:4], (1, 1, 0, 1), strict=False):
+        if len(numbers) != 2 or not all(least <= n < TOO_LARGE for n in numbers):
+            raise ValueError(
+                f"dsconv::conv2d: {name}: expected two whole numbers of at least {least}, got {tuple(numbers)}"
+            )
+    if groups < 1 or x[1] % groups or not 0 < outputs < TOO_LARGE or outputs % groups:
+        raise ValueError(
+            f"dsconv::conv2d: groups: expected a divisor of {x[1]} channels and {outputs} outputs, got {groups}"
+        )
+    size = geometry.output_size(x[2:])
+    # A compiler may not know the size yet.
+    if all(isinstance(n, int) for n in size) and min(size) < 1 and 0 not in x:
+        raise ValueError(
+            f"dsconv::conv2d: an image of {tuple(x[2:])} with padding {tuple(padding)} is smaller than the "
+            f"kernel {tuple(kernel)} with dilation {tuple(dilation)} (stride {tuple(stride)})"
+        )
+
+
+def check_bits(name: str, argument: str, bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"dsconv::{name}: {argument}: expected 2 to 8 bits, got {bits}")
+
+
+def check_settings(name: str, weight_bits: int, activation_bits: int, sign: str, activation: str) -> None:
+    check_bits(name, "weight_bits", weight_bits)
+    check_bits(name, "activation_bits", activation_bits)
+    for argument, value, known in (("sign", sign, ACTIVATION_SIGNS), ("activation", activation, ACTIVATIONS)):
+        if value not in known:
+            raise ValueError(f"dsconv::{name}: {argument}: expected one of {', '.join(known)}, got {value!r}")

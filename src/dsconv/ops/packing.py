@@ -1,0 +1,82 @@
+"""Weights of a layer as the kernels read them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsconv.config import LayerConfig
+from dsconv.numerics import block_count
+from dsconv.ops import native
+from dsconv.ops.arguments import Geometry, sizes_of
+from dsconv.threads import with_pytorch_on_one_thread
+
+MAX_BLOCK_SIZE = 512
+
+
+class Packed(NamedTuple):
+    """A layer's weight, KDS and shift in the order in which the kernels read them."""
+
+    weight: Tensor
+    kds: Tensor
+    kds_shift: Tensor | None
+
+
+def kernel_block_size(weight_shape: Sequence[int], config: LayerConfig) -> int | None:
+    """Block size as the kernels see it; a single short block is filled up. None where they do not cover it."""
+    taps = torch.Size(weight_shape[2:]).numel()
+    depth = weight_shape[1] * (taps if config.blocks == "flat" else 1)
+    size = config.block_size if block_count(depth, config.block_size) > 1 else -(-depth // 8) * 8
+    return size if size % 8 == 0 and size <= MAX_BLOCK_SIZE else None
+
+
+@with_pytorch_on_one_thread
+def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig, groups: int) -> Packed:
+    """Weights of a covered layer as the kernels read them, on the CPU.
+
+    Args:
+        vqk: int8 ``(O, C/groups, *K)`` with up to two kernel dimensions.
+        kds, kds_shift: ``(O, CB, *K)``, or ``(O, CB)`` for flattened blocks.
+        config: its settings, which the kernels cover (:mod:`dsconv.backends.cpu`).
+        groups: convolution groups.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+    """
+    _check_layer(vqk, kds, kds_shift, config)
+    module = native.extension()
+    block_size = kernel_block_size(vqk.shape, config)
+    assert module is not None
+    assert block_size is not None
+    kernel = [1] * (4 - vqk.dim()) + list(vqk.shape[2:])
+    # Any image will do whose output has a pixel: the packed layout does not depend on it.
+    x = (1, vqk.shape[1] * groups, *kernel)
+    sizes = sizes_of(x, vqk.shape[0], Geometry(kernel, groups=groups), block_size, config.blocks == "flat")
+    weight_bytes, kds_count = module.packed_sizes(sizes, config.weight_bits)
+    vqk = vqk.detach().cpu().contiguous()
+    weight = torch.empty(weight_bytes, dtype=torch.uint8, device="cpu")
+    module.pack_weight(sizes, vqk.data_ptr(), config.weight_bits, weight.data_ptr())
+
+    def packed(scale: Tensor) -> Tensor:
+        scale = scale.detach().cpu().float().contiguous()
+        result = torch.empty(kds_count, dtype=torch.float32, device="cpu")
+        module.pack_kds(sizes, scale.data_ptr(), result.data_ptr())
+        return result
+
+    return Packed(weight, packed(kds), None if kds_shift is None else packed(kds_shift))
+
+
+def _check_layer(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig) -> None:
+    flat = config.blocks == "flat"
+    blocks = block_count(vqk[:1].numel() if flat else vqk.shape[1], config.block_size)
+    shape = (vqk.shape[0], blocks) if flat else (vqk.shape[0], blocks, *vqk.shape[2:])
+    if vqk.dtype != torch.int8:
+        raise ValueError(f"vqk: expected int8, got {vqk.dtype}")
+    half = 1 << (config.weight_bits - 1)
+    low, high = (int(v) for v in vqk.aminmax()) if vqk.numel() else (0, 0)
+    if low < -half or high >= half:
+        raise ValueError(f"vqk: expected {config.weight_bits}-bit integers {-half}..{half - 1}, got {low}..{high}")
+    for name, scale in (("kds", kds), ("kds_shift", kds_shift)):
+        if scale is not None and (scale.shape != shape or not scale.is_floating_point()):
+            raise ValueError(f"{name}: expected floats of shape {shape}, got {scale.dtype} {tuple(scale.shape)}")

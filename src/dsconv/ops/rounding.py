@@ -1,0 +1,35 @@
+"""The rounding of weights by rule ``balanced``, by kernels."""
+
+import torch
+from torch import Tensor
+
+from dsconv.numerics.balanced import Model, solve
+from dsconv.numerics.rounding import HELD
+from dsconv.ops import native
+
+# The kernels' normal equations grow with the square of the taps, and their memory with taps and channels of a block.
+_MOST_TAPS, _MOST_COLUMNS = 128, 1 << 18
+
+
+def solve_balanced(w: Tensor, model: Model, held: Model, half: int, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Do as :func:`dsconv.numerics.balanced.solve`, which defines it, by the kernels where they cover it.
+
+    The kernels sum in another order, the same on every processor. They cover weights on the CPU, of up to 128 taps.
+
+    >>> from dsconv.numerics import quantize_weight
+    >>> w = torch.randn(8, 32, 3, 3)
+    >>> vqk, kds = quantize_weight(w, bits=4, block_size=32, rule="balanced", solver=solve_balanced)
+    """
+    module = native.extension()
+    taps, channels, rows = w.shape
+    if module is None or not w.is_cpu or taps > _MOST_TAPS or taps * channels > _MOST_COLUMNS:
+        return solve(w, model, held, half, shift)
+    w = w.float().contiguous()
+    kinds = max(value.shape[1] for value in (*model, *held))
+    model, held = (Model(*(value.double().expand(-1, kinds).contiguous() for value in of)) for of in (model, held))
+    q = torch.empty(w.shape, dtype=torch.int8, device="cpu")
+    scale, offset = (torch.empty(taps, 1, rows, dtype=torch.float32, device="cpu") for _ in range(2))
+    addresses = [[value.data_ptr() for value in of] for of in ((w,), model, held, (q, scale, offset))]
+    with native.KernelThreads():
+        module.round_balanced(native.isa(), (*w.shape, kinds), half.bit_length(), shift, HELD, *addresses)
+    return q, scale, offset
