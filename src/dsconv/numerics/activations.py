@@ -63,7 +63,7 @@ def quantize_activation(
             [-2]], dtype=torch.int8))
     """
     blocks = _to_blocks(x, bits, block_size, sign, groups)
-    mantissa = _from_blocks(blocks.mantissa.to(torch.int8), x.shape, groups)
+    mantissa = join_blocks(blocks.mantissa.to(torch.int8), x.shape, groups)
     return mantissa, blocks.exponent.to(torch.int8)
 
 
@@ -82,9 +82,9 @@ def dequantize_activation(mantissa: Tensor, exponent: Tensor, block_size: int, *
     expected = (mantissa.shape[0], groups * block_count(channels, block_size), *mantissa.shape[2:])
     if exponent.shape != expected:
         raise ValueError(f"exponent: expected shape {expected}, got {tuple(exponent.shape)}")
-    split = _split(mantissa.float(), block_size, groups)
-    value = _scaled(split, exponent.int().unsqueeze(2))
-    return _from_blocks(value, mantissa.shape, groups)
+    split = split_blocks(mantissa.float(), block_size, groups)
+    value = scaled(split, exponent.int().unsqueeze(2))
+    return join_blocks(value, mantissa.shape, groups)
 
 
 def fake_quantize_activation(
@@ -100,12 +100,12 @@ def fake_quantize_activation(
     """
     with torch.no_grad():
         blocks = _to_blocks(x, bits, block_size, sign, groups)
-        value = _from_blocks(_scaled(blocks.mantissa, blocks.exponent.unsqueeze(2)), x.shape, groups)
+        value = join_blocks(scaled(blocks.mantissa, blocks.exponent.unsqueeze(2)), x.shape, groups)
     # x - x is 0 and carries the gradient; in a block that is not finite it is NaN, as the value is.
     return value + (x.float() - x.detach().float()) if torch.is_grad_enabled() and x.requires_grad else value
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """``mantissa`` ``(N, groups * CB, size, *S)``, float; ``exponent`` ``(N, groups * CB, *S)``, int32."""
 
     mantissa: Tensor
@@ -128,30 +128,40 @@ def check_activation(x: Tensor, bits: int, block_size: int, sign: str, groups: i
     _check(x, block_size, groups)
 
 
-def _to_blocks(x: Tensor, bits: int, block_size: int, sign: str, groups: int) -> _Blocks:
+def _to_blocks(x: Tensor, bits: int, block_size: int, sign: str, groups: int) -> Blocks:
     check_activation(x, bits, block_size, sign, groups)
-    split = _split(x.detach().float(), block_size, groups)
+    split = split_blocks(x.detach().float(), block_size, groups)
+    negative = split.amin(2) < 0
+    if bits == 8 or sign == "included":
+        m = torch.full_like(negative, bits - 1, dtype=torch.int32)
+    elif sign == "extra":
+        m = torch.full_like(negative, bits, dtype=torch.int32)
+    else:
+        m = bits - negative.int()
+    blocks = round_blocks(split, m)
+    if sign == "extra":
+        limit = ((1 << m) - 1).float().unsqueeze(2)
+        blocks = blocks._replace(mantissa=torch.maximum(blocks.mantissa, -limit))
+    return blocks
+
+
+def round_blocks(split: Tensor, m: Tensor) -> Blocks:
+    """Mantissas of ``m`` magnitude bits and exponents of blocks ``(N, CB, size, *S)``, ``m`` int32 ``(N, CB, *S)``.
+
+    Mantissas are at most ``2^m - 1`` and at least ``-2^m``.
+    """
     low, high = split.aminmax(dim=2)
     largest = torch.maximum(high, -low)
     finite = torch.isfinite(largest)
     used = finite & (largest >= SMALLEST)
     # frexp gives 0.5 <= |fraction| < 1, hence the 1: exact, where a floating-point log2 is not.
     magnitude_exponent = torch.frexp(torch.where(used, largest, 1.0)).exponent - 1
-    if bits == 8 or sign == "included":
-        m = torch.full_like(magnitude_exponent, bits - 1)
-    elif sign == "extra":
-        m = torch.full_like(magnitude_exponent, bits)
-    else:
-        m = bits - (low < 0).to(magnitude_exponent.dtype)
     exponent = torch.where(used, magnitude_exponent - m + 1, 0)
-    limit = ((1 << m) - 1).float().unsqueeze(2)
     # Twice half the power of two, because 2^-127 would be subnormal and may be flushed to zero.
     mantissa = (split * 0.5) * _power_of_two(1 - exponent).unsqueeze(2)
-    mantissa = torch.minimum(mantissa.round(), limit)
-    if sign == "extra":
-        mantissa = torch.maximum(mantissa, -limit)
+    mantissa = torch.minimum(mantissa.round(), ((1 << m) - 1).float().unsqueeze(2))
     mantissa = torch.where(used.unsqueeze(2), mantissa, 0.0)
-    return _Blocks(mantissa, torch.where(finite, exponent, NONFINITE))
+    return Blocks(mantissa, torch.where(finite, exponent, NONFINITE))
 
 
 def _check(x: Tensor, block_size: int, groups: int) -> None:
@@ -162,8 +172,8 @@ def _check(x: Tensor, block_size: int, groups: int) -> None:
         raise ValueError(f"groups: expected a divisor of the {x.shape[1]} channels, got {groups}")
 
 
-def _split(x: Tensor, block_size: int, groups: int) -> Tensor:
-    """``(N, C, *S)`` to ``(N, groups * CB, size, *S)``, zeros filling the last block of a group."""
+def split_blocks(x: Tensor, block_size: int, groups: int) -> Tensor:
+    """Return ``(N, C, *S)`` as ``(N, groups * CB, size, *S)``, zeros filling the last block of a group."""
     channels = x.shape[1] // groups
     size = max(1, min(block_size, channels))
     blocks = block_count(channels, size)
@@ -173,8 +183,8 @@ def _split(x: Tensor, block_size: int, groups: int) -> Tensor:
     return torch.unflatten(x, 1, (groups * blocks, size))
 
 
-def _from_blocks(blocks: Tensor, shape: torch.Size, groups: int) -> Tensor:
-    """Inverse of :func:`_split`."""
+def join_blocks(blocks: Tensor, shape: torch.Size, groups: int) -> Tensor:
+    """Inverse of :func:`split_blocks`."""
     channels = shape[1] // groups
     if blocks.shape[1] * blocks.shape[2] == shape[1]:
         return blocks.flatten(1, 2)
@@ -186,8 +196,8 @@ def _power_of_two(n: Tensor) -> Tensor:
     return ((n.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-def _scaled(mantissa: Tensor, exponent: Tensor) -> Tensor:
-    """``mantissa * 2^exponent``, NaN where the exponent is NONFINITE."""
+def scaled(mantissa: Tensor, exponent: Tensor) -> Tensor:
+    """Return ``mantissa * 2^exponent``, NaN where the exponent is NONFINITE."""
     nonfinite = exponent == NONFINITE
     value = mantissa * _power_of_two(torch.where(nonfinite, 0, exponent))
     return torch.where(nonfinite, torch.nan, value)

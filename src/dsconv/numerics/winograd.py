@@ -1,0 +1,265 @@
+"""3x3 convolutions by Winograd's F(2x2, 3x3) in integers: 16 products for 4 outputs, where a direct one takes 36.
+
+An output tile of 2x2 pixels is ``A' M A`` with ``M[p] = sum over channels of U[p] * V[p]`` at 16 positions ``p``,
+``U = G g G'`` of the kernel and ``V = B' d B`` of the 4x4 pixels that the tile reads (Lavin and Gray, "Fast Algorithms
+for Convolutional Neural Networks", CVPR 2016). The products are of integers here: ``U`` is rounded once, when a layer
+is packed, with a scale for each position, output and block; ``V`` is rounded to 8 bits, with an exponent for each
+position, tile and block.
+
+Positions are numbered row by row, and lie in one dimension of 16.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsconv.numerics.activations import NONFINITE, join_blocks, round_blocks, scaled, split_blocks
+from dsconv.numerics.reference import Reference
+from dsconv.numerics.weights import block_count, check_block_size
+
+TILE = 2
+"""Output pixels of a tile in height and width."""
+POSITIONS = (TILE + 2) ** 2
+_CENTRE = 5  # the position that adds up four pixels: no value there is negative behind a ReLU
+MOST = 127
+"""The largest magnitude of an integer of ``U``."""
+MOST_OF_LANE = 128
+"""What the integers of ``U`` of one sign that meet in a lane sum up to at most: 255 times that fits 16 bits."""
+# Channels that meet in two lanes of 16 bits, those of each in pairs.
+_LANE_CHANNELS, _LANES = 8, 2
+_FINER = 1.01  # by how much a scale grows while rounding leaves a lane too full
+
+
+class WinogradWeight(NamedTuple):
+    """``integers`` int8 ``(16, O, C)`` and ``scale`` float32 ``(16, O, CB)``: ``U`` is near their product."""
+
+    integers: Tensor
+    scale: Tensor
+
+
+def winograd_weight(w: Tensor, block_size: int) -> WinogradWeight:
+    """Round the transformed kernel ``U = G g G'`` to integers, of 7 bits and a little more.
+
+    Per position, output and block the scale is the smallest at which no integer is beyond 127, and those of one sign
+    in a lane sum up to 128 at most. A lane is what instructions for bytes sum up in 16 bits: of eight channels of a
+    block that follow one another, the first, second, fifth and sixth, or the other four.
+
+    Every operation is rounded by itself, so that the integers are the same on every machine.
+
+    Args:
+        w: float32 weight ``(O, C, 3, 3)``.
+        block_size: input channels that share a scale, >= 1.
+
+    Raises:
+        ValueError: ``w`` has another shape, or ``block_size`` is below 1.
+
+    >>> integers, scale = winograd_weight(torch.ones(1, 1, 3, 3), block_size=8)
+    >>> (integers * scale).view(4, 4)
+    tensor([[1.0000, 1.5000, 0.5000, 1.0000],
+            [1.5000, 2.2500, 0.7500, 1.5000],
+            [0.5000, 0.7500, 0.2500, 0.5000],
+            [1.0000, 1.5000, 0.5000, 1.0000]])
+    """
+    check_block_size(block_size)
+    if w.dim() != 4 or w.shape[2:] != (3, 3):
+        raise ValueError(f"w: expected a weight (O, C, 3, 3), got {tuple(w.shape)}")
+    rows = _kernel_side(_kernel_side(w.double(), 2), 3).float()  # (O, C, 4, 4)
+    split = split_blocks(rows.flatten(2).permute(2, 0, 1).flatten(0, 1), block_size, 1)  # (16 * O, CB, size)
+    lanes = _lanes(split)
+    scale = torch.maximum(split.abs().amax(2) / MOST, _fullest(lanes) / MOST_OF_LANE)
+    scale = torch.where(scale > 0, scale, 1.0)
+    q = _rounded(split, scale)
+    while bool((full := _fullest(_lanes(q)) > MOST_OF_LANE).any()):
+        scale = torch.where(full, scale * _FINER, scale)
+        q[full] = _rounded(split[full], scale[full])
+    integers = join_blocks(q, torch.Size((len(q), w.shape[1])), 1).to(torch.int8)
+    return WinogradWeight(integers.view(POSITIONS, *w.shape[:2]), scale.view(POSITIONS, len(w), -1))
+
+
+def dequantize_winograd_weight(weight: WinogradWeight, block_size: int) -> Tensor:
+    """Return the float32 ``U (16, O, C)`` that integers and scales stand for."""
+    channels = weight.integers.shape[2]
+    return weight.integers * weight.scale.repeat_interleave(block_size, 2)[:, :, :channels]
+
+
+def winograd_input(x: Tensor, padding: tuple[int, int]) -> Tensor:
+    """Transform the tiles that a convolution reads: ``V = B' d B``, float32 ``(N, C, 16, TH, TW)``.
+
+    Rows come first; each of the two sums or differences of a value is rounded by itself.
+
+    Args:
+        x: ``(N, C, H, W)``, read as float32.
+        padding: zeros on both sides of height and width. Beyond them tiles that stand out of the output read zeros.
+
+    >>> winograd_input(torch.ones(1, 1, 4, 4), (0, 0)).view(4, 4)
+    tensor([[0., 0., 0., 0.],
+            [0., 4., 0., 0.],
+            [0., 0., 0., 0.],
+            [0., 0., 0., 0.]])
+    """
+    sides = [n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True)]
+    tall, wide = (block_count(n, TILE) for n in sides)
+    (height, width), (top, left) = x.shape[2:], padding
+    below, right = tall * TILE + 2 - height - top, wide * TILE + 2 - width - left
+    padded = F.pad(x.float(), (left, right, top, below))
+    rows = _input_side(padded, 2, tall)  # (N, C, 4, TH, W)
+    return _input_side(rows, 4, wide).transpose(3, 4).flatten(2, 3)
+
+
+def quantize_winograd_input(v: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Round the transformed tiles: mantissas of 8 bits, an exponent for each position, tile and block.
+
+    As :func:`dsconv.numerics.quantize_activation` at 8 bits; but where no value of a block is negative at the position
+    that adds up four pixels, its mantissas are 0 to 255.
+
+    Args:
+        v: float32 ``(N, C, 16, TH, TW)`` of :func:`winograd_input`.
+        block_size: channels that share an exponent, >= 1.
+
+    Returns:
+        Mantissas int16 of the shape of ``v`` and exponents int8 ``(N, CB, 16, TH, TW)``. A block that holds a NaN or an
+        infinity, as sums beyond float32's range are, has mantissas 0 and the exponent :data:`NONFINITE`.
+
+    >>> v = winograd_input(torch.tensor([[1.0, 2, 3, 4]]).repeat(4, 1)[None, None], (0, 0))
+    >>> mantissa, exponent = quantize_winograd_input(v, block_size=8)
+    >>> (mantissa * 2.0**exponent).view(4, 4)[1]
+    tensor([-4., 10.,  2., -4.])
+    """
+    mantissa, exponent = _round_tiles(v, block_size)
+    return join_blocks(mantissa, v.shape, 1).to(torch.int16), exponent.to(torch.int8)
+
+
+def winograd_output(m: Tensor, size: tuple[int, int]) -> Tensor:
+    """Transform sums back: ``A' M A`` of ``m (N, O, 16, TH, TW)``, cut to ``size``: ``(N, O, *size)``.
+
+    Rows come first. The first of two outputs is ``m0 + (m1 + m2)``, the second ``(m1 - m2) - m3``.
+    """
+    tiles = torch.unflatten(m, 2, (4, 4))  # (N, O, 4, 4, TH, TW)
+    pixels = _output_side(_output_side(tiles, 2), 3).permute(0, 1, 4, 2, 5, 3)
+    return pixels.flatten(4, 5).flatten(2, 3)[:, :, : size[0], : size[1]]
+
+
+def winograd_conv(x: Tensor, u: Tensor, bias: Tensor | None, padding: tuple[int, int], block_size: int) -> Tensor:
+    """Simulate the layer in float32, differentiably: the gradient passes through the rounding of ``V``.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        u: float32 ``(16, O, C)``, the integers of ``U`` times their scales.
+        bias: ``(O,)`` or None.
+        padding: zeros on both sides of height and width.
+        block_size: input channels that share a scale or an exponent.
+
+    Returns:
+        Float32 ``(N, O, H + 2 * padding - 2, W + 2 * padding - 2)``.
+    """
+    v = winograd_input(x, padding)
+    with torch.no_grad():
+        mantissa, exponent = _round_tiles(v, block_size)
+        value = join_blocks(scaled(mantissa, exponent.unsqueeze(2)), v.shape, 1)
+    if torch.is_grad_enabled() and v.requires_grad:
+        value = value + (v - v.detach())
+    m = torch.einsum("poc,ncphw->nophw", u, value)
+    y = winograd_output(m, _output_size(x, padding))
+    return y if bias is None else y + bias.float().view(1, -1, 1, 1)
+
+
+def reference_winograd(
+    mantissa: Tensor,
+    exponent: Tensor,
+    weight: WinogradWeight,
+    block_size: int,
+    size: tuple[int, int],
+    *,
+    bias: Tensor | None = None,
+) -> Reference:
+    """Compute the layer with sums of a block in int64, and all others in float64.
+
+    Args:
+        mantissa, exponent: of :func:`quantize_winograd_input` with the same ``block_size``.
+        weight: of :func:`winograd_weight` with it.
+        size: height and width of the output.
+        bias: ``(O,)`` or None.
+
+    Returns:
+        ``output`` float64 ``(N, O, *size)``; ``bound`` is ``(CB + 5) * 2^-24`` times the sum of what is added up for an
+        output, without signs: of ``CB`` blocks, four more sums of the transform, and the bias.
+    """
+    images, channels, _, *tiles = mantissa.shape
+    m = torch.zeros(images, weight.integers.shape[1], POSITIONS, *tiles, dtype=torch.float64)
+    total, blocks = torch.zeros_like(m), block_count(channels, block_size)
+    for block in range(blocks):
+        part, e = slice(block * block_size, (block + 1) * block_size), exponent[:, block].long()
+        power = torch.where(e == NONFINITE, torch.nan, torch.ldexp(torch.ones_like(e, dtype=torch.float64), e))
+        sums = torch.einsum("poc,ncphw->nophw", weight.integers[:, :, part].long(), mantissa[:, part].long())
+        scale = weight.scale[:, :, block].double().T[None, :, :, None, None]
+        term = scale * power.unsqueeze(1) * sums.double()
+        m += term
+        total += term.abs()
+    output, bound = winograd_output(m, size), _sums_without_signs(total, size)
+    if bias is not None:
+        term = bias.double().view(1, -1, 1, 1)
+        output, bound = output + term, bound + term.abs()
+    return Reference(output, (blocks + 5) * 2.0**-24 * bound)
+
+
+def _output_size(x: Tensor, padding: tuple[int, int]) -> tuple[int, int]:
+    return x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2
+
+
+def _kernel_side(g: Tensor, dim: int) -> Tensor:
+    """``G`` along a dimension of three, which becomes one of four."""
+    first, middle, last = g.unbind(dim)
+    outer = first + last
+    return torch.stack([first, (outer + middle) * 0.5, (outer - middle) * 0.5, last], dim)
+
+
+def _input_side(d: Tensor, dim: int, tiles: int) -> Tensor:
+    """``B'`` along a dimension that holds tiles two apart, which becomes one of four and one of tiles."""
+    d0, d1, d2, d3 = (d.narrow(dim, i, 2 * tiles - 1)[(slice(None),) * dim + (slice(None, None, 2),)] for i in range(4))
+    return torch.stack([d0 - d2, d1 + d2, d2 - d1, d1 - d3], dim)
+
+
+def _output_side(m: Tensor, dim: int) -> Tensor:
+    """``A'`` along a dimension of four, which becomes one of two."""
+    m0, m1, m2, m3 = m.unbind(dim)
+    return torch.stack([m0 + (m1 + m2), (m1 - m2) - m3], dim)
+
+
+def _sums_without_signs(total: Tensor, size: tuple[int, int]) -> Tensor:
+    tiles = torch.unflatten(total, 2, (4, 4))
+    for dim in (2, 3):
+        t0, t1, t2, t3 = tiles.unbind(dim)
+        tiles = torch.stack([t0 + t1 + t2, t1 + t2 + t3], dim)
+    return tiles.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)[:, :, : size[0], : size[1]]
+
+
+def _round_tiles(v: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    check_block_size(block_size)
+    split = split_blocks(v.detach(), block_size, 1)
+    m = torch.full((split.shape[0], split.shape[1], *split.shape[3:]), 7, dtype=torch.int32, device=v.device)
+    m[:, :, _CENTRE] += (split[:, :, :, _CENTRE].amin(2) >= 0).int()
+    return round_blocks(split, m)
+
+
+def _rounded(split: Tensor, scale: Tensor) -> Tensor:
+    return (split / scale.unsqueeze(-1)).round().clamp(-MOST, MOST)
+
+
+def _lanes(split: Tensor) -> Tensor:
+    """Return ``(..., size)`` as ``(..., eights, 2, 2, 2)``: the last but one dimension is that of lanes."""
+    missing = -split.shape[-1] % _LANE_CHANNELS
+    return torch.unflatten(F.pad(split, (0, missing)), -1, (-1, _LANE_CHANNELS // 4, _LANES, 2))
+
+
+def _fullest(lanes: Tensor) -> Tensor:
+    """Return the largest sum of values of one sign in a lane, added up in order."""
+    largest = torch.zeros(lanes.shape[:-4], dtype=lanes.dtype, device=lanes.device)
+    for values in (lanes.clamp(min=0), (-lanes).clamp(min=0)):
+        pairs = values[..., 0] + values[..., 1]
+        first, *others = pairs.unbind(-2)
+        for other in others:
+            first = first + other
+        largest = torch.maximum(largest, first.flatten(-2).amax(-1))
+    return largest
