@@ -154,19 +154,19 @@ void bind_sizes(nb::module_& m) {
       "__init__",
       [](ConvSizes* self, Size images, Size channels, Size height, Size width, Size outputs, Size out_height, Size out_width,
          Size kernel_h, Size kernel_w, Size stride_h, Size stride_w, Size pad_h, Size pad_w, Size dilation_h, Size dilation_w,
-         Size groups, Size block_size, bool flat) {
-        const ConvSizes g{images,   channels, height, width, outputs,    out_height, out_width, kernel_h,   kernel_w,
-                          stride_h, stride_w, pad_h,  pad_w, dilation_h, dilation_w, groups,    block_size, flat};
+         Size groups, Size block_size, bool flat, bool winograd) {
+        const ConvSizes g{images,   channels, height, width,      outputs,    out_height, out_width,  kernel_h, kernel_w, stride_h,
+                          stride_w, pad_h,    pad_w,  dilation_h, dilation_w, groups,     block_size, flat,     winograd};
         if (!g.valid()) throw std::invalid_argument("the sizes of the convolution do not agree");
         new (self) ConvSizes(g);
       },
       nb::kw_only(), "images"_a, "channels"_a, "height"_a, "width"_a, "outputs"_a, "out_height"_a, "out_width"_a, "kernel_h"_a,
       "kernel_w"_a, "stride_h"_a, "stride_w"_a, "pad_h"_a, "pad_w"_a, "dilation_h"_a, "dilation_w"_a, "groups"_a, "block_size"_a,
-      "flat"_a);
+      "flat"_a, "winograd"_a = false);
   for (const auto& [name, member] : kSizes) sizes.def_ro(name, member);
-  sizes.def_ro("flat", &ConvSizes::flat);
+  sizes.def_ro("flat", &ConvSizes::flat).def_ro("winograd", &ConvSizes::winograd);
   sizes.def(nb::self == nb::self).def("__hash__", [](const ConvSizes& self) {
-    std::size_t hash = self.flat;
+    std::size_t hash = 2 * self.flat + self.winograd;
     for (const auto& [name, member] : kSizes) hash = hash * 1000003 + static_cast<std::size_t>(self.*member);
     return hash;
   });

@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <numeric>
-#include <optional>
 #include <vector>
 
 #include "../isa/list.h"
 #include "../parallel.h"
 #include "../scratch.h"
 #include "line_buffer.h"
+#include "outputs.h"
 
 namespace dsconv {
 namespace {
@@ -16,25 +16,15 @@ namespace {
 constexpr std::int64_t kTasks = 32;      // enough to balance the threads
 constexpr std::int64_t kWindows = 1024;  // outputs of a task that quantizes their windows
 
-// Returns how many outputs of a group are finished before any is quantized: such that they are whole blocks of all
-// targets.
-std::int64_t unit_of(const ConvSizes& g, std::span<const QuantizedTarget> targets) {
-  std::int64_t unit = kNR;
-  for (const QuantizedTarget& target : targets) unit = std::lcm(unit, target.tensor.format().layout.block_size);
-  return std::min(unit, g.panel_pairs() * kNR);
-}
-
-// The tasks of a convolution: dot products and epilogues of some pixels times some outputs.
-class DotTasks {
+// The tasks of a direct convolution: dot products of some pixels times some outputs.
+class DotTasks : OutputTasks {
  public:
   DotTasks(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Output& o, std::int64_t line)
-      : units(ceil_div(g.group_outputs(), unit_of(g, o.targets))), g_(g), l_(l), kernels_(kernels), o_(o),
-        unit_(unit_of(g, o.targets)), tap_row_(g.taps(), 0) {
+      : OutputTasks(g, l, kernels, o), tap_row_(g.taps(), 0) {
     for (std::int64_t k = 0; k < g.taps() && !g.flat; ++k)
       tap_row_[k] = k / g.kernel_w * g.dilation_h * line + k % g.kernel_w * g.dilation_w;
   }
-
-  const std::int64_t units;  // of the outputs of a group
+  using OutputTasks::units;
 
   // Computes outputs of some units of a group at pixels `first` to `end`, kMaxTaskPixels at most. Their first taps lie
   // in rows `row_stride` apart in a line, from row_of(image, y, x) on.
@@ -43,21 +33,16 @@ class DotTasks {
            std::int64_t end, std::int64_t begin_unit, std::int64_t end_unit) const {
     Pixels px;
     px.group = group, px.count = static_cast<int>(end - first);
-    pixel_offsets(first, px.count, g_.out_height, g_.out_width, row_stride, row_of, px.row);
-    locate_outputs(first, px);
-    DotArgs dot = dot_args(rows, px);
-    const std::int64_t sums = px.count * ceil_div(unit_, kNR) * kNR, kept = o_.values ? 0 : px.count * unit_;
-    const std::int64_t targets = o_.targets.size();
+    std::int64_t row[kMaxTaskPixels];  // of each pixel's first tap
+    pixel_offsets(first, px.count, g_.out_height, g_.out_width, row_stride, row_of, row);
+    DotArgs dot = dot_args(rows, px, row);
     const std::int64_t needed = kernels_.workspace_bytes ? kernels_.workspace_bytes(dot) : 0;
     struct User;
     using Mine = Scratch<User>;
-    Mine scratch(Mine::template size<std::uint8_t>(needed) + Mine::template size<float>(sums) + Mine::template size<float>(kept) +
-                 Mine::template size<std::int64_t>(targets * px.count));
+    Mine scratch(Mine::template size<std::uint8_t>(needed) + bytes<Mine>(px));
     dot.workspace = scratch.template take<std::uint8_t>(needed);
-    px.sums = scratch.template take<float>(sums);
-    px.finished = scratch.template take<float>(kept);
-    px.target_row = scratch.template take<std::int64_t>(targets * px.count);
-    for (std::int64_t i = 0; i < targets; ++i) o_.targets[i].tensor.rows_of(first, px.count, px.target_row + i * px.count);
+    take(scratch, px);
+    locate(first, px.count, 0, px);
     for (std::int64_t u = begin_unit; u < end_unit; ++u) {
       const Unit unit = unit_at(px, u);
       sum(px, unit, dot);
@@ -66,51 +51,17 @@ class DotTasks {
   }
 
  private:
-  // The pixels of a task, and its memory.
-  struct Pixels {
-    std::int64_t group;
-    int count;
-    std::int64_t row[kMaxTaskPixels];             // of each pixel's first tap
-    std::int64_t place[kMaxTaskPixels];           // of its outputs
-    std::int64_t residual_place[kMaxTaskPixels];  // of its residuals
-    float *sums, *finished;                       // of a unit; outputs that are not kept as floats
-    std::int64_t* target_row;                     // [targets][count]
-  };
-  // Outputs `begin` to `end` of a group, and their place in the output tensor.
-  struct Unit {
-    std::int64_t begin, end;
-    float* values;
-  };
-
-  void locate_outputs(std::int64_t first, Pixels& px) const {
-    const auto locate = [&](const Strides& s, std::int64_t* to) {
-      const auto of_line = [&s](std::int64_t image, std::int64_t y, std::int64_t x) { return image * s.image + y * s.y + x * s.x; };
-      pixel_offsets(first, px.count, g_.out_height, g_.out_width, s.x, of_line, to);
-    };
-    if (o_.residual.values) locate(o_.residual.strides, px.residual_place);
-    if (o_.values) return locate(o_.strides, px.place);
-    for (int p = 0; p < px.count; ++p) px.place[p] = p * unit_;
-  }
-
   // Returns the part of the arguments that all units share.
-  DotArgs dot_args(const QuantizedRows& rows, const Pixels& px) const {
+  DotArgs dot_args(const QuantizedRows& rows, const Pixels& px, const std::int64_t* row) const {
     DotArgs a{};
     a.rows = rows;
     a.octets = static_cast<int>(g_.layout().octets()), a.last_octets = static_cast<int>(g_.layout().last_octets());
     a.panel_bytes = g_.panel_bytes(l_.wide), a.panels = 2;
     a.max_mantissa = max_mantissa(l_.activation_bits);
-    a.row = px.row, a.pixels = px.count;
+    a.row = row, a.pixels = px.count;
     a.tap_row = tap_row_.data(), a.taps = static_cast<int>(g_.taps());
     a.prefetch_place = o_.residual.values ? px.residual_place : px.place;
     return a;
-  }
-
-  std::int64_t channel_stride() const { return o_.values ? o_.strides.channel : 1; }
-  std::int64_t pixel_stride() const { return o_.values ? o_.strides.x : unit_; }
-
-  Unit unit_at(const Pixels& px, std::int64_t u) const {
-    const std::int64_t begin = u * unit_, end = std::min(g_.group_outputs(), begin + unit_);
-    return {begin, end, o_.values ? o_.values + (px.group * g_.group_outputs() + begin) * channel_stride() : px.finished};
   }
 
   void sum(const Pixels& px, const Unit& unit, DotArgs& a) const {
@@ -130,51 +81,6 @@ class DotTasks {
     }
   }
 
-  void finish(const Pixels& px, const Unit& unit) const {
-    // Outputs that lie far apart are quantized some pixels at a time, while they are still in the first cache.
-    const int together = o_.values && !o_.targets.empty() ? kMaxLanes : px.count;
-    std::optional<QuantizeArgs> block = block_of(px, unit);
-    for (int p = 0; p < px.count; p += together) {
-      const int count = std::min(together, px.count - p);
-      const auto outputs = [&](std::int64_t from, std::int64_t end) {
-        const std::int64_t output = px.group * g_.group_outputs() + from;
-        EpilogueArgs a{};
-        a.sums = px.sums + (from - unit.begin) * px.count + p * kNR, a.pixels = count, a.outputs = static_cast<int>(end - from);
-        a.place = px.place + p, a.residual_place = px.residual_place + p, a.channel_stride = channel_stride();
-        a.post = l_.post.from(output);
-        if (o_.residual.values) a.residual = o_.residual.values + output * o_.residual.strides.channel;
-        a.output = unit.values + (from - unit.begin) * channel_stride();
-        return a;
-      };
-      if (block) {
-        block->row = px.target_row + p, block->pixels = count;
-        if (kernels_.vector.epilogue_quantize(outputs(unit.begin, unit.end), px.count * kNR, *block, pixel_stride())) continue;
-      }
-      for (std::int64_t from = unit.begin; from < unit.end; from += kNR)
-        kernels_.vector.epilogue(outputs(from, std::min<std::int64_t>(from + kNR, unit.end)));
-      const std::int64_t group_first = px.group * g_.group_outputs();
-      for (std::size_t i = 0; i < o_.targets.size(); ++i)
-        quantize_into(o_.targets[i], kernels_, unit.values + px.place[p], pixel_stride(), px.target_row + i * px.count + p, count,
-                      group_first + unit.begin, group_first + unit.end);
-    }
-  }
-
-  // Returns the block of the only target that a unit is, if it is one; of no pixels yet.
-  std::optional<QuantizeArgs> block_of(const Pixels& px, const Unit& unit) const {
-    if (o_.targets.size() != 1 || (o_.values && o_.strides.channel != 1)) return {};
-    const QuantizedTarget& target = o_.targets.front();
-    const BlockLayout& layout = target.tensor.format().layout;
-    const std::int64_t channel = target.first + px.group * g_.group_outputs() + unit.begin;
-    const std::int64_t block = channel % layout.depth / layout.block_size;
-    if (layout.size(block) != unit.end - unit.begin) return {};
-    return quantize_args(target.tensor, channel / layout.depth, block, px.target_row, 0);
-  }
-
-  const ConvSizes& g_;
-  const Layer& l_;
-  const Kernels& kernels_;
-  const Output& o_;
-  const std::int64_t unit_;
   std::vector<std::int64_t> tap_row_;
 };
 
@@ -255,6 +161,7 @@ void convolve(const ConvSizes& whole, const Layer& l, const Kernels& kernels, co
   Input input = whole_input;
   if (g.depthwise()) return convolve_depthwise(g, l, kernels, input, o);
   if (g.flat) return convolve_flat(g, l, kernels, input, o);
+  if (g.winograd) return convolve_winograd(g, l, kernels, input, o);
   if (g.kernel_size() == 1 && !g.pad_h && !g.pad_w) {
     // Pixels that a strided 1x1 convolution skips need not be quantized.
     input.strides.y *= g.stride_h, input.strides.x *= g.stride_w;

@@ -35,7 +35,7 @@ struct Output {
   std::span<const QuantizedTarget> targets;  // the outputs are whole blocks of them
 };
 
-// Packs vqk (outputs, channels / groups, kernel_h, kernel_w) to panels; wide where it has more than 4 bits.
+// Packs vqk (outputs, channels / groups, taps) to panels; wide where it has more than 4 bits.
 void pack_weight(const ConvSizes&, const std::int8_t* vqk, int bits, std::uint8_t* packed);
 // Packs kds (outputs, blocks, taps) to [group][pair of panels][tap][block][kNR], so that tiles read sequentially.
 void pack_kds(const ConvSizes&, const float* kds, float* packed);
@@ -44,6 +44,8 @@ void pack_kds(const ConvSizes&, const float* kds, float* packed);
 void convolve(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 // Convolves a quantized input, with a border at least as wide as the padding; not for flattened blocks.
 void convolve(const ConvSizes&, const Layer&, const Kernels&, const QuantizedTensor& input, const Output&);
+// Convolves by Winograd; the weights are wide, and the KDS shift is that of the centre.
+void convolve_winograd(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 void convolve_depthwise(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 
 // Quantizes the input of a 1x1 convolution to mantissas (images, channels, pixels) and exponents (images, groups *

@@ -27,6 +27,8 @@ bool ConvSizes::valid() const {
       size(images, out_height, out_width, channels, kernel_h, kernel_w) > kMaxValues || padded * taps_read > kMaxValues ||
       size(outputs + kNR * groups, channels + block_size * groups, kernel_h, kernel_w) > kMaxValues)
     return false;
+  const bool square = kernel_h == 3 && kernel_w == 3 && stride_h == 1 && stride_w == 1 && dilation_h == 1 && dilation_w == 1;
+  if (winograd && (!square || groups != 1 || flat)) return false;
   // |S| stays within 24 bits, and with it every sum within 32, up to this block size.
   return channels % groups == 0 && outputs % groups == 0 && (block_size % 8 == 0 || depthwise()) && block_size <= kMaxBlockSize &&
          out(height, pad_h, dilation_h, kernel_h, stride_h) == out_height &&

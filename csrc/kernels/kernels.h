@@ -143,6 +143,26 @@ struct AverageArgs {
   float* output;
 };
 
+// Winograd's F(2x2, 3x3): a tile of 4x4 pixels of the input, and the positions of its transform.
+inline constexpr int kWinogradPositions = 16;
+// The position that adds up four pixels: where none of its values is negative, mantissas have 8 bits without a sign. They
+// are stored less kWinogradShift, which a KDS shift makes up for.
+inline constexpr int kWinogradCentre = 5, kWinogradShift = 128;
+
+// One block of a tile, to be transformed and quantized.
+struct WinogradInputArgs {
+  const float* const* pixel;  // [16], from the block's first channel on
+  QuantizeArgs to;            // rows of the positions; the row of the centre gets a term of the shift
+  float* values;              // [16][channels], to be used
+};
+
+struct WinogradOutputArgs {
+  const float* sums;  // [16][tiles][kNR]
+  int tiles;
+  const int* pixel;  // [tiles][4]: the rows of `outputs` of a tile's pixels; -1: none
+  float* outputs;    // [pixels][kNR]
+};
+
 // Depthwise convolution of up to `lanes` neighbouring outputs: of as many filters (by_channel), or of neighbouring
 // pixels of one filter. Weights, KDS and post-ops of filters are contiguous, and read up to kMaxLanes behind the last
 // one.
@@ -201,6 +221,8 @@ struct VectorKernels {
   void (*map)(const MapArgs&);
   void (*pool)(const PoolArgs&);
   void (*average)(const AverageArgs&);
+  void (*winograd_input)(const WinogradInputArgs&);
+  void (*winograd_output)(const WinogradOutputArgs&);
   int balanced_rows;  // that round_balanced takes together
   std::int64_t (*balanced_bytes)(const WeightRows&, const BalancedRule&);
   void (*round_balanced)(const BalancedArgs&);

@@ -8,6 +8,7 @@
 #include "map.h"
 #include "pool.h"
 #include "quantize.h"
+#include "winograd.h"
 
 namespace dsconv {
 
@@ -24,6 +25,8 @@ constexpr VectorKernels vector_kernels() {
       .map = map<V>,
       .pool = pool<V>,
       .average = average<V>,
+      .winograd_input = winograd_input<V>,
+      .winograd_output = winograd_output<V>,
       .balanced_rows = V::kDoubles,
       .balanced_bytes = balanced_bytes<V>,
       .round_balanced = round_balanced_rows<V>,

@@ -154,9 +154,9 @@ void Program::convolve(const ConvSizes& sizes, const Layer& layer, int from, int
     const FloatTensor& v = float_tensor(from);
     require(v.channels == g.channels && v.height == g.height && v.width == g.width, "expected an input of the layer's sizes");
   } else {
-    require(!g.flat, "flattened blocks need a float input");
+    require(!g.flat && !g.winograd, "flattened blocks and Winograd need a float input");
   }
-  if (!g.flat) {
+  if (!g.flat && !g.winograd) {
     const QuantizedSlot& t = quantized_slot(input_id);
     const PaddedGrid needed = g.grid();
     require(t.format == layer.format(g), "expected an input quantized as the layer wants it");
@@ -170,7 +170,7 @@ void Program::convolve(const ConvSizes& sizes, const Layer& layer, int from, int
     ConvSizes now = g;
     now.images = run.images;
     const std::vector<QuantizedTarget> into = targets(run, to, g.outputs);
-    if (now.flat) return dsconv::convolve(now, l, kernels_, input(run, from), output(run, to, into));
+    if (now.flat || now.winograd) return dsconv::convolve(now, l, kernels_, input(run, from), output(run, to, into));
     dsconv::convolve(now, l, kernels_, quantized(run, input_id), output(run, to, into));
   });
 }

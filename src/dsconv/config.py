@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dsconv import strict_json
 from dsconv.errors import ConfigError, check_choice, one_line
-from dsconv.names import ActivationSign, WeightRule, WeightScale
+from dsconv.names import ActivationSign, Algorithm, WeightRule, WeightScale
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,8 @@ class LayerConfig(Strict):
         kds_dtype: ``float32``, ``float16`` or ``bfloat16``. A layer whose KDS do not fit float16 keeps float32.
         blocks: ``tap``: blocks of input channels at each kernel position; ``flat``: blocks of the flattened
             ``C/groups * K`` values that one output reads, which suits convolutions of few input channels.
+        algorithm: ``direct``, or ``winograd``: 3x3 convolutions of stride and dilation 1, one group and blocks by tap,
+            see :func:`dsconv.numerics.winograd_conv`. ``activation_bits`` has no part in it unless it is None.
 
     >>> LayerConfig(weight_bits=3, block_size=64)
     LayerConfig(weight_bits=3, block_size=64)
@@ -70,11 +72,15 @@ class LayerConfig(Strict):
     activation_sign: ActivationSign = "adaptive"
     kds_dtype: KdsDtype = "float32"
     blocks: Literal["tap", "flat"] = "tap"
+    algorithm: Algorithm = "direct"
 
     @model_validator(mode="after")
     def _one_fit(self) -> Self:
         if self.weight_shift and self.weight_scale != "l2":
             raise ValueError("weight_shift is fitted by least squares: use weight_scale='l2' with it")
+        if self.algorithm == "winograd" and (self.blocks == "flat" or self.activation_bits is None):
+            what = "blocks='flat'" if self.blocks == "flat" else "activation_bits=None"
+            raise ValueError(f"algorithm='winograd' sums up integers of blocks of channels: {what} cannot go with it")
         return self
 
     @property

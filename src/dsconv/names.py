@@ -13,6 +13,8 @@ WeightRule = Literal["paper", "refined", "balanced"]
 WEIGHT_RULES: tuple[str, ...] = get_args(WeightRule)
 WeightScale = Literal["l2", "kl"]
 WEIGHT_SCALES: tuple[str, ...] = get_args(WeightScale)
+Algorithm = Literal["direct", "winograd"]
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 
 Style = Literal["qdq", "function", "int8", "float"]
 """How an ONNX file holds a network, see :func:`dsconv.export_onnx`."""

@@ -59,6 +59,7 @@ def run(operation: Operation, packed: Weights, bias: Tensor | None, x: Tensor) -
         operation.groups,
         operation.config.blocks == "flat",
         *settings,
+        algorithm=operation.config.algorithm,
     )
     return (y.squeeze(2) if missing else y).to(x.dtype)
 

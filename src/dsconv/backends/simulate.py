@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dsconv.backends.base import Operation
 from dsconv.config import LayerConfig
-from dsconv.numerics import dequantize_weight, fake_quantize_activation
+from dsconv.numerics import dequantize_weight, fake_quantize_activation, fake_winograd_weight, winograd_conv
 from dsconv.ops.views import patches, transposed_layout
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
@@ -35,6 +35,9 @@ def run(operation: Operation, packed: Tensor, bias: Tensor | None, x: Tensor) ->
     config, groups, weight = operation.config, operation.groups, packed
     bias = None if bias is None else bias.float()
     dims = weight.dim() - 2
+    if config.algorithm == "winograd":
+        u = fake_winograd_weight(weight, config.block_size)
+        return winograd_conv(x, u, bias, operation.padding, config.block_size).to(x.dtype)  # type: ignore[arg-type]
     if not dims:
         rows = x.reshape(-1, x.shape[-1])
         return F.linear(quantized(rows, config, groups=1).view(x.shape), weight, bias).to(x.dtype)

@@ -25,11 +25,13 @@ from dsconv.numerics.weights import (
 from dsconv.numerics.winograd import (
     WinogradWeight,
     dequantize_winograd_weight,
+    fake_winograd_weight,
     quantize_winograd_input,
     reference_winograd,
     winograd_conv,
     winograd_input,
     winograd_output,
+    winograd_shift,
     winograd_weight,
 )
 
@@ -54,6 +56,7 @@ __all__ = [
     "dequantize_weight",
     "dequantize_winograd_weight",
     "fake_quantize_activation",
+    "fake_winograd_weight",
     "pack",
     "packed_bytes",
     "quantize_activation",
@@ -67,5 +70,6 @@ __all__ = [
     "winograd_conv",
     "winograd_input",
     "winograd_output",
+    "winograd_shift",
     "winograd_weight",
 ]

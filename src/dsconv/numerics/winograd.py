@@ -65,8 +65,7 @@ def winograd_weight(w: Tensor, block_size: int) -> WinogradWeight:
     check_block_size(block_size)
     if w.dim() != 4 or w.shape[2:] != (3, 3):
         raise ValueError(f"w: expected a weight (O, C, 3, 3), got {tuple(w.shape)}")
-    rows = _kernel_side(_kernel_side(w.double(), 2), 3).float()  # (O, C, 4, 4)
-    split = split_blocks(rows.flatten(2).permute(2, 0, 1).flatten(0, 1), block_size, 1)  # (16 * O, CB, size)
+    split = split_blocks(_transformed(w).flatten(0, 1), block_size, 1)  # (16 * O, CB, size)
     lanes = _lanes(split)
     scale = torch.maximum(split.abs().amax(2) / MOST, _fullest(lanes) / MOST_OF_LANE)
     scale = torch.where(scale > 0, scale, 1.0)
@@ -82,6 +81,28 @@ def dequantize_winograd_weight(weight: WinogradWeight, block_size: int) -> Tenso
     """Return the float32 ``U (16, O, C)`` that integers and scales stand for."""
     channels = weight.integers.shape[2]
     return weight.integers * weight.scale.repeat_interleave(block_size, 2)[:, :, :channels]
+
+
+def fake_winograd_weight(w: Tensor, block_size: int) -> Tensor:
+    """Return ``U (16, O, C)`` of :func:`winograd_weight` in float32, differentiably.
+
+    The gradient passes through the rounding to that of ``G g G'``.
+    """
+    with torch.no_grad():
+        rounded = dequantize_winograd_weight(winograd_weight(w, block_size), block_size)
+    if not (torch.is_grad_enabled() and w.requires_grad):
+        return rounded
+    u = _transformed(w)
+    return rounded + (u - u.detach())
+
+
+def winograd_shift(weight: WinogradWeight, block_size: int) -> Tensor:
+    """Return what mantissas of 0 to 255 add to the sums at the centre for being stored less 128.
+
+    ``128 * scale * sum of the integers`` of each block, float32 ``(O, CB)``, to be multiplied by ``2^e``.
+    """
+    integers = split_blocks(weight.integers[_CENTRE].float(), block_size, 1)
+    return integers.sum(2) * 128 * weight.scale[_CENTRE]
 
 
 def winograd_input(x: Tensor, padding: tuple[int, int]) -> Tensor:
@@ -183,8 +204,8 @@ def reference_winograd(
         bias: ``(O,)`` or None.
 
     Returns:
-        ``output`` float64 ``(N, O, *size)``; ``bound`` is ``(CB + 5) * 2^-24`` times the sum of what is added up for an
-        output, without signs: of ``CB`` blocks, four more sums of the transform, and the bias.
+        ``output`` float64 ``(N, O, *size)``; ``bound`` is ``(2 * CB + 6) * 2^-24`` times the sum without signs of what
+        is added up for an output: of ``CB`` blocks and their shifts, four more sums of the transform, and the bias.
     """
     images, channels, _, *tiles = mantissa.shape
     m = torch.zeros(images, weight.integers.shape[1], POSITIONS, *tiles, dtype=torch.float64)
@@ -196,16 +217,26 @@ def reference_winograd(
         scale = weight.scale[:, :, block].double().T[None, :, :, None, None]
         term = scale * power.unsqueeze(1) * sums.double()
         m += term
+        # Mantissas of the centre may be stored less 128, which a term of its own makes up for.
+        centre = (
+            weight.integers[_CENTRE, :, part].long().sum(1).double().abs() * weight.scale[_CENTRE, :, block].double()
+        )
         total += term.abs()
+        total[:, :, _CENTRE] += 2 * 128 * centre[None, :, None, None] * power[:, None, _CENTRE]
     output, bound = winograd_output(m, size), _sums_without_signs(total, size)
     if bias is not None:
         term = bias.double().view(1, -1, 1, 1)
         output, bound = output + term, bound + term.abs()
-    return Reference(output, (blocks + 5) * 2.0**-24 * bound)
+    return Reference(output, (2 * blocks + 6) * 2.0**-24 * bound)
 
 
 def _output_size(x: Tensor, padding: tuple[int, int]) -> tuple[int, int]:
     return x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2
+
+
+def _transformed(w: Tensor) -> Tensor:
+    """Return ``G g G'`` of ``w (O, C, 3, 3)``, rounded once to float32, as ``(16, O, C)``."""
+    return _kernel_side(_kernel_side(w.double(), 2), 3).float().flatten(2).permute(2, 0, 1)
 
 
 def _kernel_side(g: Tensor, dim: int) -> Tensor:

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dsconv.names import ALGORITHMS
 from dsconv.numerics import ACTIVATION_SIGNS
+from dsconv.numerics.winograd import POSITIONS
 from dsconv.ops import native
 
 TOO_LARGE = 1 << 31  # for a size, a stride or a number of anything
@@ -34,7 +36,9 @@ class Geometry(NamedTuple):
 PIXEL = Geometry((1, 1))
 
 
-def sizes_of(x: Sequence[int], outputs: int, geometry: Geometry, block_size: int, flat: bool) -> Any:
+def sizes_of(
+    x: Sequence[int], outputs: int, geometry: Geometry, block_size: int, flat: bool, algorithm: str = "direct"
+) -> Any:
     """Sizes of a convolution of ``x (N, C, H, W)``: a ``ConvSizes`` of the extension."""
     kernel, stride, padding, dilation, groups = geometry
     if groups == x[1] > 1 and not flat:  # depthwise: blocks of a tap are flattened blocks of one value
@@ -62,6 +66,7 @@ def sizes_of(x: Sequence[int], outputs: int, geometry: Geometry, block_size: int
         groups=groups,
         block_size=block_size,
         flat=flat,
+        winograd=algorithm == "winograd",
     )
 
 
@@ -98,6 +103,7 @@ class Call(NamedTuple):
     slope: float = 0.01
     gain: Tensor | None = None
     offset: Tensor | None = None
+    algorithm: str = "direct"
 
     @property
     def weights(self) -> tuple[Tensor | None, ...]:
@@ -110,7 +116,7 @@ class Call(NamedTuple):
 
     def shapes(self, x: tuple[int, ...]) -> Shapes:
         """Return those for an input of the shape ``x (N, C, H, W)``."""
-        return shapes_of(x, self.outputs, self.geometry, self.block_size, self.flat, self.weight_bits)
+        return shapes_of(x, self.outputs, self.geometry, self.block_size, self.flat, self.weight_bits, self.algorithm)
 
 
 def linear_call(x: Any, weight: Any, kds: Any, kds_shift: Any, bias: Any, *rest: Any, **named: Any) -> Call:
@@ -120,16 +126,24 @@ def linear_call(x: Any, weight: Any, kds: Any, kds_shift: Any, bias: Any, *rest:
 # Networks make the same few calls over and over.
 @lru_cache(maxsize=4096)
 def shapes_of(
-    x: tuple[int, ...], outputs: int, geometry: Geometry, block_size: int, flat: bool, weight_bits: int
+    x: tuple[int, ...],
+    outputs: int,
+    geometry: Geometry,
+    block_size: int,
+    flat: bool,
+    weight_bits: int,
+    algorithm: str = "direct",
 ) -> Shapes:
     check_bits("conv2d", "weight_bits", weight_bits)
     check_geometry(x, outputs, geometry)
+    check_algorithm(algorithm, geometry, flat)
     module = native.extension()
     if module is None:
         raise RuntimeError("dsconv::conv2d: the extension dsconv._C is not built")
-    sizes = sizes_of(x, outputs, geometry, block_size, flat)
-    weight_bytes, kds_count = module.packed_sizes(sizes, weight_bits)
-    counts = (weight_bytes, kds_count, kds_count, outputs, outputs, outputs)
+    sizes = sizes_of(x, outputs, geometry, block_size, flat, algorithm)
+    weight_bytes, kds_count = module.packed_sizes(sizes, 8 if algorithm == "winograd" else weight_bits)
+    shifts = kds_count // POSITIONS if algorithm == "winograd" else kds_count
+    counts = (weight_bytes, kds_count, shifts, outputs, outputs, outputs)
     dtypes = (torch.uint8, *[torch.float32] * 5)
     weights = tuple((name, dtype, (n,)) for name, dtype, n in zip(WEIGHTS, dtypes, counts, strict=True))
     return Shapes(sizes, (sizes.out_height, sizes.out_width), weights)
@@ -203,6 +217,17 @@ def check_geometry(x: Sequence[int], outputs: int, geometry: Geometry) -> None:
         raise ValueError(
             f"dsconv::conv2d: an image of {tuple(x[2:])} with padding {tuple(padding)} is smaller than the "
             f"kernel {tuple(kernel)} with dilation {tuple(dilation)} (stride {tuple(stride)})"
+        )
+
+
+def check_algorithm(algorithm: str, geometry: Geometry, flat: bool) -> None:
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"dsconv::conv2d: algorithm: expected one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    plain = geometry._replace(padding=(0, 0)) == Geometry((3, 3))
+    if algorithm == "winograd" and (flat or not plain):
+        raise ValueError(
+            "dsconv::conv2d: algorithm: winograd is for kernels of 3x3 with stride and dilation 1, one group and "
+            f"blocks by tap; got {geometry}, flat={flat}"
         )
 
 

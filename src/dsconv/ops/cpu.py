@@ -44,7 +44,7 @@ _SETTINGS = (
 _WEIGHTS = "Tensor weight, Tensor kds, Tensor? kds_shift, Tensor? bias"
 _WHERE = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool flat"
 for _name, _arguments in (
-    ("conv2d", f"Tensor x, {_WEIGHTS}, {_WHERE}, {_SETTINGS}"),
+    ("conv2d", f"Tensor x, {_WEIGHTS}, {_WHERE}, {_SETTINGS}, str algorithm='direct'"),
     ("linear", f"Tensor x, {_WEIGHTS}, {_SETTINGS}"),
 ):
     _library.define(f"{_name}({_arguments}) -> Tensor")

@@ -1,15 +1,15 @@
 """Weights of a layer as the kernels read them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsconv.config import LayerConfig
-from dsconv.numerics import block_count
+from dsconv.numerics import block_count, dequantize_weight, winograd_shift, winograd_weight
 from dsconv.ops import native
-from dsconv.ops.arguments import Geometry, sizes_of
+from dsconv.ops.arguments import PIXEL, Geometry, sizes_of
 from dsconv.threads import with_pytorch_on_one_thread
 
 MAX_BLOCK_SIZE = 512
@@ -45,26 +45,53 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
         ValueError: shapes or dtypes that do not belong together.
     """
     _check_layer(vqk, kds, kds_shift, config)
-    module = native.extension()
+    if config.algorithm == "winograd":
+        return _pack_winograd(vqk, kds, kds_shift, config)
     block_size = kernel_block_size(vqk.shape, config)
-    assert module is not None
     assert block_size is not None
     kernel = [1] * (4 - vqk.dim()) + list(vqk.shape[2:])
     # Any image will do whose output has a pixel: the packed layout does not depend on it.
     x = (1, vqk.shape[1] * groups, *kernel)
     sizes = sizes_of(x, vqk.shape[0], Geometry(kernel, groups=groups), block_size, config.blocks == "flat")
-    weight_bytes, kds_count = module.packed_sizes(sizes, config.weight_bits)
-    vqk = vqk.detach().cpu().contiguous()
-    weight = torch.empty(weight_bytes, dtype=torch.uint8, device="cpu")
-    module.pack_weight(sizes, vqk.data_ptr(), config.weight_bits, weight.data_ptr())
+    return Packed(
+        _packed_weight(sizes, vqk, config.weight_bits),
+        _packed_kds(sizes, kds),
+        None if kds_shift is None else _packed_kds(sizes, kds_shift),
+    )
 
-    def packed(scale: Tensor) -> Tensor:
-        scale = scale.detach().cpu().float().contiguous()
-        result = torch.empty(kds_count, dtype=torch.float32, device="cpu")
-        module.pack_kds(sizes, scale.data_ptr(), result.data_ptr())
-        return result
 
-    return Packed(weight, packed(kds), None if kds_shift is None else packed(kds_shift))
+def _pack_winograd(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig) -> Packed:
+    weight = winograd_weight(dequantize_weight(vqk, kds.float(), config.block_size, kds_shift), config.block_size)
+    block_size, (outputs, channels) = kernel_block_size(vqk.shape, config), vqk.shape[:2]
+    assert block_size is not None
+    x, kernel = (1, channels, 3, 3), Geometry((3, 3))
+    sizes = sizes_of(x, outputs, kernel, block_size, flat=False, algorithm="winograd")
+    of_centre = sizes_of((1, channels, 1, 1), outputs, PIXEL, block_size, flat=False)
+    return Packed(
+        _packed_weight(sizes, weight.integers.permute(1, 2, 0), 8),
+        _packed_kds(sizes, weight.scale.permute(1, 2, 0)),
+        _packed_kds(of_centre, winograd_shift(weight, config.block_size)),
+    )
+
+
+def _packed_weight(sizes: Any, integers: Tensor, bits: int) -> Tensor:
+    module = native.extension()
+    assert module is not None
+    weight_bytes, _ = module.packed_sizes(sizes, bits)
+    integers = integers.detach().cpu().contiguous()
+    packed = torch.empty(weight_bytes, dtype=torch.uint8, device="cpu")
+    module.pack_weight(sizes, integers.data_ptr(), bits, packed.data_ptr())
+    return packed
+
+
+def _packed_kds(sizes: Any, kds: Tensor) -> Tensor:
+    module = native.extension()
+    assert module is not None
+    _, count = module.packed_sizes(sizes, 8)
+    kds = kds.detach().cpu().float().contiguous()
+    packed = torch.empty(count, dtype=torch.float32, device="cpu")
+    module.pack_kds(sizes, kds.data_ptr(), packed.data_ptr())
+    return packed
 
 
 def _check_layer(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig) -> None:

@@ -20,7 +20,7 @@ class Convolution(Step):
     Attributes:
         arguments: of its operator, by name.
         sizes: of one image (:func:`dsconv.ops.checked_sizes`).
-        quantized: its input; None for flattened blocks, which read ``source``.
+        quantized: its input; None for flattened blocks and Winograd, which read ``source``.
     """
 
     arguments: dict[str, Any]
@@ -43,7 +43,7 @@ class Convolution(Step):
         return self.quantized
 
     def takes_lines(self) -> bool:
-        return not (self.quantized or self.depthwise) and self.residual is None
+        return self.sizes.flat and not self.depthwise and self.residual is None
 
     def add(self, to: Executable, ids: Ids) -> None:
         given = self.arguments
@@ -88,7 +88,7 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
     if depthwise and groups != result.size[0]:
         return None  # it writes lines
     quantized = None
-    if flat:
+    if flat or sizes.winograd:
         source.in_float = True
     else:
         wanted = Format(

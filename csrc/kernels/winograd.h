@@ -1,0 +1,158 @@
+// The transforms of Winograd's F(2x2, 3x3): of tiles of the input, which are quantized at each of 16 positions, and of
+// the sums at these. dsconv/numerics/winograd.py has the formulas.
+#pragma once
+
+#include "quantize.h"
+
+namespace dsconv {
+
+// Rows of a tile, then its columns: each of four values becomes a sum or a difference of two.
+template <class V>
+[[gnu::always_inline]] inline void winograd_input_side(typename V::Float& a, typename V::Float& b, typename V::Float& c,
+                                                       typename V::Float& d) {
+  const auto first = a - c, second = b + c, third = c - b, fourth = b - d;
+  a = first, b = second, c = third, d = fourth;
+}
+
+// Transforms the channels of a block, from channel c on, and stores those of position p at values + p * channels.
+template <class V>
+inline void winograd_transform_input(const float* const* pixel, int channels, float* values) {
+  const auto some = [&](int c, auto load, auto store) __attribute__((always_inline)) {
+    typename V::Float d[4][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) d[i][j] = load(pixel[4 * i + j] + c);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) winograd_input_side<V>(d[0][j], d[1][j], d[2][j], d[3][j]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      winograd_input_side<V>(d[i][0], d[i][1], d[i][2], d[i][3]);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) store(values + (4 * i + j) * channels + c, d[i][j]);
+    }
+  };
+  int c = 0;
+  for (; c + V::kLanes <= channels; c += V::kLanes)
+    some(c, [](const float* from) { return V::load(from); }, [](float* to, typename V::Float v) { V::store(to, v); });
+  if (const int left = channels - c)
+    some(
+        c, [=](const float* from) { return V::load_some(from, left); },
+        [=](float* to, typename V::Float v) { V::store_some(to, v, left); });
+}
+
+// How the values of each position are quantized. Lanes are positions from `first` on.
+template <class V>
+struct WinogradQuantizer {
+  typename V::Float factor, scale;  // 2^(1 - e), 0 for a block of zeros; 2^e
+  typename V::Int zero;             // the word of a mantissa of 0 before it is one of a byte
+  typename V::Int shifted;          // mask of lanes whose mantissas are stored less kWinogradShift
+
+  WinogradQuantizer(const BlockRange<V>& range, int first) {
+    using Int = typename V::Int;
+    const auto magnitude = range.magnitude();
+    const Int finite = magnitude < 0x7f800000u;  // true is -1
+    const Int nonzero = finite & (magnitude >= (127u - 100u) << 23);
+    Int centre{};
+    if (first <= kWinogradCentre && kWinogradCentre < first + V::kLanes) centre[kWinogradCentre - first] = -1;
+    shifted = centre & nonzero & ~range.any_negative();
+    const Int e = nonzero & (V::as_int(magnitude >> 23) - 127 - 6 + shifted);
+    factor = V::as_float(nonzero & (128 - e) << 23);
+    scale = V::as_float(finite ? (e + 127) << 23 : V::broadcast(static_cast<std::int32_t>(kNanBits)));
+    zero = BlockQuantizer<V>::kMagicWord + (shifted & kWinogradShift);
+  }
+};
+
+struct WinogradByteMask {
+  std::int8_t bytes[8 * kMaxLanes] = {};  // ones, then as many zeros
+
+  constexpr WinogradByteMask() {
+    for (int i = 0; i < 4 * kMaxLanes; ++i) bytes[i] = -1;
+  }
+};
+
+// Returns ones in the first bytes of a vector, as many as are left.
+template <class V>
+inline typename V::Int winograd_bytes_left(int left) {
+  static constexpr WinogradByteMask kMask;
+  typename V::Int ones;
+  __builtin_memcpy(&ones, kMask.bytes + 4 * kMaxLanes - left, sizeof ones);
+  return ones;
+}
+
+template <class V>
+void winograd_input(const WinogradInputArgs& args) {
+  using Int = typename V::Int;
+  using Float = typename V::Float;
+  constexpr int kLanes = V::kLanes, kBytes = 4 * kLanes;
+  const WinogradInputArgs a = args;  // a local copy, which no store of mantissas can alias
+  const QuantizeArgs& to = a.to;
+  const int channels = to.channels;
+  winograd_transform_input<V>(a.pixel, channels, a.values);
+  for (int first = 0; first < kWinogradPositions; first += kLanes) {
+    const float* const values = a.values + first * channels;
+    const auto vector = [&](int i, int c) {
+      const float* const from = values + i * channels + c;
+      return c + kLanes <= channels ? V::load(from) : c < channels ? V::load_some(from, channels - c) : Float{};
+    };
+    typename V::Word words[kLanes];
+    Int ints[kLanes], totals[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      BlockRange<V> range;
+      for (int c = 0; c < channels; c += kLanes) range.add(vector(i, c));
+      words[i] = range.words, ints[i] = range.ints;
+    }
+    const WinogradQuantizer<V> quantizer({V::reduce(words, V::max), V::reduce(ints, V::max)}, first);
+    for (int i = 0; i < kLanes; ++i) {
+      std::int8_t* const row = to.rows.mantissa + to.row[first + i] * to.rows.row_bytes + to.first_byte;
+      const auto factor = V::broadcast(quantizer.factor[i]);
+      const Int zero = V::broadcast(quantizer.zero[i]);
+      Int total{};
+      for (int c = 0; c < channels; c += kBytes) {
+        const auto integer = [&](int k) {
+          const Float magic = V::fma(vector(i, c + k * kLanes), factor, Float{} + BlockQuantizer<V>::kMagic);
+          return V::as_int(V::as_word(magic) - V::as_word(zero));
+        };
+        Int four = V::saturate_to_bytes(integer(0), integer(1), integer(2), integer(3));
+        if (c + kBytes > channels) four &= winograd_bytes_left<V>(channels - c);
+        total = V::add_bytes(total, four);
+        store_octets<V>(row + c, four, V::min((channels - c + 7) / 8, kLanes / 2));
+      }
+      totals[i] = total;
+    }
+    QuantizeArgs without_shift = to;
+    without_shift.rows.shift_term = nullptr;
+    store_scales<V>(without_shift, first, kLanes, quantizer.scale, V::reduce(totals, [](Int a, Int b) { return a + b; }));
+    if (const int centre = kWinogradCentre - first; centre >= 0 && centre < kLanes)
+      to.rows.shift_term[to.row[kWinogradCentre] * to.rows.blocks + to.block] =
+          quantizer.shifted[centre] ? static_cast<float>(quantizer.scale[centre]) : 0.0f;
+  }
+}
+
+template <class V>
+void winograd_output(const WinogradOutputArgs& args) {
+  const WinogradOutputArgs a = args;  // a local copy, which no store of outputs can alias
+  const std::int64_t apart = std::int64_t{a.tiles} * kNR;
+  for (int t = 0; t < a.tiles; ++t) {
+    const int* const pixel = a.pixel + 4 * t;
+    for (int n = 0; n < kNR; n += V::kLanes) {
+      const float* const from = a.sums + t * kNR + n;
+      typename V::Float upper[4], lower[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const auto at = [&](int i) { return V::load(from + (4 * i + j) * apart); };
+        upper[j] = at(0) + (at(1) + at(2));
+        lower[j] = (at(1) - at(2)) - at(3);
+      }
+      const auto put = [&](int i, typename V::Float v) {
+        if (pixel[i] >= 0) V::store(a.outputs + std::int64_t{pixel[i]} * kNR + n, v);
+      };
+      put(0, upper[0] + (upper[1] + upper[2]));
+      put(1, (upper[1] - upper[2]) - upper[3]);
+      put(2, lower[0] + (lower[1] + lower[2]));
+      put(3, (lower[1] - lower[2]) - lower[3]);
+    }
+  }
+}
+
+}  // namespace dsconv
