@@ -58,14 +58,14 @@ struct ConvSizes {
   std::int64_t groups;
   std::int64_t block_size;
   bool flat;      // blocks run over the channels * taps of one output
-  bool winograd;  // of 3x3 and stride 1; weights are those of 16 positions, which take the place of taps
+  bool winograd;  // of 3x3 and stride 1; its products take the place of taps
 
   bool operator==(const ConvSizes&) const = default;
   bool valid() const;  // sizes are in range, agree, and do not overflow
   // One input channel per group. Blocks run over the taps of a filter; blocks of one tap are flat blocks of one value.
   bool depthwise() const { return flat && groups > 1 && groups == channels; }
   std::int64_t kernel_size() const { return kernel_h * kernel_w; }
-  std::int64_t taps() const { return flat ? 1 : winograd ? kWinogradPositions : kernel_size(); }
+  std::int64_t taps() const { return flat ? 1 : winograd ? kWinogradProducts : kernel_size(); }
   std::int64_t pixels() const { return images * out_height * out_width; }
   BlockLayout layout() const { return {channels / groups * (flat ? kernel_size() : 1), block_size}; }
   PaddedGrid grid() const { return {images, height, width, pad_h, pad_w}; }  // of a quantized input, unless blocks are flat

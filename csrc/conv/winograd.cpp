@@ -72,10 +72,10 @@ class WinogradTasks : OutputTasks {
     const std::int64_t needed = kernels_.workspace_bytes ? kernels_.workspace_bytes(dot) : 0;
     struct User;
     using Mine = Scratch<User>;
-    Mine scratch(Mine::template size<std::uint8_t>(needed) + Mine::template size<float>(kWinogradPositions * tiles * kNR) +
+    Mine scratch(Mine::template size<std::uint8_t>(needed) + Mine::template size<float>(kWinogradProducts * tiles * kNR) +
                  OutputTasks::bytes<Mine>(px));
     dot.workspace = scratch.template take<std::uint8_t>(needed);
-    float* const sums = scratch.template take<float>(kWinogradPositions * tiles * kNR);
+    float* const sums = scratch.template take<float>(kWinogradProducts * tiles * kNR);
     take(scratch, px);
     for (const Run& r : runs) locate(r.first, r.count, r.at, px);
     for (std::int64_t u = begin_unit; u < end_unit; ++u) {
@@ -139,17 +139,17 @@ class WinogradTasks : OutputTasks {
     return a;
   }
 
-  // Sums up the products of all positions for kNR outputs from `from` on.
+  // Sums up all products for kNR outputs from `from` on.
   void sum(std::int64_t from, std::int64_t end, DotArgs& a, const std::int64_t* row, float* sums) const {
     const std::int64_t blocks = a.rows.blocks, pair = from / kNR;
     const bool overflow = std::find(a.rows.overflow, a.rows.overflow + blocks, 1) != a.rows.overflow + blocks;
     const auto dot = overflow ? scalar::kernels.dot : kernels_.dot;
     a.panels = end - from > kPanel ? 2 : 1;
-    for (int p = 0; p < kWinogradPositions; ++p) {
-      a.weight = l_.weight + pair * 2 * a.panel_bytes + p * (a.panel_bytes / kWinogradPositions);
-      a.kds = l_.kds + (pair * kWinogradPositions + p) * blocks * kNR;
+    for (int p = 0; p < kWinogradProducts; ++p) {
+      a.weight = l_.weight + pair * 2 * a.panel_bytes + p * (a.panel_bytes / kWinogradProducts);
+      a.kds = l_.kds + (pair * kWinogradProducts + p) * blocks * kNR;
       a.kds_shift = p == kWinogradCentre ? l_.kds_shift + pair * blocks * kNR : nullptr;
-      a.row = row + p * a.pixels;
+      a.row = row + (p < kWinogradPositions ? p : kWinogradCentre) * a.pixels;
       a.sums = sums + std::int64_t{p} * a.pixels * kNR;
       dot(a);
     }

@@ -144,9 +144,10 @@ struct AverageArgs {
 };
 
 // Winograd's F(2x2, 3x3): a tile of 4x4 pixels of the input, and the positions of its transform.
-inline constexpr int kWinogradPositions = 16;
+inline constexpr int kWinogradPositions = 16, kWinogradProducts = kWinogradPositions + 1;
 // The position that adds up four pixels: where none of its values is negative, mantissas have 8 bits without a sign. They
 // are stored less kWinogradShift, which a KDS shift makes up for.
+// The last product is a second one of this position, with what the rounding of the first weights left.
 inline constexpr int kWinogradCentre = 5, kWinogradShift = 128;
 
 // One block of a tile, to be transformed and quantized.
@@ -157,7 +158,7 @@ struct WinogradInputArgs {
 };
 
 struct WinogradOutputArgs {
-  const float* sums;  // [16][tiles][kNR]
+  const float* sums;  // [17][tiles][kNR]
   int tiles;
   const int* pixel;  // [tiles][4]: the rows of `outputs` of a tile's pixels; -1: none
   float* outputs;    // [pixels][kNR]

@@ -140,7 +140,10 @@ void winograd_output(const WinogradOutputArgs& args) {
       typename V::Float upper[4], lower[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const auto at = [&](int i) { return V::load(from + (4 * i + j) * apart); };
+        const auto at = [&](int i) {
+          const auto v = V::load(from + (4 * i + j) * apart);
+          return 4 * i + j == kWinogradCentre ? v + V::load(from + kWinogradPositions * apart) : v;
+        };
         upper[j] = at(0) + (at(1) + at(2));
         lower[j] = (at(1) - at(2)) - at(3);
       }

@@ -57,7 +57,9 @@ class LayerConfig(Strict):
         blocks: ``tap``: blocks of input channels at each kernel position; ``flat``: blocks of the flattened
             ``C/groups * K`` values that one output reads, which suits convolutions of few input channels.
         algorithm: ``direct``, or ``winograd``: 3x3 convolutions of stride and dilation 1, one group and blocks by tap,
-            see :func:`dsconv.numerics.winograd_conv`. ``activation_bits`` has no part in it unless it is None.
+            see :func:`dsconv.numerics.winograd_conv`. ``activation_bits`` has no part in it unless it is None. ``auto``
+            is Winograd where the layer can have it and the noise of its output rises by 1 dB at most, by its weights
+            and what is known of its inputs; layers and files then say which of the two it is.
 
     >>> LayerConfig(weight_bits=3, block_size=64)
     LayerConfig(weight_bits=3, block_size=64)
@@ -72,16 +74,21 @@ class LayerConfig(Strict):
     activation_sign: ActivationSign = "adaptive"
     kds_dtype: KdsDtype = "float32"
     blocks: Literal["tap", "flat"] = "tap"
-    algorithm: Algorithm = "direct"
+    algorithm: Algorithm | Literal["auto"] = "direct"
 
     @model_validator(mode="after")
     def _one_fit(self) -> Self:
         if self.weight_shift and self.weight_scale != "l2":
             raise ValueError("weight_shift is fitted by least squares: use weight_scale='l2' with it")
-        if self.algorithm == "winograd" and (self.blocks == "flat" or self.activation_bits is None):
+        if self.algorithm == "winograd" and not self.allows_winograd:
             what = "blocks='flat'" if self.blocks == "flat" else "activation_bits=None"
             raise ValueError(f"algorithm='winograd' sums up integers of blocks of channels: {what} cannot go with it")
         return self
+
+    @property
+    def allows_winograd(self) -> bool:
+        """Whether its settings can go with ``winograd``."""
+        return self.blocks == "tap" and self.activation_bits is not None
 
     @property
     def torch_kds_dtype(self) -> "torch.dtype":

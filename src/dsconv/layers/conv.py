@@ -39,9 +39,11 @@ class DSConvNd(DSLayer):
             if groups < 1 or channels % groups:
                 raise ValueError(f"groups: expected a divisor of {name} {channels}, got {groups}")
         kernel = self._per_dim(kernel_size)
-        super().__init__((out_channels, in_channels // groups, *kernel), bias, self._layer_config(config))
+        stride, dilation = self._per_dim(stride), self._per_dim(dilation)
+        winograd = (kernel, stride, dilation, groups, self.transposed) == ((3, 3), (1, 1), (1, 1), 1, False)
+        super().__init__((out_channels, in_channels // groups, *kernel), bias, self._layer_config(config), winograd)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = kernel, self._per_dim(stride), self._per_dim(dilation)
+        self.kernel_size, self.stride, self.dilation = kernel, stride, dilation
         self.padding_mode = padding_mode
         self.padding = padding if isinstance(padding, str) else self._per_dim(padding)
         before, after = self._pads()

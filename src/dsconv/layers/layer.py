@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dsconv import backends, ops
 from dsconv.config import LayerConfig, LayerKind, QuantConfig, as_config
 from dsconv.errors import ConfigError
+from dsconv.layers.algorithm import MOST_NOISE_DB, noise_like, winograd_noise_db
 from dsconv.layers.readonly import ReadOnly
 from dsconv.numerics import (
     InputMoments,
@@ -87,11 +88,21 @@ class DSLayer(nn.Module):
     bias: nn.Parameter | None
     weight_like: nn.Parameter
     _kernel_weights: KernelWeights | None = None
+    # Whether the algorithm is chosen with the weight.
+    _chooses: bool
     # Gives the weight in the place of VQK and KDS while these are trained.
     _shadow: Callable[[], Tensor] | None = None
 
-    def __init__(self, vqk_shape: tuple[int, ...], bias: bool, config: LayerConfig):
+    def __init__(self, vqk_shape: tuple[int, ...], bias: bool, config: LayerConfig, winograd: bool = False):
         super().__init__()
+        self._chooses = config.algorithm == "auto" and winograd and config.allows_winograd
+        if config.algorithm == "auto":
+            config = config.model_copy(update={"algorithm": "direct"})
+        if config.algorithm == "winograd" and not winograd:
+            raise ConfigError(
+                "algorithm: winograd is for 3x3 convolutions of stride and dilation 1 and one group, and "
+                f"{type(self).__name__} is another layer: use 'auto', or 'direct' for it"
+            )
         self.config = config
         self.weight_sqnr_db: float | None = None
         rows = self.blockwise(torch.zeros(vqk_shape, dtype=torch.int8, device="cpu"))
@@ -153,7 +164,23 @@ class DSLayer(nn.Module):
             ValueError: the weight holds a NaN or an infinity.
         """
         with PyTorchOnOneThread(always=True):
-            return self.store_(*self.quantized(weight, inputs), weight)
+            self.store_(*self.quantized(weight, inputs), weight)
+            if self._chooses:
+                self.choose_algorithm_(weight, noise_like(inputs, weight.shape[1], weight.device))
+        return self
+
+    @torch.no_grad()
+    def choose_algorithm_(self, weight: Tensor, x: Tensor) -> None:
+        """Set the algorithm, where it is to be chosen: Winograd unless it adds more than 1 dB of noise to the output.
+
+        Args:
+            weight: the float weight ``(O, C, 3, 3)`` that the layer was made of.
+            x: float32 ``(N, C, H, W)``, an input or what stands for it.
+        """
+        if self._chooses:
+            close = winograd_noise_db(self, weight, x) <= MOST_NOISE_DB
+            self.config = self.config.model_copy(update={"algorithm": "winograd" if close else "direct"})
+            self.pack_()
 
     def quantized(self, weight: Tensor, inputs: InputMoments | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """VQK int8 of the shape of ``weight (O, C/groups, *K)``, KDS and shift, or None, float32, as the config says.
@@ -387,6 +414,7 @@ class DSLayer(nn.Module):
         return (
             f"weight_bits={config.weight_bits}, activation_bits={activation}, "
             f"block_size={config.block_size} {config.blocks}, kds={config.kds_dtype}{shift}"
+            f"{', winograd' if config.algorithm == 'winograd' else ''}"
         )
 
 

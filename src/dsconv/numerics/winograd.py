@@ -1,12 +1,13 @@
-"""3x3 convolutions by Winograd's F(2x2, 3x3) in integers: 16 products for 4 outputs, where a direct one takes 36.
+"""3x3 convolutions by Winograd's F(2x2, 3x3) in integers: 17 products for 4 outputs, where a direct one takes 36.
 
 An output tile of 2x2 pixels is ``A' M A`` with ``M[p] = sum over channels of U[p] * V[p]`` at 16 positions ``p``,
 ``U = G g G'`` of the kernel and ``V = B' d B`` of the 4x4 pixels that the tile reads (Lavin and Gray, "Fast Algorithms
 for Convolutional Neural Networks", CVPR 2016). The products are of integers here: ``U`` is rounded once, when a layer
 is packed, with a scale for each position, output and block; ``V`` is rounded to 8 bits, with an exponent for each
-position, tile and block.
+position, tile and block. At the centre, which adds up four pixels and so has the mean of the input and most of its
+energy, what the rounding of ``U`` leaves is rounded again: a second product makes up for most of the noise.
 
-Positions are numbered row by row, and lie in one dimension of 16.
+Positions are numbered row by row, and lie in one dimension of 16; the second product of the centre is number 16.
 """
 
 from typing import NamedTuple
@@ -22,7 +23,9 @@ from dsconv.numerics.weights import block_count, check_block_size
 TILE = 2
 """Output pixels of a tile in height and width."""
 POSITIONS = (TILE + 2) ** 2
+PRODUCTS = POSITIONS + 1
 _CENTRE = 5  # the position that adds up four pixels: no value there is negative behind a ReLU
+_POSITION_OF = [*range(POSITIONS), _CENTRE]
 MOST = 127
 """The largest magnitude of an integer of ``U``."""
 MOST_OF_LANE = 128
@@ -33,7 +36,7 @@ _FINER = 1.01  # by how much a scale grows while rounding leaves a lane too full
 
 
 class WinogradWeight(NamedTuple):
-    """``integers`` int8 ``(16, O, C)`` and ``scale`` float32 ``(16, O, CB)``: ``U`` is near their product."""
+    """``integers`` int8 ``(17, O, C)`` and ``scale`` float32 ``(17, O, CB)``: ``U`` is near their products."""
 
     integers: Tensor
     scale: Tensor
@@ -55,8 +58,8 @@ def winograd_weight(w: Tensor, block_size: int) -> WinogradWeight:
     Raises:
         ValueError: ``w`` has another shape, or ``block_size`` is below 1.
 
-    >>> integers, scale = winograd_weight(torch.ones(1, 1, 3, 3), block_size=8)
-    >>> (integers * scale).view(4, 4)
+    >>> weight = winograd_weight(torch.ones(1, 1, 3, 3), block_size=8)
+    >>> dequantize_winograd_weight(weight, block_size=8).view(4, 4)
     tensor([[1.0000, 1.5000, 0.5000, 1.0000],
             [1.5000, 2.2500, 0.7500, 1.5000],
             [0.5000, 0.7500, 0.2500, 0.5000],
@@ -66,21 +69,20 @@ def winograd_weight(w: Tensor, block_size: int) -> WinogradWeight:
     if w.dim() != 4 or w.shape[2:] != (3, 3):
         raise ValueError(f"w: expected a weight (O, C, 3, 3), got {tuple(w.shape)}")
     split = split_blocks(_transformed(w).flatten(0, 1), block_size, 1)  # (16 * O, CB, size)
-    lanes = _lanes(split)
-    scale = torch.maximum(split.abs().amax(2) / MOST, _fullest(lanes) / MOST_OF_LANE)
-    scale = torch.where(scale > 0, scale, 1.0)
-    q = _rounded(split, scale)
-    while bool((full := _fullest(_lanes(q)) > MOST_OF_LANE).any()):
-        scale = torch.where(full, scale * _FINER, scale)
-        q[full] = _rounded(split[full], scale[full])
+    q, scale = _round_for_lanes(split)
+    centre = slice(_CENTRE * len(w), (_CENTRE + 1) * len(w))
+    more = _round_for_lanes(split[centre] - q[centre] * scale[centre].unsqueeze(2))
+    q, scale = torch.cat([q, more[0]]), torch.cat([scale, more[1]])
     integers = join_blocks(q, torch.Size((len(q), w.shape[1])), 1).to(torch.int8)
-    return WinogradWeight(integers.view(POSITIONS, *w.shape[:2]), scale.view(POSITIONS, len(w), -1))
+    return WinogradWeight(integers.view(PRODUCTS, *w.shape[:2]), scale.view(PRODUCTS, len(w), -1))
 
 
 def dequantize_winograd_weight(weight: WinogradWeight, block_size: int) -> Tensor:
     """Return the float32 ``U (16, O, C)`` that integers and scales stand for."""
     channels = weight.integers.shape[2]
-    return weight.integers * weight.scale.repeat_interleave(block_size, 2)[:, :, :channels]
+    products = weight.integers * weight.scale.repeat_interleave(block_size, 2)[:, :, :channels]
+    products[_CENTRE] += products[POSITIONS]
+    return products[:POSITIONS]
 
 
 def fake_winograd_weight(w: Tensor, block_size: int) -> Tensor:
@@ -99,10 +101,14 @@ def fake_winograd_weight(w: Tensor, block_size: int) -> Tensor:
 def winograd_shift(weight: WinogradWeight, block_size: int) -> Tensor:
     """Return what mantissas of 0 to 255 add to the sums at the centre for being stored less 128.
 
-    ``128 * scale * sum of the integers`` of each block, float32 ``(O, CB)``, to be multiplied by ``2^e``.
+    ``128 * scale * sum of the integers`` of each block, added up over both products, float32 ``(O, CB)``, to be
+    multiplied by ``2^e``.
     """
-    integers = split_blocks(weight.integers[_CENTRE].float(), block_size, 1)
-    return integers.sum(2) * 128 * weight.scale[_CENTRE]
+    first, second = (
+        split_blocks(weight.integers[product].float(), block_size, 1).sum(2) * 128 * weight.scale[product]
+        for product in (_CENTRE, POSITIONS)
+    )
+    return first + second
 
 
 def winograd_input(x: Tensor, padding: tuple[int, int]) -> Tensor:
@@ -204,7 +210,7 @@ def reference_winograd(
         bias: ``(O,)`` or None.
 
     Returns:
-        ``output`` float64 ``(N, O, *size)``; ``bound`` is ``(2 * CB + 6) * 2^-24`` times the sum without signs of what
+        ``output`` float64 ``(N, O, *size)``; ``bound`` is ``(2 * CB + 7) * 2^-24`` times the sum without signs of what
         is added up for an output: of ``CB`` blocks and their shifts, four more sums of the transform, and the bias.
     """
     images, channels, _, *tiles = mantissa.shape
@@ -213,21 +219,19 @@ def reference_winograd(
     for block in range(blocks):
         part, e = slice(block * block_size, (block + 1) * block_size), exponent[:, block].long()
         power = torch.where(e == NONFINITE, torch.nan, torch.ldexp(torch.ones_like(e, dtype=torch.float64), e))
-        sums = torch.einsum("poc,ncphw->nophw", weight.integers[:, :, part].long(), mantissa[:, part].long())
-        scale = weight.scale[:, :, block].double().T[None, :, :, None, None]
-        term = scale * power.unsqueeze(1) * sums.double()
-        m += term
-        # Mantissas of the centre may be stored less 128, which a term of its own makes up for.
-        centre = (
-            weight.integers[_CENTRE, :, part].long().sum(1).double().abs() * weight.scale[_CENTRE, :, block].double()
-        )
-        total += term.abs()
-        total[:, :, _CENTRE] += 2 * 128 * centre[None, :, None, None] * power[:, None, _CENTRE]
+        for product, p in enumerate(_POSITION_OF):
+            integers, scale = weight.integers[product, :, part].long(), weight.scale[product, :, block].double()
+            sums = torch.einsum("oc,nchw->nohw", integers, mantissa[:, part, p].long())
+            scales = scale[None, :, None, None] * power[:, None, p]
+            m[:, :, p] += scales * sums
+            total[:, :, p] += (scales * sums).abs()
+            if p == _CENTRE:  # where mantissas may be stored less 128, which a term of its own makes up for
+                total[:, :, p] += 2 * 128 * scales * integers.sum(1).abs()[None, :, None, None]
     output, bound = winograd_output(m, size), _sums_without_signs(total, size)
     if bias is not None:
         term = bias.double().view(1, -1, 1, 1)
         output, bound = output + term, bound + term.abs()
-    return Reference(output, (2 * blocks + 6) * 2.0**-24 * bound)
+    return Reference(output, (2 * blocks + 7) * 2.0**-24 * bound)
 
 
 def _output_size(x: Tensor, padding: tuple[int, int]) -> tuple[int, int]:
@@ -272,6 +276,17 @@ def _round_tiles(v: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     m = torch.full((split.shape[0], split.shape[1], *split.shape[3:]), 7, dtype=torch.int32, device=v.device)
     m[:, :, _CENTRE] += (split[:, :, :, _CENTRE].amin(2) >= 0).int()
     return round_blocks(split, m)
+
+
+def _round_for_lanes(split: Tensor) -> tuple[Tensor, Tensor]:
+    """Return integers ``(rows, CB, size)``, as floats, and scales ``(rows, CB)``."""
+    scale = torch.maximum(split.abs().amax(2) / MOST, _fullest(_lanes(split)) / MOST_OF_LANE)
+    scale = torch.where(scale > 0, scale, 1.0)
+    q = _rounded(split, scale)
+    while bool((full := _fullest(_lanes(q)) > MOST_OF_LANE).any()):
+        scale = torch.where(full, scale * _FINER, scale)
+        q[full] = _rounded(split[full], scale[full])
+    return q, scale
 
 
 def _rounded(split: Tensor, scale: Tensor) -> Tensor:

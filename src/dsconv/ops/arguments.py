@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsconv.names import ALGORITHMS
 from dsconv.numerics import ACTIVATION_SIGNS
-from dsconv.numerics.winograd import POSITIONS
+from dsconv.numerics.winograd import PRODUCTS
 from dsconv.ops import native
 
 TOO_LARGE = 1 << 31  # for a size, a stride or a number of anything
@@ -142,7 +142,7 @@ def shapes_of(
         raise RuntimeError("dsconv::conv2d: the extension dsconv._C is not built")
     sizes = sizes_of(x, outputs, geometry, block_size, flat, algorithm)
     weight_bytes, kds_count = module.packed_sizes(sizes, 8 if algorithm == "winograd" else weight_bits)
-    shifts = kds_count // POSITIONS if algorithm == "winograd" else kds_count
+    shifts = kds_count // PRODUCTS if algorithm == "winograd" else kds_count
     counts = (weight_bytes, kds_count, shifts, outputs, outputs, outputs)
     dtypes = (torch.uint8, *[torch.float32] * 5)
     weights = tuple((name, dtype, (n,)) for name, dtype, n in zip(WEIGHTS, dtypes, counts, strict=True))
