@@ -14,6 +14,7 @@ import dsconv
 from dsconv.io.checkpoint import describe
 from dsconv.layers import DSConv1d, DSConv2d
 from dsconv.layers.kinds import KINDS, kind_of, register
+from dsconv.onnx import OnnxNetwork
 
 
 class Pointwise(tnn.Module):
@@ -161,3 +162,14 @@ def test_hooks_of_a_container_are_tried_on_an_input_of_its_first_layer() -> None
     net.register_forward_pre_hook(halve)
     rows = {row.name: row for row in dsconv.summary(dsconv.quantize(net)).layers}
     assert rows["0"].quantized and "is written by a hook of the model" in str(rows["3"].reason)
+
+
+@pytest.mark.usefixtures("mixer")
+@pytest.mark.parametrize("style", ["qdq", "int8", "float"])
+def test_a_kind_with_an_operator_of_onnx_is_exported(tmp_path: Path, style: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    qnet, x = dsconv.quantize(mixers()), torch.randn(2, 3, 8, 8)
+    path = dsconv.export_onnx(qnet, x, tmp_path / "net.onnx", style, images=x if style == "int8" else None)
+    with torch.inference_mode():
+        expected = qnet(x)
+    torch.testing.assert_close(OnnxNetwork(path)(x), expected, rtol=0, atol=expected.abs().max().item() / 20)
