@@ -131,7 +131,7 @@ struct Convolution {
   Layer layer;  // but for its weights
 };
 
-// (float tensor, residual, [(quantized tensor, first channel)], activation, slope): dsconv/compilation/program.py.
+// (float tensor, residual, [(quantized tensor, first channel)], activation, slope): Uses of dsconv/backends/base.py.
 using OutputsTuple = std::tuple<int, int, std::vector<std::pair<int, std::int64_t>>, int, float>;
 StepOutputs outputs(const OutputsTuple& to) {
   const auto& [values, residual, targets, activation, slope] = to;

@@ -1,6 +1,7 @@
 """Documentation that holds: Python blocks run in the order of their page, commands exist, links lead somewhere."""
 
 import importlib.util
+import pkgutil
 import re
 import runpy
 import shlex
@@ -127,3 +128,23 @@ def test_figures_are_made_by_the_script_and_shown(tmp_path: Path) -> None:
     made, kept = ({file.name for file in folder.iterdir()} for folder in (tmp_path, ROOT / "docs" / "figures"))
     assert made == kept
     assert set(re.findall(r"\(figures/(\S+)\)", (ROOT / "docs" / "method.md").read_text("utf-8"))) == kept
+
+
+def test_names_of_dsconv_in_docstrings_and_pages_exist() -> None:
+    texts = [*(ROOT / "src").rglob("*.py"), ROOT / "CHANGELOG.md"]
+    named = re.compile(r":\w+:`~?(dsconv(?:\.\w+)+)`|`(dsconv\.ops(?:\.\w+)+)`")
+    wrong = []
+    for path in texts:
+        for match in named.finditer(path.read_text(encoding="utf-8")):
+            try:
+                pkgutil.resolve_name(name := match[1] or match[2])
+            except (AttributeError, ImportError):
+                # Fields of a dataclass or attributes of an instance are told of by its annotations.
+                of, _, attribute = name.rpartition(".")
+                try:
+                    known = attribute in getattr(pkgutil.resolve_name(of), "__annotations__", {})
+                except (AttributeError, ImportError):
+                    known = False
+                if not known:
+                    wrong.append(f"{path.name}: {name}")
+    assert not wrong

@@ -14,6 +14,7 @@ import dsconv
 from dsconv.io.checkpoint import describe
 from dsconv.layers import DSConv1d, DSConv2d
 from dsconv.layers.kinds import KINDS, kind_of, register
+from dsconv.onnx import OnnxNetwork
 
 
 class Pointwise(tnn.Module):
@@ -89,3 +90,86 @@ def test_a_new_kind_is_quantized_saved_loaded_and_summarized(tmp_path: Path) -> 
         ("3", "DSPointwise", (8, 32, 1)),
     ]
     assert describe(tmp_path / "net.safetensors")[1].layers == rows
+
+
+class Mixer(tnn.Module):
+    """A layer of its own kind, with attributes and arguments of its own: a linear map at each pixel, without a bias."""
+
+    bias = None
+
+    def __init__(self, names: dict[str, int]):
+        super().__init__()
+        self.names = names
+        self.weight = tnn.Parameter(torch.randn(names["outputs"], names["inputs"]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight[..., None, None])
+
+
+@pytest.fixture
+def mixer() -> Iterator[None]:
+    """Have a kind of layers for :class:`Mixer`."""
+
+    @register
+    class DSMixer(DSConv2d):
+        float_type = Mixer
+
+        @classmethod
+        def float_geometry(cls, layer: Any) -> tuple[Any, ...]:
+            return layer.names["inputs"], layer.names["outputs"], 1, 1, 0, 1, 1, False
+
+        @classmethod
+        def float_input_shape(cls, layer: Any, extra: int) -> tuple[int, ...]:
+            return 2, layer.names["inputs"], extra, extra
+
+        @classmethod
+        def float_is_depthwise(cls, layer: Any) -> bool:
+            return False
+
+        def conv_layout(self, weight: Tensor) -> Tensor:
+            return weight[..., None, None]
+
+        def dequantized_weight(self) -> Tensor:
+            return self.conv_weight().flatten(1)
+
+    yield
+    del KINDS["DSMixer"]
+
+
+def mixers() -> tnn.Sequential:
+    torch.manual_seed(0)
+    sizes = {"inputs": 3, "outputs": 32}
+    return tnn.Sequential(Mixer(sizes), tnn.BatchNorm2d(32), tnn.ReLU(), Mixer({"inputs": 32, "outputs": 8})).eval()
+
+
+@pytest.mark.usefixtures("mixer")
+def test_a_kind_needs_no_attribute_of_pytorchs_layers() -> None:
+    net = mixers()
+    net[0].place = 7
+    tnn.init.uniform_(net[1].weight, 0.1, 10)
+    qnet = dsconv.quantize(net, "default")  # whose rule asks for the statistics of each input
+    assert qnet[3].config.weight_rule == "balanced" and qnet[0].place == 7
+    blind = dsconv.quantize(net, dsconv.QuantConfig.preset("default", batchnorm_statistics=False))
+    assert not torch.equal(qnet[3].vqk, blind[3].vqk)
+
+
+@pytest.mark.usefixtures("mixer")
+def test_hooks_of_a_container_are_tried_on_an_input_of_its_first_layer() -> None:
+    def halve(module: Any, inputs: Any) -> None:
+        module[3].weight.data = module[3].weight.data / 2
+
+    net = mixers()
+    net.register_forward_pre_hook(halve)
+    rows = {row.name: row for row in dsconv.summary(dsconv.quantize(net)).layers}
+    assert rows["0"].quantized and "is written by a hook of the model" in str(rows["3"].reason)
+
+
+@pytest.mark.usefixtures("mixer")
+@pytest.mark.parametrize("style", ["qdq", "int8", "float"])
+def test_a_kind_with_an_operator_of_onnx_is_exported(tmp_path: Path, style: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    qnet, x = dsconv.quantize(mixers()), torch.randn(2, 3, 8, 8)
+    path = dsconv.export_onnx(qnet, x, tmp_path / "net.onnx", style, images=x if style == "int8" else None)
+    with torch.inference_mode():
+        expected = qnet(x)
+    torch.testing.assert_close(OnnxNetwork(path)(x), expected, rtol=0, atol=expected.abs().max().item() / 20)

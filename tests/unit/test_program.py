@@ -744,3 +744,16 @@ def test_a_run_is_given_all_memory_that_its_steps_use() -> None:
         one.run(1, [address + 32, 0, 0, address + 4096], 0, 1, 0)
     with pytest.raises(ValueError, match="offset of a multiple of 64"):
         one.quantized(32, 16, 16, 1, (4, 4, 1, 1), 4, 4, 0, False)
+
+
+def test_a_program_keeps_its_constants_when_the_model_moves_to_shared_memory() -> None:
+    torch.manual_seed(0)
+    layers = {"a": conv(3, 16), "norm": nn.BatchNorm2d(16), "b": conv(16, 8)}
+    net = Net(lambda n, x: n.b(n.norm(F.max_pool2d(n.a(x), 2))), **layers)
+    qnet, x = dsconv.fold_batchnorm(dsconv.quantize(net)), torch.randn(2, 3, 8, 8)
+    fast = dsconv.compile(qnet, x)
+    expected, before = fast(x), {name: value.data_ptr() for name, value in fast.state_dict().items()}
+    fast.share_memory()  # which is what a process that is spawned with it does
+    assert {name for name, value in fast.state_dict().items() if value.data_ptr() != before[name]} > {"model.b.bias"}
+    reused = [torch.full((count,), 1e9, dtype=torch.float32) for count in (8, 16) for _ in range(100)]
+    assert torch.equal(fast(x), expected) and len(reused) == 200

@@ -336,6 +336,8 @@ def _keep_attributes(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any
 @cache
 def _attributes_of(kind: type[DSLayer]) -> frozenset[str]:
     """Return the attributes that PyTorch gives a float layer."""
+    if not is_torch_class(kind.float_type):
+        return frozenset(vars(nn.Module()))  # how to make one is not known, and its own do no harm
     make: Callable[..., nn.Module] = kind.float_type
     sizes = [1 for parameter in inspect.signature(make).parameters.values() if parameter.default is parameter.empty]
     return frozenset(vars(make(*sizes, device="meta", dtype=torch.float32)))

@@ -14,6 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from dsconv.conversion.copying import HOOKS, copied, held, is_of_torch
+from dsconv.layers.kinds import kind_of
 
 # Hooks of PyTorch that compute a layer's weight before it runs.
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -292,7 +293,8 @@ def _name(hook: Any) -> str:
 
 def _input_of(layer: Any) -> Tensor:
     """Random input of a container that begins with ``layer``."""
-    linear = isinstance(layer, nn.Linear)
-    shape = (2, layer.in_features) if linear else (2, layer.in_channels, *[16] * len(layer.kernel_size))
+    kind = kind_of(layer)
+    assert kind is not None
+    shape = (*kind.float_input_shape(layer, 1)[:2], *[16] * kind.dims)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")

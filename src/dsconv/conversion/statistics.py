@@ -41,10 +41,11 @@ def input_moments(model: nn.Module, preprocess: Preprocess | None = None) -> dic
     kind = kind_of(first)
     if kind is None or kind.dims != 2 or kind.transposed or not with_statistics(model):
         return {}
+    channels = kind.float_input_shape(first, 1)[1]
     known = preprocess is not None and (preprocess.crop or preprocess.resize) is not None
     found: dict[nn.Module, InputMoments] = {}
     for side in (None,) if known else _SIDES:
-        images = noise(preprocess, (first.in_channels, *((side,) * 2 if side else _size(preprocess))))
+        images = noise(preprocess, (channels, *((side,) * 2 if side else _size(preprocess))))
         try:
             found, missing = _measured(model, as_input_of(model, images))
         except Exception:  # whatever a network has to say to inputs that it was not made for

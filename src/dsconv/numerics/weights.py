@@ -67,7 +67,7 @@ def quantize_weight(
         scale: ``l2`` least squares, ``sum(w q) / sum(q^2)``; ``kl`` minimises ``sum T log(T / I)``,
             ``T = softmax(w)``, ``I = softmax(scale q)`` per block, within half and one and a half times ``l2``.
         inputs: under which ``balanced`` expects errors; None is a variance of 1 and a squared mean of 0.4 everywhere.
-        solver: what carries out ``balanced``: :func:`dsconv.ops.cpu.solve_balanced`, which is faster; None is PyTorch.
+        solver: what carries out ``balanced``: :func:`dsconv.ops.solve_balanced`, which is faster; None is PyTorch.
 
     Returns:
         VQK int8 ``(O, C/groups, *K)`` in ``[-2^(bits-1), 2^(bits-1) - 1]`` and KDS float32 ``(O, CB, *K)``.

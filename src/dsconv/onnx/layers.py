@@ -13,6 +13,7 @@ from dsconv.errors import import_extra
 from dsconv.layers import DSLayer
 from dsconv.onnx.activations import Magnitude, patches, quantize, quantize_of_attributes
 from dsconv.onnx.graph import Nodes, Value
+from dsconv.ops import transposed_layout
 
 DOMAIN = "dsconv"
 _STAND_IN = f"{DOMAIN}::Layer"
@@ -194,7 +195,9 @@ class Floats(Integers):
         return x
 
     def _made_weight(self, name: str) -> Value:
-        return self._tensor(f"{name}.weight", self.layers[name].dequantized_weight())
+        layer = self.layers[name]
+        weight = layer.conv_weight()
+        return self._tensor(f"{name}.weight", transposed_layout(weight, layer.groups) if layer.transposed else weight)
 
 
 class Functions(Integers):

@@ -29,7 +29,7 @@ def use_threads() -> None:
 
 
 class KernelThreads:
-    """Lets kernels use all of PyTorch's threads inside a :class:`PyTorchOnOneThread`."""
+    """Lets kernels use all of PyTorch's threads inside a :class:`dsconv.threads.PyTorchOnOneThread`."""
 
     def __enter__(self) -> None:
         use_threads()

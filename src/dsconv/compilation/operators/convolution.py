@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from dsconv.backends.base import Executable
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, address, register
+from dsconv.compilation.operators.operator import Ids, Lowering, Step, address, fixed, register
 from dsconv.compilation.values import Format, Quantized, Value
 from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.ops import WEIGHTS, arguments_of, checked_sizes
@@ -82,6 +82,8 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
         if tensor is None and given[name] is not None:
             return None
         given[name] = tensor
+    if given["bias"] is not None:
+        given["bias"] = fixed(given["bias"])
     sizes = checked_sizes(source.size, given)
     groups, flat = sizes.groups, sizes.flat
     depthwise = flat and groups == source.size[0] > 1

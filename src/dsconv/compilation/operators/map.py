@@ -17,6 +17,7 @@ from dsconv.compilation.operators.operator import (
     Step,
     activation_of,
     address,
+    fixed,
     only_user,
     register,
 )
@@ -120,7 +121,7 @@ def _affine(lowering: Lowering, node: fx.Node) -> Step | None:
     constants = [lowering.constant(n) for n in (node.args[1], add.args[1])]
     if any(c is None or tuple(c.shape) != shape or c.dtype != torch.float32 for c in constants):
         return None
-    scale, shift = (c.flatten().contiguous() for c in constants if c is not None)
+    scale, shift = (fixed(c).flatten() for c in constants if c is not None)
     lowering.absorbed.add(node)
     return mapped(lowering, add, ["scale", "shift"], {}, source=source, scale=scale, shift=shift)
 

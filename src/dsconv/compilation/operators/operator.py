@@ -206,6 +206,11 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+def fixed(tensor: Tensor) -> Tensor:
+    """Return a dense copy for a step that keeps its address: a model's own moves when it is shared with a process."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
 def address(tensor: Tensor | None) -> int:
     """Return where the values of a tensor lie; 0 of none."""
     return 0 if tensor is None else tensor.data_ptr()
