@@ -1,14 +1,20 @@
 import os
+import tempfile
+from pathlib import Path
 
 # Processes of tests side by side, each with threads for all cores, take turns at waiting for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What PyTorch's inductor compiled for one instruction set it would take for another: its cache is not told of this one.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    cache = Path(tempfile.gettempdir(), f"inductor-{os.environ['ATEN_CPU_CAPABILITY']}-{os.getuid()}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+
 import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import hypothesis
