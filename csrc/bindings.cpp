@@ -106,6 +106,12 @@ int checked_bits(int bits) {
 }
 
 bool is_wide(int weight_bits) { return checked_bits(weight_bits) > 4; }
+bool is_wide(const ConvSizes& sizes, int weight_bits) { return is_wide(weight_bits) || sizes.winograd; }
+
+// Winograd has a shift, whatever the weights that it was made of have.
+const float* shift_of(const ConvSizes& sizes, Address kds_shift) {
+  return sizes.winograd ? needed<const float>("kds_shift", kds_shift) : at<const float>(kds_shift);
+}
 
 PostOps post_ops(Address bias, Address gain, Address offset) {
   if (!gain != !offset) throw std::invalid_argument("gain and offset come together");
@@ -203,12 +209,12 @@ void bind_layers(nb::module_& m) {
   m.def(
       "packed_sizes",
       [](const ConvSizes& sizes, int weight_bits) {
-        return std::pair(sizes.packed_bytes(is_wide(weight_bits)), sizes.kds_count());
+        return std::pair(sizes.packed_bytes(is_wide(sizes, weight_bits)), sizes.kds_count());
       },
       "Bytes of the packed weight, and number of packed KDS.");
   m.def("pack_weight", [](const ConvSizes& sizes, Address vqk, int weight_bits, Address packed) {
-    is_wide(weight_bits);
-    pack_weight(sizes, needed<const std::int8_t>("vqk", vqk), weight_bits, needed<std::uint8_t>("packed", packed));
+    const int bits = is_wide(sizes, weight_bits) ? 8 : weight_bits;
+    pack_weight(sizes, needed<const std::int8_t>("vqk", vqk), bits, needed<std::uint8_t>("packed", packed));
   });
   m.def("pack_kds", [](const ConvSizes& sizes, Address kds, Address packed) {
     pack_kds(sizes, needed<const float>("kds", kds), needed<float>("packed", packed));
@@ -257,7 +263,7 @@ void bind_convolution(nb::module_& m) {
               const std::array<std::int64_t, 4>& output_strides, int weight_bits, int activation_bits, int sign, int activation,
               float slope) {
              Layer layer{};
-             layer.wide = is_wide(weight_bits), layer.activation_bits = checked_bits(activation_bits);
+             layer.wide = is_wide(g, weight_bits), layer.activation_bits = checked_bits(activation_bits);
              layer.sign = one_of<Sign>("sign", sign, kSigns);
              layer.post.activation = one_of<Activation>("activation", activation, kActivations), layer.post.slope = slope;
              const Strides from = strides(input_strides, g.images, g.channels, g.height, g.width);
@@ -273,7 +279,7 @@ void bind_convolution(nb::module_& m) {
         Layer layer = self.layer;
         const PostOps post = post_ops(bias, gain, offset);
         layer.weight = needed<const std::uint8_t>("weight", weight), layer.kds = needed<const float>("kds", kds);
-        layer.kds_shift = at<const float>(kds_shift);
+        layer.kds_shift = shift_of(g, kds_shift);
         layer.post.bias = post.bias, layer.post.gain = post.gain, layer.post.offset = post.offset;
         const Output out{needed<float>("output", output, g.pixels() > 0), self.to, {at<const float>(residual), self.to}, {}};
         const Input in{needed<const float>("input", input, g.images && g.height && g.width), self.from};
@@ -314,7 +320,7 @@ void bind_program(nb::module_& m) {
               Address bias, Address gain, Address offset, int weight_bits, int activation_bits, int sign, const OutputsTuple& to) {
              self.convolve(sizes,
                            {needed<const std::uint8_t>("weight", weight), needed<const float>("kds", kds),
-                            at<const float>(kds_shift), post_ops(bias, gain, offset), is_wide(weight_bits),
+                            shift_of(sizes, kds_shift), post_ops(bias, gain, offset), is_wide(sizes, weight_bits),
                             checked_bits(activation_bits), one_of<Sign>("sign", sign, kSigns)},
                            from, input, outputs(to));
            })

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from dsconv import strict_json
 from dsconv.errors import ConfigError, check_choice, one_line
-from dsconv.names import ActivationSign, Algorithm, WeightRule, WeightScale
+from dsconv.names import ActivationSign, AlgorithmChoice, WeightRule, WeightScale
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ class LayerConfig(Strict):
     activation_sign: ActivationSign = "adaptive"
     kds_dtype: KdsDtype = "float32"
     blocks: Literal["tap", "flat"] = "tap"
-    algorithm: Algorithm | Literal["auto"] = "direct"
+    algorithm: AlgorithmChoice = "direct"
 
     @model_validator(mode="after")
     def _one_fit(self) -> Self:
@@ -84,6 +84,12 @@ class LayerConfig(Strict):
             what = "blocks='flat'" if self.blocks == "flat" else "activation_bits=None"
             raise ValueError(f"algorithm='winograd' sums up integers of blocks of channels: {what} cannot go with it")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: Any) -> dict[str, Any]:
+        """Leave out what older versions do not know, where they do the same without it."""
+        data: dict[str, Any] = serialize(self)
+        return {name: value for name, value in data.items() if (name, value) != ("algorithm", "direct")}
 
     @property
     def allows_winograd(self) -> bool:

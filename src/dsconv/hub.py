@@ -212,5 +212,6 @@ def _figures(found: Summary, evaluation: Evaluation | None) -> Iterator[tuple[st
 def _settings(layer: LayerSummary) -> tuple[str, str, str]:
     """Cells of the card's table of settings."""
     activation = f"{layer.activation_bits} bits, {layer.activation_sign}" if layer.activation_bits else "float"
+    activation = "8 bits, winograd" if layer.algorithm == "winograd" else activation
     block = f"{layer.block_size}{' flat' if layer.blocks == 'flat' else ''}{', shift' if layer.weight_shift else ''}"
     return f"{layer.weight_bits} bits", activation, block

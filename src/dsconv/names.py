@@ -15,6 +15,7 @@ WeightScale = Literal["l2", "kl"]
 WEIGHT_SCALES: tuple[str, ...] = get_args(WeightScale)
 Algorithm = Literal["direct", "winograd"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+AlgorithmChoice = Literal["direct", "winograd", "auto"]
 
 Style = Literal["qdq", "function", "int8", "float"]
 """How an ONNX file holds a network, see :func:`dsconv.export_onnx`."""

@@ -17,6 +17,7 @@ from kernel_cases import Case
 from torch import Tensor
 
 from dsconv.config import LayerConfig
+from dsconv.names import AlgorithmChoice
 from dsconv.numerics import quantize_weight
 from dsconv.ops import native, packing
 
@@ -33,8 +34,9 @@ def limit_memory() -> None:
 # Operators
 
 
-def conv2d(groups: int) -> dict[str, Any]:
-    case = Case(torch.randn(2, 24, 9, 8), 24, (3, 3), LayerConfig(block_size=16), groups, padding=(1, 1))
+def conv2d(groups: int, algorithm: AlgorithmChoice = "direct") -> dict[str, Any]:
+    config = LayerConfig(block_size=16, algorithm=algorithm)
+    case = Case(torch.randn(2, 24, 9, 8), 24, (3, 3), config, groups, padding=(1, 1))
     more = {name: torch.randn(24) for name in ("bias", "gain", "offset")}
     return case.arguments() | more | {"residual": torch.randn(2, 24, 9, 8), "activation": "relu", "slope": 0.1}
 
@@ -46,10 +48,11 @@ def linear() -> dict[str, Any]:
     return given | packed | {"x": torch.randn(3, 24), "residual": torch.randn(3, 24)}
 
 
-WHERE = ("kernel_size", "stride", "padding", "dilation", "groups", "flat")
+WHERE = ("kernel_size", "stride", "padding", "dilation", "groups", "flat", "algorithm")
 OPERATORS: tuple[tuple[str, Callable[[], dict[str, Any]]], ...] = (
     ("conv2d", lambda: conv2d(1)),
     ("conv2d", lambda: conv2d(24)),
+    ("conv2d", lambda: conv2d(1, "winograd")),
     ("linear", linear),
     (
         "quantize_activation",
@@ -101,7 +104,7 @@ def changed(value: Any) -> Any:
         case float():
             return random.choice((float("nan"), float("inf"), -1e300, 0.0))
         case str():
-            return random.choice(("", "none", "gelu", "\x00", "included", "silu"))
+            return random.choice(("", "none", "gelu", "\x00", "included", "silu", "winograd", "direct"))
     return [random.choice(INTEGERS) for _ in range(random.choice((0, 1, 2, 2, 2, 2, 3)))]
 
 
@@ -146,7 +149,7 @@ def sizes() -> Any:
     made = dict(zip(names.split(), (n, c, height, width, o, *out, k, k, s, s, p, p, 1, 1, groups, 16), strict=True))
     for _ in range(random.choice((0, 0, 1, 2))):
         made[random.choice(list(made))] = number()
-    return MODULE.ConvSizes(**made, flat=bool(flat))
+    return MODULE.ConvSizes(**made, flat=bool(flat), winograd=k == 3 and random.random() < 0.3)
 
 
 MODULE = native.extension()
@@ -215,7 +218,8 @@ def run_program() -> None:
         of, bits = sizes(), random.choice((2, 4, 8, 9))
         weight, kds, terms = weights(of, bits)
         which = (random.choice((-1, 0, 1, 2)), random.choice((-1, 0, 1)))
-        program.convolve(of, *which, weight, kds, 0, terms, 0, 0, bits, 8, number() % 4, uses())
+        shift = kds if of.winograd else 0
+        program.convolve(of, *which, weight, kds, shift, terms, 0, 0, bits, 8, number() % 4, uses())
 
     steps = (
         values,

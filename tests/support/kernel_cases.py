@@ -13,10 +13,15 @@ from torch import Tensor
 from dsconv.config import LayerConfig
 from dsconv.numerics import (
     Reference,
+    dequantize_weight,
     quantize_activation,
     quantize_weight,
     quantize_weight_shifted,
+    quantize_winograd_input,
     reference_conv,
+    reference_winograd,
+    winograd_input,
+    winograd_weight,
 )
 from dsconv.ops import native, packing, patches
 
@@ -67,6 +72,7 @@ class Case:
             "activation_bits": config.activation_bits,
             "sign": config.activation_sign,
             "block_size": packing.kernel_block_size(self.vqk.shape, config),
+            "algorithm": config.algorithm,
         }
 
     def run(self, **changed: Any) -> Tensor:
@@ -76,6 +82,8 @@ class Case:
 
     def reference(self) -> Reference:
         config, vqk, kds, shift = self.config, self.vqk, self.kds, self.shift
+        if config.algorithm == "winograd":
+            return self._reference_winograd()
         x, where = self.x, {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         if config.blocks == "flat":
             x, where = patches(x, self.kernel, **where), {}
@@ -84,6 +92,13 @@ class Case:
         size, sign = config.block_size, config.activation_sign
         m, e = quantize_activation(x, config.activation_bits, size, sign=sign, groups=self.groups)
         return reference_conv(m, e, vqk, kds, size, kds_shift=shift, bias=self.bias, groups=self.groups, **where)
+
+    def _reference_winograd(self) -> Reference:
+        size, (top, left) = self.config.block_size, self.padding
+        weight = winograd_weight(dequantize_weight(self.vqk, self.kds, size, self.shift), size)
+        m, e = quantize_winograd_input(winograd_input(self.x, self.padding), size)
+        of = (self.x.shape[2] + 2 * top - 2, self.x.shape[3] + 2 * left - 2)
+        return reference_winograd(m, e, weight, size, of, bias=self.bias)
 
 
 @st.composite
@@ -94,8 +109,9 @@ def cases(draw: st.DrawFn) -> Case:
         return draw(st.integers(low, high))
 
     torch.manual_seed(pick(0, 10**6))
-    depthwise = draw(st.booleans())
-    groups = pick(2, 70) if depthwise else pick(1, 3)
+    how = draw(st.sampled_from(("depthwise", "grouped", "winograd")))
+    depthwise, winograd = how == "depthwise", how == "winograd"
+    groups = pick(2, 70) if depthwise else 1 if winograd else pick(1, 3)
     channels = 1 if depthwise else draw(st.integers(1, 40) | st.sampled_from((64, 80, 129, 257)))
     config = LayerConfig(
         weight_bits=pick(2, 8),
@@ -103,10 +119,11 @@ def cases(draw: st.DrawFn) -> Case:
         block_size=8 * pick(1, 16),
         activation_sign=draw(st.sampled_from(("adaptive", "extra", "included"))),
         weight_shift=draw(st.booleans()),
-        blocks=draw(st.sampled_from(("tap", "flat"))),
+        blocks="tap" if winograd else draw(st.sampled_from(("tap", "flat"))),
+        algorithm="winograd" if winograd else "direct",
     )
-    kernel = (pick(1, 3), pick(1, 4))
-    padding, dilation = (pick(0, 3), pick(0, 3)), (pick(1, 2), pick(1, 3))
+    kernel = (3, 3) if winograd else (pick(1, 3), pick(1, 4))
+    padding, dilation = (pick(0, 3), pick(0, 3)), (1, 1) if winograd else (pick(1, 2), pick(1, 3))
     least = [max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel, padding, dilation, strict=True)]
     scale = draw(st.sampled_from((1.0, 2.0**-90, 2.0**90)))
     x = torch.randn(pick(0, 3), groups * channels, least[0] + pick(0, 6), least[1] + pick(0, 18)) * scale
@@ -116,7 +133,7 @@ def cases(draw: st.DrawFn) -> Case:
         x.view(-1)[pick(0, x.numel() - 1)] = draw(st.sampled_from((torch.nan, torch.inf, -torch.inf)))
     outputs = groups * (pick(1, 3) if depthwise else pick(1, 40))
     bias = torch.randn(outputs) * scale if draw(st.booleans()) else None
-    stride = (pick(1, 4), pick(1, 4))
+    stride = (1, 1) if winograd else (pick(1, 4), pick(1, 4))
     return Case(x, outputs, kernel, config, groups, stride, padding, dilation, bias)
 
 

@@ -394,14 +394,14 @@ def test_crafting_without_a_change_loads(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("3", "format version '3', this dsconv reads up to 2: update dsconv"),
+        ("4", "format version '4', this dsconv reads up to 3: update dsconv"),
         ("999", "999"),
         ("x", "'x'"),
         ("", "''"),
         ("-1", "-1"),
         ("1.5", "1.5"),
         ("9" * 5000, None),
-        ("٣", None),
+        ("٤", None),
     ],
 )
 def test_a_newer_version_is_refused(version: str, message: str | None, saved: Path) -> None:

@@ -18,7 +18,7 @@ from dsconv.cli.output import print_json, print_table, say
 from dsconv.cli.preparation import read_preparation, unknown_preparation
 from dsconv.config import FLOAT, KdsDtype, LayerConfig, QuantConfig, Settings
 from dsconv.errors import ConfigError
-from dsconv.names import ActivationSign, WeightRule, WeightScale, check_model_name, check_weights
+from dsconv.names import ActivationSign, AlgorithmChoice, WeightRule, WeightScale, check_model_name, check_weights
 
 _every = partial(typer.Option, show_default=False, rich_help_panel="Settings of every layer, in place of the preset's")
 _some = partial(
@@ -43,6 +43,9 @@ def quantize(
     activation_bits: Annotated[int | None, _every(min=2, max=8, help="Bits of an activation's mantissa.")] = None,
     weights_only: Annotated[bool, _every("--weights-only", help="Leave activations in float.")] = False,
     block_size: Annotated[int | None, _every(min=1, help="Values that share a scale and an exponent.")] = None,
+    algorithm: Annotated[
+        AlgorithmChoice | None, _every(help="How 3x3 convolutions are computed; auto is winograd where it is as exact.")
+    ] = None,
     weight_rule: Annotated[WeightRule | None, _every(help="How weights are rounded.")] = None,
     weight_scale: Annotated[WeightScale | None, _every(help="What a scale minimises; kl takes no shift.")] = None,
     weight_shift: Annotated[bool | None, _every(help="A shift per block, beside the scale.")] = None,

@@ -31,8 +31,9 @@ class LayerSummary:
         name: name in the model.
         kind: class of the layer.
         shape: of its weight; ``(O, C/groups, *K)`` for a quantized layer.
-        weight_bits, activation_bits, activation_sign, block_size, blocks, kds_dtype, weight_shift: its settings;
-            ``activation_bits`` is None also where the input stays float.
+        weight_bits, activation_bits, activation_sign, block_size, blocks, kds_dtype, weight_shift, algorithm: its
+            settings; ``activation_bits`` is None also where the input stays float. Winograd rounds the transformed
+            input to 8 bits, whatever it is.
         effective_bits: bits a weight takes, its part of the KDS and shifts included.
         bytes_before: of the weight in float32.
         bytes_after: of the weight now: VQK packed at their width, KDS and shifts.
@@ -58,6 +59,7 @@ class LayerSummary:
     blocks: str | None = None
     kds_dtype: str | None = None
     weight_shift: bool | None = None
+    algorithm: str | None = None
     weight_sqnr_db: float | None = None
 
     @property
@@ -148,6 +150,7 @@ class Summary:
             cells = ["float", "float", ""]
             if layer.quantized:
                 activation = f"{layer.activation_bits} {layer.activation_sign}" if layer.activation_bits else "float"
+                activation = "8 winograd" if layer.algorithm == "winograd" else activation
                 block = str(layer.block_size)
                 block += " flat" if layer.blocks == "flat" else ""
                 block += " +shift" if layer.weight_shift else ""
@@ -217,7 +220,7 @@ def quantized_row(
 ) -> LayerSummary:
     """Return the row of a quantized layer of class ``kind`` and ``size`` in bytes."""
     shape, config, backend = operation.shape, operation.config, backends.execution(operation, device)
-    stated = config.model_dump(exclude={"weight_rule", "weight_scale"})
+    stated = config.model_dump(exclude={"weight_rule", "weight_scale"}) | {"algorithm": config.algorithm}
     if config.activation_bits is None:
         stated["activation_sign"] = None
     weights = math.prod(shape)

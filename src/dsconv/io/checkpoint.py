@@ -37,7 +37,7 @@ from dsconv.modes import check_module
 from dsconv.numerics import pack, unpack
 from dsconv.numerics.packing import packed_bytes
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILE_NAME = "model.safetensors"
 _MAGIC = "dsconv"
 # The state of a quantized layer, and what it is called in a file: as in the field's other quantized checkpoints.
@@ -125,7 +125,9 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     check_place(path)
     tensors, aliases = _stored_tensors(qmodel)
     header = _header(qmodel, aliases, architecture)
-    entries = {"format": _MAGIC, "format_version": str(FORMAT_VERSION)}
+    # Version 3 has algorithms, and is 2 without one.
+    version = 3 if any("algorithm" in settings for settings in [header.config, *header.settings]) else 2
+    entries = {"format": _MAGIC, "format_version": str(version)}
     entries |= {name: json.dumps(value) for name, value in header.model_dump().items()}
     entries["checksum"] = checksum(entries, tensors)
     write(path, tensors, entries)
@@ -468,9 +470,12 @@ def _check_layers(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> 
 
 def _layer_settings(path: Path, data: dict[str, Any]) -> LayerConfig:
     try:
-        return LayerConfig(**data)
+        settings = LayerConfig(**data)
     except (ConfigError, TypeError) as error:
         raise FileFormatError(f"{path}: the settings of its layers are not valid: {error}") from None
+    if settings.algorithm == "auto":
+        raise FileFormatError(f"{path}: the settings of its layers are not valid: algorithm: it is still to be chosen")
+    return settings
 
 
 def _config(path: Path, data: dict[str, Any]) -> QuantConfig:

@@ -141,7 +141,7 @@ def shapes_of(
     if module is None:
         raise RuntimeError("dsconv::conv2d: the extension dsconv._C is not built")
     sizes = sizes_of(x, outputs, geometry, block_size, flat, algorithm)
-    weight_bytes, kds_count = module.packed_sizes(sizes, 8 if algorithm == "winograd" else weight_bits)
+    weight_bytes, kds_count = module.packed_sizes(sizes, weight_bits)
     shifts = kds_count // PRODUCTS if algorithm == "winograd" else kds_count
     counts = (weight_bytes, kds_count, shifts, outputs, outputs, outputs)
     dtypes = (torch.uint8, *[torch.float32] * 5)

@@ -24,6 +24,7 @@ from dsconv.ops.arguments import (
     Geometry,
     Shapes,
     addresses_of,
+    check_algorithm,
     check_geometry,
     check_input,
     check_settings,
@@ -189,6 +190,7 @@ def _conv2d_fake(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
     c = Call(*args, **named)
     _check_fake("conv2d", c, 4, out)
     check_geometry(c.x.shape, c.outputs, c.geometry)
+    check_algorithm(c.algorithm, c.geometry, c.flat)
     size = c.geometry.output_size(c.x.shape[2:])
     return _empty_output(c.x, c.outputs, size, c.groups) if out is None else out
 

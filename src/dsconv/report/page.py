@@ -146,6 +146,8 @@ def _settings(row: LayerSummary) -> str:
         if row.activation_bits
         else "activations in float"
     )
+    if row.algorithm == "winograd":
+        activations = "Winograd, transformed activations 8 bits"
     shift = ", a shift per block" if row.weight_shift else ""
     flat = " of flattened values" if row.blocks == "flat" else ""
     return f"weights {row.weight_bits} bits, {activations}, blocks of {row.block_size}{flat}{shift}"

@@ -10,6 +10,7 @@ from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, address, fixed, register
 from dsconv.compilation.values import Format, Quantized, Value
 from dsconv.numerics import ACTIVATION_SIGNS
+from dsconv.numerics.winograd import PRODUCTS, TILE
 from dsconv.ops import WEIGHTS, arguments_of, checked_sizes
 
 
@@ -30,6 +31,10 @@ class Convolution(Step):
     quantized: Quantized | None = None
     takes_gaps: ClassVar[bool] = True
     in_integers: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str | None:  # type: ignore[override]
+        return "dsconv.conv2d (winograd)" if self.sizes.winograd else None
 
     @property
     def writes_parts(self) -> bool:  # type: ignore[override]
@@ -69,6 +74,8 @@ class Convolution(Step):
 
     def macs(self) -> int:
         s = self.sizes
+        if s.winograd:
+            return int(s.outputs * s.channels * PRODUCTS * -(-s.out_height // TILE) * -(-s.out_width // TILE))
         return int(s.outputs * s.out_height * s.out_width * s.kernel_h * s.kernel_w * (s.channels // s.groups))
 
 
