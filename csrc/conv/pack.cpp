@@ -10,11 +10,12 @@ namespace {
 
 // An octet of 16 outputs takes 64 bytes, or 128 if wide.
 void pack_panel(const ConvSizes& g, const std::int8_t* vqk, bool wide, std::int64_t group, std::int64_t panel,
-                std::uint8_t* packed) {
+                std::int64_t tap_bytes, std::uint8_t* packed) {
   const int zero = wide ? kWideZeroPoint : kZeroPoint;
   const std::int64_t taps = g.taps(), depth = g.layout().depth, outputs = g.group_outputs();
-  for (std::int64_t tap = 0; tap < taps; ++tap)
-    for (std::int64_t octet = 0; octet < g.layout().row_octets(); ++octet, packed += wide ? 128 : 64)
+  for (std::int64_t tap = 0; tap < taps; ++tap, packed += tap_bytes)
+    for (std::int64_t octet = 0; octet < g.layout().row_octets(); ++octet) {
+      std::uint8_t* const to = packed + octet * (wide ? 128 : 64);
       for (int n = 0; n < kPanel; ++n) {
         const std::int64_t output = panel * kPanel + n;
         std::uint8_t eight[8];
@@ -24,12 +25,13 @@ void pack_panel(const ConvSizes& g, const std::int8_t* vqk, bool wide, std::int6
           eight[i] = static_cast<std::uint8_t>(zero + (inside ? vqk[((group * outputs + output) * depth + k) * taps + tap] : 0));
         }
         if (wide) {
-          std::memcpy(packed + 4 * n, eight, 4);
-          std::memcpy(packed + 64 + 4 * n, eight + 4, 4);
+          std::memcpy(to + 4 * n, eight, 4);
+          std::memcpy(to + 64 + 4 * n, eight + 4, 4);
         } else {
-          for (int i = 0; i < 4; ++i) packed[4 * n + i] = eight[i] | eight[i + 4] << 4;
+          for (int i = 0; i < 4; ++i) to[4 * n + i] = eight[i] | eight[i + 4] << 4;
         }
       }
+    }
 }
 
 }  // namespace
@@ -46,8 +48,12 @@ void pack_weight(const ConvSizes& g, const std::int8_t* vqk, int bits, std::uint
       }
     return;
   }
-  parallel(g.groups * panels,
-           [&](std::int64_t i) { pack_panel(g, vqk, wide, i / panels, i % panels, packed + i * g.panel_bytes(wide)); });
+  parallel(g.groups * panels, [&](std::int64_t i) {
+    // Winograd reads all outputs of a pair of panels product by product.
+    const std::int64_t tap_bytes = g.panel_bytes(wide) / g.taps();
+    const std::int64_t first = g.winograd ? i / 2 * 2 * g.panel_bytes(wide) + i % 2 * tap_bytes : i * g.panel_bytes(wide);
+    pack_panel(g, vqk, wide, i / panels, i % panels, g.winograd ? 2 * tap_bytes : tap_bytes, packed + first);
+  });
 }
 
 void pack_kds(const ConvSizes& g, const float* kds, float* packed) {

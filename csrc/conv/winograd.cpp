@@ -132,7 +132,7 @@ class WinogradTasks : OutputTasks {
     DotArgs a{};
     a.rows = rows;
     a.octets = static_cast<int>(g_.layout().octets()), a.last_octets = static_cast<int>(g_.layout().last_octets());
-    a.panel_bytes = g_.panel_bytes(true), a.panels = 2;
+    a.panel_bytes = g_.panel_bytes(true) / kWinogradProducts, a.panels = 2;
     a.max_mantissa = max_mantissa(8);
     a.row = row, a.pixels = static_cast<int>(tiles);
     a.tap_row = &kTap, a.taps = 1;
@@ -146,7 +146,7 @@ class WinogradTasks : OutputTasks {
     const auto dot = overflow ? scalar::kernels.dot : kernels_.dot;
     a.panels = end - from > kPanel ? 2 : 1;
     for (int p = 0; p < kWinogradProducts; ++p) {
-      a.weight = l_.weight + pair * 2 * a.panel_bytes + p * (a.panel_bytes / kWinogradProducts);
+      a.weight = l_.weight + (pair * kWinogradProducts + p) * 2 * a.panel_bytes;
       a.kds = l_.kds + (pair * kWinogradProducts + p) * blocks * kNR;
       a.kds_shift = p == kWinogradCentre ? l_.kds_shift + pair * blocks * kNR : nullptr;
       a.row = row + (p < kWinogradPositions ? p : kWinogradCentre) * a.pixels;

@@ -46,20 +46,21 @@ template <class V>
 struct WinogradQuantizer {
   typename V::Float factor, scale;  // 2^(1 - e), 0 for a block of zeros; 2^e
   typename V::Int zero;             // the word of a mantissa of 0 before it is one of a byte
-  typename V::Int shifted;          // mask of lanes whose mantissas are stored less kWinogradShift
+  bool shifted;                     // whether mantissas of the centre are stored less kWinogradShift
 
-  WinogradQuantizer(const BlockRange<V>& range, int first) {
+  WinogradQuantizer(typename V::Int magnitude, int first, bool negative_centre) {
     using Int = typename V::Int;
-    const auto magnitude = range.magnitude();
-    const Int finite = magnitude < 0x7f800000u;  // true is -1
-    const Int nonzero = finite & (magnitude >= (127u - 100u) << 23);
-    Int centre{};
-    if (first <= kWinogradCentre && kWinogradCentre < first + V::kLanes) centre[kWinogradCentre - first] = -1;
-    shifted = centre & nonzero & ~range.any_negative();
-    const Int e = nonzero & (V::as_int(magnitude >> 23) - 127 - 6 + shifted);
+    const Int finite = magnitude < 0x7f800000;  // true is -1
+    const Int nonzero = finite & (magnitude >= (127 - 100) << 23);
+    Int shift{};
+    const int centre = kWinogradCentre - first;
+    const bool here = centre >= 0 && centre < V::kLanes;
+    shifted = here && !negative_centre && nonzero[here ? centre : 0];
+    if (shifted) shift[centre] = -1;
+    const Int e = nonzero & ((magnitude >> 23) - 127 - 6 + shift);
     factor = V::as_float(nonzero & (128 - e) << 23);
     scale = V::as_float(finite ? (e + 127) << 23 : V::broadcast(static_cast<std::int32_t>(kNanBits)));
-    zero = BlockQuantizer<V>::kMagicWord + (shifted & kWinogradShift);
+    zero = BlockQuantizer<V>::kMagicWord + (shift & kWinogradShift);
   }
 };
 
@@ -80,41 +81,46 @@ inline typename V::Int winograd_bytes_left(int left) {
   return ones;
 }
 
-template <class V>
-void winograd_input(const WinogradInputArgs& args) {
+// Quantizes blocks of `Vectors` whole vectors, or of any size where that is 0.
+template <class V, int Vectors>
+void winograd_input_block(const WinogradInputArgs& args) {
   using Int = typename V::Int;
   using Float = typename V::Float;
   constexpr int kLanes = V::kLanes, kBytes = 4 * kLanes;
   const WinogradInputArgs a = args;  // a local copy, which no store of mantissas can alias
   const QuantizeArgs& to = a.to;
-  const int channels = to.channels;
+  const int channels = Vectors ? Vectors * kLanes : to.channels;
   winograd_transform_input<V>(a.pixel, channels, a.values);
+  const auto vector = [&](int p, int c) {
+    const float* const from = a.values + p * channels + c;
+    return Vectors || c + kLanes <= channels ? V::load(from) : c < channels ? V::load_some(from, channels - c) : Float{};
+  };
+  typename V::Word centre{};
+  for (int c = 0; c < channels; c += kLanes) centre = V::max(centre, V::as_word(vector(kWinogradCentre, c)));
+  const bool negative_centre = V::any(V::as_word(centre > 0x80000000u));  // -0 is not
   for (int first = 0; first < kWinogradPositions; first += kLanes) {
-    const float* const values = a.values + first * channels;
-    const auto vector = [&](int i, int c) {
-      const float* const from = values + i * channels + c;
-      return c + kLanes <= channels ? V::load(from) : c < channels ? V::load_some(from, channels - c) : Float{};
-    };
-    typename V::Word words[kLanes];
-    Int ints[kLanes], totals[kLanes];
+    Int largest[kLanes], totals[kLanes];
+#pragma GCC unroll 4
     for (int i = 0; i < kLanes; ++i) {
-      BlockRange<V> range;
-      for (int c = 0; c < channels; c += kLanes) range.add(vector(i, c));
-      words[i] = range.words, ints[i] = range.ints;
+      largest[i] = Int{};
+#pragma GCC unroll 8
+      for (int c = 0; c < channels; c += kLanes) largest[i] = V::max(largest[i], V::as_int(vector(first + i, c)) & 0x7fffffff);
     }
-    const WinogradQuantizer<V> quantizer({V::reduce(words, V::max), V::reduce(ints, V::max)}, first);
+    const WinogradQuantizer<V> quantizer(V::reduce(largest, V::max), first, negative_centre);
     for (int i = 0; i < kLanes; ++i) {
       std::int8_t* const row = to.rows.mantissa + to.row[first + i] * to.rows.row_bytes + to.first_byte;
       const auto factor = V::broadcast(quantizer.factor[i]);
-      const Int zero = V::broadcast(quantizer.zero[i]);
+      const auto zero = V::as_word(V::broadcast(quantizer.zero[i]));
       Int total{};
+#pragma GCC unroll 2
       for (int c = 0; c < channels; c += kBytes) {
         const auto integer = [&](int k) {
-          const Float magic = V::fma(vector(i, c + k * kLanes), factor, Float{} + BlockQuantizer<V>::kMagic);
-          return V::as_int(V::as_word(magic) - V::as_word(zero));
+          if (Vectors && c + k * kLanes >= channels) return Int{};
+          return V::as_int(V::as_word(V::fma(vector(first + i, c + k * kLanes), factor, Float{} + BlockQuantizer<V>::kMagic)) -
+                           zero);
         };
         Int four = V::saturate_to_bytes(integer(0), integer(1), integer(2), integer(3));
-        if (c + kBytes > channels) four &= winograd_bytes_left<V>(channels - c);
+        if (!Vectors && c + kBytes > channels) four &= winograd_bytes_left<V>(channels - c);
         total = V::add_bytes(total, four);
         store_octets<V>(row + c, four, V::min((channels - c + 7) / 8, kLanes / 2));
       }
@@ -122,11 +128,19 @@ void winograd_input(const WinogradInputArgs& args) {
     }
     QuantizeArgs without_shift = to;
     without_shift.rows.shift_term = nullptr;
-    store_scales<V>(without_shift, first, kLanes, quantizer.scale, V::reduce(totals, [](Int a, Int b) { return a + b; }));
-    if (const int centre = kWinogradCentre - first; centre >= 0 && centre < kLanes)
+    without_shift.row = to.row + first;
+    store_scales<V>(without_shift, 0, kLanes, quantizer.scale, V::reduce(totals, [](Int a, Int b) { return a + b; }));
+    if (const int at = kWinogradCentre - first; at >= 0 && at < kLanes)
       to.rows.shift_term[to.row[kWinogradCentre] * to.rows.blocks + to.block] =
-          quantizer.shifted[centre] ? static_cast<float>(quantizer.scale[centre]) : 0.0f;
+          quantizer.shifted ? static_cast<float>(quantizer.scale[at]) : 0.0f;
   }
+}
+
+template <class V>
+void winograd_input(const WinogradInputArgs& a) {
+  a.to.channels == 64   ? winograd_input_block<V, 64 / V::kLanes>(a)
+  : a.to.channels == 32 ? winograd_input_block<V, 32 / V::kLanes>(a)
+                        : winograd_input_block<V, 0>(a);
 }
 
 template <class V>
