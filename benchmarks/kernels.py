@@ -28,6 +28,7 @@ turn begins only when this process has stopped using processor time.
 
 import argparse
 import io
+import itertools
 import json
 import math
 import os
@@ -50,6 +51,7 @@ from dsconv.benchmarking.measure import Race, quartiles, shortest
 from dsconv.benchmarking.results import plural
 from dsconv.config import LayerConfig
 from dsconv.files import replacing
+from dsconv.names import ALGORITHMS, Algorithm
 from dsconv.numerics import quantize_weight, quantize_weight_shifted
 from dsconv.ops import cpu, native, packing
 
@@ -60,6 +62,9 @@ LINEAR_WEIGHTS = 4096 * 4096
 KINDS = ("all", "1x1", "3x3", "other conv", "linear")
 # Relative errors beyond these mean that a contestant did not compute the layer.
 MOST_ERROR = {"float32": 1e-3, "bf16": 0.03, "int8": 0.1, "ours": 0.4}
+
+
+_WINOGRAD = " winograd"
 
 
 class NotRun(Exception):
@@ -180,10 +185,17 @@ class Weights:
     packed: packing.Packed
 
 
-def our_weights(layer: Layer, weight: Tensor, block: int, activation_bits: int, shift: bool) -> Weights:
+def our_weights(
+    layer: Layer, weight: Tensor, block: int, algorithm: Algorithm, activation_bits: int, shift: bool
+) -> Weights:
     whole = QuantConfig(block_size=block, activation_bits=activation_bits, weight_shift=shift)
     config = whole.layer(kind="conv" if layer.kernel else "linear", first=layer.channels == IMAGE[0])
     assert config is not None
+    if algorithm == "winograd":
+        plain = (layer.kernel, layer.stride, layer.groups) == ((3, 3), (1, 1), 1)
+        if not plain or not config.allows_winograd:
+            raise NotRun("it is no 3x3 convolution of stride 1 and one group in blocks of channels")
+        config = config.model_copy(update={"algorithm": algorithm})
     if reason := backends.cpu.covers(backends.Operation(tuple(weight.shape), config)):
         raise NotRun(reason)
     rows = weight.flatten(1) if config.blocks == "flat" else weight
@@ -200,23 +212,23 @@ def ours(job: Job, block: int, weights: Weights) -> Contestant:
     size = packing.kernel_block_size(layer.weight_shape, config)
     settings = (layer.outputs, config.weight_bits, config.activation_bits, config.activation_sign, size)
     where: tuple[object, ...] = ()
+    named = {"algorithm": config.algorithm} if layer.kernel else {}
     operator = torch.ops.dsconv.linear
     if layer.kernel:
         places = (list(layer.kernel), list(layer.stride), list(layer.padding), [1, 1])
         where = (*places, layer.groups, config.blocks == "flat")
         operator = torch.ops.dsconv.conv2d
     arguments = (job.last, *weights.packed, job.bias, *where, *settings)
-    out = operator(*arguments)
+    out = operator(*arguments, **named)
     # As the other runtimes do, writes into the same memory every time, which is bound once.
-    call = cpu.bind("conv2d" if layer.kernel else "linear", *arguments, out=out)
+    call = cpu.bind("conv2d" if layer.kernel else "linear", *arguments, out=out, **named)
     moved = float_bytes(job) + sum(t.nbytes for t in weights.packed if t is not None)
-    return Contestant(
-        our_name(block), call, call, f"{native.isa()} W{config.weight_bits}A{config.activation_bits}", moved
-    )
+    how = f"{native.isa()} W{config.weight_bits}A{config.activation_bits}"
+    return Contestant(our_name(block, config.algorithm), call, call, how, moved)
 
 
-def our_name(block: int) -> str:
-    return f"ours B={block}"
+def our_name(block: int, algorithm: str) -> str:
+    return f"ours B={block}{_WINOGRAD if algorithm == 'winograd' else ''}"
 
 
 def float_bytes(job: Job) -> int:
@@ -569,7 +581,8 @@ def compare(results: Sequence[Result]) -> list[Comparison]:
     for batch, threads in sorted({(r.batch, r.threads) for r in results}):
         table = by_contestant(r for r in results if (r.batch, r.threads) == (batch, threads))
         for own in (name for name in table if name.startswith("ours")):
-            for peer in (name for name in PEERS if name in table):
+            direct = [own.removesuffix(_WINOGRAD)] if own.endswith(_WINOGRAD) else []
+            for peer in (name for name in [*PEERS, *direct] if name in table):
                 both = [(table[own][name], theirs) for name, theirs in table[peer].items() if name in table[own]]
                 ratios = {our.layer: our.median_s / theirs.median_s for our, theirs in both}
                 kinds = {our.layer: our.kind for our, _ in both}
@@ -739,6 +752,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peers", nargs="*", choices=tuple(PEERS), default=tuple(PEERS), metavar="NAME", help=", ".join(PEERS)
     )
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=("direct",), help="of ours")
     parser.add_argument("--only", default="", help="layers whose name holds this, as in '56x56' or 'k3'")
     parser.add_argument("--activation-bits", type=int, choices=range(2, 9), default=4, help="of ours")
     parser.add_argument("--shift", action="store_true", help="ours with a shift per block, as the presets have it")
@@ -792,17 +806,18 @@ class Bench:
     def layer(self, layer: Layer, networks: list[str]) -> None:
         weight = torch.randn(layer.weight_shape) / math.sqrt(math.prod(layer.weight_shape[1:]))
         bias = torch.randn(layer.outputs)
-        weights: dict[int, Weights] = {}
-        for block in self.given.blocks:
+        weights: list[tuple[int, Weights]] = []
+        for block, algorithm in itertools.product(self.given.blocks, self.given.algorithms):
+            how = (block, algorithm, self.given.activation_bits, self.given.shift)
             try:
-                weights[block] = our_weights(layer, weight, block, self.given.activation_bits, self.given.shift)
+                weights.append((block, our_weights(layer, weight, *how)))
             except NotRun as reason:
-                self.not_run[our_name(block)][str(reason)] += 1
+                self.not_run[our_name(block, algorithm)][str(reason)] += 1
         for batch in self.given.batches:
             job = Job(layer, batch, weight, bias, self.given.channels_last)
             for threads in self.given.threads:
                 torch.set_num_threads(threads)
-                contestants = [ours(job, block, packed) for block, packed in weights.items()]
+                contestants = [ours(job, block, packed) for block, packed in weights]
                 contestants += self.peers(job, threads)
                 if not contestants:
                     continue

@@ -1,0 +1,182 @@
+"""The algorithm of a layer: what it may be, how it is chosen, and that everything else knows it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dsconv
+from dsconv import LayerConfig, QuantConfig
+from dsconv.errors import ConfigError, FileFormatError, ModelError
+from dsconv.io.checkpoint import read_tensors
+from dsconv.layers import algorithm, layer
+from dsconv.numerics import InputMoments
+
+WINOGRAD = LayerConfig(block_size=16, activation_bits=8, algorithm="winograd")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.Conv2d(24, 24, 3, padding=1, stride=2), nn.ReLU(),
+        nn.Conv2d(24, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    ).eval()  # fmt: skip
+
+
+def algorithms(qmodel: nn.Module) -> dict[str, str]:
+    return {name: module.config.algorithm for name, module in qmodel.named_modules() if hasattr(module, "vqk")}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: dsconv.nn.DSConv2d(8, 8, 5, config=WINOGRAD),
+        lambda: dsconv.nn.DSConv2d(8, 8, 3, stride=2, config=WINOGRAD),
+        lambda: dsconv.nn.DSConv2d(8, 8, 3, dilation=2, config=WINOGRAD),
+        lambda: dsconv.nn.DSConv2d(8, 8, 3, groups=2, config=WINOGRAD),
+        lambda: dsconv.nn.DSConv1d(8, 8, 3, config=WINOGRAD),
+        lambda: dsconv.nn.DSConvTranspose2d(8, 8, 3, config=WINOGRAD),
+        lambda: dsconv.nn.DSLinear(8, 8, config=WINOGRAD),
+    ],
+)
+def test_layers_that_cannot_have_winograd_say_so(make: Any) -> None:
+    with pytest.raises(ConfigError, match="winograd is for 3x3 convolutions of stride and dilation 1 and one group"):
+        make()
+
+
+@pytest.mark.parametrize("settings", [{"blocks": "flat"}, {"activation_bits": None}])
+def test_settings_that_cannot_go_with_winograd_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="cannot go with it"):
+        LayerConfig(algorithm="winograd", **settings)
+    assert not LayerConfig(algorithm="auto", **settings).allows_winograd
+
+
+def test_an_error_about_the_algorithm_names_the_layer() -> None:
+    config = QuantConfig(overrides={"6": {"algorithm": "winograd"}})
+    with pytest.raises(ModelError, match="layer '6': algorithm: winograd is for"):
+        dsconv.quantize(network(), config)
+
+
+def test_auto_is_winograd_where_a_layer_can_have_it_and_it_is_near() -> None:
+    found = algorithms(dsconv.quantize(network(), QuantConfig.preset("default", algorithm="auto")))
+    assert found == {"0": "direct", "3": "winograd", "6": "direct", "8": "winograd", "11": "direct"}
+
+
+def test_auto_leaves_direct_what_would_get_much_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "MOST_NOISE_DB", 0.0)
+    config = QuantConfig(algorithm="auto", weight_bits=8, activation_bits=8)
+    assert set(algorithms(dsconv.quantize(network(), config)).values()) == {"direct"}
+
+
+def test_the_noise_of_winograd_is_that_of_its_output() -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(64, 32, 3, padding=1), torch.randn(1, 64, 12, 12).relu()
+    made = dsconv.nn.DSConv2d.from_float(conv, LayerConfig(weight_bits=8, activation_bits=8, block_size=64))
+    expected = conv(x)
+    error = {}
+    with torch.no_grad():
+        for name in ("direct", "winograd"):
+            other = dsconv.nn.DSConv2d.from_float(conv, made.config.model_copy(update={"algorithm": name}))
+            error[name] = (other(x) - expected).square().sum().item()
+        found = algorithm.winograd_noise_db(made, conv.weight, x)
+    assert abs(found - 10 * math.log10(error["winograd"] / error["direct"])) < 0.05
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_noise_that_is_not_finite_is_too_much(value: float) -> None:
+    made = dsconv.nn.DSConv2d.from_float(nn.Conv2d(8, 8, 3), LayerConfig(activation_bits=8, block_size=8))
+    assert algorithm.winograd_noise_db(made, torch.randn(8, 8, 3, 3), torch.full((1, 8, 5, 5), value)) == math.inf
+
+
+def test_what_stands_for_inputs_has_their_moments() -> None:
+    mean, variance = torch.tensor([[0.5, -0.3] * 200]), torch.tensor([[0.2, 0.8] * 200])
+    x = algorithm.noise_like(InputMoments(mean, variance), 400, torch.device("cpu"))
+    second = x.square().mean((0, 2, 3)).view(-1, 2).mean(0)
+    torch.testing.assert_close(second, torch.tensor([0.45, 0.89]), rtol=0.1, atol=0)
+    assert x[:, ::2].min() == 0 and x[:, 1::2].min() < 0
+    assert algorithm.noise_like(None, 4, torch.device("cpu")).min() == 0
+
+
+def test_compiled_networks_have_the_bits_of_their_layers() -> None:
+    qnet = dsconv.quantize(network(), QuantConfig.preset("default", algorithm="auto"))
+    for x in (torch.randn(1, 3, 9, 12), torch.randn(3, 3, 8, 8).to(memory_format=torch.channels_last)):
+        with torch.inference_mode():
+            assert torch.equal(dsconv.compile(qnet, x)(x), qnet(x))
+    operators = [step.operator for step in dsconv.compile(qnet, torch.randn(1, 3, 8, 8)).plan.steps]
+    assert operators.count("dsconv.conv2d (winograd)") == 2 and operators.count("dsconv.conv2d") == 2
+
+
+def test_summaries_name_it() -> None:
+    table = dsconv.summary(dsconv.quantize(network(), QuantConfig.preset("default", algorithm="auto")))
+    assert [row.algorithm for row in table.layers] == ["direct", "winograd", "direct", "winograd", "direct"]
+    assert str(table).count("8 winograd") == 2
+
+
+def stored_version(path: Path) -> str:
+    return read_tensors(path, "dsconv", "file", "write it again")[0]["format_version"]
+
+
+def test_files_say_what_was_chosen(tmp_path: Path) -> None:
+    net, x = network(), torch.randn(2, 3, 8, 8)
+    qnet = dsconv.quantize(net, QuantConfig.preset("default", algorithm="auto"))
+    path = dsconv.save(qnet, tmp_path / "net.safetensors")
+    again = dsconv.load(path, net)
+    assert algorithms(again) == algorithms(qnet) and stored_version(path) == "3"
+    with torch.inference_mode():
+        assert torch.equal(again(x), qnet(x))
+
+
+def test_files_without_it_are_as_older_versions_read_them(tmp_path: Path) -> None:
+    path = dsconv.save(dsconv.quantize(network()), tmp_path / "net.safetensors")
+    entries, _ = read_tensors(path, "dsconv", "file", "write it again")
+    assert entries["format_version"] == "2" and "algorithm" not in entries["config"] + entries["settings"]
+
+
+def test_a_file_that_has_not_chosen_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    qnet = dsconv.quantize(network(), QuantConfig.preset("default", algorithm="auto"))
+    qnet[3].config = qnet[3].config.model_copy(update={"algorithm": "auto"})
+    path = dsconv.save(qnet, tmp_path / "net.safetensors")
+    with pytest.raises(FileFormatError, match="algorithm: it is still to be chosen"):
+        dsconv.load(path, network())
+
+
+def test_calibration_adaptation_and_sensitivity_see_it() -> None:
+    net, images = network(), torch.randn(64, 3, 8, 8)
+    qnet = dsconv.quantize(net, QuantConfig.preset("default", algorithm="auto"))
+    calibrated = dsconv.calibrate(qnet, net, images)
+    assert algorithms(calibrated) == algorithms(qnet)
+    adapted = dsconv.adapt(qnet, net, images, recipe={"steps": 2, "batch_size": 8})
+    assert algorithms(adapted) == algorithms(qnet)
+    choices = ({}, {"algorithm": "auto"}, {"algorithm": "direct"})
+    trials = dsconv.sensitivity(net, "default", choices=choices, images=images[:8]).trials
+    assert len(trials) == 15 and all(math.isfinite(trial.kl) for trial in trials)
+
+
+@pytest.mark.parametrize("style", ["qdq", "function", "int8"])
+def test_files_for_other_runtimes_have_direct_layers_that_are_near(style: Any, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra dsconv[onnx]")
+    qnet, x = dsconv.quantize(network(), QuantConfig.preset("default", algorithm="auto")), torch.randn(4, 3, 8, 8)
+    path = dsconv.export_onnx(qnet, x, tmp_path / "net.onnx", style, images=x if style == "int8" else None)
+    session = onnxruntime.InferenceSession(path)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.inference_mode():
+        expected = qnet(x)
+    assert (torch.from_numpy(y) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_weights_are_trained_through_it() -> None:
+    made = dsconv.nn.DSConv2d.from_float(nn.Conv2d(16, 8, 3, padding=1), WINOGRAD).train()
+    weight = made.conv_weight().clone().requires_grad_()
+    vars(made)["_shadow"] = lambda: weight
+    x: Tensor = torch.randn(2, 16, 6, 6, requires_grad=True)
+    made(x).square().sum().backward()
+    assert weight.grad is not None and x.grad is not None
+    other = weight.detach().clone().requires_grad_()
+    nn.functional.conv2d(x.detach(), other, made.bias, padding=1).square().sum().backward()
+    assert other.grad is not None
+    assert (weight.grad - other.grad).norm() < 0.1 * other.grad.norm()
