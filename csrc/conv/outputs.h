@@ -71,11 +71,9 @@ class OutputTasks {
   }
 
   void finish(const Pixels& px, const Unit& unit) const {
-    // Outputs that lie far apart are quantized some pixels at a time, while they are still in the first cache.
-    const int together = o_.values && !o_.targets.empty() ? kMaxLanes : px.count;
     std::optional<QuantizeArgs> block = block_of(px, unit);
-    for (int p = 0; p < px.count; p += together) {
-      const int count = std::min(together, px.count - p);
+    for (int p = 0, count; p < px.count; p += count) {
+      count = together(px, p);
       const auto outputs = [&](std::int64_t from, std::int64_t end) {
         const std::int64_t output = px.group * g_.group_outputs() + from;
         EpilogueArgs a{};
@@ -100,6 +98,15 @@ class OutputTasks {
   }
 
  private:
+  // Returns how many pixels from p on are finished together. Outputs that lie far apart are quantized some at a time, while
+  // they are still in the first cache, and neighbours only.
+  int together(const Pixels& px, int p) const {
+    if (!o_.values || o_.targets.empty()) return px.count - p;
+    int count = 1;
+    while (count < kMaxLanes && p + count < px.count && px.place[p + count] == px.place[p] + count * pixel_stride()) ++count;
+    return count;
+  }
+
   // Returns the block of the only target that a unit is, if it is one; of no pixels yet.
   std::optional<QuantizeArgs> block_of(const Pixels& px, const Unit& unit) const {
     if (o_.targets.size() != 1 || (o_.values && o_.strides.channel != 1)) return {};

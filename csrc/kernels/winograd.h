@@ -44,21 +44,22 @@ inline void winograd_transform_input(const float* const* pixel, int channels, fl
 // How the values of each position are quantized. Lanes are positions from `first` on.
 template <class V>
 struct WinogradQuantizer {
-  typename V::Float factor, scale;  // 2^(1 - e), 0 for a block of zeros; 2^e
+  typename V::Float factor, scale;  // 2^(1 - e) and 2^e
   typename V::Int zero;             // the word of a mantissa of 0 before it is one of a byte
+  typename V::Int nonzero;          // mask of lanes with mantissas other than 0
   bool shifted;                     // whether mantissas of the centre are stored less kWinogradShift
 
   WinogradQuantizer(typename V::Int magnitude, int first, bool negative_centre) {
     using Int = typename V::Int;
     const Int finite = magnitude < 0x7f800000;  // true is -1
-    const Int nonzero = finite & (magnitude >= (127 - 100) << 23);
+    nonzero = finite & (magnitude >= (127 - 100) << 23);
     Int shift{};
     const int centre = kWinogradCentre - first;
     const bool here = centre >= 0 && centre < V::kLanes;
     shifted = here && !negative_centre && nonzero[here ? centre : 0];
     if (shifted) shift[centre] = -1;
     const Int e = nonzero & ((magnitude >> 23) - 127 - 6 + shift);
-    factor = V::as_float(nonzero & (128 - e) << 23);
+    factor = V::as_float((128 - e) << 23);
     scale = V::as_float(finite ? (e + 127) << 23 : V::broadcast(static_cast<std::int32_t>(kNanBits)));
     zero = BlockQuantizer<V>::kMagicWord + (shift & kWinogradShift);
   }
@@ -111,6 +112,7 @@ void winograd_input_block(const WinogradInputArgs& args) {
       std::int8_t* const row = to.rows.mantissa + to.row[first + i] * to.rows.row_bytes + to.first_byte;
       const auto factor = V::broadcast(quantizer.factor[i]);
       const auto zero = V::as_word(V::broadcast(quantizer.zero[i]));
+      const Int nonzero = V::broadcast(quantizer.nonzero[i]);
       Int total{};
 #pragma GCC unroll 2
       for (int c = 0; c < channels; c += kBytes) {
@@ -119,7 +121,7 @@ void winograd_input_block(const WinogradInputArgs& args) {
           return V::as_int(V::as_word(V::fma(vector(first + i, c + k * kLanes), factor, Float{} + BlockQuantizer<V>::kMagic)) -
                            zero);
         };
-        Int four = V::saturate_to_bytes(integer(0), integer(1), integer(2), integer(3));
+        Int four = V::saturate_to_bytes(integer(0), integer(1), integer(2), integer(3)) & nonzero;
         if (!Vectors && c + kBytes > channels) four &= winograd_bytes_left<V>(channels - c);
         total = V::add_bytes(total, four);
         store_octets<V>(row + c, four, V::min((channels - c + 7) / 8, kLanes / 2));

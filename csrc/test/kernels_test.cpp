@@ -67,6 +67,8 @@ Case random_case() {
   g.kernel_h = pick(1, 3), g.kernel_w = pick(1, 5);
   g.stride_h = pick(1, 3), g.stride_w = pick(1, 3);
   g.dilation_h = pick(1, 2), g.dilation_w = pick(1, 2);
+  g.winograd = g.groups == 1 && pick(0, 2) == 0;
+  if (g.winograd) g.kernel_h = g.kernel_w = 3, g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
   const bool common = depthwise && pick(0, 1);  // depthwise_line covers it
   if (common) g.kernel_h = g.kernel_w = pick(0, 1) ? 3 : 5, g.stride_w = pick(1, 2), g.dilation_w = 1;
   g.pad_h = pick(0, 3), g.pad_w = pick(0, 3);
@@ -76,13 +78,13 @@ Case random_case() {
     g.out_width = (g.width + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1) / g.stride_w + 1;
   } while (g.height + 2 * g.pad_h < g.dilation_h * (g.kernel_h - 1) + 1 ||
            g.width + 2 * g.pad_w < g.dilation_w * (g.kernel_w - 1) + 1);
-  g.flat = depthwise || pick(0, 3) == 0;
+  g.flat = depthwise || (!g.winograd && pick(0, 3) == 0);
   g.block_size = common ? 32 : depthwise ? pick(1, 20) : 16 * (pick(0, 5) ? pick(1, 8) : pick(15, 32));
-  c.weight_bits = static_cast<int>(pick(2, 8));
+  c.weight_bits = g.winograd ? 8 : static_cast<int>(pick(2, 8));
   c.activation_bits = static_cast<int>(pick(2, 8));
   c.sign = static_cast<int>(pick(0, 2));
   c.target_bits = static_cast<int>(pick(2, 8)), c.block_size = pick(0, 2) ? 16 * pick(1, 8) : 64 * pick(1, 2);
-  c.shift = pick(0, 1), c.bias = pick(0, 1), c.norm = pick(0, 1), c.add = pick(0, 1);
+  c.shift = g.winograd || pick(0, 1), c.bias = pick(0, 1), c.norm = pick(0, 1), c.add = pick(0, 1);
   c.channels_last = pick(0, 1) && (!g.depthwise() || g.outputs == g.channels);
   c.activation = static_cast<Activation>(pick(0, pick(0, 1) ? 1 : kActivations - 1));
   // Sometimes beyond the exponents that are usually met.
@@ -227,9 +229,10 @@ double activated(const Case& c, double v) {
   return v;
 }
 
-// First place where `output` is further from the exact sums than float32 allows, or -1.
+// First place where `output` is further from the exact sums than float32 allows, or -1. Winograd has another definition.
 std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
   const ConvSizes& g = c.g;
+  if (g.winograd) return -1;
   const std::int64_t cg = g.channels / g.groups, og = g.outputs / g.groups, taps = g.kernel_h * g.kernel_w;
   const Strides in = strides_of(c, g.channels, g.height, g.width), out = strides_of(c, g.outputs, g.out_height, g.out_width);
   for (std::int64_t n = 0; n < g.images; ++n)

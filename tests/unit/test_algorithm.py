@@ -104,7 +104,8 @@ def test_what_stands_for_inputs_has_their_moments() -> None:
 
 def test_compiled_networks_have_the_bits_of_their_layers() -> None:
     qnet = dsconv.quantize(network(), QuantConfig.preset("default", algorithm="auto"))
-    for x in (torch.randn(1, 3, 9, 12), torch.randn(3, 3, 8, 8).to(memory_format=torch.channels_last)):
+    for size in ((1, 3, 9, 12), (3, 3, 8, 8), (2, 3, 21, 230)):
+        x = torch.randn(size).to(memory_format=torch.channels_last)
         with torch.inference_mode():
             assert torch.equal(dsconv.compile(qnet, x)(x), qnet(x))
     operators = [step.operator for step in dsconv.compile(qnet, torch.randn(1, 3, 8, 8)).plan.steps]
