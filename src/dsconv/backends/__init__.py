@@ -41,7 +41,7 @@ def lowering(device: torch.device | str = "cpu") -> tuple[Backend, Executable]:
         RuntimeError: there is none.
     """
     for backend in BACKENDS:
-        if backend.device == torch.device(device).type and (made := backend.lower()) is not None:
+        if backend.device in (None, torch.device(device).type) and (made := backend.lower()) is not None:
             return backend, made
     raise RuntimeError(f"no backend executes whole networks on the device {device}")
 

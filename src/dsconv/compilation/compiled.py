@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, fx, nn
 
+from dsconv.backends import lowering
 from dsconv.compilation.frontends import graph_of
 from dsconv.compilation.fusion import fuse
 from dsconv.compilation.layouts import hold_for_batches, in_layout_of, order_in_memory, record
@@ -198,8 +199,11 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
             "example_input: expected float32 on the CPU (N, ...) with a batch of at least one, "
             f"got {tuple(example_input.shape)}"
         )
-    if missing := cpu_info().extension:
-        raise ModelError(f"compile needs the extension dsconv._C, {missing}: call the quantized model itself")
+    try:
+        lowering()
+    except RuntimeError:
+        missing = cpu_info().extension
+        raise ModelError(f"compile needs the extension dsconv._C, {missing}: call the quantized model itself") from None
     qmodel = unwrapped(qmodel)
     check_inference(qmodel, "compiling")
     return CompiledModel(copied(qmodel), example_input, fast_math)
