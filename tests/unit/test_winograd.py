@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dsconv.numerics import (
     NONFINITE,
+    WinogradWeight,
     dequantize_winograd_weight,
     quantize_winograd_input,
     reference_winograd,
@@ -68,6 +69,18 @@ def test_a_scale_is_no_larger_than_it_must_be() -> None:
     eights = integers.int().unflatten(2, (-1, 8))
     lanes = torch.stack([eights[..., [0, 1, 4, 5]], eights[..., [2, 3, 6, 7]]]).clamp(min=0).sum(-1)
     assert (lanes.amax((0, 3)) > 0.85 * MOST_OF_LANE).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-43, 1e-42, 1e-41, 1e-38, 1e-37, 1e37, 1.4e38])
+def test_weights_at_the_ends_of_floats_are_rounded(magnitude: float) -> None:
+    w = (torch.rand(4, 16, 3, 3, generator=torch.Generator().manual_seed(0)) + 0.1) * magnitude / 1.1
+    integers, scale = winograd_weight(w, 8)
+    assert integers.abs().max() <= MOST and scale.isfinite().all()
+    for lane in ([0, 1, 4, 5], [2, 3, 6, 7]):
+        for sign in (1, -1):
+            assert (sign * integers.int().view(17, 4, 2, 8)[..., lane]).clamp(min=0).sum(3).max() <= MOST_OF_LANE
+    near = dequantize_winograd_weight(WinogradWeight(integers, scale), 8).double()
+    assert ((near - transformed(w)).abs() <= 3e-2 * magnitude + 2e-43).all()
 
 
 def test_an_empty_block_of_the_weight_is_zero() -> None:

@@ -32,7 +32,7 @@ MOST_OF_LANE = 128
 """What the integers of ``U`` of one sign that meet in a lane sum up to at most: 255 times that fits 16 bits."""
 # Channels that meet in two lanes of 16 bits, those of each in pairs.
 _LANE_CHANNELS, _LANES = 8, 2
-_FINER = 1.01  # by how much a scale grows while rounding leaves a lane too full
+_COARSER = 1.01  # by how much a scale grows while rounding leaves a lane too full
 
 
 class WinogradWeight(NamedTuple):
@@ -280,11 +280,14 @@ def _round_tiles(v: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 def _round_for_lanes(split: Tensor) -> tuple[Tensor, Tensor]:
     """Return integers ``(rows, CB, size)``, as floats, and scales ``(rows, CB)``."""
-    scale = torch.maximum(split.abs().amax(2) / MOST, _fullest(_lanes(split)) / MOST_OF_LANE)
+    # Divided first, so that no sum is beyond float32's range.
+    scale = torch.maximum(split.abs().amax(2) / MOST, _fullest(_lanes(split / MOST_OF_LANE)))
     scale = torch.where(scale > 0, scale, 1.0)
     q = _rounded(split, scale)
     while bool((full := _fullest(_lanes(q)) > MOST_OF_LANE).any()):
-        scale = torch.where(full, scale * _FINER, scale)
+        # Scales next to the smallest float, as those of unused channels can be, grow by steps of floats.
+        coarser = torch.maximum(scale * _COARSER, torch.nextafter(scale, torch.full_like(scale, torch.inf)))
+        scale = torch.where(full, coarser, scale)
         q[full] = _rounded(split[full], scale[full])
     return q, scale
 
