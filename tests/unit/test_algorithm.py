@@ -138,6 +138,26 @@ def test_files_without_it_are_as_older_versions_read_them(tmp_path: Path) -> Non
     assert entries["format_version"] == "2" and "algorithm" not in entries["config"] + entries["settings"]
 
 
+@pytest.mark.parametrize(
+    "changes", [{"overrides": {"3": {"algorithm": "direct"}}}, {"first_layer": {"algorithm": "direct"}}]
+)
+def test_files_whose_config_names_it_for_some_layers_are_not_for_older_versions(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    path = dsconv.save(dsconv.quantize(network(), QuantConfig(**changes)), tmp_path / "net.safetensors")
+    assert stored_version(path) == "3"
+    assert algorithms(dsconv.load(path, network()))["3"] == "direct"
+
+
+def test_files_with_it_are_refused_by_models_whose_layers_cannot_have_it(tmp_path: Path) -> None:
+    qnet = dsconv.quantize(network(), QuantConfig.preset("default", algorithm="auto"))
+    path = dsconv.save(qnet, tmp_path / "net.safetensors")
+    other = network()
+    other[3] = nn.Conv2d(16, 24, 3, padding=1, stride=2)
+    with pytest.raises(FileFormatError, match="layer '3': the model has another layer than the file: algorithm"):
+        dsconv.load(path, other)
+
+
 def test_a_file_that_has_not_chosen_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qnet = dsconv.quantize(network(), QuantConfig.preset("default", algorithm="auto"))
     qnet[3].config = qnet[3].config.model_copy(update={"algorithm": "auto"})

@@ -125,13 +125,19 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     check_place(path)
     tensors, aliases = _stored_tensors(qmodel)
     header = _header(qmodel, aliases, architecture)
-    # Version 3 has algorithms, and is 2 without one.
-    version = 3 if any("algorithm" in settings for settings in [header.config, *header.settings]) else 2
-    entries = {"format": _MAGIC, "format_version": str(version)}
+    entries = {"format": _MAGIC, "format_version": str(_version(header))}
     entries |= {name: json.dumps(value) for name, value in header.model_dump().items()}
     entries["checksum"] = checksum(entries, tensors)
     write(path, tensors, entries)
     return path
+
+
+def _version(header: Header) -> int:
+    """Return the version of a file: 3 where settings, or those of some layers in the config, name an algorithm."""
+    config = header.config
+    parts = [value for name, value in config.items() if name != "overrides"]
+    stated = [config, *parts, *config.get("overrides", {}).values(), *header.settings]
+    return FORMAT_VERSION if any(isinstance(s, dict) and "algorithm" in s for s in stated) else 2
 
 
 def write(path: Path, tensors: dict[str, Tensor], entries: dict[str, str]) -> None:
@@ -194,7 +200,11 @@ def _loaded(
         if kind is not KINDS.get(record.type):
             wrong.append(f"layer {name!r}: the file has a {record.type}, the model a {type(layer).__name__}")
             continue
-        quantized = kind.like(layer, settings[record.settings])
+        try:
+            quantized = kind.like(layer, settings[record.settings])
+        except ConfigError as error:
+            wrong.append(f"layer {name!r}: the model has another layer than the file: {error}")
+            continue
         if list(quantized.vqk.shape) != record.shape:
             shapes = f"{record.shape}, the model {list(quantized.vqk.shape)}"
             wrong.append(f"layer {name!r}: the file has weights of shape {shapes}")
