@@ -89,7 +89,7 @@ class DSLayer(nn.Module):
     weight_like: nn.Parameter
     _kernel_weights: KernelWeights | None = None
     # Whether the algorithm is chosen with the weight.
-    _chooses: bool
+    _chooses: bool = False
     # Gives the weight in the place of VQK and KDS while these are trained.
     _shadow: Callable[[], Tensor] | None = None
 
