@@ -83,14 +83,15 @@ def test_the_noise_of_winograd_is_that_of_its_output() -> None:
         for name in ("direct", "winograd"):
             other = dsconv.nn.DSConv2d.from_float(conv, made.config.model_copy(update={"algorithm": name}))
             error[name] = (other(x) - expected).square().sum().item()
-        found = algorithm.winograd_noise_db(made, conv.weight, x)
+        found = algorithm.winograd_noise_db(made.operation, made.conv_weight(), conv.weight, x)
     assert abs(found - 10 * math.log10(error["winograd"] / error["direct"])) < 0.05
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_noise_that_is_not_finite_is_too_much(value: float) -> None:
     made = dsconv.nn.DSConv2d.from_float(nn.Conv2d(8, 8, 3), LayerConfig(activation_bits=8, block_size=8))
-    assert algorithm.winograd_noise_db(made, torch.randn(8, 8, 3, 3), torch.full((1, 8, 5, 5), value)) == math.inf
+    weight, x = torch.randn(8, 8, 3, 3), torch.full((1, 8, 5, 5), value)
+    assert algorithm.winograd_noise_db(made.operation, made.conv_weight(), weight, x) == math.inf
 
 
 def test_what_stands_for_inputs_has_their_moments() -> None:

@@ -1,7 +1,6 @@
 """The choice between a direct convolution and Winograd, by the noise that each leaves in the output."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,29 +9,26 @@ from torch.nn import functional as F
 from dsconv import backends
 from dsconv.numerics import InputMoments
 
-if TYPE_CHECKING:
-    from dsconv.layers.layer import DSLayer
-
 MOST_NOISE_DB = 1.0
 """Noise that Winograd may add to that of a direct convolution, in its output."""
 _SIDE = 14  # pixels of the noise that stands for the input
 _LIKENESS = 0.7  # of neighbouring pixels, as rule ``balanced`` has it
 
 
-def winograd_noise_db(layer: "DSLayer", weight: Tensor, x: Tensor) -> float:
+def winograd_noise_db(operation: backends.Operation, quantized: Tensor, weight: Tensor, x: Tensor) -> float:
     """Return by how much Winograd raises the noise of a layer's output over that of the direct convolution, in dB.
 
     Args:
-        layer: a quantized 3x3 convolution.
-        weight: the float weight that it was made of, ``(O, C, 3, 3)``.
+        operation: of a quantized 3x3 convolution.
+        quantized: its weight as VQK, KDS and shift have it, float32 ``(O, C, 3, 3)``.
+        weight: the float weight that it was made of, of the same shape.
         x: its input, float32 ``(N, C, H, W)``.
     """
-    operation, weight = layer.operation, weight.float()
-    expected = F.conv2d(x, weight, padding=list(operation.padding))
+    expected = F.conv2d(x, weight.float(), padding=list(operation.padding))
     noise = []
     for algorithm in ("direct", "winograd"):
-        config = layer.config.model_copy(update={"algorithm": algorithm})
-        y = backends.SIMULATION.run(operation._replace(config=config), layer.conv_weight(), None, x)
+        config = operation.config.model_copy(update={"algorithm": algorithm})
+        y = backends.SIMULATION.run(operation._replace(config=config), quantized, None, x)
         noise.append(float((y - expected).square().sum(dtype=torch.float64)))
     direct, winograd = noise
     if not math.isfinite(direct + winograd):

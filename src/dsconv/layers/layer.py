@@ -178,7 +178,7 @@ class DSLayer(nn.Module):
             x: float32 ``(N, C, H, W)``, an input or what stands for it.
         """
         if self._chooses:
-            close = winograd_noise_db(self, weight, x) <= MOST_NOISE_DB
+            close = winograd_noise_db(self.operation, self.conv_weight(), weight, x) <= MOST_NOISE_DB
             self.config = self.config.model_copy(update={"algorithm": "winograd" if close else "direct"})
             self.pack_()
 
