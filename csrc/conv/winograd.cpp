@@ -161,8 +161,8 @@ class WinogradTasks : OutputTasks {
   const ActivationFormat format_;
 };
 
-// Returns an input whose channels lie apart as pixels of channels.
-Input pixels_of(const ConvSizes& g, const Input& from, float* to) {
+// Copies an input whose channels lie apart to pixels of channels.
+Input channels_last(const ConvSizes& g, const Input& from, float* to) {
   parallel(g.images * g.height, [&](std::int64_t line) {
     const std::int64_t image = line / g.height, y = line % g.height;
     const float* const values = from.values + image * from.strides.image + y * from.strides.y;
@@ -180,7 +180,7 @@ void convolve_winograd(const ConvSizes& g, const Layer& l, const Kernels& kernel
   struct Copied;
   const bool apart = input.strides.channel != 1;
   Scratch<Copied> copied(apart ? g.images * g.height * g.width * g.channels * 4 : 0);
-  const Input from = apart ? pixels_of(g, input, copied.template take<float>(0)) : input;
+  const Input from = apart ? channels_last(g, input, copied.template take<float>(0)) : input;
   const WinogradTasks tasks(g, l, kernels, from, o);
   const std::int64_t tiles = Tiles{g}.count();
   const std::int64_t most =

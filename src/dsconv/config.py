@@ -82,7 +82,9 @@ class LayerConfig(Strict):
             raise ValueError("weight_shift is fitted by least squares: use weight_scale='l2' with it")
         if self.algorithm == "winograd" and not self.allows_winograd:
             what = "blocks='flat'" if self.blocks == "flat" else "activation_bits=None"
-            raise ValueError(f"algorithm='winograd' sums up integers of blocks of channels: {what} cannot go with it")
+            raise ValueError(
+                f"algorithm='winograd' sums up integers of blocks of channels: {what} cannot go with it: use 'auto'"
+            )
         return self
 
     @model_serializer(mode="wrap")

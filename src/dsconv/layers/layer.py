@@ -100,8 +100,8 @@ class DSLayer(nn.Module):
             config = config.model_copy(update={"algorithm": "direct"})
         if config.algorithm == "winograd" and not winograd:
             raise ConfigError(
-                "algorithm: winograd is for 3x3 convolutions of stride and dilation 1 and one group, and "
-                f"{type(self).__name__} is another layer: use 'auto', or 'direct' for it"
+                "algorithm: winograd is for 3x3 convolutions of stride and dilation 1 and one group, which this "
+                f"{type(self).__name__} is not: use 'auto', or 'direct' for this layer"
             )
         self.config = config
         self.weight_sqnr_db: float | None = None
