@@ -664,7 +664,7 @@ MISFITS: list[tuple[str, dict[str, Any], str]] = [
         for name in ("low input", "narrow input", "low border", "narrow border")
     ),
     *(("convolve", {"source": name}, "input of the layer's sizes") for name in ("wide", "low", "narrow")),
-    ("convolve", {"flat": True}, "flattened blocks need a float input"),
+    ("convolve", {"flat": True}, "flattened blocks and Winograd need a float input"),
     ("convolve", {"groups": 2, "target": "input"}, "grouped convolution"),
     ("convolve", {"kernel": (3, 5)}, "sizes of the convolution"),
     ("convolve", {"values": None}, "without an output"),

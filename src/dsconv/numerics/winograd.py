@@ -214,7 +214,7 @@ def reference_winograd(
         is added up for an output: of ``CB`` blocks and their shifts, four more sums of the transform, and the bias.
     """
     images, channels, _, *tiles = mantissa.shape
-    m = torch.zeros(images, weight.integers.shape[1], POSITIONS, *tiles, dtype=torch.float64)
+    m = torch.zeros(images, weight.integers.shape[1], POSITIONS, *tiles, dtype=torch.float64, device="cpu")
     total, blocks = torch.zeros_like(m), block_count(channels, block_size)
     for block in range(blocks):
         part, e = slice(block * block_size, (block + 1) * block_size), exponent[:, block].long()

@@ -237,6 +237,7 @@ def bind(
     Raises:
         ValueError: the arguments do not belong together, or a tensor would have to be copied for every call.
 
+    >>> from dsconv import LayerConfig
     >>> x, out = torch.ones(3, 64), torch.empty(3, 8)
     >>> vqk, kds, config = torch.ones(8, 64, dtype=torch.int8), torch.full((8, 1), 0.5), LayerConfig(block_size=64)
     >>> packed = pack(vqk, kds, None, config, 1)
