@@ -72,6 +72,7 @@ def test_absent_extension_is_reported_and_no_error(monkeypatch: pytest.MonkeyPat
 
 def test_compile_without_extension_says_that_it_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dsconv._C", None)
+    monkeypatch.setattr(native, "extension", lambda: None)
     qnet = dsconv.quantize(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)).eval())
     with pytest.raises(ModelError, match=r"needs the extension dsconv._C, not built"):
         dsconv.compile(qnet, torch.zeros(1, 3, 8, 8))
