@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from dsconv import backends
 from dsconv.numerics import InputMoments
+from dsconv.numerics.balanced import TAP_CORRELATION
 
 MOST_NOISE_DB = 1.0
 """Noise that Winograd may add to that of a direct convolution, in its output."""
 _SIDE = 14  # pixels of the noise that stands for the input
-_LIKENESS = 0.7  # of neighbouring pixels, as rule ``balanced`` has it
 
 
 def winograd_noise_db(operation: backends.Operation, quantized: Tensor, weight: Tensor, x: Tensor) -> float:
@@ -46,7 +46,7 @@ def noise_like(inputs: InputMoments | None, channels: int, device: torch.device)
         torch.randn(1, channels, side, side, generator=generator, dtype=torch.float32, device="cpu").to(device)
         for side in (_SIDE // 2, _SIDE)
     )
-    z = math.sqrt(_LIKENESS) * F.interpolate(coarse, size=(_SIDE, _SIDE)) + math.sqrt(1 - _LIKENESS) * fine
+    z = math.sqrt(TAP_CORRELATION) * F.interpolate(coarse, size=(_SIDE, _SIDE)) + math.sqrt(1 - TAP_CORRELATION) * fine
     if inputs is None:
         return z.relu()
     mean, variance = (moment.flatten().to(device).view(1, -1, 1, 1) for moment in inputs)

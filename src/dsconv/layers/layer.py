@@ -166,21 +166,19 @@ class DSLayer(nn.Module):
         with PyTorchOnOneThread(always=True):
             self.store_(*self.quantized(weight, inputs), weight)
             if self._chooses:
-                self.choose_algorithm_(weight, noise_like(inputs, weight.shape[1], weight.device))
+                self._choose_algorithm(weight, noise_like(inputs, weight.shape[1], weight.device))
         return self
 
-    @torch.no_grad()
-    def choose_algorithm_(self, weight: Tensor, x: Tensor) -> None:
-        """Set the algorithm, where it is to be chosen: Winograd unless it adds more than 1 dB of noise to the output.
+    def _choose_algorithm(self, weight: Tensor, x: Tensor) -> None:
+        """Set the algorithm: Winograd unless it adds more than 1 dB of noise to the output.
 
         Args:
             weight: the float weight ``(O, C, 3, 3)`` that the layer was made of.
             x: float32 ``(N, C, H, W)``, an input or what stands for it.
         """
-        if self._chooses:
-            close = winograd_noise_db(self.operation, self.conv_weight(), weight, x) <= MOST_NOISE_DB
-            self.config = self.config.model_copy(update={"algorithm": "winograd" if close else "direct"})
-            self.pack_()
+        close = winograd_noise_db(self.operation, self.conv_weight(), weight, x) <= MOST_NOISE_DB
+        self.config = self.config.model_copy(update={"algorithm": "winograd" if close else "direct"})
+        self.pack_()
 
     def quantized(self, weight: Tensor, inputs: InputMoments | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """VQK int8 of the shape of ``weight (O, C/groups, *K)``, KDS and shift, or None, float32, as the config says.

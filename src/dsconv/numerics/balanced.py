@@ -21,7 +21,7 @@ from dsconv.numerics.scales import round_rows
 
 # Without knowledge, inputs have a variance of 1 and this squared mean.
 _MEAN_POWER = 0.4
-_TAP_CORRELATION = 0.7
+TAP_CORRELATION = 0.7
 # What is added to the diagonal of H, as a fraction of its mean.
 _RIDGE = 0.1
 # Weights of a tap that are worked on at a time: few enough to stay in cache, and enough that calls of PyTorch take less
@@ -41,7 +41,7 @@ class Model(NamedTuple):
 
     @classmethod
     def of(cls, mean: Tensor, variance: Tensor, taps: int) -> "Model":
-        correlation = _TAP_CORRELATION if taps > 1 else 0.0
+        correlation = TAP_CORRELATION if taps > 1 else 0.0
         return cls((1 - correlation) * variance, correlation * variance, mean)
 
     def regularized(self, ridge: float) -> "Model":

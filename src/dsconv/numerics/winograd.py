@@ -29,7 +29,7 @@ _POSITION_OF = [*range(POSITIONS), _CENTRE]
 MOST = 127
 """The largest magnitude of an integer of ``U``."""
 MOST_OF_LANE = 128
-"""What the integers of ``U`` of one sign that meet in a lane sum up to at most: 255 times that fits 16 bits."""
+"""The largest sum of the integers of ``U`` of one sign in a lane: 255 times that fits 16 bits."""
 # Channels that meet in two lanes of 16 bits, those of each in pairs.
 _LANE_CHANNELS, _LANES = 8, 2
 _COARSER = 1.01  # by how much a scale grows while rounding leaves a lane too full

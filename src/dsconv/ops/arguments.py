@@ -13,7 +13,7 @@ from dsconv.numerics.winograd import PRODUCTS
 from dsconv.ops import native
 
 TOO_LARGE = 1 << 31  # for a size, a stride or a number of anything
-# What a layer reads besides its input, in the order of csrc/bindings.cpp.
+# The tensors that a layer reads besides its input, in the order of csrc/bindings.cpp.
 WEIGHTS = ("weight", "kds", "kds_shift", "bias", "gain", "offset")
 # In the order of csrc/kernels/kernels.h, and so is ACTIVATION_SIGNS.
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "silu", "sigmoid")
