@@ -52,7 +52,9 @@ class WinogradTasks : OutputTasks {
       std::int64_t row[kWinogradPositions];
       for (int p = 0; p < kWinogradPositions; ++p) row[p] = to.row(p, 0, t);
       for (std::int64_t b = 0; b < layout.blocks(); ++b) {
-        kernels_.vector.winograd_input({pixel, quantize_args(to, 0, b, row, kWinogradPositions), values});
+        QuantizeArgs block = quantize_args(to, 0, b, row, kWinogradPositions);
+        block.rows.flipped = kernels_.flip_winograd;
+        kernels_.vector.winograd_input({pixel, block, values});
         for (const float*& p : pixel)
           if (inside || p != zeros_.data()) p += layout.block_size;
       }
@@ -130,7 +132,7 @@ class WinogradTasks : OutputTasks {
   DotArgs dot_args(const QuantizedRows& rows, std::int64_t tiles, const std::int64_t* row) const {
     static constexpr std::int64_t kTap = 0;
     DotArgs a{};
-    a.rows = rows;
+    a.rows = rows, a.rows.flipped = kernels_.flip_winograd;
     a.octets = static_cast<int>(g_.layout().octets()), a.last_octets = static_cast<int>(g_.layout().last_octets());
     a.panel_bytes = g_.panel_bytes(true) / kWinogradProducts, a.panels = 2;
     a.max_mantissa = max_mantissa(8);

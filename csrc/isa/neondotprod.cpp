@@ -15,8 +15,8 @@ struct Dot {
   static constexpr int kMR = 6;
 
   template <bool Wide>
-  static std::int32_t acc_init(const BlockScale& scale, bool int_acc) {
-    return !Wide ? scale.acc_init : int_acc ? 0 : std::bit_cast<std::int32_t>(scale.scale);
+  static Vector::Int acc_init(const DotArgs& a, const BlockScale& scale, std::int64_t) {
+    return Vector::broadcast(!Wide ? scale.acc_init : a.rows.int_acc ? 0 : std::bit_cast<std::int32_t>(scale.scale));
   }
   template <bool Wide, int M>
   static void add_octets(const DotArgs&, const std::uint8_t* w, const std::int8_t* const (&x)[M], int octets,

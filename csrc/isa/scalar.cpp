@@ -13,6 +13,7 @@ namespace {
 // The sum of one output.
 float dot_one(const DotArgs& a, const std::int64_t row, const std::uint8_t* w, const float* kds, const float* shift) {
   const QuantizedRows& rows = a.rows;
+  const int flip = rows.flipped ? -128 : 0;
   float y = 0.0f;
   for (int k = 0; k < a.taps; ++k) {
     const std::int64_t at = row + a.tap_row[k];
@@ -23,7 +24,7 @@ float dot_one(const DotArgs& a, const std::int64_t row, const std::uint8_t* w, c
       std::int32_t s = rows.int_acc ? scale.acc_init : scale.acc_init - std::bit_cast<std::int32_t>(scale.scale);
       for (int o = 0; o < octets; ++o, x += 8)
         if (rows.wide) {
-          for (int i = 0; i < 8; ++i) s += w[(i / 4) * 64 + i % 4] * x[i];
+          for (int i = 0; i < 8; ++i) s += w[(i / 4) * 64 + i % 4] * (x[i] ^ flip);
           w += 128;
         } else {
           for (int i = 0; i < 4; ++i) s += (w[i] & 15) * x[i] + (w[i] >> 4) * x[i + 4];

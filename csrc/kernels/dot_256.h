@@ -78,8 +78,8 @@ struct Dot256 {
   static constexpr int kMR = 3;
 
   template <bool Wide>
-  static std::int32_t acc_init(const BlockScale& scale, bool) {
-    return scale.acc_init;
+  static Vector::Int acc_init(const DotArgs&, const BlockScale& scale, std::int64_t) {
+    return Vector::broadcast(scale.acc_init);
   }
   template <bool Wide, int M>
   static void add_octets(const DotArgs& a, const std::uint8_t* w, const std::int8_t* const (&x)[M], int octets,

@@ -10,7 +10,8 @@ inline constexpr int kTileVectors = 2;
 // A tile of M x (kTileVectors * lanes) outputs. Dot, a type of an unnamed namespace or a template over one, has
 //   Vector            a vector type
 //   static constexpr int kMR
-//   template <bool Wide> static std::int32_t acc_init(const BlockScale&, bool int_acc)
+//   template <bool Wide> static Vector::Int acc_init(const DotArgs&, const BlockScale&, std::int64_t at)
+//                                                      `at` counts values of `kds` up to those of the sums
 //   template <bool Wide, int M> static void add_octets(const DotArgs&, const std::uint8_t* w, const std::int8_t* const (&x)[M],
 //                                                      int octets, Vector::Int (&acc)[M][kTileVectors])
 template <class Dot, int M, bool Wide, bool Shift>
@@ -32,7 +33,7 @@ void dot_tile(const DotArgs& a, const std::int64_t* row, const std::uint8_t* w, 
       typename V::Int acc[M][kTileVectors];
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < kTileVectors; ++v)
-          acc[m][v] = V::broadcast(Dot::template acc_init<Wide>(rows.scale[block[m] + b], rows.int_acc));
+          acc[m][v] = Dot::template acc_init<Wide>(a, rows.scale[block[m] + b], kds - a.kds + V::kLanes * v);
       const int octets = b + 1 < rows.blocks ? a.octets : a.last_octets;
       Dot::template add_octets<Wide>(a, w, x, octets, acc);
       w += octets * (Wide ? 128 : 64);

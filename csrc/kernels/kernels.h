@@ -50,6 +50,7 @@ struct QuantizedRows {
   int blocks;
   bool wide;     // weights
   bool int_acc;  // integer accumulators
+  bool flipped;  // mantissas are stored with their highest bit flipped: as unsigned bytes, 128 more
 };
 
 // One block of some pixels, to be quantized into rows.
@@ -236,6 +237,9 @@ struct Kernels {
   int task_pixels;                                            // pixels that dot is best given at once, a multiple of mr
   std::int64_t (*workspace_bytes)(const DotArgs&) = nullptr;  // null: none
   void (*dot)(const DotArgs&);
+  // Winograd's mantissas are flipped. Then weights are bounded as numerics/winograd.py has it: products of unsigned bytes
+  // fit 16 bits.
+  bool flip_winograd = false;
   const VectorKernels& vector;
 };
 

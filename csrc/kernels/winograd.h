@@ -98,6 +98,7 @@ void winograd_input_block(const WinogradInputArgs& args) {
   };
   typename V::Word centre{};
   for (int c = 0; c < channels; c += kLanes) centre = V::max(centre, V::as_word(vector(kWinogradCentre, c)));
+  const Int flip = V::broadcast(to.rows.flipped ? static_cast<std::int32_t>(0x80808080) : 0);
   const bool negative_centre = V::any(V::as_word(centre > 0x80000000u));  // -0 is not
   for (int first = 0; first < kWinogradPositions; first += kLanes) {
     Int largest[kLanes], totals[kLanes];
@@ -124,7 +125,7 @@ void winograd_input_block(const WinogradInputArgs& args) {
         Int four = V::saturate_to_bytes(integer(0), integer(1), integer(2), integer(3)) & nonzero;
         if (!Vectors && c + kBytes > channels) four &= winograd_bytes_left<V>(channels - c);
         total = V::add_bytes(total, four);
-        store_octets<V>(row + c, four, V::min((channels - c + 7) / 8, kLanes / 2));
+        store_octets<V>(row + c, four ^ flip, V::min((channels - c + 7) / 8, kLanes / 2));
       }
       totals[i] = total;
     }
