@@ -45,16 +45,16 @@ class WinogradTasks : OutputTasks {
     struct User;
     using Mine = Scratch<User>;
     Mine scratch(Mine::template size<float>(kWinogradPositions * layout.block_size));
-    float* const values = scratch.template take<float>(0);
+    const float* pixel[kWinogradPositions];
+    WinogradInputArgs a{};
+    a.pixel = pixel, a.rows = to.of_group(0), a.rows.flipped = kernels_.flip_winograd;
+    a.apart = to.grid().image(), a.values = scratch.template take<float>(0);
     for (std::int64_t t = begin; t < end; ++t) {
-      const float* pixel[kWinogradPositions];
       const bool inside = pixels_of(first + t, pixel);
-      std::int64_t row[kWinogradPositions];
-      for (int p = 0; p < kWinogradPositions; ++p) row[p] = to.row(p, 0, t);
-      for (std::int64_t b = 0; b < layout.blocks(); ++b) {
-        QuantizeArgs block = quantize_args(to, 0, b, row, kWinogradPositions);
-        block.rows.flipped = kernels_.flip_winograd;
-        kernels_.vector.winograd_input({pixel, block, values});
+      a.row = to.row(0, 0, t), a.first_byte = 0;
+      for (a.block = 0; a.block < layout.blocks(); ++a.block, a.first_byte += layout.block_size) {
+        a.channels = static_cast<int>(layout.size(a.block));
+        kernels_.vector.winograd_input(a);
         for (const float*& p : pixel)
           if (inside || p != zeros_.data()) p += layout.block_size;
       }

@@ -154,8 +154,13 @@ inline constexpr int kWinogradCentre = 5, kWinogradShift = 128;
 // One block of a tile, to be transformed and quantized.
 struct WinogradInputArgs {
   const float* const* pixel;  // [16], from the block's first channel on
-  QuantizeArgs to;            // rows of the positions; the row of the centre gets a term of the shift
-  float* values;              // [16][channels], to be used
+  int channels;
+  QuantizedRows rows;  // the row of the centre gets a term of the shift
+  std::int64_t row;    // of the first position
+  std::int64_t apart;  // rows from there to the next one
+  int block;
+  std::int64_t first_byte;  // of the block in a row of mantissas
+  float* values;            // [16][channels], to be used
 };
 
 struct WinogradOutputArgs {

@@ -90,30 +90,44 @@ struct BlockQuantizer {
   }
 };
 
+// Scales of blocks and their accumulators' starts, as they lie in memory; `total` are the sums of mantissas.
+template <class V>
+class PairedScales {
+ public:
+  PairedScales(const QuantizedRows& rows, int block, typename V::Float scale, typename V::Int total) {
+    using Word = typename V::Word;
+    Word scales = V::as_word(scale), inits = V::as_word(total) * (rows.wide ? -kWideZeroPoint : -kZeroPoint);
+    if (!rows.int_acc) {
+      const Word finite = V::as_word(scales != kNanBits);
+      if (V::any(finite & V::as_word(scales > kOneBits + (static_cast<std::uint32_t>(kMaxMagicExponent) << 23))))
+        __atomic_store_n(rows.overflow + block, 1, __ATOMIC_RELAXED);  // other threads may store it, too
+      scales += finite & (kMagicBits - kOneBits);
+      inits += scales;
+    }
+    pairs_[0] = V::template interleave_values<0>(inits, scales);
+    pairs_[1] = V::template interleave_values<1>(inits, scales);
+    asm("" : "+m"(pairs_));  // copied from memory: taking lanes from a register costs more
+  }
+
+  void store(int lane, BlockScale* to) const {
+    // Pairs of the first two lanes of every four, then of the last two.
+    __builtin_memcpy(to, reinterpret_cast<const char*>(&pairs_[lane / 2 % 2]) + 8 * (lane / 4 * 2 + lane % 2), sizeof *to);
+  }
+
+ private:
+  typename V::Word pairs_[2];
+};
+
 // Stores scales and accumulator starts. Lanes are pixels from `first` on, `total` the sums of their mantissas.
 template <class V>
 inline void store_scales(const QuantizeArgs& a, int first, int pixels, typename V::Float scale, typename V::Int total) {
-  using Pairs = typename V::Pairs;
-  using Word = typename V::Word;
   const QuantizedRows& rows = a.rows;
   const std::int64_t* row = a.row + first;
-  Word scales = V::as_word(scale), inits = V::as_word(total) * (rows.wide ? -kWideZeroPoint : -kZeroPoint);
-  if (!rows.int_acc) {
-    const Word finite = V::as_word(scales != kNanBits);
-    if (V::any(finite & V::as_word(scales > kOneBits + (static_cast<std::uint32_t>(kMaxMagicExponent) << 23))))
-      __atomic_store_n(rows.overflow + a.block, 1, __ATOMIC_RELAXED);  // other threads may store it, too
-    scales += finite & (kMagicBits - kOneBits);
-    inits += scales;
-  }
-  // Pairs of the first two pixels of every four, and of the last two.
-  const Pairs pairs[] = {reinterpret_cast<Pairs>(V::template interleave_values<0>(inits, scales)),
-                         reinterpret_cast<Pairs>(V::template interleave_values<1>(inits, scales))};
-  BlockScale* const to = rows.scale + a.block;
+  const PairedScales<V> paired(rows, a.block, scale, total);
 #pragma GCC unroll 16
   for (int i = 0; i < V::kLanes; ++i) {
     if (i >= pixels) break;
-    const std::int64_t pair = pairs[i / 2 % 2][i / 4 * 2 + i % 2];
-    __builtin_memcpy(to + row[i] * rows.blocks, &pair, sizeof pair);
+    paired.store(i, rows.scale + row[i] * rows.blocks + a.block);
   }
   if (rows.shift_term) {
     const auto shifts = V::to_float(total) * scale;
@@ -121,14 +135,16 @@ inline void store_scales(const QuantizeArgs& a, int first, int pixels, typename 
   }
 }
 
-// Stores octets of mantissas in pieces of 64, 32, 16 and 8 bytes.
+// Stores octets of mantissas, all of a vector or some in pieces of 32, 16 and 8 bytes.
 template <class V>
 inline void store_octets(std::int8_t* to, const typename V::Int& from, int octets) {
+  constexpr int kAll = sizeof from / 8;
+  if (octets >= kAll) return static_cast<void>(__builtin_memcpy(to, &from, sizeof from));
   const char* bytes = reinterpret_cast<const char*>(&from);
   const auto piece = [&]<int Octets>() {
-    if (octets & Octets) __builtin_memcpy(to, bytes, 8 * Octets), to += 8 * Octets, bytes += 8 * Octets;
+    if constexpr (Octets < kAll)
+      if (octets & Octets) __builtin_memcpy(to, bytes, 8 * Octets), to += 8 * Octets, bytes += 8 * Octets;
   };
-  piece.template operator()<8>();
   piece.template operator()<4>();
   piece.template operator()<2>();
   piece.template operator()<1>();

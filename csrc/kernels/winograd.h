@@ -14,31 +14,22 @@ template <class V>
   a = first, b = second, c = third, d = fourth;
 }
 
-// Transforms the channels of a block, from channel c on, and stores those of position p at values + p * channels.
+// Transforms channels of a block, those of a vector from channel c on.
 template <class V>
-inline void winograd_transform_input(const float* const* pixel, int channels, float* values) {
-  const auto some = [&](int c, auto load, auto store) __attribute__((always_inline)) {
-    typename V::Float d[4][4];
+[[gnu::always_inline]] inline void winograd_transform_input(const float* const* pixel, int c, auto load, auto take) {
+  typename V::Float d[4][4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 4; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) d[i][j] = load(pixel[4 * i + j] + c);
+    for (int j = 0; j < 4; ++j) d[i][j] = load(pixel[4 * i + j] + c);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) winograd_input_side<V>(d[0][j], d[1][j], d[2][j], d[3][j]);
+  for (int j = 0; j < 4; ++j) winograd_input_side<V>(d[0][j], d[1][j], d[2][j], d[3][j]);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      winograd_input_side<V>(d[i][0], d[i][1], d[i][2], d[i][3]);
+  for (int i = 0; i < 4; ++i) {
+    winograd_input_side<V>(d[i][0], d[i][1], d[i][2], d[i][3]);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) store(values + (4 * i + j) * channels + c, d[i][j]);
-    }
-  };
-  int c = 0;
-  for (; c + V::kLanes <= channels; c += V::kLanes)
-    some(c, [](const float* from) { return V::load(from); }, [](float* to, typename V::Float v) { V::store(to, v); });
-  if (const int left = channels - c)
-    some(
-        c, [=](const float* from) { return V::load_some(from, left); },
-        [=](float* to, typename V::Float v) { V::store_some(to, v, left); });
+    for (int j = 0; j < 4; ++j) take(4 * i + j, d[i][j]);
+  }
 }
 
 // How the values of each position are quantized. Lanes are positions from `first` on.
@@ -89,60 +80,71 @@ void winograd_input_block(const WinogradInputArgs& args) {
   using Float = typename V::Float;
   constexpr int kLanes = V::kLanes, kBytes = 4 * kLanes;
   const WinogradInputArgs a = args;  // a local copy, which no store of mantissas can alias
-  const QuantizeArgs& to = a.to;
-  const int channels = Vectors ? Vectors * kLanes : to.channels;
-  winograd_transform_input<V>(a.pixel, channels, a.values);
-  const auto vector = [&](int p, int c) {
+  const QuantizedRows& rows = a.rows;
+  const int channels = Vectors ? Vectors * kLanes : a.channels;
+  const auto some = [&](int c, auto load, auto store) __attribute__((always_inline)) {
+    winograd_transform_input<V>(a.pixel, c, load, [&](int p, Float v) __attribute__((always_inline)) {
+      store(a.values + p * channels + c, v);
+    });
+  };
+  int whole = 0;
+  for (; whole + kLanes <= channels; whole += kLanes)
+    some(whole, [](const float* from) { return V::load(from); }, [](float* to, Float v) { V::store(to, v); });
+  if (const int left = channels - whole; !Vectors && left)
+    some(
+        whole, [=](const float* from) { return V::load_some(from, left); },
+        [=](float* to, Float v) { V::store_some(to, v, left); });
+  const auto vector = [&](int p, int c) __attribute__((always_inline)) {
     const float* const from = a.values + p * channels + c;
     return Vectors || c + kLanes <= channels ? V::load(from) : c < channels ? V::load_some(from, channels - c) : Float{};
   };
   typename V::Word centre{};
   for (int c = 0; c < channels; c += kLanes) centre = V::max(centre, V::as_word(vector(kWinogradCentre, c)));
-  const Int flip = V::broadcast(to.rows.flipped ? static_cast<std::int32_t>(0x80808080) : 0);
   const bool negative_centre = V::any(V::as_word(centre > 0x80000000u));  // -0 is not
   for (int first = 0; first < kWinogradPositions; first += kLanes) {
-    Int largest[kLanes], totals[kLanes];
-#pragma GCC unroll 4
-    for (int i = 0; i < kLanes; ++i) {
-      largest[i] = Int{};
+    const auto largest = [&](int i) __attribute__((always_inline)) {
+      Int most{};
 #pragma GCC unroll 8
-      for (int c = 0; c < channels; c += kLanes) largest[i] = V::max(largest[i], V::as_int(vector(first + i, c)) & 0x7fffffff);
-    }
+      for (int c = 0; c < channels; c += kLanes) most = V::max(most, V::as_int(vector(first + i, c)) & 0x7fffffff);
+      return most;
+    };
     const WinogradQuantizer<V> quantizer(V::reduce(largest, V::max), first, negative_centre);
-    for (int i = 0; i < kLanes; ++i) {
-      std::int8_t* const row = to.rows.mantissa + to.row[first + i] * to.rows.row_bytes + to.first_byte;
+    // Quantizes a position, and returns the sums of its mantissas.
+    const auto quantize = [&](int i) __attribute__((always_inline)) {
+      std::int8_t* const row = rows.mantissa + (a.row + (first + i) * a.apart) * rows.row_bytes + a.first_byte;
       const auto factor = V::broadcast(quantizer.factor[i]);
       const auto zero = V::as_word(V::broadcast(quantizer.zero[i]));
       const Int nonzero = V::broadcast(quantizer.nonzero[i]);
       Int total{};
 #pragma GCC unroll 2
       for (int c = 0; c < channels; c += kBytes) {
-        const auto integer = [&](int k) {
-          if (Vectors && c + k * kLanes >= channels) return Int{};
-          return V::as_int(V::as_word(V::fma(vector(first + i, c + k * kLanes), factor, Float{} + BlockQuantizer<V>::kMagic)) -
-                           zero);
+        const auto integer = [&](int k) __attribute__((always_inline)) {
+          if (c + k * kLanes >= channels) return Int{};
+          const auto v = vector(first + i, c + k * kLanes);
+          return V::as_int(V::as_word(V::fma(v, factor, Float{} + BlockQuantizer<V>::kMagic)) - zero);
         };
         Int four = V::saturate_to_bytes(integer(0), integer(1), integer(2), integer(3)) & nonzero;
         if (!Vectors && c + kBytes > channels) four &= winograd_bytes_left<V>(channels - c);
         total = V::add_bytes(total, four);
-        store_octets<V>(row + c, four ^ flip, V::min((channels - c + 7) / 8, kLanes / 2));
+        if (rows.flipped) four ^= static_cast<std::int32_t>(0x80808080);
+        if constexpr (Vectors > 0) __builtin_memcpy(row + c, &four, V::min(kBytes, Vectors * kLanes));
+        else store_octets<V>(row + c, four, V::min((channels - c + 7) / 8, kLanes / 2));
       }
-      totals[i] = total;
-    }
-    QuantizeArgs without_shift = to;
-    without_shift.rows.shift_term = nullptr;
-    without_shift.row = to.row + first;
-    store_scales<V>(without_shift, 0, kLanes, quantizer.scale, V::reduce(totals, [](Int a, Int b) { return a + b; }));
-    if (const int at = kWinogradCentre - first; at >= 0 && at < kLanes)
-      to.rows.shift_term[to.row[kWinogradCentre] * to.rows.blocks + to.block] =
-          quantizer.shifted ? static_cast<float>(quantizer.scale[at]) : 0.0f;
+      return total;
+    };
+    const PairedScales<V> paired(rows, a.block, quantizer.scale, V::reduce(quantize, [](Int a, Int b) { return a + b; }));
+    const auto at = [&](int p) { return (a.row + p * a.apart) * rows.blocks + a.block; };
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) paired.store(i, rows.scale + at(first + i));
+    if (const int i = kWinogradCentre - first; i >= 0 && i < kLanes)
+      rows.shift_term[at(kWinogradCentre)] = quantizer.shifted ? static_cast<float>(quantizer.scale[i]) : 0.0f;
   }
 }
 
 template <class V>
 void winograd_input(const WinogradInputArgs& a) {
-  a.to.channels == 64   ? winograd_input_block<V, 64 / V::kLanes>(a)
-  : a.to.channels == 32 ? winograd_input_block<V, 32 / V::kLanes>(a)
+  a.channels == 64   ? winograd_input_block<V, 64 / V::kLanes>(a)
+  : a.channels == 32 ? winograd_input_block<V, 32 / V::kLanes>(a)
                         : winograd_input_block<V, 0>(a);
 }
 

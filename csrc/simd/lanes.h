@@ -124,17 +124,26 @@ struct Lanes {
   // Reduces vectors: lane i of the result combines all lanes of v[i].
   template <class T, class Combine>
   static T reduce(T (&v)[N], Combine combine) {
+    return reduce([&](int i) { return v[i]; }, combine);
+  }
+  // The same of vectors of integers that make(i) returns, in fours, so that few are held at once.
+  template <class Make, class Combine>
+  static auto reduce(Make make, Combine combine) {
+    decltype(make(0)) v[N / 4];
 #pragma GCC unroll 4
     for (int i = 0; i < N; i += 4) {
-      const T a = combine(interleave_values<0>(v[i], v[i + 1]), interleave_values<1>(v[i], v[i + 1]));
-      const T b = combine(interleave_values<0>(v[i + 2], v[i + 3]), interleave_values<1>(v[i + 2], v[i + 3]));
-      v[i] = combine(interleave_pairs<0>(a, b), interleave_pairs<1>(a, b));
+      const auto two = [&](int j) __attribute__((always_inline)) {
+        const auto first = make(j), second = make(j + 1);
+        return combine(interleave_values<0>(first, second), interleave_values<1>(first, second));
+      };
+      const auto a = two(i), b = two(i + 2);
+      v[i / 4] = combine(interleave_pairs<0>(a, b), interleave_pairs<1>(a, b));
     }
     if constexpr (N > 4) {
 #pragma GCC unroll 2
-      for (int apart = 4; apart < N; apart *= 2)
+      for (int apart = 1; apart < N / 4; apart *= 2)
 #pragma GCC unroll 2
-        for (int i = 0; i < N; i += 2 * apart)
+        for (int i = 0; i < N / 4; i += 2 * apart)
           v[i] = combine(every_other_four<0>(v[i], v[i + apart]), every_other_four<1>(v[i], v[i + apart]));
     }
     return v[0];
