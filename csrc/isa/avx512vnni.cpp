@@ -7,7 +7,7 @@ namespace dsconv::avx512vnni {
 namespace {
 
 constexpr int kAccumulators = 14;  // of a tile, with as many float sums, in the 32 registers
-constexpr int kPrefetchBytes = 2048;
+constexpr int kPrefetchBytes = 4096;
 
 // Broadcasts four bytes straight from memory.
 inline __m512i broadcast_four(const std::int8_t* from) {
@@ -108,7 +108,7 @@ void tile(const DotArgs& a, const std::int64_t* row, float* sums) {
   const std::uint8_t* w = a.weight;
   const float* kds = a.kds;
   const float* shift = a.kds_shift;
-  const WeightPrefetch<P, Wide> ahead(a, (row - a.row) / M);
+  const WeightPrefetch<P, Wide> ahead(a, (row - a.row + kAccumulators / P - 1) / (kAccumulators / P));
   const std::int64_t* tap = a.tap_row;
   const std::int64_t* const no_tap = tap + a.taps;
   do {
