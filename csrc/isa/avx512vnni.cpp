@@ -7,7 +7,7 @@ namespace dsconv::avx512vnni {
 namespace {
 
 constexpr int kAccumulators = 14;  // of a tile, with as many float sums, in the 32 registers
-constexpr int kPrefetchBytes = 4096;
+constexpr int kPrefetchBytes = 2048;
 
 // Broadcasts four bytes straight from memory.
 inline __m512i broadcast_four(const std::int8_t* from) {
