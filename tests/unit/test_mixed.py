@@ -408,6 +408,27 @@ class TestSearch:
         )
         assert all(t.activation_bits == 4 for t in less.chosen)
 
+    def test_a_budget_of_milliseconds_tries_both_algorithms_where_a_layer_has_both(self) -> None:
+        found = search(net(), QuantConfig.preset("w4a4", first_layer=None), budget={"ms": 1e3}, images=images())
+        layers = found.sensitivity.layers()
+        for trials in layers.values():
+            assert [trial.settings["algorithm"] for trial in trials] == ["direct"] * 7 + ["auto"] * 7
+        # A linear layer has but one, and is measured once; the second convolution has both.
+        assert all((a.kl, a.ms) == (b.kl, b.ms) for a, b in zip(layers["6"][:7], layers["6"][7:], strict=True))
+        assert any(a.kl != b.kl for a, b in zip(layers["2"][:7], layers["2"][7:], strict=True))
+        assert search(net(), "w4a4", budget=5, images=images()).sensitivity.trials[0].settings == {"weight_bits": 2}
+
+    def test_a_time_limit_that_winograd_alone_keeps(self) -> None:
+        measured = sensitivity(
+            net(), "w4a4", images=images(), choices=[{"algorithm": "direct"}, {"algorithm": "auto"}], times=True
+        )
+        slow = {"direct": 10.0, "auto": 1.0}
+        layers = [[replace(t, ms=slow[t.settings["algorithm"]]) for t in ts] for ts in measured.layers().values()]
+        chosen = select(layers, measured, {"ms": 15.0})
+        assert sum(trial.settings["algorithm"] == "auto" for trial in chosen) == 2
+        config = with_overrides(QuantConfig.preset("w4a4"), {trial.layer: trial.settings for trial in chosen})
+        dsconv.quantize(net(), config)(images())
+
     def test_as_text_and_data(self) -> None:
         found = search(net(), "w4a4", budget={"ms": 1e3}, images=images(), choices=FEW)
         text = " ".join(as_text(found.table).split())

@@ -263,12 +263,19 @@ def measure(
     pairs = [(name, choice) for name in names for choice in choices]
     trials = saved.trials(pairs)
     tried = _tried(model, config, pairs[len(trials) :])
+    # Choices can come to the same, as those of an algorithm do where a layer has but one.
+    known: dict[tuple[str, LayerConfig], Trial] = {}
     with progress_bar(progress, work, len(pairs), "trials", done=len(trials)) as advance:
         for name, choice, alone in tried:
-            row = next(row for row in summary(alone).layers if row.name == name)
-            found = compare(reference, alone, kept, per_layer=False, device=device)
-            ms = _milliseconds(alone, name, kept[0][0][:1]) if times else None
-            trials.append(_trial(row, choice, math.nan if found.nonfinite else max(0.0, found.kl), ms))
+            settings: Any = alone.get_submodule(name).config
+            if (same := known.get((name, settings))) is not None:
+                trials.append(replace(same, settings=dict(choice)))
+            else:
+                row = next(row for row in summary(alone).layers if row.name == name)
+                found = compare(reference, alone, kept, per_layer=False, device=device)
+                ms = _milliseconds(alone, name, kept[0][0][:1]) if times else None
+                trials.append(_trial(row, choice, math.nan if found.nonfinite else max(0.0, found.kl), ms))
+                known[name, settings] = trials[-1]
             saved.write(trials)
             advance(1)
             on_trial(trials[-1])

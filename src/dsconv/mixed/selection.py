@@ -129,17 +129,24 @@ class Budget(BaseModel):
         return self.model_dump(exclude_none=True)
 
 
-def choices_of(config: QuantConfig) -> list[Choice]:
+def choices_of(config: QuantConfig, *, times: bool = False) -> list[Choice]:
     """What :func:`search` tries by default: weights of 2 to 8 bits, and layers of 8 bits throughout.
 
     A layer with 4-bit activations has 8-bit ones only with 8-bit weights, since processors multiply numbers of one
-    width, and bits of activations would else cost nothing.
+    width, and bits of activations would else cost nothing. Where ``times`` count, all are tried by the direct algorithm
+    and by Winograd, where that is close (``algorithm="auto"``).
 
     >>> choices_of(QuantConfig(activation_bits=4))[-2:]
     [{'weight_bits': 8}, {'weight_bits': 8, 'activation_bits': 8}]
+    >>> choices_of(QuantConfig(), times=True)[-2:]
+    [{'weight_bits': 6, 'algorithm': 'auto'}, {'weight_bits': 8, 'algorithm': 'auto'}]
     """
     choices: list[Choice] = [{"weight_bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
-    return choices if config.activation_bits in (None, 8) else [*choices, {"weight_bits": 8, "activation_bits": 8}]
+    if config.activation_bits not in (None, 8):
+        choices.append({"weight_bits": 8, "activation_bits": 8})
+    if not times:
+        return choices
+    return [{**choice, "algorithm": algorithm} for algorithm in ("direct", "auto") for choice in choices]
 
 
 def search(
@@ -189,7 +196,7 @@ def search(
     config = as_config(config)
     limits = _limits(budget)
     _highs()  # which may be missing: said before minutes of measuring
-    choices = choices_of(config) if choices is None else choices
+    choices = choices_of(config, times="ms" in limits) if choices is None else choices
     measured = measure(
         "search",
         model,
