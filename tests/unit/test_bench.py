@@ -233,6 +233,20 @@ def qnet(net: tnn.Sequential) -> tnn.Module:
     return dsconv.quantize(net)
 
 
+@pytest.mark.parametrize(("algorithm", "other"), [("direct", "winograd"), ("winograd", "direct")])
+def test_a_network_whose_layers_have_two_algorithms_is_timed_by_both(algorithm: str, other: str) -> None:
+    net = tnn.Sequential(tnn.Conv2d(3, 16, 3, 2), tnn.ReLU(), tnn.Conv2d(16, 16, 3, padding=1)).eval()
+    made = {a: dsconv.quantize(net, {"overrides": {"2": {"algorithm": a}}}) for a in (algorithm, other)}
+    x = torch.randn(2, *SHAPE)
+    ours = peers.ours(made[algorithm], x)
+    assert [contestant.name for contestant in ours] == [*OURS, f"dsconv, {other}"]
+    with torch.inference_mode():
+        for contestant, name in ((ours[0], algorithm), (ours[2], other)):
+            assert torch.equal(contestant.output(), dsconv.compile(made[name], x)(x))
+    layers: list[Any] = [made[algorithm].get_submodule(name) for name in "02"]
+    assert [layer.config.algorithm for layer in layers] == ["direct", algorithm]
+
+
 def test_settings_are_measured_in_order_and_threads_are_put_back(net: tnn.Module, qnet: tnn.Module) -> None:
     threads = [1, 2] if machine.cores() > 1 else [1]
     before = torch.get_num_threads()

@@ -46,6 +46,9 @@ def bench(
 ) -> Bench:
     """Time a quantized network, compiled and as it is, beside its float original in other runtimes, in one process.
 
+    Where layers can be executed by two algorithms, the compiled network is timed once more by the other one: all such
+    layers ``direct`` if some go by Winograd, else all by ``winograd``.
+
     The runtimes are PyTorch (eager, float32 and bf16), ONNX Runtime (float32 and int8) and OpenVINO (float32, bf16 and
     int8); bf16 where the processor has it. int8 is a Q/DQ model that ``onnxruntime.quantization`` makes of the float
     network: weights with a scale per output, activations ``uint8`` with a scale per tensor. What a runtime really
@@ -78,8 +81,8 @@ def bench(
     >>> import dsconv
     >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
     >>> found = bench(net, dsconv.quantize(net), (3, 16, 16), against=["torch"], turns=2)
-    >>> [timing.contestant for timing in found.timings][:3], found.timings[0].turns
-    (['dsconv', 'dsconv, not compiled', 'PyTorch float32'], 2)
+    >>> [timing.contestant for timing in found.timings][:4], found.timings[0].turns
+    (['dsconv', 'dsconv, not compiled', 'dsconv, winograd', 'PyTorch float32'], 2)
     """
     if not isinstance(against, Iterable) or not all(isinstance(peer, str) for peer in against):
         raise ConfigError(f"against: expected some of {', '.join(PEERS)}, got {type(against).__name__}")

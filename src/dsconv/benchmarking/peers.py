@@ -22,6 +22,8 @@ from dsconv.compilation import compile
 from dsconv.conversion import model_info, summary
 from dsconv.conversion.copying import copied
 from dsconv.errors import import_extra
+from dsconv.layers import DSLayer
+from dsconv.names import Algorithm
 from dsconv.onnx import int8
 
 _OPSET = 17
@@ -146,15 +148,32 @@ class Case:
 
 
 def ours(qmodel: nn.Module, x: Tensor, *, fast_math: bool = False) -> list[Contestant]:
-    """A quantized network compiled, and as it is."""
-    compiled, found, info = compile(qmodel, x, fast_math=fast_math), summary(qmodel), model_info(qmodel)
+    """A quantized network compiled, as it is, and compiled with the other algorithm where layers have two."""
+    found, info = summary(qmodel), model_info(qmodel)
     bits = f"W{info.config.weight_bits}A{info.config.activation_bits or 'float'}, " if info is not None else ""
     executed = f"{bits}{', '.join(found.backends)}"
 
     def contestant(name: str, network: nn.Module, how: str = "") -> Contestant:
         return Contestant(name, executed + how, found.bytes_after, lambda: network(x), lambda: network(x))
 
-    return [contestant(OURS, compiled, ", fast math" * fast_math), contestant(f"{OURS}, not compiled", qmodel)]
+    def compiled(name: str, network: nn.Module) -> Contestant:
+        return contestant(name, compile(network, x, fast_math=fast_math), ", fast math" * fast_math)
+
+    made = [compiled(OURS, qmodel), contestant(f"{OURS}, not compiled", qmodel)]
+    layers = [layer for layer in qmodel.modules() if isinstance(layer, DSLayer)]
+    if any("winograd" in layer.algorithms for layer in layers):
+        other: Algorithm = "direct" if any(layer.config.algorithm == "winograd" for layer in layers) else "winograd"
+        made.append(compiled(f"{OURS}, {other}", _with_algorithm(qmodel, other)))
+    return made
+
+
+def _with_algorithm(qmodel: nn.Module, algorithm: Algorithm) -> nn.Module:
+    """A copy whose layers go by an algorithm, where they have it."""
+    copy = copied(qmodel)
+    for layer in copy.modules():
+        if isinstance(layer, DSLayer) and algorithm in layer.algorithms:
+            layer.config = layer.config.model_copy(update={"algorithm": algorithm})
+    return copy
 
 
 def _torch(case: Case, dtype: torch.dtype) -> Contestant:

@@ -23,7 +23,8 @@ class Timing:
     """What one contestant took for one batch.
 
     Attributes:
-        contestant: ``dsconv`` (compiled), ``dsconv, not compiled``, or a runtime and the precision it computed in.
+        contestant: ``dsconv`` (compiled), ``dsconv, not compiled``, ``dsconv, direct`` or ``dsconv, winograd``
+            (compiled, by the other algorithm), or a runtime and the precision it computed in.
         executed: what computed the layers, in the words of the runtime.
         weight_bytes: of the weights and all other constants that the runtime was given; of dsconv what they take in a
             file, packed.

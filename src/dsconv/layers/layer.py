@@ -15,6 +15,7 @@ from dsconv.config import LayerConfig, LayerKind, QuantConfig, as_config
 from dsconv.errors import ConfigError
 from dsconv.layers.algorithm import MOST_NOISE_DB, noise_like, winograd_noise_db
 from dsconv.layers.readonly import ReadOnly
+from dsconv.names import Algorithm
 from dsconv.numerics import (
     InputMoments,
     block_count,
@@ -66,6 +67,7 @@ class DSLayer(nn.Module):
         weight_like: parameter ``(0,)`` of the dtype and device that a float weight would have, for models that ask
             their parameters or :attr:`weight` for these. It is no part of the state.
         config: the settings of this layer.
+        algorithms: those that ``config`` may name.
         weight_sqnr_db: ``10 log10(sum w^2 / sum (w - w_q)^2)`` of the weight it was made from, None where unknown.
     """
 
@@ -88,6 +90,7 @@ class DSLayer(nn.Module):
     bias: nn.Parameter | None
     weight_like: nn.Parameter
     _kernel_weights: KernelWeights | None = None
+    algorithms: tuple[Algorithm, ...] = ("direct",)
     # Whether the algorithm is chosen with the weight.
     _chooses: bool = False
     # Gives the weight in the place of VQK and KDS while these are trained.
@@ -95,7 +98,8 @@ class DSLayer(nn.Module):
 
     def __init__(self, vqk_shape: tuple[int, ...], bias: bool, config: LayerConfig, winograd: bool = False):
         super().__init__()
-        self._chooses = config.algorithm == "auto" and winograd and config.allows_winograd
+        self.algorithms = ("direct", "winograd") if winograd and config.allows_winograd else ("direct",)
+        self._chooses = config.algorithm == "auto" and "winograd" in self.algorithms
         if config.algorithm == "auto":
             config = config.model_copy(update={"algorithm": "direct"})
         if config.algorithm == "winograd" and not winograd:
