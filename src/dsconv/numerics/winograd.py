@@ -74,7 +74,7 @@ def winograd_weight(w: Tensor, block_size: int) -> WinogradWeight:
     more = _round_for_lanes(split[centre] - q[centre] * scale[centre].unsqueeze(2))
     q, scale = torch.cat([q, more[0]]), torch.cat([scale, more[1]])
     integers = join_blocks(q, torch.Size((len(q), w.shape[1])), 1).to(torch.int8)
-    return WinogradWeight(integers.view(PRODUCTS, *w.shape[:2]), scale.view(PRODUCTS, len(w), -1))
+    return WinogradWeight(integers.view(PRODUCTS, *w.shape[:2]), scale.view(PRODUCTS, len(w), split.shape[1]))
 
 
 def dequantize_winograd_weight(weight: WinogradWeight, block_size: int) -> Tensor:
