@@ -28,6 +28,7 @@
 #include "parallel.h"
 #include "program/program.h"
 #include "rounding/balanced.h"
+#include "rounding/winograd.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -238,6 +239,18 @@ void bind_layers(nb::module_& m) {
     nb::gil_scoped_release released;
     round_balanced(kernels, of, counts, solved, {checked_bits(bits), shift, held}, to);
   });
+  m.def("round_winograd",
+        [](std::string_view isa, const std::array<std::int64_t, 3>& sizes, Address weight, Address q, Address scale) {
+          const auto [outputs, channels, block_size] = sizes;
+          if (outputs < 1 || block_size < 1 || block_size > channels) throw std::invalid_argument("sizes do not agree");
+          if (std::max(outputs, channels) > 1 << 30) throw std::invalid_argument("sizes: expected at most 2^30");
+          const WinogradWeights of{needed<const float>("w", weight), outputs, channels, block_size};
+          const WinogradIntegers to{needed<std::int8_t>("q", q), needed<float>("scale", scale)};
+          const Kernels& kernels = kernels_of(isa);
+          count_run(kernels);
+          nb::gil_scoped_release released;
+          round_winograd(kernels, of, to);
+        });
   m.def("quantize_activation", [](std::string_view isa, const ConvSizes& g, Address input,
                                   const std::array<std::int64_t, 4>& input_strides, int bits, int sign, Address mantissa,
                                   Address exponent) {

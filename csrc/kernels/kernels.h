@@ -210,6 +210,8 @@ struct DepthwiseLineArgs {
 struct BalancedArgs;
 struct BalancedRule;
 struct WeightRows;
+struct WinogradWeightArgs;
+struct WinogradWeights;
 
 // Operators that differ between instruction sets by the width of vectors alone (kernels/*.h).
 struct VectorKernels {
@@ -233,6 +235,8 @@ struct VectorKernels {
   int balanced_rows;  // that round_balanced takes together
   std::int64_t (*balanced_bytes)(const WeightRows&, const BalancedRule&);
   void (*round_balanced)(const BalancedArgs&);
+  std::int64_t (*winograd_weight_bytes)(const WinogradWeights&);
+  void (*round_winograd)(const WinogradWeightArgs&);
 };
 
 // Kernels of an instruction set.

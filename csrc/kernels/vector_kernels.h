@@ -9,6 +9,7 @@
 #include "pool.h"
 #include "quantize.h"
 #include "winograd.h"
+#include "winograd_weight.h"
 
 namespace dsconv {
 
@@ -30,6 +31,8 @@ constexpr VectorKernels vector_kernels() {
       .balanced_rows = V::kDoubles,
       .balanced_bytes = balanced_bytes<V>,
       .round_balanced = round_balanced_rows<V>,
+      .winograd_weight_bytes = winograd_weight_bytes<V>,
+      .round_winograd = round_winograd_output<V>,
   };
 }
 

@@ -12,6 +12,7 @@
 #include "../isa/detect.h"
 #include "../isa/list.h"
 #include "../rounding/balanced.h"
+#include "../rounding/winograd.h"
 
 using namespace dsconv;
 
@@ -317,6 +318,29 @@ struct BalancedCase {
   }
 };
 
+// Random weights of Winograd, some of them not finite, as bytes: integers and scales.
+struct WinogradCase {
+  WinogradWeights weights{};
+  std::vector<float> w;
+
+  WinogradCase() {
+    weights.outputs = pick(1, 20), weights.channels = pick(1, 150), weights.block_size = pick(1, weights.channels);
+    const float size = std::exp2(static_cast<float>(pick(-149, 126))), special[] = {0.0f, NAN, INFINITY, -3e38f, 1e-45f};
+    for (std::int64_t i = 0; i < weights.outputs * weights.channels * 9; ++i)
+      w.push_back(pick(0, 999) ? normal() * size : special[pick(0, 4)]);
+    weights.w = w.data();
+  }
+
+  std::vector<std::byte> rounded(const Kernels& kernels) const {
+    const std::int64_t rows = kWinogradProducts * weights.outputs, integers = rows * weights.channels;
+    std::vector<std::byte> all(integers + rows * weights.blocks() * sizeof(float));
+    std::vector<float> scales(rows * weights.blocks());
+    round_winograd(kernels, weights, {reinterpret_cast<std::int8_t*>(all.data()), scales.data()});
+    std::memcpy(all.data() + integers, scales.data(), scales.size() * sizeof(float));
+    return all;
+  }
+};
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -352,6 +376,13 @@ int main(int count, char** arguments) {
     if (reference.empty()) return std::printf("case %d: rounded to what is out of range\n", i), 1;
     for (const Kernels* kernels : tested)
       if (c.rounded(*kernels) != reference) return std::printf("case %d: %s rounds in another way\n", i, kernels->isa), 1;
+  }
+  for (int i = 0; i < cases; ++i) {
+    const WinogradCase c;
+    const std::vector<std::byte> reference = c.rounded(scalar::kernels);
+    for (const Kernels* kernels : tested)
+      if (c.rounded(*kernels) != reference)
+        return std::printf("case %d: %s rounds for Winograd in another way\n", i, kernels->isa), 1;
   }
   std::printf("%d convolutions, and roundings, alike on", cases);
   for (const Kernels* kernels : tested) std::printf(" %s", kernels->isa);

@@ -35,6 +35,7 @@ def round_balanced(
     held_model: Sequence[int],
     results: Sequence[int],
 ) -> None: ...
+def round_winograd(isa: str, sizes: tuple[int, int, int], weight: int, integers: int, scale: int) -> None: ...
 
 class ConvSizes:
     def __init__(

@@ -1,6 +1,8 @@
 """The algorithm of a layer: what it may be, how it is chosen, and that everything else knows it."""
 
+import copy
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ from torch import Tensor, nn
 
 import dsconv
 from dsconv import LayerConfig, QuantConfig
+from dsconv.backends import simulate
 from dsconv.errors import ConfigError, FileFormatError, ModelError
 from dsconv.io.checkpoint import read_tensors
 from dsconv.layers import algorithm, layer
 from dsconv.numerics import InputMoments
+from dsconv.ops import native, packing
 
+needs_extension = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 WINOGRAD = LayerConfig(block_size=16, activation_bits=8, algorithm="winograd")
 
 
@@ -73,25 +78,107 @@ def test_auto_leaves_direct_what_would_get_much_noise(monkeypatch: pytest.Monkey
     assert set(algorithms(dsconv.quantize(network(), config)).values()) == {"direct"}
 
 
-def test_the_noise_of_winograd_is_that_of_its_output() -> None:
+@torch.no_grad()
+def test_the_choice_follows_the_noise_of_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     conv, x = nn.Conv2d(64, 32, 3, padding=1), torch.randn(1, 64, 12, 12).relu()
-    made = dsconv.nn.DSConv2d.from_float(conv, LayerConfig(weight_bits=8, activation_bits=8, block_size=64))
-    expected = conv(x)
+    config = LayerConfig(weight_bits=8, activation_bits=8, block_size=64, algorithm="auto")
     error = {}
+    for name in ("direct", "winograd"):
+        other = dsconv.nn.DSConv2d.from_float(conv, config.model_copy(update={"algorithm": name}))
+        error[name] = (other(x) - conv(x)).square().sum().item()
+    noise = 10 * math.log10(error["winograd"] / error["direct"])
+    monkeypatch.setattr(layer, "noise_like", lambda *_: x)
+    made = dsconv.nn.DSConv2d.from_float(conv, config)
+    for most, expected in ((noise - 0.01, "direct"), (noise + 0.01, "winograd"), (noise - 0.01, "direct")):
+        monkeypatch.setattr(layer, "MOST_NOISE_DB", most)
+        made.quantize_(conv.weight)
+        assert made.config.algorithm == expected
+        other = dsconv.nn.DSConv2d.from_float(conv, made.config)
+        assert torch.equal(made(x), other(x))
+        with dsconv.ops.simulated():
+            assert torch.equal(made(x), other(x))
+
+
+@pytest.mark.parametrize(
+    ("direct", "winograd", "expected"),
+    [(1, 10, 20), (1, math.nan, math.inf), (math.inf, 1, math.inf), (0, 0, 0), (0, 1, math.inf), (1, 0, 0)],
+)
+def test_noise_that_is_not_finite_is_too_much(direct: float, winograd: float, expected: float) -> None:
+    outputs = (torch.full((1, 2), value) for value in (0.0, direct, winograd))
+    assert algorithm.added_noise_db(*outputs) == expected
+
+
+@needs_extension
+def test_auto_packs_a_layer_once_by_each_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, pack = list[str](), packing.pack
+
+    def counted(*given: Any) -> Any:
+        packed.append(given[3].algorithm)
+        return pack(*given)
+
+    monkeypatch.setattr(packing, "pack", counted)
+    conv, config = nn.Conv2d(16, 24, 3), LayerConfig(block_size=16, activation_bits=8, algorithm="auto")
+    made = dsconv.nn.DSConv2d.from_float(conv, config)
+    with torch.inference_mode():
+        made(torch.randn(1, 16, 5, 5))
+    assert packed == ["direct", "winograd"] and made.config.algorithm == "winograd"
+
+
+def simulated(made: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode(), dsconv.ops.simulated():
+        y: Tensor = made(x)
+        return y
+
+
+def test_the_simulation_rounds_a_weight_once_and_again_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded, round_winograd = list[Tensor](), simulate.round_winograd
+
+    def counted(w: Tensor, block_size: int) -> Any:
+        rounded.append(w)
+        return round_winograd(w, block_size)
+
+    monkeypatch.setattr(simulate, "round_winograd", counted)
+    made = dsconv.nn.DSConv2d.from_float(nn.Conv2d(16, 8, 3, bias=False), WINOGRAD)
+    x = torch.randn(2, 16, 6, 6)
+    y = simulated(made, x)
+    assert torch.equal(simulated(made, x), y) and len(rounded) == 1
     with torch.no_grad():
-        for name in ("direct", "winograd"):
-            other = dsconv.nn.DSConv2d.from_float(conv, made.config.model_copy(update={"algorithm": name}))
-            error[name] = (other(x) - expected).square().sum().item()
-        found = algorithm.winograd_noise_db(made.operation, made.conv_weight(), conv.weight, x)
-    assert abs(found - 10 * math.log10(error["winograd"] / error["direct"])) < 0.05
+        made.kds.mul_(2)
+    assert torch.equal(simulated(made, x), 2 * y) and len(rounded) == 2
+    made.kds = made.kds / 2
+    assert torch.equal(simulated(made, x), y) and len(rounded) == 3
+    made.load_state_dict({**made.state_dict(), "kds": -made.kds})
+    assert torch.equal(simulated(made, x), -y) and len(rounded) == 4
+    other = copy.deepcopy(made)
+    with torch.no_grad():
+        other.vqk.zero_()
+    assert not simulated(other, x).any() and simulated(made, x).any() and len(rounded) == 5
+    made.config = made.config.model_copy(update={"algorithm": "direct"})
+    simulated(made, x)
+    assert len(rounded) == 5
+    # What was kept in inference mode serves gradients, too.
+    made.config = WINOGRAD
+    made(x.requires_grad_()).square().sum().backward()
+    assert x.grad is not None and len(rounded) == 5
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_noise_that_is_not_finite_is_too_much(value: float) -> None:
-    made = dsconv.nn.DSConv2d.from_float(nn.Conv2d(8, 8, 3), LayerConfig(activation_bits=8, block_size=8))
-    weight, x = torch.randn(8, 8, 3, 3), torch.full((1, 8, 5, 5), value)
-    assert algorithm.winograd_noise_db(made.operation, made.conv_weight(), weight, x) == math.inf
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_the_simulation_takes_the_weight_that_it_keeps(strict: bool) -> None:
+    made, x = dsconv.nn.DSConv2d.from_float(nn.Conv2d(16, 8, 3), WINOGRAD), torch.randn(2, 16, 6, 6)
+    y = simulated(made, x)
+    with torch.no_grad(), dsconv.ops.simulated():
+        program = torch.export.export(made, (x,), strict=strict)
+    assert torch.equal(program.module()(x), y)
+
+
+def test_a_file_does_not_hold_what_the_simulation_keeps() -> None:
+    made = dsconv.nn.DSConv2d.from_float(nn.Conv2d(16, 8, 3), WINOGRAD)
+    simulated(made, torch.randn(1, 16, 5, 5))
+    assert made._simulated_weights is not None
+    again = pickle.loads(pickle.dumps(made))
+    assert again._simulated_weights is None and len(pickle.dumps(made)) < 16 * 8 * 16 * 4
+    assert made.pack_()._simulated_weights is None
 
 
 def test_what_stands_for_inputs_has_their_moments() -> None:

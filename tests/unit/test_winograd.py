@@ -13,6 +13,7 @@ from dsconv.numerics import (
     NONFINITE,
     WinogradWeight,
     dequantize_winograd_weight,
+    fake_winograd_weight,
     quantize_winograd_input,
     reference_winograd,
     winograd_conv,
@@ -167,6 +168,16 @@ def test_its_gradients_are_those_of_the_convolution() -> None:
     F.conv2d(other, w, bias, padding=1).square().sum().backward()
     assert other.grad is not None
     assert (found - other.grad).norm() < 0.02 * other.grad.norm()
+
+
+def test_the_gradient_of_the_weight_is_that_of_its_transform() -> None:
+    torch.manual_seed(0)
+    w, weights = torch.randn(5, 20, 3, 3, requires_grad=True), torch.randn(16, 5, 20)
+    u = fake_winograd_weight(w, 8)
+    assert torch.equal(u, dequantize_winograd_weight(winograd_weight(w.detach(), 8), 8))
+    (found,) = torch.autograd.grad((u * weights).sum(), w)
+    (expected,) = torch.autograd.grad((transformed(w) * weights).sum(), w)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 3), (3, 8, 5, 5), (3, 8, 3, 1)])

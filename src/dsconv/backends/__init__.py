@@ -6,7 +6,7 @@ import torch
 
 from dsconv.backends import cpu, simulate
 from dsconv.backends.base import Backend, Executable, Operation
-from dsconv.backends.simulate import quantized
+from dsconv.backends.simulate import prepare, quantized
 from dsconv.ops import is_simulated
 
 BACKENDS: list[Backend] = [cpu, simulate]
@@ -75,5 +75,6 @@ __all__ = [
     "choose",
     "execution",
     "lowering",
+    "prepare",
     "quantized",
 ]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from dsconv.backends.base import Operation
 from dsconv.config import LayerConfig
 from dsconv.numerics import dequantize_weight, fake_quantize_activation, fake_winograd_weight, winograd_conv
+from dsconv.ops.rounding import round_winograd
 from dsconv.ops.views import patches, transposed_layout
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
@@ -26,9 +27,18 @@ def covers(operation: Operation) -> str:
 
 
 def pack(operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None) -> Tensor:
-    """Return the float32 weight ``(O, C/groups, *K)``."""
+    """Return the weight as :func:`prepare` does."""
     rows = vqk.flatten(1) if operation.config.blocks == "flat" else vqk
-    return dequantize_weight(rows, kds, operation.config.block_size, kds_shift).view(vqk.shape)
+    return prepare(operation, dequantize_weight(rows, kds, operation.config.block_size, kds_shift).view(vqk.shape))
+
+
+def prepare(operation: Operation, weight: Tensor) -> Tensor:
+    """Return a float32 weight ``(O, C/groups, *K)`` as :func:`run` reads it, differentiably.
+
+    For Winograd that is its rounded transform ``U (16, O, C)``, and the weight itself otherwise.
+    """
+    config = operation.config
+    return fake_winograd_weight(weight, config.block_size, round_winograd) if config.algorithm == "winograd" else weight
 
 
 def run(operation: Operation, packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -36,8 +46,7 @@ def run(operation: Operation, packed: Tensor, bias: Tensor | None, x: Tensor) ->
     bias = None if bias is None else bias.float()
     dims = weight.dim() - 2
     if config.algorithm == "winograd":
-        u = fake_winograd_weight(weight, config.block_size)
-        return winograd_conv(x, u, bias, operation.padding, config.block_size).to(x.dtype)  # type: ignore[arg-type]
+        return winograd_conv(x, weight, bias, operation.padding, config.block_size).to(x.dtype)  # type: ignore[arg-type]
     if not dims:
         rows = x.reshape(-1, x.shape[-1])
         return F.linear(quantized(rows, config, groups=1).view(x.shape), weight, bias).to(x.dtype)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsconv import backends
 from dsconv.numerics import InputMoments
 from dsconv.numerics.balanced import TAP_CORRELATION
 
@@ -15,25 +14,17 @@ MOST_NOISE_DB = 1.0
 _SIDE = 14  # pixels of the noise that stands for the input
 
 
-def winograd_noise_db(operation: backends.Operation, quantized: Tensor, weight: Tensor, x: Tensor) -> float:
+def added_noise_db(expected: Tensor, direct: Tensor, winograd: Tensor) -> float:
     """Return by how much Winograd raises the noise of a layer's output over that of the direct convolution, in dB.
 
     Args:
-        operation: of a quantized 3x3 convolution.
-        quantized: its weight as VQK, KDS and shift have it, float32 ``(O, C, 3, 3)``.
-        weight: the float weight that it was made of, of the same shape.
-        x: its input, float32 ``(N, C, H, W)``.
+        expected: output of the float layer.
+        direct, winograd: those of the quantized layer by either algorithm.
     """
-    expected = F.conv2d(x, weight.float(), padding=list(operation.padding))
-    noise = []
-    for algorithm in ("direct", "winograd"):
-        config = operation.config.model_copy(update={"algorithm": algorithm})
-        y = backends.SIMULATION.run(operation._replace(config=config), quantized, None, x)
-        noise.append(float((y - expected).square().sum(dtype=torch.float64)))
-    direct, winograd = noise
-    if not math.isfinite(direct + winograd):
+    before, after = (float((y - expected).square().sum(dtype=torch.float64)) for y in (direct, winograd))
+    if not math.isfinite(before + after):
         return math.inf
-    return 10 * math.log10(winograd / direct) if direct > 0 < winograd else 0.0 if winograd <= direct else math.inf
+    return 10 * math.log10(after / before) if before > 0 < after else 0.0 if after <= before else math.inf
 
 
 def noise_like(inputs: InputMoments | None, channels: int, device: torch.device) -> Tensor:

@@ -5,15 +5,16 @@ from collections.abc import Callable
 from functools import cache
 from itertools import chain
 from operator import is_
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dsconv import backends, ops
 from dsconv.config import LayerConfig, LayerKind, QuantConfig, as_config
 from dsconv.errors import ConfigError
-from dsconv.layers.algorithm import MOST_NOISE_DB, noise_like, winograd_noise_db
+from dsconv.layers.algorithm import MOST_NOISE_DB, added_noise_db, noise_like
 from dsconv.layers.readonly import ReadOnly
 from dsconv.names import Algorithm
 from dsconv.numerics import (
@@ -31,7 +32,7 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lamb
 
 
 class KernelWeights(NamedTuple):
-    """The weights of a layer as its backend packed them.
+    """The weights of a layer as a backend packed them.
 
     ``made_of`` are the buffers and the config these were made of, ``versions`` those of the buffers at that time.
     """
@@ -54,8 +55,9 @@ class DSLayer(nn.Module):
     - :func:`dsconv.ops.simulated` is not in effect.
 
     The backend reads a packed copy of the weights, which is no part of the state. It follows the buffers when they are
-    loaded, moved, replaced or changed in place. ``torch.compile`` and ``torch.export`` take it as they find it: call
-    :meth:`pack_` after replacing or changing buffers by hand.
+    loaded, moved, replaced or changed in place; so does what the simulation keeps of a layer by Winograd, its
+    transformed weight in float32, from its first use on. ``torch.compile`` and ``torch.export`` take what is there as
+    they find it: call :meth:`pack_` after replacing or changing buffers by hand.
 
     Attributes:
         vqk: int8 buffer ``(O, C/groups, *K)``, the variable quantized kernel.
@@ -91,6 +93,8 @@ class DSLayer(nn.Module):
     weight_like: nn.Parameter
     _kernel_weights: KernelWeights | None = None
     algorithms: tuple[Algorithm, ...] = ("direct",)
+    # Those of the simulation, where they take long to make.
+    _simulated_weights: KernelWeights | None = None
     # Whether the algorithm is chosen with the weight.
     _chooses: bool = False
     # Gives the weight in the place of VQK and KDS while these are trained.
@@ -134,7 +138,8 @@ class DSLayer(nn.Module):
         """Return the float32 weight ``(O, C/groups, *K)`` that VQK and KDS stand for, in their layout."""
         if self._shadow is not None:
             return self._shadow()
-        return cast(Tensor, backends.SIMULATION.pack(self.operation, self.vqk, self.kds, self.kds_shift))
+        rows = dequantize_weight(self.blockwise(self.vqk), self.kds, self.config.block_size, self.kds_shift)
+        return rows.view(self.vqk.shape)
 
     @property
     def weight(self) -> Tensor:
@@ -168,21 +173,34 @@ class DSLayer(nn.Module):
             ValueError: the weight holds a NaN or an infinity.
         """
         with PyTorchOnOneThread(always=True):
+            if self._chooses:
+                self._have_algorithm("direct")
             self.store_(*self.quantized(weight, inputs), weight)
             if self._chooses:
                 self._choose_algorithm(weight, noise_like(inputs, weight.shape[1], weight.device))
         return self
 
     def _choose_algorithm(self, weight: Tensor, x: Tensor) -> None:
-        """Set the algorithm: Winograd unless it adds more than 1 dB of noise to the output.
+        """Set the algorithm, direct so far, to Winograd unless that adds more than 1 dB of noise to the output.
+
+        Outputs are those of the layer, so that the weights that are packed for them stay.
 
         Args:
             weight: the float weight ``(O, C, 3, 3)`` that the layer was made of.
             x: float32 ``(N, C, H, W)``, an input or what stands for it.
         """
-        close = winograd_noise_db(self.operation, self.conv_weight(), weight, x) <= MOST_NOISE_DB
-        self.config = self.config.model_copy(update={"algorithm": "winograd" if close else "direct"})
-        self.pack_()
+        expected = F.conv2d(x, weight.float(), padding=list(self.operation.padding))
+        direct = self._run(x, self.operation, biased=False)
+        before = self.config, self._kernel_weights, self._simulated_weights
+        self._have_algorithm("winograd")
+        winograd = self._run(x, self.operation, biased=False)
+        if added_noise_db(expected, direct, winograd) > MOST_NOISE_DB:
+            self.config, self._kernel_weights, self._simulated_weights = before
+        if not self._is_current(self._kernel_weights):
+            self._kernel_weights = self._packed()
+
+    def _have_algorithm(self, name: str) -> None:
+        self.config = self.config.model_copy(update={"algorithm": name})
 
     def quantized(self, weight: Tensor, inputs: InputMoments | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """VQK int8 of the shape of ``weight (O, C/groups, *K)``, KDS and shift, or None, float32, as the config says.
@@ -247,6 +265,7 @@ class DSLayer(nn.Module):
 
     def pack_(self) -> Self:
         """Make the backend's copy of the weights anew, which is rarely needed (see above); returns the layer."""
+        self._simulated_weights = None
         self._kernel_weights = self._packed()
         return self
 
@@ -256,9 +275,13 @@ class DSLayer(nn.Module):
     def _packed(self) -> KernelWeights | None:
         """Return None where no backend but the simulation covers the layer."""
         backend, _ = backends.choose(self.operation, self.vqk.device)
-        # Other types of tensors have no values here: those of a compiler, those spread over machines.
-        if type(self.vqk) is not Tensor or backend is backends.SIMULATION:
-            return None
+        return self._packed_by(backend) if backend is not backends.SIMULATION and self._has_values() else None
+
+    def _has_values(self) -> bool:
+        """Other types of tensors have none here: those of a compiler, those spread over machines."""
+        return type(self.vqk) is Tensor
+
+    def _packed_by(self, backend: backends.Backend) -> KernelWeights:
         made_of = self._buffers_and_config()
         versions = _versions(made_of)
         # Tensors of inference mode could not be used outside it.
@@ -266,12 +289,26 @@ class DSLayer(nn.Module):
             packed = backend.pack(self.operation, self.vqk, self.kds, self.kds_shift)
         return KernelWeights(backend, packed, made_of, versions)
 
-    def _run(self, x: Tensor, operation: backends.Operation) -> Tensor:
+    def _run(self, x: Tensor, operation: backends.Operation, biased: bool = True) -> Tensor:
         """Return the output for ``x``, batched and padded."""
+        bias = self.bias if biased else None
         weights = self._weights_for_kernels(x)
         if weights is None:
-            return backends.SIMULATION.run(operation, self.conv_weight(), self.bias, x)
-        return weights.backend.run(operation, weights.packed, self.bias, x)
+            return backends.SIMULATION.run(operation, self._weights_for_simulation(), bias, x)
+        return weights.backend.run(operation, weights.packed, bias, x)
+
+    def _weights_for_simulation(self) -> Any:
+        if self._shadow is not None:
+            return backends.prepare(self.operation, self._shadow())
+        compiling = torch.compiler.is_compiling()
+        # Other weights are made in no time, and would take more memory than all else that a layer holds.
+        if self.config.algorithm == "winograd" and (compiling or self._has_values()):
+            kept = self._simulated_weights
+            if not compiling and not self._is_current(kept):
+                kept = self._simulated_weights = self._packed_by(backends.SIMULATION)
+            if kept is not None:
+                return kept.packed
+        return backends.SIMULATION.pack(self.operation, self.vqk, self.kds, self.kds_shift)
 
     def _weights_for_kernels(self, x: Tensor) -> KernelWeights | None:
         """None where ``x`` is to be simulated in float: see the rule above."""
@@ -328,7 +365,7 @@ class DSLayer(nn.Module):
 
     # A copy, or what was pickled, makes its own packed weights.
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kernel_weights": None}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), "_kernel_weights": None, "_simulated_weights": None}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

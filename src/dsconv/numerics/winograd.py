@@ -10,6 +10,7 @@ energy, what the rounding of ``U`` leaves is rounded again: a second product mak
 Positions are numbered row by row, and lie in one dimension of 16; the second product of the centre is number 16.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,10 @@ class WinogradWeight(NamedTuple):
 
     integers: Tensor
     scale: Tensor
+
+
+Rounding = Callable[[Tensor, int], WinogradWeight]
+"""The signature of :func:`winograd_weight`."""
 
 
 def winograd_weight(w: Tensor, block_size: int) -> WinogradWeight:
@@ -74,27 +79,35 @@ def winograd_weight(w: Tensor, block_size: int) -> WinogradWeight:
     more = _round_for_lanes(split[centre] - q[centre] * scale[centre].unsqueeze(2))
     q, scale = torch.cat([q, more[0]]), torch.cat([scale, more[1]])
     integers = join_blocks(q, torch.Size((len(q), w.shape[1])), 1).to(torch.int8)
-    return WinogradWeight(integers.view(PRODUCTS, *w.shape[:2]), scale.view(PRODUCTS, len(w), -1))
+    return WinogradWeight(integers.view(PRODUCTS, *w.shape[:2]), scale.view(PRODUCTS, len(w), split.shape[1]))
 
 
 def dequantize_winograd_weight(weight: WinogradWeight, block_size: int) -> Tensor:
     """Return the float32 ``U (16, O, C)`` that integers and scales stand for."""
-    channels = weight.integers.shape[2]
-    products = weight.integers * weight.scale.repeat_interleave(block_size, 2)[:, :, :channels]
+    products = weight.integers.float()
+    for block, scale in zip(torch.split(products, block_size, 2), weight.scale.unbind(2), strict=True):
+        block.mul_(scale.unsqueeze(2))
     products[_CENTRE] += products[POSITIONS]
     return products[:POSITIONS]
 
 
-def fake_winograd_weight(w: Tensor, block_size: int) -> Tensor:
+def fake_winograd_weight(w: Tensor, block_size: int, rounding: Rounding = winograd_weight) -> Tensor:
     """Return ``U (16, O, C)`` of :func:`winograd_weight` in float32, differentiably.
 
     The gradient passes through the rounding to that of ``G g G'``.
+
+    Args:
+        w: float32 weight ``(O, C, 3, 3)``.
+        block_size: input channels that share a scale, >= 1.
+        rounding: what rounds: :func:`dsconv.ops.round_winograd` is faster, and has the same bits.
     """
     with torch.no_grad():
-        rounded = dequantize_winograd_weight(winograd_weight(w, block_size), block_size)
+        rounded = dequantize_winograd_weight(rounding(w, block_size), block_size)
     if not (torch.is_grad_enabled() and w.requires_grad):
         return rounded
-    u = _transformed(w)
+    # One product of matrices; what it rounds in another way cancels out.
+    g = _kernel_side(torch.eye(3, dtype=torch.float32, device=w.device), 0)
+    u = (torch.kron(g, g) @ w.flatten(2).flatten(0, 1).T).view_as(rounded)
     return rounded + (u - u.detach())
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dsconv.ops import cpu
 from dsconv.ops.arguments import ACTIVATIONS, WEIGHTS, arguments_of, checked_sizes
 from dsconv.ops.native import isa, peak_rate, use_threads
-from dsconv.ops.rounding import solve_balanced
+from dsconv.ops.rounding import round_winograd, solve_balanced
 from dsconv.ops.views import patches, transposed_layout, windows
 
 
@@ -57,6 +57,7 @@ __all__ = [
     "isa",
     "patches",
     "peak_rate",
+    "round_winograd",
     "simulated",
     "solve_balanced",
     "transposed_layout",

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from dsconv.config import LayerConfig
-from dsconv.numerics import block_count, dequantize_weight, winograd_shift, winograd_weight
+from dsconv.numerics import block_count, dequantize_weight, winograd_shift
 from dsconv.ops import native
 from dsconv.ops.arguments import PIXEL, Geometry, sizes_of
+from dsconv.ops.rounding import round_winograd
 from dsconv.threads import with_pytorch_on_one_thread
 
 MAX_BLOCK_SIZE = 512
@@ -61,7 +62,8 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
 
 
 def _pack_winograd(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig) -> Packed:
-    weight = winograd_weight(dequantize_weight(vqk, kds.float(), config.block_size, kds_shift), config.block_size)
+    w = dequantize_weight(vqk, kds.float(), config.block_size, kds_shift)
+    weight = round_winograd(w, config.block_size)
     block_size, (outputs, channels) = kernel_block_size(vqk.shape, config), vqk.shape[:2]
     assert block_size is not None
     x, kernel = (1, channels, 3, 3), Geometry((3, 3))

@@ -1,10 +1,12 @@
-"""The rounding of weights by rule ``balanced``, by kernels."""
+"""The rounding of weights by kernels: rule ``balanced``, and the transformed weights of Winograd."""
 
 import torch
 from torch import Tensor
 
+from dsconv.numerics import WinogradWeight, block_count, check_block_size, winograd_weight
 from dsconv.numerics.balanced import Model, solve
 from dsconv.numerics.rounding import HELD
+from dsconv.numerics.winograd import PRODUCTS
 from dsconv.ops import native
 
 # The kernels' normal equations grow with the square of the taps, and their memory with taps and channels of a block.
@@ -33,3 +35,28 @@ def solve_balanced(w: Tensor, model: Model, held: Model, half: int, shift: bool)
     with native.KernelThreads():
         module.round_balanced(native.isa(), (*w.shape, kinds), half.bit_length(), shift, HELD, *addresses)
     return q, scale, offset
+
+
+def round_winograd(w: Tensor, block_size: int) -> WinogradWeight:
+    """Return what :func:`dsconv.numerics.winograd_weight` defines, bit for bit, by the kernels where they cover it.
+
+    They cover float32 weights on the CPU.
+
+    >>> integers, scale = round_winograd(torch.ones(4, 64, 3, 3), block_size=32)
+    >>> integers.shape, scale.shape
+    (torch.Size([17, 4, 64]), torch.Size([17, 4, 2]))
+    """
+    module = native.extension()
+    covered = w.is_cpu and w.dtype == torch.float32 and w.shape[2:] == (3, 3) and w.numel() > 0
+    if module is None or not covered:
+        return winograd_weight(w, block_size)
+    check_block_size(block_size)
+    w, (outputs, channels) = w.detach().contiguous(), w.shape[:2]
+    size = min(block_size, channels)
+    integers = torch.empty(PRODUCTS, outputs, channels, dtype=torch.int8, device="cpu")
+    scale = torch.empty(PRODUCTS, outputs, block_count(channels, size), dtype=torch.float32, device="cpu")
+    with native.KernelThreads():
+        module.round_winograd(
+            native.isa(), (outputs, channels, size), w.data_ptr(), integers.data_ptr(), scale.data_ptr()
+        )
+    return WinogradWeight(integers, scale)
