@@ -35,8 +35,8 @@ struct Output {
   std::span<const QuantizedTarget> targets;  // the outputs are whole blocks of them
 };
 
-// Packs vqk (outputs, channels / groups, taps) to panels, one after another; for Winograd pairs of them lie together, product
-// by product; wide where it has more than 4 bits.
+// Packs vqk (outputs, channels / groups, taps) to panels, one after another, wide where it has more than 4 bits; for
+// Winograd pairs of them, product by product, and then the sums of DotArgs.
 void pack_weight(const ConvSizes&, const std::int8_t* vqk, int bits, std::uint8_t* packed);
 // Packs kds (outputs, blocks, taps) to [group][pair of panels][tap][block][kNR], so that tiles read sequentially.
 void pack_kds(const ConvSizes&, const float* kds, float* packed);

@@ -11,7 +11,7 @@ namespace {
 // An octet of 16 outputs takes 64 bytes, or 128 if wide.
 void pack_panel(const ConvSizes& g, const std::int8_t* vqk, bool wide, std::int64_t group, std::int64_t panel,
                 std::int64_t tap_bytes, std::uint8_t* packed) {
-  const int zero = wide ? kWideZeroPoint : kZeroPoint;
+  const int zero = g.winograd ? 0 : wide ? kWideZeroPoint : kZeroPoint;
   const std::int64_t taps = g.taps(), depth = g.layout().depth, outputs = g.group_outputs();
   for (std::int64_t tap = 0; tap < taps; ++tap, packed += tap_bytes)
     for (std::int64_t octet = 0; octet < g.layout().row_octets(); ++octet) {
@@ -34,6 +34,21 @@ void pack_panel(const ConvSizes& g, const std::int8_t* vqk, bool wide, std::int6
     }
 }
 
+// What takes away that flipped mantissas are 128 more, in the order of KDS.
+void pack_flip_sums(const ConvSizes& g, const std::int8_t* q, std::int32_t* packed) {
+  const BlockLayout layout = g.layout();
+  const std::int64_t taps = g.taps(), blocks = layout.blocks();
+  parallel(g.panel_pairs() * kNR, [&](std::int64_t n) {
+    for (std::int64_t tap = 0; tap < taps; ++tap)
+      for (std::int64_t b = 0; b < blocks; ++b) {
+        std::int32_t sum = 0;
+        for (std::int64_t c = b * layout.block_size; n < g.outputs && c < b * layout.block_size + layout.size(b); ++c)
+          sum += q[(n * layout.depth + c) * taps + tap];
+        packed[((n / kNR * taps + tap) * blocks + b) * kNR + n % kNR] = -kWinogradShift * sum;
+      }
+  });
+}
+
 }  // namespace
 
 void pack_weight(const ConvSizes& g, const std::int8_t* vqk, int bits, std::uint8_t* packed) {
@@ -54,6 +69,7 @@ void pack_weight(const ConvSizes& g, const std::int8_t* vqk, int bits, std::uint
     const std::int64_t first = g.winograd ? i / 2 * 2 * g.panel_bytes(wide) + i % 2 * tap_bytes : i * g.panel_bytes(wide);
     pack_panel(g, vqk, wide, i / panels, i % panels, g.winograd ? 2 * tap_bytes : tap_bytes, packed + first);
   });
+  if (g.winograd) pack_flip_sums(g, vqk, reinterpret_cast<std::int32_t*>(packed + g.panels_bytes(wide)));
 }
 
 void pack_kds(const ConvSizes& g, const float* kds, float* packed) {

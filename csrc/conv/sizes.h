@@ -73,8 +73,10 @@ struct ConvSizes {
   std::int64_t panel_pairs() const { return ceil_div(group_outputs(), kNR); }  // of a group
   std::int64_t panel_bytes(bool wide) const { return taps() * layout().row_octets() * (wide ? 128 : 64); }
   std::int64_t packed_bytes(bool wide) const {
-    return depthwise() ? (kernel_size() * outputs + kMaxLanes) * 4 : groups * panel_pairs() * 2 * panel_bytes(wide);
+    if (depthwise()) return (kernel_size() * outputs + kMaxLanes) * 4;
+    return panels_bytes(wide) + (winograd ? kds_count() * 4 : 0);  // and the sums of DotArgs
   }
+  std::int64_t panels_bytes(bool wide) const { return groups * panel_pairs() * 2 * panel_bytes(wide); }
   std::int64_t kds_count() const {
     return depthwise() ? layout().blocks() * outputs + kMaxLanes : groups * panel_pairs() * taps() * layout().blocks() * kNR;
   }

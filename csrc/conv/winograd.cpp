@@ -129,6 +129,8 @@ class WinogradTasks : OutputTasks {
     }
   }
 
+  const std::int32_t* flip_sums() const { return reinterpret_cast<const std::int32_t*>(l_.weight + g_.panels_bytes(true)); }
+
   DotArgs dot_args(const QuantizedRows& rows, std::int64_t tiles, const std::int64_t* row) const {
     static constexpr std::int64_t kTap = 0;
     DotArgs a{};
@@ -136,6 +138,7 @@ class WinogradTasks : OutputTasks {
     a.octets = static_cast<int>(g_.layout().octets()), a.last_octets = static_cast<int>(g_.layout().last_octets());
     a.panel_bytes = g_.panel_bytes(true) / kWinogradProducts, a.panels = 2;
     a.max_mantissa = max_mantissa(8);
+    a.flip_sums = flip_sums();
     a.row = row, a.pixels = static_cast<int>(tiles);
     a.tap_row = &kTap, a.taps = 1;
     return a;
@@ -150,6 +153,7 @@ class WinogradTasks : OutputTasks {
     for (int p = 0; p < kWinogradProducts; ++p) {
       a.weight = l_.weight + (pair * kWinogradProducts + p) * 2 * a.panel_bytes;
       a.kds = l_.kds + (pair * kWinogradProducts + p) * blocks * kNR;
+      a.flip_sums = flip_sums() + (pair * kWinogradProducts + p) * blocks * kNR;
       a.kds_shift = p == kWinogradCentre ? l_.kds_shift + pair * blocks * kNR : nullptr;
       a.row = row + (p < kWinogradPositions ? p : kWinogradCentre) * a.pixels;
       a.sums = sums + std::int64_t{p} * a.pixels * kNR;

@@ -30,12 +30,16 @@ struct Depth {
   }
 };
 
+// Signed weights are multiplied by signed mantissas, which tiles alone do.
+int min_pixels(const DotArgs& a) { return a.weights() == Weights::signed_bytes ? 1 : kMinPixels; }
+
 std::int64_t workspace_bytes(const DotArgs& a) { return kAccumulatorBytes + 2 * kTileBytes + a.panels * Depth(a).panel_bytes; }
 
 // Unpacks weights to signed bytes: each row of 64 bytes holds four values of 16 outputs.
-template <bool Wide>
+template <Weights W>
 void unpack(const DotArgs& a, const Depth& depth, std::int8_t* to) {
-  const __m512i low = _mm512_set1_epi8(15), zero = _mm512_set1_epi8(static_cast<char>(Wide ? kWideZeroPoint : kZeroPoint));
+  constexpr int kZero = W == Weights::nibbles ? kZeroPoint : W == Weights::bytes ? kWideZeroPoint : 0;
+  const __m512i low = _mm512_set1_epi8(15), zero = _mm512_set1_epi8(static_cast<char>(kZero));
   for (int p = 0; p < a.panels; ++p) {
     const std::uint8_t* w = a.weight + p * a.panel_bytes;
     for (int k = 0; k < a.taps; ++k)
@@ -43,9 +47,9 @@ void unpack(const DotArgs& a, const Depth& depth, std::int8_t* to) {
         const bool last = b + 1 == a.rows.blocks;
         const int octets = last ? a.last_octets : a.octets;
         const int filled = (last ? depth.last_steps : depth.steps) * depth.octets;
-        for (int o = 0; o < octets; ++o, w += Wide ? 128 : 64, to += kOctetBytes) {
+        for (int o = 0; o < octets; ++o, w += W == Weights::nibbles ? 64 : 128, to += kOctetBytes) {
           __m512i first = _mm512_loadu_si512(w), second;
-          if constexpr (Wide) {
+          if constexpr (W != Weights::nibbles) {
             second = _mm512_loadu_si512(w + 64);
           } else {
             second = _mm512_and_si512(_mm512_srli_epi16(first, 4), low);
@@ -201,7 +205,7 @@ void add_blocks(const DotArgs& a, const BlockGroup& g, int from, int to) {
   }
 }
 
-template <int P, bool Wide, bool Shift>
+template <int P, Weights W, bool Shift>
 inline void add_group(const DotArgs& a, const BlockGroup& g, int from, int to) {
   static_assert(kGroupBlocks == 3);
   if (from == to) return;
@@ -209,12 +213,12 @@ inline void add_group(const DotArgs& a, const BlockGroup& g, int from, int to) {
     if (g.blocks == 3) add_blocks<3, P, IntAcc, Shift>(a, g, from, to);
     else g.blocks == 2 ? add_blocks<2, P, IntAcc, Shift>(a, g, from, to) : add_blocks<1, P, IntAcc, Shift>(a, g, from, to);
   };
-  Wide&& a.rows.int_acc ? with_form.template operator()<true>() : with_form.template operator()<false>();
+  W != Weights::nibbles&& a.rows.int_acc ? with_form.template operator()<true>() : with_form.template operator()<false>();
 }
 
 // Sums the pixels of two tiles. While tiles multiply a block of one group, vectors add a part of the group before.
 // Accumulators are stored only then, so that nothing waits for a product that is not ready.
-template <int P, bool Wide, bool Shift>
+template <int P, Weights W, bool Shift>
 inline void sum_pixels(const DotArgs& a, const Depth& depth, const std::int8_t* w, const TilePixels* pixels, int from,
                        BlockGroup* groups, int& now) {
   std::int64_t at = a.tap_row[0] * a.rows.row_bytes;
@@ -235,7 +239,7 @@ inline void sum_pixels(const DotArgs& a, const Depth& depth, const std::int8_t* 
       g.scale_offset[n] = a.tap_row[k] * a.rows.blocks + b;
       multiply<P>(pixels, at, w, depth, steps);
       const int part = before.pixels * (n + 1) / g.blocks;
-      add_group<P, Wide, Shift>(a, before, added, part);
+      add_group<P, W, Shift>(a, before, added, part);
       added = part;
       store_accumulators<P>(pixels, g.acc + n * kBlockAccumulators);
       w += steps * depth.octets * kOctetBytes;
@@ -250,43 +254,46 @@ inline void sum_pixels(const DotArgs& a, const Depth& depth, const std::int8_t* 
 }
 
 // Returns how many pixels are done.
-template <int P, bool Wide, bool Shift>
+template <int P, Weights W, bool Shift>
 int tiles(const DotArgs& a) {
   const Depth depth(a);
   std::int8_t* const copies = reinterpret_cast<std::int8_t*>(a.workspace + kAccumulatorBytes);
-  std::int8_t* const weight = copies + 2 * kTileBytes;
-  unpack<Wide>(a, depth, weight);
+  std::int8_t* const unpacked = copies + 2 * kTileBytes;
+  // Signed weights are what tiles read, unless octets are to be filled up.
+  const bool ready = W == Weights::signed_bytes && depth.panel_bytes == a.panel_bytes;
+  if (!ready) unpack<W>(a, depth, unpacked);
+  const std::int8_t* const weight = ready ? reinterpret_cast<const std::int8_t*>(a.weight) : unpacked;
 
   TilePixels pixels[2];
   for (int i = 0; i < 2; ++i) pixels[i].copy = copies + i * kTileBytes;
   BlockGroup groups[2];
   for (int i = 0; i < 2; ++i) groups[i].acc = reinterpret_cast<std::int32_t*>(a.workspace) + i * kGroupBlocks * kBlockAccumulators;
   groups[1].pixels = 0;
+  const int least = min_pixels(a);
   int now = 0, m = 0;
-  while (a.pixels - m >= kMinPixels) {
+  while (a.pixels - m >= least) {
     const int before[2] = {pixels[0].count, pixels[1].count};
     pixels[0].take(a, m);
     pixels[1].take(a, m + pixels[0].count);
     if (pixels[0].count != before[0] || pixels[1].count != before[1]) configure(pixels, depth);
-    sum_pixels<P, Wide, Shift>(a, depth, weight, pixels, m, groups, now);
+    sum_pixels<P, W, Shift>(a, depth, weight, pixels, m, groups, now);
     m += pixels[0].count + pixels[1].count;
   }
   TILE_RELEASE();  // others may use tiles on this thread
-  add_group<P, Wide, Shift>(a, groups[now ^ 1], 0, groups[now ^ 1].pixels);
+  add_group<P, W, Shift>(a, groups[now ^ 1], 0, groups[now ^ 1].pixels);
   return m;
-}
-
-template <bool Wide, bool Shift>
-int tiles_by_panels(const DotArgs& a) {
-  return a.panels == 2 ? tiles<2, Wide, Shift>(a) : tiles<1, Wide, Shift>(a);
 }
 
 void dot(const DotArgs& a) {
   DotArgs rest = a;
-  if (a.pixels >= kMinPixels) {
-    const int done = a.rows.wide   ? a.kds_shift ? tiles_by_panels<true, true>(a) : tiles_by_panels<true, false>(a)
-                     : a.kds_shift ? tiles_by_panels<false, true>(a)
-                                   : tiles_by_panels<false, false>(a);
+  const auto with_settings = [&]<Weights W, bool Shift>() { return a.panels == 2 ? tiles<2, W, Shift>(a) : tiles<1, W, Shift>(a); };
+  const auto with_weights = [&]<Weights W>() {
+    return a.kds_shift ? with_settings.template operator()<W, true>() : with_settings.template operator()<W, false>();
+  };
+  if (a.pixels >= min_pixels(a)) {
+    const int done = a.weights() == Weights::nibbles ? with_weights.template operator()<Weights::nibbles>()
+                     : a.weights() == Weights::bytes ? with_weights.template operator()<Weights::bytes>()
+                                                     : with_weights.template operator()<Weights::signed_bytes>();
     rest.row += done;
     rest.sums += done * kNR;
     rest.pixels -= done;

@@ -1,5 +1,7 @@
 #include <immintrin.h>
 
+#include <bit>
+
 #include "../kernels/dot.h"
 #include "list.h"
 
@@ -19,9 +21,9 @@ inline __m512i broadcast_four(const std::int8_t* from) {
 // Prefetches weights. They come from a cache far away, or from memory, in three times as long as their dot products
 // take. Tiles of the first pixels ask for those of the next outputs, each for a fourth, and the first one for its own,
 // earlier than the processor would.
-template <int Panels, bool Wide>
+template <int Panels, Weights W>
 struct WeightPrefetch {
-  static constexpr int kLines = Wide ? 4 : 2;
+  static constexpr int kLines = W == Weights::nibbles ? 2 : 4;
   std::int64_t turn, next, next_kds;
 
   WeightPrefetch(const DotArgs& a, std::int64_t turn)
@@ -34,13 +36,16 @@ struct WeightPrefetch {
       for (int p = 0; p < Panels; ++p)
         for (int i = 0; i < 2 * kLines; ++i) __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes + i * 64);
   }
-  [[gnu::always_inline]] void scales(const float* kds) const {
-    for (int i = 0; i < Panels; ++i) __builtin_prefetch(kds + next_kds + i * kPanel);
+  [[gnu::always_inline]] void scales(const float* kds, const std::int32_t* flip_sums) const {
+    for (int i = 0; i < Panels; ++i) {
+      __builtin_prefetch(kds + next_kds + i * kPanel);
+      if constexpr (W == Weights::signed_bytes) __builtin_prefetch(flip_sums + next_kds + i * kPanel);
+    }
   }
 };
 
 // Adds the products of an octet to accumulators; its second half to the second part, where there are two.
-template <bool Wide, int M, int P, int Parts>
+template <Weights W, int M, int P, int Parts>
 [[gnu::always_inline]] inline void add_octet(const std::uint8_t* w, std::int64_t panel_bytes, const std::int8_t* const (&x)[M],
                                              std::int64_t at, __m512i (&acc)[M][P][Parts]) {
   const __m512i low = _mm512_set1_epi8(15);
@@ -48,19 +53,21 @@ template <bool Wide, int M, int P, int Parts>
   const auto add = [&](int part, int four) {
     for (int m = 0; m < M; ++m) {
       const __m512i a = broadcast_four(x[m] + at + four);
-      for (int p = 0; p < P; ++p) acc[m][p][part] = _mm512_dpbusd_epi32(acc[m][p][part], weights[p], a);
+      for (int p = 0; p < P; ++p)
+        acc[m][p][part] = W == Weights::signed_bytes ? _mm512_dpbusd_epi32(acc[m][p][part], a, weights[p])
+                                                     : _mm512_dpbusd_epi32(acc[m][p][part], weights[p], a);
     }
   };
   for (int p = 0; p < P; ++p) {
     const std::uint8_t* row = w + p * panel_bytes;
     if constexpr (Parts == 2) __builtin_prefetch(row + kPrefetchBytes);  // a low tile waits for nothing else
     weights[p] = _mm512_loadu_si512(row);
-    if constexpr (!Wide) weights[p] = _mm512_and_si512(weights[p], low);
+    if constexpr (W == Weights::nibbles) weights[p] = _mm512_and_si512(weights[p], low);
   }
   add(0, 0);
   for (int p = 0; p < P; ++p) {
-    weights[p] = _mm512_loadu_si512(w + p * panel_bytes + (Wide ? 64 : 0));
-    if constexpr (!Wide) weights[p] = _mm512_and_si512(_mm512_srli_epi16(weights[p], 4), low);
+    weights[p] = _mm512_loadu_si512(w + p * panel_bytes + (W == Weights::nibbles ? 0 : 64));
+    if constexpr (W == Weights::nibbles) weights[p] = _mm512_and_si512(_mm512_srli_epi16(weights[p], 4), low);
   }
   add(Parts - 1, 4);
 }
@@ -88,7 +95,7 @@ template <bool IntAcc, bool Shift, int M, int P, int Parts>
 // A template, so that all sums stay in registers. Loops are known to run once at least, and a tap or a block changes
 // one offset for all pixels: otherwise the compiler keeps many more values than there are registers. All but low tiles
 // take octets in fours, since every turn of a loop copies the sums.
-template <int M, int P, bool Wide, bool IntAcc, bool Shift>
+template <int M, int P, Weights W, bool IntAcc, bool Shift>
 void tile(const DotArgs& a, const std::int64_t* row, float* sums) {
   // Low tiles have few sums: two of each, so that one does not wait for the other.
   constexpr int kParts = M * P <= 4 ? 2 : 1;
@@ -108,7 +115,8 @@ void tile(const DotArgs& a, const std::int64_t* row, float* sums) {
   const std::uint8_t* w = a.weight;
   const float* kds = a.kds;
   const float* shift = a.kds_shift;
-  const WeightPrefetch<P, Wide> ahead(a, (row - a.row + kAccumulators / P - 1) / (kAccumulators / P));
+  const std::int32_t* flip_sums = a.flip_sums;
+  const WeightPrefetch<P, W> ahead(a, (row - a.row + kAccumulators / P - 1) / (kAccumulators / P));
   const std::int64_t* tap = a.tap_row;
   const std::int64_t* const no_tap = tap + a.taps;
   do {
@@ -118,12 +126,15 @@ void tile(const DotArgs& a, const std::int64_t* row, float* sums) {
       __m512i acc[M][P][kParts];
       for (int m = 0; m < M; ++m)
         for (int p = 0; p < P; ++p) {
-          acc[m][p][0] = _mm512_set1_epi32(scales[m][block].acc_init);
+          if constexpr (W == Weights::signed_bytes)
+            acc[m][p][0] = _mm512_add_epi32(_mm512_set1_epi32(IntAcc ? 0 : std::bit_cast<std::int32_t>(scales[m][block].scale)),
+                                            _mm512_loadu_si512(flip_sums + p * kPanel));
+          else acc[m][p][0] = _mm512_set1_epi32(scales[m][block].acc_init);
           if constexpr (kParts == 2) acc[m][p][1] = _mm512_setzero_si512();
         }
       const auto octet = [&]() __attribute__((always_inline)) {
-        add_octet<Wide>(w, panel_bytes, x, at, acc);
-        w += Wide ? 128 : 64, at += 8;
+        add_octet<W>(w, panel_bytes, x, at, acc);
+        w += W == Weights::nibbles ? 64 : 128, at += 8;
       };
       int left = block < last ? a.octets : a.last_octets;
       if constexpr (kParts == 1) {
@@ -132,7 +143,7 @@ void tile(const DotArgs& a, const std::int64_t* row, float* sums) {
           ahead.four_octets(w, panel_bytes);
           octet(), octet(), octet(), octet();
         }
-        ahead.scales(kds);
+        ahead.scales(kds, flip_sums);
       } else {
         do octet();
         while (--left > 0);
@@ -140,6 +151,7 @@ void tile(const DotArgs& a, const std::int64_t* row, float* sums) {
       add_block<IntAcc, Shift>(acc, scales, block, kds, shift_terms, shift, y);
       kds += kNR;
       if constexpr (Shift) shift += kNR;
+      if constexpr (W == Weights::signed_bytes) flip_sums += kNR;
     } while (++block <= last);
   } while (++tap != no_tap);
   for (int m = 0; m < M; ++m)
@@ -150,17 +162,21 @@ struct Tile {
   template <int Panels>
   static constexpr int kMR = kAccumulators / Panels;
 
-  template <int M, int Panels, bool Wide, bool Shift>
+  template <int M, int Panels, Weights W, bool Shift>
   static void run(const DotArgs& a, const std::int64_t* row, float* sums) {
-    if constexpr (Wide)
-      if (a.rows.int_acc) return tile<M, Panels, true, true, Shift>(a, row, sums);
-    tile<M, Panels, Wide, false, Shift>(a, row, sums);
+    if constexpr (W != Weights::nibbles)
+      if (a.rows.int_acc) return tile<M, Panels, W, true, Shift>(a, row, sums);
+    tile<M, Panels, W, false, Shift>(a, row, sums);
   }
 };
 
 }  // namespace
 
-constinit const Kernels kernels{
-    .isa = "avx512vnni", .mr = Tile::kMR<2>, .task_pixels = 98, .dot = dot<Tile>, .vector = x86_512::kernels};
+constinit const Kernels kernels{.isa = "avx512vnni",
+                                .mr = Tile::kMR<2>,
+                                .task_pixels = 98,
+                                .dot = dot<Tile>,
+                                .flip_winograd = true,
+                                .vector = x86_512::kernels};
 
 }  // namespace dsconv::avx512vnni

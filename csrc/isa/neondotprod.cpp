@@ -14,20 +14,23 @@ struct Dot {
   using Vector = simd::Neon;
   static constexpr int kMR = 6;
 
-  template <bool Wide>
+  template <Weights W>
   static Vector::Int acc_init(const DotArgs& a, const BlockScale& scale, std::int64_t) {
-    return Vector::broadcast(!Wide ? scale.acc_init : a.rows.int_acc ? 0 : std::bit_cast<std::int32_t>(scale.scale));
+    return Vector::broadcast(W == Weights::nibbles ? scale.acc_init
+                             : a.rows.int_acc      ? 0
+                                                   : std::bit_cast<std::int32_t>(scale.scale));
   }
-  template <bool Wide, int M>
+  template <Weights W, int M>
   static void add_octets(const DotArgs&, const std::uint8_t* w, const std::int8_t* const (&x)[M], int octets,
                          Vector::Int (&acc)[M][kTileVectors]) {
-    const uint8x16_t low = vdupq_n_u8(15), flip = vdupq_n_u8(128);
-    for (int o = 0; o < octets; ++o, w += Wide ? 128 : 64) {
+    constexpr bool kWide = W != Weights::nibbles;
+    const uint8x16_t low = vdupq_n_u8(15), flip = vdupq_n_u8(W == Weights::bytes ? 128 : 0);
+    for (int o = 0; o < octets; ++o, w += kWide ? 128 : 64) {
       int8x16_t first[kTileVectors], second[kTileVectors];
       for (int v = 0; v < kTileVectors; ++v) {
         const uint8x16_t row = vld1q_u8(w + 16 * v);
-        first[v] = vreinterpretq_s8_u8(Wide ? veorq_u8(row, flip) : vandq_u8(row, low));
-        second[v] = vreinterpretq_s8_u8(Wide ? veorq_u8(vld1q_u8(w + 64 + 16 * v), flip) : vshrq_n_u8(row, 4));
+        first[v] = vreinterpretq_s8_u8(kWide ? veorq_u8(row, flip) : vandq_u8(row, low));
+        second[v] = vreinterpretq_s8_u8(kWide ? veorq_u8(vld1q_u8(w + 64 + 16 * v), flip) : vshrq_n_u8(row, 4));
       }
       for (int m = 0; m < M; ++m) {
         const int8x8_t q = vld1_s8(x[m] + 8 * o);

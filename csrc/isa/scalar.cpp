@@ -21,10 +21,13 @@ float dot_one(const DotArgs& a, const std::int64_t row, const std::uint8_t* w, c
     for (int b = 0; b < rows.blocks; ++b) {
       const int octets = b + 1 < rows.blocks ? a.octets : a.last_octets;
       const BlockScale& scale = rows.scale[at * rows.blocks + b];
-      std::int32_t s = rows.int_acc ? scale.acc_init : scale.acc_init - std::bit_cast<std::int32_t>(scale.scale);
+      std::int32_t s = a.flip_sums ? 0 : rows.int_acc ? scale.acc_init : scale.acc_init - std::bit_cast<std::int32_t>(scale.scale);
       for (int o = 0; o < octets; ++o, x += 8)
         if (rows.wide) {
-          for (int i = 0; i < 8; ++i) s += w[(i / 4) * 64 + i % 4] * (x[i] ^ flip);
+          for (int i = 0; i < 8; ++i) {
+            const int q = a.flip_sums ? static_cast<std::int8_t>(w[(i / 4) * 64 + i % 4]) : w[(i / 4) * 64 + i % 4];
+            s += q * (x[i] ^ flip);
+          }
           w += 128;
         } else {
           for (int i = 0; i < 4; ++i) s += (w[i] & 15) * x[i] + (w[i] >> 4) * x[i + 4];

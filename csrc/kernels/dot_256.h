@@ -1,6 +1,8 @@
 // Dot products on 256 bits.
 #pragma once
 
+#include <bit>
+
 #include "../simd/x86_256.h"
 #include "dot_tile.h"
 
@@ -68,23 +70,44 @@ inline void add_octets_in_pairs(const std::uint8_t* w, const std::int8_t* const 
   }
 }
 
+// Adds the products of signed weights and flipped mantissas, by DotProduct::add_octet.
+template <class DotProduct, int M>
+inline void add_flipped_octets(const std::uint8_t* w, const std::int8_t* const (&x)[M], int octets,
+                               simd::X86_256::Int (&acc)[M][kTileVectors]) {
+  for (int o = 0; o < octets; ++o, w += 128)
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) {
+      const __m256i first = load_32_bytes(w + 32 * v), second = load_32_bytes(w + 32 * v + 64);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+        acc[m][v] = reinterpret_cast<simd::X86_256::Int>(DotProduct::add_octet(
+            reinterpret_cast<__m256i>(acc[m][v]), first, second, broadcast_four(x[m] + 8 * o), broadcast_four(x[m] + 8 * o + 4)));
+    }
+}
+
 // DotProduct, a type of an unnamed namespace, has
 //   static constexpr bool kNibblePairs   whether products of nibbles are summed in pairs of 16 bits
 //   static __m256i add(__m256i acc, __m256i w, __m256i x)
 //                                        adds four products of an unsigned byte of w and a signed one of x to each of eight sums
+//   static __m256i add_octet(__m256i acc, __m256i w0, __m256i w1, __m256i x0, __m256i x1)
+//                                        the same of signed bytes of w and unsigned ones of x, twice four; w is bounded as
+//                                        numerics/winograd.py has it
 template <class DotProduct>
 struct Dot256 {
   using Vector = simd::X86_256;
   static constexpr int kMR = 3;
 
-  template <bool Wide>
-  static Vector::Int acc_init(const DotArgs&, const BlockScale& scale, std::int64_t) {
-    return Vector::broadcast(scale.acc_init);
+  template <Weights W>
+  static Vector::Int acc_init(const DotArgs& a, const BlockScale& scale, std::int64_t at) {
+    if constexpr (W != Weights::signed_bytes) return Vector::broadcast(scale.acc_init);
+    return Vector::load(a.flip_sums + at) + (a.rows.int_acc ? 0 : std::bit_cast<std::int32_t>(scale.scale));
   }
-  template <bool Wide, int M>
+  template <Weights W, int M>
   static void add_octets(const DotArgs& a, const std::uint8_t* w, const std::int8_t* const (&x)[M], int octets,
                          Vector::Int (&acc)[M][kTileVectors]) {
-    if constexpr (Wide || !DotProduct::kNibblePairs) dsconv::add_octets<DotProduct, M, Wide>(w, x, octets, acc);
+    if constexpr (W == Weights::signed_bytes) add_flipped_octets<DotProduct, M>(w, x, octets, acc);
+    else if constexpr (W == Weights::bytes || !DotProduct::kNibblePairs)
+      dsconv::add_octets<DotProduct, M, W == Weights::bytes>(w, x, octets, acc);
     else add_octets_in_pairs<DotProduct, M>(w, x, octets, a.max_mantissa, acc);
   }
 };

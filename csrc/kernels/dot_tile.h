@@ -10,11 +10,11 @@ inline constexpr int kTileVectors = 2;
 // A tile of M x (kTileVectors * lanes) outputs. Dot, a type of an unnamed namespace or a template over one, has
 //   Vector            a vector type
 //   static constexpr int kMR
-//   template <bool Wide> static Vector::Int acc_init(const DotArgs&, const BlockScale&, std::int64_t at)
+//   template <Weights W> static Vector::Int acc_init(const DotArgs&, const BlockScale&, std::int64_t at)
 //                                                      `at` counts values of `kds` up to those of the sums
-//   template <bool Wide, int M> static void add_octets(const DotArgs&, const std::uint8_t* w, const std::int8_t* const (&x)[M],
+//   template <Weights W, int M> static void add_octets(const DotArgs&, const std::uint8_t* w, const std::int8_t* const (&x)[M],
 //                                                      int octets, Vector::Int (&acc)[M][kTileVectors])
-template <class Dot, int M, bool Wide, bool Shift>
+template <class Dot, int M, Weights W, bool Shift>
 void dot_tile(const DotArgs& a, const std::int64_t* row, const std::uint8_t* w, const float* kds, const float* shift, float* sums) {
   using V = typename Dot::Vector;
   const QuantizedRows& rows = a.rows;
@@ -33,15 +33,15 @@ void dot_tile(const DotArgs& a, const std::int64_t* row, const std::uint8_t* w, 
       typename V::Int acc[M][kTileVectors];
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < kTileVectors; ++v)
-          acc[m][v] = Dot::template acc_init<Wide>(a, rows.scale[block[m] + b], kds - a.kds + V::kLanes * v);
+          acc[m][v] = Dot::template acc_init<W>(a, rows.scale[block[m] + b], kds - a.kds + V::kLanes * v);
       const int octets = b + 1 < rows.blocks ? a.octets : a.last_octets;
-      Dot::template add_octets<Wide>(a, w, x, octets, acc);
-      w += octets * (Wide ? 128 : 64);
+      Dot::template add_octets<W>(a, w, x, octets, acc);
+      w += octets * (W == Weights::nibbles ? 64 : 128);
       for (int m = 0; m < M; ++m) {
         x[m] += 8 * octets;
         const auto scale = V::broadcast(rows.scale[block[m] + b].scale);
         for (int v = 0; v < kTileVectors; ++v) {
-          const auto term = Wide && rows.int_acc ? V::to_float(acc[m][v]) * scale : V::as_float(acc[m][v]) - scale;
+          const auto term = W != Weights::nibbles && rows.int_acc ? V::to_float(acc[m][v]) * scale : V::as_float(acc[m][v]) - scale;
           y[m][v] = V::fma(V::load(kds + V::kLanes * v), term, y[m][v]);
           if constexpr (Shift)
             y[m][v] = V::fma(V::load(shift + V::kLanes * v), V::broadcast(rows.shift_term[block[m] + b]), y[m][v]);
@@ -61,11 +61,11 @@ struct DotTile {
   template <int Panels>
   static constexpr int kMR = Dot::kMR;
 
-  template <int M, int Panels, bool Wide, bool Shift>
+  template <int M, int Panels, Weights W, bool Shift>
   static void run(const DotArgs& a, const std::int64_t* row, float* sums) {
     for (int n = 0; n < Panels * kPanel; n += Dot::Vector::kLanes * kTileVectors)
-      dot_tile<Dot, M, Wide, Shift>(a, row, a.weight + (n / kPanel) * a.panel_bytes + 4 * (n % kPanel), a.kds + n,
-                                    Shift ? a.kds_shift + n : nullptr, sums + n);
+      dot_tile<Dot, M, W, Shift>(a, row, a.weight + (n / kPanel) * a.panel_bytes + 4 * (n % kPanel), a.kds + n,
+                                 Shift ? a.kds_shift + n : nullptr, sums + n);
   }
 };
 

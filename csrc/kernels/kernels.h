@@ -19,15 +19,17 @@ inline constexpr int kSigns = static_cast<int>(Sign::included) + 1;
 enum class Activation : int { none, relu, relu6, leaky_relu, hardswish, hardsigmoid, silu, sigmoid };
 inline constexpr int kActivations = static_cast<int>(Activation::sigmoid) + 1;
 
-// Weights are stored as unsigned numbers, q + zero point: as nibbles up to 4 bits, else ("wide") as bytes.
+// Weights are stored as unsigned numbers, q + zero point: as nibbles up to 4 bits, else ("wide") as bytes; those of
+// Winograd as signed bytes.
+enum class Weights : int { nibbles, bytes, signed_bytes };
 inline constexpr int kZeroPoint = 8, kWideZeroPoint = 128;
 
 // The largest magnitude of a mantissa. 8 bits always include the sign.
 constexpr int max_mantissa(int bits) { return bits == 8 ? 128 : (1 << bits) - 1; }
 
 // The scale 2^e of a block of a pixel, and the accumulators' start. `acc_init` contains the zero-point correction,
-// -zero_point times the sum of the mantissas. `scale` is a NaN for a block that is not finite. Accumulators have one of
-// two forms:
+// -zero_point times the sum of the mantissas, and is not used with signed weights. `scale` is a NaN for a block that is not finite.
+// Accumulators have one of two forms:
 // - magic, where |S| < 2^22: `scale` is 1.5 * 2^(23 + e), and acc_init contains its bits too. The accumulator ends as
 //   the bits of the float scale + S * 2^e. Subtracting `scale`, which is exact, replaces a conversion and a product.
 // - integer, for wide weights and large blocks: `scale` is 2^e, a factor of the converted accumulator.
@@ -67,11 +69,13 @@ struct QuantizeArgs {
 // Dot products of a run of output pixels with one or two panels of weights, over all taps and blocks.
 struct DotArgs {
   QuantizedRows rows;
-  int octets, last_octets;      // groups of eight values in a block, and in the last one
-  const std::uint8_t* weight;   // the first panel
-  std::int64_t panel_bytes;     // from there to the second
-  int panels;                   // 1 or 2
-  int max_mantissa;             // the largest magnitude
+  int octets, last_octets;     // groups of eight values in a block, and in the last one
+  const std::uint8_t* weight;  // the first panel
+  std::int64_t panel_bytes;    // from there to the second
+  int panels;                  // 1 or 2
+  int max_mantissa;            // the largest magnitude
+  // Of signed weights, else null: [taps * blocks][kNR], what takes away that flipped mantissas are 128 more.
+  const std::int32_t* flip_sums;
   const float* kds;             // [taps * blocks][kNR]
   const float* kds_shift;       // the same, or null
   const std::int64_t* row;      // of each output pixel: the row of its first tap
@@ -82,6 +86,8 @@ struct DotArgs {
   const float* prefetch;  // kNR floats of each pixel that the epilogue reads or writes next, prefetch_place behind this; or null
   const std::int64_t* prefetch_place;
   std::uint8_t* workspace;  // of workspace_bytes, aligned to 64
+
+  Weights weights() const { return flip_sums ? Weights::signed_bytes : rows.wide ? Weights::bytes : Weights::nibbles; }
 };
 
 // Turns a sum into an output: activation((sum + bias) * gain + offset + residual), the product and the offset rounded
@@ -246,9 +252,7 @@ struct Kernels {
   int task_pixels;                                            // pixels that dot is best given at once, a multiple of mr
   std::int64_t (*workspace_bytes)(const DotArgs&) = nullptr;  // null: none
   void (*dot)(const DotArgs&);
-  // Winograd's mantissas are flipped. Then weights are bounded as numerics/winograd.py has it: products of unsigned bytes
-  // fit 16 bits.
-  bool flip_winograd = false;
+  bool flip_winograd = false;  // its mantissas, for products of unsigned and signed bytes
   const VectorKernels& vector;
 };
 

@@ -83,9 +83,8 @@ void winograd_input_block(const WinogradInputArgs& args) {
   const QuantizedRows& rows = a.rows;
   const int channels = Vectors ? Vectors * kLanes : a.channels;
   const auto some = [&](int c, auto load, auto store) __attribute__((always_inline)) {
-    winograd_transform_input<V>(a.pixel, c, load, [&](int p, Float v) __attribute__((always_inline)) {
-      store(a.values + p * channels + c, v);
-    });
+    winograd_transform_input<V>(a.pixel, c, load,
+                                [&](int p, Float v) __attribute__((always_inline)) { store(a.values + p * channels + c, v); });
   };
   int whole = 0;
   for (; whole + kLanes <= channels; whole += kLanes)
@@ -109,13 +108,12 @@ void winograd_input_block(const WinogradInputArgs& args) {
       return most;
     };
     const WinogradQuantizer<V> quantizer(V::reduce(largest, V::max), first, negative_centre);
-    // Quantizes a position, and returns the sums of its mantissas.
-    const auto quantize = [&](int i) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes; ++i) {
       std::int8_t* const row = rows.mantissa + (a.row + (first + i) * a.apart) * rows.row_bytes + a.first_byte;
       const auto factor = V::broadcast(quantizer.factor[i]);
       const auto zero = V::as_word(V::broadcast(quantizer.zero[i]));
       const Int nonzero = V::broadcast(quantizer.nonzero[i]);
-      Int total{};
 #pragma GCC unroll 2
       for (int c = 0; c < channels; c += kBytes) {
         const auto integer = [&](int k) __attribute__((always_inline)) {
@@ -125,14 +123,12 @@ void winograd_input_block(const WinogradInputArgs& args) {
         };
         Int four = V::saturate_to_bytes(integer(0), integer(1), integer(2), integer(3)) & nonzero;
         if (!Vectors && c + kBytes > channels) four &= winograd_bytes_left<V>(channels - c);
-        total = V::add_bytes(total, four);
         if (rows.flipped) four ^= static_cast<std::int32_t>(0x80808080);
         if constexpr (Vectors > 0) __builtin_memcpy(row + c, &four, V::min(kBytes, Vectors * kLanes));
         else store_octets<V>(row + c, four, V::min((channels - c + 7) / 8, kLanes / 2));
       }
-      return total;
-    };
-    const PairedScales<V> paired(rows, a.block, quantizer.scale, V::reduce(quantize, [](Int a, Int b) { return a + b; }));
+    }
+    const PairedScales<V> paired(rows, a.block, quantizer.scale, Int{});
     const auto at = [&](int p) { return (a.row + p * a.apart) * rows.blocks + a.block; };
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) paired.store(i, rows.scale + at(first + i));
@@ -145,7 +141,7 @@ template <class V>
 void winograd_input(const WinogradInputArgs& a) {
   a.channels == 64   ? winograd_input_block<V, 64 / V::kLanes>(a)
   : a.channels == 32 ? winograd_input_block<V, 32 / V::kLanes>(a)
-                        : winograd_input_block<V, 0>(a);
+                     : winograd_input_block<V, 0>(a);
 }
 
 template <class V>

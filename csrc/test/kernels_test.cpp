@@ -96,9 +96,10 @@ Case random_case() {
     c.input.push_back(rectified ? std::fmax(v, 0.0f) : v);
   }
   if (!c.input.empty() && pick(0, 4) == 0) c.input[pick(0, c.input.size() - 1)] = pick(0, 1) ? NAN : INFINITY;
-  const int half = 1 << (c.weight_bits - 1);
+  // Weights of Winograd keep the bound of lanes, which four channels of one sign reach.
+  const int least = g.winograd ? -32 : -(1 << (c.weight_bits - 1)), most = g.winograd ? 32 : -least - 1;
   for (std::int64_t i = 0; i < g.outputs * g.taps() * g.layout().depth; ++i)
-    c.vqk.push_back(static_cast<std::int8_t>(pick(-half, half - 1)));
+    c.vqk.push_back(static_cast<std::int8_t>(pick(least, most)));
   for (std::int64_t i = 0; i < g.outputs * g.layout().blocks() * g.taps(); ++i) {
     c.kds.push_back(normal());
     c.kds_shift.push_back(normal());
