@@ -190,6 +190,7 @@ def test_what_stands_for_inputs_has_their_moments() -> None:
     assert algorithm.noise_like(None, 4, torch.device("cpu")).min() == 0
 
 
+@needs_extension
 def test_compiled_networks_have_the_bits_of_their_layers() -> None:
     qnet = dsconv.quantize(network(), QuantConfig.preset("default", algorithm="auto"))
     for size in ((1, 3, 9, 12), (3, 3, 8, 8), (2, 3, 21, 230)):
