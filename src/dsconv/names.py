@@ -23,7 +23,7 @@ STYLES: tuple[str, ...] = get_args(Style)
 OPSET = 21
 """Of ONNX: the first with 4-bit integers, and with scales of blocks."""
 
-PEERS = ("torch", "onnxruntime", "openvino")
+PEERS = ("torch", "onnxruntime", "openvino", "mnn")
 """Runtimes that :func:`dsconv.bench` measures beside dsconv."""
 
 OnInterrupt = Literal["raise", "partial"]

@@ -472,6 +472,17 @@ def test_bench_beside_every_runtime_in_words(cli: Callable[..., Any]) -> None:
     assert "onnxruntime.quantization, per channel, calibrated on 8 random images" in done.stdout
 
 
+def test_bench_beside_mnn_prints_json_alone(dsconv_cli: Callable[..., Any]) -> None:
+    pytest.importorskip("MNN", reason="needs the extra 'mnn'")
+    pytest.importorskip("onnx", reason="needs the extra 'mnn'")
+    done = dsconv_cli("bench", "dsconv/digits_resnet", "--against", "mnn", "--turns", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    (network,) = strict_json(done.stdout)["networks"]
+    assert network["not_run"] == {} and "MNN" not in done.stderr.replace("preparing MNN", "")
+    theirs = [timing["contestant"] for timing in network["timings"][2:]]
+    assert theirs == ["MNN float32", "MNN int8", "MNN int8 Winograd"]
+
+
 def test_bench_images_of_a_folder_or_of_a_size(cli: Callable[..., Any], digits: Path, factory: Path) -> None:
     options = ("--against", "torch", "--turns", "2", "--json")
     figures = strict_json(cli("bench", "dsconv/digits_resnet", "--data", digits, *options).stdout)

@@ -1,5 +1,6 @@
 """Benchmarks of networks: turns on a clock of the test's own, what is made of times, and the runtimes there are."""
 
+import ctypes
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import nn as tnn
 import dsconv
 from dsconv import report
 from dsconv.benchmarking import Bench, Timing, machine, measure, peers
+from dsconv.benchmarking.mnn import quiet
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
 
 SHAPE = (3, 12, 12)
@@ -168,7 +171,8 @@ def test_the_table_has_a_part_for_each_setting(sweep: Bench) -> None:
     assert lines[start + 1] == "dsconv 2.00 1.50 .. 3.00 2.00 2.00 2.50"
     assert lines[start + 2] == "OpenVINO int8 5.00 3.75 .. 7.50 5.00 0.40 1.60 2.50"
     assert "Medians of 5 to 7 turns; speed-up over one thread." in lines
-    assert any("calibrated on 4 images" in line for line in lines)
+    assert any("onnxruntime.quantization, per channel, calibrated on 4 images" in line for line in lines)
+    assert not any("MNN" in line for line in lines)
     assert lines[0].startswith("net[1], 3x8x8")
 
 
@@ -184,13 +188,20 @@ def test_the_text_says_who_did_not_run_and_what_else_to_know(monkeypatch: pytest
     text = str(made_up(timing("dsconv", 4.0), not_run=missing, unsettled_turns=3, interrupted=True))
     assert "Not run: PyTorch bf16, OpenVINO bf16: no bf16." in text and "Not run: OpenVINO int8: it is absent." in text
     assert "3 turns began while" in text and "Interrupted" in text
-    assert "ONEDNN_MAX_CPU_ISA=AVX2 (oneDNN in PyTorch and OpenVINO); ONNX Runtime has no cap" in text
+    assert "ONEDNN_MAX_CPU_ISA=AVX2 (oneDNN in PyTorch and OpenVINO); ONNX Runtime and MNN have no cap" in text
+
+
+def test_the_text_says_who_made_a_model_of_mnn() -> None:
+    text = str(made_up(timing("dsconv", 4.0), timing("MNN int8 Winograd", 4.0)))
+    assert "int8: models of MNN's own tool, per channel, calibrated on 4 images." in text
+    assert "onnxruntime.quantization" not in text
 
 
 def test_a_picture_of_networks_that_do_not_have_all_contestants(sweep: Bench, tmp_path: Path) -> None:
     other = made_up(
         timing("dsconv", 4.0), timing("ONNX Runtime int8 model (3 int8, 1 float32)", 4.0), network="another"
     )
+    other = replace(other, timings=(*other.timings, timing("MNN int8 Winograd", 3.0)))
     path = report.draw_benches(tmp_path / "bench.png", [sweep, other])
     assert path.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["bench.png"]
     with pytest.raises(ValueError, match="nonsense"):
@@ -313,13 +324,15 @@ def test_who_fails_is_told_and_the_others_go_on(
     makers = {
         "good float32": contestant("good float32", lambda: y),
         "wrong float32": contestant("wrong float32", lambda: 1.02 * y),
-        "coarse int8": contestant("coarse int8", lambda: 1.5 * y),
+        "coarse int8": contestant("coarse int8", lambda: 1.4 * y),
+        "absurd int8": contestant("absurd int8", lambda: -y),
         "small int8": contestant("small int8", lambda: y[:, :1]),
         "broken int8": contestant("broken int8", lambda: torch.zeros(2) + torch.zeros(3)),
     }
     monkeypatch.setitem(peers.CONTESTANTS, "torch", makers)
     found = dsconv.bench(net, qnet, x, against=["torch"], turns=2)
-    assert [timing.contestant for timing in found.timings] == [*OURS, "good float32", "coarse int8"]
+    assert [timing.contestant for timing in found.timings] == [*OURS, "good float32", "coarse int8", "absurd int8"]
+    assert found.timings[-1].executed == "as told; its output is 200.0 % off PyTorch's"
     assert found.not_run.keys() == {"wrong float32", "small int8", "broken int8"}
     assert found.not_run["wrong float32"] == "its output is 2.0 % off PyTorch's"
     assert found.not_run["small int8"] == "returns (1, 1) instead of (1, 10)"
@@ -365,12 +378,18 @@ def test_ctrl_c_leaves_the_times_so_far(
 
 
 @pytest.mark.parametrize(
-    ("package", "runtime"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino"), ("onnx", "onnxruntime")]
+    ("package", "runtime", "extra"),
+    [
+        ("onnxruntime", "onnxruntime", "bench"),
+        ("openvino", "openvino", "bench"),
+        ("onnx", "onnxruntime", "bench"),
+        ("MNN", "mnn", "mnn"),
+    ],
 )
 def test_a_runtime_that_is_not_installed_is_told_with_what_to_install(
-    package: str, runtime: str, net: tnn.Module, qnet: tnn.Module, monkeypatch: pytest.MonkeyPatch
+    package: str, runtime: str, extra: str, net: tnn.Module, qnet: tnn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if package != runtime:
+    if package == "onnx":
         pytest.importorskip(runtime, reason="needs the extra 'bench'")
 
     def missing(extra: str, module: str) -> Any:
@@ -383,7 +402,7 @@ def test_a_runtime_that_is_not_installed_is_told_with_what_to_install(
     found = dsconv.bench(net, qnet, SHAPE, against=[runtime], turns=2)
     assert [timing.contestant for timing in found.timings] == OURS
     assert found.not_run.keys() == peers.CONTESTANTS[runtime].keys()
-    assert set(found.not_run.values()) == {f"{package} is not installed: pip install 'dsconv[bench]'"}
+    assert set(found.not_run.values()) == {f"{package} is not installed: pip install 'dsconv[{extra}]'"}
 
 
 @pytest.fixture(scope="module")
@@ -486,6 +505,100 @@ def test_another_size_of_the_batch_is_of_the_same_file(case: peers.Case) -> None
     one = peers.Case(case.network, case.onnx, case.x[:1].contiguous(), torch.Size([1, 10]), threads=1)
     contestant = peers.CONTESTANTS["onnxruntime"]["ONNX Runtime float32"](one)
     assert contestant.output().shape == (1, 10) and relative_error(one, contestant) < 1e-5
+
+
+# MNN
+
+
+@pytest.fixture(scope="module")
+def mnn() -> Any:
+    return pytest.importorskip("MNN", reason="needs the extra 'mnn'")
+
+
+@pytest.mark.parametrize(
+    ("name", "most_error"), [("MNN float32", 1e-4), ("MNN int8", 0.05), ("MNN int8 Winograd", 0.1)]
+)
+def test_mnn_computes_the_network_in_the_precision_it_is_named_after(
+    name: str, most_error: float, case: peers.Case, mnn: Any
+) -> None:
+    contestant = peers.CONTESTANTS["mnn"][name](case)
+    assert contestant.name == name and relative_error(case, contestant) <= most_error
+    assert contestant.executed == ("3 Convolution [ DT_INT8 ]" if "int8" in name else "3 Convolution")
+    weights = 3 * 16 * 9 + 16 * 32 * 9 + 32 * 10
+    width = 1 if "int8" in name else 4
+    assert width * weights < contestant.weight_bytes < width * weights + 10_000
+
+
+def test_mnn_takes_the_batch_size_and_the_number_of_threads(
+    case: peers.Case, mnn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = []
+
+    class Interpreter:
+        def __init__(self, path: str):
+            self.real = mnn.Interpreter(path)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        def createSession(self, given: dict[str, Any]) -> Any:
+            settings.append(given)
+            return self.real.createSession(given)
+
+    class Runtime:
+        def __getattr__(self, name: str) -> Any:
+            return Interpreter if name == "Interpreter" else getattr(mnn, name)
+
+    monkeypatch.setattr(
+        peers, "import_extra", lambda extra, module: Runtime() if module == "MNN" else import_extra(extra, module)
+    )
+    for images, threads in ((1, 1), (3, 2)):
+        x, shape = case.x[:images].contiguous(), torch.Size([images, 10])
+        asked = peers.Case(case.network, case.onnx, x, shape, threads)
+        contestant = peers.CONTESTANTS["mnn"]["MNN int8"](asked)
+        assert contestant.output().shape == shape and relative_error(asked, contestant) < 0.05
+    assert [given["numThread"] for given in settings] == [1, 2]
+
+
+def test_what_mnn_cannot_convert_does_not_run(case: peers.Case, mnn: Any, tmp_path: Path) -> None:
+    onnx = import_extra("bench", "onnx")
+    network = onnx.load(case.onnx.float32)
+    network.graph.node[0].op_type = "NoSuchOperator"
+    models = peers.OnnxModels(case.network, case.onnx.images, tmp_path)
+    models.float32 = tmp_path / "unknown.onnx"
+    onnx.save(network, models.float32)
+    unknown = peers.Case(case.network, models, case.x, case.output_shape, threads=1)
+    for make in peers.CONTESTANTS["mnn"].values():
+        with pytest.raises(peers.NotRun, match=r"^MNN fails to convert the network .*NoSuchOperator"):
+            make(unknown)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell script in the place of Python")
+@pytest.mark.parametrize("function", ["convert", "quantize", "run"])
+def test_mnn_crashes_elsewhere(
+    function: str, case: peers.Case, mnn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$3" = {function} ] && kill -SEGV $$\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    models = peers.OnnxModels(case.network, case.onnx.images, tmp_path)
+    asked = peers.Case(case.network, models, case.x, case.output_shape, threads=1)
+    with pytest.raises(peers.NotRun, match=rf"^MNN fails to {function} the network \(exit code -11\)$"):
+        peers.CONTESTANTS["mnn"]["MNN int8"](asked)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="asks the C library by its name on other systems")
+def test_what_c_prints_is_kept_from_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    c = ctypes.CDLL(None)
+    print("before")
+    c.puts(b"before, in C")
+    with quiet():
+        c.puts(b"within")
+    print("after")
+    c.puts(b"after, in C")
+    c.fflush(None)
+    assert sorted(capfd.readouterr().out.split("\n")) == ["", "after", "after, in C", "before", "before, in C"]
 
 
 def test_the_extra_of_the_picture_is_named(sweep: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

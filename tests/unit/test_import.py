@@ -27,6 +27,7 @@ def modules_after_import() -> set[str]:
         "onnxruntime",
         "onnxscript",
         "openvino",
+        "MNN",
         "sklearn",
         "highspy",
         "huggingface_hub",

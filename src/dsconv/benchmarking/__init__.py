@@ -1,4 +1,4 @@
-"""Whole networks beside other runtimes, in one process. The runtimes: ``pip install 'dsconv[bench]'``."""
+"""Whole networks beside other runtimes, in one process. The runtimes: ``pip install 'dsconv[bench,mnn]'``."""
 
 from dsconv.benchmarking.bench import bench
 from dsconv.benchmarking.profiling import Profile, profile

@@ -10,7 +10,7 @@ from typing import Any
 from dsconv import ops
 from dsconv.cpu import cores
 
-_PACKAGES = ("dsconv", "torch", "onnx", "onnxruntime", "openvino")
+_PACKAGES = ("dsconv", "torch", "onnx", "onnxruntime", "openvino", "mnn")
 _CAPS = ("DSCONV_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
 
 
@@ -18,8 +18,8 @@ def machine() -> dict[str, Any]:
     """Processor, versions (None where a package is not installed) and instruction sets, as plain data.
 
     ``caps`` are the environment's limits: ``DSCONV_MAX_ISA`` binds dsconv, ``ONEDNN_MAX_CPU_ISA`` oneDNN in PyTorch and
-    OpenVINO. ONNX Runtime has none. ``load_average`` is the number of threads, of all processes, that ran or wanted to
-    in the last minute; None where the system does not tell.
+    OpenVINO. ONNX Runtime and MNN have none. ``load_average`` is the number of threads, of all processes, that ran or
+    wanted to in the last minute; None where the system does not tell.
 
     >>> sorted(machine())
     ['caps', 'cores', 'isa', 'load_average', 'processor', 'python', 'system', 'versions']
@@ -46,7 +46,7 @@ def machine_notes(machine: dict[str, Any]) -> Iterator[str]:
     if caps:
         binds = {"DSCONV_MAX_ISA": "dsconv", "ONEDNN_MAX_CPU_ISA": "oneDNN in PyTorch and OpenVINO"}
         limits = ", ".join(f"{name}={value} ({binds[name]})" for name, value in caps.items())
-        yield f"Capped: {limits}; ONNX Runtime has no cap."
+        yield f"Capped: {limits}; ONNX Runtime and MNN have no cap."
 
 
 def processor() -> str:

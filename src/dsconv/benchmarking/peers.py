@@ -3,6 +3,7 @@
 All take float32 ``(N, C, H, W)`` and return float32, and quantize and convert within the time that is measured.
 """
 
+import json
 import subprocess
 import sys
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsconv.benchmarking import mnn
 from dsconv.benchmarking.machine import why_no_bf16
 from dsconv.benchmarking.results import OURS
 from dsconv.compilation import compile
@@ -54,7 +56,9 @@ class Contestant:
 
 
 class OnnxModels:
-    """The float network as ONNX files in ``folder``, of any batch size; each is made when it is first asked for.
+    """The float network as ONNX files in ``folder``, of any batch size, and as MNN's, which are made of these.
+
+    Each is made when it is first asked for.
 
     ``images`` are run through the network to find the ranges of activations for int8.
     """
@@ -66,6 +70,8 @@ class OnnxModels:
         self.layers = cache(_layers)
         self.operators = cache(_operators)
         self.crash = cache(_crash)
+        self.mnn = cache(self._mnn)
+        self.mnn_operators = cache(_mnn_operators)
 
     @cached_property
     def float32(self) -> Path:
@@ -100,6 +106,22 @@ class OnnxModels:
         int8.quantize(self.float32, path, self.images, operators=operators)
         return path
 
+    def _mnn(self, kind: str) -> Path:
+        """In float32, or quantized by MNN's own tool, which reads images as text and crashes without their shapes."""
+        path = self.folder / f"{kind}.mnn"
+        if kind == "float32":
+            _make(path, "convert", self.float32, path)
+            return path
+        images, settings = self.folder / "images", path.with_suffix(".settings")
+        shape = [1, *self.images.shape[1:]]
+        for i, image in enumerate(self.images):
+            (images / f"{i}").mkdir(parents=True, exist_ok=True)
+            image.numpy().tofile(images / f"{i}" / "x.txt", sep=" ", format="%.7g")
+            (images / f"{i}" / "input.json").write_text(json.dumps({"inputs": [{"name": "x", "shape": shape}]}))
+        settings.write_text(json.dumps({"path": str(images), "input_type": "sequence", **_MNN_SETTINGS[kind]}))
+        _make(path, "quantize", self.mnn("float32"), path, settings)
+        return path
+
 
 def _weight_bytes(path: Path) -> int:
     """Of all constants of an ONNX file."""
@@ -123,6 +145,27 @@ def _operators(path: Path) -> Counter[str]:
         return Counter(node.op_type for node in onnx.load(optimized).graph.node)
     finally:
         optimized.unlink(missing_ok=True)
+
+
+# KL, the default, crashes on some networks. Winograd needs scales that EMA alone finds, of a batch from its last image.
+_MNN_SETTINGS: dict[str, dict[str, Any]] = {
+    "int8": {"feature_quantize_method": "ADMM"},
+    "int8 Winograd": {"feature_quantize_method": "EMA", "winogradOpt": True, "batch_size": 1},
+}
+
+
+def _make(path: Path, function: str, *arguments: object) -> None:
+    """Have MNN make a file in another process."""
+    if reason := mnn.elsewhere(function, *arguments, made=path):
+        raise NotRun(reason)
+
+
+def _mnn_operators(path: Path, shape: torch.Size) -> list[str]:
+    """What MNN makes of the operators of a file."""
+    found = path.with_suffix(".operators")
+    found.unlink(missing_ok=True)
+    _make(found, "run", path, list(shape), found)
+    return list(json.loads(found.read_text()))
 
 
 def _crash(path: Path, shape: torch.Size) -> str:
@@ -280,6 +323,43 @@ def _for_openvino(case: Case, kind: str) -> tuple[Path, str]:
     raise NotRun(crash)
 
 
+def _mnn(case: Case, kind: str) -> Contestant:
+    with mnn.quiet():
+        runtime = import_extra("mnn", "MNN")
+    path, (precision, *how) = case.onnx.mnn(kind), kind.split()
+    layers, computed = Counter[str](), Counter[str]()
+    for operator in case.onnx.mnn_operators(path, case.x.shape):
+        if operator.split()[0] in ("Convolution", "ConvolutionDepthwise", "Deconvolution", "MatMul"):
+            layers[operator] += 1
+            computed["int8" if "DT_INT8" in operator else "float32"] += 1
+    with mnn.quiet():
+        network = runtime.Interpreter(str(path))
+        session = network.createSession({"numThread": case.threads, "backend": "CPU"})
+        input_ = network.getSessionInput(session)
+        network.resizeTensor(input_, tuple(case.x.shape))
+        network.resizeSession(session)
+        output_ = network.getSessionOutput(session)
+
+    def on_host(values: Tensor) -> Any:
+        data = (runtime.Halide_Type_Float, values.numpy(), runtime.Tensor_DimensionType_Caffe)
+        return runtime.Tensor(tuple(values.shape), *data)
+
+    x, y = on_host(case.x), on_host(torch.empty(output_.getShape(), dtype=torch.float32, device="cpu"))
+
+    def call() -> None:
+        input_.copyFrom(x)
+        network.runSession(session)
+        output_.copyToHostTensor(y)
+
+    def output() -> Tensor:
+        call()
+        return torch.from_numpy(y.getNumpyData().copy())  # which looks into y, and does not keep it
+
+    executed = _executed(layers, case.onnx.layers(case.onnx.float32))
+    name = " ".join([_named("MNN", precision, computed), *how])
+    return Contestant(name, executed, path.stat().st_size, call, output)
+
+
 def _executed(layers: Mapping[str, int], wanted: int) -> str:
     """Layers by what computes them, and if these are not ``wanted``, how many the model has."""
     text = ", ".join(f"{count} {name}" for name, count in sorted(layers.items()))
@@ -310,6 +390,11 @@ CONTESTANTS: dict[str, dict[str, Callable[[Case], Contestant]]] = {
         "OpenVINO float32": lambda case: _openvino(case, "float32"),
         "OpenVINO bf16": lambda case: _openvino(case, "bf16"),
         "OpenVINO int8": lambda case: _openvino(case, "int8"),
+    },
+    "mnn": {
+        "MNN float32": lambda case: _mnn(case, "float32"),
+        "MNN int8": lambda case: _mnn(case, "int8"),
+        "MNN int8 Winograd": lambda case: _mnn(case, "int8 Winograd"),
     },
 }
 """What each peer can run a network in, by name. Making one raises :class:`NotRun`, or whatever a runtime raises."""

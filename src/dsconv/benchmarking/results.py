@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 OURS = "dsconv"
+# Who makes models in int8, and of which contestants.
+_INT8 = {
+    "Q/DQ models of onnxruntime.quantization": ("ONNX Runtime int8", "OpenVINO int8"),
+    "models of MNN's own tool": ("MNN int8",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,7 @@ class Timing:
             (compiled, by the other algorithm), or a runtime and the precision it computed in.
         executed: what computed the layers, in the words of the runtime.
         weight_bytes: of the weights and all other constants that the runtime was given; of dsconv what they take in a
-            file, packed.
+            file, packed, and of MNN the whole file.
         batch_size: images a call.
         threads: that the contestant was told to use.
         turns: that were timed.
@@ -156,8 +161,9 @@ class Bench:
         for reason in dict.fromkeys(self.not_run.values()):
             names = ", ".join(name for name, found in self.not_run.items() if found == reason)
             yield f"Not run: {names}: {reason}."
-        if any("int8" in name for name in executed):
-            yield f"int8: Q/DQ models of onnxruntime.quantization, per channel, calibrated on {self.calibration}."
+        for maker, made in _INT8.items():
+            if any(name.startswith(made) for name in executed):
+                yield f"int8: {maker}, per channel, calibrated on {self.calibration}."
         yield from machine_notes(self.machine)
         if self.unsettled_turns:
             yield f"{self.unsettled_turns} turns began while another contestant's threads may still have been spinning."

@@ -79,7 +79,7 @@ def bench(
     channels: opt.Channels = None,
     interpolation: opt.Interpolation = None,
 ) -> None:
-    """Time quantized networks beside PyTorch, ONNX Runtime and OpenVINO.
+    """Time quantized networks beside PyTorch, ONNX Runtime, OpenVINO and MNN.
 
     All run in this process, in turns; other runtimes run a FILE as the float network that it stands for. Ctrl-C ends it
     with the figures so far.

@@ -14,9 +14,9 @@ from dsconv.report.pictures import COLOURS
 
 _BAR_INCHES = 0.26
 _MOST_INCHES = 16
-_RUNTIMES = dict(zip((OURS, "PyTorch", "ONNX Runtime", "OpenVINO"), COLOURS, strict=False))
+_RUNTIMES = dict(zip((OURS, "PyTorch", "ONNX Runtime", "OpenVINO", "MNN"), COLOURS, strict=False))
 # Of a runtime's colour; the rest is white.
-_SHADES = {"float32": 0.35, "bf16": 0.65, "not compiled": 0.5, "direct": 0.8, "winograd": 0.8}
+_SHADES = {"float32": 0.35, "bf16": 0.65, "not compiled": 0.5, "direct": 0.8, "winograd": 0.8, "Winograd": 0.8}
 
 
 def draw_benches(path: str | os.PathLike[str], benches: Sequence[Bench]) -> Path:
