@@ -278,12 +278,13 @@ _DEFAULT: dict[str, Any] = {
     "weight_rule": "balanced",
     "weight_shift": True,
     "kds_dtype": "float16",
+    "algorithm": "auto",
 }
 _PRESETS = {
     "default": _DEFAULT,
     "paper": _PAPER,
     "w4a4": _DEFAULT | {"activation_bits": 4},
-    "w8a8": _DEFAULT | {"weight_bits": 8, "weight_rule": "refined", "weight_shift": False},
+    "w8a8": _DEFAULT | {"weight_bits": 8, "weight_rule": "refined", "weight_shift": False, "algorithm": "direct"},
 }
 PRESETS = tuple(_PRESETS)
 

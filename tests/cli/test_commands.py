@@ -137,6 +137,7 @@ def test_layer_options_reach_the_config(cli: Callable[..., Any], tmp_path: Path)
         depthwise={"weight_bits": 7},
         linear={"weight_bits": 6, "kds_dtype": "float32"},
         overrides={"layer3.*": {"weight_bits": 2}, "fc": {"activation_bits": None}},
+        algorithm="auto",
     )
     made = strict_json(done.stdout)
     assert made["config"] == config.to_dict()
@@ -324,10 +325,14 @@ def test_ctrl_c_in_a_search_which_is_then_resumed(
 
 
 def test_calibrate_a_model_and_a_file(
-    cli: Callable[..., Any], tmp_path: Path, digits: Path, quantized_file: Path
+    cli: Callable[..., Any], tmp_path: Path, tmp_path_factory: Any, digits: Path, quantized_file: Path
 ) -> None:
     file = tmp_path / "better.safetensors"
-    done = cli("calibrate", NET, "--preset", "w4a4", "--data", digits, "--limit", "32", "--out", file, "--json")
+    config = dsconv.QuantConfig.preset("w4a4", algorithm="direct")
+    settings = tmp_path_factory.mktemp("settings") / "config.json"
+    settings.write_text(config.to_json())
+    given = ("--config", settings, "--data", digits, "--limit", "32")
+    done = cli("calibrate", NET, *given, "--out", file, "--json")
     assert done.code == 0, done.stderr
     made = strict_json(done.stdout)
     assert os.listdir(tmp_path) == [file.name]
@@ -336,7 +341,7 @@ def test_calibrate_a_model_and_a_file(
     assert (made["kept"], made["held_back"], made["measure"]) == ("calibrated", 4, "KL divergence")
     assert made["after"] < made["before"]
     network, folder = zoo.build(NET), dsconv.data.ImageFolder(digits, zoo.preprocess_of(zoo.build(NET)))
-    expected = dsconv.calibrate(dsconv.quantize(network, "w4a4"), network, folder, limit=32).state_dict()
+    expected = dsconv.calibrate(dsconv.quantize(network, config), network, folder, limit=32).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in dsconv.load(file).state_dict().items())
 
     assert strict_json(cli("inspect", file, "--json").stdout)["calibrated_on"] == 32

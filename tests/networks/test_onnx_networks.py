@@ -26,6 +26,10 @@ TIPPED = 0.02
 REAL = ("cifar_resnet20", "cifar_resnet44", "resnet18_tiny", "tiny_darknet", "squeezenet1_1")
 
 
+# Layers that go by Winograd are written as direct ones, which other tests look at.
+DIRECT = dsconv.QuantConfig.preset("default", algorithm="direct")
+
+
 def by_reference(path: Path, x: Tensor) -> Tensor:
     from onnx.reference import ReferenceEvaluator
 
@@ -70,7 +74,7 @@ def packed_bytes(qnet: nn.Module) -> int:
 def test_networks_of_torchvision(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torchvision", reason="needs the extra 'zoo'")
     torch.manual_seed(0)
-    qnet = dsconv.quantize(dsconv.zoo.build(f"torchvision/{name}", weights="random"))
+    qnet = dsconv.quantize(dsconv.zoo.build(f"torchvision/{name}", weights="random"), DIRECT)
     x = torch.randn(2, 3, 32, 32)
     path = dsconv.export_onnx(qnet, x, tmp_path / "a.onnx")
     check(qnet, x, path, "qdq", ["onnxruntime", "openvino"])
@@ -98,7 +102,7 @@ def check_float(qnet: nn.Module, net: nn.Module, x: Tensor, path: Path, runtimes
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_networks_in_other_styles(name: str, nets: ModuleType, tmp_path: Path) -> None:
-    qnet = dsconv.quantize(nets.load(name))
+    qnet = dsconv.quantize(nets.load(name), DIRECT)
     x = nets.preprocess(name, nets.images(nets.NETS[name][1])[0][:4])
     path = dsconv.export_onnx(qnet, x, tmp_path / "a.onnx", "function")
     check(qnet, x, path, "function", ["onnxruntime"])
@@ -108,7 +112,7 @@ def test_real_networks_in_other_styles(name: str, nets: ModuleType, tmp_path: Pa
 @pytest.mark.parametrize("preset", ["default", "paper"])
 @pytest.mark.parametrize("name", REAL)
 def test_real_networks(name: str, preset: str, nets: ModuleType, tmp_path: Path) -> None:
-    qnet = dsconv.quantize(nets.load(name), preset)
+    qnet = dsconv.quantize(nets.load(name), dsconv.QuantConfig.preset(preset, algorithm="direct"))
     x = nets.preprocess(name, nets.images(nets.NETS[name][1])[0][:4])
     # At 4 bits a tipped mantissa weighs sixteen times as much.
     within = TIPPED if preset == "default" else 0.1

@@ -171,7 +171,7 @@ def test_it_comes_closer_to_the_teacher(
         with dsconv.ops.simulated():
             far = (logits - better(held_out)).abs().amax(1) > 0.1
     # Sums in another order tip a mantissa here and there.
-    assert far.float().mean() < 0.01
+    assert far.float().mean() < 0.03
     assert "KL held back" in str(info.adaptation) and info.adaptation.to_dict()["recipe"]["steps"] == 60
 
 

@@ -222,7 +222,8 @@ def test_files_say_what_was_chosen(tmp_path: Path) -> None:
 
 
 def test_files_without_it_are_as_older_versions_read_them(tmp_path: Path) -> None:
-    path = dsconv.save(dsconv.quantize(network()), tmp_path / "net.safetensors")
+    direct = QuantConfig.preset("default", algorithm="direct")
+    path = dsconv.save(dsconv.quantize(network(), direct), tmp_path / "net.safetensors")
     entries, _ = read_tensors(path, "dsconv", "file", "write it again")
     assert entries["format_version"] == "2" and "algorithm" not in entries["config"] + entries["settings"]
 

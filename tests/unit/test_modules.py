@@ -348,7 +348,7 @@ def test_rounding_runs_on_one_thread_and_leaves_pytorch_its_threads(rule: str, m
 def test_from_float_takes_what_quantize_takes() -> None:
     layer = tnn.Conv2d(64, 4, 3)
     default = nn.DSConv2d.from_float(layer)
-    assert default.config == QuantConfig.preset("default").layer()
+    assert default.config == QuantConfig.preset("default", algorithm="winograd").layer()
     paper = nn.DSConv2d.from_float(layer, QuantConfig.preset("paper"))
     assert paper.config == QuantConfig.preset("paper").layer()
     with pytest.raises(ValueError, match="leaves layers of kind 'linear' in float"):

@@ -518,7 +518,8 @@ def test_a_missing_package_names_the_extra(qnet: tnn.Module, tmp_path: Path, mon
 
 
 def test_a_compiled_model_is_exported_as_what_it_was_made_of(digits: Tensor, tmp_path: Path) -> None:
-    qnet = dsconv.quantize(tnn.Sequential(tnn.Conv2d(1, 32, 3), tnn.ReLU(), tnn.Conv2d(32, 8, 3)).eval())
+    net = tnn.Sequential(tnn.Conv2d(1, 32, 3), tnn.ReLU(), tnn.Conv2d(32, 8, 3)).eval()
+    qnet = dsconv.quantize(net, dsconv.QuantConfig.preset("default", algorithm="direct"))
     compiled = dsconv.compile(qnet, digits[:1])
     again = OnnxNetwork(dsconv.export_onnx(compiled, digits[:1], tmp_path / "a.onnx"))
     with torch.inference_mode():

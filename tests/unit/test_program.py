@@ -52,7 +52,11 @@ def conv(inputs: int, outputs: int, size: int = 3, **settings: int) -> nn.Conv2d
     return nn.Conv2d(inputs, outputs, size, padding=size // 2, **settings)
 
 
-def compiled(net: nn.Module, config: str | dict[str, object] = "w4a4", size: int = 9) -> CompiledModel:
+# By Winograd, layers neither read mantissas nor have their inputs quantized by the step before.
+W4A4 = dsconv.QuantConfig.preset("w4a4", algorithm="direct")
+
+
+def compiled(net: nn.Module, config: dsconv.QuantConfig | dict[str, object] = W4A4, size: int = 9) -> CompiledModel:
     return dsconv.compile(dsconv.quantize(net, config), torch.zeros(1, 3, size, size))
 
 

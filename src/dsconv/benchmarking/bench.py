@@ -86,7 +86,7 @@ def bench(
     >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
     >>> found = bench(net, dsconv.quantize(net), (3, 16, 16), against=["torch"], turns=2)
     >>> [timing.contestant for timing in found.timings][:4], found.timings[0].turns
-    (['dsconv', 'dsconv, not compiled', 'dsconv, winograd', 'PyTorch float32'], 2)
+    (['dsconv', 'dsconv, not compiled', 'dsconv, direct', 'PyTorch float32'], 2)
     """
     if not isinstance(against, Iterable) or not all(isinstance(peer, str) for peer in against):
         raise ConfigError(f"against: expected some of {', '.join(PEERS)}, got {type(against).__name__}")

@@ -187,10 +187,10 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
             the message has the line of its code where that is known. Or dsconv was installed without its extension.
 
     >>> import dsconv
-    >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+    >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1)).eval()
     >>> fast = compile(dsconv.quantize(net), torch.zeros(1, 3, 16, 16))
     >>> [step.fused for step in fast.plan.steps], fast(torch.zeros(5, 3, 16, 16)).shape
-    ([('bias', 'batch_norm', 'relu', 'quantize'), ('bias',)], torch.Size([5, 64, 12, 12]))
+    ([('bias', 'batch_norm', 'relu', 'quantize'), ('bias',)], torch.Size([5, 64, 14, 14]))
     """
     _check_dtype(qmodel)
     _check("example_input", example_input)

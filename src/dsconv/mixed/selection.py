@@ -138,7 +138,7 @@ def choices_of(config: QuantConfig, *, times: bool = False) -> list[Choice]:
 
     >>> choices_of(QuantConfig(activation_bits=4))[-2:]
     [{'weight_bits': 8}, {'weight_bits': 8, 'activation_bits': 8}]
-    >>> choices_of(QuantConfig(), times=True)[-2:]
+    >>> choices_of(QuantConfig(activation_bits=8), times=True)[-2:]
     [{'weight_bits': 6, 'algorithm': 'auto'}, {'weight_bits': 8, 'algorithm': 'auto'}]
     """
     choices: list[Choice] = [{"weight_bits": bits} for bits in (2, 3, 4, 5, 6, 8)]

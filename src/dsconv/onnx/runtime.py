@@ -20,7 +20,7 @@ class OnnxNetwork(nn.Module):
         MissingExtraError: ONNX Runtime is not installed.
 
     >>> import dsconv, tempfile
-    >>> net = dsconv.quantize(nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))).eval()
+    >>> net = dsconv.quantize(nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 1))).eval()
     >>> x = torch.randn(2, 3, 8, 8)
     >>> with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
     ...     again = OnnxNetwork(dsconv.export_onnx(net, x, folder + "/net.onnx"))

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extensio
 
 def compiled(net: nn.Module, x: torch.Tensor) -> list[tuple[str, tuple[str, ...]]]:
     """Compile a network, check its bits, and return operator and fused ones of each step."""
-    qnet = dsconv.quantize(net.eval())
+    qnet = dsconv.quantize(net.eval(), dsconv.QuantConfig.preset("default", algorithm="direct"))
     fast = dsconv.compile(qnet, x)
     with torch.inference_mode():
         assert torch.equal(fast(x), qnet(x))
