@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import dsconv
 from dsconv import LayerConfig, QuantConfig
 from dsconv.backends import simulate
+from dsconv.conversion import model_info
 from dsconv.errors import ConfigError, FileFormatError, ModelError
 from dsconv.io.checkpoint import read_tensors
 from dsconv.layers import algorithm, layer
@@ -254,6 +256,34 @@ def test_a_file_that_has_not_chosen_is_refused(tmp_path: Path, monkeypatch: pyte
     path = dsconv.save(qnet, tmp_path / "net.safetensors")
     with pytest.raises(FileFormatError, match="algorithm: it is still to be chosen"):
         dsconv.load(path, network())
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_calibration_chooses_again_by_images(reloaded: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    net, images = network(), torch.randn(32, 3, 8, 8)
+    config = QuantConfig.preset("default", overrides={"8": {"algorithm": "direct"}})
+    qnet = dsconv.quantize(net, config)
+    assert algorithms(qnet) == {"0": "direct", "3": "winograd", "6": "direct", "8": "direct", "11": "direct"}
+    if reloaded:
+        qnet = dsconv.load(dsconv.save(qnet, tmp_path / "net.safetensors"), network())
+    seen = []
+    rule = layer.added_noise_db
+
+    def look(expected: Tensor, *others: Tensor) -> float:
+        seen.append(expected.shape)
+        return rule(expected, *others)
+
+    monkeypatch.setattr(layer, "added_noise_db", look)
+    assert algorithms(dsconv.calibrate(qnet, net, images)) == algorithms(qnet)
+    # One layer has the choice, and looks at four images.
+    assert seen == [(4, 24, 8, 8)]
+    monkeypatch.setattr(layer, "added_noise_db", lambda *_: 2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where the network is kept as it was given
+        calibrated = dsconv.calibrate(qnet, net, images)
+    kept = model_info(calibrated).calibration.kept
+    assert algorithms(calibrated)["3"] == {"calibrated": "direct", "given": "winograd"}[kept]
+    assert algorithms(qnet)["3"] == "winograd"
 
 
 def test_calibration_adaptation_and_sensitivity_see_it() -> None:

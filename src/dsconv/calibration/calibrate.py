@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsconv.calibration.collect import Moments, as_rows, blocks_of, from_rows
 from dsconv.calibration.held_back import Distance, chance, split
 from dsconv.calibration.images import check_images, prepared_as, read_images
-from dsconv.calibration.layers import NAMES, Pair, pairs_of, trace
+from dsconv.calibration.layers import NAMES, Pair, choose_algorithms, pairs_of, trace
 from dsconv.calibration.passes import Passes
 from dsconv.calibration.report import CalibratedLayer, Calibration
 from dsconv.calibration.state import State
@@ -32,6 +32,8 @@ from dsconv.progress import progress_bar
 
 # Places of an image that count as independent samples, since its pixels resemble one another.
 _INDEPENDENT = 16
+# Images by which layers choose their algorithm.
+_CHOOSING = 4
 # Of its largest activation, a network holds about as many copies at a time.
 _COPIES = 4
 
@@ -59,7 +61,8 @@ def calibrate(
     its outputs should be those of the float network. Weights that lead from one to the other with the least squared
     error are computed and rounded (:mod:`dsconv.numerics.rounding`), so that errors of earlier layers are corrected
     and do not add up. The bias makes the mean output right; layers that had none are given one. There are no labels
-    and there is no training. The settings of all layers stay as they are, and so do layers in float.
+    and there is no training. The settings of all layers stay as they are, and so do layers in float; but where the
+    config leaves the algorithm to the layers (``auto``), they choose again, by what they read of some images.
 
     An eighth of the images is held back, more of few. Where the calibrated network is further from the reference on
     these than the one that was given, by more than chance, the latter is the result, and a warning says so.
@@ -118,6 +121,7 @@ def calibrate(
     with ready([result, reference], device), torch.inference_mode(False), torch.no_grad():
         pairs, largest = trace(pairs_of(result, reference), result, reference, x[:1])
         check_images(x, reference, result, any_range=any_range)
+        choose_algorithms(pairs, result, x[fitted][:_CHOOSING])
         batch_size = min(len(x), max(1, memory_bytes // (_COPIES * largest)))
         settings = [(pair.name, pair.layer.config.model_dump_json()) for pair in pairs]
         arguments = {"positions": positions, "seed": seed, "images at a time": batch_size, "settings": settings}

@@ -95,6 +95,26 @@ def pairs_of(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = N
     return pairs
 
 
+def choose_algorithms(pairs: Sequence[Pair], qmodel: nn.Module, images: Tensor) -> None:
+    """Have layers that were to choose their algorithm (``auto``), without images so far, choose by ``images``."""
+    info = model_info(qmodel)
+    choosing: dict[nn.Module, Pair] = {}
+    for pair in pairs:
+        settings = info.config.layer(pair.name) if info is not None else None
+        if settings is not None and settings.algorithm == "auto" and "winograd" in pair.layer.algorithms:
+            choosing[pair.layer] = pair
+
+    def choose(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if (pair := choosing.pop(layer, None)) is not None:
+            x = inputs[0].float()
+            pair.layer.choose_algorithm_(pair.weight, x if x.dim() == 4 else x.unsqueeze(0))
+
+    with ExitStack() as hooks:
+        for layer in choosing:
+            hooks.enter_context(layer.register_forward_pre_hook(choose))
+        forward(NAMES[0], qmodel, images)
+
+
 def trace(
     pairs: Sequence[Pair], qmodel: nn.Module, reference: nn.Module, image: Tensor, names: tuple[str, str] = NAMES
 ) -> tuple[list[Pair], int]:

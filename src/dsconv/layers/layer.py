@@ -177,18 +177,20 @@ class DSLayer(nn.Module):
                 self._have_algorithm("direct")
             self.store_(*self.quantized(weight, inputs), weight)
             if self._chooses:
-                self._choose_algorithm(weight, noise_like(inputs, weight.shape[1], weight.device))
+                self.choose_algorithm_(weight, noise_like(inputs, weight.shape[1], weight.device))
         return self
 
-    def _choose_algorithm(self, weight: Tensor, x: Tensor) -> None:
-        """Set the algorithm, direct so far, to Winograd unless that adds more than 1 dB of noise to the output.
-
-        Outputs are those of the layer, so that the weights that are packed for them stay.
+    @torch.no_grad()
+    def choose_algorithm_(self, weight: Tensor, x: Tensor) -> None:
+        """Set the algorithm of a layer that has two: Winograd unless that adds more than 1 dB of noise to the output.
 
         Args:
             weight: the float weight ``(O, C, 3, 3)`` that the layer was made of.
             x: float32 ``(N, C, H, W)``, an input or what stands for it.
         """
+        # Outputs are those of the layer, so that the weights that are packed for them stay.
+        if self.config.algorithm != "direct":
+            self._have_algorithm("direct")
         expected = F.conv2d(x, weight.float(), padding=list(self.operation.padding))
         direct = self._run(x, self.operation, biased=False)
         before = self.config, self._kernel_weights, self._simulated_weights
