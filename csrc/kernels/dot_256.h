@@ -100,7 +100,8 @@ struct Dot256 {
   template <Weights W>
   static Vector::Int acc_init(const DotArgs& a, const BlockScale& scale, std::int64_t at) {
     if constexpr (W != Weights::signed_bytes) return Vector::broadcast(scale.acc_init);
-    return Vector::load(a.flip_sums + at) + (a.rows.int_acc ? 0 : std::bit_cast<std::int32_t>(scale.scale));
+    const std::uint32_t start = a.rows.int_acc ? 0 : std::bit_cast<std::uint32_t>(scale.scale);  // which a NaN's sum exceeds
+    return Vector::as_int(Vector::as_word(Vector::load(a.flip_sums + at)) + start);
   }
   template <Weights W, int M>
   static void add_octets(const DotArgs& a, const std::uint8_t* w, const std::int8_t* const (&x)[M], int octets,
