@@ -68,15 +68,15 @@ class WinogradRounder {
     }
   }
 
-  // Leaves the integers of a row in q_, and returns their scale.
+  // Leaves the integers of a row in q_, and returns their scale; zeros and a NaN where a value is not finite.
   float round_for_lanes(const float* u) const {
     Float least{};  // scale, lane by lane
-    Int nan{};
+    Int strange{};
     for (std::int64_t i = 0; i < part_; i += V::kLanes) {
       Float four[4], largest{};
       for (int k = 0; k < 4; ++k) {
         const Float v = V::load(u + k * part_ + i);
-        nan |= v != v;
+        strange |= v - v != Float{};
         largest = V::max(v < 0 ? -v : v, largest);
         four[k] = v / kMostOfLane;
       }
@@ -84,9 +84,12 @@ class WinogradRounder {
     }
     float scale = 0.0f;
     for (int i = 0; i < V::kLanes; ++i) scale = V::max(least[i], scale);
-    const bool known = !V::any(V::as_word(nan));
-    if (scale == 0 || !known) scale = 1.0f;
-    while (too_full(u, scale) && known) {
+    if (V::any(V::as_word(strange))) {
+      for (std::int64_t i = 0; i < 4 * part_; ++i) q_[i] = 0.0f;
+      return __builtin_nanf("");
+    }
+    if (scale == 0) scale = 1.0f;
+    while (too_full(u, scale)) {
       const float next = __builtin_bit_cast(float, __builtin_bit_cast(std::int32_t, scale) + 1);
       scale = V::max(scale * kCoarser, next);
     }
@@ -100,7 +103,7 @@ class WinogradRounder {
       Float four[4];
       for (int k = 0; k < 4; ++k) {
         const Float v = V::load(u + k * part_ + i) / scale;
-        four[k] = (V::max(Float{} - kMost, V::min(Float{} + kMost, v)) + kWhole) - kWhole;  // a NaN stays one
+        four[k] = (V::max(Float{} - kMost, V::min(Float{} + kMost, v)) + kWhole) - kWhole;
         V::store(q_ + k * part_ + i, four[k]);
       }
       most = V::max(fullest(four), most);
@@ -119,10 +122,7 @@ class WinogradRounder {
   // Stores the integers of so many channels in order.
   void store(std::int64_t channels, std::int8_t* to) const {
     for (std::int64_t i = 0; 4 * i < channels; i += V::kLanes) {
-      const auto word = [&](int k) {
-        const Float v = V::load(q_ + k * part_ + i);
-        return V::as_int((v != v ? Float{} : v) + kWhole);
-      };
+      const auto word = [&](int k) { return V::as_int(V::load(q_ + k * part_ + i) + kWhole); };
       // Two words hold channels 0, 1, 4, 5 and 2, 3, 6, 7: the middle of the eight changes places.
       const auto words = reinterpret_cast<typename V::Pairs>(V::low_bytes(word(0), word(1), word(2), word(3)));
       const typename V::Pairs middle = (words >> 16 & 0xffff0000) | (words & 0xffff0000) << 16;

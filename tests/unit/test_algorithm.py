@@ -321,3 +321,31 @@ def test_weights_are_trained_through_it() -> None:
     nn.functional.conv2d(x.detach(), other, made.bias, padding=1).square().sum().backward()
     assert other.grad is not None
     assert (weight.grad - other.grad).norm() < 0.1 * other.grad.norm()
+
+
+def test_blocks_without_kernels_do_not_choose_it() -> None:
+    assert set(algorithms(dsconv.quantize(network(), QuantConfig.preset("default", block_size=12))).values()) == {
+        "direct"
+    }
+
+
+@needs_extension
+def test_weights_that_two_steps_read_count_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(x))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    once, twice = (nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)), Twice())
+    plans = [
+        dsconv.compile(
+            dsconv.quantize(net.eval(), QuantConfig.preset("default", first_layer=None)), torch.ones(1, 16, 6, 6)
+        ).plan
+        for net in (once, twice)
+    ]
+    assert len(plans[1].steps) == 2 and plans[0].weight_bytes == plans[0].steps[0].weight_bytes
+    assert plans[1].weight_bytes <= plans[0].weight_bytes + 4 * 16  # each step has a bias of its own

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsconv import LayerConfig, ops
+from dsconv.nn import DSConv2d
 from dsconv.numerics import (
     NONFINITE,
     WinogradWeight,
@@ -184,3 +186,29 @@ def test_the_gradient_of_the_weight_is_that_of_its_transform() -> None:
 def test_other_kernels_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected a weight \(O, C, 3, 3\)"):
         winograd_weight(torch.zeros(shape), 8)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38])
+def test_weights_that_are_not_finite_make_their_outputs_nan_by_kernels_and_simulated(value: float) -> None:
+    config = LayerConfig(block_size=8, activation_bits=8, algorithm="winograd")
+    layer = DSConv2d(16, 3, 3, bias=False, config=config).eval()
+    layer.vqk = torch.full((3, 16, 3, 3), 7, dtype=torch.int8)
+    layer.kds = torch.full((3, 2, 3, 3), 40.0)
+    layer.kds[1, 1, 1, 1] = value
+    layer.pack_()
+    x = torch.full((1, 16, 5, 5), 255.0)
+    with torch.inference_mode():
+        y = layer(x)
+        with ops.simulated():
+            simulated = layer(x)
+    assert y[:, [0, 2]].isfinite().all() and torch.allclose(y[:, [0, 2]], simulated[:, [0, 2]])
+    # 1e38 times 7 is infinite, too.
+    assert y[:, 1].isnan().all() and simulated[:, 1].isnan().all()
+    weight = ops.round_winograd(layer.dequantized_weight(), 8)
+    assert weight.scale[:, 1, 1].isnan().any() and (weight.integers[weight.scale.isnan().any(2)][..., 8:] == 0).all()
+
+
+def test_images_smaller_than_the_kernel_are_refused() -> None:
+    with pytest.raises(ValueError, match="images of 3x3 pixels at least, padding included"):
+        winograd_input(torch.ones(1, 8, 2, 5), (0, 0))
+    assert winograd_input(torch.ones(1, 8, 1, 1), (1, 1)).shape == (1, 8, 16, 1, 1)

@@ -42,20 +42,17 @@ class Plan:
 
     Attributes:
         memory_bytes: of all that lies between its steps, for one image.
+        weight_bytes: of all packed weights, KDS, shifts and biases; what several steps read counts once.
     """
 
     steps: tuple[PlanStep, ...]
     memory_bytes: int
+    weight_bytes: int
 
     @property
     def in_pytorch(self) -> tuple[PlanStep, ...]:
         """Steps that PyTorch executes."""
         return tuple(step for step in self.steps if step.backend == "PyTorch")
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of all packed weights, KDS, shifts and biases."""
-        return sum(step.weight_bytes for step in self.steps)
 
     def __rich__(self) -> "Table":
         from rich import box
@@ -84,7 +81,9 @@ class Plan:
 
 def plan_of(program: Program) -> Plan:
     """Return the table of the steps of a program."""
-    return Plan(tuple(_row(step, program.backend) for step in program.steps), program.memory_bytes)
+    constants = {c.data_ptr(): c.nbytes for step in program.steps for c in step.constants() if c is not None}
+    steps = tuple(_row(step, program.backend) for step in program.steps)
+    return Plan(steps, program.memory_bytes, sum(constants.values()))
 
 
 def _row(step: Step, lowered_to: Backend) -> PlanStep:

@@ -103,7 +103,9 @@ class DSLayer(nn.Module):
     def __init__(self, vqk_shape: tuple[int, ...], bias: bool, config: LayerConfig, winograd: bool = False):
         super().__init__()
         self.algorithms = ("direct", "winograd") if winograd and config.allows_winograd else ("direct",)
-        self._chooses = config.algorithm == "auto" and "winograd" in self.algorithms
+        # Blocks for which there are no kernels gain nothing.
+        covered = config.block_size % 8 == 0 or vqk_shape[1] <= config.block_size
+        self._chooses = config.algorithm == "auto" and "winograd" in self.algorithms and covered
         if config.algorithm == "auto":
             config = config.model_copy(update={"algorithm": "direct"})
         if config.algorithm == "winograd" and not winograd:

@@ -140,6 +140,9 @@ def winograd_input(x: Tensor, padding: tuple[int, int]) -> Tensor:
             [0., 0., 0., 0.]])
     """
     sides = [n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True)]
+    if min(sides) < 1:
+        got = f"{tuple(x.shape)} with padding {tuple(padding)}"
+        raise ValueError(f"x: expected images of 3x3 pixels at least, padding included, got {got}")
     tall, wide = (block_count(n, TILE) for n in sides)
     (height, width), (top, left) = x.shape[2:], padding
     below, right = tall * TILE + 2 - height - top, wide * TILE + 2 - width - left
@@ -292,7 +295,9 @@ def _round_tiles(v: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _round_for_lanes(split: Tensor) -> tuple[Tensor, Tensor]:
-    """Return integers ``(rows, CB, size)``, as floats, and scales ``(rows, CB)``."""
+    """Return integers ``(rows, CB, size)``, as floats, and scales ``(rows, CB)``: 0 and NaN where one is not finite."""
+    finite = split.isfinite().all(2)
+    split = torch.where(finite.unsqueeze(2), split, 0.0)
     # Divided first, so that no sum is beyond float32's range.
     scale = torch.maximum(split.abs().amax(2) / MOST, _fullest(_lanes(split / MOST_OF_LANE)))
     scale = torch.where(scale > 0, scale, 1.0)
@@ -302,7 +307,7 @@ def _round_for_lanes(split: Tensor) -> tuple[Tensor, Tensor]:
         coarser = torch.maximum(scale * _COARSER, torch.nextafter(scale, torch.full_like(scale, torch.inf)))
         scale = torch.where(full, coarser, scale)
         q[full] = _rounded(split[full], scale[full])
-    return q, scale
+    return q, torch.where(finite, scale, torch.nan)
 
 
 def _rounded(split: Tensor, scale: Tensor) -> Tensor:
