@@ -71,8 +71,8 @@ def test_layers_have_the_same_bits(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("w", "kernels"),
     [
-        (torch.ones(2, 8, 3, 3), True),
-        (torch.ones(2, 8, 3, 3).double(), False),
+        (torch.ones(2, 8, 3, 3, dtype=torch.float32), True),
+        (torch.ones(2, 8, 3, 3, dtype=torch.float64), False),
         (torch.ones(0, 8, 3, 3), False),
     ],
 )

@@ -171,7 +171,8 @@ def test_it_comes_closer_to_the_teacher(
         with dsconv.ops.simulated():
             far = (logits - better(held_out)).abs().amax(1) > 0.1
     # Sums in another order tip a mantissa here and there.
-    assert far.float().mean() < 0.03
+    winograd = any(layer.algorithm == "winograd" for layer in dsconv.summary(again).layers)
+    assert far.float().mean() < (0.03 if winograd else 0.01)
     assert "KL held back" in str(info.adaptation) and info.adaptation.to_dict()["recipe"]["steps"] == 60
 
 

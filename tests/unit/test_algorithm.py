@@ -159,7 +159,7 @@ def test_the_simulation_rounds_a_weight_once_and_again_after_a_change(monkeypatc
     made.config = made.config.model_copy(update={"algorithm": "direct"})
     simulated(made, x)
     assert len(rounded) == 5
-    # What was kept in inference mode serves gradients, too.
+    # Gradients can use the weights that inference mode kept.
     made.config = WINOGRAD
     made(x.requires_grad_()).square().sum().backward()
     assert x.grad is not None and len(rounded) == 5

@@ -17,11 +17,11 @@ from typing import Any
 def elsewhere(function: str, *arguments: object, made: Path) -> str:
     """How another process ends that calls a function of this file, if it does not write ``made``; empty otherwise."""
     command = [sys.executable, "-P", __file__, function, *map(str, arguments)]
-    # What the converter puts into the current folder goes away with the models.
+    # The converter writes files into the current folder, which is deleted with the models.
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=made.parent)
     if done.returncode == 0 and made.exists():
         return ""
-    # Of a crash, stdout tells how far it came, and not why.
+    # After a crash, stdout holds the converter's progress, and stderr the reason.
     said = done.stderr.splitlines()[-1:] if done.returncode else done.stdout.splitlines()[-2:]
     return ": ".join([f"MNN fails to {function} the network (exit code {done.returncode})", *said])[:300]
 

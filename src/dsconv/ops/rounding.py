@@ -42,7 +42,7 @@ def round_winograd(w: Tensor, block_size: int) -> WinogradWeight:
 
     They cover float32 weights on the CPU.
 
-    >>> integers, scale = round_winograd(torch.ones(4, 64, 3, 3), block_size=32)
+    >>> integers, scale = round_winograd(torch.ones(4, 64, 3, 3, dtype=torch.float32), block_size=32)
     >>> integers.shape, scale.shape
     (torch.Size([17, 4, 64]), torch.Size([17, 4, 2]))
     """
