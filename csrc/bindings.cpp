@@ -106,6 +106,12 @@ int checked_bits(int bits) {
   return bits;
 }
 
+// Bits of the activations of a layer, which may stay float.
+int activation_bits_of(const ConvSizes& g, int bits) {
+  if (bits == kFloatBits && g.takes_floats()) return bits;
+  return checked_bits(bits);
+}
+
 bool is_wide(int weight_bits) { return checked_bits(weight_bits) > 4; }
 bool is_wide(const ConvSizes& sizes, int weight_bits) { return is_wide(weight_bits) || sizes.winograd; }
 
@@ -276,7 +282,7 @@ void bind_convolution(nb::module_& m) {
               const std::array<std::int64_t, 4>& output_strides, int weight_bits, int activation_bits, int sign, int activation,
               float slope) {
              Layer layer{};
-             layer.wide = is_wide(g, weight_bits), layer.activation_bits = checked_bits(activation_bits);
+             layer.wide = is_wide(g, weight_bits), layer.activation_bits = activation_bits_of(g, activation_bits);
              layer.sign = one_of<Sign>("sign", sign, kSigns);
              layer.post.activation = one_of<Activation>("activation", activation, kActivations), layer.post.slope = slope;
              const Strides from = strides(input_strides, g.images, g.channels, g.height, g.width);
@@ -334,7 +340,7 @@ void bind_program(nb::module_& m) {
              self.convolve(sizes,
                            {needed<const std::uint8_t>("weight", weight), needed<const float>("kds", kds),
                             shift_of(sizes, kds_shift), post_ops(bias, gain, offset), is_wide(sizes, weight_bits),
-                            checked_bits(activation_bits), one_of<Sign>("sign", sign, kSigns)},
+                            activation_bits_of(sizes, activation_bits), one_of<Sign>("sign", sign, kSigns)},
                            from, input, outputs(to));
            })
       .def("map",

@@ -64,6 +64,8 @@ struct ConvSizes {
   bool valid() const;  // sizes are in range, agree, and do not overflow
   // One input channel per group. Blocks run over the taps of a filter; blocks of one tap are flat blocks of one value.
   bool depthwise() const { return flat && groups > 1 && groups == channels; }
+  // Depthwise with one block a filter: its activations may stay float.
+  bool takes_floats() const { return depthwise() && layout().blocks() == 1; }
   std::int64_t kernel_size() const { return kernel_h * kernel_w; }
   std::int64_t taps() const { return flat ? 1 : winograd ? kWinogradProducts : kernel_size(); }
   std::int64_t pixels() const { return images * out_height * out_width; }

@@ -24,6 +24,8 @@ inline constexpr int kActivations = static_cast<int>(Activation::sigmoid) + 1;
 enum class Weights : int { nibbles, bytes, signed_bytes };
 inline constexpr int kZeroPoint = 8, kWideZeroPoint = 128;
 
+// The bits of activations that stay float32.
+inline constexpr int kFloatBits = 32;
 // The largest magnitude of a mantissa. 8 bits always include the sign.
 constexpr int max_mantissa(int bits) { return bits == 8 ? 128 : (1 << bits) - 1; }
 
@@ -184,7 +186,8 @@ struct DepthwiseArgs {
   std::int64_t first;
   int lanes;  // are stored; kMaxLanes are read
   bool by_channel;
-  int taps, block_size, bits;
+  int taps, block_size;
+  int bits;  // or kFloatBits, of pixels of one filter of one block without a shift
   Sign sign;
   const std::int32_t* weight;    // [taps][filters]
   const float *kds, *kds_shift;  // [blocks][filters]; the shift may be null
@@ -194,23 +197,25 @@ struct DepthwiseArgs {
   float* output;          // of lane 0; the others follow
 };
 
-// Depthwise convolution of a line of outputs whose channels are contiguous: square filters of 3 or 5 in one block,
-// stride 1 or 2.
+// Depthwise convolution of float activations: a line of outputs whose channels are contiguous, filters of one block.
 struct DepthwiseLineArgs {
-  int size, stride;
-  const float* const* line;  // of each row of taps: pixel x lies at line[k] + x * pixel_stride[k]
-  const std::int64_t* pixel_stride;
+  std::int64_t kernel_h, kernel_w, stride, dilation;  // stride and dilation along the line
+  const float* const* line;                           // of each row of taps: its pixel 0; null in the padding
+  std::int64_t pixel_stride;
   std::int64_t first, width;       // the first output reads from pixel `first` on; pixels outside 0 to `width` are zeros
-  std::int64_t outputs, channels;  // at least kMaxLanes channels
-  int bits;
-  Sign sign;
-  const std::int32_t* weight;    // [taps][channels]
-  const float *kds, *kds_shift;  // the shift may be null
+  std::int64_t outputs, channels;  // any number
+  const float* weight;             // [taps][channels], integers
+  const float* kds;
   PostOps post;
   const float* residual;  // or null
   std::int64_t residual_stride;
   float* output;
   std::int64_t output_stride;
+  float* window;  // of window_size() values
+
+  static constexpr int kOutputs = 7;  // that are summed together: a divisor of the widths of most networks
+  std::int64_t columns() const { return (kOutputs - 1) * stride + (kernel_w - 1) * dilation + 1; }  // that they read
+  std::int64_t window_size() const { return kernel_h * columns() * kMaxLanes; }
 };
 
 struct BalancedArgs;

@@ -118,6 +118,7 @@ _EDGE: dict[str, Any] = {
     "kds_dtype": "float32",
     "blocks": "flat",
 }
+_DEPTHWISE: dict[str, Any] = _EDGE | {"activation_bits": None}
 
 
 class QuantConfig(LayerConfig):
@@ -131,7 +132,8 @@ class QuantConfig(LayerConfig):
 
     Attributes:
         first_layer: by default 8 bits over flattened blocks, since three channels do not fill a block.
-        depthwise: by default 8 bits and one block per filter.
+        depthwise: by default 8-bit weights in one block per filter, and float activations: a filter has too few
+            products to pay for rounding its inputs.
         last_layer, linear: by default None, as every other layer.
         overrides: pattern of layer names (as in ``fnmatch``) to settings; all that match apply, in order. A pattern
             that matches no layer of the model is an error.
@@ -149,7 +151,7 @@ class QuantConfig(LayerConfig):
     """
 
     first_layer: Settings = _EDGE
-    depthwise: Settings = _EDGE
+    depthwise: Settings = _DEPTHWISE
     last_layer: Settings = None
     linear: Settings = None
     overrides: dict[str, Settings] = {}
@@ -182,7 +184,8 @@ class QuantConfig(LayerConfig):
             ``extra`` sign, float32 KDS, image input and linear layers left in float32.
         ``default``
             For today's processors: 4-bit weights in blocks of 64 with float16 scale and shift (4.5 bits a weight),
-            ``balanced`` rounding, 8-bit mantissas; first and depthwise convolutions at 8 bits.
+            ``balanced`` rounding, 8-bit mantissas; first and depthwise convolutions at 8 bits, the latter with float
+            activations.
         ``w4a4``
             ``default`` with 4-bit mantissas.
         ``w8a8``

@@ -170,7 +170,7 @@ def test_default_is_four_bit_weights_and_eight_bit_mantissas() -> None:
         assert (layer.weight_bits, layer.activation_bits, layer.blocks) == (4, 8, "tap")
     first, depthwise = config.layer(first=True), config.layer(depthwise=True)
     assert (first.weight_bits, first.activation_bits, first.blocks, first.kds_dtype) == (8, 8, "flat", "float32")
-    assert (depthwise.weight_bits, depthwise.activation_bits, depthwise.blocks) == (8, 8, "flat")
+    assert (depthwise.weight_bits, depthwise.activation_bits, depthwise.blocks) == (8, None, "flat")
 
 
 @pytest.mark.parametrize("name", PRESETS)

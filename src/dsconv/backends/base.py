@@ -151,7 +151,7 @@ class Backend(Protocol):
     device: str | None
 
     def describe(self, in_integers: bool = True) -> str:
-        """Return the name that summaries and plans show, for layers or for steps in float32."""
+        """Return the name that summaries and plans show, for what computes in integers or in float32."""
 
     def covers(self, operation: Operation) -> str:
         """Return why it cannot execute an operation; an empty text where it can."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsconv.backends import Backend
 from dsconv.compilation.operators import Step
+from dsconv.compilation.operators.pytorch import Call
 from dsconv.compilation.program import Program
 from dsconv.tables import as_text
 
@@ -87,7 +88,8 @@ def plan_of(program: Program) -> Plan:
 
 
 def _row(step: Step, lowered_to: Backend) -> PlanStep:
-    backend = "PyTorch" if step.in_pytorch and not step.in_integers else lowered_to.describe(step.in_integers)
+    by_pytorch = isinstance(step, Call) and not step.of_dsconv
+    backend = "PyTorch" if by_pytorch else lowered_to.describe(step.in_integers)
     node: Any = step.node
     quantizes = ["quantize"] if step.targets and "quantize" not in step.fused else []
     stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())

@@ -7,6 +7,7 @@ write into memory that is there. ``dsconv::quantize_activation`` returns what
 :func:`dsconv.numerics.quantize_activation` does.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -31,6 +32,7 @@ from dsconv.ops.arguments import (
     linear_call,
     shapes_of,
     sizes_of,
+    takes_floats,
 )
 from dsconv.ops.packing import MAX_BLOCK_SIZE
 from dsconv.ops.packing import pack as pack
@@ -69,7 +71,9 @@ def _convolution(
     slope: float,
 ) -> Callable[..., None]:
     """Takes the addresses of the input, the weights, the residual and the output."""
-    check_settings(name, weight_bits, activation_bits, sign, activation)
+    s = sizes
+    in_float = takes_floats(s.channels, s.groups, s.kernel_h * s.kernel_w, s.flat, s.block_size)
+    check_settings(name, weight_bits, activation_bits, sign, activation, in_float)
     numbers = (ACTIVATION_SIGNS.index(sign), ACTIVATIONS.index(activation))
     module = native.extension()
     assert module is not None
@@ -180,7 +184,8 @@ def _conv2d(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
 
 def _check_fake(name: str, c: Call, dims: int, out: Tensor | None) -> None:
     check_input(name, c.x, dims, anywhere=True)
-    check_settings(name, c.weight_bits, c.activation_bits, c.sign, c.activation)
+    in_float = takes_floats(c.x.shape[1], c.groups, math.prod(c.kernel_size), c.flat, c.block_size)
+    check_settings(name, c.weight_bits, c.activation_bits, c.sign, c.activation, in_float and c.kds_shift is None)
     for other in (*c.weights, c.residual, out):
         if other is not None and other.device != (here := c.x.device):
             raise ValueError(f"dsconv::{name}: expected all tensors on {here}, as x is, got one on {other.device}")

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from dsconv.backends.base import Executable
+from dsconv.compilation.operators.convolution import sums_integers
 from dsconv.compilation.operators.operator import Ids, Step, operator_of, register
 from dsconv.compilation.values import Value
+from dsconv.ops import arguments_of
 
 
 @dataclass(eq=False, kw_only=True)
@@ -31,7 +33,12 @@ class Call(Step):
 
     @property
     def in_integers(self) -> bool:  # type: ignore[override]
-        return operator_of(self.node).fuses  # an operator of dsconv
+        return self.of_dsconv and sums_integers(arguments_of(self.node.target, self.node.args, self.node.kwargs))
+
+    @property
+    def of_dsconv(self) -> bool:
+        """Whether PyTorch only calls an operator of dsconv."""
+        return operator_of(self.node).fuses
 
     def constants(self) -> Sequence[Tensor | None]:
         return self.tensors
