@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 namespace dsconv {
 
@@ -28,6 +29,7 @@ inline constexpr int kZeroPoint = 8, kWideZeroPoint = 128;
 inline constexpr int kFloatBits = 32;
 // The largest magnitude of a mantissa. 8 bits always include the sign.
 constexpr int max_mantissa(int bits) { return bits == 8 ? 128 : (1 << bits) - 1; }
+constexpr int octets_together(int bits) { return 32767 / (4 * 15 * max_mantissa(bits)); }
 
 // The scale 2^e of a block of a pixel, and the accumulators' start. `acc_init` contains the zero-point correction,
 // -zero_point times the sum of the mantissas, and is not used with signed weights. `scale` is a NaN for a block that is not finite.
@@ -75,7 +77,7 @@ struct DotArgs {
   const std::uint8_t* weight;  // the first panel
   std::int64_t panel_bytes;    // from there to the second
   int panels;                  // 1 or 2
-  int max_mantissa;            // the largest magnitude
+  int octets_together;         // of nibbles, whose products in pairs of 16 bits can be summed up before they are widened
   // Of signed weights, else null: [taps * blocks][kNR], what takes away that flipped mantissas are 128 more.
   const std::int32_t* flip_sums;
   const float* kds;             // [taps * blocks][kNR]
@@ -104,6 +106,16 @@ struct PostOps {
     return {at(bias), at(gain), at(offset), activation, slope};
   }
 };
+
+// The bounds of an activation that does no more than to keep them; NaN stays one.
+struct Bounds {
+  float low, high;
+};
+constexpr bool has_bounds(Activation a) { return a == Activation::none || a == Activation::relu || a == Activation::relu6; }
+constexpr Bounds bounds_of(Activation a) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  return {a == Activation::none ? -kInfinity : 0.0f, a == Activation::relu6 ? 6.0f : kInfinity};
+}
 
 struct EpilogueArgs {
   const float* sums;  // [pixels][kNR]
@@ -257,6 +269,9 @@ struct Kernels {
   int task_pixels;                                            // pixels that dot is best given at once, a multiple of mr
   std::int64_t (*workspace_bytes)(const DotArgs&) = nullptr;  // null: none
   void (*dot)(const DotArgs&);
+  // Sums and finishes the outputs of layers of one tap and block, whole panels of nibbles, while they are in registers; null: it
+  // cannot. The outputs of a pixel are contiguous, the activation has bounds, and there is no residual.
+  void (*dot_one_block)(const DotArgs&, const EpilogueArgs&) = nullptr;
   bool flip_winograd = false;  // its mantissas, for products of unsigned and signed bytes
   const VectorKernels& vector;
 };

@@ -71,6 +71,8 @@ Case random_case() {
   g.winograd = g.groups == 1 && pick(0, 2) == 0;
   if (g.winograd) g.kernel_h = g.kernel_w = 3, g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
   const bool in_float = depthwise && pick(0, 1);
+  const bool one_block = !depthwise && pick(0, 5) == 0;  // dot_one_block covers most of these
+  if (one_block) g.kernel_h = g.kernel_w = 1, g.winograd = false, g.outputs = g.groups * 16 * pick(1, 5);
   g.pad_h = pick(0, 3), g.pad_w = pick(0, 3);
   do {
     g.height = pick(1, 9), g.width = pick(1, 20);
@@ -78,8 +80,11 @@ Case random_case() {
     g.out_width = (g.width + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1) / g.stride_w + 1;
   } while (g.height + 2 * g.pad_h < g.dilation_h * (g.kernel_h - 1) + 1 ||
            g.width + 2 * g.pad_w < g.dilation_w * (g.kernel_w - 1) + 1);
-  g.flat = depthwise || (!g.winograd && pick(0, 3) == 0);
-  g.block_size = in_float ? 32 : depthwise ? pick(1, 20) : 16 * (pick(0, 5) ? pick(1, 8) : pick(15, 32));
+  g.flat = depthwise || (!g.winograd && !one_block && pick(0, 3) == 0);
+  g.block_size = in_float    ? 32
+                 : one_block ? ceil_div(g.channels / g.groups, 8) * 8
+                 : depthwise ? pick(1, 20)
+                             : 16 * (pick(0, 5) ? pick(1, 8) : pick(15, 32));
   c.weight_bits = g.winograd ? 8 : static_cast<int>(pick(2, 8));
   c.activation_bits = in_float ? kFloatBits : static_cast<int>(pick(2, 8));
   c.sign = static_cast<int>(pick(0, 2));
@@ -87,6 +92,7 @@ Case random_case() {
   c.shift = g.winograd || (!in_float && pick(0, 1)), c.bias = pick(0, 1), c.norm = pick(0, 1), c.add = pick(0, 1);
   c.channels_last = pick(0, 1) && (!g.depthwise() || g.outputs == g.channels);
   c.activation = static_cast<Activation>(pick(0, pick(0, 1) ? 1 : kActivations - 1));
+  if (one_block && pick(0, 3)) c.weight_bits = static_cast<int>(pick(2, 4)), c.add = false, c.channels_last = true;
   // Sometimes beyond the exponents that are usually met.
   const float magnitude = std::exp2(static_cast<float>(pick(0, 9) ? pick(-90, 90) : pick(104, 110)));
   const bool rectified = pick(0, 1);
