@@ -343,7 +343,14 @@ void bind_program(nb::module_& m) {
            })
       .def("average", &Program::average)
       .def("flatten", &Program::flatten)
-      .def("shuffle", &Program::shuffle)
+      .def("rearrange",
+           [](Program& self, int from, const std::vector<std::array<std::int64_t, 7>>& given, int to) {
+             std::vector<Loop> loops;
+             for (const auto& l : given) loops.push_back({l[0], {l[1], l[2], l[3]}, {l[4], l[5], l[6]}});
+             self.rearrange(from, loops, to);
+           })
+      .def("pick", [](Program& self, int from, const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& columns,
+                      float fill, const OutputsTuple& to) { self.pick(from, rows, columns, fill, outputs(to)); })
       .def("pool",
            [](Program& self, int from, const std::array<std::int64_t, 8>& w, bool average, bool count_padding, std::int64_t divisor,
               const std::array<std::int64_t, 2>& out, const OutputsTuple& to) {

@@ -1,6 +1,7 @@
 // A network as a list of steps over tensors in one piece of memory.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -41,6 +42,13 @@ struct PoolWindow {
   std::int64_t divisor;  // of an average; 0: the number of values, with those of the padding if they count
 };
 
+// A loop over values of an image that go to another place: its size, and how far a turn goes in the tensor that is read
+// and the one that is written, in channels, rows and columns each.
+struct Loop {
+  std::int64_t size;
+  std::array<std::int64_t, 3> read, written;
+};
+
 // Tensors are named by numbers. Base 0 is memory of bytes(images) bytes, aligned to 64, that nobody else uses during a
 // run; steps are fixed before the first run, and runs may overlap.
 class Program {
@@ -68,8 +76,11 @@ class Program {
   void average(int from, int lanes, int to);
   // Turns all values of an image into channels of one pixel, those of a channel one after another.
   void flatten(int from, int to);
-  // Moves factor * factor channels to each channel's pixels, as pixel_shuffle of PyTorch does.
-  void shuffle(int from, int factor, int to);
+  // Copies every value of an image to its place in the result, in nested loops, the outermost first.
+  void rearrange(int from, const std::vector<Loop>&, int to);
+  // Copies pixels: one of the result is that of this row and column of the input, or `fill` where either is -1.
+  void pick(int from, const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& columns, float fill,
+            const StepOutputs&);
   void pool(int from, const PoolWindow&, std::int64_t out_height, std::int64_t out_width, const StepOutputs&);
   // Adds a step that the caller takes.
   void skip() {

@@ -86,6 +86,11 @@ def plan_of(program: Program) -> Plan:
     return Plan(steps, program.memory_bytes, sum(constants.values()))
 
 
+def _called(target: Any) -> str:
+    packet = getattr(target, "overloadpacket", None)
+    return str(packet) if packet is not None else getattr(target, "__name__", str(target))
+
+
 def _row(step: Step, lowered_to: Backend) -> PlanStep:
     backend = "PyTorch" if step.in_pytorch and not step.in_integers else lowered_to.describe(step.in_integers)
     node: Any = step.node
@@ -95,7 +100,7 @@ def _row(step: Step, lowered_to: Backend) -> PlanStep:
     made = tuple(value.shape) if isinstance(value, Tensor) else ()
     return PlanStep(
         name=stack[-1][0],
-        operator=step.name or str(getattr(node.target, "overloadpacket", node.target)),
+        operator=step.name or _called(node.target),
         backend=backend,
         fused=(*step.fused, *quantizes),
         shape=tuple(n if isinstance(n, int) else 1 for n in made),

@@ -9,6 +9,8 @@ from torch import fx
 
 from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
+from dsconv.compilation.operators.shuffles import channel_shuffle_of_views
+from dsconv.compilation.operators.views import changes_nothing
 from dsconv.compilation.values import Value
 
 
@@ -27,6 +29,8 @@ class Flatten(Step):
 
 
 def _flatten(lowering: Lowering, node: fx.Node) -> Step | None:
+    if (shuffle := channel_shuffle_of_views(lowering, node)) is not None:
+        return shuffle
     source, result = lowering.value(node.args[0]), lowering.value(node)
     if source is None or result is None or result.size != (math.prod(source.size), 1, 1):
         return None
@@ -34,4 +38,12 @@ def _flatten(lowering: Lowering, node: fx.Node) -> Step | None:
     return Flatten(node=node, result=result, source=source)
 
 
-register("aten", "flatten reshape", returns="view", rounds="alike", by_image=True, lower=_flatten)
+register(
+    "aten",
+    "flatten reshape _unsafe_view",
+    returns="view",
+    rounds="alike",
+    by_image=True,
+    equals_input=changes_nothing,
+    lower=_flatten,
+)
