@@ -138,6 +138,8 @@ struct Convolution {
   Layer layer;  // but for its weights
 };
 
+using BetweenTuple = std::tuple<std::int64_t, std::int64_t, float, float>;
+
 // (float tensor, residual, [(quantized tensor, first channel)], activation, slope): Uses of dsconv/backends/base.py.
 using OutputsTuple = std::tuple<int, int, std::vector<std::pair<int, std::int64_t>>, int, float>;
 StepOutputs outputs(const OutputsTuple& to) {
@@ -356,6 +358,27 @@ void bind_program(nb::module_& m) {
               const std::array<std::int64_t, 2>& out, const OutputsTuple& to) {
              self.pool(from, {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], average, count_padding, divisor}, out[0], out[1],
                        outputs(to));
+           })
+      .def("interpolate",
+           [](Program& self, int from, const std::vector<BetweenTuple>& rows, const std::vector<BetweenTuple>& columns,
+              std::int64_t split, int first, int rest, const OutputsTuple& to) {
+             const auto all = [](const std::vector<BetweenTuple>& given) {
+               std::vector<Between> made;
+               for (const auto& [one, other, weight, other_weight] : given) made.push_back({one, other, weight, other_weight});
+               return made;
+             };
+             self.interpolate(from, all(rows), all(columns), split, one_of<Interpolation>("first", first, kInterpolations),
+                              one_of<Interpolation>("rest", rest, kInterpolations), outputs(to));
+           })
+      .def("average_windows",
+           [](Program& self, int from, const std::vector<std::array<std::int64_t, 2>>& rows,
+              const std::vector<std::array<std::int64_t, 2>>& columns, bool at_once, const OutputsTuple& to) {
+             const auto all = [](const std::vector<std::array<std::int64_t, 2>>& given) {
+               std::vector<Span> made;
+               for (const auto& [begin, end] : given) made.push_back({begin, end});
+               return made;
+             };
+             self.average_windows(from, all(rows), all(columns), at_once, outputs(to));
            })
       .def("skip", &Program::skip, "A step that the caller takes.")
       .def("bytes", &Program::bytes, "Of memory that a run over so many images needs, aligned to 64.")

@@ -411,32 +411,96 @@ void Program::pick(int from, const std::vector<std::int64_t>& rows, const std::v
   const auto of = [](const std::vector<std::int64_t>& all, std::int64_t size) {
     return !all.empty() && std::all_of(all.begin(), all.end(), [=](std::int64_t i) { return i >= -1 && i < size; });
   };
-  require(of(rows, v.height) && of(columns, v.width) && to.residual < 0 && to.activation == Activation::none,
-          "pick: expected rows and columns of the input, or -1, and nothing else to do");
-  const std::int64_t out_height = static_cast<std::int64_t>(rows.size()), out_width = static_cast<std::int64_t>(columns.size());
+  require(of(rows, v.height) && of(columns, v.width), "pick: expected rows and columns of the input, or -1");
+  const std::int64_t out_width = static_cast<std::int64_t>(columns.size());
+  add_lines(v, static_cast<std::int64_t>(rows.size()), out_width, to,
+            [=](const float* values, std::int64_t y, float* pixel, std::int64_t stride) {
+              for (std::int64_t x = 0; x < out_width; ++x, pixel += stride) {
+                const bool inside = rows[y] >= 0 && columns[x] >= 0;
+                const float* const read = inside ? values + rows[y] * v.strides.y + columns[x] * v.strides.x : nullptr;
+                if (!inside) std::fill_n(pixel, v.channels, fill);
+                else if (v.strides.channel == 1) std::copy_n(read, v.channels, pixel);
+                else
+                  for (std::int64_t c = 0; c < v.channels; ++c) pixel[c] = read[c * v.strides.channel];
+              }
+            });
+}
+
+void Program::interpolate(int from, const std::vector<Between>& rows, const std::vector<Between>& columns, std::int64_t split,
+                          Interpolation first, Interpolation rest, const StepOutputs& to) {
+  const FloatTensor v = float_tensor(from);
+  const auto of = [](const std::vector<Between>& all, std::int64_t size) {
+    return !all.empty() && std::all_of(all.begin(), all.end(), [=](const Between& b) {
+      return b.one >= 0 && b.one < size && b.other >= 0 && b.other < size;
+    });
+  };
+  require(of(rows, v.height) && of(columns, v.width) && v.strides.channel == 1 && split >= 0 && split <= v.channels,
+          "interpolate: expected rows and columns of an input whose channels lie side by side");
+  const std::int64_t out_width = static_cast<std::int64_t>(columns.size());
+  add_lines(v, static_cast<std::int64_t>(rows.size()), out_width, to,
+            [=, this](const float* values, std::int64_t y, float* pixel, std::int64_t stride) {
+              const Between& row = rows[y];
+              const float *const above = values + row.one * v.strides.y, *const below = values + row.other * v.strides.y;
+              for (std::int64_t x = 0; x < out_width; ++x, pixel += stride) {
+                const Between& column = columns[x];
+                const std::int64_t left = column.one * v.strides.x, right = column.other * v.strides.x;
+                kernels_.vector.interpolate({{above + left, above + right, below + left, below + right},
+                                             {row.weight, row.other_weight},
+                                             {column.weight, column.other_weight},
+                                             v.channels,
+                                             split,
+                                             first,
+                                             rest,
+                                             pixel});
+              }
+            });
+}
+
+void Program::average_windows(int from, const std::vector<Span>& rows, const std::vector<Span>& columns, bool at_once,
+                              const StepOutputs& to) {
+  const FloatTensor v = float_tensor(from);
+  const auto of = [](const std::vector<Span>& all, std::int64_t size) {
+    return !all.empty() &&
+           std::all_of(all.begin(), all.end(), [=](const Span& s) { return s.begin >= 0 && s.begin < s.end && s.end <= size; });
+  };
+  require(of(rows, v.height) && of(columns, v.width) && v.strides.channel == 1 && is_size(v.pixels()),
+          "average_windows: expected rows and columns of an input whose channels lie side by side");
+  const std::int64_t out_width = static_cast<std::int64_t>(columns.size());
+  add_lines(v, static_cast<std::int64_t>(rows.size()), out_width, to,
+            [=, this](const float* values, std::int64_t y, float* pixel, std::int64_t stride) {
+              struct User;
+              using Mine = Scratch<User>;
+              Mine scratch(Mine::size<const float*>(v.pixels()));
+              const float** const tap = scratch.take<const float*>(v.pixels());
+              for (std::int64_t x = 0; x < out_width; ++x, pixel += stride) {
+                int taps = 0;
+                for (std::int64_t in_y = rows[y].begin; in_y < rows[y].end; ++in_y)
+                  for (std::int64_t in_x = columns[x].begin; in_x < columns[x].end; ++in_x)
+                    tap[taps++] = values + in_y * v.strides.y + in_x * v.strides.x;
+                const auto size = [](const Span& s) { return static_cast<float>(s.end - s.begin); };
+                PoolArgs a{tap, taps, v.channels, static_cast<float>(taps), pixel};
+                if (!at_once) a.divisor = size(rows[y]), a.second_divisor = size(columns[x]);
+                kernels_.vector.pool(a);
+              }
+            });
+}
+
+// The step does no last operations besides.
+void Program::add_lines(const FloatTensor& v, std::int64_t out_height, std::int64_t out_width, const StepOutputs& to, Line line) {
+  require(to.residual < 0 && to.activation == Activation::none, "outputs: expected nothing else to do");
   check(to, v.channels, out_height, out_width, true);
   steps_.push_back([=, this](const Run& run) {
     const std::vector<QuantizedTarget> into = targets(run, to, v.channels);
     const Input output = input(run, to.values);
-    parallel(run.images * out_height, [&](std::int64_t line) {
+    parallel(run.images * out_height, [&](std::int64_t i) {
       struct User;
       Scratch<User> scratch(output.values ? 0 : out_width * v.channels * 4);
       float* const made =
-          output.values ? const_cast<float*>(output.values) + line * out_width * output.strides.x : scratch.take<float>(0);
-      const std::int64_t stride = output.values ? output.strides.x : v.channels, image = line / out_height;
-      const std::int64_t y = rows[line % out_height];
-      const float* const values = address(run, v) + image * v.strides.image;
-      for (std::int64_t x = 0; x < out_width; ++x) {
-        float* const pixel = made + x * stride;
-        const bool inside = y >= 0 && columns[x] >= 0;
-        const float* const read = inside ? values + y * v.strides.y + columns[x] * v.strides.x : nullptr;
-        if (!inside) std::fill_n(pixel, v.channels, fill);
-        else if (v.strides.channel == 1) std::copy_n(read, v.channels, pixel);
-        else
-          for (std::int64_t c = 0; c < v.channels; ++c) pixel[c] = read[c * v.strides.channel];
-      }
+          output.values ? const_cast<float*>(output.values) + i * out_width * output.strides.x : scratch.take<float>(0);
+      const std::int64_t stride = output.values ? output.strides.x : v.channels;
+      line(address(run, v) + i / out_height * v.strides.image, i % out_height, made, stride);
       for (const QuantizedTarget& target : into)
-        quantize_into(target, kernels_, made, stride, line * out_width, out_width, 0, v.channels);
+        quantize_into(target, kernels_, made, stride, i * out_width, out_width, 0, v.channels);
     });
   });
 }

@@ -231,6 +231,12 @@ def run_program() -> None:
     def places() -> list[int]:
         return [random.choice((-1, 0, 1, 2, number())) for _ in range(random.choice((4, 3, 9, 8, number() % 16)))]
 
+    def spans() -> list[tuple[int, int]]:
+        return [(min(at, 2), at + 1) for at in places()]
+
+    def between() -> list[tuple[int, int, float, float]]:
+        return [(at, abs(at), 0.5, float("nan")) for at in places()]
+
     steps = (
         values,
         values,
@@ -255,6 +261,10 @@ def run_program() -> None:
         lambda: program.flatten(number() % 4, number() % 4),
         lambda: program.rearrange(number() % 4, loops(), number() % 4),
         lambda: program.pick(number() % 4, places(), places(), 0.5, uses()),
+        lambda: program.average_windows(number() % 4, spans(), spans(), random.random() < 0.5, uses()),
+        lambda: program.interpolate(
+            number() % 4, between(), between(), number(), random.choice((0, 1, 2, 3)), 1, uses()
+        ),
     )  # fmt: skip
     taken = 0
     for step in (values, values, values, steps[3], *random.choices(steps, k=12)):

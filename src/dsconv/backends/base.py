@@ -125,6 +125,28 @@ class Executable(Protocol):
     def flatten(self, source: int, result: int) -> None:
         """Append a :class:`dsconv.compilation.operators.flatten.Flatten`."""
 
+    def interpolate(
+        self,
+        source: int,
+        rows: Sequence[tuple[int, int, float, float]],
+        columns: Sequence[tuple[int, int, float, float]],
+        split: int,
+        first: int,
+        rest: int,
+        uses: Uses,
+    ) -> None:
+        """Append a :class:`dsconv.compilation.operators.bilinear.Bilinear`."""
+
+    def average_windows(
+        self,
+        source: int,
+        rows: Sequence[tuple[int, int]],
+        columns: Sequence[tuple[int, int]],
+        at_once: bool,
+        uses: Uses,
+    ) -> None:
+        """Append a :class:`dsconv.compilation.operators.adaptive.AdaptiveAverage`."""
+
     def skip(self) -> None:
         """Append a step that the caller executes."""
 

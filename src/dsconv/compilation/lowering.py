@@ -63,6 +63,9 @@ class _Lowering:
             if returned is not None:
                 returned.in_float = True
                 returned.outside = returned.outside or (not returned.pieces and returned.home is None)
+        for view in reversed(self.values.values()):
+            if view.home is not None and view.in_float:
+                view.home.in_float = True
         self._drop_unread(output)
         self._ask_for_layouts(output)
         self._place_concatenations()

@@ -322,7 +322,7 @@ class Program:
         root, first = value.place()
         if root.outside:
             whole: Tensor = env[root.node]
-            return whole.narrow(1, first, value.size[0])
+            return whole.narrow(1, first, value.size[0]).reshape(images, *value.node.meta["val"].shape[1:])
         channels, height, width = root.size
         at = self._buffers[root].offset * images // 4 + first
         if value.node.meta["val"].dim() == 2:

@@ -64,6 +64,8 @@ class Value:
 
     def want(self, wanted: Format, pad: tuple[int, int] = (0, 0)) -> Quantized:
         """Return it in that format, with a border of at least ``pad``."""
+        if self.home is not None and self.home.size == self.size:
+            return self.home.want(wanted, pad)
         found = self.quantized.setdefault(wanted, Quantized(wanted, self.size[1:]))
         found.pad = (max(found.pad[0], pad[0]), max(found.pad[1], pad[1]))
         return found

@@ -131,3 +131,33 @@ def test_the_plan_calls_functions_of_python_by_their_names() -> None:
     qmodel = dsconv.quantize(Net(lambda m, x: torch.topk(m.a(x), 2, 1)[0], a=conv(3, 8)))
     called = [step.operator for step in dsconv.compile(qmodel, torch.zeros(1, 3, 9, 9)).plan.in_pytorch]
     assert called == ["aten.topk", "getitem"]
+
+
+def test_rows_of_values_and_images_of_one_pixel_are_the_same() -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.b(m.a(x).mean((2, 3), keepdim=True)).flatten(1)
+        z = m.c(F.relu(y)).view(len(x), -1, 1, 1)
+        return m.d(z).reshape(len(x), 8), y, z
+
+    layers = {"a": conv(3, 64), "b": conv(64, 32, 1), "c": nn.Linear(32, 64), "d": conv(64, 8, 1)}
+    found = steps_of(run, **layers)
+    assert found == [CONV, "average", "map+", CONV, "map+", "linear+", CONV]
+
+
+def test_a_head_reads_what_was_pooled() -> None:
+    layers = {"a": conv(3, 64), "b": conv(64, 64), "head": nn.Linear(64, 10)}
+    found = steps_of(lambda m, x: m.head(F.adaptive_avg_pool2d(m.b(m.a(x)), 1).flatten(1)), **layers)
+    assert found == ["conv2d+", CONV, "average", "map+", "linear"]
+    wide = {"a": conv(3, 64), "b": nn.Conv2d(64, 64, 9), "head": nn.Linear(64, 10)}
+    found = steps_of(lambda m, x: m.head(torch.flatten(F.relu(m.b(m.a(x))), 1)), **wide)
+    assert found == ["conv2d+", "conv2d+", "linear"]
+
+
+def test_expansions_of_gates() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        gate = F.hardsigmoid(m.b(y.mean((2, 3), keepdim=True)))
+        return m.c(y * gate.expand_as(y) + gate.expand(y.shape))
+
+    found = steps_of(run, a=conv(3, 64), b=conv(64, 64, 1), c=conv(64, 8))
+    assert "aten.expand" not in found and "aten.expand_as" not in found

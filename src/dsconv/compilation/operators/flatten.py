@@ -10,7 +10,7 @@ from torch import fx
 from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
 from dsconv.compilation.operators.shuffles import channel_shuffle_of_views
-from dsconv.compilation.operators.views import changes_nothing
+from dsconv.compilation.operators.views import changes_nothing, whole
 from dsconv.compilation.values import Value
 
 
@@ -31,8 +31,9 @@ class Flatten(Step):
 def _flatten(lowering: Lowering, node: fx.Node) -> Step | None:
     if (shuffle := channel_shuffle_of_views(lowering, node)) is not None:
         return shuffle
+    whole(lowering, node)
     source, result = lowering.value(node.args[0]), lowering.value(node)
-    if source is None or result is None or result.size != (math.prod(source.size), 1, 1):
+    if node in lowering.absorbed or source is None or result is None or result.size != (math.prod(source.size), 1, 1):
         return None
     source.in_float = result.in_float = True
     return Flatten(node=node, result=result, source=source)
@@ -40,7 +41,7 @@ def _flatten(lowering: Lowering, node: fx.Node) -> Step | None:
 
 register(
     "aten",
-    "flatten reshape _unsafe_view",
+    "flatten reshape _unsafe_view view",
     returns="view",
     rounds="alike",
     by_image=True,

@@ -10,14 +10,14 @@ from dsconv.compilation.operators.operator import Lowering, register
 from dsconv.ops import arguments_of
 
 _aten = torch.ops.aten
+_BROADCASTING = (_aten.mul.Tensor, _aten.add.Tensor, _aten.sub.Tensor, _aten.div.Tensor)
 _PARTS = (_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default)
 
 
 def changes_nothing(node: fx.Node) -> bool:
     """Tell whether a node that moves values, or converts them, has shape and dtype of its input."""
     of: Any = node.args[0]
-    made, read = node.meta["val"], of.meta["val"]
-    return bool(made.dtype == read.dtype and tuple(map(str, made.shape)) == tuple(map(str, read.shape)))
+    return bool(node.meta["val"].dtype == of.meta["val"].dtype and _shape(node) == _shape(of))
 
 
 def take_parts_as_slices(graph: fx.Graph) -> None:
@@ -63,8 +63,38 @@ def channels(lowering: Lowering, node: fx.Node) -> None:
     lowering.absorbed.add(node)
 
 
+def whole(lowering: Lowering, node: fx.Node) -> None:
+    """Have a tensor of another shape read where it lies: channels of one pixel are a row of values."""
+    source, result = lowering.value(node.args[0]), lowering.value(node)
+    if source is None or result is None or source.size != result.size:
+        return
+    result.home = source
+    source.views.append(result)
+    lowering.absorbed.add(node)
+
+
+def take_expansions_as_they_are(graph: fx.Graph) -> None:
+    """Have products and sums read a tensor that is expanded to the size of the other one without that."""
+    for node in list(graph.nodes):
+        if node.target not in (_aten.expand.default, _aten.expand_as.default):
+            continue
+        of: Any = node.args[0]
+        for user in list(node.users):
+            others = [n for n in user.all_input_nodes if n is not node]
+            as_large = [_shape(n) for n in others] == [_shape(node)]
+            if user.target in _BROADCASTING and as_large and of.meta["val"].dim() == node.meta["val"].dim():
+                user.replace_input_with(node, of)
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _shape(node: fx.Node) -> tuple[str, ...]:
+    return tuple(map(str, node.meta["val"].shape))
+
+
 register("aten", "narrow", returns="view", rounds="alike", equals_input=changes_nothing, lower=channels)
-register("aten", "alias detach expand expand_as view", returns="view", rounds="alike", equals_input=changes_nothing)
+register("aten", "alias detach expand expand_as", returns="view", rounds="alike", equals_input=changes_nothing)
+register("aten", "squeeze unsqueeze", returns="view", rounds="alike", lower=whole)
 register("aten", "contiguous", returns="view", rounds="alike", makes_rows=True, equals_input=changes_nothing)
 register("aten", "clone _to_copy", rounds="alike", equals_input=changes_nothing)
-register("aten", "chunk select split split_with_sizes squeeze unbind unsqueeze", returns="view", rounds="alike")
+register("aten", "chunk select split split_with_sizes unbind", returns="view", rounds="alike")
