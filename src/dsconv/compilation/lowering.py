@@ -126,7 +126,7 @@ class _Lowering:
         kept: list[Step] = []
         for step in reversed(self.steps):
             if isinstance(step, Call):
-                if step.result is None and step.node not in read:
+                if step.result is None and step.node not in read and not step.node.is_impure():
                     continue
                 read.update(step.node.all_input_nodes)
             kept.append(step)
