@@ -152,6 +152,20 @@ struct PoolArgs {
   std::int64_t channels;
   float divisor;  // of an average; 0 for the maximum
   float* output;
+  float second_divisor = 1.0f;  // of what the first one left
+};
+
+// The order of the four products of an interpolation: along lines and then between them, or one after another.
+enum class Interpolation : int { lines, above_first, below_first };
+inline constexpr int kInterpolations = static_cast<int>(Interpolation::below_first) + 1;
+
+// One pixel between four others, whose channels are contiguous.
+struct InterpolateArgs {
+  const float* tap[4];  // left and right above, and below
+  float weight_y[2], weight_x[2];
+  std::int64_t channels, split;
+  Interpolation first, rest;  // of the channels before `split`, and from there on
+  float* output;
 };
 
 // The average of each channel over all pixels, in the order in which PyTorch sums contiguous values with vectors of
@@ -253,6 +267,7 @@ struct VectorKernels {
   void (*map)(const MapArgs&);
   void (*pool)(const PoolArgs&);
   void (*average)(const AverageArgs&);
+  void (*interpolate)(const InterpolateArgs&);
   void (*winograd_input)(const WinogradInputArgs&);
   void (*winograd_output)(const WinogradOutputArgs&);
   int balanced_rows;  // that round_balanced takes together

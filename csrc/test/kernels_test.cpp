@@ -206,15 +206,20 @@ bool pixels_alike(const Kernels& kernels) {
   const std::int64_t stride = pick(0, 1) * channels;
   const std::int64_t apart = pick(0, 1) ? channels : 1, averaged = (taps * pixels - 1) * channels / apart + 1;
   const int lanes = 1 << pick(0, 4);
+  const auto order = [] { return static_cast<Interpolation>(pick(0, kInterpolations - 1)); };
+  InterpolateArgs between{{}, {normal(), normal()}, {normal(), normal()}, channels, pick(0, channels), order(), order(), nullptr};
+  for (const float*& corner : between.tap) corner = tap[pick(0, taps - 1)];
   for (int i = 0; i < 2; ++i) {
     const Kernels& used = i ? kernels : scalar::kernels;
-    made[i].assign(channels * (pixels + 2), 7.0f);
+    made[i].assign(channels * (pixels + 3), 7.0f);
     used.vector.map({input.data(), channels, affine ? scale.data() : nullptr, affine ? shift.data() : nullptr, once,
                      gate ? input.data() : nullptr, stride, other ? input.data() : nullptr, channels, made[i].data(), channels,
                      pixels, channels, activation, kSlope});
     used.vector.pool({tap.data(), static_cast<int>(taps), channels, average ? static_cast<float>(taps) : 0.0f,
-                      made[i].data() + pixels * channels});
+                      made[i].data() + pixels * channels, once ? 3.0f : 1.0f});
     used.vector.average({input.data(), apart, averaged, channels, lanes, made[i].data() + (pixels + 1) * channels});
+    between.output = made[i].data() + (pixels + 2) * channels;
+    used.vector.interpolate(between);
   }
   for (std::size_t k = 0; k < made[0].size(); ++k)
     if (std::memcmp(&made[0][k], &made[1][k], 4) && !(std::isnan(made[0][k]) && std::isnan(made[1][k]))) return false;

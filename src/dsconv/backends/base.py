@@ -49,7 +49,7 @@ class Executable(Protocol):
         Args:
             base: the address of a run that it lies at. Base 0 is the memory between steps.
             offset: bytes from there, for an image.
-            first: channel of the tensor there that its first one is.
+            first: values from there to its first one.
             strides: of image, channel, row and pixel, in values.
         """
 
@@ -116,11 +116,36 @@ class Executable(Protocol):
     def average(self, source: int, lanes: int, result: int) -> None:
         """Append a :class:`dsconv.compilation.operators.average.Average`."""
 
-    def shuffle(self, source: int, factor: int, result: int) -> None:
-        """Append a :class:`dsconv.compilation.operators.pixel_shuffle.PixelShuffle`."""
+    def rearrange(self, source: int, loops: Sequence[tuple[int, ...]], result: int) -> None:
+        """Append a :class:`dsconv.compilation.operators.shuffles.Shuffle`."""
+
+    def pick(self, source: int, rows: Sequence[int], columns: Sequence[int], fill: float, uses: Uses) -> None:
+        """Append a :class:`dsconv.compilation.operators.pixels.Pixels`."""
 
     def flatten(self, source: int, result: int) -> None:
         """Append a :class:`dsconv.compilation.operators.flatten.Flatten`."""
+
+    def interpolate(
+        self,
+        source: int,
+        rows: Sequence[tuple[int, int, float, float]],
+        columns: Sequence[tuple[int, int, float, float]],
+        split: int,
+        first: int,
+        rest: int,
+        uses: Uses,
+    ) -> None:
+        """Append a :class:`dsconv.compilation.operators.bilinear.Bilinear`."""
+
+    def average_windows(
+        self,
+        source: int,
+        rows: Sequence[tuple[int, int]],
+        columns: Sequence[tuple[int, int]],
+        at_once: bool,
+        uses: Uses,
+    ) -> None:
+        """Append a :class:`dsconv.compilation.operators.adaptive.AdaptiveAverage`."""
 
     def skip(self) -> None:
         """Append a step that the caller executes."""

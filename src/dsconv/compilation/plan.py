@@ -87,6 +87,11 @@ def plan_of(program: Program) -> Plan:
     return Plan(steps, program.memory_bytes, sum(constants.values()))
 
 
+def _called(target: Any) -> str:
+    packet = getattr(target, "overloadpacket", None)
+    return str(packet) if packet is not None else getattr(target, "__name__", str(target))
+
+
 def _row(step: Step, lowered_to: Backend) -> PlanStep:
     by_pytorch = isinstance(step, Call) and not step.of_dsconv
     backend = "PyTorch" if by_pytorch else lowered_to.describe(step.in_integers)
@@ -97,7 +102,7 @@ def _row(step: Step, lowered_to: Backend) -> PlanStep:
     made = tuple(value.shape) if isinstance(value, Tensor) else ()
     return PlanStep(
         name=stack[-1][0],
-        operator=step.name or str(getattr(node.target, "overloadpacket", node.target)),
+        operator=step.name or _called(node.target),
         backend=backend,
         fused=(*step.fused, *quantizes),
         shape=tuple(n if isinstance(n, int) else 1 for n in made),

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from dsconv.backends.base import Executable
 from dsconv.compilation.operators.convolution import sums_integers
 from dsconv.compilation.operators.operator import Ids, Step, operator_of, register
+from dsconv.compilation.operators.views import changes_nothing
 from dsconv.compilation.values import Value
 from dsconv.ops import arguments_of
 
@@ -59,19 +60,14 @@ def _converts_nothing(node: fx.Node) -> bool:
 # These round nothing.
 register(
     "aten",
-    "alias channel_shuffle chunk concat constant_pad_nd detach detach_ embedding expand expand_as flip gather "
-    "index_select lift_fresh_copy masked_fill movedim narrow pad permute pixel_unshuffle "
-    "reflection_pad1d reflection_pad2d repeat replication_pad1d replication_pad2d roll select slice split "
-    "split_with_sizes squeeze stack sym_numel t tile _to_copy transpose unbind unflatten unsqueeze upsample_nearest2d "
-    "where",
+    "concat detach_ embedding flip gather "
+    "index_select lift_fresh_copy masked_fill movedim permute "
+    "reflection_pad1d repeat replication_pad1d roll stack sym_numel t tile transpose unflatten where",
     rounds="alike",
 )
 register("aten", "sym_size _assert_tensor_metadata", returns="nothing", rounds="alike")
-register("aten", "view", returns="view", rounds="alike")
-register("aten", "contiguous", returns="view", rounds="alike", makes_rows=True)
 register("aten", "dropout feature_dropout", returns="view", rounds="alike", is_input=lambda node: not node.args[2])
-register("aten", "to", returns="view", rounds="alike", is_input=_converts_nothing)
-register("aten", "clone", rounds="alike", equals_input=lambda node: not node.kwargs)  # dropout in inference
+register("aten", "to", returns="view", rounds="alike", is_input=_converts_nothing, equals_input=changes_nothing)
 # These round every value alone, and in the same way in vectors and outside them.
 register(
     "aten",
