@@ -203,14 +203,11 @@ def test_timm_layers() -> None:
     layers = pytest.importorskip("timm.layers", reason="needs the extra dsconv[zoo]")
     model = tnn.Sequential(layers.ScaledStdConv2d(8, 6, 3), layers.StdConv2d(6, 6, 3), layers.Conv2dSame(6, 4, 3, 2))
     quantized = dsconv.quantize(model, CONFIG)
-    assert isinstance(quantized[0], nn.DSConv2d) and isinstance(quantized[1], nn.DSConv2d)
-    assert isinstance(quantized[2], layers.Conv2dSame)
-    assert "Conv2dSame has a forward of its own" in dsconv.summary(quantized).layers[2].reason
-    x = torch.randn(1, 8, 6, 6)
+    assert all(isinstance(layer, nn.DSConv2d) for layer in quantized)
+    x = torch.randn(1, 8, 11, 12)
     eight = dsconv.quantize(model, dsconv.QuantConfig(weight_bits=8, activation_bits=None, first_layer=None))
     with torch.no_grad():
-        error = eight[:2](x) - model[:2](x)
-        assert error.norm() < 0.02 * model[:2](x).norm()
+        assert (eight(x) - model(x)).norm() < 0.02 * model(x).norm()
 
 
 class Attention(tnn.Module):

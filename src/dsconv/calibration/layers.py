@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from dsconv.calibration.collect import count_places
-from dsconv.conversion.convert import effective_weight
+from dsconv.conversion.convert import plain_layer
 from dsconv.conversion.info import model_info
 from dsconv.errors import ModelError
 from dsconv.evaluation.running import forward
@@ -74,11 +74,11 @@ def pairs_of(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = N
         if watched is None or (name in batchnorms and not isinstance(watched, _BatchNorm)):
             wrong.append(f"the reference has no BatchNorm {batchnorms[name]!r}, which is folded into layer {name!r}")
             continue
-        weight, reason = effective_weight(original, kind)
+        plain = plain_layer(original, kind)
         shape = tuple(layer.vqk.shape)
-        weight = None if weight is None else layer.conv_layout(weight).float()
+        weight = None if plain.weight is None else layer.conv_layout(plain.weight).float()
         if weight is None or weight.shape != shape:
-            found = reason if weight is None else f"it is {tuple(weight.shape)} in the reference"
+            found = plain.reason if weight is None else f"it is {tuple(weight.shape)} in the reference"
             wrong.append(f"layer {name!r} has a weight {shape}, but {found}")
             continue
         if isinstance(watched, _BatchNorm):
