@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from dsconv.calibration.collect import count_places
 from dsconv.conversion.convert import plain_layer
+from dsconv.conversion.fold import normalized_by
 from dsconv.conversion.info import model_info
 from dsconv.errors import ModelError
 from dsconv.evaluation.running import forward
@@ -31,7 +32,7 @@ class Pair:
         name: in both networks.
         layer, original: the two.
         watched: the module of the reference whose output is what ``layer`` should put out: ``original``, or the
-            BatchNorm that was folded into ``layer``.
+            BatchNorm that was folded into ``layer``, of which some go on to a first module that puts out the same.
         weight: float32, what ``layer`` stands for, in the layout of VQK.
         outputs: of one image, at each call: places at which an output is computed.
         index: place, among the layers to be calibrated, in the order of first calls.
@@ -83,6 +84,7 @@ def pairs_of(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = N
             continue
         if isinstance(watched, _BatchNorm):
             weight = weight * Affine.from_batchnorm(watched).scale.float().view(-1, *[1] * (weight.dim() - 1))
+            watched = normalized_by(watched)
         pairs.append(Pair(name, layer, original, watched, weight))
         if (reads := layer.vqk[:1].numel()) > _MOST_READ:
             pairs[-1].reason = f"each output reads {reads:,} values, more than {_MOST_READ:,}"

@@ -57,9 +57,9 @@ def quantize(
     one layer. Weight and spectral normalization, pruning, parametrizations and subclasses that compute their weight are
     resolved: the weight they make now is quantized. So is what forward pre-hooks write to a weight. A subclass that
     pads its input with zeros, always alike or by its size as TensorFlow's ``SAME``, is quantized with that padding. A
-    layer whose call was replaced and does more than the plain layer stays in float; hooks and replaced methods of other modules are kept
-    and run the layers of the copy. Layers that are quantized already stay as they are. What is left in float is listed,
-    with the reason, by :func:`dsconv.summary`.
+    layer whose call was replaced and does more than the plain layer stays in float; hooks and replaced methods of other
+    modules are kept and run the layers of the copy. Layers that are quantized already stay as they are. What is left in
+    float is listed, with the reason, by :func:`dsconv.summary`.
 
     Args:
         model: a trained float model. Wrappers such as ``torch.compile``, ``DataParallel`` or ``AveragedModel``, around

@@ -23,6 +23,7 @@ from dsconv import backends, strict_json
 from dsconv.compilation import CompiledModel
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion.convert import swapped
+from dsconv.conversion.fold import after_normalizing
 from dsconv.conversion.info import ModelInfo, info_of, model_info
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.quantized import add_bias, quantized_layers
@@ -241,7 +242,7 @@ def _loaded(
             )
             continue
         add_bias(quantized_layer, batchnorm.bias)
-        swaps[batchnorm] = nn.Identity()
+        swaps[batchnorm] = after_normalizing(batchnorm)
     for name in header.affine:
         batchnorm = modules.get(name)
         if isinstance(batchnorm, _BatchNorm):
