@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -35,6 +36,8 @@ from dsconv.layers.kinds import KINDS, kind_of
 from dsconv.modes import check_module
 from dsconv.numerics import InputMoments
 
+# Layers with at most this part of the weights of a network are small.
+_SMALL = 1 / 512
 # Classes of PyTorch and torchvision that read the weights of their layers and never call them.
 _READ_WEIGHTS = {
     "MultiheadAttention",
@@ -167,6 +170,14 @@ class FoundLayer:
         """The first of its names."""
         return self.names[0]
 
+    @property
+    def weights(self) -> int:
+        """The number of its weights, 0 where that is not known yet."""
+        if isinstance(self.layer, DSLayer):
+            return self.layer.vqk.numel()
+        # What a weight is computed from has as many numbers in one parameter.
+        return max((p.numel() for p in self.layer.parameters() if not is_lazy(p)), default=0)
+
 
 def _find_layers(model: nn.Module) -> list[FoundLayer]:
     found: dict[int, FoundLayer] = {}
@@ -209,6 +220,7 @@ def layer_config(config: QuantConfig, found: FoundLayer, layers: list[FoundLayer
         first=layer in convolutions[:1],
         last=layer is layers[-1].layer,
         depthwise=depthwise,
+        small=found.weights <= _SMALL * sum(other.weights for other in layers),
     )
     if settings is not None and depthwise and settings.blocks == "flat":
         # One block per filter.

@@ -147,10 +147,10 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
 def _version(header: Header) -> int:
     """Return the version of a file.
 
-    It is 4 where layers state their padding, else 3 where settings, or those of some layers in the config, name an
-    algorithm.
+    It is 4 where layers state their padding, or the config has settings of small layers; else 3 where settings, or
+    those of some layers in the config, name an algorithm.
     """
-    if any(record.padding is not None for record in header.layers.values()):
+    if "small_layers" in header.config or any(record.padding is not None for record in header.layers.values()):
         return 4
     config = header.config
     parts = [value for name, value in config.items() if name != "overrides"]
