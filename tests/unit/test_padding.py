@@ -202,7 +202,8 @@ def test_files_keep_the_padding(device: str, tmp_path: Path) -> None:
 
 
 def test_files_of_other_networks_are_those_that_older_versions_read(tmp_path: Path) -> None:
-    path = dsconv.save(dsconv.quantize(tnn.Sequential(tnn.Conv2d(8, 8, 3, padding=1))), tmp_path / "net.safetensors")
+    quantized = dsconv.quantize(tnn.Sequential(tnn.Conv2d(8, 8, 3, padding=1)), CONFIG)
+    path = dsconv.save(quantized, tmp_path / "net.safetensors")
     entries, _ = checkpoint.read_tensors(path, "dsconv", "file", "")
     assert int(entries["format_version"]) < 4 and "padding" not in entries["layers"]
 
