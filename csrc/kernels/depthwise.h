@@ -40,7 +40,7 @@ void depthwise_taps(const DepthwiseArgs& args) {
     const PostOpVectors<V> post(a.post, each);
     with_activation(a.post.activation, [&]<Activation A>() {
       finish<V, A>(y, post, a.output + lane, a.residual ? a.residual + lane : nullptr,
-                   a.lanes - lane < V::kLanes ? a.lanes - lane : V::kLanes, a.post.slope);
+                   a.lanes - lane < V::kLanes ? a.lanes - lane : V::kLanes, a.post.activation);
     });
   }
 }
@@ -118,7 +118,7 @@ inline void depthwise_line_vector(const DepthwiseLineArgs& args, std::int64_t la
     if constexpr (Shift) y = V::fma(kds_shift, scaled(totals), y);
     with_activation(a.post.activation, [&]<Activation A>() {
       finish<V, A>(y, post, a.output + i * a.output_stride + lane, a.residual ? a.residual + i * a.residual_stride + lane : nullptr,
-                   V::kLanes, a.post.slope);
+                   V::kLanes, a.post.activation);
     });
     x += Stride;
     for (int ky = 0; ky < Size; ++ky) line[ky] += Stride * step[ky];

@@ -6,6 +6,7 @@
 #include "depthwise.h"
 #include "epilogue.h"
 #include "map.h"
+#include "moments.h"
 #include "pool.h"
 #include "quantize.h"
 #include "winograd.h"
@@ -26,6 +27,7 @@ constexpr VectorKernels vector_kernels() {
       .map = map<V>,
       .pool = pool<V>,
       .average = average<V>,
+      .moments = moments<V>,
       .winograd_input = winograd_input<V>,
       .winograd_output = winograd_output<V>,
       .balanced_rows = V::kDoubles,

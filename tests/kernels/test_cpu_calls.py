@@ -31,7 +31,7 @@ def conv(groups: int = 1, filters: int = 1) -> dict[str, Any]:
     torch.manual_seed(0)
     outputs = 24 * filters
     case = Case(torch.randn(2, 24, 9, 8), outputs, (3, 3), SHIFT, groups, padding=(1, 1), bias=torch.randn(outputs))
-    more = {"residual": torch.randn(2, outputs, 9, 8), "activation": "leaky_relu", "slope": 0.2}
+    more = {"residual": torch.randn(2, outputs, 9, 8), "activation": "leaky_relu", "alpha": 0.2}
     more |= {"gain": torch.randn(outputs), "offset": torch.randn(outputs)}
     return case.arguments() | more
 
@@ -64,7 +64,7 @@ def test_operator_passes_opcheck(operator: Any, arguments: Callable[[], dict[str
     given = arguments()
     if not optional:
         given |= {"bias": None, "kds_shift": None}
-        for name in ("residual", "activation", "slope", "gain", "offset"):
+        for name in ("residual", "activation", "alpha", "gain", "offset"):
             given.pop(name, None)
     torch.library.opcheck(operator.default, (), given)
     if given["x"].dim() == 4:

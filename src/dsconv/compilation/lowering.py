@@ -31,20 +31,16 @@ class Lowered(NamedTuple):
     batch: Any
 
 
-def lower(module: fx.GraphModule, fast_math: bool) -> Lowered:
-    """Return the steps of a graph after :func:`dsconv.compilation.fusion.fuse` that takes one tensor of images.
-
-    They have the bits of PyTorch's operators but for ``fast_math``, whose bits are the same everywhere.
-    """
-    return _Lowering(module, fast_math).lowered()
+def lower(module: fx.GraphModule) -> Lowered:
+    """Return the steps of a graph after :func:`dsconv.compilation.fusion.fuse` that takes one tensor of images."""
+    return _Lowering(module).lowered()
 
 
 class _Lowering:
-    def __init__(self, module: fx.GraphModule, fast_math: bool):
-        self.module, self.fast_math = module, fast_math
+    def __init__(self, module: fx.GraphModule):
+        self.module = module
         self.values: dict[fx.Node, Value] = {}
         self.steps: list[Step] = []
-        self.absorbed: set[fx.Node] = set()
         (self.placeholder,) = [node for node in module.graph.nodes if node.op == "placeholder"]
         self.batch = self.placeholder.meta["val"].shape[0]
 
@@ -53,7 +49,7 @@ class _Lowering:
         source = self.value(self.placeholder) or Value(self.placeholder, (1, 1, 1))
         source.outside = True
         for node in self.module.graph.nodes:
-            if node.op == "call_function" and node not in self.absorbed and self.constant(node) is None:
+            if node.op == "call_function" and self.constant(node) is None:
                 self.steps.append(self._step(node))
         (output,) = [node for node in self.module.graph.nodes if node.op == "output"]
         for node in output.all_input_nodes:
@@ -91,6 +87,10 @@ class _Lowering:
         channels, *image = size
         return (channels, *(image or (1, 1)))
 
+    def channel_dim(self, node: fx.Node) -> int:
+        """The dimension of a tensor of images that is that of the channels."""
+        return 1
+
     def constant(self, node: Any) -> Tensor | None:
         """A tensor of the model."""
         return constant(self.module, node)
@@ -122,7 +122,6 @@ class _Lowering:
                 continue
             node, known = step.node, operator_of(step.node)
             passed_on = node in asked and not known.makes_rows
-            step.by_vectors = known.rounds == "by_vectors" and not known.by_format and not passed_on
             step.faithful = passed_on or known.rounds != "alike" or "alpha" in node.kwargs
             if step.faithful:
                 asked.update(node.all_input_nodes)

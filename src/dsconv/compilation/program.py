@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from dsconv.backends import lowering
-from dsconv.compilation.layouts import are_pixels, fills_vectors, is_dense, lies_in_lines, restrided
+from dsconv.compilation.layouts import are_pixels, lies_in_lines, restrided
 from dsconv.compilation.lowering import Lowered
 from dsconv.compilation.memory import ALIGNMENT, Buffer, place
 from dsconv.compilation.operators import operator_of
@@ -74,12 +74,6 @@ class Program:
         self.memory_bytes: int = self._executable.bytes(1)
         alone = any_batch and self._treats_images_alone()
         self.images_at_once = _CACHED_BYTES // max(1, self.memory_bytes) if alone else None
-        # Values of an image in each tensor that PyTorch computes on vectors.
-        self._by_vectors = {
-            math.prod(step.result.size)
-            for step in calls
-            if step.result is not None and operator_of(step.node).rounds == "by_vectors"
-        }
         self._spare: deque[Tensor] = deque(maxlen=_SPARE)
 
     def __call__(self, x: Tensor, seconds: Tensor | None = None) -> Any:
@@ -92,9 +86,6 @@ class Program:
             if self.images_at_once is None or len(x) <= max(1, self.images_at_once):
                 return self._structure(self._run(x, seconds))
             at_once = max(self.images_at_once, threads())
-            batches = {len(x), at_once, len(x) % at_once}
-            if not all(fills_vectors(images * size) for images in batches for size in self._by_vectors):
-                return self._structure(self._run(x, seconds))
             parts = [self._run(part, seconds) for part in torch.split(x, at_once)]
             joined = zip(self._outputs, map(_joined, zip(*parts, strict=True)), strict=True)
             return self._structure([self._in_layout(node, made) for node, made in joined])
@@ -290,7 +281,7 @@ class Program:
             if not step.faithful or n in self._as_in_model:
                 return x
             strides = self._strides.get(n)
-            if strides is None or (step.by_vectors and _alike_by_vectors(x, strides)):
+            if strides is None:
                 return x
             if n not in kept:
                 kept[n] = restrided(x, strides)
@@ -298,7 +289,7 @@ class Program:
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
         env[node] = made = node.target(*args, **kwargs)
-        if step.faithful and not step.by_vectors and step.result is not None:
+        if step.faithful and step.result is not None:
             self._check_layout(node, made)
         if step.result in self._bases:
             made = made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made.contiguous()
@@ -361,11 +352,6 @@ def _strides(node: fx.Node, batch: Any) -> tuple[int, ...] | None:
     strides: tuple[int, ...] | None = node.meta.get("strides")
     of_images = isinstance(made, Tensor) and made.dim() > 0 and str(made.shape[0]) == str(batch)
     return strides if of_images else None
-
-
-def _alike_by_vectors(x: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether the layout of ``x`` will do where those strides are those of the model."""
-    return fills_vectors(x.numel()) and is_dense(x.shape, x.stride()) and is_dense(x.shape, strides)
 
 
 def _copied(x: Tensor) -> Tensor:

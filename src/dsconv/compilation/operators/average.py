@@ -80,12 +80,8 @@ def _average(lowering: Lowering, node: fx.Node) -> Step | None:
     over_images = sorted(dim % 4 for dim in given.get("dim") or (2, 3)) == [2, 3]
     if source.node.meta["val"].dim() != 4 or not over_images:
         return None
-    lanes: int | None = OWN_LANES
-    if not lowering.fast_math:
-        # PyTorch takes an average of another layout in another order.
-        lanes = lanes_of_pytorch(source.size) if lies_in_lines(source.node) else None
-    if lanes is None:
-        return None
+    # PyTorch takes an average of another layout in another order.
+    lanes = (lanes_of_pytorch(source.size) if lies_in_lines(source.node) else None) or OWN_LANES
     source.in_float = result.in_float = True
     return Average(node=node, result=result, source=source, lanes=lanes)
 

@@ -123,7 +123,8 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
         result=result,
         residual=residual,
         activation=given["activation"],
-        slope=given["slope"],
+        alpha=given["alpha"],
+        beta=given["beta"],
         fused=["bias"] * (given["bias"] is not None) + node.meta.get("fused", []),
     )
 
