@@ -118,18 +118,21 @@ def _take_residual(node: fx.Node, order: dict[fx.Node, int]) -> None:
 
 
 def _take_activation(module: fx.GraphModule, node: fx.Node) -> None:
-    user = only_user(node)
+    last, user = node, only_user(node)
+    while user is not None and operator_of(user).renames is not None and user.args[0] is last:
+        last, user = user, only_user(user)
     settings = activation_of(user, partial(constant, module))
-    if user is not None and settings is not None:
-        _replace(node, user, settings["activation"], **settings)
+    if user is not None and settings is not None and user.args[0] is last:
+        _replace(node, user, settings["activation"], seen_as=last, **settings)
 
 
-def _replace(node: fx.Node, follower: fx.Node, called: str, **arguments: Any) -> None:
-    """Let ``node`` with ``arguments`` stand for ``follower``, its only user, as well."""
+def _replace(node: fx.Node, follower: fx.Node, called: str, seen_as: fx.Node | None = None, **arguments: Any) -> None:
+    """Let ``node`` with ``arguments`` stand for ``follower``, its only reader, perhaps in another shape."""
     node.kwargs = {**node.kwargs, **arguments}
     node.meta["fused"].append(called)
-    node.meta |= {key: follower.meta[key] for key in ("val", *LAYOUT) if key in follower.meta}
-    follower.replace_all_uses_with(node)
+    last = node if seen_as is None else seen_as
+    last.meta |= {key: follower.meta[key] for key in ("val", *LAYOUT) if key in follower.meta}
+    follower.replace_all_uses_with(last)
     follower.graph.erase_node(follower)
 
 

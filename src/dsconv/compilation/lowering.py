@@ -14,13 +14,15 @@ from dsconv.compilation.fusion import constant
 from dsconv.compilation.operators import Step, operator_of
 from dsconv.compilation.operators.map import Map
 from dsconv.compilation.operators.pytorch import Call
-from dsconv.compilation.values import Quantized, Value
+from dsconv.compilation.operators.renaming import size_of
+from dsconv.compilation.values import Quantized, Seen, Value
 
 
 class Lowered(NamedTuple):
     """The steps of a graph, its input, the nodes that it returns, and those that stand for tensors of the model.
 
-    ``structure`` makes what the model returns of a list of the outputs; ``batch`` is the batch size, or its symbol.
+    ``structure`` makes what the model returns of a list of the outputs; ``batch`` is the batch size, or its symbol;
+    ``renamed`` are nodes that stand for the tensor of images of another one, in another shape.
     """
 
     steps: list[Step]
@@ -29,6 +31,7 @@ class Lowered(NamedTuple):
     structure: Callable[[Any], Any]
     constants: dict[fx.Node, Tensor]
     batch: Any
+    renamed: dict[fx.Node, fx.Node]
 
 
 def lower(module: fx.GraphModule) -> Lowered:
@@ -40,6 +43,8 @@ class _Lowering:
     def __init__(self, module: fx.GraphModule):
         self.module = module
         self.values: dict[fx.Node, Value] = {}
+        self.seen: dict[fx.Node, Seen | None] = {}
+        self.renamed: dict[fx.Node, fx.Node] = {}
         self.steps: list[Step] = []
         (self.placeholder,) = [node for node in module.graph.nodes if node.op == "placeholder"]
         self.batch = self.placeholder.meta["val"].shape[0]
@@ -50,7 +55,9 @@ class _Lowering:
         source.outside = True
         for node in self.module.graph.nodes:
             if node.op == "call_function" and self.constant(node) is None:
-                self.steps.append(self._step(node))
+                self.value(node)
+                if node not in self.renamed:
+                    self.steps.append(self._step(node))
         (output,) = [node for node in self.module.graph.nodes if node.op == "output"]
         for node in output.all_input_nodes:
             returned = self.value(node)
@@ -66,30 +73,60 @@ class _Lowering:
         structure: Callable[[Any], Any] = self.module.graph._codegen.process_outputs
         if len(outputs) == 1 and structure([any_one]) is any_one:
             structure = itemgetter(0)  # faster
-        return Lowered(self.steps, source, outputs, structure, constants, self.batch)
+        return Lowered(self.steps, source, outputs, structure, constants, self.batch, self.renamed)
 
     def value(self, node: Any) -> Value | None:
         """The tensor of images that a node makes; None where it makes something else."""
         if node not in self.values:
-            size = self._size(node) if isinstance(node, fx.Node) else None
-            if size is None:
+            seen = self._see(node) if isinstance(node, fx.Node) else None
+            if seen is None:
                 return None
-            self.values[node] = Value(node, size)
+            renamed = self.renamed.get(node)
+            made = Value(node, seen.size, dim=seen.dim) if renamed is None else self.value(renamed)
+            assert made is not None
+            self.values[node] = made
         return self.values[node]
 
-    def _size(self, node: fx.Node) -> tuple[int, int, int] | None:
-        made = node.meta.get("val")
-        if not isinstance(made, Tensor) or made.dtype != torch.float32 or made.dim() not in (2, 4):
-            return None
-        batch, *size = made.shape
-        if str(batch) != str(self.batch) or not all(isinstance(n, int) and n > 0 for n in size):
-            return None
-        channels, *image = size
-        return (channels, *(image or (1, 1)))
+    def _see(self, node: fx.Node) -> Seen | None:
+        if node not in self.seen:
+            self.seen[node] = self._look(node)
+        return self.seen[node]
 
-    def channel_dim(self, node: fx.Node) -> int:
+    def _look(self, node: fx.Node) -> Seen | None:
+        made, known = node.meta.get("val"), operator_of(node)
+        if not isinstance(made, Tensor) or made.dtype != torch.float32 or made.dim() not in (2, 3, 4):
+            return None
+        batch, *sizes = made.shape
+        if not all(isinstance(n, int) and n > 0 for n in sizes) or (node.op == "get_attr"):
+            return None
+        dim = 1
+        first = node.args[0] if node.op == "call_function" and node.args else None
+        if known.renames is not None and isinstance(first, fx.Node) and (seen := self._see(first)) is not None:
+            found = known.renames(node, seen, self.batch)
+            # Whoever makes a tensor for PyTorch has its channels where PyTorch's layers look for them.
+            if found is not None and (found.dim == 1 or self._is_own(first)):
+                self.renamed[node] = first
+                return found
+        for other in node.all_input_nodes if known.keeps_channels else ():
+            seen = self._see(other)
+            if seen is not None and other.meta["val"].dim() == made.dim():
+                rows = made.dim() == 2 and str(batch) != str(self.batch)
+                if rows and str(batch) == str(other.meta["val"].shape[0]):
+                    return Seen((sizes[0], *seen.size[1:]), 1)
+                dim = seen.dim
+                break
+        return Seen(size_of(made.shape, dim), dim) if str(batch) == str(self.batch) else None
+
+    def _is_own(self, node: fx.Node) -> bool:
+        """Whether a step of the program itself makes the tensor of a node."""
+        value = self.value(node)
+        made = next((step for step in reversed(self.steps) if step.result is value), None)
+        return made is not None and not isinstance(made, Call)
+
+    def channel_dim(self, node: Any) -> int:
         """The dimension of a tensor of images that is that of the channels."""
-        return 1
+        seen = self._see(node) if isinstance(node, fx.Node) else None
+        return 1 if seen is None else seen.dim
 
     def constant(self, node: Any) -> Tensor | None:
         """A tensor of the model."""
@@ -103,7 +140,7 @@ class _Lowering:
         return step or self._call(node)
 
     def _call(self, node: fx.Node) -> Step:
-        reads = tuple(value for n in node.all_input_nodes if (value := self.value(n)) is not None)
+        reads = tuple(dict.fromkeys(value for n in node.all_input_nodes if (value := self.value(n)) is not None))
         for value in reads:
             value.in_float = True
         result = self.value(node)
@@ -117,6 +154,7 @@ class _Lowering:
     def _ask_for_layouts(self, output: fx.Node) -> None:
         """Have PyTorch compute in the layouts of the model what depends on them, and all that leads to it."""
         asked = set(output.all_input_nodes)
+        asked.update(self.values[n].node for n in output.all_input_nodes if n in self.values)
         for step in reversed(self.steps):
             if not isinstance(step, Call):
                 continue
@@ -125,10 +163,11 @@ class _Lowering:
             step.faithful = passed_on or known.rounds != "alike" or "alpha" in node.kwargs
             if step.faithful:
                 asked.update(node.all_input_nodes)
+                asked.update(self.values[n].node for n in node.all_input_nodes if n in self.values)
 
     def _place_concatenations(self) -> None:
         """Give pieces a place in what they are concatenated to."""
-        all_of_them = [value for value in self.values.values() if value.pieces]
+        all_of_them = [value for value in dict.fromkeys(self.values.values()) if value.pieces]
         for value in all_of_them:
             for wanted, quantized in value.quantized.items():
                 if value.parts_are_blocks(wanted):

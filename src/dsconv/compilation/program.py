@@ -53,6 +53,9 @@ class Program:
         self.backend, self._executable = lowering()
         self.steps, self.constants = lowered.steps, lowered.constants
         self._input, self._outputs, self._structure = lowered.input, lowered.outputs, lowered.structure
+        self._renamed = lowered.renamed
+        # The nodes of the program's own tensors among those that it returns.
+        self._made = {self._own(node) for node in self._outputs if isinstance(node, fx.Node)}
         self._bases: dict[Value, int] = {}
         self._buffers: dict[Value | Quantized, Buffer] = {}
         self._ids: dict[Value | Quantized, int] = {}
@@ -64,7 +67,7 @@ class Program:
         self._segments = self._segments_of_calls()
         # What steps of the executable make outside the memory: the network's outputs.
         made = {s.result for s in self.steps if s.result in self._bases and not s.in_pytorch}
-        self._returns = {v.node: (base, *_layout(v)) for v, base in self._bases.items() if v in made}
+        self._returns = {v: base for v, base in self._bases.items() if v in made}
         calls = [step for step in self.steps if step.in_pytorch]
         # What is there as a tensor of its own, in the layout of the model where that matters.
         self._as_in_model = {self._input.node, *self.constants, *(step.node for step in calls)}
@@ -103,7 +106,8 @@ class Program:
     def _treats_images_alone(self) -> bool:
         """Whether parts of a batch give parts of its result."""
         tensors_of_images = {step.result.node for step in self.steps if step.result is not None}
-        return tensors_of_images.issuperset(self._outputs) and all(
+        outputs = {self._own(node) if isinstance(node, fx.Node) else node for node in self._outputs}
+        return tensors_of_images.issuperset(outputs) and all(
             operator_of(step.node).returns == "nothing"
             or (operator_of(step.node).by_image and step.node in tensors_of_images)
             for step in self.steps
@@ -129,17 +133,17 @@ class Program:
             if root.size[0] % 256 == 0
             and math.prod(root.size[1:]) > 1
             and not root.outside
-            and root.node not in self._outputs
+            and root.node not in self._made
         }
 
     def _plan_memory(self) -> None:
         end = len(self.steps)
-        outputs = [node for node in self._outputs if isinstance(node, fx.Node)]
         # What PyTorch returns may be a view of what it read, which is needed as long.
-        last: dict[fx.Node, int] = dict.fromkeys(outputs, end)
+        last: dict[fx.Node, int] = dict.fromkeys(self._made, end)
         for index, step in reversed(list(enumerate(self.steps))):
             call = step.in_pytorch
-            reads = step.node.all_input_nodes if call else [v.node for v in step.float_values() if v is not step.result]
+            inputs = map(self._own, step.node.all_input_nodes)
+            reads = inputs if call else (v.node for v in step.float_values() if v is not step.result)
             for node in reads:
                 last[node] = max(last.get(node, 0), last.get(step.node, index) if call else index)
         for index, step in enumerate(self.steps):
@@ -148,7 +152,7 @@ class Program:
                 root = value.root()
                 if not root.outside:
                     size = 4 * self._pixel(root) * math.prod(root.size[1:])
-                    self._use(root, size, index, end if root.node in outputs else until)
+                    self._use(root, size, index, end if root.node in self._made else until)
                 elif not step.in_pytorch:
                     self._bases.setdefault(root, len(self._bases) + 1)
             for quantized in step.quantized_tensors():
@@ -235,16 +239,16 @@ class Program:
         # What is done for every call takes long where the network has just emptied the caches: little is.
         images = len(x)
         env: dict[fx.Node, Any] = {**self.constants, self._input.node: x}
-        pixels = x.dim() == 4 and not self._nchw
-        own = x.contiguous(memory_format=torch.channels_last) if pixels else x.contiguous()
+        own = x.contiguous() if self._nchw else _pixels(x, self._input)
         memory = self._memory(self._executable.bytes(images))
         addresses = [0] * (len(self._bases) + 1)
         addresses[0] = memory.data_ptr()
         if self._input in self._bases:
             addresses[self._bases[self._input]] = own.data_ptr()
-        for node, (base, size, layout) in self._returns.items():
-            y = torch.empty((images, *size), dtype=torch.float32, device="cpu", memory_format=layout)
-            env[node] = y
+        for value, base in self._returns.items():
+            channels, height, width = value.size
+            y = torch.empty((images, height, width, channels), dtype=torch.float32, device="cpu")
+            env[value.node] = _of_node(y, value)
             addresses[base] = y.data_ptr()
         kept: dict[Any, Tensor] = {}
         use_threads()
@@ -277,7 +281,7 @@ class Program:
         node: Any = step.node
 
         def given(n: fx.Node) -> Any:
-            x = env[n]
+            x = self._tensor(n, env)
             if not step.faithful or n in self._as_in_model:
                 return x
             strides = self._strides.get(n)
@@ -292,7 +296,7 @@ class Program:
         if step.faithful and step.result is not None:
             self._check_layout(node, made)
         if step.result in self._bases:
-            made = made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made.contiguous()
+            made = _pixels(made, step.result)
             kept[step] = made
             addresses[self._bases[step.result]] = made.data_ptr()
 
@@ -312,17 +316,32 @@ class Program:
         root = value.root()
         channels, height, width = root.size
         at = self._buffers[root].offset * images // 4 + value.first
-        if value.node.meta["val"].dim() == 2:
-            return memory.as_strided((images, value.size[0]), (channels, 1), at)
-        strides = (channels * height * width, 1, width * channels, channels)
-        return memory.as_strided((images, *value.size), strides, at)
+        shape = (images, height, width, value.size[0])
+        strides = (channels * height * width, width * channels, channels, 1)
+        return _of_node(memory.as_strided(shape, strides, at), value)
+
+    def _own(self, node: fx.Node) -> fx.Node:
+        """The node whose tensor of images a node renames; itself where it does not."""
+        while node in self._renamed:
+            node = self._renamed[node]
+        return node
+
+    def _tensor(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """A tensor that is there, perhaps under another shape."""
+        if node not in env and node in self._renamed:
+            rest: Any = fx.node.map_arg(node.args[1:], lambda n: env[n])
+            made: Any = node.target
+            env[node] = made(self._tensor(self._renamed[node], env), *rest, **node.kwargs)
+        return env[node]
 
     def _returned(self, node: Any, images: int, env: dict[fx.Node, Any], memory: Tensor) -> Any:
         if not isinstance(node, fx.Node):
             return node
-        made = env.get(node)
-        if made is None:
-            made = self._view(next(v for v in self._buffers if isinstance(v, Value) and v.node is node), images, memory)
+        own = self._own(node)
+        if own not in env:
+            value = next(v for v in self._buffers if isinstance(v, Value) and v.node is own)
+            env[own] = self._view(value, images, memory)
+        made = self._tensor(node, env)
         if node not in self._as_in_model:
             made = self._in_layout(node, made)
         inside = isinstance(made, Tensor) and made.untyped_storage().data_ptr() == memory.data_ptr()
@@ -339,11 +358,18 @@ class Program:
         return memory
 
 
-def _layout(value: Value) -> tuple[tuple[int, ...], torch.memory_format]:
-    """Sizes of an image, and the format of images."""
-    if value.node.meta["val"].dim() == 2:
-        return value.size[:1], torch.contiguous_format
-    return value.size, torch.channels_last
+def _pixels(x: Tensor, value: Value) -> Tensor:
+    """The values of a node's tensor, those of a pixel side by side; a copy where they are not yet."""
+    return x.movedim(value.dim, -1).contiguous()
+
+
+def _of_node(pixels: Tensor, value: Value) -> Tensor:
+    """A tensor ``(N, H, W, C)`` as the node of a value has it."""
+    dims = value.node.meta["val"].dim()
+    if dims < 4:
+        rows = () if dims == 2 else (len(pixels),)
+        pixels = pixels.reshape(*rows, -1, pixels.shape[-1])
+    return pixels.movedim(-1, value.dim)
 
 
 def _strides(node: fx.Node, batch: Any) -> tuple[int, ...] | None:

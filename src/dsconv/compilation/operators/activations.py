@@ -59,7 +59,7 @@ def _softplus(node: fx.Node, _: Constant) -> Settings | None:
     return {"activation": "softplus"} if (given["beta"], given["threshold"]) == (1, 20) else None
 
 
-_FACTS: dict[str, Any] = {"returns": "new", "in_place": True, "lower": alone}
+_FACTS: dict[str, Any] = {"returns": "new", "in_place": True, "keeps_channels": True, "lower": alone}
 for _name in ("relu", "hardswish", "hardsigmoid"):
     register("aten", _name, activation=_named(_name), rounds="alike", by_image=True, **_FACTS)
 register("aten", "relu6", activation=_relu6, rounds="alike", by_image=True, **_FACTS)
@@ -69,4 +69,4 @@ for _name in ("silu", "sigmoid", "exp", "mish", "tanh"):
     register("aten", _name, activation=_named(_name), **_FACTS)
 register("aten", "elu", activation=_elu, **_FACTS)
 register("aten", "gelu", activation=_gelu, **_FACTS)
-register("aten", "softplus", activation=_softplus, returns="new", lower=alone)
+register("aten", "softplus", activation=_softplus, returns="new", keeps_channels=True, lower=alone)

@@ -12,6 +12,7 @@ from dsconv.backends import lowering
 from dsconv.backends.base import Executable
 from dsconv.compilation.layouts import lies_in_lines
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
+from dsconv.compilation.operators.pool import Pool
 from dsconv.compilation.values import Value
 from dsconv.ops import arguments_of
 
@@ -73,23 +74,38 @@ def _averages(x: Tensor, lanes: int) -> Tensor:
 
 
 def _average(lowering: Lowering, node: fx.Node) -> Step | None:
-    source, result = lowering.value(node.args[0]), lowering.value(node)
-    if source is None or result is None or result.size != (source.size[0], 1, 1):
+    read: Any = node.args[0]
+    source, result = lowering.value(read), lowering.value(node)
+    if source is None or result is None or result.size[0] != source.size[0]:
         return None
-    given = arguments_of(node.target, node.args, node.kwargs)
-    over_images = sorted(dim % 4 for dim in given.get("dim") or (2, 3)) == [2, 3]
-    if source.node.meta["val"].dim() != 4 or not over_images:
+    given, dims = arguments_of(node.target, node.args, node.kwargs), read.meta["val"].dim()
+    over = [dim for dim in range(1, dims) if dim != lowering.channel_dim(read)]
+    if dims == 2 or sorted(dim % dims for dim in given.get("dim") or over) != over or given.get("dtype") is not None:
         return None
+    if result.size[1:] != (1, 1):
+        return _windows(node, source, result)
     # PyTorch takes an average of another layout in another order.
-    lanes = (lanes_of_pytorch(source.size) if lies_in_lines(source.node) else None) or OWN_LANES
+    lanes = (lanes_of_pytorch(source.size) if lies_in_lines(read) else None) or OWN_LANES
     source.in_float = result.in_float = True
     return Average(node=node, result=result, source=source, lanes=lanes)
 
 
+def _windows(node: fx.Node, source: Value, result: Value) -> Step | None:
+    """Averages over windows that meet, as an adaptive pooling has them where its size divides that of the image."""
+    if any(size % made for size, made in zip(source.size[1:], result.size[1:], strict=True)):
+        return None
+    kernel = [size // made for size, made in zip(source.size[1:], result.size[1:], strict=True)]
+    source.in_float = result.direct = True
+    window = (*kernel, *kernel, 0, 0, 1, 1)
+    return Pool(node=node, result=result, source=source, window=window, average=True)
+
+
 def _of_one_value(node: fx.Node) -> bool:
     read: Any = node.args[0]
-    return tuple(read.meta["val"].shape[-2:]) == tuple(node.args[1])  # type: ignore[arg-type]
+    sizes: Any = node.args[1]
+    return tuple(read.meta["val"].shape[2:]) == tuple(sizes)
 
 
-register("aten", "adaptive_avg_pool2d", returns="new", by_image=True, equals_input=_of_one_value, lower=_average)
-register("aten", "mean", returns="new", by_image=True, lower=_average)
+_FACTS: dict[str, Any] = {"returns": "new", "by_image": True, "lower": _average}
+register("aten", "adaptive_avg_pool1d adaptive_avg_pool2d", equals_input=_of_one_value, **_FACTS)
+register("aten", "mean", **_FACTS)

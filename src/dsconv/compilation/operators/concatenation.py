@@ -12,6 +12,8 @@ def _concatenation(lowering: Lowering, node: fx.Node) -> Step | None:
     pieces = [lowering.value(n) for n in nodes]  # type: ignore[union-attr]
     if result is None or dim not in (1, 1 - node.meta["val"].dim()) or any(p is None for p in pieces):
         return None
+    if any(lowering.channel_dim(n) != 1 for n in nodes):  # type: ignore[union-attr]
+        return None
     if any(p.size[1:] != result.size[1:] for p in pieces if p is not None):
         return None
     result.pieces = tuple(inner for p in pieces if p is not None for inner in p.pieces or (p,))

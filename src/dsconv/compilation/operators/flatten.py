@@ -9,6 +9,7 @@ from torch import fx
 
 from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
+from dsconv.compilation.operators.renaming import reshaped
 from dsconv.compilation.values import Value
 
 
@@ -28,10 +29,15 @@ class Flatten(Step):
 
 def _flatten(lowering: Lowering, node: fx.Node) -> Step | None:
     source, result = lowering.value(node.args[0]), lowering.value(node)
-    if source is None or result is None or result.size != (math.prod(source.size), 1, 1):
+    if (
+        source is None
+        or result is None
+        or result.size != (math.prod(source.size), 1, 1)
+        or lowering.channel_dim(node.args[0]) != 1
+    ):
         return None
     source.in_float = result.in_float = True
     return Flatten(node=node, result=result, source=source)
 
 
-register("aten", "flatten reshape", returns="view", rounds="alike", by_image=True, lower=_flatten)
+register("aten", "flatten reshape", returns="view", rounds="alike", by_image=True, renames=reshaped, lower=_flatten)

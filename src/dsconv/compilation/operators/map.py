@@ -141,7 +141,7 @@ def batchnorm_terms(norm: fx.Node, constant: Callable[[Any], Tensor | None]) -> 
 
 def _batchnorm(lowering: Lowering, node: fx.Node) -> Step | None:
     source, terms = lowering.value(node.args[0]), batchnorm_terms(node, lowering.constant)
-    if source is None or terms is None or not in_one_format(source.node):
+    if source is None or terms is None or not in_one_format(node.args[0]) or lowering.channel_dim(node.args[0]) != 1:
         return None
     gain, offset = terms
     return mapped(lowering, node, source, Operation("scale", "batch_norm", constants=gain, offset=offset))
@@ -208,8 +208,8 @@ def _reciprocal(lowering: Lowering, node: fx.Node) -> Step | None:
 
 
 for _name in ("add", "sub", "mul", "div"):
-    register("aten", _name, returns="new", in_place=True, rounds="alike", lower=_binary)
-register("aten", "rsub", returns="new", rounds="alike", lower=_binary)
-register("aten", "neg", returns="new", in_place=True, rounds="alike", lower=_negative)
-register("aten", "reciprocal", returns="new", in_place=True, rounds="alike", lower=_reciprocal)
+    register("aten", _name, returns="new", in_place=True, rounds="alike", keeps_channels=True, lower=_binary)
+register("aten", "rsub", returns="new", rounds="alike", keeps_channels=True, lower=_binary)
+register("aten", "neg", returns="new", in_place=True, rounds="alike", keeps_channels=True, lower=_negative)
+register("aten", "reciprocal", returns="new", in_place=True, rounds="alike", keeps_channels=True, lower=_reciprocal)
 register("aten", "batch_norm", returns="new", lower=_batchnorm)

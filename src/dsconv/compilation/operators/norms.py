@@ -51,7 +51,7 @@ def _instance_norm(lowering: Lowering, node: fx.Node) -> Step | None:
 def _normalized(lowering: Lowering, node: fx.Node, called: str, groups: int, given: dict[str, Any]) -> Step | None:
     source = lowering.value(node.args[0])
     terms = None if source is None else _terms(lowering, source.size[0], given)
-    if source is None or terms is None or lowering.channel_dim(node) != 1:
+    if source is None or terms is None or lowering.channel_dim(node.args[0]) != 1:
         return None
     weight, bias = terms
     channels = source.size[0]
@@ -117,5 +117,5 @@ def _softmax(lowering: Lowering, node: fx.Node) -> Step | None:
 register("aten", "group_norm", returns="new", lower=_group_norm)
 register("aten", "instance_norm", returns="new", lower=_instance_norm)
 # PyTorch reads its input row by row, whatever its layout, and writes rows.
-register("aten", "layer_norm", returns="new", rounds="alike", makes_rows=True, lower=_layer_norm)
-register("aten", "softmax _softmax", returns="new", lower=_softmax)
+register("aten", "layer_norm", returns="new", rounds="alike", makes_rows=True, keeps_channels=True, lower=_layer_norm)
+register("aten", "softmax _softmax", returns="new", keeps_channels=True, lower=_softmax)

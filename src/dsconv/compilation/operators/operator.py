@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from dsconv.backends.base import Executable, Uses
-from dsconv.compilation.values import Quantized, Value
+from dsconv.compilation.values import Quantized, Seen, Value
 from dsconv.ops import ACTIVATIONS
 
 Settings = dict[str, Any]
@@ -41,7 +41,7 @@ class Lowering(Protocol):
     def value(self, node: Any) -> Value | None:
         """Return the tensor of images that a node makes; None where it makes something else."""
 
-    def channel_dim(self, node: fx.Node) -> int:
+    def channel_dim(self, node: Any) -> int:
         """Return the dimension of a tensor of images that is that of the channels."""
 
     def constant(self, node: Any) -> Tensor | None:
@@ -142,6 +142,9 @@ class Operator:
         fuses: it takes a BatchNorm, a sum and an activation behind it.
         is_input, equals_input: whether a node returns its very input, or a tensor of the same values.
         activation: the settings of a layer that computes it last, for a node; None: the layer cannot.
+        keeps_channels: its result has its channels in the dimension in which its first input of images has them.
+        renames: a node whose result is that very tensor of images under another shape, or with its channels in another
+            dimension: its :class:`~dsconv.compilation.values.Seen`, for that of its input and the batch size; or None.
         lower: makes a step of a node; None: PyTorch executes the node.
     """
 
@@ -154,6 +157,8 @@ class Operator:
     is_input: Callable[[fx.Node], bool] | None = None
     equals_input: Callable[[fx.Node], bool] | None = None
     activation: Callable[[fx.Node, Constant], Settings | None] | None = None
+    keeps_channels: bool = False
+    renames: Callable[[fx.Node, Seen, Any], Seen | None] | None = None
     lower: Callable[[Lowering, fx.Node], Step | None] | None = None
 
 

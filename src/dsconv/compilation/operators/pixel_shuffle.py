@@ -28,7 +28,7 @@ class PixelShuffle(Step):
 
 def _pixel_shuffle(lowering: Lowering, node: fx.Node) -> Step | None:
     source, result, factor = lowering.value(node.args[0]), lowering.value(node), node.args[1]
-    if source is None or result is None or not isinstance(factor, int) or node.meta["val"].dim() != 4:
+    if source is None or result is None or not isinstance(factor, int) or lowering.channel_dim(node.args[0]) != 1:
         return None
     source.in_float = result.in_float = True
     return PixelShuffle(node=node, result=result, source=source, factor=factor)

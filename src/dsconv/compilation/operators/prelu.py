@@ -15,7 +15,7 @@ def _prelu(node: fx.Node, constant: Constant) -> Settings | None:
 
 def _alone(lowering: Lowering, node: fx.Node) -> Step | None:
     source, slopes = lowering.value(node.args[0]), lowering.constant(node.args[1])
-    if source is None or slopes is None or lowering.channel_dim(node) != 1:
+    if source is None or slopes is None or lowering.channel_dim(node.args[0]) != 1:
         return None
     slopes = fixed(slopes).expand(source.size[0]).contiguous()
     return mapped(lowering, node, source, Operation("slope", "prelu", constants=slopes))

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Step, operator_of, register
+from dsconv.compilation.operators.renaming import reshaped
 from dsconv.compilation.values import Value
 
 
@@ -51,14 +52,14 @@ def _converts_nothing(node: fx.Node) -> bool:
 register(
     "aten",
     "alias channel_shuffle chunk concat constant_pad_nd detach detach_ embedding expand expand_as flip gather "
-    "index_select lift_fresh_copy masked_fill movedim narrow pad permute pixel_unshuffle "
+    "index_select lift_fresh_copy masked_fill movedim narrow pad pixel_unshuffle "
     "reflection_pad1d reflection_pad2d repeat replication_pad1d replication_pad2d roll select slice split "
-    "split_with_sizes squeeze stack sym_numel t tile _to_copy transpose unbind unflatten unsqueeze upsample_nearest2d "
+    "split_with_sizes stack sym_numel t tile _to_copy unbind unflatten upsample_nearest2d "
     "where",
     rounds="alike",
 )
 register("aten", "sym_size _assert_tensor_metadata", returns="nothing", rounds="alike")
-register("aten", "view", returns="view", rounds="alike")
+register("aten", "view", returns="view", rounds="alike", renames=reshaped)
 register("aten", "contiguous", returns="view", rounds="alike", makes_rows=True)
 register("aten", "dropout feature_dropout", returns="view", rounds="alike", is_input=lambda node: not node.args[2])
 register("aten", "to", returns="view", rounds="alike", is_input=_converts_nothing)
@@ -66,7 +67,7 @@ register("aten", "clone", rounds="alike", equals_input=lambda node: not node.kwa
 # These round every value alone, and in the same way in vectors and outside them.
 register(
     "aten",
-    "abs amax amin ceil eq floor ge gt le logical_and logical_not logical_or lt max_pool1d maximum minimum ne round "
+    "abs amax amin ceil eq floor ge gt le logical_and logical_not logical_or lt maximum minimum ne round "
     "sign threshold",
     rounds="alike",
 )
