@@ -102,8 +102,8 @@ def normed(*layers: nn.Module) -> nn.Sequential:
     ("layers", "shape", "fused"),
     [
         ((nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40, eps=0.1), nn.ReLU()), (3, 9, 7), ("bias", "batch_norm", "relu")),
-        ((conv(3, 40), nn.BatchNorm2d(40, affine=False), nn.Tanh()), (3, 8, 8), ("batch_norm",)),
-        ((nn.Conv1d(16, 40, 3), nn.BatchNorm1d(40), nn.ReLU()), (16, 9), ("bias", "batch_norm")),
+        ((conv(3, 40), nn.BatchNorm2d(40, affine=False), nn.Hardtanh()), (3, 8, 8), ("batch_norm", "clamp")),
+        ((nn.Conv1d(16, 40, 3), nn.BatchNorm1d(40), nn.ReLU()), (16, 9), ("bias", "batch_norm", "relu")),
         ((nn.Linear(20, 40), nn.BatchNorm1d(40), nn.ReLU6()), (20,), ("bias", "batch_norm", "clamp")),
         ((nn.Conv2d(40, 40, 3, groups=40), nn.BatchNorm2d(40)), (40, 9, 7), ("bias", "batch_norm")),
         ((nn.Conv2d(24, 48, 3, groups=24), nn.BatchNorm2d(48)), (24, 9, 7), ("batch_norm",)),  # by its operator

@@ -22,7 +22,8 @@ class Lowered(NamedTuple):
     """The steps of a graph, its input, the nodes that it returns, and those that stand for tensors of the model.
 
     ``structure`` makes what the model returns of a list of the outputs; ``batch`` is the batch size, or its symbol;
-    ``renamed`` are nodes that stand for the tensor of images of another one, in another shape.
+    ``renamed`` are nodes that stand for the tensor of images of another one, in another shape; ``counts`` those
+    that stand for the batch size.
     """
 
     steps: list[Step]
@@ -32,6 +33,7 @@ class Lowered(NamedTuple):
     constants: dict[fx.Node, Tensor]
     batch: Any
     renamed: dict[fx.Node, fx.Node]
+    counts: tuple[fx.Node, ...]
 
 
 def lower(module: fx.GraphModule) -> Lowered:
@@ -45,6 +47,7 @@ class _Lowering:
         self.values: dict[fx.Node, Value] = {}
         self.seen: dict[fx.Node, Seen | None] = {}
         self.renamed: dict[fx.Node, fx.Node] = {}
+        self.counts: list[fx.Node] = []
         self.steps: list[Step] = []
         (self.placeholder,) = [node for node in module.graph.nodes if node.op == "placeholder"]
         self.batch = self.placeholder.meta["val"].shape[0]
@@ -56,7 +59,9 @@ class _Lowering:
         for node in self.module.graph.nodes:
             if node.op == "call_function" and self.constant(node) is None:
                 self.value(node)
-                if node not in self.renamed:
+                if self._is_batch_size(node):
+                    self.counts.append(node)
+                elif node not in self.renamed:
                     self.steps.append(self._step(node))
         (output,) = [node for node in self.module.graph.nodes if node.op == "output"]
         for node in output.all_input_nodes:
@@ -73,7 +78,7 @@ class _Lowering:
         structure: Callable[[Any], Any] = self.module.graph._codegen.process_outputs
         if len(outputs) == 1 and structure([any_one]) is any_one:
             structure = itemgetter(0)  # faster
-        return Lowered(self.steps, source, outputs, structure, constants, self.batch, self.renamed)
+        return Lowered(self.steps, source, outputs, structure, constants, self.batch, self.renamed, tuple(self.counts))
 
     def value(self, node: Any) -> Value | None:
         """The tensor of images that a node makes; None where it makes something else."""
@@ -116,6 +121,12 @@ class _Lowering:
                 dim = seen.dim
                 break
         return Seen(size_of(made.shape, dim), dim) if str(batch) == str(self.batch) else None
+
+    def _is_batch_size(self, node: fx.Node) -> bool:
+        if node.target is not torch.ops.aten.sym_size.int:
+            return False
+        of: Any = node.args[0]
+        return bool(node.args[1] == 0) and str(of.meta["val"].shape[0]) == str(self.batch)
 
     def _is_own(self, node: fx.Node) -> bool:
         """Whether a step of the program itself makes the tensor of a node."""

@@ -53,7 +53,7 @@ class Program:
         self.backend, self._executable = lowering()
         self.steps, self.constants = lowered.steps, lowered.constants
         self._input, self._outputs, self._structure = lowered.input, lowered.outputs, lowered.structure
-        self._renamed = lowered.renamed
+        self._renamed, self._counts = lowered.renamed, lowered.counts
         # The nodes of the program's own tensors among those that it returns.
         self._made = {self._own(node) for node in self._outputs if isinstance(node, fx.Node)}
         self._bases: dict[Value, int] = {}
@@ -238,7 +238,7 @@ class Program:
     def _run(self, x: Tensor, seconds: Tensor | None) -> list[Any]:
         # What is done for every call takes long where the network has just emptied the caches: little is.
         images = len(x)
-        env: dict[fx.Node, Any] = {**self.constants, self._input.node: x}
+        env: dict[fx.Node, Any] = {**self.constants, **dict.fromkeys(self._counts, images), self._input.node: x}
         own = x.contiguous() if self._nchw else _pixels(x, self._input)
         memory = self._memory(self._executable.bytes(images))
         addresses = [0] * (len(self._bases) + 1)

@@ -95,7 +95,7 @@ def test_blocks_of_convnext_are_steps_of_the_program() -> None:
     )
     fused = [step.fused for step in fast.plan.steps]
     assert ("layer_norm", "quantize") in fused and ("bias", "gelu", "quantize") in fused
-    assert {step.operator for step in fast.plan.in_pytorch} <= {"aten.sym_size"}
+    assert not fast.plan.in_pytorch
     for images in (x, x[:1], x.contiguous(memory_format=torch.channels_last)):
         with torch.inference_mode():
             found, expected = fast(images), fast.model(images)
