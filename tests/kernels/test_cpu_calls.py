@@ -41,7 +41,7 @@ def linear() -> dict[str, Any]:
     config = LayerConfig(block_size=16)
     packed = packing.pack(*quantize_weight(torch.randn(20, 24), 4, 16), None, config, groups=1)
     settings = {"outputs": 20, "weight_bits": 4, "activation_bits": 8, "sign": "adaptive", "block_size": 16}
-    more = {"bias": torch.randn(20), "residual": torch.randn(3, 20), "activation": "relu6"}
+    more = {"bias": torch.randn(20), "residual": torch.randn(3, 20), "activation": "clamp", "beta": 6.0}
     more |= {"gain": torch.randn(20), "offset": torch.randn(20)}
     return {"x": torch.randn(3, 24), **packed._asdict(), **settings, **more}
 
@@ -218,7 +218,7 @@ BAD_ANYWHERE = [
     ("block_size", 7, ""),
     ("block_size", 520, ""),
     ("block_size", 8, ""),
-    ("activation", "gelu", f"activation: expected one of {', '.join(ops.ACTIVATIONS)}, got 'gelu'"),
+    ("activation", "softsign", f"activation: expected one of {', '.join(ops.ACTIVATIONS)}, got 'softsign'"),
     ("residual", lambda value: value[1:], "residual: expected"),
     ("residual", lambda value: value[:1], "residual: expected"),
     ("residual", lambda value: value[..., None], "residual: expected"),
