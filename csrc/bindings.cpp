@@ -122,7 +122,7 @@ const float* shift_of(const ConvSizes& sizes, Address kds_shift) {
 
 PostOps post_ops(Address bias, Address gain, Address offset) {
   if (!gain != !offset) throw std::invalid_argument("gain and offset come together");
-  return {at<const float>(bias), at<const float>(gain), at<const float>(offset), Activation::none, 0.0f};
+  return {at<const float>(bias), at<const float>(gain), at<const float>(offset), {Activation::none, 0.0f, 0.0f}};
 }
 
 template <class Enum>
@@ -146,11 +146,11 @@ struct Convolution {
 
 using BetweenTuple = std::tuple<std::int64_t, std::int64_t, float, float>;
 
-// (float tensor, residual, [(quantized tensor, first channel)], activation, slope): Uses of dsconv/backends/base.py.
-using OutputsTuple = std::tuple<int, int, std::vector<std::pair<int, std::int64_t>>, int, float>;
+// (float tensor, residual, [(quantized tensor, first channel)], activation, alpha, beta): Uses of dsconv/backends/base.py.
+using OutputsTuple = std::tuple<int, int, std::vector<std::pair<int, std::int64_t>>, int, float, float>;
 StepOutputs outputs(const OutputsTuple& to) {
-  const auto& [values, residual, targets, activation, slope] = to;
-  return {values, residual, targets, one_of<Activation>("activation", activation, kActivations), slope};
+  const auto& [values, residual, targets, activation, alpha, beta] = to;
+  return {values, residual, targets, {one_of<Activation>("activation", activation, kActivations), alpha, beta}};
 }
 
 // The sizes of a convolution, by name. They are checked once, and fixed from then on.
@@ -282,11 +282,11 @@ void bind_convolution(nb::module_& m) {
       .def("__init__",
            [](Convolution* self, std::string_view isa, const ConvSizes& g, const std::array<std::int64_t, 4>& input_strides,
               const std::array<std::int64_t, 4>& output_strides, int weight_bits, int activation_bits, int sign, int activation,
-              float slope) {
+              float alpha, float beta) {
              Layer layer{};
              layer.wide = is_wide(g, weight_bits), layer.activation_bits = activation_bits_of(g, activation_bits);
              layer.sign = one_of<Sign>("sign", sign, kSigns);
-             layer.post.activation = one_of<Activation>("activation", activation, kActivations), layer.post.slope = slope;
+             layer.post.activation = {one_of<Activation>("activation", activation, kActivations), alpha, beta};
              const Strides from = strides(input_strides, g.images, g.channels, g.height, g.width);
              Strides to = strides(output_strides, g.images, g.outputs, g.out_height, g.out_width);
              if (g.out_width <= 1) to.x = 1;
@@ -346,10 +346,20 @@ void bind_program(nb::module_& m) {
                            from, input, outputs(to));
            })
       .def("map",
-           [](Program& self, int from, Address scale, Address shift, bool fma, int gate, const OutputsTuple& to) {
-             self.map(from, at<const float>(scale), at<const float>(shift), fma, gate, outputs(to));
+           [](Program& self, int from, const std::vector<std::tuple<int, int, float, float, int, Address, Address>>& given,
+              const OutputsTuple& to) {
+             std::vector<MapOperation> operations;
+             for (const auto& [operation, activation, alpha, beta, tensor, constants, offset] : given)
+               operations.push_back({one_of<Operation>("operation", operation, kOperations),
+                                     {one_of<Activation>("activation", activation, kActivations), alpha, beta},
+                                     tensor,
+                                     at<const float>(constants),
+                                     at<const float>(offset)});
+             self.map(from, operations, outputs(to));
            })
       .def("average", &Program::average)
+      .def("moments", [](Program& self, int from, std::int64_t groups, Address weight, float epsilon, int mean,
+                         int scale) { self.moments(from, groups, at<const float>(weight), epsilon, mean, scale); })
       .def("flatten", &Program::flatten)
       .def("rearrange",
            [](Program& self, int from, const std::vector<std::array<std::int64_t, 7>>& given, int to) {

@@ -1,60 +1,149 @@
-// Activations of vectors.
+// Activations of vectors. All are made of operations that round alike everywhere, so that every instruction set gives the
+// same bits. Comparisons are such that a NaN stays one.
 #pragma once
 
 #include "kernels.h"
 
 namespace dsconv {
 
-// e^v to about a unit in the last place, the same bits on every instruction set. NaN stays one.
+// The exponential of v as (1 + p * r) * 2^n, for v of -105 to 89, or beyond these what they give.
+template <class V>
+struct Exponential {
+  typename V::Float r, p;
+  typename V::Int n;
+
+  explicit Exponential(typename V::Float v) {
+    constexpr auto all = [](float v) { return V::broadcast(v); };
+    constexpr float kMagic = 12582912.0f;     // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+    v = v > all(89.0f) ? all(89.0f) : v;      // infinity
+    v = v < all(-105.0f) ? all(-105.0f) : v;  // 0
+    const auto shifted = V::fma(v, all(1.44269504f), all(kMagic)), whole = shifted - kMagic;
+    // v - n ln 2. The first part of ln 2 has so few bits that n times it is exact.
+    r = V::fma(whole, all(-1.42860677e-6f), V::fma(whole, all(-0.693145752f), v));
+    // The minimax polynomial for |r| <= ln 2 / 2: 1 + p * r is within 2^-28 of the exponential of r.
+    constexpr float kFactors[] = {0.008368686f, 0.041668274f, 0.16666521f, 0.49999994f, 1.0f};
+    p = all(0.0013820138f);
+    for (const float factor : kFactors) p = V::fma(p, r, all(factor));
+    n = V::as_int(shifted) - 0x4b400000;
+  }
+
+  typename V::Float value() const {
+    // Times 2^n in two steps, either of which is a normal number.
+    const typename V::Int half = n >> 1;
+    return V::fma(p, r, V::broadcast(1.0f)) * V::as_float((half + 127) << 23) * V::as_float((n - half + 127) << 23);
+  }
+};
+
 template <class V>
 inline typename V::Float exponential(typename V::Float v) {
-  using Int = typename V::Int;
-  constexpr auto all = [](float v) { return V::broadcast(v); };
-  constexpr float kMagic = 12582912.0f;     // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
-  v = v > all(89.0f) ? all(89.0f) : v;      // infinity
-  v = v < all(-105.0f) ? all(-105.0f) : v;  // 0
-  const auto shifted = V::fma(v, all(1.44269504f), all(kMagic)), n = shifted - kMagic;
-  // v - n ln 2. The first part of ln 2 has so few bits that n times it is exact.
-  const auto r = V::fma(n, all(-1.42860677e-6f), V::fma(n, all(-0.693145752f), v));
-  // Taylor's series, whose next term is below 2^-27 for |r| <= ln 2 / 2.
-  constexpr float kFactors[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  auto p = all(1.0f / 5040);
-  for (const float factor : kFactors) p = V::fma(p, r, all(factor));
-  // Times 2^n in two steps, either of which is a normal number.
-  const Int whole = V::as_int(shifted) - 0x4b400000, half = whole >> 1;
-  return p * V::as_float((half + 127) << 23) * V::as_float((whole - half + 127) << 23);
+  return Exponential<V>(v).value();
 }
 
-// Comparisons are such that a NaN stays one.
-template <class V, Activation A>
-inline typename V::Float activated(typename V::Float v, float slope) {
+// e^v - 1 for v <= 0, without the loss of digits near 0.
+template <class V>
+inline typename V::Float exponential_minus_one(typename V::Float v) {
+  v = v < V::broadcast(-30.0f) ? V::broadcast(-30.0f) : v;  // -1
+  const Exponential<V> e(v);
+  const auto power = V::as_float((e.n + 127) << 23);
+  return V::fma(e.p * e.r, power, power - 1.0f);
+}
+
+// v / (1 + e^-u).
+template <class V>
+inline typename V::Float gated(typename V::Float v, typename V::Float u) {
+  return v / (1.0f + exponential<V>(-u));
+}
+
+template <class V>
+inline typename V::Float magnitude(typename V::Float v) {
+  return V::as_float(V::as_int(v) & 0x7fffffff);
+}
+
+template <class V>
+inline typename V::Float hyperbolic_tangent(typename V::Float v) {
+  const auto less = exponential_minus_one<V>(magnitude<V>(v) * -2.0f);
+  return V::as_float(V::as_int(magnitude<V>(less / (2.0f + less))) | (V::as_int(v) & INT32_MIN));
+}
+
+// v times the normal distribution's share below v. The logarithm of that share's odds is v times an even function, of
+// which this is the polynomial with the least error of the product.
+template <class V>
+inline typename V::Float gelu(typename V::Float v) {
+  constexpr float kFactors[] = {-2.674956e-7f, 7.94975e-6f, -1.1058257e-4f, -6.582739e-5f, 0.07266777f, 1.5957689f};
+  auto square = v * v;
+  square = square > V::broadcast(30.25f) ? V::broadcast(30.25f) : square;
+  auto p = V::broadcast(3.622851e-9f);
+  for (const float factor : kFactors) p = V::fma(p, square, V::broadcast(factor));
+  return gated<V>(v, v * p);
+}
+
+// ln(1 + e^v), by the series of the area tangent, with minimax factors.
+template <class V>
+inline typename V::Float softplus(typename V::Float v) {
+  constexpr float kFactors[] = {0.27998665f, 0.40021735f, 0.6666641f, 2.0f};
   const typename V::Float zero{};
-  if constexpr (A == Activation::relu || A == Activation::relu6) v = v < zero ? zero : v;
-  if constexpr (A == Activation::relu6) v = v > zero + 6.0f ? zero + 6.0f : v;
-  if constexpr (A == Activation::leaky_relu) v = v > zero ? v : v * slope;  // a zero too: its sign follows the slope
-  if constexpr (A == Activation::hardswish || A == Activation::hardsigmoid) {
+  const auto t = exponential<V>(-magnitude<V>(v)), s = t / (2.0f + t), square = s * s;
+  auto p = V::broadcast(0.28026363f);
+  for (const float factor : kFactors) p = V::fma(p, square, V::broadcast(factor));
+  return V::fma(s, p, v < zero ? zero : v);
+}
+
+// Activations that few networks have: one function for all epilogues.
+template <class V>
+[[gnu::noinline]] typename V::Float rarely_activated(typename V::Float v, const ActivationSettings& settings) {
+  const typename V::Float zero{};
+  switch (settings.kind) {
+    case Activation::hardsigmoid: {
+      auto gate = v + 3.0f;
+      gate = gate < zero ? zero : gate;
+      return (gate > zero + 6.0f ? zero + 6.0f : gate) / 6.0f;
+    }
+    case Activation::sigmoid: return gated<V>(zero + 1.0f, v);
+    case Activation::elu: return v < zero ? exponential_minus_one<V>(v) * settings.alpha : v;
+    case Activation::exp: return exponential<V>(v);
+    case Activation::gelu: return gelu<V>(v);
+    // 2 sqrt(2 / pi) (v + 0.044715 v^3)
+    case Activation::gelu_tanh: return gated<V>(v, v * V::fma(v * v, zero + 0.07135481f, zero + 1.5957691f));
+    case Activation::mish: {  // v tanh(ln(1 + e^v))
+      const auto e = exponential<V>(v > zero + 20.0f ? zero + 20.0f : v), n = e * (e + 2.0f);
+      return v * (n / (n + 2.0f));
+    }
+    case Activation::softplus: return softplus<V>(v);
+    case Activation::tanh: return hyperbolic_tangent<V>(v);
+    default: return v;
+  }
+}
+
+template <class V, Activation A>
+inline typename V::Float activated(typename V::Float v, const ActivationSettings& settings) {
+  const typename V::Float zero{};
+  if constexpr (A == Activation::relu) v = v < zero ? zero : v;
+  if constexpr (A == Activation::clamp) {
+    v = v < zero + settings.alpha ? zero + settings.alpha : v;
+    v = v > zero + settings.beta ? zero + settings.beta : v;
+  }
+  if constexpr (A == Activation::leaky_relu) v = v > zero ? v : v * settings.alpha;  // a zero too: its sign follows the slope
+  if constexpr (A == Activation::hardswish) {
     auto gate = v + 3.0f;
     gate = gate < zero ? zero : gate;
-    gate = gate > zero + 6.0f ? zero + 6.0f : gate;
-    v = (A == Activation::hardswish ? v * gate : gate) / 6.0f;
+    v = v * (gate > zero + 6.0f ? zero + 6.0f : gate) / 6.0f;
   }
-  if constexpr (A == Activation::silu) v = v / (1.0f + exponential<V>(-v));
-  if constexpr (A == Activation::sigmoid) v = 1.0f / (1.0f + exponential<V>(-v));
+  if constexpr (A == Activation::silu) v = gated<V>(v, v);
+  if constexpr (A == kRareActivation) v = rarely_activated<V>(v, settings);
   return v;
 }
 
-// Calls function with the activation as a template argument.
+// Calls function with the activation as a template argument; kRareActivation stands for all that are rare.
 template <class Function>
-inline void with_activation(Activation activation, Function function) {
-  switch (activation) {
+inline void with_activation(const ActivationSettings& settings, Function function) {
+  switch (settings.kind) {
     case Activation::none: return function.template operator()<Activation::none>();
     case Activation::relu: return function.template operator()<Activation::relu>();
-    case Activation::relu6: return function.template operator()<Activation::relu6>();
+    case Activation::clamp: return function.template operator()<Activation::clamp>();
     case Activation::leaky_relu: return function.template operator()<Activation::leaky_relu>();
     case Activation::hardswish: return function.template operator()<Activation::hardswish>();
-    case Activation::hardsigmoid: return function.template operator()<Activation::hardsigmoid>();
     case Activation::silu: return function.template operator()<Activation::silu>();
-    case Activation::sigmoid: return function.template operator()<Activation::sigmoid>();
+    default: return function.template operator()<kRareActivation>();
   }
 }
 

@@ -40,7 +40,7 @@ void depthwise_taps(const DepthwiseArgs& args) {
     const PostOpVectors<V> post(a.post, each);
     with_activation(a.post.activation, [&]<Activation A>() {
       finish<V, A>(y, post, a.output + lane, a.residual ? a.residual + lane : nullptr,
-                   a.lanes - lane < V::kLanes ? a.lanes - lane : V::kLanes, a.post.slope);
+                   a.lanes - lane < V::kLanes ? a.lanes - lane : V::kLanes, a.post.activation);
     });
   }
 }
@@ -56,7 +56,7 @@ void depthwise_floats(const DepthwiseArgs& args) {
       sum = V::fma(V::load(a.tap[k] + a.first + lane), V::broadcast(static_cast<float>(a.weight[k * a.filters])), sum);
     with_activation(a.post.activation, [&]<Activation A>() {
       finish<V, A>(sum * V::broadcast(*a.kds), post, a.output + lane, a.residual ? a.residual + lane : nullptr,
-                   a.lanes - lane < V::kLanes ? a.lanes - lane : V::kLanes, a.post.slope);
+                   a.lanes - lane < V::kLanes ? a.lanes - lane : V::kLanes, a.post.activation);
     });
   }
 }
@@ -143,7 +143,7 @@ void depthwise_line_activated(const DepthwiseLineArgs& args) {
       for (int i = 0; i < kOutputs; ++i)
         if (i < count)
           finish<V, A>(sums[i] * kds, post, to + i * a.output_stride, residual ? residual + i * a.residual_stride : nullptr, lanes,
-                       a.post.slope);
+                       a.post.activation);
     }
   }
 }

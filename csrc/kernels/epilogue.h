@@ -21,11 +21,11 @@ struct PostOpVectors {
 // Finishes and stores the first `count` of a vector of contiguous outputs, and returns them.
 template <class V, Activation A>
 inline typename V::Float finish(typename V::Float v, const PostOpVectors<V>& post, float* output, const float* residual, int count,
-                                float slope) {
+                                const ActivationSettings& activation) {
   const bool whole = count == V::kLanes;
   v = V::fma(v + post.bias, post.gain, post.offset);
   if (residual) v += whole ? V::load(residual) : V::load_some(residual, count);
-  v = activated<V, A>(v, slope);
+  v = activated<V, A>(v, activation);
   whole ? V::store(output, v) : V::store_some(output, v, count);
   return v;
 }
@@ -42,7 +42,7 @@ inline void epilogue_nhwc_vectors(const EpilogueArgs& args, int first) {
     for (int i = 0; i < Vectors; ++i) {
       const int n = first + i * V::kLanes;
       finish<V, A>(V::load(a.sums + p * kNR + n), post[i], a.output + a.place[p] + n,
-                   Residual ? a.residual + a.residual_place[p] + n : nullptr, V::kLanes, a.post.slope);
+                   Residual ? a.residual + a.residual_place[p] + n : nullptr, V::kLanes, a.post.activation);
     }
 }
 
@@ -59,7 +59,7 @@ void epilogue_nhwc(const EpilogueArgs& a) {
   const PostOpVectors<V> post(a.post, [&](const float* from) { return V::load_some(from + n, left); });
   for (int p = 0; p < a.pixels; ++p)
     finish<V, A>(V::load(a.sums + p * kNR + n), post, a.output + a.place[p] + n,
-                 a.residual ? a.residual + a.residual_place[p] + n : nullptr, left, a.post.slope);
+                 a.residual ? a.residual + a.residual_place[p] + n : nullptr, left, a.post.activation);
 }
 
 // The same output of neighbouring pixels is contiguous.
@@ -80,7 +80,7 @@ void epilogue_nchw(const EpilogueArgs& args) {
           const PostOpVectors<V> post(a.post, [&](const float* from) { return V::broadcast(from[n + i]); });
           const std::int64_t channel = (n + i) * a.channel_stride;
           finish<V, A>(v[i], post, a.output + a.place[p] + channel,
-                       a.residual ? a.residual + a.residual_place[p] + channel : nullptr, pixels, a.post.slope);
+                       a.residual ? a.residual + a.residual_place[p] + channel : nullptr, pixels, a.post.activation);
         }
       };
       run == kLanes ? each(kLanes) : each(run);
@@ -106,7 +106,7 @@ void epilogue_quantize_block(const EpilogueArgs& args, std::int64_t sums_stride,
       block, a.output + a.place[0], stride, [&](int p, int n, auto) __attribute__((always_inline)) {
         return finish<V, A>(V::load(a.sums + n / kNR * sums_stride + p * kNR + n % kNR), post[n / V::kLanes],
                             a.output + a.place[p] + n, Residual ? a.residual + a.residual_place[p] + n : nullptr, V::kLanes,
-                            a.post.slope);
+                            a.post.activation);
       });
 }
 
@@ -125,9 +125,9 @@ bool epilogue_quantize(const EpilogueArgs& a, std::int64_t sums_stride, const Qu
                                    : false;
   };
   if (block.sign == Sign::extra) return false;
-  return a.post.activation == Activation::relu   ? with_size.template operator()<Activation::relu>()
-         : a.post.activation == Activation::none ? with_size.template operator()<Activation::none>()
-                                                 : false;
+  return a.post.activation.kind == Activation::relu   ? with_size.template operator()<Activation::relu>()
+         : a.post.activation.kind == Activation::none ? with_size.template operator()<Activation::none>()
+                                                      : false;
 }
 
 }  // namespace dsconv

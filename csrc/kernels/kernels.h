@@ -17,8 +17,30 @@ inline constexpr int kMaxBlockSize = 512;
 
 enum class Sign : int { adaptive, extra, included };  // the order of ACTIVATION_SIGNS in Python
 inline constexpr int kSigns = static_cast<int>(Sign::included) + 1;
-enum class Activation : int { none, relu, relu6, leaky_relu, hardswish, hardsigmoid, silu, sigmoid };
-inline constexpr int kActivations = static_cast<int>(Activation::sigmoid) + 1;
+// In the order of ACTIVATIONS in Python. Those from kRareActivation on are computed by a call, not within each epilogue.
+enum class Activation : int {
+  none,
+  relu,
+  clamp,
+  leaky_relu,
+  hardswish,
+  silu,
+  hardsigmoid,
+  sigmoid,
+  elu,
+  exp,
+  gelu,
+  gelu_tanh,
+  mish,
+  softplus,
+  tanh
+};
+inline constexpr Activation kRareActivation = Activation::hardsigmoid;
+inline constexpr int kActivations = static_cast<int>(Activation::tanh) + 1;
+struct ActivationSettings {
+  Activation kind;
+  float alpha, beta;  // the bounds of a clamp; alpha is the slope of a leaky ReLU, and that of an ELU
+};
 
 // Weights are stored as unsigned numbers, q + zero point: as nibbles up to 4 bits, else ("wide") as bytes; those of
 // Winograd as signed bytes.
@@ -98,12 +120,11 @@ struct DotArgs {
 // once. Pointers may be null; gain and offset, of a BatchNorm, come together.
 struct PostOps {
   const float *bias, *gain, *offset;
-  Activation activation;
-  float slope;  // of a leaky ReLU
+  ActivationSettings activation;
 
   PostOps from(std::int64_t output) const {
     const auto at = [output](const float* p) { return p ? p + output : nullptr; };
-    return {at(bias), at(gain), at(offset), activation, slope};
+    return {at(bias), at(gain), at(offset), activation};
   }
 };
 
@@ -111,10 +132,11 @@ struct PostOps {
 struct Bounds {
   float low, high;
 };
-constexpr bool has_bounds(Activation a) { return a == Activation::none || a == Activation::relu || a == Activation::relu6; }
-constexpr Bounds bounds_of(Activation a) {
+constexpr bool has_bounds(Activation a) { return a == Activation::none || a == Activation::relu || a == Activation::clamp; }
+constexpr Bounds bounds_of(const ActivationSettings& a) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  return {a == Activation::none ? -kInfinity : 0.0f, a == Activation::relu6 ? 6.0f : kInfinity};
+  if (a.kind == Activation::clamp) return {a.alpha, a.beta};
+  return {a.kind == Activation::none ? -kInfinity : 0.0f, kInfinity};
 }
 
 struct EpilogueArgs {
@@ -128,21 +150,46 @@ struct EpilogueArgs {
   float* output;
 };
 
-// Pixels whose channels are contiguous: activation((x * scale + shift) * gate + addend).
+// An operation of values x and an operand b: x + b, x - b, b - x, x * b, x / b, b / x, x * b + offset rounded once, x where
+// it is positive and else x * b; or of all channels of a pixel: layer norm with weights b and the offset, and softmax. In
+// the order of OPERATIONS in Python.
+enum class Operation : int {
+  activate,
+  add,
+  subtract,
+  subtract_from,
+  multiply,
+  divide,
+  divide_by,
+  scale,
+  slope,
+  normalize,
+  softmax
+};
+inline constexpr int kOperations = static_cast<int>(Operation::softmax) + 1;
+
+// Pixels whose channels are contiguous. The output may be the input.
 struct MapArgs {
+  Operation operation;
   const float* input;
-  std::int64_t input_stride;   // in values, from pixel to pixel; all strides of pixels are
-  const float *scale, *shift;  // of each channel, or both null
-  bool fma;                    // x * scale + shift is rounded once
-  const float* gate;           // or null
-  std::int64_t gate_stride;    // 0: one pixel for all
-  const float* addend;         // or null
-  std::int64_t addend_stride;
+  std::int64_t input_stride;      // in values, from pixel to pixel; all strides of pixels are
+  const float *operand, *offset;  // null where the operation has none; the offset is that of a channel
+  std::int64_t operand_stride;    // 0: one pixel for all
+  bool one_operand;               // for all channels of a pixel
   float* output;
   std::int64_t output_stride;
   std::int64_t pixels, channels;
-  Activation activation;
-  float slope;
+  ActivationSettings activation;  // of layer norm, alpha is added to a variance
+};
+
+// For an image, the mean of each group of neighbouring channels over all pixels, and the reciprocal of its deviation times the
+// weight of the channel.
+struct MomentsArgs {
+  const float* input;
+  std::int64_t stride, pixels, channels, group;  // channels of a group, which divide those of all
+  const float* weight;                           // of each channel, or null
+  float epsilon;                                 // added to a variance
+  float *mean, *scale;                           // of each channel
 };
 
 // One output pixel of a pooling: the maximum of its taps, NaN above all numbers, or their average.
@@ -268,6 +315,7 @@ struct VectorKernels {
   void (*pool)(const PoolArgs&);
   void (*average)(const AverageArgs&);
   void (*interpolate)(const InterpolateArgs&);
+  void (*moments)(const MomentsArgs&);
   void (*winograd_input)(const WinogradInputArgs&);
   void (*winograd_output)(const WinogradOutputArgs&);
   int balanced_rows;  // that round_balanced takes together

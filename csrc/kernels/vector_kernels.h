@@ -7,6 +7,7 @@
 #include "epilogue.h"
 #include "interpolate.h"
 #include "map.h"
+#include "moments.h"
 #include "pool.h"
 #include "quantize.h"
 #include "winograd.h"
@@ -28,6 +29,7 @@ constexpr VectorKernels vector_kernels() {
       .pool = pool<V>,
       .average = average<V>,
       .interpolate = interpolate<V>,
+      .moments = moments<V>,
       .winograd_input = winograd_input<V>,
       .winograd_output = winograd_output<V>,
       .balanced_rows = V::kDoubles,

@@ -165,7 +165,7 @@ void Program::convolve(const ConvSizes& sizes, const Layer& layer, int from, int
             "expected a quantized input of the layer's sizes");
   }
   Layer l = layer;
-  l.post.activation = to.activation, l.post.slope = to.slope;
+  l.post.activation = to.activation;
   steps_.push_back([=, this](const Run& run) {
     ConvSizes now = g;
     now.images = run.images;
@@ -188,46 +188,68 @@ void Program::quantize_whole(const FloatTensor& v, const StepOutputs& to) {
   });
 }
 
-void Program::map(int from, const float* scale, const float* shift, bool fma, int gate_id, const StepOutputs& to) {
+void Program::map(int from, const std::vector<MapOperation>& given, const StepOutputs& to) {
   const FloatTensor v = float_tensor(from);
-  require(!scale == !shift, "scale and shift come together");
-  const bool one_gate = gate_id >= 0 && float_tensor(gate_id).pixels() == 1;  // for each image
-  if (gate_id >= 0) {
-    const FloatTensor& gate = float_tensor(gate_id);
-    require(gate.dense() && gate.channels == v.channels && (one_gate || (gate.height == v.height && gate.width == v.width)),
-            "gate: expected a dense tensor of the input's channels, of its size or of one pixel");
+  std::vector<MapOperation> all = given;
+  bool by_image = false;  // an operand is that of an image
+  for (const MapOperation& o : all) {
+    const bool of_pixel = o.operation == Operation::normalize || o.operation == Operation::softmax;
+    require(o.tensor < 0 || !(of_pixel || o.operation == Operation::activate), "map: expected an operation that has an operand");
+    require((o.operation != Operation::normalize && o.operation != Operation::scale) || (o.constants && o.offset),
+            "map: expected factors and offsets of all channels");
+    if (o.tensor < 0) continue;
+    const FloatTensor& other = float_tensor(o.tensor);
+    require(other.dense() && (other.channels == v.channels || other.channels == 1) &&
+                (other.pixels() == 1 || (other.height == v.height && other.width == v.width)),
+            "map: expected a dense operand of the input's channels or one, of its size or of one pixel");
+    by_image |= other.pixels() == 1;
   }
   check(to, v.channels, v.height, v.width, true);
-  const bool plain = !scale && gate_id < 0 && to.residual < 0 && to.activation == Activation::none && to.values < 0;
+  require(to.residual < 0 && to.activation.kind == Activation::none, "map: expected operations in the place of post-ops");
   if (!v.dense()) {
-    require(plain, "expected a dense tensor, or nothing to do but to quantize it whole");
+    require(all.empty() && to.values < 0, "expected a dense tensor, or nothing to do but to quantize it whole");
     return quantize_whole(v, to);
   }
+  if (all.empty() && to.values >= 0) all.push_back({Operation::activate, {}, -1, nullptr, nullptr});  // a copy
   steps_.push_back([=, this](const Run& run) {
     const std::vector<QuantizedTarget> into = targets(run, to, v.channels);
     const float* values = address(run, v);
-    const Input addend = input(run, to.residual), output = input(run, to.values), gate = input(run, gate_id);
-    const std::int64_t pixels = one_gate ? v.pixels() : run.images * v.pixels();  // in a row, with the same gate
+    const Input output = input(run, to.values);
+    const std::int64_t pixels = by_image ? v.pixels() : run.images * v.pixels();  // in a row, with the same operands
     const std::int64_t tasks = ceil_div(pixels, kTaskPixels);
-    parallel((one_gate ? run.images : 1) * tasks, [&](std::int64_t task) {
+    parallel((by_image ? run.images : 1) * tasks, [&](std::int64_t task) {
       const std::int64_t image = task / tasks, begin = task % tasks * kTaskPixels;
       const std::int64_t first = image * v.pixels() + begin, count = std::min(kTaskPixels, pixels - begin);
       struct User;
-      Scratch<User> scratch(plain || output.values ? 0 : count * v.channels * 4);
+      Scratch<User> scratch(all.empty() || output.values ? 0 : count * v.channels * 4);
       const float* made = values + first * v.strides.x;
       std::int64_t stride = v.strides.x;
-      if (!plain) {
+      if (!all.empty()) {
         float* const written =
             output.values ? const_cast<float*>(output.values) + first * output.strides.x : scratch.take<float>(0);
         stride = output.values ? output.strides.x : v.channels;
-        MapArgs a{};
-        a.input = made, a.input_stride = v.strides.x, a.pixels = count, a.channels = v.channels;
-        a.scale = scale, a.shift = shift, a.fma = fma;
-        if (gate.values) a.gate = gate.values + (one_gate ? image * gate.strides.image : first * gate.strides.x);
-        a.gate_stride = one_gate ? 0 : gate.strides.x;
-        if (addend.values) a.addend = addend.values + first * addend.strides.x, a.addend_stride = addend.strides.x;
-        a.output = written, a.output_stride = stride, a.activation = to.activation, a.slope = to.slope;
-        kernels_.vector.map(a);
+        // Several operations take turns while values are in the first cache.
+        constexpr std::int64_t kCachedValues = 4096;
+        const std::int64_t part = all.size() == 1 ? count : std::max<std::int64_t>(1, kCachedValues / v.channels);
+        for (std::int64_t p = 0; p < count; p += part) {
+          MapArgs a{};
+          a.input = made + p * v.strides.x, a.input_stride = v.strides.x;
+          a.output = written + p * stride, a.output_stride = stride;
+          a.pixels = std::min(part, count - p), a.channels = v.channels;
+          for (const MapOperation& o : all) {
+            a.operation = o.operation, a.activation = o.activation;
+            a.operand = o.constants ? o.constants : &o.activation.alpha, a.offset = o.offset;
+            a.operand_stride = 0, a.one_operand = !o.constants;
+            if (o.tensor >= 0) {
+              const FloatTensor& other = floats_[o.tensor];
+              const bool one = other.pixels() == 1;
+              a.operand = address(run, other) + (one ? image * other.strides.image : (first + p) * other.strides.x);
+              a.operand_stride = one ? 0 : other.strides.x, a.one_operand = other.channels == 1 && v.channels > 1;
+            }
+            kernels_.vector.map(a);
+            a.input = a.output, a.input_stride = stride;
+          }
+        }
         made = written;
       }
       for (const QuantizedTarget& target : into) quantize_into(target, kernels_, made, stride, first, count, 0, v.channels);
@@ -296,7 +318,7 @@ void Program::pool(int from, const PoolWindow& w, std::int64_t out_height, std::
   require(w.pad_h >= 0 && w.pad_w >= 0 && w.pad_h < w.kernel_h * w.dilation_h && w.pad_w < w.kernel_w * w.dilation_w &&
               is_size(w.kernel_h * w.kernel_w) && (out_height - 1) * w.stride_h < v.height + w.pad_h &&
               (out_width - 1) * w.stride_w < v.width + w.pad_w && w.divisor >= 0 && to.residual < 0 &&
-              to.activation == Activation::none,
+              to.activation.kind == Activation::none,
           "pool: expected a padding smaller than the kernel, windows that begin within the image, and nothing else to do");
   check(to, v.channels, out_height, out_width, true);
   const bool by_line = !w.average && w.kernel_h > 1 && w.kernel_w > w.stride_w && v.strides.x == v.channels;
@@ -335,6 +357,27 @@ void Program::average(int from, int lanes, int to) {
       a.pixels = v.pixels(), a.channels = std::min(kTogether, v.channels - first), a.lanes = lanes;
       a.output = address(run, made) + image * made.strides.image + first;
       kernels_.vector.average(a);
+    });
+  });
+}
+
+void Program::moments(int from, std::int64_t groups, const float* weight, float epsilon, int mean, int scale) {
+  const FloatTensor v = float_tensor(from), means = float_tensor(mean), scales = float_tensor(scale);
+  const auto of_channels = [&](const FloatTensor& t) { return t.dense() && t.channels == v.channels && t.pixels() == 1; };
+  require(v.dense() && of_channels(means) && of_channels(scales) && groups > 0 && v.channels % groups == 0,
+          "moments: expected dense tensors of the same channels, the results of one pixel, and groups that divide them");
+  const std::int64_t group = v.channels / groups;
+  steps_.push_back([=, this](const Run& run) {
+    const std::int64_t together = std::max<std::int64_t>(1, 4 * kMaxLanes / group) * group, parts = ceil_div(v.channels, together);
+    parallel(run.images * parts, [&](std::int64_t task) {
+      const std::int64_t image = task / parts, first = task % parts * together;
+      MomentsArgs a{};
+      a.input = address(run, v) + image * v.strides.image + first, a.stride = v.strides.x, a.pixels = v.pixels();
+      a.channels = std::min(together, v.channels - first), a.group = group, a.epsilon = epsilon;
+      a.weight = weight ? weight + first : nullptr;
+      a.mean = address(run, means) + image * means.strides.image + first;
+      a.scale = address(run, scales) + image * scales.strides.image + first;
+      kernels_.vector.moments(a);
     });
   });
 }
@@ -487,7 +530,7 @@ void Program::average_windows(int from, const std::vector<Span>& rows, const std
 
 // The step does no last operations besides.
 void Program::add_lines(const FloatTensor& v, std::int64_t out_height, std::int64_t out_width, const StepOutputs& to, Line line) {
-  require(to.residual < 0 && to.activation == Activation::none, "outputs: expected nothing else to do");
+  require(to.residual < 0 && to.activation.kind == Activation::none, "outputs: expected nothing else to do");
   check(to, v.channels, out_height, out_width, true);
   steps_.push_back([=, this](const Run& run) {
     const std::vector<QuantizedTarget> into = targets(run, to, v.channels);

@@ -31,8 +31,16 @@ struct StepOutputs {
   int values;
   int residual;                                       // added before the activation
   std::vector<std::pair<int, std::int64_t>> targets;  // quantized tensors, and where the first channel goes there
-  Activation activation;
-  float slope;
+  ActivationSettings activation;
+};
+
+// An operation of a map. Its operand is a tensor of all channels or of one, for all pixels or for the image; or constants
+// of each channel; or the alpha of `activation`, which also is the epsilon of layer norm.
+struct MapOperation {
+  Operation operation;
+  ActivationSettings activation;
+  int tensor;  // or -1
+  const float *constants, *offset;
 };
 
 // Windows of a pooling.
@@ -80,11 +88,12 @@ class Program {
 
   // Reads quantized tensor `input`, or with flattened blocks float tensor `from`.
   void convolve(const ConvSizes&, const Layer&, int from, int input, const StepOutputs&);
-  // Multiplies by the channel's scale and adds its shift, where these are given, rounded once with `fma`, else twice;
-  // then multiplies by `gate`, a tensor of the same size or of one pixel, where it is not -1.
-  void map(int from, const float* scale, const float* shift, bool fma, int gate, const StepOutputs&);
+  // Applies operations one after another.
+  void map(int from, const std::vector<MapOperation>&, const StepOutputs&);
   // Averages every channel of an image, in the order of PyTorch's vectors of `lanes`.
   void average(int from, int lanes, int to);
+  // Finds the means and scales of group norm (MomentsArgs), each a tensor of one pixel.
+  void moments(int from, std::int64_t groups, const float* weight, float epsilon, int mean, int scale);
   // Turns all values of an image into channels of one pixel, those of a channel one after another.
   void flatten(int from, int to);
   // Copies every value of an image to its place in the result, in nested loops, the outermost first.

@@ -120,7 +120,7 @@ Strides strides_of(const Case& c, std::int64_t channels, std::int64_t height, st
   return c.channels_last ? Strides{image, 1, width * channels, channels} : Strides{image, height * width, width, 1};
 }
 
-constexpr float kSlope = 0.125f;
+constexpr float kSlope = 0.125f, kUpper = 0.75f;
 
 struct Made {
   std::vector<float> output;
@@ -166,8 +166,10 @@ Made run(const Case& c, const Kernels& kernels) {
   const Layer layer{weight.data(),
                     kds.data(),
                     c.shift ? shift.data() : nullptr,
-                    {c.bias ? c.biases.data() : nullptr, c.norm ? c.gains.data() : nullptr, c.norm ? c.offsets.data() : nullptr,
-                     c.activation, kSlope},
+                    {c.bias ? c.biases.data() : nullptr,
+                     c.norm ? c.gains.data() : nullptr,
+                     c.norm ? c.offsets.data() : nullptr,
+                     {c.activation, kSlope, kUpper}},
                     wide,
                     c.activation_bits,
                     static_cast<Sign>(c.sign)};
@@ -201,7 +203,8 @@ bool pixels_alike(const Kernels& kernels) {
   for (float& v : shift) v = normal();
   std::vector<const float*> tap;
   for (int k = 0; k < taps; ++k) tap.push_back(input.data() + k * channels);
-  const bool affine = pick(0, 1), once = pick(0, 1), gate = pick(0, 1), other = pick(0, 1), average = pick(0, 1);
+  const bool average = pick(0, 1), in_place = pick(0, 1), one_operand = pick(0, 1);
+  const auto operation = static_cast<Operation>(pick(0, kOperations - 1));
   const auto activation = static_cast<Activation>(pick(0, kActivations - 1));
   const std::int64_t stride = pick(0, 1) * channels;
   const std::int64_t apart = pick(0, 1) ? channels : 1, averaged = (taps * pixels - 1) * channels / apart + 1;
@@ -209,12 +212,28 @@ bool pixels_alike(const Kernels& kernels) {
   const auto order = [] { return static_cast<Interpolation>(pick(0, kInterpolations - 1)); };
   InterpolateArgs between{{}, {normal(), normal()}, {normal(), normal()}, channels, pick(0, channels), order(), order(), nullptr};
   for (const float*& corner : between.tap) corner = tap[pick(0, taps - 1)];
+  std::int64_t group = pick(1, channels);
+  while (channels % group) --group;
   for (int i = 0; i < 2; ++i) {
     const Kernels& used = i ? kernels : scalar::kernels;
-    made[i].assign(channels * (pixels + 3), 7.0f);
-    used.vector.map({input.data(), channels, affine ? scale.data() : nullptr, affine ? shift.data() : nullptr, once,
-                     gate ? input.data() : nullptr, stride, other ? input.data() : nullptr, channels, made[i].data(), channels,
-                     pixels, channels, activation, kSlope});
+    made[i].assign(channels * (pixels + 5), 7.0f);
+    float* const mapped = made[i].data();
+    if (in_place) std::copy_n(input.data(), channels * pixels, mapped);
+    used.vector.map({operation,
+                     in_place ? mapped : input.data(),
+                     channels,
+                     operation == Operation::normalize ? scale.data() : input.data(),
+                     shift.data(),
+                     stride,
+                     one_operand,
+                     mapped,
+                     channels,
+                     pixels,
+                     channels,
+                     {activation, kSlope, kUpper}});
+    float* const moments = mapped + (pixels + 3) * channels;
+    used.vector.moments(
+        {input.data(), apart, averaged, channels, group, stride ? scale.data() : nullptr, kSlope, moments, moments + channels});
     used.vector.pool({tap.data(), static_cast<int>(taps), channels, average ? static_cast<float>(taps) : 0.0f,
                       made[i].data() + pixels * channels, once ? 3.0f : 1.0f});
     used.vector.average({input.data(), apart, averaged, channels, lanes, made[i].data() + (pixels + 1) * channels});
@@ -231,20 +250,28 @@ double activated(const Case& c, double v) {
   switch (c.activation) {
     case Activation::none: return v;
     case Activation::relu: return v < 0 ? 0 : v;
-    case Activation::relu6: return v < 0 ? 0 : v > 6 ? 6 : v;
+    case Activation::clamp: return v < kSlope ? kSlope : v > kUpper ? kUpper : v;
     case Activation::leaky_relu: return v < 0 ? kSlope * v : v;
     case Activation::hardsigmoid: return std::fmin(std::fmax(v + 3, 0), 6) / 6;
     case Activation::silu: return v / (1 + std::exp(-v));
     case Activation::sigmoid: return 1 / (1 + std::exp(-v));
     case Activation::hardswish: return v * std::fmin(std::fmax(v + 3, 0), 6) / 6;
+    case Activation::elu: return v > 0 ? v : kSlope * std::expm1(v);
+    case Activation::exp: return std::exp(v);
+    case Activation::gelu: return v * std::erfc(-v / std::sqrt(2.0)) / 2;
+    case Activation::gelu_tanh: return v / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
+    case Activation::mish: return v * std::tanh(std::log1p(std::exp(v)));
+    case Activation::softplus: return v > 20 ? v : std::log1p(std::exp(v));
+    case Activation::tanh: return std::tanh(v);
   }
   return v;
 }
 
-// First place where `output` is further from the exact sums than float32 allows, or -1. Winograd has another definition.
+// First place where `output` is further from the exact sums than float32 allows, or -1. Winograd has another definition,
+// and an exponential makes errors as large as it is.
 std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
   const ConvSizes& g = c.g;
-  if (g.winograd) return -1;
+  if (g.winograd || c.activation == Activation::exp) return -1;
   const std::int64_t cg = g.channels / g.groups, og = g.outputs / g.groups, taps = g.kernel_h * g.kernel_w;
   const Strides in = strides_of(c, g.channels, g.height, g.width), out = strides_of(c, g.outputs, g.out_height, g.out_width);
   for (std::int64_t n = 0; n < g.images; ++n)

@@ -72,7 +72,8 @@ class Convolution:
         activation_bits: int,
         sign: int,
         activation: int,
-        slope: float,
+        alpha: float,
+        beta: float,
     ) -> None: ...
     def __call__(
         self,

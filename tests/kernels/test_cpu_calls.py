@@ -31,7 +31,7 @@ def conv(groups: int = 1, filters: int = 1) -> dict[str, Any]:
     torch.manual_seed(0)
     outputs = 24 * filters
     case = Case(torch.randn(2, 24, 9, 8), outputs, (3, 3), SHIFT, groups, padding=(1, 1), bias=torch.randn(outputs))
-    more = {"residual": torch.randn(2, outputs, 9, 8), "activation": "leaky_relu", "slope": 0.2}
+    more = {"residual": torch.randn(2, outputs, 9, 8), "activation": "leaky_relu", "alpha": 0.2}
     more |= {"gain": torch.randn(outputs), "offset": torch.randn(outputs)}
     return case.arguments() | more
 
@@ -41,7 +41,7 @@ def linear() -> dict[str, Any]:
     config = LayerConfig(block_size=16)
     packed = packing.pack(*quantize_weight(torch.randn(20, 24), 4, 16), None, config, groups=1)
     settings = {"outputs": 20, "weight_bits": 4, "activation_bits": 8, "sign": "adaptive", "block_size": 16}
-    more = {"bias": torch.randn(20), "residual": torch.randn(3, 20), "activation": "relu6"}
+    more = {"bias": torch.randn(20), "residual": torch.randn(3, 20), "activation": "clamp", "beta": 6.0}
     more |= {"gain": torch.randn(20), "offset": torch.randn(20)}
     return {"x": torch.randn(3, 24), **packed._asdict(), **settings, **more}
 
@@ -64,7 +64,7 @@ def test_operator_passes_opcheck(operator: Any, arguments: Callable[[], dict[str
     given = arguments()
     if not optional:
         given |= {"bias": None, "kds_shift": None}
-        for name in ("residual", "activation", "slope", "gain", "offset"):
+        for name in ("residual", "activation", "alpha", "gain", "offset"):
             given.pop(name, None)
     torch.library.opcheck(operator.default, (), given)
     if given["x"].dim() == 4:
@@ -218,7 +218,7 @@ BAD_ANYWHERE = [
     ("block_size", 7, ""),
     ("block_size", 520, ""),
     ("block_size", 8, ""),
-    ("activation", "gelu", f"activation: expected one of {', '.join(ops.ACTIVATIONS)}, got 'gelu'"),
+    ("activation", "softsign", f"activation: expected one of {', '.join(ops.ACTIVATIONS)}, got 'softsign'"),
     ("residual", lambda value: value[1:], "residual: expected"),
     ("residual", lambda value: value[:1], "residual: expected"),
     ("residual", lambda value: value[..., None], "residual: expected"),

@@ -38,7 +38,7 @@ def conv2d(groups: int, algorithm: AlgorithmChoice = "direct") -> dict[str, Any]
     config = LayerConfig(block_size=16, algorithm=algorithm)
     case = Case(torch.randn(2, 24, 9, 8), 24, (3, 3), config, groups, padding=(1, 1))
     more = {name: torch.randn(24) for name in ("bias", "gain", "offset")}
-    return case.arguments() | more | {"residual": torch.randn(2, 24, 9, 8), "activation": "relu", "slope": 0.1}
+    return case.arguments() | more | {"residual": torch.randn(2, 24, 9, 8), "activation": "relu", "alpha": 0.1}
 
 
 def linear() -> dict[str, Any]:

@@ -67,12 +67,12 @@ class Block(nn.Module):
     ("after", "fused"),
     [
         (F.relu, ("bias", "add", "relu")),
-        (F.relu6, ("bias", "add", "relu6")),
-        (nn.ReLU6(inplace=True), ("bias", "add", "relu6")),
+        (F.relu6, ("bias", "add", "clamp")),
+        (nn.ReLU6(inplace=True), ("bias", "add", "clamp")),
         (nn.LeakyReLU(0.2), ("bias", "add", "leaky_relu")),
         (nn.LeakyReLU(inplace=True), ("bias", "add", "leaky_relu")),
-        (F.silu, ("bias", "add")),
-        (nn.Hardtanh(-1, 1), ("bias", "add")),
+        (F.silu, ("bias", "add", "silu")),
+        (nn.Hardtanh(-1, 1), ("bias", "add", "clamp")),
     ],
 )
 def test_addition_and_activation_go_into_the_convolution(
@@ -84,7 +84,10 @@ def test_addition_and_activation_go_into_the_convolution(
     taken = [set(fused) <= set(step) or set(fused) - {"bias"} <= set(step) for step in steps.values()]
     assert any(taken), steps
     assert steps["first"] == ("relu", "quantize") if algorithm == "direct" else ("relu",)
-    assert_same_bits(fast, x)
+    if after is F.silu:  # which is rounded in another way than PyTorch's
+        torch.testing.assert_close(fast(x), fast.model(x))
+    else:
+        assert_same_bits(fast, x)
 
 
 def normed(*layers: nn.Module) -> nn.Sequential:
@@ -99,9 +102,9 @@ def normed(*layers: nn.Module) -> nn.Sequential:
     ("layers", "shape", "fused"),
     [
         ((nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40, eps=0.1), nn.ReLU()), (3, 9, 7), ("bias", "batch_norm", "relu")),
-        ((conv(3, 40), nn.BatchNorm2d(40, affine=False), nn.Tanh()), (3, 8, 8), ("batch_norm",)),
-        ((nn.Conv1d(16, 40, 3), nn.BatchNorm1d(40), nn.ReLU()), (16, 9), ("bias", "batch_norm")),
-        ((nn.Linear(20, 40), nn.BatchNorm1d(40), nn.ReLU6()), (20,), ("bias", "batch_norm", "relu6")),
+        ((conv(3, 40), nn.BatchNorm2d(40, affine=False), nn.Hardtanh()), (3, 8, 8), ("batch_norm", "clamp")),
+        ((nn.Conv1d(16, 40, 3), nn.BatchNorm1d(40), nn.ReLU()), (16, 9), ("bias", "batch_norm", "relu")),
+        ((nn.Linear(20, 40), nn.BatchNorm1d(40), nn.ReLU6()), (20,), ("bias", "batch_norm", "clamp")),
         ((nn.Conv2d(40, 40, 3, groups=40), nn.BatchNorm2d(40)), (40, 9, 7), ("bias", "batch_norm")),
         ((nn.Conv2d(24, 48, 3, groups=24), nn.BatchNorm2d(48)), (24, 9, 7), ("batch_norm",)),  # by its operator
     ],
@@ -305,10 +308,10 @@ def test_no_gradient_is_computed_and_none_is_needed() -> None:
 
 
 def test_plan_prints_what_runs_and_by_what() -> None:
-    layers = (conv(3, 16), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10), nn.Softmax(1))
+    layers = (conv(3, 16), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10), nn.LogSoftmax(1))
     fast = compiled(nn.Sequential(*layers), torch.zeros(1, 3, 4, 4))
     text = str(fast.plan)
-    assert [step.operator for step in fast.plan.in_pytorch] == ["aten.softmax"]
+    assert [step.operator for step in fast.plan.in_pytorch] == ["aten.log_softmax"]
     assert (
         "dsconv.conv2d" in text
         and "dsconv.flatten" in text

@@ -55,10 +55,10 @@ def run(model: nn.Module) -> list[Tensor]:
     return [y, *(value.detach().clone() for value in model.state_dict().values())]
 
 
-def compiled(fast_math: bool) -> list[Tensor]:
+def compiled() -> list[Tensor]:
     qmodel = dsconv.quantize(NET, "w4a4")
     with torch.inference_mode():
-        return [dsconv.compile(qmodel, X[:1], fast_math=fast_math)(X)]
+        return [dsconv.compile(qmodel, X[:1])(X)]
 
 
 def loaded(folder: Path) -> list[Tensor]:
@@ -87,8 +87,7 @@ STEPS: dict[str, Callable[[Path], list[Tensor]]] = {
     "float activations": lambda _: run(dsconv.quantize(NET, {"activation_bits": None})),
     "transposed": lambda _: run(dsconv.nn.DSConvTranspose2d.from_float(TRANSPOSED)),
     "fold": lambda _: run(dsconv.fold_batchnorm(dsconv.quantize(NET))),
-    "compile": lambda _: compiled(False),
-    "compile with fast math": lambda _: compiled(True),
+    "compile": lambda _: compiled(),
     "save and load": loaded,
     "calibrate": lambda _: run(dsconv.calibrate(dsconv.quantize(NET, "paper"), NET, X)),
     "numerics": numerics,
@@ -104,7 +103,7 @@ EXPECTED: dict[Callable[[Path], list[Tensor]], list[Tensor]] = {}
 def test_other_defaults_give_the_same_bits(
     step: Callable[[Path], list[Tensor]], other: dict[str, object], tmp_path: Path
 ) -> None:
-    if native.extension() is None and step in (STEPS["compile"], STEPS["compile with fast math"]):
+    if native.extension() is None and step is STEPS["compile"]:
         pytest.skip("the extension dsconv._C is not built")
     if step not in EXPECTED:
         EXPECTED[step] = step(tmp_path)

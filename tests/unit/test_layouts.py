@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import dsconv
 from dsconv.compilation import CompiledModel, compiled, layouts
+from dsconv.numerics import sqnr_db
 from dsconv.ops import native
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
@@ -60,10 +61,20 @@ def compile_(net: nn.Module, size: tuple[int, ...], overrides: dict[str, Any] | 
     return dsconv.compile(dsconv.quantize(net, config), torch.zeros(1, *size))
 
 
+# What programs round in a way of their own.
+OWN = {"silu", "sigmoid", "gelu", "tanh", "softmax", "group_norm", "instance_norm", "layer_norm"}
+
+
 def assert_as_model(fast: CompiledModel, x: Tensor) -> None:
     with torch.inference_mode():
         expected, found = fast.model(x), fast(x)
-    assert torch.equal(found, expected), float((found - expected).abs().max())
+    steps = fast.program_for(x).plan.steps
+    if any(step.operator == "dsconv.average" or OWN & set(step.fused) for step in steps):
+        # Here and there a mantissa of four bits is its neighbour.
+        noise, signal = (found - expected).square().sum().item(), expected.square().sum().item()
+        assert sqnr_db(signal, noise) > 15
+    else:
+        assert torch.equal(found, expected), float((found - expected).abs().max())
     assert found.stride() == expected.stride()
 
 
@@ -147,22 +158,25 @@ def test_inputs_need_not_be_dense(layout: str) -> None:
     assert_as_model(fast, LAYOUTS[layout](torch.randn(4, 3, 5, 7)))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
-def test_gelu_reads_the_layout_of_the_model_for_which_pytorch_has_a_kernel_of_its_own(layout: str) -> None:
-    """64 values fill vectors: that alone does not make the two kernels alike."""
+def test_what_programs_round_in_their_own_way_has_the_same_bits_in_every_layout_and_batch() -> None:
     fast = compile_(
-        Chain(conv(3, 64), nn.GELU(), conv(64, 64), nn.GELU(), conv(64, 64), nn.GELU(), conv(64, 64)), (3, 16, 16)
+        Chain(
+            *(conv(3, 33), nn.SiLU(), conv(33, 12), nn.GroupNorm(4, 12), nn.GELU(), conv(12, 9), nn.InstanceNorm2d(9)),
+            *(nn.Tanh(), conv(9, 7), nn.Mish(), nn.Softmax(1)),
+        ),
+        (3, 5, 7),
     )
-    x = LAYOUTS[layout](torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
-    assert_as_model(fast, x)
-
-
-def test_what_pytorch_rounds_by_its_place_is_the_same_in_parts_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsconv.compilation.program._CACHED_BYTES", 1)
-    for width in (5, 8):  # 240 and 384 values of an image: the first leaves some beside full vectors
-        fast = compile_(Chain(conv(3, 16), nn.SiLU(), conv(16, 16), nn.GELU(), conv(16, 8)), (3, 3, width))
-        for layout in ("contiguous", "channels last"):
-            assert_as_model(fast, LAYOUTS[layout](torch.randn(5, 3, 3, width)))
+    x = torch.randn(5, 3, 5, 7)
+    assert not fast.plan.in_pytorch
+    y, before = fast(x), torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for layout in ("channels last", "rows and columns swapped", "images innermost"):
+                assert torch.equal(fast(LAYOUTS[layout](x)), y)
+            assert torch.equal(torch.cat([fast(part) for part in x.split(2)]), y)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("always", [False, True])
@@ -189,7 +203,7 @@ def test_a_layout_that_follows_from_the_batch_is_recorded_for_it(monkeypatch: py
 def test_outputs_that_are_views_and_branches_on_the_layout_are_those_of_the_model() -> None:
     def views(m: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
         y = m.get_submodule("layer")(x if x.is_contiguous() else 2 * x)
-        return y[:, 1:], y.permute(0, 2, 3, 1), y.mean((2, 3))[:, :, None].expand(-1, -1, 3), x, y
+        return y[:, 1:], y.permute(0, 2, 3, 1), y.amax((2, 3))[:, :, None].expand(-1, -1, 3), x, y
 
     fast = compile_(Chain(views, layer=conv(3, 16)), (3, 5, 7))
     for layout in ("contiguous", "channels last", "images innermost"):

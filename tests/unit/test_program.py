@@ -23,7 +23,7 @@ from dsconv.compilation.operators.average import Average
 from dsconv.compilation.operators.map import Map
 from dsconv.compilation.operators.pool import Pool
 from dsconv.compilation.operators.pytorch import Call
-from dsconv.ops import native
+from dsconv.ops import OPERATIONS, native
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
@@ -129,7 +129,7 @@ def test_growing_concatenations_are_one_piece_of_memory() -> None:
     assert len(steps(fast, Pool)) == 2 and not steps(fast, Call)
     same_bits(fast)
     folded = dsconv.compile(dsconv.fold_batchnorm(fast.model), torch.zeros(1, 3, 9, 9))
-    assert steps(folded, Map) == [("scale", "shift", "relu")] * 4
+    assert steps(folded, Map) == [("mul", "add", "relu")] * 4
     same_bits(folded)
 
 
@@ -298,31 +298,29 @@ def excitation() -> Net:
     )
 
 
-def test_gates_are_steps_of_the_program_and_exponentials_are_those_of_pytorch() -> None:
-    fast = compiled(excitation())
+def test_gates_and_exponentials_are_steps_of_the_program() -> None:
+    qmodel, x = dsconv.quantize(excitation(), "w8a8"), torch.randn(7, 3, 9, 9)
+    fast = dsconv.compile(qmodel, torch.zeros(1, 3, 9, 9))
     assert ("mul",) in steps(fast, Map) and ("mul", "quantize") not in steps(fast, Map)
-    called = [step.operator for step in fast.plan.in_pytorch]
-    assert sorted(called) == ["aten.sigmoid", *["aten.silu"] * 3] and len(steps(fast, Average)) == 2
-    same_bits(fast)
-
-
-def test_gates_of_large_images_are_those_of_the_image() -> None:
-    same_bits(compiled(excitation(), size=21), size=21)  # several tasks an image
-
-
-def test_with_fast_math_nothing_is_left_to_pytorch() -> None:
-    qmodel = dsconv.quantize(excitation(), "w8a8")
-    exact, x = dsconv.compile(qmodel, torch.zeros(1, 3, 9, 9)), torch.randn(7, 3, 9, 9)
-    fast = dsconv.compile(qmodel, torch.zeros(1, 3, 9, 9), fast_math=True)
-    assert not fast.plan.in_pytorch and len(steps(fast, Average)) == 2 and len(fast.plan.steps) < len(exact.plan.steps)
+    assert not fast.plan.in_pytorch and len(steps(fast, Average)) == 2
     y = fast(x)
-    assert (y - exact(x)).abs().max() < 0.02 * y.abs().max()
+    with torch.inference_mode():
+        assert (y - qmodel(x)).abs().max() < 0.02 * y.abs().max()
     # The same bits whatever runs beside them.
     assert torch.equal(y, torch.cat([fast(one) for one in x.split([1, 4, 2])]))
     assert torch.equal(copy.deepcopy(fast)(x), y)
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["own", "pytorch"])
+def test_gates_of_large_images_are_those_of_the_image() -> None:
+    def gated(m: Net, x: Tensor) -> Tensor:
+        y = F.hardswish(m.stem(x))
+        return m.last(y * F.hardsigmoid(m.gate(F.adaptive_avg_pool2d(y, 1))))
+
+    net = Net(gated, stem=conv(3, 48), gate=conv(48, 48, 1), last=conv(48, 8, 1))
+    same_bits(compiled(net, size=21), size=21)  # several tasks an image
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["found", "own"])
 @pytest.mark.parametrize("channels", [1, 2, 150])
 @pytest.mark.parametrize("size", [(1, 3), (2, 6), (7, 7), (13, 17), (64, 90)])
 def test_averages_have_the_bits_of_pytorchs(
@@ -339,14 +337,17 @@ def test_averages_have_the_bits_of_pytorchs(
     )
     x = torch.randn(3, 3, *size) + 2
     fast = dsconv.compile(dsconv.quantize(net, "w8a8"), x)
-    assert len(steps(fast, Average)) == 2 * (known and channels > 1)
+    assert len(steps(fast, Average)) == 2 and not fast.plan.in_pytorch
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             with torch.inference_mode():
-                for images in (x, x[:1], x.to(memory_format=torch.channels_last)):
-                    assert torch.equal(fast(images), fast.model(images))
+                for images in (x, x[:1]):
+                    found, expected = fast(images), fast.model(images)
+                    if known and channels > 1:
+                        assert torch.equal(found, expected)
+                    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)  # a mantissa may be its neighbour
     finally:
         torch.set_num_threads(before)
 
@@ -356,8 +357,9 @@ def test_an_average_may_be_what_a_network_returns() -> None:
         net = Net(lambda m, x, averaged=averaged: averaged(m.a(x)), a=conv(3, 40, 1))
         fast, x = dsconv.compile(dsconv.quantize(net), torch.randn(1, 3, 9, 7)), torch.randn(3, 3, 9, 7)
         with torch.inference_mode():
-            for images in (x, x.to(memory_format=torch.channels_last)):
-                assert torch.equal(fast(images), fast.model(images))
+            assert torch.equal(fast(x), fast.model(x))
+            pixels = x.to(memory_format=torch.channels_last)  # of which PyTorch sums up in another order
+            torch.testing.assert_close(fast(pixels), fast.model(pixels))
 
 
 @pytest.mark.parametrize("size", [1, 7, 56])
@@ -365,7 +367,7 @@ def test_averages_are_as_near_as_those_of_pytorch(size: int) -> None:
     net = Net(lambda m, x: F.adaptive_avg_pool2d(m.a(x), 1), a=conv(3, 150, 1))
     x = torch.randn(3, 3, size, size) + 2
     qmodel = dsconv.quantize(net, "w4a4")
-    fast = dsconv.compile(qmodel, x, fast_math=True)
+    fast = dsconv.compile(qmodel, x)
     with torch.inference_mode():
         exact = qmodel.a(x).double().mean((2, 3), keepdim=True)
     averages = [step for step in fast.plan.steps if step.operator == "dsconv.average"]
@@ -378,7 +380,7 @@ def test_an_average_over_channels_is_not_one_over_images() -> None:
         net = Net(lambda m, x, dims=dims: m.a(x).mean(dims), a=conv(3, 9, 1))  # as many channels as lines and columns
         qmodel, x = dsconv.quantize(net, "w4a4"), torch.randn(2, 3, 9, 9)
         with torch.inference_mode():
-            torch.testing.assert_close(dsconv.compile(qmodel, x, fast_math=True)(x), qmodel(x))
+            torch.testing.assert_close(dsconv.compile(qmodel, x)(x), qmodel(x))
 
 
 def of_all_kinds(m: Net, x: Tensor) -> Tensor:
@@ -391,15 +393,15 @@ def of_all_kinds(m: Net, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("config", "fast_math"),
+    "config",
     [
-        ({"activation_bits": 4}, False),
-        ({"weight_bits": 8, "weight_shift": True, "block_size": 16}, False),
-        ({"blocks": "flat", "block_size": 32}, True),
+        {"activation_bits": 4},
+        {"weight_bits": 8, "weight_shift": True, "block_size": 16},
+        {"blocks": "flat", "block_size": 32},
     ],
     ids=str,
 )
-def test_every_instruction_set_gives_the_same_bits(config: dict[str, object], fast_math: bool) -> None:
+def test_every_instruction_set_gives_the_same_bits(config: dict[str, object]) -> None:
     torch.manual_seed(0)
     net = Net(
         of_all_kinds,
@@ -416,9 +418,8 @@ def test_every_instruction_set_gives_the_same_bits(config: dict[str, object], fa
     )
     qmodel, x = dsconv.quantize(net, {"weight_rule": "paper", **config}), torch.randn(3, 3, 9, 9)
     x[2] *= 1e30  # beyond the exponents of narrow weights
-    found = by_isa(lambda: dsconv.compile(qmodel, x, fast_math=fast_math)(x))
-    with torch.inference_mode():
-        expected = next(iter(found.values())) if fast_math else qmodel(x)
+    found = by_isa(lambda: dsconv.compile(qmodel, x)(x))
+    expected = next(iter(found.values()))
     for isa, y in found.items():
         assert same_bits_of(y, expected), isa
 
@@ -562,7 +563,7 @@ def test_profile_counts_every_step_and_its_multiply_adds() -> None:
 
 def test_the_extension_refuses_steps_that_do_not_fit() -> None:
     module = native.extension()
-    nothing, size, strides = (-1, -1, [], 0, 0.0), (16, 4, 4), (256, 1, 64, 16)
+    nothing, size, strides = (-1, -1, [], 0, 0.0, 0.0), (16, 4, 4), (256, 1, 64, 16)
 
     def fresh() -> tuple[object, int, int]:
         one = module.Program("scalar")
@@ -570,7 +571,7 @@ def test_the_extension_refuses_steps_that_do_not_fit() -> None:
 
     one, values, quantized = fresh()
     address = torch.zeros(1 << 16).data_ptr()
-    uses = (values, -1, [], 0, 0.0)
+    uses = (values, -1, [], 0, 0.0, 0.0)
 
     def convolve(source: int = -1, read: int = 1000, use: object = uses, **changed: int) -> None:
         one.convolve(
@@ -594,10 +595,10 @@ def test_the_extension_refuses_steps_that_do_not_fit() -> None:
         lambda: convolve(read=7),
         lambda: convolve(source=7),
         lambda: convolve(use=nothing),
-        lambda: convolve(use=(values, -1, [(quantized, 8)], 0, 0.0)),
-        lambda: convolve(use=(values, -1, [(3, 0)], 0, 0.0)),
-        lambda: convolve(use=(values, -1, [], 9, 0.0)),
-        lambda: convolve(use=(values, 5, [], 0, 0.0)),
+        lambda: convolve(use=(values, -1, [(quantized, 8)], 0, 0.0, 0.0)),
+        lambda: convolve(use=(values, -1, [(3, 0)], 0, 0.0, 0.0)),
+        lambda: convolve(use=(values, -1, [], 99, 0.0, 0.0)),
+        lambda: convolve(use=(values, 5, [], 0, 0.0, 0.0)),
         lambda: convolve(channels=32),
         lambda: convolve(outputs=32),
         lambda: convolve(out_height=6, out_width=6, pad_h=2, pad_w=2),
@@ -609,8 +610,10 @@ def test_the_extension_refuses_steps_that_do_not_fit() -> None:
         lambda: one.quantized(0, 16, 12, 1, (4, 4, 1, 1), 4, 4, 0, False),
         lambda: one.quantized(0, 16, 16, 1, (4, 4, -1, 1), 4, 4, 0, False),
         lambda: one.quantized(0, 16, 16, 1, (4, 4, 1, 1), 4, 9, 0, False),
-        lambda: one.map(values, address, 0, False, -1, uses),
-        lambda: one.map(values, 0, 0, False, -1, nothing),
+        lambda: one.map(values, [(99, 0, 0.0, 0.0, -1, 0, 0)], uses),
+        lambda: one.map(values, [(0, 99, 0.0, 0.0, -1, 0, 0)], uses),
+        lambda: one.map(values, [(1, 0, 0.0, 0.0, 99, 0, 0)], uses),
+        lambda: one.map(values, [], nothing),
         lambda: one.pool(values, (3, 3, 1, 1, 9, 1, 1, 1), False, False, 0, (4, 4), uses),
         lambda: one.pool(values, (3, 3, 0, 1, 1, 1, 1, 1), False, False, 0, (4, 4), uses),
         lambda: one.pool(values, (3, 3, 1, 1, 1, 1, 1, 1), False, False, 0, (2, 2), uses),
@@ -655,7 +658,8 @@ def of_fitting_steps(module: Any) -> dict[str, Any]:
 
 SIZES = {"outputs": 16, "kernel": (3, 3), "padding": (1, 1), "groups": 1, "flat": False}
 OUTPUT, RESIDUAL, TARGET, SOURCE = "outputs: ", "residual: ", "targets: ", "quantized as the layer wants it"
-POOL, AVERAGE, FLATTEN, GATE = "pool: expected a padding", "average: ", "dense tensors of as many values", "gate: "
+POOL, AVERAGE, FLATTEN = "pool: expected a padding", "average: ", "dense tensors of as many values"
+OPERAND, POST_OPS = "an operation that has an operand", "in the place of post-ops"
 MISFITS: list[tuple[str, dict[str, Any], str]] = [
     *(("convolve", {"values": name}, OUTPUT) for name in ("lines", "wide", "low", "narrow")),
     *(("convolve", {"residual": name}, RESIDUAL) for name in ("lines", "wide", "low", "narrow")),
@@ -674,11 +678,22 @@ MISFITS: list[tuple[str, dict[str, Any], str]] = [
     ("convolve", {"values": None}, "without an output"),
     ("map", {"values": None}, "without an output"),
     ("map", {"values": "wide"}, OUTPUT),
-    ("map", {"scale": True}, "scale and shift"),
-    *(("map", {"gate": name}, GATE) for name in ("lines", "wide", "low", "narrow", "wide pixel")),
+    *(("map", {"operation": kind}, "factors and offsets") for kind in ("scale", "normalize")),
+    *(("map", {"operation": kind, "operand": "plain"}, OPERAND) for kind in ("activate", "normalize", "softmax")),
+    *(
+        ("map", {"operation": "add", "operand": name}, "map: expected a dense operand")
+        for name in ("lines", "wide", "low", "narrow", "wide pixel")
+    ),
+    ("map", {"operation": "activate", "values": None}, "without an output"),
+    ("map", {"residual": "plain"}, POST_OPS),
+    ("map", {"activation": 1}, POST_OPS),
     ("map", {"source": "lines"}, "nothing to do but to quantize"),
     ("map", {"source": "lines", "values": None, "target": "two blocks"}, "nothing to do but to quantize"),
-    ("map", {"source": "lines", "values": None, "target": "input", "activation": 1}, "nothing to do but to quantize"),
+    (
+        "map",
+        {"source": "lines", "values": None, "target": "input", "operation": "add"},
+        "nothing to do but to quantize",
+    ),
     ("pool", {"source": "lines"}, "channels lie side by side"),
     *(("pool", {"padding": padding}, POOL) for padding in ((-1, 1), (1, -1), (3, 1), (1, 3))),
     *(("pool", {"stride": stride, "values": "plain"}, POOL) for stride in ((2, 1), (1, 2))),
@@ -704,9 +719,9 @@ def test_a_step_that_does_not_fit_its_tensors_is_refused(kind: str, changed: dic
     def add(changed: dict[str, Any]) -> None:
         values = {"average": "pixel", "flatten": "flat"}.get(kind, "plain")
         given = SIZES | {"source": "plain", "input": "input", "values": values, "stride": (1, 1)} | changed
-        number = {name: own.get(given.get(name), -1) for name in ("values", "residual", "gate", "source")}
+        number = {name: own.get(given.get(name), -1) for name in ("values", "residual", "operand", "source")}
         targets = [(own[given["target"]], given.get("at", 0))] if given.get("target") else []
-        uses = (number["values"], number["residual"], targets, given.get("activation", 0), 0.0)
+        uses = (number["values"], number["residual"], targets, given.get("activation", 0), 0.0, 0.0)
         where = (*given["kernel"], *given["stride"], *given["padding"], 1, 1)
         if kind == "convolve":
             names = ("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w")
@@ -715,7 +730,8 @@ def test_a_step_that_does_not_fit_its_tensors_is_refused(kind: str, changed: dic
             source = number["source"] if "source" in changed else -1
             one.convolve(sizes, source, own[given["input"]], address, address, 0, 0, 0, 0, 4, 4, 0, uses)
         elif kind == "map":
-            one.map(number["source"], address if given.get("scale") else 0, 0, False, number["gate"], uses)
+            kinds = [OPERATIONS.index(given["operation"])] if "operation" in given else []
+            one.map(number["source"], [(kind, 0, 0.0, 0.0, number["operand"], 0, 0) for kind in kinds], uses)
         elif kind == "pool":
             one.pool(number["source"], where, False, False, given.get("divisor", 0), (4, 4), uses)
         elif kind == "average":
@@ -732,7 +748,7 @@ def test_a_run_is_given_all_memory_that_its_steps_use() -> None:
     one = native.extension().Program("scalar")
     dense, memory = (256, 1, 64, 16), torch.zeros(4096)
     first, last = (one.values(base, 0, 0, (16, 4, 4), dense) for base in (0, 3))
-    one.map(first, 0, 0, False, -1, (last, -1, [], 0, 0.0))
+    one.map(first, [], (last, -1, [], 0, 0.0, 0.0))
     address = memory.data_ptr() + -memory.data_ptr() % 64
     one.run(1, [address, 0, 0, address + 4096], 0, 1, 0)
     for wrong in (

@@ -29,9 +29,12 @@ class Operation(NamedTuple):
     output_padding: tuple[int, ...] = ()
 
 
-Uses = tuple[int, int, list[tuple[int, int]], int, float]
+Uses = tuple[int, int, list[tuple[int, int]], int, float, float]
 """Numbers of the result, the residual, and the quantized tensors with the channel there that the first one becomes; the
-number of the activation in :data:`dsconv.ops.ACTIVATIONS`, and its slope."""
+number of the activation in :data:`dsconv.ops.ACTIVATIONS`, its alpha and its beta."""
+MapOperation = tuple[int, int, float, float, int, int, int]
+"""Number in :data:`dsconv.ops.OPERATIONS`; that of the activation, alpha and beta; number of the tensor that is the
+operand, address of the constants of all channels that are, else it is alpha; address of what is added."""
 
 
 class Executable(Protocol):
@@ -98,7 +101,7 @@ class Executable(Protocol):
     ) -> None:
         """Append ``dsconv::conv2d`` of :func:`dsconv.ops.checked_sizes`, of a float32 or a quantized tensor."""
 
-    def map(self, source: int, scale: int, shift: int, once: bool, gate: int, uses: Uses) -> None:
+    def map(self, source: int, operations: Sequence[MapOperation], uses: Uses) -> None:
         """Append a :class:`dsconv.compilation.operators.map.Map`."""
 
     def pool(
@@ -121,6 +124,9 @@ class Executable(Protocol):
 
     def pick(self, source: int, rows: Sequence[int], columns: Sequence[int], fill: float, uses: Uses) -> None:
         """Append a :class:`dsconv.compilation.operators.pixels.Pixels`."""
+
+    def moments(self, source: int, groups: int, weight: int, epsilon: float, mean: int, scale: int) -> None:
+        """Append a :class:`dsconv.compilation.operators.norms.Moments`."""
 
     def flatten(self, source: int, result: int) -> None:
         """Append a :class:`dsconv.compilation.operators.flatten.Flatten`."""

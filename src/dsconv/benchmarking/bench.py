@@ -42,7 +42,6 @@ def bench(
     threads: Sequence[int] = (1,),
     turns: int | None = None,
     seconds: float = 10.0,
-    fast_math: bool = False,
     name: str | None = None,
     progress: bool = False,
     on_interrupt: OnInterrupt = "raise",
@@ -72,7 +71,6 @@ def bench(
         threads: of each contestant.
         turns: of each contestant, at least 2; None is as many as fit into ``seconds``, and at least 5.
         seconds: for all contestants together, for each batch size and number of threads, once they are warm.
-        fast_math: of the compiled network, as :func:`dsconv.compile` takes it.
         name: of the network, for the table; None is how :func:`dsconv.zoo.build` was told, or its class.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
         on_interrupt: what Ctrl-C does: ``"raise"`` KeyboardInterrupt, or end with the times so far (``"partial"``), if
@@ -101,7 +99,7 @@ def bench(
     bar = progress_bar(progress, f"bench {name}", settings, "settings", refreshes=False)
     with TemporaryDirectory() as folder, bar as advance:
         made = OnnxModels(reference, x, Path(folder))
-        ours = partial(peers.ours, qmodel, fast_math=fast_math)
+        ours = partial(peers.ours, qmodel)
         run = _Run(reference, ours, made, x, against, advance)
         try:
             for batch_size in batch_sizes:

@@ -190,17 +190,17 @@ class Case:
     threads: int
 
 
-def ours(qmodel: nn.Module, x: Tensor, *, fast_math: bool = False) -> list[Contestant]:
+def ours(qmodel: nn.Module, x: Tensor) -> list[Contestant]:
     """A quantized network compiled, as it is, and compiled with the other algorithm where layers have two."""
     found, info = summary(qmodel), model_info(qmodel)
     bits = f"W{info.config.weight_bits}A{info.config.activation_bits or 'float'}, " if info is not None else ""
     executed = f"{bits}{', '.join(found.backends)}"
 
-    def contestant(name: str, network: nn.Module, how: str = "") -> Contestant:
-        return Contestant(name, executed + how, found.bytes_after, lambda: network(x), lambda: network(x))
+    def contestant(name: str, network: nn.Module) -> Contestant:
+        return Contestant(name, executed, found.bytes_after, lambda: network(x), lambda: network(x))
 
     def compiled(name: str, network: nn.Module) -> Contestant:
-        return contestant(name, compile(network, x, fast_math=fast_math), ", fast math" * fast_math)
+        return contestant(name, compile(network, x))
 
     made = [compiled(OURS, qmodel), contestant(f"{OURS}, not compiled", qmodel)]
     layers = [layer for layer in qmodel.modules() if isinstance(layer, DSLayer)]

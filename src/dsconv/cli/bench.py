@@ -62,7 +62,6 @@ def bench(
     preset: opt.Preset = "default",
     config: opt.Config = None,
     model: opt.ModelOrReference = None,
-    fast_math: opt.FastMath = False,
     seconds: Annotated[float | None, typer.Option(min=0.001, help=_SECONDS_HELP)] = None,
     turns: Annotated[int | None, typer.Option(min=2, help="Turns of each runtime, in place of --seconds.")] = None,
     out: Annotated[
@@ -124,7 +123,6 @@ def bench(
                 threads=counts,
                 turns=turns,
                 seconds=seconds or 10.0,
-                fast_math=fast_math,
                 name=name,
                 progress=True,
                 on_interrupt="partial",

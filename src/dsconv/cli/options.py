@@ -46,13 +46,6 @@ Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 AnyRange = Annotated[
     bool, typer.Option("--any-range", help="Take images that are far outside the range that the network expects.")
 ]
-FastMath = Annotated[
-    bool,
-    typer.Option(
-        "--fast-math",
-        help="SiLU and sigmoid by kernels of dsconv, too, not by PyTorch; averages in an order of its own.",
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Data = Annotated[Path | None, typer.Option(metavar="DIR", help=f"{UNLABELLED_HELP} Without it: noise.")]
 _CLASSES_HELP = (

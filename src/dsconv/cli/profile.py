@@ -25,7 +25,6 @@ def profile(
     preset: opt.Preset = "default",
     config: opt.Config = None,
     model: opt.ModelOrReference = None,
-    fast_math: opt.FastMath = False,
     as_json: opt.Json = False,
 ) -> None:
     """Time each step of a compiled network on random images."""
@@ -53,5 +52,5 @@ def profile(
     image = image_shape(zoo.preprocess_of(qmodel), model_or_file, shape)
     x = torch.randn(batch_size, *image, dtype=torch.float32, device="cpu")
     say("compiling")
-    found = dsconv.profile(dsconv.compile(qmodel, x, fast_math=fast_math), x, runs=runs)
+    found = dsconv.profile(dsconv.compile(qmodel, x), x, runs=runs)
     print_json(found.to_dict()) if as_json else print_table(found)

@@ -56,13 +56,12 @@ class CompiledModel(nn.Module):
 
     Attributes:
         model: a copy of the quantized model of which it was made.
-        fast_math: as it was given.
         plan: table of what runs for an image of the size of the example.
     """
 
-    def __init__(self, model: nn.Module, example_input: Tensor, fast_math: bool = False):
+    def __init__(self, model: nn.Module, example_input: Tensor):
         super().__init__()
-        self.model, self.fast_math = model, fast_math
+        self.model = model
         self._captured: dict[tuple[tuple[int, ...], ...], _Captures] = {}
         self._lock = threading.Lock()
         self.plan = self.program_for(example_input).plan
@@ -139,9 +138,9 @@ class CompiledModel(nn.Module):
             any_batch = any_batch and (len(x) == 1 or hold_for_batches(graph, len(example)))
             if not any_batch and example is not x:
                 record(graph, x)
-        fuse(graph, self.fast_math)
+        fuse(graph)
         graph.graph.eliminate_dead_code()
-        program = Program(lower(graph, self.fast_math), any_batch)
+        program = Program(lower(graph), any_batch)
         return Captured(program, plan_of(program), any_batch)
 
     # Graphs hold what cannot be copied or pickled everywhere: a copy captures anew when it is called.
@@ -153,17 +152,20 @@ class CompiledModel(nn.Module):
         self._lock = threading.Lock()
 
 
-def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False) -> CompiledModel:
+def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
     """A quantized network as one program for inference on the CPU.
 
     The network is captured by :mod:`torch.export`, and its layers compute the BatchNorm, the additions and activations
     that follow them, and quantize what they write for the layers that read it. What lies between steps has its place in
     one piece of memory. Operators that the program does not know run in PyTorch; the plan names them.
 
-    The result returns the same bits and strides as ``qmodel`` for an input of any memory layout, on the same number of
-    threads; PyTorch's operators in the model may round two layouts, batches or numbers of threads differently, and so
-    does the result. BatchNorm is included where PyTorch computes one with fused multiply-adds: on processors with AVX2.
-    A model without BatchNorm, as :func:`dsconv.fold_batchnorm` makes it, has the same bits as its program everywhere.
+    The result returns the strides of ``qmodel``, and its bits as far as the plan has layers, sums, products, maxima,
+    averages and piecewise linear activations, for an input of any memory layout, on the same number of threads.
+    Activations with an exponential, norms and softmax, which PyTorch rounds in one way or another by layout, batch and
+    processor, are rounded in one way of our own, a few units in the last place from the exact numbers; here and there a
+    mantissa of a later layer then falls on its other side. docs/kernels.md says which. BatchNorm has PyTorch's bits
+    where PyTorch computes one with fused multiply-adds: on processors with AVX2. A model without BatchNorm, as
+    :func:`dsconv.fold_batchnorm` makes it, has the same bits as its program everywhere.
 
     The model is captured with the state that it has now: forward may cache by shape, and branch on parameters and
     buffers. Neither ``qmodel`` nor the graph keeps what forward sets meanwhile.
@@ -173,10 +175,6 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
         example_input: float32 ``(N, ...)`` of at least one image, of the size of those to come. The batch may vary
             afterwards, and other image sizes and memory layouts are captured when they come. A model that takes the
             batch size as a number, as ``len(x)`` does, is captured for each batch size.
-        fast_math: compute SiLU and sigmoid by kernels of our own as well, not by PyTorch, and averages over whole
-            images in an order of our own: faster, and a few units in the last place from its results, so that here and
-            there a mantissa of a later layer falls on its other side. The bits then depend on neither instruction set,
-            threads nor batch, which is more than PyTorch's do.
 
     Returns:
         A module to be called as ``qmodel`` is; ``print(compiled.plan)`` shows its steps.
@@ -206,7 +204,7 @@ def compile(qmodel: nn.Module, example_input: Tensor, *, fast_math: bool = False
         raise ModelError(f"compile needs the extension dsconv._C, {missing}: call the quantized model itself") from None
     qmodel = unwrapped(qmodel)
     check_inference(qmodel, "compiling")
-    return CompiledModel(copied(qmodel), example_input, fast_math)
+    return CompiledModel(copied(qmodel), example_input)
 
 
 def _check_dtype(model: nn.Module) -> None:

@@ -8,18 +8,19 @@ from torch import Tensor, fx
 
 from dsconv.compilation.layouts import LAYOUT, in_one_format
 from dsconv.compilation.operators import activation_of, only_user, operator_of
-from dsconv.compilation.operators.map import batchnorm_terms
+from dsconv.compilation.operators.map import batchnorm_terms, per_channel
 from dsconv.compilation.operators.views import take_expansions_as_they_are, take_parts_as_slices
 
 _aten = torch.ops.aten
+_VIEWS = (_aten.reshape.default, _aten.view.default, _aten.unsqueeze.default)
 
 
-def fuse(module: fx.GraphModule, fast_math: bool) -> None:
+def fuse(module: fx.GraphModule) -> None:
     """Rewrite the graph of ``module``, which holds functional ATen and ``dsconv`` operators, in place.
 
     A BatchNorm, a sum with another tensor, and an activation, that follow a convolution or linear layer become its gain
-    and offset, its residual and its activation: it computes them in the same order, so that no bit changes but by
-    ``fast_math``. Their names are kept in ``node.meta["fused"]``.
+    and offset, its residual and its activation: it computes them in the same order, so that no bit changes but those of
+    activations of our own. Their names are kept in ``node.meta["fused"]``.
     """
     graph = module.graph
     take_parts_as_slices(graph)
@@ -35,8 +36,9 @@ def fuse(module: fx.GraphModule, fast_math: bool) -> None:
         if operator_of(node).fuses:
             node.meta["fused"] = []
             _take_batchnorm(module, node)
+            _take_constants(module, node)
             _take_residual(node, order)
-            _take_activation(module, node, fast_math)
+            _take_activation(module, node)
     graph.lint()
 
 
@@ -58,25 +60,49 @@ def _take_batchnorm(module: fx.GraphModule, node: fx.Node) -> None:
     terms = batchnorm_terms(norm, partial(constant, module))
     if terms is None:
         return
-    for name, value in zip(("gain", "offset"), terms, strict=True):
-        module.register_buffer(f"_{node.name}_{name}", value)
-        with module.graph.inserting_before(node):
-            term = module.graph.get_attr(f"_{node.name}_{name}")
-        term.meta["val"] = value
-        node.kwargs = {**node.kwargs, name: term}
-    node.meta["fused"].append("batch_norm")
+    _affine(module, node, "batch_norm", *terms)
     read: Any = norm.args[0]
     read.meta |= {key: norm.meta[key] for key in LAYOUT if key in norm.meta}
     norm.replace_all_uses_with(read)
     module.graph.erase_node(norm)
 
 
+def _take_constants(module: fx.GraphModule, node: fx.Node) -> None:
+    """Take a product or a sum with constants: a layer rounds both together, a model one after the other."""
+    follower = only_user(node)
+    kinds = {_aten.mul.Tensor: "mul", _aten.add.Tensor: "add"}
+    if follower is None or follower.target not in kinds or follower.kwargs or node.kwargs.get("gain") is not None:
+        return
+    kind, other = kinds[follower.target], follower.args[1] if follower.args[0] is node else follower.args[0]
+    operand = per_channel(other, partial(constant, module), follower.meta["val"], 1)
+    if operand is None or node.meta["val"].shape != follower.meta["val"].shape:
+        return
+    values = torch.full((node.meta["val"].shape[1],), 1.0, dtype=torch.float32, device="cpu") * operand
+    if not bool(values.isfinite().all()):
+        return  # zero times it would not be nothing
+    nothing = torch.full_like(values, -0.0) if kind == "mul" else torch.ones_like(values)
+    _affine(module, node, kind, *((values, nothing) if kind == "mul" else (nothing, values)))
+    node.meta |= {key: follower.meta[key] for key in ("val", *LAYOUT) if key in follower.meta}
+    follower.replace_all_uses_with(node)
+    module.graph.erase_node(follower)
+
+
+def _affine(module: fx.GraphModule, node: fx.Node, called: str, gain: Tensor, offset: Tensor) -> None:
+    for name, value in (("gain", gain), ("offset", offset)):
+        module.register_buffer(f"_{node.name}_{name}", value)
+        with module.graph.inserting_before(node):
+            term = module.graph.get_attr(f"_{node.name}_{name}")
+        term.meta["val"] = value
+        node.kwargs = {**node.kwargs, name: term}
+    node.meta["fused"].append(called)
+
+
 def constant(module: fx.GraphModule, node: Any) -> Tensor | None:
     """The tensor of the model that a node stands for; None where it is another one."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
-        if isinstance(node, fx.Node) and node.target in (_aten.reshape.default, _aten.view.default):
+        if isinstance(node, fx.Node) and node.target in _VIEWS:
             of = constant(module, node.args[0])
-            return None if of is None else of.reshape(node.args[1])  # type: ignore[arg-type]
+            return None if of is None else node.target(of, *node.args[1:])
         return None
     value: Any = module
     for part in str(node.target).split("."):
@@ -94,19 +120,22 @@ def _take_residual(node: fx.Node, order: dict[fx.Node, int]) -> None:
         _replace(node, add, "add", residual=other)
 
 
-def _take_activation(module: fx.GraphModule, node: fx.Node, fast_math: bool) -> None:
-    user = only_user(node)
-    settings = activation_of(user, partial(constant, module), fast_math)
-    if user is not None and settings is not None:
-        _replace(node, user, settings["activation"], **settings)
+def _take_activation(module: fx.GraphModule, node: fx.Node) -> None:
+    last, user = node, only_user(node)
+    while user is not None and operator_of(user).renames is not None and user.args[0] is last:
+        last, user = user, only_user(user)
+    settings = activation_of(user, partial(constant, module))
+    if user is not None and settings is not None and user.args[0] is last:
+        _replace(node, user, settings["activation"], seen_as=last, **settings)
 
 
-def _replace(node: fx.Node, follower: fx.Node, called: str, **arguments: Any) -> None:
-    """Let ``node`` with ``arguments`` stand for ``follower``, its only user, as well."""
+def _replace(node: fx.Node, follower: fx.Node, called: str, seen_as: fx.Node | None = None, **arguments: Any) -> None:
+    """Let ``node`` with ``arguments`` stand for ``follower``, its only reader, perhaps in another shape."""
     node.kwargs = {**node.kwargs, **arguments}
     node.meta["fused"].append(called)
-    node.meta |= {key: follower.meta[key] for key in ("val", *LAYOUT) if key in follower.meta}
-    follower.replace_all_uses_with(node)
+    last = node if seen_as is None else seen_as
+    last.meta |= {key: follower.meta[key] for key in ("val", *LAYOUT) if key in follower.meta}
+    follower.replace_all_uses_with(last)
     follower.graph.erase_node(follower)
 
 

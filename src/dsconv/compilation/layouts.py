@@ -14,29 +14,6 @@ from torch import Tensor, fx
 Strides = tuple[int, ...]
 LAYOUT = ("strides", "sizes")
 """Keys of ``node.meta``: strides and sizes of its tensor when the model ran."""
-_VECTORS = 64  # values: the most that PyTorch takes at a time is two vectors of 16
-_SHARES = (1 << 15, 1 << 11)  # values: a thread gets no fewer, of most operators and of GELU
-
-
-def fills_vectors(count: int) -> bool:
-    """Whether PyTorch computes all of ``count`` values side by side on vectors, on as many threads as it has now.
-
-    >>> fills_vectors(64), fills_vectors(65)
-    (True, False)
-    """
-    threads = torch.get_num_threads()
-    shares = {-(-count // min(threads, max(1, -(-count // least)))) for least in _SHARES}
-    return not any(share % _VECTORS for share in (count, *shares))
-
-
-def is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether values lie side by side, in whatever order."""
-    expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(sizes, strides, strict=True) if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def are_lines(sizes: Sequence[int], strides: Sequence[int]) -> bool:

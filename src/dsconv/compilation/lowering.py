@@ -14,14 +14,16 @@ from dsconv.compilation.fusion import constant
 from dsconv.compilation.operators import Step, operator_of
 from dsconv.compilation.operators.map import Map
 from dsconv.compilation.operators.pytorch import Call
-from dsconv.compilation.values import Quantized, Value
+from dsconv.compilation.operators.renaming import size_of
+from dsconv.compilation.values import Quantized, Seen, Value
 
 
 class Lowered(NamedTuple):
     """The steps of a graph, its input, the nodes that it returns, and those that stand for tensors of the model.
 
     ``structure`` makes what the model returns of a list of the outputs; ``batch`` is the batch size, or its symbol;
-    ``values`` are the tensors of images by node.
+    ``values`` are the tensors of images by node; ``renamed`` are nodes that stand for the tensor of images of another
+    one, in another shape; ``counts`` those that stand for the batch size.
     """
 
     steps: list[Step]
@@ -31,22 +33,24 @@ class Lowered(NamedTuple):
     constants: dict[fx.Node, Tensor]
     batch: Any
     values: dict[fx.Node, Value]
+    renamed: dict[fx.Node, fx.Node]
+    counts: tuple[fx.Node, ...]
 
 
-def lower(module: fx.GraphModule, fast_math: bool) -> Lowered:
-    """Return the steps of a graph after :func:`dsconv.compilation.fusion.fuse` that takes one tensor of images.
-
-    They have the bits of PyTorch's operators but for ``fast_math``, whose bits are the same everywhere.
-    """
-    return _Lowering(module, fast_math).lowered()
+def lower(module: fx.GraphModule) -> Lowered:
+    """Return the steps of a graph after :func:`dsconv.compilation.fusion.fuse` that takes one tensor of images."""
+    return _Lowering(module).lowered()
 
 
 class _Lowering:
-    def __init__(self, module: fx.GraphModule, fast_math: bool):
-        self.module, self.fast_math = module, fast_math
+    def __init__(self, module: fx.GraphModule):
+        self.module = module
         self.values: dict[fx.Node, Value] = {}
-        self.steps: list[Step] = []
+        self.seen: dict[fx.Node, Seen | None] = {}
+        self.renamed: dict[fx.Node, fx.Node] = {}
+        self.counts: list[fx.Node] = []
         self.absorbed: set[fx.Node] = set()
+        self.steps: list[Step] = []
         (self.placeholder,) = [node for node in module.graph.nodes if node.op == "placeholder"]
         self.batch = self.placeholder.meta["val"].shape[0]
 
@@ -55,8 +59,12 @@ class _Lowering:
         source = self.value(self.placeholder) or Value(self.placeholder, (1, 1, 1))
         source.outside = True
         for node in self.module.graph.nodes:
-            if node.op == "call_function" and node not in self.absorbed and self.constant(node) is None:
-                self.steps += self._steps(node)
+            if node.op == "call_function" and self.constant(node) is None:
+                self.value(node)
+                if self._is_batch_size(node):
+                    self.counts.append(node)
+                elif node not in self.renamed and node not in self.absorbed:
+                    self.steps += self._steps(node)
         (output,) = [node for node in self.module.graph.nodes if node.op == "output"]
         for node in output.all_input_nodes:
             returned = self.value(node)
@@ -76,26 +84,67 @@ class _Lowering:
         structure: Callable[[Any], Any] = self.module.graph._codegen.process_outputs
         if len(outputs) == 1 and structure([any_one]) is any_one:
             structure = itemgetter(0)  # faster
-        return Lowered(self.steps, source, outputs, structure, constants, self.batch, self.values)
+        made = self.values, self.renamed, tuple(self.counts)
+        return Lowered(self.steps, source, outputs, structure, constants, self.batch, *made)
 
     def value(self, node: Any) -> Value | None:
         """The tensor of images that a node makes; None where it makes something else."""
         if node not in self.values:
-            size = self._size(node) if isinstance(node, fx.Node) else None
-            if size is None:
+            seen = self._see(node) if isinstance(node, fx.Node) else None
+            if seen is None:
                 return None
-            self.values[node] = Value(node, size)
+            renamed = self.renamed.get(node)
+            made = Value(node, seen.size, dim=seen.dim) if renamed is None else self.value(renamed)
+            assert made is not None
+            self.values[node] = made
         return self.values[node]
 
-    def _size(self, node: fx.Node) -> tuple[int, int, int] | None:
-        made = node.meta.get("val")
-        if not isinstance(made, Tensor) or made.dtype != torch.float32 or made.dim() not in (2, 4):
+    def _see(self, node: fx.Node) -> Seen | None:
+        if node not in self.seen:
+            self.seen[node] = self._look(node)
+        return self.seen[node]
+
+    def _look(self, node: fx.Node) -> Seen | None:
+        made, known = node.meta.get("val"), operator_of(node)
+        if not isinstance(made, Tensor) or made.dtype != torch.float32 or made.dim() not in (2, 3, 4):
             return None
-        batch, *size = made.shape
-        if str(batch) != str(self.batch) or not all(isinstance(n, int) and n > 0 for n in size):
+        batch, *sizes = made.shape
+        if not all(isinstance(n, int) and n > 0 for n in sizes) or (node.op == "get_attr"):
             return None
-        channels, *image = size
-        return (channels, *(image or (1, 1)))
+        dim = 1
+        first = node.args[0] if node.op == "call_function" and node.args else None
+        if known.renames is not None and isinstance(first, fx.Node) and (seen := self._see(first)) is not None:
+            found = known.renames(node, seen, self.batch)
+            # Whoever makes a tensor for PyTorch has its channels where PyTorch's layers look for them.
+            if found is not None and (found.dim == 1 or self._is_own(first)):
+                self.renamed[node] = first
+                return found
+        for other in node.all_input_nodes if known.keeps_channels else ():
+            seen = self._see(other)
+            if seen is not None and other.meta["val"].dim() == made.dim():
+                rows = made.dim() == 2 and str(batch) != str(self.batch)
+                if rows and str(batch) == str(other.meta["val"].shape[0]):
+                    return Seen((sizes[0], *seen.size[1:]), 1)
+                dim = seen.dim
+                break
+        return Seen(size_of(made.shape, dim), dim) if str(batch) == str(self.batch) else None
+
+    def _is_batch_size(self, node: fx.Node) -> bool:
+        if node.target is not torch.ops.aten.sym_size.int:
+            return False
+        of: Any = node.args[0]
+        return bool(node.args[1] == 0) and str(of.meta["val"].shape[0]) == str(self.batch)
+
+    def _is_own(self, node: fx.Node) -> bool:
+        """Whether a step of the program itself makes the tensor of a node."""
+        value = self.value(node)
+        made = next((step for step in reversed(self.steps) if step.result is value), None)
+        return made is not None and not isinstance(made, Call)
+
+    def channel_dim(self, node: Any) -> int:
+        """The dimension of a tensor of images that is that of the channels."""
+        seen = self._see(node) if isinstance(node, fx.Node) else None
+        return 1 if seen is None else seen.dim
 
     def constant(self, node: Any) -> Tensor | None:
         """A tensor of the model."""
@@ -111,7 +160,7 @@ class _Lowering:
         return [step or self._call(node)]
 
     def _call(self, node: fx.Node) -> Step:
-        reads = tuple(value for n in node.all_input_nodes if (value := self.value(n)) is not None)
+        reads = tuple(dict.fromkeys(value for n in node.all_input_nodes if (value := self.value(n)) is not None))
         for value in reads:
             value.in_float = True
         result = self.value(node)
@@ -137,19 +186,20 @@ class _Lowering:
     def _ask_for_layouts(self, output: fx.Node) -> None:
         """Have PyTorch compute in the layouts of the model what depends on them, and all that leads to it."""
         asked = set(output.all_input_nodes)
+        asked.update(self.values[n].node for n in output.all_input_nodes if n in self.values)
         for step in reversed(self.steps):
             if not isinstance(step, Call):
                 continue
             node, known = step.node, operator_of(step.node)
             passed_on = node in asked and not known.makes_rows
-            step.by_vectors = known.rounds == "by_vectors" and not known.by_format and not passed_on
             step.faithful = passed_on or known.rounds != "alike" or "alpha" in node.kwargs
             if step.faithful:
                 asked.update(node.all_input_nodes)
+                asked.update(self.values[n].node for n in node.all_input_nodes if n in self.values)
 
     def _place_concatenations(self) -> None:
         """Give pieces a place in what they are concatenated to."""
-        all_of_them = [value for value in self.values.values() if value.pieces]
+        all_of_them = [value for value in dict.fromkeys(self.values.values()) if value.pieces]
         for value in all_of_them:
             for wanted, quantized in value.quantized.items():
                 if value.parts_are_blocks(wanted):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from dsconv.backends import lowering
-from dsconv.compilation.layouts import are_pixels, fills_vectors, is_dense, lies_in_lines, restrided
+from dsconv.compilation.layouts import are_pixels, lies_in_lines, restrided
 from dsconv.compilation.lowering import Lowered
 from dsconv.compilation.memory import ALIGNMENT, Buffer, place
 from dsconv.compilation.operators import operator_of
@@ -53,6 +53,7 @@ class Program:
         self.backend, self._executable = lowering()
         self.steps, self.constants, self._values = lowered.steps, lowered.constants, lowered.values
         self._input, self._outputs, self._structure = lowered.input, lowered.outputs, lowered.structure
+        self._renamed, self._counts = lowered.renamed, lowered.counts
         self._bases: dict[Value, int] = {}
         self._buffers: dict[Value | Quantized, Buffer] = {}
         self._ids: dict[Value | Quantized, int] = {}
@@ -66,7 +67,7 @@ class Program:
         self._segments = self._segments_of_calls()
         # What steps of the executable make outside the memory: the network's outputs.
         made = {s.result for s in self.steps if s.result in self._bases and not s.in_pytorch}
-        self._returns = {v.node: (base, *_layout(v)) for v, base in self._bases.items() if v in made}
+        self._returns = {v: base for v, base in self._bases.items() if v in made}
         calls = [step for step in self.steps if step.in_pytorch]
         # What is there as a tensor of its own, in the layout of the model where that matters.
         self._as_in_model = {self._input.node, *self.constants, *(step.node for step in calls)}
@@ -76,12 +77,6 @@ class Program:
         self.memory_bytes: int = self._executable.bytes(1)
         alone = any_batch and self._treats_images_alone()
         self.images_at_once = _CACHED_BYTES // max(1, self.memory_bytes) if alone else None
-        # Values of an image in each tensor that PyTorch computes on vectors.
-        self._by_vectors = {
-            math.prod(step.result.size)
-            for step in calls
-            if step.result is not None and operator_of(step.node).rounds == "by_vectors"
-        }
         self._spare: deque[Tensor] = deque(maxlen=_SPARE)
 
     def __call__(self, x: Tensor, seconds: Tensor | None = None) -> Any:
@@ -94,9 +89,6 @@ class Program:
             if self.images_at_once is None or len(x) <= max(1, self.images_at_once):
                 return self._structure(self._run(x, seconds))
             at_once = max(self.images_at_once, threads())
-            batches = {len(x), at_once, len(x) % at_once}
-            if not all(fills_vectors(images * size) for images in batches for size in self._by_vectors):
-                return self._structure(self._run(x, seconds))
             parts = [self._run(part, seconds) for part in torch.split(x, at_once)]
             joined = zip(self._outputs, map(_joined, zip(*parts, strict=True)), strict=True)
             return self._structure([self._in_layout(node, made) for node, made in joined])
@@ -144,12 +136,13 @@ class Program:
 
     def _plan_memory(self) -> None:
         end = len(self.steps)
-        outputs = [node for node in self._outputs if isinstance(node, fx.Node)]
         # What PyTorch returns may be a view of what it read, which is needed as long.
+        outputs = [self._own(node) for node in self._outputs if isinstance(node, fx.Node)]
         last: dict[fx.Node, int] = dict.fromkeys([*outputs, *(root.node for root in self._returned_from)], end)
         for index, step in reversed(list(enumerate(self.steps))):
             call = step.in_pytorch
-            reads = step.node.all_input_nodes if call else [v.node for v in step.float_values() if v is not step.result]
+            inputs = map(self._own, step.node.all_input_nodes)
+            reads = list(inputs) if call else [v.node for v in step.float_values() if v is not step.result]
             for node in {*reads, *(self._values[n].root().node for n in reads if n in self._values)}:
                 last[node] = max(last.get(node, 0), last.get(step.node, index) if call else index)
         for index, step in enumerate(self.steps):
@@ -244,17 +237,17 @@ class Program:
     def _run(self, x: Tensor, seconds: Tensor | None) -> list[Any]:
         # What is done for every call takes long where the network has just emptied the caches: little is.
         images = len(x)
-        env: dict[fx.Node, Any] = {**self.constants, self._input.node: x}
-        pixels = x.dim() == 4 and not self._nchw
-        own = x.contiguous(memory_format=torch.channels_last) if pixels else x.contiguous()
+        env: dict[fx.Node, Any] = {**self.constants, **dict.fromkeys(self._counts, images), self._input.node: x}
+        own = x.contiguous() if self._nchw else _pixels(x, self._input)
         memory = self._memory(self._executable.bytes(images))
         addresses = [0] * (len(self._bases) + 1)
         addresses[0] = memory.data_ptr()
         if self._input in self._bases:
             addresses[self._bases[self._input]] = own.data_ptr()
-        for node, (base, size, layout) in self._returns.items():
-            y = torch.empty((images, *size), dtype=torch.float32, device="cpu", memory_format=layout)
-            env[node] = y
+        for value, base in self._returns.items():
+            channels, height, width = value.size
+            y = torch.empty((images, height, width, channels), dtype=torch.float32, device="cpu")
+            env[value.node] = _of_node(y, value)
             addresses[base] = y.data_ptr()
         kept: dict[Any, Tensor] = {}
         use_threads()
@@ -287,11 +280,11 @@ class Program:
         node: Any = step.node
 
         def given(n: fx.Node) -> Any:
-            x = env[n]
+            x = self._tensor(n, env)
             if not step.faithful or n in self._as_in_model:
                 return x
             strides = self._strides.get(n)
-            if strides is None or (step.by_vectors and _alike_by_vectors(x, strides)):
+            if strides is None:
                 return x
             if n not in kept:
                 kept[n] = restrided(x, strides)
@@ -299,10 +292,10 @@ class Program:
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
         env[node] = made = node.target(*args, **kwargs)
-        if step.faithful and not step.by_vectors and step.result is not None:
+        if step.faithful and step.result is not None:
             self._check_layout(node, made)
         if step.result in self._bases:
-            made = made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made.contiguous()
+            made = _pixels(made, step.result)
             kept[step] = made
             addresses[self._bases[step.result]] = made.data_ptr()
 
@@ -322,20 +315,34 @@ class Program:
         root, first = value.place()
         if root.outside:
             whole: Tensor = env[root.node]
-            return whole.narrow(1, first, value.size[0]).reshape(images, *value.node.meta["val"].shape[1:])
+            return whole.narrow(root.dim, first, value.size[0])
         channels, height, width = root.size
         at = self._buffers[root].offset * images // 4 + first
-        if value.node.meta["val"].dim() == 2:
-            return memory.as_strided((images, value.size[0]), (channels, 1), at)
-        strides = (channels * height * width, 1, width * channels, channels)
-        return memory.as_strided((images, *value.size), strides, at)
+        shape = (images, height, width, value.size[0])
+        strides = (channels * height * width, width * channels, channels, 1)
+        return _of_node(memory.as_strided(shape, strides, at), value)
+
+    def _own(self, node: fx.Node) -> fx.Node:
+        """The node whose tensor of images a node renames; itself where it does not."""
+        while node in self._renamed:
+            node = self._renamed[node]
+        return node
+
+    def _tensor(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """A tensor that is there, perhaps under another shape."""
+        if node not in env and node in self._renamed:
+            rest: Any = fx.node.map_arg(node.args[1:], lambda n: env[n])
+            made: Any = node.target
+            env[node] = made(self._tensor(self._renamed[node], env), *rest, **node.kwargs)
+        return env[node]
 
     def _returned(self, node: Any, images: int, env: dict[fx.Node, Any], memory: Tensor) -> Any:
         if not isinstance(node, fx.Node):
             return node
-        made = env.get(node)
-        if made is None:
-            made = self._view(self._values[node], images, env, memory)
+        own = self._own(node)
+        if own not in env:
+            env[own] = self._view(self._values[own], images, env, memory)
+        made = self._tensor(node, env)
         if node not in self._as_in_model:
             made = self._in_layout(node, made)
         inside = isinstance(made, Tensor) and made.untyped_storage().data_ptr() == memory.data_ptr()
@@ -352,11 +359,18 @@ class Program:
         return memory
 
 
-def _layout(value: Value) -> tuple[tuple[int, ...], torch.memory_format]:
-    """Sizes of an image, and the format of images."""
-    if value.node.meta["val"].dim() == 2:
-        return value.size[:1], torch.contiguous_format
-    return value.size, torch.channels_last
+def _pixels(x: Tensor, value: Value) -> Tensor:
+    """The values of a node's tensor, those of a pixel side by side; a copy where they are not yet."""
+    return x.movedim(value.dim, -1).contiguous()
+
+
+def _of_node(pixels: Tensor, value: Value) -> Tensor:
+    """A tensor ``(N, H, W, C)`` as the node of a value has it."""
+    dims = value.node.meta["val"].dim()
+    if dims < 4:
+        rows = () if dims == 2 else (len(pixels),)
+        pixels = pixels.reshape(*rows, -1, pixels.shape[-1])
+    return pixels.movedim(-1, value.dim)
 
 
 def _strides(node: fx.Node, batch: Any) -> tuple[int, ...] | None:
@@ -365,11 +379,6 @@ def _strides(node: fx.Node, batch: Any) -> tuple[int, ...] | None:
     strides: tuple[int, ...] | None = node.meta.get("strides")
     of_images = isinstance(made, Tensor) and made.dim() > 0 and str(made.shape[0]) == str(batch)
     return strides if of_images else None
-
-
-def _alike_by_vectors(x: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether the layout of ``x`` will do where those strides are those of the model."""
-    return fills_vectors(x.numel()) and is_dense(x.shape, x.stride()) and is_dense(x.shape, strides)
 
 
 def _copied(x: Tensor) -> Tensor:

@@ -13,6 +13,16 @@ from typing import NamedTuple
 from torch import fx
 
 
+class Seen(NamedTuple):
+    """The tensor of a node as images: channels, height and width, and the dimension that is that of the channels.
+
+    A tensor ``(N * H * W, C)`` has the pixels of all images as rows.
+    """
+
+    size: tuple[int, int, int]
+    dim: int
+
+
 class Format(NamedTuple):
     """How a layer wants its input quantized: blocks of ``block_size`` over ``depth`` values of each of the groups."""
 
@@ -40,6 +50,7 @@ class Value:
 
     Attributes:
         size: channels, height and width.
+        dim: the dimension of its node's tensor that is that of the channels.
         direct: whether the step that makes it can quantize it as well.
         in_float: whether it is wanted in float32.
         outside: it is not in the program's memory: an input, an output, or made by PyTorch.
@@ -52,6 +63,7 @@ class Value:
 
     node: fx.Node
     size: tuple[int, int, int]
+    dim: int = 1
     direct: bool = False
     in_float: bool = False
     outside: bool = False

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dsconv.ops import cpu
-from dsconv.ops.arguments import ACTIVATIONS, FLOAT_BITS, WEIGHTS, arguments_of, checked_sizes
+from dsconv.ops.arguments import ACTIVATIONS, FLOAT_BITS, OPERATIONS, WEIGHTS, arguments_of, checked_sizes
 from dsconv.ops.native import isa, peak_rate, use_threads
 from dsconv.ops.rounding import round_winograd, solve_balanced
 from dsconv.ops.views import patches, transposed_layout, windows
@@ -50,6 +50,7 @@ def is_simulated() -> bool:
 __all__ = [
     "ACTIVATIONS",
     "FLOAT_BITS",
+    "OPERATIONS",
     "WEIGHTS",
     "arguments_of",
     "checked_sizes",

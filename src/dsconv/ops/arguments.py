@@ -16,7 +16,14 @@ TOO_LARGE = 1 << 31  # for a size, a stride or a number of anything
 # The tensors that a layer reads besides its input, in the order of csrc/bindings.cpp.
 WEIGHTS = ("weight", "kds", "kds_shift", "bias", "gain", "offset")
 # In the order of csrc/kernels/kernels.h, and so is ACTIVATION_SIGNS.
-ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "silu", "sigmoid")
+ACTIVATIONS = (
+    *("none", "relu", "clamp", "leaky_relu", "hardswish", "silu"),
+    *("hardsigmoid", "sigmoid", "elu", "exp", "gelu", "gelu_tanh", "mish", "softplus", "tanh"),
+)
+OPERATIONS = (
+    *("activate", "add", "subtract", "subtract_from", "multiply", "divide", "divide_by", "scale", "slope"),
+    *("normalize", "softmax"),
+)
 
 
 FLOAT_BITS = 32
@@ -109,7 +116,8 @@ class Call(NamedTuple):
     block_size: int
     residual: Tensor | None = None
     activation: str = "none"
-    slope: float = 0.01
+    alpha: float = 0.0
+    beta: float = 0.0
     gain: Tensor | None = None
     offset: Tensor | None = None
     algorithm: str = "direct"

@@ -42,7 +42,8 @@ from dsconv.threads import with_pytorch_on_one_thread
 _library: Any = torch.library.Library("dsconv", "DEF")  # type: ignore[no-untyped-call]
 _SETTINGS = (
     "int outputs, int weight_bits, int activation_bits, str sign, int block_size, "
-    "Tensor? residual=None, str activation='none', float slope=0.01, Tensor? gain=None, Tensor? offset=None"
+    "Tensor? residual=None, str activation='none', float alpha=0.0, float beta=0.0, "
+    "Tensor? gain=None, Tensor? offset=None"
 )
 _WEIGHTS = "Tensor weight, Tensor kds, Tensor? kds_shift, Tensor? bias"
 _WHERE = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool flat"
@@ -68,7 +69,8 @@ def _convolution(
     activation_bits: int,
     sign: str,
     activation: str,
-    slope: float,
+    alpha: float,
+    beta: float,
 ) -> Callable[..., None]:
     """Takes the addresses of the input, the weights, the residual and the output."""
     s = sizes
@@ -78,7 +80,7 @@ def _convolution(
     module = native.extension()
     assert module is not None
     run: Callable[..., None] = module.Convolution(
-        isa, sizes, x_strides, y_strides, weight_bits, activation_bits, *numbers, slope
+        isa, sizes, x_strides, y_strides, weight_bits, activation_bits, *numbers, alpha, beta
     )
     return run
 
@@ -150,7 +152,7 @@ def _ready(
 ) -> _Ready:
     best = native.isa()
     assert best is not None
-    numbers = (c.weight_bits, c.activation_bits, c.sign, c.activation, c.slope)
+    numbers = (c.weight_bits, c.activation_bits, c.sign, c.activation, c.alpha, c.beta)
     run = _convolution(best, name, shapes.sizes, *strides, *numbers)
     added = None if c.residual is None else _residual(name, c.residual, y)
     ends = (0 if added is None else added.data_ptr(), y.data_ptr())

@@ -36,7 +36,8 @@ def test_one_window_is_an_average_of_the_image_and_one_for_each_pixel_nothing() 
         y = m.a(x)
         return F.adaptive_avg_pool2d(y, (9, 9)) * F.adaptive_avg_pool2d(y, 1)
 
-    assert steps_of(run, a=conv(3, 8))[:2] == ["conv2d", "average"]
+    # An average of another layout has an order of its own.
+    assert steps_of(run, near=1e-6, a=conv(3, 8))[:2] == ["conv2d", "average"]
 
 
 def test_pytorch_pools_where_no_way_has_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +54,7 @@ def test_the_extension_refuses_windows_that_are_not_there() -> None:
     def tensor(c: int, h: int, w: int) -> int:
         return int(one.values(0, 0, 0, (c, h, w), (c * h * w, 1, w * c, c)))
 
-    source, outputs = tensor(8, 2, 3), (tensor(8, 1, 1), -1, [], 0, 0.0)
+    source, outputs = tensor(8, 2, 3), (tensor(8, 1, 1), -1, [], 0, 0.0, 0.0)
     one.average_windows(source, [(0, 2)], [(1, 3)], False, outputs)
     for rows, columns in (
         ([], [(1, 3)]),

@@ -69,7 +69,7 @@ def test_the_extension_refuses_places_that_are_not_there() -> None:
     def tensor(c: int, h: int, w: int) -> int:
         return int(one.values(0, 0, 0, (c, h, w), (c * h * w, 1, w * c, c)))
 
-    source, outputs = tensor(8, 2, 3), (tensor(8, 1, 1), -1, [], 0, 0.0)
+    source, outputs = tensor(8, 2, 3), (tensor(8, 1, 1), -1, [], 0, 0.0, 0.0)
     row, column = (0, 1, 0.5, 0.5), (2, 2, 1.0, 0.0)
     one.interpolate(source, [row], [column], 4, 0, 1, outputs)
     lines = one.values(0, 0, 0, (8, 2, 3), (48, 6, 3, 1))

@@ -93,7 +93,7 @@ def test_the_extension_refuses_pixels_that_are_not_there() -> None:
         return int(one.values(0, 0, 0, (c, h, w), (c * h * w, 1, w * c, c)))
 
     source, made = tensor(8, 2, 3), tensor(8, 3, 1)
-    outputs = (made, -1, [], 0, 0.0)
+    outputs = (made, -1, [], 0, 0.0, 0.0)
     one.pick(source, [0, -1, 1], [2], 0.5, outputs)
     for rows, columns, to in (
         ([0, 1], [2], outputs),
@@ -103,9 +103,9 @@ def test_the_extension_refuses_pixels_that_are_not_there() -> None:
         ([], [2], outputs),
         ([0, 1, 1], [], outputs),
         ([0, 1, 1], [2**62], outputs),
-        ([0, 1, 1], [2], (made, made, [], 0, 0.0)),
+        ([0, 1, 1], [2], (made, made, [], 0, 0.0, 0.0)),
         ([0, 1, 1], [2], (made, -1, [], 1, 0.0)),
-        ([0, 1, 1], [2], (tensor(8, 3, 2), -1, [], 0, 0.0)),
+        ([0, 1, 1], [2], (tensor(8, 3, 2), -1, [], 0, 0.0, 0.0)),
     ):
         with pytest.raises(ValueError, match=r"pick|outputs|residual"):
             one.pick(source, rows, columns, 0.5, to)

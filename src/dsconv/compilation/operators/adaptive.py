@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -13,6 +13,7 @@ from dsconv.backends.base import Executable
 from dsconv.compilation.layouts import are_pixels, lies_in_lines
 from dsconv.compilation.operators.average import average_of_image
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
+from dsconv.compilation.operators.pool import Pool
 from dsconv.compilation.operators.views import changes_nothing
 from dsconv.compilation.values import Value
 
@@ -56,13 +57,15 @@ def _average(lowering: Lowering, node: fx.Node) -> Step | None:
     if result is not None and result.size[1:] == (1, 1):
         return average_of_image(lowering, node)
     source = lowering.value(node.args[0])
-    if source is None or result is None or source.node.meta["val"].dim() != 4:
+    if source is None or result is None or lowering.channel_dim(node.args[0]) != 1 or result.size[0] != source.size[0]:
         return None
+    if source.node.meta["val"].dim() != 4:
+        return _windows(node, source, result)
     recorded = source.node.meta
     pixels = not lies_in_lines(source.node) and are_pixels(recorded["sizes"], recorded["strides"])
     at_once = _divides_at_once(source.size, result.size[1:], pixels) if pixels or lies_in_lines(source.node) else None
     if at_once is None:
-        return None
+        return _windows(node, source, result)
     source.in_float = result.direct = True
     rows, columns = (spans(have, want) for have, want in zip(source.size[1:], result.size[1:], strict=True))
     return AdaptiveAverage(node=node, result=result, source=source, rows=rows, columns=columns, at_once=at_once)
@@ -83,11 +86,22 @@ def _divides_at_once(size: tuple[int, int, int], out: tuple[int, int], pixels: b
         source = program.values(1, 0, 0, size, (x.numel(), 1, width * channels, channels))
         result = program.values(2, 0, 0, (channels, *out), (of.numel(), 1, out[1] * channels, channels))
         rows, columns = spans(height, out[0]), spans(width, out[1])
-        program.average_windows(source, rows, columns, at_once, (result, -1, [], 0, 0.0))
+        program.average_windows(source, rows, columns, at_once, (result, -1, [], 0, 0.0, 0.0))
         program.run(1, [0, x.data_ptr(), of.data_ptr()], 0, 1, 0)
         if torch.equal(of, expected):
             return at_once
     return None
 
 
-register("aten", "adaptive_avg_pool2d", returns="new", by_image=True, equals_input=changes_nothing, lower=_average)
+def _windows(node: fx.Node, source: Value, result: Value) -> Step | None:
+    """Averages over windows that meet, of a size that divides that of the image, in an order of our own."""
+    if any(size % made for size, made in zip(source.size[1:], result.size[1:], strict=True)):
+        return None
+    kernel = [size // made for size, made in zip(source.size[1:], result.size[1:], strict=True)]
+    source.in_float = result.direct = True
+    window = (*kernel, *kernel, 0, 0, 1, 1)
+    return Pool(node=node, result=result, source=source, window=window, average=True)
+
+
+_FACTS: dict[str, Any] = {"returns": "new", "by_image": True, "equals_input": changes_nothing, "lower": _average}
+register("aten", "adaptive_avg_pool1d adaptive_avg_pool2d", **_FACTS)

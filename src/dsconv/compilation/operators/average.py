@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -73,20 +73,17 @@ def _averages(x: Tensor, lanes: int) -> Tensor:
 
 
 def average_of_image(lowering: Lowering, node: fx.Node) -> Step | None:
-    """Return the step of an average of whole images; None where no order has PyTorch's bits."""
-    source, result = lowering.value(node.args[0]), lowering.value(node)
+    """Return the step of an average of whole images."""
+    read: Any = node.args[0]
+    source, result = lowering.value(read), lowering.value(node)
     if source is None or result is None or result.size != (source.size[0], 1, 1):
         return None
-    given = arguments_of(node.target, node.args, node.kwargs)
-    over_images = sorted(dim % 4 for dim in given.get("dim") or (2, 3)) == [2, 3]
-    if source.node.meta["val"].dim() != 4 or not over_images:
+    given, dims = arguments_of(node.target, node.args, node.kwargs), read.meta["val"].dim()
+    over = [dim for dim in range(1, dims) if dim != lowering.channel_dim(read)]
+    if dims == 2 or sorted(dim % dims for dim in given.get("dim") or over) != over or given.get("dtype") is not None:
         return None
-    lanes: int | None = OWN_LANES
-    if not lowering.fast_math:
-        # PyTorch takes an average of another layout in another order.
-        lanes = lanes_of_pytorch(source.size) if lies_in_lines(source.node) else None
-    if lanes is None:
-        return None
+    # PyTorch takes an average of another layout in another order.
+    lanes = (lanes_of_pytorch(source.size) if lies_in_lines(read) else None) or OWN_LANES
     source.in_float = result.in_float = True
     return Average(node=node, result=result, source=source, lanes=lanes)
 

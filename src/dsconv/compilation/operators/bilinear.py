@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from dsconv.backends import lowering
 from dsconv.backends.base import Executable
 from dsconv.compilation.layouts import are_pixels, lies_in_lines
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
+from dsconv.compilation.operators.operator import Ids, Lowering, Step, of_images, register
 from dsconv.compilation.operators.views import changes_nothing
 from dsconv.compilation.values import Value
 from dsconv.ops import arguments_of
@@ -65,7 +65,7 @@ def places(size: int, result: int, corners: bool, scale: float | None) -> list[B
 
 def _bilinear(lowering: Lowering, node: fx.Node) -> Step | None:
     source, result = lowering.value(node.args[0]), lowering.value(node)
-    if source is None or result is None or node.meta["val"].dim() != 4:
+    if source is None or result is None or not of_images(lowering, node):
         return None
     given: dict[str, Any] = arguments_of(node.target, node.args, node.kwargs)
     recorded = source.node.meta
@@ -130,7 +130,7 @@ def _made(x: Tensor, rows: list[Between], columns: list[Between], order: Order) 
     _, program = lowering()
     source = program.values(1, 0, 0, (channels, height, width), (x.numel(), 1, width * channels, channels))
     result = program.values(2, 0, 0, size, (made.numel(), 1, size[2] * channels, channels))
-    program.interpolate(source, rows, columns, *order, (result, -1, [], 0, 0.0))
+    program.interpolate(source, rows, columns, *order, (result, -1, [], 0, 0.0, 0.0))
     program.run(1, [0, x.data_ptr(), made.data_ptr()], 0, 1, 0)
     return made
 

@@ -16,6 +16,8 @@ def _concatenation(lowering: Lowering, node: fx.Node) -> Step | None:
     pieces = [value for value in values if value is not None]
     if result is None or dim not in (1, 1 - node.meta["val"].dim()) or len(pieces) < len(values):
         return None
+    if any(lowering.channel_dim(n) != 1 for n in (node, *nodes)):  # type: ignore[misc]
+        return None
     if any(piece.size[1:] != result.size[1:] for piece in pieces):
         return None
     result.pieces = tuple(inner for piece in _joined(pieces) for inner in piece.pieces or (piece,))

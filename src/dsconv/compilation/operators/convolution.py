@@ -92,6 +92,8 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
     source, residual, result = (lowering.value(n) for n in (given["x"], given["residual"], node))
     if source is None or result is None or (given["residual"] is not None and residual is None):
         return None
+    if lowering.channel_dim(given["x"]) != 1 or (residual is not None and residual.size != result.size):
+        return None
     for name in WEIGHTS:
         tensor = lowering.constant(given[name])
         if tensor is None and given[name] is not None:
@@ -131,11 +133,13 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
         result=result,
         residual=residual,
         activation=given["activation"],
-        slope=given["slope"],
+        alpha=given["alpha"],
+        beta=given["beta"],
         fused=["bias"] * (given["bias"] is not None) + node.meta.get("fused", []),
     )
 
 
-register("dsconv", "conv2d", returns="new", rounds="alike", fuses=True, lower=_convolution)
-register("dsconv", "linear", returns="new", rounds="alike", fuses=True, makes_rows=True, lower=_convolution)
+_FACTS: dict[str, Any] = {"returns": "new", "rounds": "alike", "fuses": True, "lower": _convolution}
+register("dsconv", "conv2d", **_FACTS)
+register("dsconv", "linear", makes_rows=True, keeps_channels=True, **_FACTS)
 register("dsconv", "quantize_activation", rounds="alike")

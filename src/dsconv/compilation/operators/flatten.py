@@ -9,8 +9,9 @@ from torch import fx
 
 from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
+from dsconv.compilation.operators.renaming import reshaped
 from dsconv.compilation.operators.shuffles import channel_shuffle_of_views
-from dsconv.compilation.operators.views import changes_nothing, whole
+from dsconv.compilation.operators.views import changes_nothing
 from dsconv.compilation.values import Value
 
 
@@ -31,9 +32,10 @@ class Flatten(Step):
 def _flatten(lowering: Lowering, node: fx.Node) -> Step | None:
     if (shuffle := channel_shuffle_of_views(lowering, node)) is not None:
         return shuffle
-    whole(lowering, node)
     source, result = lowering.value(node.args[0]), lowering.value(node)
-    if node in lowering.absorbed or source is None or result is None or result.size != (math.prod(source.size), 1, 1):
+    if source is None or result is None or lowering.channel_dim(node.args[0]) != 1:
+        return None
+    if result.size != (math.prod(source.size), 1, 1):
         return None
     source.in_float = result.in_float = True
     return Flatten(node=node, result=result, source=source)
@@ -46,5 +48,6 @@ register(
     rounds="alike",
     by_image=True,
     equals_input=changes_nothing,
+    renames=reshaped,
     lower=_flatten,
 )

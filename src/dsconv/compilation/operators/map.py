@@ -1,74 +1,122 @@
-"""Maps of values: scale and shift, BatchNorm, sums, products, and copies."""
+"""Maps of values: sums, products, BatchNorm, activations, norms over channels, and copies.
 
-import math
+Operations that follow one another are one map, which makes all of them while a few pixels are in the cache.
+"""
+
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from dsconv.backends.base import Executable
+from dsconv.backends.base import Executable, MapOperation
 from dsconv.compilation.layouts import in_one_format
 from dsconv.compilation.operators.operator import (
+    Constant,
     Ids,
     Lowering,
     Settings,
     Step,
-    activation_of,
     address,
     fixed,
     only_user,
     register,
 )
 from dsconv.compilation.values import Value
+from dsconv.ops import ACTIVATIONS, OPERATIONS
 
-_aten = torch.ops.aten
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One of :data:`dsconv.ops.OPERATIONS`; its operand is a tensor, constants of all channels, or ``alpha``.
+
+    Attributes:
+        called: as the plan calls it.
+        offset: of all channels, is added last.
+    """
+
+    kind: str
+    called: str
+    value: Value | None = None
+    constants: Tensor | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+    activation: str = "none"
+    offset: Tensor | None = None
+
+    def numbers(self, ids: Ids) -> MapOperation:
+        """Return it as an executable takes it."""
+        numbers = OPERATIONS.index(self.kind), ACTIVATIONS.index(self.activation)
+        tensors = address(self.constants), address(self.offset)
+        return (*numbers, self.alpha, self.beta, ids.value(self.value), *tensors)
 
 
 @dataclass(eq=False, kw_only=True)
 class Map(Step):
-    """``source * scale + shift``, rounded ``once`` or twice, or ``source``; times ``gate``."""
+    """``source`` after some operations."""
 
     source: Value
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    once: bool = False
-    gate: Value | None = None
+    operations: list[Operation] = field(default_factory=list)
     takes_gaps: ClassVar[bool] = True
     name: ClassVar[str | None] = "dsconv.map"
 
     def sources(self) -> Iterator[Value]:
         yield self.source
-        if self.gate is not None:
-            yield self.gate
+        yield from (operation.value for operation in self.operations if operation.value is not None)
 
     def takes_lines(self) -> bool:
         return self.result is None
 
     def add(self, to: Executable, ids: Ids) -> None:
-        scale, shift = address(self.scale), address(self.shift)
-        to.map(ids.value(self.source), scale, shift, self.once, ids.value(self.gate), self.uses(ids))
+        to.map(ids.value(self.source), [operation.numbers(ids) for operation in self.operations], self.uses(ids))
 
     def constants(self) -> Sequence[Tensor | None]:
-        return self.scale, self.shift
+        return [tensor for o in self.operations for tensor in (o.constants, o.offset)]
 
 
-def mapped(lowering: Lowering, node: fx.Node, fused: list[str], settings: Settings, **how: Any) -> Step:
-    """Return the map of a node, with the activation behind it where ``settings`` has none yet."""
-    how["source"].in_float = True
-    lowering.absorbed.add(node)
-    follower = only_user(node)
-    if not settings and (found := activation_of(follower, lowering.constant, lowering.fast_math)) is not None:
-        assert follower is not None
-        settings, node = found, follower
-        lowering.absorbed.add(node)
-    result = lowering.value(node)
+def activation(settings: Settings) -> Operation:
+    """Return the operation that computes an activation."""
+    return Operation("activate", settings["activation"], **settings)
+
+
+def mapped(lowering: Lowering, node: fx.Node, source: Value, *operations: Operation) -> Step:
+    """Return the map of a node, which takes the place of the map before it that nothing else reads."""
+    result, earlier = lowering.value(node), _map_for(lowering, node, source)
     assert result is not None
     result.direct = True
-    return Map(
-        node=node, result=result, fused=fused + [v for k, v in settings.items() if k == "activation"], **how, **settings
-    )
+    made, fused = list(operations), [operation.called for operation in operations if operation.called]
+    if earlier is not None and all(operation.value is not source for operation in operations):
+        lowering.steps.remove(earlier)
+        source, made, fused = earlier.source, earlier.operations + made, earlier.fused + fused
+    for value in (source, *(o.value for o in made if o.value is not None)):
+        value.in_float = True
+    return Map(node=node, result=result, source=source, operations=made, fused=fused)
+
+
+def _map_for(lowering: Lowering, node: fx.Node, value: Value) -> Map | None:
+    """Return the map that makes a value for a node alone."""
+    found = next((step for step in reversed(lowering.steps) if step.result is value), None)
+    if not isinstance(found, Map) or value.pieces or only_user(found.node) is not node:
+        return None
+    return None if any(value in step.sources() for step in lowering.steps if step is not found) else found
+
+
+def per_channel(given: Any, constant: Constant, of: Tensor, dim: int) -> float | Tensor | None:
+    """Return an operand of a tensor whose channels are dimension ``dim``: a number, or float32 ``(C,)``.
+
+    None where ``given`` is something else.
+    """
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        return float(given)
+    tensor = constant(given)
+    if tensor is None or tensor.dtype != torch.float32 or tensor.dim() > of.dim():
+        return None
+    if tensor.numel() == 1:
+        return float(tensor.detach())
+    shape = [1] * of.dim()
+    shape[dim] = of.shape[dim]
+    return fixed(tensor).flatten() if [1] * (of.dim() - tensor.dim()) + list(tensor.shape) == shape else None
 
 
 def batchnorm_terms(norm: fx.Node, constant: Callable[[Any], Tensor | None]) -> tuple[Tensor, Tensor] | None:
@@ -93,51 +141,75 @@ def batchnorm_terms(norm: fx.Node, constant: Callable[[Any], Tensor | None]) -> 
 
 def _batchnorm(lowering: Lowering, node: fx.Node) -> Step | None:
     source, terms = lowering.value(node.args[0]), batchnorm_terms(node, lowering.constant)
-    if source is None or terms is None or not in_one_format(source.node):
+    if source is None or terms is None or not in_one_format(node.args[0]) or lowering.channel_dim(node.args[0]) != 1:
         return None
-    scale, shift = terms
-    return mapped(lowering, node, ["batch_norm"], {}, source=source, scale=scale, shift=shift, once=True)
+    gain, offset = terms
+    return mapped(lowering, node, source, Operation("scale", "batch_norm", constants=gain, offset=offset))
 
 
-def _sum(lowering: Lowering, node: fx.Node) -> Step | None:
-    source, other = (lowering.value(n) for n in node.args[:2])
-    if source is None or other is None or node.kwargs or source.size != other.size:
+# What an operator does with its first argument as x, and what with its second.
+_BINARY = {
+    "add": ("add", "add"),
+    "sub": ("subtract", "subtract_from"),
+    "rsub": ("subtract_from", "subtract"),
+    "mul": ("multiply", "multiply"),
+    "div": ("divide", "divide_by"),
+}
+
+
+def _binary(lowering: Lowering, node: fx.Node) -> Step | None:
+    """A sum, difference, product or quotient of two tensors, or of one and constants."""
+    result = lowering.value(node)
+    if result is None or node.kwargs or len(node.args) != 2:
         return None
-    other.in_float = True
-    return mapped(lowering, node, ["add"], {}, source=source, residual=other)
+    name = node.target._opname  # type: ignore[union-attr]
+    first, second = node.args
+    # The one that is of full size is x; if both are, one whose map can go on.
+    pairs = list(zip((first, second), (second, first), _BINARY[name], strict=True))
+    pairs.sort(key=lambda pair: not _goes_on(lowering, node, pair[0]))
+    for x, other, kind in pairs:
+        source, value = lowering.value(x), lowering.value(other)
+        if source is None or source.size != result.size or not _alike(lowering, x, node):
+            continue
+        operand = per_channel(other, lowering.constant, node.meta["val"], lowering.channel_dim(node))
+        if isinstance(operand, float):
+            return mapped(lowering, node, source, Operation(kind, name, alpha=operand))
+        if operand is not None:
+            return mapped(lowering, node, source, Operation(kind, name, constants=operand))
+        if value is not None and _alike(lowering, other, node) and _broadcasts(value, result):
+            return mapped(lowering, node, source, Operation(kind, name, value=value))
+    return None
 
 
-def _product(lowering: Lowering, node: fx.Node) -> Step | None:
-    return _affine(lowering, node) or _gate(lowering, node)
+def _goes_on(lowering: Lowering, node: fx.Node, x: Any) -> bool:
+    value = lowering.value(x)
+    return value is not None and _map_for(lowering, node, value) is not None
 
 
-def _affine(lowering: Lowering, node: fx.Node) -> Step | None:
-    """A product and a sum with a number for each channel."""
-    add = only_user(node)
+def _alike(lowering: Lowering, of: Any, node: fx.Node) -> bool:
+    """Whether two tensors have the same dimensions, in the same order."""
+    dims = of.meta["val"].dim() == node.meta["val"].dim()
+    return dims and lowering.channel_dim(of) == lowering.channel_dim(node)
+
+
+def _broadcasts(value: Value, result: Value) -> bool:
+    (channels, *image), (all_channels, *size) = value.size, result.size
+    return channels in (1, all_channels) and image in ([1, 1], size)
+
+
+def _negative(lowering: Lowering, node: fx.Node) -> Step | None:
     source = lowering.value(node.args[0])
-    if source is None or add is None or add.target is not _aten.add.Tensor or add.kwargs or add.args[0] is not node:
-        return None
-    shape = (source.size[0], *[1] * (node.meta["val"].dim() - 2))
-    constants = [lowering.constant(n) for n in (node.args[1], add.args[1])]
-    if any(c is None or tuple(c.shape) != shape or c.dtype != torch.float32 for c in constants):
-        return None
-    scale, shift = (fixed(c).flatten() for c in constants if c is not None)
-    lowering.absorbed.add(node)
-    return mapped(lowering, add, ["scale", "shift"], {}, source=source, scale=scale, shift=shift)
+    return None if source is None else mapped(lowering, node, source, Operation("multiply", "neg", alpha=-1.0))
 
 
-def _gate(lowering: Lowering, node: fx.Node) -> Step | None:
-    """A product of two tensors, one of which may be of one pixel."""
-    pair = [value for n in node.args if (value := lowering.value(n)) is not None]
-    if len(pair) < 2 or node.kwargs or len({v.node.meta["val"].dim() for v in pair}) > 1:
-        return None
-    source, gate = sorted(pair, key=lambda value: -math.prod(value.size))
-    if gate.size not in (source.size, (source.size[0], 1, 1)):
-        return None
-    gate.in_float = True
-    return mapped(lowering, node, ["mul"], {}, source=source, gate=gate)
+def _reciprocal(lowering: Lowering, node: fx.Node) -> Step | None:
+    source = lowering.value(node.args[0])
+    return None if source is None else mapped(lowering, node, source, Operation("divide_by", "reciprocal", alpha=1.0))
 
 
-register("aten", "add", returns="new", in_place=True, rounds="alike", lower=_sum)
-register("aten", "mul", returns="new", in_place=True, rounds="alike", lower=_product)
+for _name in ("add", "sub", "mul", "div"):
+    register("aten", _name, returns="new", in_place=True, rounds="alike", keeps_channels=True, lower=_binary)
+register("aten", "rsub", returns="new", rounds="alike", keeps_channels=True, lower=_binary)
+register("aten", "neg", returns="new", in_place=True, rounds="alike", keeps_channels=True, lower=_negative)
+register("aten", "reciprocal", returns="new", in_place=True, rounds="alike", keeps_channels=True, lower=_reciprocal)
 register("aten", "batch_norm", returns="new", lower=_batchnorm)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from dsconv.backends.base import Executable, Uses
-from dsconv.compilation.values import Quantized, Value
+from dsconv.compilation.values import Quantized, Seen, Value
 from dsconv.ops import ACTIVATIONS
 
 Settings = dict[str, Any]
-"""Arguments ``activation`` and ``slope`` of a layer."""
+"""Arguments ``activation``, ``alpha`` and ``beta`` of a layer."""
 Constant = Callable[[Any], Tensor | None]
 """Returns the tensor of the model that a node stands for; None where it is another one."""
 
@@ -36,12 +36,15 @@ class Lowering(Protocol):
     """The graph that is being lowered to steps."""
 
     module: fx.GraphModule
-    fast_math: bool
     absorbed: set[fx.Node]
     """Nodes that need no step of their own."""
+    steps: list["Step"]
 
     def value(self, node: Any) -> Value | None:
         """Return the tensor of images that a node makes; None where it makes something else."""
+
+    def channel_dim(self, node: Any) -> int:
+        """Return the dimension of a tensor of images that is that of the channels."""
 
     def constant(self, node: Any) -> Tensor | None:
         """Return the tensor of the model that a node stands for; None where it is another one."""
@@ -62,7 +65,8 @@ class Step:
     result: Value | None = None
     residual: Value | None = None
     activation: str = "none"
-    slope: float = 0.0
+    alpha: float = 0.0
+    beta: float = 0.0
     fused: list[str] = field(default_factory=list)
     targets: list[tuple[Quantized, int]] = field(default_factory=list)
 
@@ -124,7 +128,7 @@ class Step:
         result = self.result if self.result is not None and self.result.in_float else None
         targets = [(ids.quantized(quantized), first) for quantized, first in self.targets]
         activation = ACTIVATIONS.index(self.activation)
-        return ids.value(result), ids.value(self.residual), targets, activation, self.slope
+        return ids.value(result), ids.value(self.residual), targets, activation, self.alpha, self.beta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,29 +138,29 @@ class Operator:
     Attributes:
         returns: a ``new`` tensor, perhaps a ``view`` of its first input, or ``nothing`` of tensors; None: unknown.
         in_place: whether PyTorch has a twin of it that writes to its first input.
-        rounds: ``alike``: the same bits for every layout of its input; ``by_vectors``: so where values fill vectors
-            (:func:`dsconv.compilation.layouts.fills_vectors`); None: in a way of its own for each layout.
-        by_format: PyTorch has two kernels for it, one of them for contiguous tensors alone.
+        rounds: ``alike``: PyTorch gives the same bits for every layout of its input; None: it may not.
         makes_rows: the layout of its result does not follow from that of its input.
         by_image: it treats every image as if it were alone, where it makes a tensor of images.
         fuses: it takes a BatchNorm, a sum and an activation behind it.
         is_input, equals_input: whether a node returns its very input, or a tensor of the same values.
         activation: the settings of a layer that computes it last, for a node; None: the layer cannot.
-        fast_math: our kernels round it in another way than PyTorch.
+        keeps_channels: its result has its channels in the dimension in which its first input of images has them.
+        renames: a node whose result is that very tensor of images under another shape, or with its channels in another
+            dimension: its :class:`~dsconv.compilation.values.Seen`, for that of its input and the batch size; or None.
         lower: makes a step of a node; None: PyTorch executes the node.
     """
 
     returns: Literal["new", "view", "nothing"] | None = None
     in_place: bool = False
-    rounds: Literal["alike", "by_vectors"] | None = None
-    by_format: bool = False
+    rounds: Literal["alike"] | None = None
     makes_rows: bool = False
     by_image: bool = False
     fuses: bool = False
     is_input: Callable[[fx.Node], bool] | None = None
     equals_input: Callable[[fx.Node], bool] | None = None
     activation: Callable[[fx.Node, Constant], Settings | None] | None = None
-    fast_math: bool = False
+    keeps_channels: bool = False
+    renames: Callable[[fx.Node, Seen, Any], Seen | None] | None = None
     lower: Callable[[Lowering, fx.Node], Step | None] | None = None
 
 
@@ -194,12 +198,10 @@ def functional(node: fx.Node) -> Any:
     return _in_place.get(node.target)
 
 
-def activation_of(node: fx.Node | None, constant: Constant, fast_math: bool) -> Settings | None:
-    """Return the settings of a layer that computes a node last; None where it cannot, or not in PyTorch's bits."""
+def activation_of(node: fx.Node | None, constant: Constant) -> Settings | None:
+    """Return the settings of a layer that computes a node last; None where it cannot."""
     known = _UNKNOWN if node is None else operator_of(node)
-    if node is None or known.activation is None or (known.fast_math and not fast_math):
-        return None
-    return known.activation(node, constant)
+    return None if node is None or known.activation is None else known.activation(node, constant)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -215,3 +217,8 @@ def fixed(tensor: Tensor) -> Tensor:
 def address(tensor: Tensor | None) -> int:
     """Return where the values of a tensor lie; 0 of none."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def of_images(lowering: Lowering, node: fx.Node) -> bool:
+    """Tell whether a node makes a tensor ``(N, C, H, W)`` of one."""
+    return node.meta["val"].dim() == 4 and lowering.channel_dim(node) == lowering.channel_dim(node.args[0]) == 1

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from dsconv.backends.base import Executable
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, only_user, register
+from dsconv.compilation.operators.operator import Ids, Lowering, Step, of_images, only_user, register
 from dsconv.compilation.operators.views import changes_nothing, channels
 from dsconv.compilation.values import Value
 from dsconv.ops import arguments_of
@@ -47,7 +47,7 @@ def _pixels(lowering: Lowering, node: fx.Node) -> Step | None:
         chain.insert(0, before)
         before = before.args[0]
     source, result = lowering.value(before), lowering.value(node)
-    if source is None or result is None or source.size[0] != result.size[0] or node.meta["val"].dim() != 4:
+    if source is None or result is None or source.size[0] != result.size[0] or not of_images(lowering, node):
         return None
     found = _places(chain, source.size[1:])
     if found is None:
@@ -97,7 +97,7 @@ def _slice(lowering: Lowering, node: fx.Node) -> Step | None:
     if not _crops(node):
         channels(lowering, node)
         return None
-    if lowering.value(node.args[0]) is not None and _crops(only_user(node)):
+    if lowering.value(node.args[0]) is not None and of_images(lowering, node) and _crops(only_user(node)):
         lowering.absorbed.add(node)  # the next one takes both
         return None
     return _pixels(lowering, node)

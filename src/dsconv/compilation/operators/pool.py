@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from dsconv.backends.base import Executable
@@ -35,14 +34,19 @@ class Pool(Step):
 def _pool(lowering: Lowering, node: fx.Node) -> Step | None:
     given = arguments_of(node.target, node.args, node.kwargs)
     source, result = lowering.value(node.args[0]), lowering.value(node)
-    if source is None or result is None or node.meta["val"].dim() != 4:
+    dims = node.meta["val"].dim()
+    if source is None or result is None or dims == 2 or lowering.channel_dim(node.args[0]) != 1:
         return None
-    average = node.target is torch.ops.aten.avg_pool2d.default
-    kernel = _pair(given["kernel_size"])
-    stride = _pair(given["stride"]) if given["stride"] else kernel
-    dilation = (1, 1) if average else _pair(given["dilation"])
-    window = (*kernel, *stride, *_pair(given["padding"]), *dilation)
-    zeros, divisor = (given["count_include_pad"], given["divisor_override"] or 0) if average else (False, 0)
+    average = "count_include_pad" in given
+
+    def pair(value: Any, missing: int = 1) -> tuple[int, int]:
+        return _pair(value) if dims == 4 else (missing, _pair(value)[1])
+
+    kernel = pair(given["kernel_size"])
+    stride = pair(given["stride"]) if given["stride"] else kernel
+    dilation = (1, 1) if average else pair(given["dilation"])
+    window = (*kernel, *stride, *pair(given["padding"], 0), *dilation)
+    zeros, divisor = (given["count_include_pad"], given.get("divisor_override") or 0) if average else (False, 0)
     source.in_float = result.direct = True
     return Pool(
         node=node, result=result, source=source, window=window, average=average, count_zeros=zeros, divisor=divisor
@@ -56,5 +60,5 @@ def _pair(value: Any) -> tuple[int, int]:
     return one, other
 
 
-register("aten", "max_pool2d", returns="new", rounds="alike", by_image=True, lower=_pool)
-register("aten", "avg_pool2d", returns="new", by_image=True, lower=_pool)
+register("aten", "max_pool1d max_pool2d", returns="new", rounds="alike", by_image=True, lower=_pool)
+register("aten", "avg_pool1d avg_pool2d", returns="new", by_image=True, lower=_pool)

@@ -23,13 +23,11 @@ class Call(Step):
         reads_values: the tensors of images among its inputs.
         tensors: those of the model.
         faithful: whether it is given tensors in the memory layout that they have in the model.
-        by_vectors: whether another layout will do where it leaves nothing beside full vectors.
     """
 
     reads_values: tuple[Value, ...]
     tensors: Sequence[Tensor | None]
     faithful: bool = False
-    by_vectors: bool = False
     in_pytorch: ClassVar[bool] = True
 
     @property
@@ -60,9 +58,8 @@ def _converts_nothing(node: fx.Node) -> bool:
 # These round nothing.
 register(
     "aten",
-    "concat detach_ embedding flip gather "
-    "index_select lift_fresh_copy masked_fill movedim permute "
-    "reflection_pad1d repeat replication_pad1d roll stack sym_numel t tile transpose unflatten where",
+    "concat detach_ embedding flip gather index_select lift_fresh_copy masked_fill movedim "
+    "reflection_pad1d repeat replication_pad1d roll stack sym_numel t tile unflatten where",
     rounds="alike",
 )
 register("aten", "sym_size _assert_tensor_metadata", returns="nothing", rounds="alike")
@@ -71,14 +68,9 @@ register("aten", "to", returns="view", rounds="alike", is_input=_converts_nothin
 # These round every value alone, and in the same way in vectors and outside them.
 register(
     "aten",
-    "abs amax amin ceil clamp clamp_max clamp_min div eq floor ge gt le logical_and logical_not logical_or lt "
-    "max_pool1d maximum minimum ne neg round sign sub threshold",
+    "abs amax amin ceil eq floor ge gt le logical_and logical_not logical_or lt maximum minimum ne round "
+    "sign threshold",
     rounds="alike",
 )
-# PyTorch computes these on vectors, and the rest of a thread's share value by value, which rounds in another way.
-register("aten", "elu exp mish softplus tanh", rounds="by_vectors")
-# The exact GELU of contiguous tensors is oneDNN's.
-register("aten", "gelu", rounds="by_vectors", by_format=True, by_image=True)
-register("aten", "softmax", returns="new")
-# These read their input row by row, whatever its layout, and write rows.
-register("aten", "layer_norm native_layer_norm", rounds="alike", makes_rows=True)
+# It reads its input row by row, whatever its layout, and writes rows.
+register("aten", "native_layer_norm", rounds="alike", makes_rows=True)

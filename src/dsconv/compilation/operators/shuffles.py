@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from dsconv.backends.base import Executable
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
+from dsconv.compilation.operators.operator import Ids, Lowering, Step, of_images, register
 from dsconv.compilation.values import Value
 
 _aten = torch.ops.aten
@@ -57,7 +57,7 @@ def _channels(lowering: Lowering, node: fx.Node, source: Value, groups: int) -> 
 
 def _channel_shuffle(lowering: Lowering, node: fx.Node) -> Step | None:
     source, result, groups = lowering.value(node.args[0]), lowering.value(node), node.args[1]
-    if source is None or result is None or not isinstance(groups, int) or node.meta["val"].dim() != 4:
+    if source is None or result is None or not isinstance(groups, int) or not of_images(lowering, node):
         return None
     return _channels(lowering, node, source, groups)
 
@@ -65,7 +65,7 @@ def _channel_shuffle(lowering: Lowering, node: fx.Node) -> Step | None:
 def channel_shuffle_of_views(lowering: Lowering, node: fx.Node) -> Step | None:
     """Return the step of a reshape that ends a channel shuffle: channels in groups, these exchanged, and one again."""
     chain = [node]
-    while len(chain) < 3 and isinstance(of := chain[-1].args[0], fx.Node):
+    while len(chain) < 3 and chain[-1].args and isinstance(of := chain[-1].args[0], fx.Node):
         if of.target not in (_aten.clone.default, _aten.contiguous.default):
             chain.append(of)
         else:
@@ -73,7 +73,7 @@ def channel_shuffle_of_views(lowering: Lowering, node: fx.Node) -> Step | None:
     if len(chain) < 3 or not _exchanges_groups(chain[1]) or chain[2].target not in _RESHAPES:
         return None
     source, result, split = lowering.value(chain[2].args[0]), lowering.value(node), chain[2].meta["val"].shape
-    if source is None or result is None or len(split) != 5 or node.meta["val"].dim() != 4:
+    if source is None or result is None or len(split) != 5 or not of_images(lowering, node):
         return None
     if not result.size == source.size == (split[1] * split[2], *split[3:]):
         return None
@@ -89,7 +89,7 @@ def _exchanges_groups(node: fx.Node) -> bool:
 
 def _factor(lowering: Lowering, node: fx.Node) -> tuple[Value, Value, int] | None:
     source, result, factor = lowering.value(node.args[0]), lowering.value(node), node.args[1]
-    if source is None or result is None or not isinstance(factor, int) or node.meta["val"].dim() != 4:
+    if source is None or result is None or not isinstance(factor, int) or not of_images(lowering, node):
         return None
     return source, result, factor
 

@@ -55,21 +55,13 @@ def bounds(node: fx.Node) -> tuple[int, int] | None:
 def channels(lowering: Lowering, node: fx.Node) -> None:
     """Have some channels of a tensor read where they lie."""
     source, result, found = lowering.value(node.args[0]), lowering.value(node), bounds(node)
-    if source is None or result is None or found is None or found[0] != 1 or result.size[1:] != source.size[1:]:
+    if source is None or result is None or found is None or result.size[1:] != source.size[1:]:
+        return
+    if not found[0] == source.dim == result.dim == lowering.channel_dim(node.args[0]):
         return
     result.home, result.first = source, found[1]
     source.views.append(result)
     source.in_float = True
-    lowering.absorbed.add(node)
-
-
-def whole(lowering: Lowering, node: fx.Node) -> None:
-    """Have a tensor of another shape read where it lies: channels of one pixel are a row of values."""
-    source, result = lowering.value(node.args[0]), lowering.value(node)
-    if source is None or result is None or source.size != result.size:
-        return
-    result.home = source
-    source.views.append(result)
     lowering.absorbed.add(node)
 
 
@@ -94,7 +86,6 @@ def _shape(node: fx.Node) -> tuple[str, ...]:
 
 register("aten", "narrow", returns="view", rounds="alike", equals_input=changes_nothing, lower=channels)
 register("aten", "alias detach expand expand_as", returns="view", rounds="alike", equals_input=changes_nothing)
-register("aten", "squeeze unsqueeze", returns="view", rounds="alike", lower=whole)
 register("aten", "contiguous", returns="view", rounds="alike", makes_rows=True, equals_input=changes_nothing)
 register("aten", "clone _to_copy", rounds="alike", equals_input=changes_nothing)
 register("aten", "chunk select split split_with_sizes unbind", returns="view", rounds="alike")
