@@ -142,7 +142,7 @@ def extension_calls() -> dict[str, tuple[Callable[[Any], object], str]]:
 
     def run(module: Any, *bases: int, images: int = 1) -> None:
         made = program(module)
-        made.map(0, [], (1, -1, [], 1, 0.0, 0.0))
+        made.map(0, [(0, 1, 0.0, 0.0, -1, 0, 0)], (1, -1, [], 0, 0.0, 0.0))
         made.run(images, bases, 0, 1, 0)
 
     def pool(module: Any, *window: int, size: tuple[int, int] = (4, 4)) -> None:
