@@ -70,7 +70,7 @@ class DotTasks : OutputTasks {
 
   // Whether the kernels finish outputs while their sums are in registers.
   bool finishes_at_once(const QuantizedRows& rows) const {
-    return kernels_.dot_one_block && g_.taps() == 1 && rows.blocks == 1 && !rows.overflow[0] && !l_.wide && o_.values &&
+    return kernels_.dot_one_block && g_.taps() == 1 && rows.blocks == 1 && !rows.overflow[0] && !rows.int_acc && o_.values &&
            channel_stride() == 1 && o_.targets.empty() && !o_.residual.values && has_bounds(l_.post.activation.kind) &&
            g_.group_outputs() % kPanel == 0;
   }

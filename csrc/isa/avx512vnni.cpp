@@ -177,14 +177,14 @@ struct OneBlockTile {
   using Vector = simd::X86_512;
   static constexpr int kMR = 7, kVectors = 1;
 
-  template <int M>
+  template <int M, Weights W>
   [[gnu::always_inline]] static void sum(const DotArgs& a, const std::uint8_t* w, const OneBlockPixel* pixels,
                                          Vector::Int (&sums)[M][kVectors]) {
     const std::int8_t* x[M];
     __m512i acc[M][1][1];
     for (int m = 0; m < M; ++m) x[m] = pixels[m].x, acc[m][0][0] = _mm512_set1_epi32(pixels[m].scale.acc_init);
     std::int64_t at = 0;
-    for (int left = a.last_octets; left > 0; --left, w += 64, at += 8) add_octet<Weights::nibbles>(w, 0, x, at, acc);
+    for (int left = a.last_octets; left > 0; --left, w += W == Weights::nibbles ? 64 : 128, at += 8) add_octet<W>(w, 0, x, at, acc);
     for (int m = 0; m < M; ++m) sums[m][0] = Vector::as_int(acc[m][0][0]);
   }
 };

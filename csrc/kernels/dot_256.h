@@ -98,7 +98,7 @@ struct OneBlock256 {
   using Vector = simd::X86_256;
   static constexpr int kMR = 2, kVectors = kTileVectors;
 
-  template <int M>
+  template <int M, Weights W>
   [[gnu::always_inline]] static void sum(const DotArgs& a, const std::uint8_t* w, const OneBlockPixel* pixels,
                                          Vector::Int (&acc)[M][kVectors]) {
     const std::int8_t* x[M];
@@ -106,7 +106,8 @@ struct OneBlock256 {
       x[m] = pixels[m].x;
       for (int v = 0; v < kVectors; ++v) acc[m][v] = Vector::broadcast(pixels[m].scale.acc_init);
     }
-    if constexpr (DotProduct::kNibblePairs) add_octets_in_pairs<DotProduct, M>(w, x, a.last_octets, a.octets_together, acc);
+    if constexpr (W == Weights::bytes) add_octets<DotProduct, M, true>(w, x, a.last_octets, acc);
+    else if constexpr (DotProduct::kNibblePairs) add_octets_in_pairs<DotProduct, M>(w, x, a.last_octets, a.octets_together, acc);
     else add_octets<DotProduct, M, false>(w, x, a.last_octets, acc);
   }
 };

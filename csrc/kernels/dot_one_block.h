@@ -37,13 +37,13 @@ struct OneBlockTerms {
   }
 };
 
-template <class Tile, int M, bool Shift>
+template <class Tile, int M, Weights W, bool Shift>
 [[gnu::always_inline]] inline void one_block_tile(const DotArgs& a,
                                                   const OneBlockTerms<typename Tile::Vector, Tile::kVectors>& terms,
                                                   const std::uint8_t* w, Bounds bounds, const OneBlockPixel* pixels, int first) {
   using V = typename Tile::Vector;
   typename V::Int acc[M][Tile::kVectors];
-  Tile::template sum<M>(a, w, pixels, acc);
+  Tile::template sum<M, W>(a, w, pixels, acc);
   const auto low = V::broadcast(bounds.low), high = V::broadcast(bounds.high);
 #pragma GCC unroll 2
   for (int v = 0; v < Tile::kVectors; ++v)
@@ -58,26 +58,33 @@ template <class Tile, int M, bool Shift>
 }
 
 // The outputs of a tile from `first` on, of all pixels.
-template <class Tile, bool Shift>
+template <class Tile, Weights W, bool Shift>
 [[gnu::noinline]] void one_block_outputs(const DotArgs& args, const EpilogueArgs& to, const OneBlockPixel* pixels, int first) {
   const DotArgs a = args;  // a local copy, which no store of outputs can alias
   const OneBlockTerms<typename Tile::Vector, Tile::kVectors> terms(a, to, first);
   const std::uint8_t* const w = a.weight + first / kPanel * a.panel_bytes + first % kPanel * 4;
   const Bounds bounds = bounds_of(to.post.activation);
   const OneBlockPixel* const end = pixels + a.pixels;
-  for (; pixels + Tile::kMR <= end; pixels += Tile::kMR) one_block_tile<Tile, Tile::kMR, Shift>(a, terms, w, bounds, pixels, first);
-  for (; pixels < end; ++pixels) one_block_tile<Tile, 1, Shift>(a, terms, w, bounds, pixels, first);
+  for (; pixels + Tile::kMR <= end; pixels += Tile::kMR)
+    one_block_tile<Tile, Tile::kMR, W, Shift>(a, terms, w, bounds, pixels, first);
+  for (; pixels < end; ++pixels) one_block_tile<Tile, 1, W, Shift>(a, terms, w, bounds, pixels, first);
 }
 
 // Kernels::dot_one_block. Tile has
 //   Vector, kMR, kVectors    those of a tile, whose vectors of outputs fill a panel or a part of one
-//   template <int M> static void sum(const DotArgs&, const std::uint8_t* w, const OneBlockPixel*, Vector::Int (&acc)[M][kVectors])
+//   template <int M, Weights W> static void sum(const DotArgs&, const std::uint8_t* w, const OneBlockPixel*, Vector::Int
+//   (&acc)[M][kVectors])
 template <class Tile>
 void dot_one_block(const DotArgs& a, const EpilogueArgs& to) {
   OneBlockPixel pixels[kMaxTaskPixels];
   one_block_pixels(a, to, pixels);
-  for (int n = 0; n < to.outputs; n += Tile::Vector::kLanes * Tile::kVectors)
-    a.kds_shift ? one_block_outputs<Tile, true>(a, to, pixels, n) : one_block_outputs<Tile, false>(a, to, pixels, n);
+  const auto with_settings = [&]<Weights W, bool Shift>() {
+    for (int n = 0; n < to.outputs; n += Tile::Vector::kLanes * Tile::kVectors) one_block_outputs<Tile, W, Shift>(a, to, pixels, n);
+  };
+  const auto with_weights = [&]<Weights W>() {
+    a.kds_shift ? with_settings.template operator()<W, true>() : with_settings.template operator()<W, false>();
+  };
+  a.rows.wide ? with_weights.template operator()<Weights::bytes>() : with_weights.template operator()<Weights::nibbles>();
 }
 
 }  // namespace dsconv

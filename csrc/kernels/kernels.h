@@ -332,8 +332,8 @@ struct Kernels {
   int task_pixels;                                            // pixels that dot is best given at once, a multiple of mr
   std::int64_t (*workspace_bytes)(const DotArgs&) = nullptr;  // null: none
   void (*dot)(const DotArgs&);
-  // Sums and finishes the outputs of layers of one tap and block, whole panels of nibbles, while they are in registers; null: it
-  // cannot. The outputs of a pixel are contiguous, the activation has bounds, and there is no residual.
+  // Sums and finishes the outputs of layers of one tap and block, whole panels, while they are in registers; null: it cannot.
+  // Accumulators are magic, the outputs of a pixel are contiguous, the activation has bounds, and there is no residual.
   void (*dot_one_block)(const DotArgs&, const EpilogueArgs&) = nullptr;
   bool flip_winograd = false;  // its mantissas, for products of unsigned and signed bytes
   const VectorKernels& vector;
