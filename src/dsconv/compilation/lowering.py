@@ -3,6 +3,7 @@
 The step that makes a tensor writes it in every format that is wanted (:mod:`dsconv.compilation.values`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -78,18 +79,19 @@ class _Lowering:
             size = self._size(node) if isinstance(node, fx.Node) else None
             if size is None:
                 return None
-            self.values[node] = Value(node, size)
+            made = node.meta["val"]
+            self.values[node] = Value(node, size, made.shape[2] if made.dim() == 5 else 1)
         return self.values[node]
 
     def _size(self, node: fx.Node) -> tuple[int, int, int] | None:
         made = node.meta.get("val")
-        if not isinstance(made, Tensor) or made.dtype != torch.float32 or made.dim() not in (2, 4):
+        if not isinstance(made, Tensor) or made.dtype != torch.float32 or made.dim() not in (2, 4, 5):
             return None
         batch, *size = made.shape
         if str(batch) != str(self.batch) or not all(isinstance(n, int) and n > 0 for n in size):
             return None
-        channels, *image = size
-        return (channels, *(image or (1, 1)))
+        channels, *frames, height, width = size if len(size) > 1 else (*size, 1, 1)
+        return channels, math.prod(frames) * height, width
 
     def constant(self, node: Any) -> Tensor | None:
         """A tensor of the model."""

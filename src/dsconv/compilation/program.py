@@ -17,7 +17,7 @@ from dsconv.compilation.operators import operator_of
 from dsconv.compilation.operators.pytorch import Call
 from dsconv.compilation.values import Quantized, Value
 from dsconv.numerics import ACTIVATION_SIGNS
-from dsconv.ops import use_threads
+from dsconv.ops import pixels_format, use_threads
 from dsconv.threads import PyTorchOnOneThread, threads
 
 # Memory of this size stays in the caches; more images at a time would not.
@@ -188,7 +188,8 @@ class Program:
     def quantized_bytes(self, q: Quantized) -> int:
         """Return how much memory a quantized tensor takes, for an image."""
         form = q.format
-        return self._executable.quantized_bytes(form.depth, form.block_size, form.groups, (*q.size, *q.pad), form.shift)
+        grid = (*q.size, *q.pad)
+        return self._executable.quantized_bytes(form.depth, form.block_size, form.groups, grid, form.shift, q.frames)
 
     # Steps of the executable
 
@@ -235,6 +236,7 @@ class Program:
                 form.bits,
                 ACTIVATION_SIGNS.index(form.sign),
                 form.shift,
+                of.frames,
             )
         return self._ids[of]
 
@@ -244,8 +246,7 @@ class Program:
         # What is done for every call takes long where the network has just emptied the caches: little is.
         images = len(x)
         env: dict[fx.Node, Any] = {**self.constants, self._input.node: x}
-        pixels = x.dim() == 4 and not self._nchw
-        own = x.contiguous(memory_format=torch.channels_last) if pixels else x.contiguous()
+        own = x.contiguous() if self._nchw else x.contiguous(memory_format=pixels_format(x.dim()))
         memory = self._memory(self._executable.bytes(images))
         addresses = [0] * (len(self._bases) + 1)
         addresses[0] = memory.data_ptr()
@@ -301,7 +302,7 @@ class Program:
         if step.faithful and not step.by_vectors and step.result is not None:
             self._check_layout(node, made)
         if step.result in self._bases:
-            made = made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made.contiguous()
+            made = made.contiguous(memory_format=pixels_format(made.dim()))
             kept[step] = made
             addresses[self._bases[step.result]] = made.data_ptr()
 
@@ -324,7 +325,8 @@ class Program:
         if value.node.meta["val"].dim() == 2:
             return memory.as_strided((images, value.size[0]), (channels, 1), at)
         strides = (channels * height * width, 1, width * channels, channels)
-        return memory.as_strided((images, *value.size), strides, at)
+        image = memory.as_strided((images, *value.size), strides, at)
+        return torch.unflatten(image, 2, (value.frames, -1)) if value.node.meta["val"].dim() == 5 else image
 
     def _returned(self, node: Any, images: int, env: dict[fx.Node, Any], memory: Tensor) -> Any:
         if not isinstance(node, fx.Node):
@@ -350,9 +352,8 @@ class Program:
 
 def _layout(value: Value) -> tuple[tuple[int, ...], torch.memory_format]:
     """Sizes of an image, and the format of images."""
-    if value.node.meta["val"].dim() == 2:
-        return value.size[:1], torch.contiguous_format
-    return value.size, torch.channels_last
+    made = value.node.meta["val"]
+    return tuple(made.shape[1:]), pixels_format(made.dim())
 
 
 def _strides(node: fx.Node, batch: Any) -> tuple[int, ...] | None:

@@ -11,7 +11,7 @@ from dsconv.ops import cpu
 from dsconv.ops.arguments import ACTIVATIONS, WEIGHTS, arguments_of, checked_sizes
 from dsconv.ops.native import isa, peak_rate, use_threads
 from dsconv.ops.rounding import round_winograd, solve_balanced
-from dsconv.ops.views import patches, transposed_layout, windows
+from dsconv.ops.views import patches, pixels_format, transposed_layout, windows
 
 
 class _State(threading.local):
@@ -57,6 +57,7 @@ __all__ = [
     "isa",
     "patches",
     "peak_rate",
+    "pixels_format",
     "round_winograd",
     "simulated",
     "solve_balanced",

@@ -77,8 +77,9 @@ def _average(lowering: Lowering, node: fx.Node) -> Step | None:
     if source is None or result is None or result.size != (source.size[0], 1, 1):
         return None
     given = arguments_of(node.target, node.args, node.kwargs)
-    over_images = sorted(dim % 4 for dim in given.get("dim") or (2, 3)) == [2, 3]
-    if source.node.meta["val"].dim() != 4 or not over_images:
+    dims = source.node.meta["val"].dim()
+    inside = list(range(2, dims))
+    if dims < 4 or sorted(dim % dims for dim in given.get("dim") or inside) != inside:
         return None
     lanes: int | None = OWN_LANES
     if not lowering.fast_math:
@@ -92,8 +93,15 @@ def _average(lowering: Lowering, node: fx.Node) -> Step | None:
 
 def _of_one_value(node: fx.Node) -> bool:
     read: Any = node.args[0]
-    return tuple(read.meta["val"].shape[-2:]) == tuple(node.args[1])  # type: ignore[arg-type]
+    return tuple(read.meta["val"].shape[2:]) == tuple(node.args[1])  # type: ignore[arg-type]
 
 
-register("aten", "adaptive_avg_pool2d", returns="new", by_image=True, equals_input=_of_one_value, lower=_average)
+register(
+    "aten",
+    "adaptive_avg_pool2d adaptive_avg_pool3d",
+    returns="new",
+    by_image=True,
+    equals_input=_of_one_value,
+    lower=_average,
+)
 register("aten", "mean", returns="new", by_image=True, lower=_average)

@@ -1,5 +1,6 @@
 """Convolutions and linear layers in integers."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,6 +35,8 @@ class Convolution(Step):
 
     @property
     def name(self) -> str | None:  # type: ignore[override]
+        if self.sizes.transposed:
+            return "dsconv.convolution (transposed)"
         return "dsconv.conv2d (winograd)" if self.sizes.winograd else None
 
     @property
@@ -76,7 +79,8 @@ class Convolution(Step):
         s = self.sizes
         if s.winograd:
             return int(s.outputs * s.channels * PRODUCTS * -(-s.out_height // TILE) * -(-s.out_width // TILE))
-        return int(s.outputs * s.out_height * s.out_width * s.kernel_h * s.kernel_w * (s.channels // s.groups))
+        pixels = (s.depth, s.height, s.width) if s.transposed else (s.out_depth, s.out_height, s.out_width)
+        return int(s.outputs * math.prod(pixels) * s.kernel_d * s.kernel_h * s.kernel_w * (s.channels // s.groups))
 
 
 def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
@@ -91,9 +95,10 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
         given[name] = tensor
     if given["bias"] is not None:
         given["bias"] = fixed(given["bias"])
-    sizes = checked_sizes(source.size, given)
+    image = tuple(given["x"].meta["val"].shape[1:])
+    sizes = checked_sizes(image if len(image) > 1 else source.size, given)
     groups, flat = sizes.groups, sizes.flat
-    depthwise = flat and groups == source.size[0] > 1
+    depthwise = flat and groups == source.size[0] > 1 and not sizes.volume
     if depthwise and groups != result.size[0]:
         return None  # it writes lines
     quantized = None
@@ -109,7 +114,7 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
             given["sign"],
             given["kds_shift"] is not None,
         )
-        quantized = source.want(wanted, (sizes.pad_h, sizes.pad_w))
+        quantized = source.want(wanted, sizes.border)
     if residual is not None:
         residual.in_float = True
     result.direct = depthwise or groups == 1
@@ -128,6 +133,6 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
     )
 
 
-register("dsconv", "conv2d", returns="new", rounds="alike", fuses=True, lower=_convolution)
+register("dsconv", "conv2d convolution", returns="new", rounds="alike", fuses=True, lower=_convolution)
 register("dsconv", "linear", returns="new", rounds="alike", fuses=True, makes_rows=True, lower=_convolution)
 register("dsconv", "quantize_activation", rounds="alike")

@@ -103,6 +103,9 @@ def _sum(lowering: Lowering, node: fx.Node) -> Step | None:
     source, other = (lowering.value(n) for n in node.args[:2])
     if source is None or other is None or node.kwargs or source.size != other.size:
         return None
+    made = lowering.value(node)
+    if made is None or made.size != source.size:  # frames and lines of one may be repeated over those of the other
+        return None
     other.in_float = True
     return mapped(lowering, node, ["add"], {}, source=source, residual=other)
 
@@ -132,7 +135,8 @@ def _gate(lowering: Lowering, node: fx.Node) -> Step | None:
     if len(pair) < 2 or node.kwargs or len({v.node.meta["val"].dim() for v in pair}) > 1:
         return None
     source, gate = sorted(pair, key=lambda value: -math.prod(value.size))
-    if gate.size not in (source.size, (source.size[0], 1, 1)):
+    made = lowering.value(node)
+    if gate.size not in (source.size, (source.size[0], 1, 1)) or made is None or made.size != source.size:
         return None
     gate.in_float = True
     return mapped(lowering, node, ["mul"], {}, source=source, gate=gate)
