@@ -163,6 +163,19 @@ def test_compiled_they_return_the_same_bits(name: str, config: str) -> None:
                 assert not made.numel() or made.stride() == expected.stride()
 
 
+def test_a_layer_that_is_simulated_is_one_step_of_pytorch() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 24, 3, 2, output_padding=1), nn.Conv2d(24, 4, 1)]
+    config = dsconv.QuantConfig.preset("paper", overrides={"2": {"block_size": 12, "kds_dtype": "float32"}})
+    model, x = dsconv.quantize(nn.Sequential(*layers).eval(), config), torch.randn(2, 3, 9, 8)
+    fast = dsconv.compile(model, x)
+    assert [step.operator for step in fast.plan.in_pytorch] == ["dsconv.simulated", "dsconv.simulated"]
+    with torch.inference_mode():
+        for images in (x, x[:1], x.contiguous(memory_format=torch.channels_last)):
+            assert torch.equal(fast(images), fast.model(images))
+            assert fast(images).stride() == fast.model(images).stride()
+
+
 def test_layers_quantize_for_transposed_ones_and_these_for_those_behind() -> None:
     model, x = network("DCGAN")
     steps = dsconv.compile(model, x).plan.steps
