@@ -8,13 +8,12 @@ Figures are kept in the JSON file as they are made; a row that stands there alre
 images, is not measured again.
 
 The networks and images are those of ``nets.py`` in the folder DSCONV_SHARED (default: ``../shared`` beside the
-repository). No step of the quantization sees an image of those evaluated; the only rows that see any say so.
+repository), and EfficientNet-Lite0 where its packages are installed. No step of the quantization sees an image of
+those evaluated; the only rows that see any say so.
 """
 
 import argparse
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,20 +31,23 @@ from baselines import Baseline, baselines
 from dsconv import QuantConfig
 from dsconv.data import Preprocess
 from dsconv.files import replacing
+from networks import LITE, shared_nets
 
 ROOT = Path(__file__).resolve().parents[1]
-NETWORKS = ("cifar_resnet20", "cifar_resnet44", "resnet18_tiny", "squeezenet1_1", "tiny_darknet")
+NETWORKS = ("cifar_resnet20", "cifar_resnet44", "resnet18_tiny", "squeezenet1_1", "tiny_darknet", LITE)
 TITLES = {
     "cifar_resnet20": "ResNet-20, CIFAR-10",
     "cifar_resnet44": "ResNet-44, CIFAR-10",
     "resnet18_tiny": "ResNet-18, Tiny-ImageNet",
     "squeezenet1_1": "SqueezeNet 1.1, ImageNet",
     "tiny_darknet": "Tiny Darknet, ImageNet",
+    LITE: "EfficientNet-Lite0, ImageNet",
 }
-# How nets.py prepares images, by the name that it has for it.
+# How images are prepared, by the name that it has for it.
 PREPARED: dict[str, dict[str, Any]] = {
     "rgb01": {},
     "caffe": {"mean": (104, 117, 123), "scale": 255, "channels": "bgr"},
+    "tensorflow": {"mean": 127, "std": 128, "scale": 255},
     "imagenet_stats": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
 }
 SIDES = {"imagenet": 224, "tinyimagenet": 64, "cifar10": 32}
@@ -70,16 +72,19 @@ Machine: {machine}.
 - No step of the quantization sees an image, but for the rows that say so. What the method is, though, was chosen by
   looking at some of these images: two constants of the `balanced` rule, among a handful, with 250 of the 650 ImageNet
   images, its rounding and its use of BatchNorm with 100 to 200 of them and those of ResNet-20, and the kind of noise of
-  the `searched` rows, out of three, with 150 and the CIFAR images. On those networks the figures may flatter it a
-  little. ResNet-18 and its images had no part in any of this.
+  the `searched` rows, out of three, with 150 and the CIFAR images; what a small layer is, and its bits, with 130 and
+  EfficientNet-Lite0. On those networks the figures may flatter it a little. ResNet-18 and its images had no part in any
+  of this.
 - The standard error of a top-1 difference is about one point for 650 images: read KL and agreement first.
 - `paper` rows quantize every convolution per tap, the first too, with float32 KDS, and leave the image and the linear
   layers in float32. Their activation convention is in the name (see [Choosing bits and blocks](choosing.md)).
 - `w4a4` and `default` use the `balanced` rule with a shift and float16 KDS, the `adaptive` convention, 8 bits in the
   first convolution, and quantize linear layers too.
-- Convolutions are direct but in rows with *Winograd*, which are the presets as they are: with `algorithm="auto"` 3x3
-  layers are computed by Winograd, whose transformed inputs have 8 bits, where that adds 1 dB of noise at most. Bits of
-  weights, and the sizes of files, are the same.
+- Convolutions are direct but in rows with *Winograd*: with `algorithm="auto"`, as the presets have it, 3x3 layers are
+  computed by Winograd, whose transformed inputs have 8 bits, where that adds 1 dB of noise at most. Bits of weights,
+  and the sizes of files, are the same.
+- Small layers, those with at most a 512th of a network's weights, have as many bits as others but in rows with *small
+  layers*, where they have 8. *Winograd, small layers* are the presets as they are.
 - `searched` rows are what `dsconv.search` made of these presets with a budget of {budget} bits a weight, of `w3a4` with
   {small_budget}, of `w2a4` with {smallest_budget}: bits by layer, 8-bit activations only where the weights have 8 bits
   too, but for `default`. It ranks layers on {seen} images of noise, or on as many unlabelled photographs, none of which
@@ -131,10 +136,11 @@ class Setting:
         return found
 
 
-def settings() -> list[Setting]:
-    """All rows, each once."""
+def settings(name: str) -> list[Setting]:
+    """All rows of a network, each once."""
     as_they_are = QuantConfig.preset
-    preset = partial(as_they_are, algorithm="direct")
+    preset = partial(as_they_are, algorithm="direct", small_layers=None)
+    winograd = partial(as_they_are, small_layers=None)
     w4a4, w3a4, w2a4 = (preset("w4a4", activation_sign="extra", weight_bits=bits) for bits in (4, 3, 2))
     plain = {"activation_sign": "extra", "block_size": 32, "weight_shift": False}
     w4_plain, w3_plain = (preset("w4a4", **plain, weight_bits=bits) for bits in (4, 3))
@@ -148,9 +154,9 @@ def settings() -> list[Setting]:
         Setting("paper W3A4 extra", preset("paper", weight_bits=3), "presets"),
         Setting("paper W4A8 extra", preset("paper", activation_bits=8), "presets"),
         Setting("w4a4 adaptive", preset("w4a4"), "presets"),
-        Setting("w4a4 adaptive, Winograd", as_they_are("w4a4"), "presets"),
+        Setting("w4a4 adaptive, Winograd", winograd("w4a4"), "presets"),
         Setting("w4a4 extra", w4a4, "presets"),
-        Setting("w4a4 extra, Winograd", as_they_are("w4a4", activation_sign="extra"), "presets"),
+        Setting("w4a4 extra, Winograd", winograd("w4a4", activation_sign="extra"), "presets"),
         Setting("w4a4 extra, searched", w4a4, "presets", "noise"),
         Setting("w4a4 extra, searched with images", w4a4, "presets", "images"),
         Setting("w4a4 extra, searched with images, calibrated", w4a4, "presets", "images", calibrated=True),
@@ -165,12 +171,27 @@ def settings() -> list[Setting]:
         Setting("w2a4 extra, searched with images, calibrated", w2a4, "presets", "images", SMALLEST_BUDGET, True),
         Setting(f"w2a4 extra, {done}", w2a4, "presets", "images", SMALLEST_BUDGET, True, True),
         Setting("default (W4A8)", preset("default"), "presets"),
-        Setting("default (W4A8), Winograd", as_they_are("default"), "presets"),
+        Setting("default (W4A8), Winograd", winograd("default"), "presets"),
         Setting("default (W4A8), searched", preset("default"), "presets", "noise"),
         Setting("default (W4A8), calibrated", preset("default"), "presets", calibrated=True),
         Setting(
             "default (W4A8), searched with images, calibrated", preset("default"), "presets", "images", calibrated=True
         ),
+    ]
+    if name == LITE:  # which has no layer for Winograd
+        small = partial(as_they_are, algorithm="direct")
+        done = "default (W4A8), small layers"
+        return [
+            *(row for row in rows if row.name in ("w4a4 extra", "default (W4A8)")),
+            Setting("w4a4 extra, small layers", small("w4a4", activation_sign="extra"), "presets"),
+            Setting(done, small("default"), "presets"),
+            Setting(f"{done}, searched with images", small("default"), "presets", "images"),
+            Setting(f"{done}, calibrated", small("default"), "presets", calibrated=True),
+        ]
+    extra = as_they_are("w4a4", activation_sign="extra")
+    rows += [
+        Setting("w4a4 extra, Winograd, small layers", extra, "presets"),
+        Setting("default (W4A8), Winograd, small layers", as_they_are("default"), "presets"),
     ]
     rows += [Setting(baseline.name, preset("default"), "baselines", baseline=baseline) for baseline in baselines()]
     rules: list[tuple[str, int, bool, str]] = [
@@ -220,7 +241,7 @@ def measure(
     batches = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
     reference = Remembered(network)
     work = Work(nets, name, network)
-    for row in settings():
+    for row in settings(name):
         identity = {"setting": row.name, "table": row.table, "images": len(inputs), **row.identity}
         again = [old for old in known if all(old.get(key) == value for key, value in identity.items())]
         if again:
@@ -229,7 +250,9 @@ def measure(
         if not fnmatchcase(row.name, wanted):
             continue
         model, seconds = work.baseline(row.baseline) if row.baseline else work.quantized(row)
-        result = dsconv.compare(reference, model, batches, per_layer=False)
+        # Programs have the bits of their networks in a part of the time.
+        program = model if row.baseline else dsconv.compile(model, inputs[:1])
+        result = dsconv.compare(reference, program, batches, per_layer=False)
         yield identity | {
             "float_top1": result.reference.top1,
             **(row.baseline.sizes(network) if row.baseline else sizes(model)),
@@ -336,19 +359,6 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def shared_nets() -> Any:
-    """The module ``nets.py`` of the folder of real networks and images; ends the program where there is none."""
-    shared = Path(os.environ.get("DSCONV_SHARED") or ROOT.parent / "shared")
-    if not (shared / "nets.py").is_file():
-        sys.exit(f"no networks to measure: there is no {shared / 'nets.py'} (set DSCONV_SHARED)")
-    sys.path[:0] = [str(shared), str(ROOT / "tests" / "support")]
-    import nets
-    import torchvision_shim
-
-    torchvision_shim.install()
-    return nets
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
@@ -363,6 +373,10 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine.describe(), "networks": {}}
     known = json.loads(arguments.json.read_text())["networks"] if arguments.json.exists() else {}
     for name in arguments.networks:
+        if reason := nets.missing(name):
+            print(f"left as it is: {reason}", flush=True)
+            results["networks"] |= {name: known[name]} if name in known else {}
+            continue
         rows: list[dict[str, Any]] = []
         results["networks"][name] = rows
         for row in measure(nets, name, arguments.images, known.get(name, []), arguments.settings):

@@ -106,6 +106,12 @@ int checked_bits(int bits) {
   return bits;
 }
 
+// Bits of the activations of a layer, which may stay float.
+int activation_bits_of(const ConvSizes& g, int bits) {
+  if (bits == kFloatBits && g.takes_floats()) return bits;
+  return checked_bits(bits);
+}
+
 bool is_wide(int weight_bits) { return checked_bits(weight_bits) > 4; }
 bool is_wide(const ConvSizes& sizes, int weight_bits) { return is_wide(weight_bits) || sizes.winograd; }
 
@@ -137,6 +143,8 @@ struct Convolution {
   Strides from, to;
   Layer layer;  // but for its weights
 };
+
+using BetweenTuple = std::tuple<std::int64_t, std::int64_t, float, float>;
 
 // (float tensor, residual, [(quantized tensor, first channel)], activation, slope): Uses of dsconv/backends/base.py.
 using OutputsTuple = std::tuple<int, int, std::vector<std::pair<int, std::int64_t>>, int, float>;
@@ -286,7 +294,7 @@ void bind_convolution(nb::module_& m) {
               const std::array<std::int64_t, 4>& output_strides, int weight_bits, int activation_bits, int sign, int activation,
               float slope) {
              Layer layer{};
-             layer.wide = is_wide(g, weight_bits), layer.activation_bits = checked_bits(activation_bits);
+             layer.wide = is_wide(g, weight_bits), layer.activation_bits = activation_bits_of(g, activation_bits);
              layer.sign = one_of<Sign>("sign", sign, kSigns);
              layer.post.activation = one_of<Activation>("activation", activation, kActivations), layer.post.slope = slope;
              const Strides from = strides(input_strides, g.images, g.channels, g.depth * g.height, g.width);
@@ -346,7 +354,7 @@ void bind_program(nb::module_& m) {
              self.convolve(sizes,
                            {needed<const std::uint8_t>("weight", weight), needed<const float>("kds", kds),
                             shift_of(sizes, kds_shift), post_ops(bias, gain, offset), is_wide(sizes, weight_bits),
-                            checked_bits(activation_bits), one_of<Sign>("sign", sign, kSigns)},
+                            activation_bits_of(sizes, activation_bits), one_of<Sign>("sign", sign, kSigns)},
                            from, input, outputs(to));
            })
       .def("map",
@@ -355,12 +363,40 @@ void bind_program(nb::module_& m) {
            })
       .def("average", &Program::average)
       .def("flatten", &Program::flatten)
-      .def("shuffle", &Program::shuffle)
+      .def("rearrange",
+           [](Program& self, int from, const std::vector<std::array<std::int64_t, 7>>& given, int to) {
+             std::vector<Loop> loops;
+             for (const auto& l : given) loops.push_back({l[0], {l[1], l[2], l[3]}, {l[4], l[5], l[6]}});
+             self.rearrange(from, loops, to);
+           })
+      .def("pick", [](Program& self, int from, const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& columns,
+                      float fill, const OutputsTuple& to) { self.pick(from, rows, columns, fill, outputs(to)); })
       .def("pool",
            [](Program& self, int from, const std::array<std::int64_t, 8>& w, bool average, bool count_padding, std::int64_t divisor,
               const std::array<std::int64_t, 2>& out, const OutputsTuple& to) {
              self.pool(from, {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], average, count_padding, divisor}, out[0], out[1],
                        outputs(to));
+           })
+      .def("interpolate",
+           [](Program& self, int from, const std::vector<BetweenTuple>& rows, const std::vector<BetweenTuple>& columns,
+              std::int64_t split, int first, int rest, const OutputsTuple& to) {
+             const auto all = [](const std::vector<BetweenTuple>& given) {
+               std::vector<Between> made;
+               for (const auto& [one, other, weight, other_weight] : given) made.push_back({one, other, weight, other_weight});
+               return made;
+             };
+             self.interpolate(from, all(rows), all(columns), split, one_of<Interpolation>("first", first, kInterpolations),
+                              one_of<Interpolation>("rest", rest, kInterpolations), outputs(to));
+           })
+      .def("average_windows",
+           [](Program& self, int from, const std::vector<std::array<std::int64_t, 2>>& rows,
+              const std::vector<std::array<std::int64_t, 2>>& columns, bool at_once, const OutputsTuple& to) {
+             const auto all = [](const std::vector<std::array<std::int64_t, 2>>& given) {
+               std::vector<Span> made;
+               for (const auto& [begin, end] : given) made.push_back({begin, end});
+               return made;
+             };
+             self.average_windows(from, all(rows), all(columns), at_once, outputs(to));
            })
       .def("skip", &Program::skip, "A step that the caller takes.")
       .def("bytes", &Program::bytes, "Of memory that a run over so many images needs, aligned to 64.")

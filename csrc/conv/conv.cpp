@@ -36,6 +36,10 @@ class DotTasks : OutputTasks {
     std::int64_t row[kMaxTaskPixels];
     pixel_offsets(first, px.count, g_.out_height, g_.out_width, row_stride, row_of, row);
     DotArgs dot = dot_args(rows, px, row);
+    if (finishes_at_once(rows)) {
+      locate(first, px.count, 0, px);
+      return finish_at_once(px, dot, begin_unit, end_unit);
+    }
     const std::int64_t needed = kernels_.workspace_bytes ? kernels_.workspace_bytes(dot) : 0;
     struct User;
     using Mine = Scratch<User>;
@@ -57,11 +61,28 @@ class DotTasks : OutputTasks {
     a.rows = rows;
     a.octets = static_cast<int>(g_.layout().octets()), a.last_octets = static_cast<int>(g_.layout().last_octets());
     a.panel_bytes = g_.panel_bytes(l_.wide), a.panels = 2;
-    a.max_mantissa = max_mantissa(l_.activation_bits);
+    a.octets_together = octets_together(l_.activation_bits);
     a.row = row, a.pixels = px.count;
     a.tap_row = tap_row_.data(), a.taps = static_cast<int>(tap_row_.size());
     a.prefetch_place = o_.residual.values ? px.residual_place : px.place;
     return a;
+  }
+
+  // Whether the kernels finish outputs while their sums are in registers.
+  bool finishes_at_once(const QuantizedRows& rows) const {
+    return kernels_.dot_one_block && g_.taps() == 1 && tap_row_.size() == 1 && rows.blocks == 1 && !rows.overflow[0] && !l_.wide &&
+           o_.values && channel_stride() == 1 && o_.targets.empty() && !o_.residual.values && has_bounds(l_.post.activation) &&
+           g_.group_outputs() % kPanel == 0;
+  }
+  void finish_at_once(const Pixels& px, DotArgs& a, std::int64_t begin_unit, std::int64_t end_unit) const {
+    const std::int64_t begin = begin_unit * unit_, end = std::min(g_.group_outputs(), end_unit * unit_);
+    const std::int64_t output = px.group * g_.group_outputs() + begin, pair = px.group * g_.panel_pairs() + begin / kNR;
+    a.weight = l_.weight + pair * 2 * a.panel_bytes;
+    a.kds = l_.kds + pair * kNR, a.kds_shift = l_.kds_shift ? l_.kds_shift + pair * kNR : nullptr;
+    EpilogueArgs to{};
+    to.outputs = static_cast<int>(end - begin), to.place = px.place, to.post = l_.post.from(output);
+    to.output = o_.values + output;
+    kernels_.dot_one_block(a, to);
   }
 
   void sum(const Pixels& px, const Unit& unit, DotArgs& a) const {

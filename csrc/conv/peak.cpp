@@ -20,7 +20,7 @@ double peak_rate(const Kernels& kernels, double seconds) {
   a.rows.scale = scales.data(), a.rows.row_bytes = kDepth, a.rows.blocks = 1;
   a.octets = a.last_octets = kDepth / 8;
   a.panel_bytes = kPanelBytes, a.panels = 2;
-  a.max_mantissa = 15;
+  a.octets_together = octets_together(4);
   a.kds = kds.data();
   a.row = row.data(), a.pixels = kRows;
   a.tap_row = &tap, a.taps = 1;

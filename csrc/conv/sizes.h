@@ -93,6 +93,8 @@ struct ConvSizes {
   bool valid() const;  // sizes are in range, agree, and do not overflow
   // One input channel per group. Blocks run over the taps of a filter; blocks of one tap are flat blocks of one value.
   bool depthwise() const { return flat && groups > 1 && groups == channels && !volume; }
+  // Depthwise with one block a filter: its activations may stay float.
+  bool takes_floats() const { return depthwise() && layout().blocks() == 1; }
   Axis axis_d() const { return {depth, out_depth, kernel_d, stride_d, pad_d, dilation_d, transposed}; }
   Axis axis_h() const { return {height, out_height, kernel_h, stride_h, pad_h, dilation_h, transposed}; }
   Axis axis_w() const { return {width, out_width, kernel_w, stride_w, pad_w, dilation_w, transposed}; }

@@ -137,7 +137,6 @@ class WinogradTasks : OutputTasks {
     a.rows = rows, a.rows.flipped = kernels_.flip_winograd;
     a.octets = static_cast<int>(g_.layout().octets()), a.last_octets = static_cast<int>(g_.layout().last_octets());
     a.panel_bytes = g_.panel_bytes(true) / kWinogradProducts, a.panels = 2;
-    a.max_mantissa = max_mantissa(8);
     a.flip_sums = flip_sums();
     a.row = row, a.pixels = static_cast<int>(tiles);
     a.tap_row = &kTap, a.taps = 1;

@@ -301,6 +301,9 @@ void dot(const DotArgs& a) {
   if (rest.pixels > 0) avx512vnni::kernels.dot(rest);
 }
 
+// A block of few octets leaves most of a tile empty.
+void dot_one_block(const DotArgs& a, const EpilogueArgs& to) { avx512vnni::kernels.dot_one_block(a, to); }
+
 }  // namespace
 
 constinit const Kernels kernels{.isa = "amx",
@@ -308,6 +311,7 @@ constinit const Kernels kernels{.isa = "amx",
                                 .task_pixels = 384,
                                 .workspace_bytes = workspace_bytes,
                                 .dot = dot,
+                                .dot_one_block = dot_one_block,
                                 .vector = x86_512::kernels};
 
 }  // namespace dsconv::amx

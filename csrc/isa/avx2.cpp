@@ -24,9 +24,83 @@ struct DotProduct {
 
 using Tile = DotTile<Dot256<DotProduct>>;
 
+// Dot products of bytes with mantissas that were widened to 16 bits before: 0 and 2 of four, then 1 and 3.
+struct Words {
+  using Vector = simd::X86_256;
+  static constexpr int kMR = 3, kMantissaBytes = 2;
+  template <Weights W>
+  static constexpr int kOctetBytes = 128;
+
+  template <Weights W>
+  static Vector::Int acc_init(const DotArgs&, const BlockScale& scale, std::int64_t) {
+    return Vector::broadcast(scale.acc_init);
+  }
+  template <Weights W, int M>
+  static void add_octets(const DotArgs&, const std::uint8_t* w, const std::int8_t* const (&x)[M], int octets,
+                         Vector::Int (&acc)[M][kTileVectors]) {
+    const __m256i low = _mm256_set1_epi16(255);
+    for (int fours = 0; fours < 2 * octets; ++fours, w += 64)
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd)
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) {
+          const __m256i both = load_32_bytes(w + 32 * v);
+          const __m256i weight = odd ? _mm256_srli_epi16(both, 8) : _mm256_and_si256(both, low);
+#pragma GCC unroll 8
+          for (int m = 0; m < M; ++m)
+            acc[m][v] += Vector::as_int(_mm256_madd_epi16(weight, broadcast_four(x[m] + 8 * fours + 4 * odd)));
+        }
+  }
+};
+
+bool takes_words(const DotArgs& a) { return a.weights() == Weights::bytes && a.taps == 1; }
+
+std::int64_t workspace_bytes(const DotArgs& a) {
+  return takes_words(a) ? a.pixels * (2 * a.rows.row_bytes + a.rows.blocks * (8 + 4) + 8) : 0;
+}
+
+// Widens mantissas once, which all tiles of outputs read.
+void dot_words(const DotArgs& a) {
+  DotArgs words = a;
+  std::uint8_t* to = a.workspace;
+  words.rows.mantissa = reinterpret_cast<std::int8_t*>(to), words.rows.row_bytes = 2 * a.rows.row_bytes;
+  auto* const row = reinterpret_cast<std::int64_t*>(to + a.pixels * words.rows.row_bytes);
+  words.rows.scale = reinterpret_cast<BlockScale*>(row + a.pixels);
+  words.rows.shift_term = reinterpret_cast<float*>(words.rows.scale + a.pixels * a.rows.blocks);
+  constexpr std::int64_t kNoTap = 0;
+  words.row = row, words.tap_row = &kNoTap;
+  const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  for (int p = 0; p < a.pixels; ++p) {
+    row[p] = p;
+    const std::int64_t from = a.row[p] + a.tap_row[0];
+    const std::int8_t* x = a.rows.mantissa + from * a.rows.row_bytes;
+    for (std::int64_t i = 0; i < a.rows.row_bytes; i += 8, x += 8, to += 16) {
+      const __m128i eight = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(eight, order));
+    }
+    for (int b = 0; b < a.rows.blocks; ++b) {
+      words.rows.scale[p * a.rows.blocks + b] = a.rows.scale[from * a.rows.blocks + b];
+      if (a.kds_shift) words.rows.shift_term[p * a.rows.blocks + b] = a.rows.shift_term[from * a.rows.blocks + b];
+    }
+  }
+  const auto with_shift = [&]<bool Shift>() {
+    using Tile = DotTile<Words>;
+    a.panels == 2 ? dot_tiles<Tile, 2, Weights::bytes, Shift>(words) : dot_tiles<Tile, 1, Weights::bytes, Shift>(words);
+  };
+  a.kds_shift ? with_shift.template operator()<true>() : with_shift.template operator()<false>();
+}
+
+void dot(const DotArgs& a) { takes_words(a) ? dot_words(a) : dsconv::dot<Tile>(a); }
+
 }  // namespace
 
-constinit const Kernels kernels{
-    .isa = "avx2", .mr = Tile::kMR<2>, .task_pixels = 96, .dot = dot<Tile>, .flip_winograd = true, .vector = x86_256::kernels};
+constinit const Kernels kernels{.isa = "avx2",
+                                .mr = Tile::kMR<2>,
+                                .task_pixels = 96,
+                                .workspace_bytes = workspace_bytes,
+                                .dot = dot,
+                                .dot_one_block = dot_one_block<OneBlock256<DotProduct>>,
+                                .flip_winograd = true,
+                                .vector = x86_256::kernels};
 
 }  // namespace dsconv::avx2

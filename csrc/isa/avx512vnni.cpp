@@ -3,6 +3,8 @@
 #include <bit>
 
 #include "../kernels/dot.h"
+#include "../kernels/dot_one_block.h"
+#include "../simd/x86_512.h"
 #include "list.h"
 
 namespace dsconv::avx512vnni {
@@ -170,12 +172,30 @@ struct Tile {
   }
 };
 
+// The tile of dot_one_block.h: as many sums as with two panels, and room for what comes after them.
+struct OneBlockTile {
+  using Vector = simd::X86_512;
+  static constexpr int kMR = 7, kVectors = 1;
+
+  template <int M>
+  [[gnu::always_inline]] static void sum(const DotArgs& a, const std::uint8_t* w, const OneBlockPixel* pixels,
+                                         Vector::Int (&sums)[M][kVectors]) {
+    const std::int8_t* x[M];
+    __m512i acc[M][1][1];
+    for (int m = 0; m < M; ++m) x[m] = pixels[m].x, acc[m][0][0] = _mm512_set1_epi32(pixels[m].scale.acc_init);
+    std::int64_t at = 0;
+    for (int left = a.last_octets; left > 0; --left, w += 64, at += 8) add_octet<Weights::nibbles>(w, 0, x, at, acc);
+    for (int m = 0; m < M; ++m) sums[m][0] = Vector::as_int(acc[m][0][0]);
+  }
+};
+
 }  // namespace
 
 constinit const Kernels kernels{.isa = "avx512vnni",
                                 .mr = Tile::kMR<2>,
                                 .task_pixels = 98,
                                 .dot = dot<Tile>,
+                                .dot_one_block = dot_one_block<OneBlockTile>,
                                 .flip_winograd = true,
                                 .vector = x86_512::kernels};
 

@@ -17,7 +17,12 @@ using Tile = DotTile<Dot256<DotProduct>>;
 
 }  // namespace
 
-constinit const Kernels kernels{
-    .isa = "avxvnni", .mr = Tile::kMR<2>, .task_pixels = 96, .dot = dot<Tile>, .flip_winograd = true, .vector = x86_256::kernels};
+constinit const Kernels kernels{.isa = "avxvnni",
+                                .mr = Tile::kMR<2>,
+                                .task_pixels = 96,
+                                .dot = dot<Tile>,
+                                .dot_one_block = dot_one_block<OneBlock256<DotProduct>>,
+                                .flip_winograd = true,
+                                .vector = x86_256::kernels};
 
 }  // namespace dsconv::avxvnni

@@ -1,4 +1,4 @@
-// Depthwise convolutions. Filters share nothing, so windows are quantized where they are used.
+// Depthwise convolutions. Filters share nothing: activations stay float, or windows are quantized where they are used.
 #pragma once
 
 #include "epilogue.h"
@@ -45,8 +45,25 @@ void depthwise_taps(const DepthwiseArgs& args) {
   }
 }
 
+// Of one filter and float activations: products are added tap by tap, from 0 on, each rounded once.
+template <class V>
+void depthwise_floats(const DepthwiseArgs& args) {
+  const DepthwiseArgs a = args;  // a local copy, which no store of outputs can alias
+  const PostOpVectors<V> post(a.post, [](const float* from) { return V::broadcast(*from); });
+  for (int lane = 0; lane < a.lanes; lane += V::kLanes) {
+    typename V::Float sum{};
+    for (int k = 0; k < a.taps; ++k)
+      sum = V::fma(V::load(a.tap[k] + a.first + lane), V::broadcast(static_cast<float>(a.weight[k * a.filters])), sum);
+    with_activation(a.post.activation, [&]<Activation A>() {
+      finish<V, A>(sum * V::broadcast(*a.kds), post, a.output + lane, a.residual ? a.residual + lane : nullptr,
+                   a.lanes - lane < V::kLanes ? a.lanes - lane : V::kLanes, a.post.slope);
+    });
+  }
+}
+
 template <class V>
 void depthwise(const DepthwiseArgs& a) {
+  if (a.bits == kFloatBits) return depthwise_floats<V>(a);
   const auto with_settings = [&]<bool ByChannel, bool Shift>() {
     const int taps = a.taps <= a.block_size ? a.taps : 0;
     taps == 9    ? depthwise_taps<V, 9, ByChannel, Shift>(a)
@@ -59,88 +76,81 @@ void depthwise(const DepthwiseArgs& a) {
   a.by_channel ? with_shift.template operator()<true>() : with_shift.template operator()<false>();
 }
 
-// Goes along the line for a vector of channels. Outputs share the ranges of the columns of taps that both read.
-template <class V, int Size, int Stride, bool Shift>
-inline void depthwise_line_vector(const DepthwiseLineArgs& args, std::int64_t lane) {
-  using Float = typename V::Float;
-  using Int = typename V::Int;
-  const DepthwiseLineArgs a = args;  // a local copy, which no store of outputs can alias
-  Int weight[Size][Size];
-  for (int k = 0; k < Size * Size; ++k) weight[k / Size][k % Size] = V::load(a.weight + k * a.channels + lane) & 0xffff;
-  const Float kds = V::load(a.kds + lane), kds_shift = Shift ? V::load(a.kds_shift + lane) : Float{};
-  const PostOpVectors<V> post(a.post, [&](const float* from) { return V::load(from + lane); });
-  const float* line[Size];  // at the first tap
-  std::int64_t step[Size];
-  for (int ky = 0; ky < Size; ++ky) step[ky] = a.pixel_stride[ky], line[ky] = a.line[ky] + a.first * step[ky] + lane;
-  const auto value = [&](int ky, int kx) { return V::load(line[ky] + kx * step[ky]); };
-  std::int64_t x = a.first;
-  const auto inside = [&](int kx) { return x + kx >= 0 && x + kx < a.width; };
-  const auto range_of = [&](int kx) {
-    BlockRange<V> range;
-    if (inside(kx))
-#pragma GCC unroll 8
-      for (int ky = 0; ky < Size; ++ky) range.add(value(ky, kx));
-    return range;
-  };
-  BlockRange<V> column[Size];
-  for (int kx = 0; kx < Size - Stride; ++kx) column[kx + Stride] = range_of(kx);
-  for (std::int64_t i = 0; i < a.outputs; ++i) {
-#pragma GCC unroll 8
-    for (int kx = 0; kx < Size - Stride; ++kx) column[kx] = column[kx + Stride];
-#pragma GCC unroll 8
-    for (int kx = Size - Stride; kx < Size; ++kx) column[kx] = range_of(kx);
-    BlockRange<V> range = column[0];
-#pragma GCC unroll 8
-    for (int kx = 1; kx < Size; ++kx) range.add(column[kx]);
-    const BlockQuantizer<V> quantizer(range, a.bits, a.sign);
-    Int sums[Size]{}, totals[Size]{};  // of each line, so that one does not wait for the other
-    const auto add = [&](int kx) {
-#pragma GCC unroll 8
-      for (int ky = 0; ky < Size; ++ky) {
-        const Int n = quantizer.template quantize<true>(value(ky, kx));  // its low 16 bits are the mantissa
-        sums[ky] = V::add_product(sums[ky], n, weight[ky][kx]);
-        if constexpr (Shift) totals[ky] = V::add_product(totals[ky], n, Int{} + 1);
-      }
-    };
-    if (inside(0) && inside(Size - 1)) {
-#pragma GCC unroll 8
-      for (int kx = 0; kx < Size; ++kx) add(kx);
-    } else {
-      for (int kx = 0; kx < Size; ++kx)
-        if (inside(kx)) add(kx);
+// What some neighbouring outputs read of a vector of channels: pixels `step` apart, from line[ky] on.
+struct DepthwiseWindow {
+  const float* const* line;  // null in the padding
+  std::int64_t first, step;
+};
+
+// Copies a window that leaves the image, or whose channels do not fill a vector.
+template <class V>
+inline void copy_window(const DepthwiseLineArgs& a, std::int64_t left, std::int64_t channel, int lanes, const float** line) {
+  const std::int64_t columns = a.columns();
+  for (std::int64_t ky = 0; ky < a.kernel_h; ++ky) {
+    float* const to = a.window + ky * columns * V::kLanes;
+    line[ky] = a.line[ky] ? to : nullptr;
+    if (!a.line[ky]) continue;
+    for (std::int64_t i = 0; i < columns; ++i) {
+      const std::int64_t x = left + i;
+      const bool inside = x >= 0 && x < a.width;
+      V::store(to + i * V::kLanes, inside ? V::load(a.line[ky] + x * a.pixel_stride + channel, lanes) : typename V::Float{});
     }
-    const auto scaled = [&](Int(&parts)[Size]) {
-#pragma GCC unroll 8
-      for (int ky = 1; ky < Size; ++ky) parts[0] += parts[ky];
-      return V::to_float(parts[0] & quantizer.nonzero) * quantizer.scale;
-    };
-    Float y = V::fma(kds, scaled(sums), Float{});
-    if constexpr (Shift) y = V::fma(kds_shift, scaled(totals), y);
-    with_activation(a.post.activation, [&]<Activation A>() {
-      finish<V, A>(y, post, a.output + i * a.output_stride + lane, a.residual ? a.residual + i * a.residual_stride + lane : nullptr,
-                   V::kLanes, a.post.slope);
-    });
-    x += Stride;
-    for (int ky = 0; ky < Size; ++ky) line[ky] += Stride * step[ky];
   }
 }
 
-template <class V, int Size, int Stride, bool Shift>
-void depthwise_line_vectors(const DepthwiseLineArgs& a) {
-  // The last vector overlaps the one before.
-  for (std::int64_t c = 0; c < a.channels; c += V::kLanes)
-    depthwise_line_vector<V, Size, Stride, Shift>(a, c + V::kLanes <= a.channels ? c : a.channels - V::kLanes);
+// Taps in the padding are left out, which changes nothing: a sum that starts with 0 is never -0.
+template <class V>
+inline void depthwise_sums(const DepthwiseLineArgs& a, const DepthwiseWindow& w, const float* weight, int lanes,
+                           typename V::Float (&sums)[DepthwiseLineArgs::kOutputs]) {
+  constexpr int kOutputs = DepthwiseLineArgs::kOutputs;
+  const std::int64_t step = w.step * a.stride;
+  typename V::Float sum[kOutputs]{};
+  for (std::int64_t ky = 0; ky < a.kernel_h; ++ky) {
+    if (!w.line[ky]) continue;
+    const float* from = w.line[ky] + w.first;
+    const float* factor = weight + ky * a.kernel_w * a.channels;
+    for (std::int64_t kx = 0; kx < a.kernel_w; ++kx, from += a.dilation * w.step, factor += a.channels) {
+      const auto q = V::load(factor, lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kOutputs; ++i) sum[i] = V::fma(V::load(from + i * step), q, sum[i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kOutputs; ++i) sums[i] = sum[i];
+}
+
+template <class V, Activation A>
+void depthwise_line_activated(const DepthwiseLineArgs& args) {
+  constexpr int kOutputs = DepthwiseLineArgs::kOutputs, kMaxLines = kMaxBlockSize;
+  const DepthwiseLineArgs a = args;  // a local copy, which no store of outputs can alias
+  const float* copied[kMaxLines];
+  for (std::int64_t x = 0; x < a.outputs; x += kOutputs) {
+    const std::int64_t left = a.first + x * a.stride;
+    const int count = a.outputs - x < kOutputs ? static_cast<int>(a.outputs - x) : kOutputs;
+    const bool inside = left >= 0 && left + a.columns() <= a.width;
+    for (std::int64_t c = 0; c < a.channels; c += V::kLanes) {
+      const int lanes = a.channels - c < V::kLanes ? static_cast<int>(a.channels - c) : V::kLanes;
+      DepthwiseWindow window{a.line, left * a.pixel_stride + c, a.pixel_stride};
+      if (!inside || lanes < V::kLanes) copy_window<V>(a, left, c, lanes, copied), window = {copied, 0, V::kLanes};
+      typename V::Float sums[kOutputs];
+      depthwise_sums<V>(a, window, a.weight + c, lanes, sums);
+      const auto each = [&](const float* from) { return V::load(from + c, lanes); };
+      const PostOpVectors<V> post(a.post, each);
+      const auto kds = each(a.kds);
+      float* const to = a.output + x * a.output_stride + c;
+      const float* const residual = a.residual ? a.residual + x * a.residual_stride + c : nullptr;
+#pragma GCC unroll 8
+      for (int i = 0; i < kOutputs; ++i)
+        if (i < count)
+          finish<V, A>(sums[i] * kds, post, to + i * a.output_stride, residual ? residual + i * a.residual_stride : nullptr, lanes,
+                       a.post.slope);
+    }
+  }
 }
 
 template <class V>
 void depthwise_line(const DepthwiseLineArgs& a) {
-  const auto with_size = [&]<int Size, bool Shift>() {
-    a.stride == 1 ? depthwise_line_vectors<V, Size, 1, Shift>(a) : depthwise_line_vectors<V, Size, 2, Shift>(a);
-  };
-  const auto with_shift = [&]<bool Shift>() {
-    a.size == 3 ? with_size.template operator()<3, Shift>() : with_size.template operator()<5, Shift>();
-  };
-  a.kds_shift ? with_shift.template operator()<true>() : with_shift.template operator()<false>();
+  with_activation(a.post.activation, [&]<Activation A>() { depthwise_line_activated<V, A>(a); });
 }
 
 }  // namespace dsconv

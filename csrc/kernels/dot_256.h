@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "../simd/x86_256.h"
+#include "dot_one_block.h"
 #include "dot_tile.h"
 
 namespace dsconv {
@@ -21,8 +22,8 @@ namespace dsconv {
 
 // Adds the products of some octets to accumulators, by DotProduct::add.
 template <class DotProduct, int M, bool Wide>
-inline void add_octets(const std::uint8_t* w, const std::int8_t* const (&x)[M], int octets,
-                       simd::X86_256::Int (&acc)[M][kTileVectors]) {
+[[gnu::always_inline]] inline void add_octets(const std::uint8_t* w, const std::int8_t* const (&x)[M], int octets,
+                                              simd::X86_256::Int (&acc)[M][kTileVectors]) {
   const __m256i low = _mm256_set1_epi8(15);
   for (int o = 0; o < octets; ++o, w += Wide ? 128 : 64)
 #pragma GCC unroll 2
@@ -40,13 +41,12 @@ inline void add_octets(const std::uint8_t* w, const std::int8_t* const (&x)[M], 
       }
 }
 
-// The same in pairs: two products of a nibble and a mantissa stay within 2 * 15 * max_mantissa, so that 16 bits hold
-// the sum of many such pairs before they have to be widened.
+// The same in pairs: two products of a nibble and a mantissa stay so small that 16 bits hold the sum of many such pairs
+// before they have to be widened.
 template <class DotProduct, int M>
-inline void add_octets_in_pairs(const std::uint8_t* w, const std::int8_t* const (&x)[M], int octets, int max_mantissa,
-                                simd::X86_256::Int (&acc)[M][kTileVectors]) {
+[[gnu::always_inline]] inline void add_octets_in_pairs(const std::uint8_t* w, const std::int8_t* const (&x)[M], int octets,
+                                                       int together, simd::X86_256::Int (&acc)[M][kTileVectors]) {
   const __m256i low = _mm256_set1_epi8(15);
-  const int together = 32767 / (4 * 15 * max_mantissa);
   for (int o = 0; o < octets;) {
     const int end = octets - o < together ? octets : o + together;
     __m256i pairs[M][kTileVectors];
@@ -92,10 +92,31 @@ inline void add_flipped_octets(const std::uint8_t* w, const std::int8_t* const (
 //   static __m256i add_octet(__m256i acc, __m256i w0, __m256i w1, __m256i x0, __m256i x1)
 //                                        the same of signed bytes of w and unsigned ones of x, twice four; w is bounded as
 //                                        numerics/winograd.py has it
+// The tile of dot_one_block.h.
+template <class DotProduct>
+struct OneBlock256 {
+  using Vector = simd::X86_256;
+  static constexpr int kMR = 2, kVectors = kTileVectors;
+
+  template <int M>
+  [[gnu::always_inline]] static void sum(const DotArgs& a, const std::uint8_t* w, const OneBlockPixel* pixels,
+                                         Vector::Int (&acc)[M][kVectors]) {
+    const std::int8_t* x[M];
+    for (int m = 0; m < M; ++m) {
+      x[m] = pixels[m].x;
+      for (int v = 0; v < kVectors; ++v) acc[m][v] = Vector::broadcast(pixels[m].scale.acc_init);
+    }
+    if constexpr (DotProduct::kNibblePairs) add_octets_in_pairs<DotProduct, M>(w, x, a.last_octets, a.octets_together, acc);
+    else add_octets<DotProduct, M, false>(w, x, a.last_octets, acc);
+  }
+};
+
 template <class DotProduct>
 struct Dot256 {
   using Vector = simd::X86_256;
-  static constexpr int kMR = 3;
+  static constexpr int kMR = 3, kMantissaBytes = 1;
+  template <Weights W>
+  static constexpr int kOctetBytes = W == Weights::nibbles ? 64 : 128;
 
   template <Weights W>
   static Vector::Int acc_init(const DotArgs& a, const BlockScale& scale, std::int64_t at) {
@@ -109,7 +130,7 @@ struct Dot256 {
     if constexpr (W == Weights::signed_bytes) add_flipped_octets<DotProduct, M>(w, x, octets, acc);
     else if constexpr (W == Weights::bytes || !DotProduct::kNibblePairs)
       dsconv::add_octets<DotProduct, M, W == Weights::bytes>(w, x, octets, acc);
-    else add_octets_in_pairs<DotProduct, M>(w, x, octets, a.max_mantissa, acc);
+    else add_octets_in_pairs<DotProduct, M>(w, x, octets, a.octets_together, acc);
   }
 };
 

@@ -9,7 +9,8 @@ inline constexpr int kTileVectors = 2;
 
 // A tile of M x (kTileVectors * lanes) outputs. Dot, a type of an unnamed namespace or a template over one, has
 //   Vector            a vector type
-//   static constexpr int kMR
+//   static constexpr int kMR, kMantissaBytes
+//   template <Weights W> static constexpr int kOctetBytes    of the weights of a panel
 //   template <Weights W> static Vector::Int acc_init(const DotArgs&, const BlockScale&, std::int64_t at)
 //                                                      `at` counts values of `kds` up to those of the sums
 //   template <Weights W, int M> static void add_octets(const DotArgs&, const std::uint8_t* w, const std::int8_t* const (&x)[M],
@@ -36,9 +37,9 @@ void dot_tile(const DotArgs& a, const std::int64_t* row, const std::uint8_t* w, 
           acc[m][v] = Dot::template acc_init<W>(a, rows.scale[block[m] + b], kds - a.kds + V::kLanes * v);
       const int octets = b + 1 < rows.blocks ? a.octets : a.last_octets;
       Dot::template add_octets<W>(a, w, x, octets, acc);
-      w += octets * (W == Weights::nibbles ? 64 : 128);
+      w += octets * Dot::template kOctetBytes<W>;
       for (int m = 0; m < M; ++m) {
-        x[m] += 8 * octets;
+        x[m] += 8 * octets * Dot::kMantissaBytes;
         const auto scale = V::broadcast(rows.scale[block[m] + b].scale);
         for (int v = 0; v < kTileVectors; ++v) {
           const auto term = W != Weights::nibbles && rows.int_acc ? V::to_float(acc[m][v]) * scale : V::as_float(acc[m][v]) - scale;

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 namespace dsconv {
 
@@ -24,8 +25,11 @@ inline constexpr int kActivations = static_cast<int>(Activation::sigmoid) + 1;
 enum class Weights : int { nibbles, bytes, signed_bytes };
 inline constexpr int kZeroPoint = 8, kWideZeroPoint = 128;
 
+// The bits of activations that stay float32.
+inline constexpr int kFloatBits = 32;
 // The largest magnitude of a mantissa. 8 bits always include the sign.
 constexpr int max_mantissa(int bits) { return bits == 8 ? 128 : (1 << bits) - 1; }
+constexpr int octets_together(int bits) { return 32767 / (4 * 15 * max_mantissa(bits)); }
 
 // The scale 2^e of a block of a pixel, and the accumulators' start. `acc_init` contains the zero-point correction,
 // -zero_point times the sum of the mantissas, and is not used with signed weights. `scale` is a NaN for a block that is not finite.
@@ -73,7 +77,7 @@ struct DotArgs {
   const std::uint8_t* weight;  // the first panel
   std::int64_t panel_bytes;    // from there to the second
   int panels;                  // 1 or 2
-  int max_mantissa;            // the largest magnitude
+  int octets_together;         // of nibbles, whose products in pairs of 16 bits can be summed up before they are widened
   // Of signed weights, else null: [taps * blocks][kNR], what takes away that flipped mantissas are 128 more.
   const std::int32_t* flip_sums;
   const float* kds;             // [taps * blocks][kNR]
@@ -102,6 +106,16 @@ struct PostOps {
     return {at(bias), at(gain), at(offset), activation, slope};
   }
 };
+
+// The bounds of an activation that does no more than to keep them; NaN stays one.
+struct Bounds {
+  float low, high;
+};
+constexpr bool has_bounds(Activation a) { return a == Activation::none || a == Activation::relu || a == Activation::relu6; }
+constexpr Bounds bounds_of(Activation a) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  return {a == Activation::none ? -kInfinity : 0.0f, a == Activation::relu6 ? 6.0f : kInfinity};
+}
 
 struct EpilogueArgs {
   const float* sums;  // [pixels][kNR]
@@ -137,6 +151,20 @@ struct PoolArgs {
   int taps;
   std::int64_t channels;
   float divisor;  // of an average; 0 for the maximum
+  float* output;
+  float second_divisor = 1.0f;  // of what the first one left
+};
+
+// The order of the four products of an interpolation: along lines and then between them, or one after another.
+enum class Interpolation : int { lines, above_first, below_first };
+inline constexpr int kInterpolations = static_cast<int>(Interpolation::below_first) + 1;
+
+// One pixel between four others, whose channels are contiguous.
+struct InterpolateArgs {
+  const float* tap[4];  // left and right above, and below
+  float weight_y[2], weight_x[2];
+  std::int64_t channels, split;
+  Interpolation first, rest;  // of the channels before `split`, and from there on
   float* output;
 };
 
@@ -184,7 +212,8 @@ struct DepthwiseArgs {
   std::int64_t first;
   int lanes;  // are stored; kMaxLanes are read
   bool by_channel;
-  int taps, block_size, bits;
+  int taps, block_size;
+  int bits;  // or kFloatBits, of pixels of one filter of one block without a shift
   Sign sign;
   const std::int32_t* weight;    // [taps][filters]
   const float *kds, *kds_shift;  // [blocks][filters]; the shift may be null
@@ -194,23 +223,25 @@ struct DepthwiseArgs {
   float* output;          // of lane 0; the others follow
 };
 
-// Depthwise convolution of a line of outputs whose channels are contiguous: square filters of 3 or 5 in one block,
-// stride 1 or 2.
+// Depthwise convolution of float activations: a line of outputs whose channels are contiguous, filters of one block.
 struct DepthwiseLineArgs {
-  int size, stride;
-  const float* const* line;  // of each row of taps: pixel x lies at line[k] + x * pixel_stride[k]
-  const std::int64_t* pixel_stride;
+  std::int64_t kernel_h, kernel_w, stride, dilation;  // stride and dilation along the line
+  const float* const* line;                           // of each row of taps: its pixel 0; null in the padding
+  std::int64_t pixel_stride;
   std::int64_t first, width;       // the first output reads from pixel `first` on; pixels outside 0 to `width` are zeros
-  std::int64_t outputs, channels;  // at least kMaxLanes channels
-  int bits;
-  Sign sign;
-  const std::int32_t* weight;    // [taps][channels]
-  const float *kds, *kds_shift;  // the shift may be null
+  std::int64_t outputs, channels;  // any number
+  const float* weight;             // [taps][channels], integers
+  const float* kds;
   PostOps post;
   const float* residual;  // or null
   std::int64_t residual_stride;
   float* output;
   std::int64_t output_stride;
+  float* window;  // of window_size() values
+
+  static constexpr int kOutputs = 7;  // that are summed together: a divisor of the widths of most networks
+  std::int64_t columns() const { return (kOutputs - 1) * stride + (kernel_w - 1) * dilation + 1; }  // that they read
+  std::int64_t window_size() const { return kernel_h * columns() * kMaxLanes; }
 };
 
 struct BalancedArgs;
@@ -236,6 +267,7 @@ struct VectorKernels {
   void (*map)(const MapArgs&);
   void (*pool)(const PoolArgs&);
   void (*average)(const AverageArgs&);
+  void (*interpolate)(const InterpolateArgs&);
   void (*winograd_input)(const WinogradInputArgs&);
   void (*winograd_output)(const WinogradOutputArgs&);
   int balanced_rows;  // that round_balanced takes together
@@ -252,6 +284,9 @@ struct Kernels {
   int task_pixels;                                            // pixels that dot is best given at once, a multiple of mr
   std::int64_t (*workspace_bytes)(const DotArgs&) = nullptr;  // null: none
   void (*dot)(const DotArgs&);
+  // Sums and finishes the outputs of layers of one tap and block, whole panels of nibbles, while they are in registers; null: it
+  // cannot. The outputs of a pixel are contiguous, the activation has bounds, and there is no residual.
+  void (*dot_one_block)(const DotArgs&, const EpilogueArgs&) = nullptr;
   bool flip_winograd = false;  // its mantissas, for products of unsigned and signed bytes
   const VectorKernels& vector;
 };

@@ -28,7 +28,7 @@ inline void pool_channels(const PoolArgs& a, std::int64_t c, int count, typename
       if constexpr (P == Pooling::maximum_or_nan) v[i] = ((next > v[i]) | (next != next)) ? next : v[i];
     }
   for (int i = 0; i < Vectors; ++i) {
-    if constexpr (P == Pooling::average) v[i] /= a.divisor;
+    if constexpr (P == Pooling::average) v[i] = v[i] / a.divisor / a.second_divisor;
     if constexpr (P == Pooling::maximum) doubt += doubts[i];
     float* to = a.output + c + i * V::kLanes;
     Vectors > 1 || count == V::kLanes ? V::store(to, v[i]) : V::store_some(to, v[i], count);

@@ -5,6 +5,7 @@
 #include "balanced.h"
 #include "depthwise.h"
 #include "epilogue.h"
+#include "interpolate.h"
 #include "map.h"
 #include "pool.h"
 #include "quantize.h"
@@ -26,6 +27,7 @@ constexpr VectorKernels vector_kernels() {
       .map = map<V>,
       .pool = pool<V>,
       .average = average<V>,
+      .interpolate = interpolate<V>,
       .winograd_input = winograd_input<V>,
       .winograd_output = winograd_output<V>,
       .balanced_rows = V::kDoubles,

@@ -344,20 +344,168 @@ void Program::average(int from, int lanes, int to) {
   });
 }
 
-void Program::shuffle(int from, int factor, int to) {
+namespace {
+
+// A loop in values.
+struct Turns {
+  std::int64_t size, read, written;
+};
+
+void copy_in(std::span<const Turns> loops, const float* from, float* to) {
+  const auto [size, read, written] = loops.front();
+  if (loops.size() > 1) {
+    for (std::int64_t i = 0; i < size; ++i) copy_in(loops.subspan(1), from + i * read, to + i * written);
+  } else if (read == 1 && written == 1) {
+    std::copy_n(from, size, to);
+  } else {
+    for (std::int64_t i = 0; i < size; ++i) to[i * written] = from[i * read];
+  }
+}
+
+// Whether loops, whose turns are `at`, stay within a tensor.
+bool within(const FloatTensor& v, const std::vector<Loop>& loops, std::array<std::int64_t, 3> Loop::* at) {
+  const std::int64_t sizes[] = {v.channels, v.height, v.width};
+  for (int dim = 0; dim < 3; ++dim) {
+    std::int64_t last = 0;
+    for (const Loop& loop : loops) {
+      const std::int64_t turn = (loop.*at)[dim];
+      if (turn && !is_size(turn)) return false;
+      last += (loop.size - 1) * turn;
+      if (last >= sizes[dim]) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+void Program::rearrange(int from, const std::vector<Loop>& loops, int to) {
   const FloatTensor v = float_tensor(from), made = float_tensor(to);
-  require(v.dense() && made.dense() && factor > 0 && factor <= v.channels && made.height == v.height * factor &&
-              made.width == v.width * factor && made.channels * factor * factor == v.channels,
-          "shuffle: expected dense tensors, the second with factor * factor times the pixels for the channels");
+  double values = 1;
+  for (const Loop& loop : loops) {
+    require(is_size(loop.size), "rearrange: expected loops of positive sizes");
+    values *= static_cast<double>(loop.size);
+  }
+  const auto all_of = [&](const FloatTensor& t) {
+    return static_cast<double>(t.channels) * static_cast<double>(t.height) * static_cast<double>(t.width) == values;
+  };
+  require(!loops.empty() && made.dense() && all_of(v) && all_of(made) && within(v, loops, &Loop::read) &&
+              within(made, loops, &Loop::written),
+          "rearrange: expected loops over the values of two tensors, the second of them dense");
+  const auto turns = [&loops](const Strides& s, std::array<std::int64_t, 3> Loop::* at, std::size_t i) {
+    const auto& turn = loops[i].*at;
+    return turn[0] * s.channel + turn[1] * s.y + turn[2] * s.x;
+  };
+  std::vector<Turns> in_values;
+  for (std::size_t i = 0; i < loops.size(); ++i)
+    in_values.push_back({loops[i].size, turns(v.strides, &Loop::read, i), turns(made.strides, &Loop::written, i)});
+  in_values.push_back({1, 1, 1});
   steps_.push_back([=, this](const Run& run) {
-    parallel(run.images * made.height, [&](std::int64_t line) {
-      const std::int64_t image = line / made.height, y = line % made.height;
-      const float* const row = address(run, v) + image * v.strides.image + y / factor * v.strides.y;
-      float* out = address(run, made) + image * made.strides.image + y * made.strides.y;
-      for (std::int64_t x = 0; x < made.width; ++x, out += made.strides.x) {
-        const float* const in = row + x / factor * v.strides.x + y % factor * factor + x % factor;
-        for (std::int64_t c = 0; c < made.channels; ++c) out[c] = in[c * factor * factor];
-      }
+    const auto [tasks, read, written] = in_values.front();
+    parallel(run.images * tasks, [&](std::int64_t task) {
+      const std::int64_t image = task / tasks, i = task % tasks;
+      copy_in(std::span(in_values).subspan(1), address(run, v) + image * v.strides.image + i * read,
+              address(run, made) + image * made.strides.image + i * written);
+    });
+  });
+}
+
+void Program::pick(int from, const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& columns, float fill,
+                   const StepOutputs& to) {
+  const FloatTensor v = float_tensor(from);
+  const auto of = [](const std::vector<std::int64_t>& all, std::int64_t size) {
+    return !all.empty() && std::all_of(all.begin(), all.end(), [=](std::int64_t i) { return i >= -1 && i < size; });
+  };
+  require(of(rows, v.height) && of(columns, v.width), "pick: expected rows and columns of the input, or -1");
+  const std::int64_t out_width = static_cast<std::int64_t>(columns.size());
+  add_lines(v, static_cast<std::int64_t>(rows.size()), out_width, to,
+            [=](const float* values, std::int64_t y, float* pixel, std::int64_t stride) {
+              for (std::int64_t x = 0; x < out_width; ++x, pixel += stride) {
+                const bool inside = rows[y] >= 0 && columns[x] >= 0;
+                const float* const read = inside ? values + rows[y] * v.strides.y + columns[x] * v.strides.x : nullptr;
+                if (!inside) std::fill_n(pixel, v.channels, fill);
+                else if (v.strides.channel == 1) std::copy_n(read, v.channels, pixel);
+                else
+                  for (std::int64_t c = 0; c < v.channels; ++c) pixel[c] = read[c * v.strides.channel];
+              }
+            });
+}
+
+void Program::interpolate(int from, const std::vector<Between>& rows, const std::vector<Between>& columns, std::int64_t split,
+                          Interpolation first, Interpolation rest, const StepOutputs& to) {
+  const FloatTensor v = float_tensor(from);
+  const auto of = [](const std::vector<Between>& all, std::int64_t size) {
+    return !all.empty() && std::all_of(all.begin(), all.end(), [=](const Between& b) {
+      return b.one >= 0 && b.one < size && b.other >= 0 && b.other < size;
+    });
+  };
+  require(of(rows, v.height) && of(columns, v.width) && v.strides.channel == 1 && split >= 0 && split <= v.channels,
+          "interpolate: expected rows and columns of an input whose channels lie side by side");
+  const std::int64_t out_width = static_cast<std::int64_t>(columns.size());
+  add_lines(v, static_cast<std::int64_t>(rows.size()), out_width, to,
+            [=, this](const float* values, std::int64_t y, float* pixel, std::int64_t stride) {
+              const Between& row = rows[y];
+              const float *const above = values + row.one * v.strides.y, *const below = values + row.other * v.strides.y;
+              for (std::int64_t x = 0; x < out_width; ++x, pixel += stride) {
+                const Between& column = columns[x];
+                const std::int64_t left = column.one * v.strides.x, right = column.other * v.strides.x;
+                kernels_.vector.interpolate({{above + left, above + right, below + left, below + right},
+                                             {row.weight, row.other_weight},
+                                             {column.weight, column.other_weight},
+                                             v.channels,
+                                             split,
+                                             first,
+                                             rest,
+                                             pixel});
+              }
+            });
+}
+
+void Program::average_windows(int from, const std::vector<Span>& rows, const std::vector<Span>& columns, bool at_once,
+                              const StepOutputs& to) {
+  const FloatTensor v = float_tensor(from);
+  const auto of = [](const std::vector<Span>& all, std::int64_t size) {
+    return !all.empty() &&
+           std::all_of(all.begin(), all.end(), [=](const Span& s) { return s.begin >= 0 && s.begin < s.end && s.end <= size; });
+  };
+  require(of(rows, v.height) && of(columns, v.width) && v.strides.channel == 1 && is_size(v.pixels()),
+          "average_windows: expected rows and columns of an input whose channels lie side by side");
+  const std::int64_t out_width = static_cast<std::int64_t>(columns.size());
+  add_lines(v, static_cast<std::int64_t>(rows.size()), out_width, to,
+            [=, this](const float* values, std::int64_t y, float* pixel, std::int64_t stride) {
+              struct User;
+              using Mine = Scratch<User>;
+              Mine scratch(Mine::size<const float*>(v.pixels()));
+              const float** const tap = scratch.take<const float*>(v.pixels());
+              for (std::int64_t x = 0; x < out_width; ++x, pixel += stride) {
+                int taps = 0;
+                for (std::int64_t in_y = rows[y].begin; in_y < rows[y].end; ++in_y)
+                  for (std::int64_t in_x = columns[x].begin; in_x < columns[x].end; ++in_x)
+                    tap[taps++] = values + in_y * v.strides.y + in_x * v.strides.x;
+                const auto size = [](const Span& s) { return static_cast<float>(s.end - s.begin); };
+                PoolArgs a{tap, taps, v.channels, static_cast<float>(taps), pixel};
+                if (!at_once) a.divisor = size(rows[y]), a.second_divisor = size(columns[x]);
+                kernels_.vector.pool(a);
+              }
+            });
+}
+
+// The step does no last operations besides.
+void Program::add_lines(const FloatTensor& v, std::int64_t out_height, std::int64_t out_width, const StepOutputs& to, Line line) {
+  require(to.residual < 0 && to.activation == Activation::none, "outputs: expected nothing else to do");
+  check(to, v.channels, out_height, out_width, true);
+  steps_.push_back([=, this](const Run& run) {
+    const std::vector<QuantizedTarget> into = targets(run, to, v.channels);
+    const Input output = input(run, to.values);
+    parallel(run.images * out_height, [&](std::int64_t i) {
+      struct User;
+      Scratch<User> scratch(output.values ? 0 : out_width * v.channels * 4);
+      float* const made =
+          output.values ? const_cast<float*>(output.values) + i * out_width * output.strides.x : scratch.take<float>(0);
+      const std::int64_t stride = output.values ? output.strides.x : v.channels;
+      line(address(run, v) + i / out_height * v.strides.image, i % out_height, made, stride);
+      for (const QuantizedTarget& target : into)
+        quantize_into(target, kernels_, made, stride, i * out_width, out_width, 0, v.channels);
     });
   });
 }

@@ -1,6 +1,7 @@
 // A network as a list of steps over tensors in one piece of memory.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -41,6 +42,24 @@ struct PoolWindow {
   std::int64_t divisor;  // of an average; 0: the number of values, with those of the padding if they count
 };
 
+// A loop over values of an image that go to another place: its size, and how far a turn goes in the tensor that is read
+// and the one that is written, in channels, rows and columns each.
+struct Loop {
+  std::int64_t size;
+  std::array<std::int64_t, 3> read, written;
+};
+
+// Rows or columns from `begin` to before `end`.
+struct Span {
+  std::int64_t begin, end;
+};
+
+// A place between two rows or columns, and their weights.
+struct Between {
+  std::int64_t one, other;
+  float weight, other_weight;
+};
+
 // Tensors are named by numbers. Base 0 is memory of bytes(images) bytes, aligned to 64, that nobody else uses during a
 // run; steps are fixed before the first run, and runs may overlap.
 class Program {
@@ -68,8 +87,17 @@ class Program {
   void average(int from, int lanes, int to);
   // Turns all values of an image into channels of one pixel, those of a channel one after another.
   void flatten(int from, int to);
-  // Moves factor * factor channels to each channel's pixels, as pixel_shuffle of PyTorch does.
-  void shuffle(int from, int factor, int to);
+  // Copies every value of an image to its place in the result, in nested loops, the outermost first.
+  void rearrange(int from, const std::vector<Loop>&, int to);
+  // Copies pixels: one of the result is that of this row and column of the input, or `fill` where either is -1.
+  void pick(int from, const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& columns, float fill,
+            const StepOutputs&);
+  // Computes pixels between rows and columns of the input: channels before `split` in one order of sums, others in another.
+  void interpolate(int from, const std::vector<Between>& rows, const std::vector<Between>& columns, std::int64_t split,
+                   Interpolation first, Interpolation rest, const StepOutputs&);
+  // Averages windows of rows and columns. A sum is divided by the number of pixels `at_once`, or by that of rows and then
+  // by that of columns.
+  void average_windows(int from, const std::vector<Span>& rows, const std::vector<Span>& columns, bool at_once, const StepOutputs&);
   void pool(int from, const PoolWindow&, std::int64_t out_height, std::int64_t out_width, const StepOutputs&);
   // Adds a step that the caller takes.
   void skip() {
@@ -86,6 +114,9 @@ class Program {
     std::int64_t offset;
   };
 
+  // Writes the pixels of one line of outputs, `stride` apart, from the image at `values`.
+  using Line = std::function<void(const float* values, std::int64_t y, float* to, std::int64_t stride)>;
+  void add_lines(const FloatTensor&, std::int64_t out_height, std::int64_t out_width, const StepOutputs&, Line);
   const FloatTensor& float_tensor(int id) const;
   const QuantizedSlot& quantized_slot(int id) const;
   std::uintptr_t base(const Run&, int number) const;

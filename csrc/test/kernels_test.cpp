@@ -85,23 +85,28 @@ Case random_case() {
   if (g.volume) g.kernel_d = pick(1, 3), g.stride_d = pick(1, 3), g.dilation_d = pick(1, 2), g.pad_d = pick(0, 2);
   g.winograd = g.groups == 1 && !g.transposed && !g.volume && pick(0, 2) == 0;
   if (g.winograd) g.kernel_h = g.kernel_w = 3, g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
-  const bool common = depthwise && pick(0, 1);  // depthwise_line covers it
-  if (common) g.kernel_h = g.kernel_w = pick(0, 1) ? 3 : 5, g.stride_w = pick(1, 2), g.dilation_w = 1;
+  const bool in_float = depthwise && pick(0, 1);
+  const bool one_block = !depthwise && pick(0, 5) == 0;  // dot_one_block covers most of these
+  if (one_block) g.kernel_h = g.kernel_w = 1, g.winograd = false, g.outputs = g.groups * 16 * pick(1, 5);
   g.pad_h = pick(0, 3), g.pad_w = pick(0, 3);
   const bool large = !g.transposed && !g.volume;
   if (g.volume) choose_size(g.axis_d(), 2, g.depth, g.out_depth);
   else g.depth = g.out_depth = 1;
   choose_size(g.axis_h(), large ? 8 : 2, g.height, g.out_height);
   choose_size(g.axis_w(), large ? 19 : 4, g.width, g.out_width);
-  g.flat = depthwise || (!g.winograd && !g.transposed && pick(0, 3) == 0);
-  g.block_size = common ? 32 : depthwise ? pick(1, 20) : 16 * (pick(0, 5) ? pick(1, 8) : pick(15, 32));
+  g.flat = depthwise || (!g.winograd && !g.transposed && !one_block && pick(0, 3) == 0);
+  g.block_size = in_float    ? 32
+                 : one_block ? ceil_div(g.channels / g.groups, 8) * 8
+                 : depthwise ? pick(1, 20)
+                             : 16 * (pick(0, 5) ? pick(1, 8) : pick(15, 32));
   c.weight_bits = g.winograd ? 8 : static_cast<int>(pick(2, 8));
-  c.activation_bits = static_cast<int>(pick(2, 8));
+  c.activation_bits = in_float ? kFloatBits : static_cast<int>(pick(2, 8));
   c.sign = static_cast<int>(pick(0, 2));
   c.target_bits = static_cast<int>(pick(2, 8)), c.block_size = pick(0, 2) ? 16 * pick(1, 8) : 64 * pick(1, 2);
-  c.shift = g.winograd || pick(0, 1), c.bias = pick(0, 1), c.norm = pick(0, 1), c.add = pick(0, 1);
+  c.shift = g.winograd || (!in_float && pick(0, 1)), c.bias = pick(0, 1), c.norm = pick(0, 1), c.add = pick(0, 1);
   c.channels_last = pick(0, 1) && (!g.depthwise() || g.outputs == g.channels);
   c.activation = static_cast<Activation>(pick(0, pick(0, 1) ? 1 : kActivations - 1));
+  if (one_block && pick(0, 3)) c.weight_bits = static_cast<int>(pick(2, 4)), c.add = false, c.channels_last = true;
   // Sometimes beyond the exponents that are usually met.
   const float magnitude = std::exp2(static_cast<float>(pick(0, 9) ? pick(-90, 90) : pick(104, 110)));
   const bool rectified = pick(0, 1);
@@ -215,15 +220,20 @@ bool pixels_alike(const Kernels& kernels) {
   const std::int64_t stride = pick(0, 1) * channels;
   const std::int64_t apart = pick(0, 1) ? channels : 1, averaged = (taps * pixels - 1) * channels / apart + 1;
   const int lanes = 1 << pick(0, 4);
+  const auto order = [] { return static_cast<Interpolation>(pick(0, kInterpolations - 1)); };
+  InterpolateArgs between{{}, {normal(), normal()}, {normal(), normal()}, channels, pick(0, channels), order(), order(), nullptr};
+  for (const float*& corner : between.tap) corner = tap[pick(0, taps - 1)];
   for (int i = 0; i < 2; ++i) {
     const Kernels& used = i ? kernels : scalar::kernels;
-    made[i].assign(channels * (pixels + 2), 7.0f);
+    made[i].assign(channels * (pixels + 3), 7.0f);
     used.vector.map({input.data(), channels, affine ? scale.data() : nullptr, affine ? shift.data() : nullptr, once,
                      gate ? input.data() : nullptr, stride, other ? input.data() : nullptr, channels, made[i].data(), channels,
                      pixels, channels, activation, kSlope});
     used.vector.pool({tap.data(), static_cast<int>(taps), channels, average ? static_cast<float>(taps) : 0.0f,
-                      made[i].data() + pixels * channels});
+                      made[i].data() + pixels * channels, once ? 3.0f : 1.0f});
     used.vector.average({input.data(), apart, averaged, channels, lanes, made[i].data() + (pixels + 1) * channels});
+    between.output = made[i].data() + (pixels + 2) * channels;
+    used.vector.interpolate(between);
   }
   for (std::size_t k = 0; k < made[0].size(); ++k)
     if (std::memcmp(&made[0][k], &made[1][k], 4) && !(std::isnan(made[0][k]) && std::isnan(made[1][k]))) return false;
@@ -277,6 +287,13 @@ std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
               std::vector<float> values;
               const std::int64_t first = b * g.block_size, end = std::min(g.layout().depth, first + g.block_size);
               for (std::int64_t k = first; k < end; ++k) values.push_back(g.flat ? value(k / taps, k % taps) : value(k, tap));
+              if (c.activation_bits == kFloatBits) {
+                for (std::int64_t k = 0; k < taps; ++k) {
+                  const double term = 1.0 * c.kds[o] * c.vqk[o * taps + k] * values[k];
+                  sum += term, size += std::fabs(term), ++terms;
+                }
+                continue;
+              }
               std::vector<int> mantissa;
               const double scale = quantize_block(values, c.activation_bits, c.sign, mantissa);
               std::int64_t s = 0, plain = 0;
@@ -296,7 +313,8 @@ std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
           sum = activated(c, sum);
           // Activated once more, and an exponential has a few roundings of its own.
           const double bound = 1.5 * (static_cast<double>(terms + 1) * std::ldexp(size, -24) + std::ldexp(std::fabs(sum), -22));
-          if (std::isnan(sum) ? !std::isnan(output[at]) : !(std::fabs(output[at] - sum) <= bound)) return at;
+          const bool same = output[at] == sum;  // an infinity too
+          if (std::isnan(sum) ? !std::isnan(output[at]) : !same && !(std::fabs(output[at] - sum) <= bound)) return at;
         }
   return -1;
 }

@@ -91,7 +91,8 @@ class LayerConfig(Strict):
     def _as_before(self, serialize: Any) -> dict[str, Any]:
         """Leave out what older versions do not know, where they do the same without it."""
         data: dict[str, Any] = serialize(self)
-        return {name: value for name, value in data.items() if (name, value) != ("algorithm", "direct")}
+        new = ("algorithm", "direct"), ("small_layers", None)
+        return {name: value for name, value in data.items() if (name, value) not in new}
 
     @property
     def allows_winograd(self) -> bool:
@@ -118,20 +119,26 @@ _EDGE: dict[str, Any] = {
     "kds_dtype": "float32",
     "blocks": "flat",
 }
+_DEPTHWISE: dict[str, Any] = _EDGE | {"activation_bits": None}
 
 
 class QuantConfig(LayerConfig):
     """Settings of a model: those of every layer, and what is different where.
 
     The fields of :class:`LayerConfig` hold for every convolution and linear layer. On top of them come, each winning
-    over those before it, ``linear`` (linear layers), ``depthwise`` (convolutions of one input channel per group),
+    over those before it, ``linear`` (linear layers), ``small_layers`` (those with at most a 512th of the weights of all
+    convolutions and linear layers), ``depthwise`` (convolutions of one input channel per group),
     ``first_layer`` (the first convolution), ``last_layer`` (the last convolution or linear layer) and ``overrides``.
     First and last go by the order in which the model registers its layers.
     Each is a dictionary of the fields that differ, or ``"float"`` to leave the layers as they are, or None.
 
     Attributes:
         first_layer: by default 8 bits over flattened blocks, since three channels do not fill a block.
-        depthwise: by default 8 bits and one block per filter.
+        depthwise: by default 8-bit weights in one block per filter, and float activations: a filter has too few
+            products to pay for rounding its inputs. In three dimensions 8 bits take the place of float ones, unless
+            those of all layers are.
+        small_layers: by default None; 8 bits in the presets ``default`` and ``w4a4``. What a layer's error does to the
+            output does not depend on how many weights it has, what its bits cost does.
         last_layer, linear: by default None, as every other layer.
         overrides: pattern of layer names (as in ``fnmatch``) to settings; all that match apply, in order. A pattern
             that matches no layer of the model is an error.
@@ -149,13 +156,14 @@ class QuantConfig(LayerConfig):
     """
 
     first_layer: Settings = _EDGE
-    depthwise: Settings = _EDGE
+    depthwise: Settings = _DEPTHWISE
     last_layer: Settings = None
     linear: Settings = None
+    small_layers: Settings = None
     overrides: dict[str, Settings] = {}
     batchnorm_statistics: bool = True
 
-    @field_validator("first_layer", "depthwise", "last_layer", "linear")
+    @field_validator("first_layer", "depthwise", "last_layer", "linear", "small_layers")
     @classmethod
     def _known_settings(cls, settings: Settings) -> Settings:
         if isinstance(settings, dict):
@@ -182,7 +190,8 @@ class QuantConfig(LayerConfig):
             ``extra`` sign, float32 KDS, image input and linear layers left in float32.
         ``default``
             For today's processors: 4-bit weights in blocks of 64 with float16 scale and shift (4.5 bits a weight),
-            ``balanced`` rounding, 8-bit mantissas; first and depthwise convolutions at 8 bits.
+            ``balanced`` rounding, 8-bit mantissas; first and depthwise convolutions and small layers at 8 bits, the
+            depthwise ones with float activations.
         ``w4a4``
             ``default`` with 4-bit mantissas.
         ``w8a8``
@@ -202,15 +211,21 @@ class QuantConfig(LayerConfig):
         first: bool = False,
         last: bool = False,
         depthwise: bool = False,
+        small: bool = False,
+        volume: bool = False,
     ) -> LayerConfig | None:
-        """Settings of the layer called ``name``, or None where it is left in float.
+        """Settings of the layer called ``name``, or None where it is left in float; ``volume``: of three dimensions.
 
         Raises:
             ConfigError: the settings that apply contradict one another.
         """
+        own = self.depthwise if depthwise else None
+        if volume and isinstance(own, dict) and own.get("activation_bits", 8) is None and self.activation_bits:
+            own = own | {"activation_bits": 8}  # the kernels for float activations are of images
         layers: list[Settings] = [
             self.linear if kind == "linear" else None,
-            self.depthwise if depthwise else None,
+            self.small_layers if small else None,
+            own,
             self.first_layer if first else None,
             self.last_layer if last else None,
             *(settings for pattern, settings in self.overrides.items() if fnmatchcase(name, pattern)),
@@ -279,12 +294,15 @@ _DEFAULT: dict[str, Any] = {
     "weight_shift": True,
     "kds_dtype": "float16",
     "algorithm": "auto",
+    "depthwise": _DEPTHWISE | {"kds_dtype": "float16"},
+    "small_layers": {"weight_bits": 8, "weight_shift": False},
 }
 _PRESETS = {
     "default": _DEFAULT,
     "paper": _PAPER,
     "w4a4": _DEFAULT | {"activation_bits": 4},
-    "w8a8": _DEFAULT | {"weight_bits": 8, "weight_rule": "refined", "weight_shift": False, "algorithm": "direct"},
+    "w8a8": _DEFAULT
+    | {"weight_bits": 8, "weight_rule": "refined", "weight_shift": False, "algorithm": "direct", "small_layers": None},
 }
 PRESETS = tuple(_PRESETS)
 

@@ -93,11 +93,46 @@ def test_depthwise_is_exact_and_the_same_everywhere(
     assert not y.isnan().any()
 
 
+@pytest.mark.parametrize(("channels", "filters", *WHERE), DEPTHWISE)
+def test_depthwise_of_float_activations_is_exact_and_the_same_everywhere(
+    channels: int, filters: int, kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> None:
+    torch.manual_seed(0)
+    config = LayerConfig(block_size=64, blocks="flat", weight_bits=8, activation_bits=None)
+    x, outputs = torch.randn(2, channels, 13, 21), channels * filters
+    x[0, 1, 6, 9], x[1, 0, 0, 0] = torch.nan, torch.inf
+    case = Case(x, outputs, kernel, config, channels, stride, padding, dilation, bias=torch.randn(outputs))
+    y = case.run()
+    assert near(y, case.reference())
+    assert_same_everywhere(case, y)
+    # Only windows that read the NaN are one, or the infinity where VQK is zero.
+    assert y[0, filters : 2 * filters].isnan().any()
+    y[0, filters : 2 * filters] = y[1, :filters] = 0
+    assert y.isfinite().all()
+
+
+def test_float_activations_are_for_depthwise_layers_of_one_block_without_a_shift() -> None:
+    config = LayerConfig(block_size=16, blocks="flat", weight_bits=8, activation_bits=None)
+    case = Case(torch.randn(1, 8, 5, 5), 8, (3, 3), config, 8)
+    assert case.run().isfinite().all()
+    # Where tensors have values, those of other layers have other sizes.
+    meta = {name: value.to("meta") for name, value in case.arguments().items() if isinstance(value, Tensor)}
+    for changed in ({"groups": 1}, {"block_size": 8}, {"flat": False}):
+        with pytest.raises(ValueError, match="activation_bits: float activations"):
+            case.run(**meta | changed)
+    with pytest.raises(ValueError, match="no shift"):
+        case.run(kds_shift=case.packed.kds)
+
+
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5)])
 @pytest.mark.parametrize("channels", [5, 16, 17, 40])
-def test_every_channel_of_a_depthwise_layer_has_terms_and_a_residual_of_its_own(channels: int, kernel: Any) -> None:
+@pytest.mark.parametrize("bits", [4, None])
+def test_every_channel_of_a_depthwise_layer_has_terms_and_a_residual_of_its_own(
+    channels: int, kernel: Any, bits: int | None
+) -> None:
     torch.manual_seed(0)
-    case = Case(torch.randn(2, channels, 7, 9), channels, kernel, LayerConfig(), channels)
+    config = LayerConfig(activation_bits=bits, blocks="tap" if bits else "flat")
+    case = Case(torch.randn(2, channels, 7, 9), channels, kernel, config, channels)
     plain, bias = case.run(), torch.randn(channels)
     residual = torch.randn(plain.shape)
     for layout in LAYOUTS:

@@ -158,8 +158,7 @@ def test_one_dimension_is_a_row_of_two(config: LayerConfig, padding: Any) -> Non
     )
     state = {name: value.view(getattr(row, name).shape) for name, value in layer.state_dict().items()}
     row.load_state_dict(state)
-    padded = F.pad(x, layer._border) if layer._in_front else x
-    assert torch.equal(run(layer, x), run(row, padded[:, :, None])[:, :, 0])
+    assert torch.equal(run(layer, x), run(row, layer.padded(x)[:, :, None])[:, :, 0])
     assert torch.equal(run(layer, x[0]), run(layer, x)[0])
 
 

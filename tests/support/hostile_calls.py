@@ -221,6 +221,22 @@ def run_program() -> None:
         shift = kds if of.winograd else 0
         program.convolve(of, *which, weight, kds, shift, terms, 0, 0, bits, 8, number() % 4, uses())
 
+    def loops() -> list[tuple[int, ...]]:
+        c, h, w = random.choice(((16, 4, 4), (8, 9, 8), (24, 1, 1), (24, 3, 3)))
+        made = [[c, 1, 0, 0, 1, 0, 0], [h, 0, 1, 0, 0, 1, 0], [w, 0, 0, 1, 0, 0, 1]]
+        for _ in range(random.choice((0, 0, 1, 2))):
+            random.choice(made)[random.randrange(7)] = number()
+        return [tuple(loop) for loop in made]
+
+    def places() -> list[int]:
+        return [random.choice((-1, 0, 1, 2, number())) for _ in range(random.choice((4, 3, 9, 8, number() % 16)))]
+
+    def spans() -> list[tuple[int, int]]:
+        return [(min(at, 2), at + 1) for at in places()]
+
+    def between() -> list[tuple[int, int, float, float]]:
+        return [(at, abs(at), 0.5, float("nan")) for at in places()]
+
     steps = (
         values,
         values,
@@ -243,6 +259,12 @@ def run_program() -> None:
         ),
         lambda: program.average(number() % 4, number() % 2**20, number() % 4),
         lambda: program.flatten(number() % 4, number() % 4),
+        lambda: program.rearrange(number() % 4, loops(), number() % 4),
+        lambda: program.pick(number() % 4, places(), places(), 0.5, uses()),
+        lambda: program.average_windows(number() % 4, spans(), spans(), random.random() < 0.5, uses()),
+        lambda: program.interpolate(
+            number() % 4, between(), between(), number(), random.choice((0, 1, 2, 3)), 1, uses()
+        ),
     )  # fmt: skip
     taken = 0
     for step in (values, values, values, steps[3], *random.choices(steps, k=12)):

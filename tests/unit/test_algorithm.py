@@ -215,7 +215,7 @@ def stored_version(path: Path) -> str:
 
 def test_files_say_what_was_chosen(tmp_path: Path) -> None:
     net, x = network(), torch.randn(2, 3, 8, 8)
-    qnet = dsconv.quantize(net, QuantConfig.preset("default", algorithm="auto"))
+    qnet = dsconv.quantize(net, QuantConfig.preset("default", algorithm="auto", small_layers=None))
     path = dsconv.save(qnet, tmp_path / "net.safetensors")
     again = dsconv.load(path, net)
     assert algorithms(again) == algorithms(qnet) and stored_version(path) == "3"
@@ -224,7 +224,7 @@ def test_files_say_what_was_chosen(tmp_path: Path) -> None:
 
 
 def test_files_without_it_are_as_older_versions_read_them(tmp_path: Path) -> None:
-    direct = QuantConfig.preset("default", algorithm="direct")
+    direct = QuantConfig.preset("default", algorithm="direct", small_layers=None)
     path = dsconv.save(dsconv.quantize(network(), direct), tmp_path / "net.safetensors")
     entries, _ = read_tensors(path, "dsconv", "file", "write it again")
     assert entries["format_version"] == "2" and "algorithm" not in entries["config"] + entries["settings"]

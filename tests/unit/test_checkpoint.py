@@ -394,14 +394,14 @@ def test_crafting_without_a_change_loads(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("4", "format version '4', this dsconv reads up to 3: update dsconv"),
+        ("5", "format version '5', this dsconv reads up to 4: update dsconv"),
         ("999", "999"),
         ("x", "'x'"),
         ("", "''"),
         ("-1", "-1"),
         ("1.5", "1.5"),
         ("9" * 5000, None),
-        ("٤", None),
+        ("٦", None),
     ],
 )
 def test_a_newer_version_is_refused(version: str, message: str | None, saved: Path) -> None:

@@ -351,7 +351,7 @@ def test_digits_network_gives_the_same_bits_under_every_preset(config: str) -> N
         "efficientnet_b0",
     ],
 )
-def test_networks_of_torchvision_have_all_layers_in_integers(name: str) -> None:
+def test_networks_of_torchvision_have_all_layers_in_kernels(name: str) -> None:
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
     settings = {"init_weights": False} if name == "googlenet" else {}
@@ -360,8 +360,12 @@ def test_networks_of_torchvision_have_all_layers_in_integers(name: str) -> None:
     fast = compiled(getattr(models, name)(**settings), x, dsconv.QuantConfig.preset("w4a4", weight_rule="paper"))
     layers = [module for module in fast.model.modules() if isinstance(module, dsconv.nn.DSLayer)]
     skipped = 6 if name == "googlenet" else 0  # the auxiliary heads, which only training runs
-    integers = [step for step in fast.plan.steps if step.backend.startswith("integers")]
-    assert len(integers) == len(layers) - skipped
+    depthwise = [layer for layer in layers if layer.config.activation_bits is None]
+    assert all(layer.groups == layer.in_channels > 1 for layer in depthwise)
+    ours = [step for step in fast.plan.steps if step.operator.startswith(("dsconv.conv2d", "dsconv.linear"))]
+    assert len(ours) == len(layers) - skipped
+    assert sum(step.backend.startswith("integers") for step in ours) == len(ours) - len(depthwise)
+    assert all(step.backend.startswith(("integers", "float32")) for step in ours)
     assert_same_bits(fast, x)
 
 

@@ -32,6 +32,7 @@ configs = st.builds(
             "depthwise": settings_,
             "last_layer": settings_,
             "linear": settings_,
+            "small_layers": settings_,
             "overrides": st.dictionaries(st.text(max_size=8), settings_, max_size=3),
         },
     ),
@@ -48,13 +49,16 @@ def test_a_config_survives_serialization(data: dict[str, Any]) -> None:
     assert as_config(data) == config
 
 
-@given(configs, st.sampled_from(["conv", "linear"]), st.booleans(), st.booleans(), st.booleans())
-def test_later_settings_win(data: dict[str, Any], kind: str, first: bool, last: bool, depthwise: bool) -> None:
+@given(configs, st.sampled_from(["conv", "linear"]), *[st.booleans()] * 4)
+def test_later_settings_win(
+    data: dict[str, Any], kind: str, first: bool, last: bool, depthwise: bool, small: bool
+) -> None:
     config = QuantConfig(**data)
     expected: dict[str, Any] | None = {name: getattr(config, name) for name in LayerConfig.model_fields}
     in_float = False
     for applies, settings in (
         (kind == "linear", config.linear),
+        (small, config.small_layers),
         (depthwise, config.depthwise),
         (first, config.first_layer),
         (last, config.last_layer),
@@ -65,7 +69,7 @@ def test_later_settings_win(data: dict[str, Any], kind: str, first: bool, last: 
             expected |= {} if in_float else settings
     if any(character in pattern for pattern in config.overrides for character in "*?["):
         return
-    layer = config.layer("name", kind=kind, first=first, last=last, depthwise=depthwise)
+    layer = config.layer("name", kind=kind, first=first, last=last, depthwise=depthwise, small=small)
     assert layer == (None if in_float else LayerConfig(**expected))
 
 
@@ -170,7 +174,7 @@ def test_default_is_four_bit_weights_and_eight_bit_mantissas() -> None:
         assert (layer.weight_bits, layer.activation_bits, layer.blocks) == (4, 8, "tap")
     first, depthwise = config.layer(first=True), config.layer(depthwise=True)
     assert (first.weight_bits, first.activation_bits, first.blocks, first.kds_dtype) == (8, 8, "flat", "float32")
-    assert (depthwise.weight_bits, depthwise.activation_bits, depthwise.blocks) == (8, 8, "flat")
+    assert (depthwise.weight_bits, depthwise.activation_bits, depthwise.blocks) == (8, None, "flat")
 
 
 @pytest.mark.parametrize("name", PRESETS)

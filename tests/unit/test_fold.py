@@ -520,3 +520,67 @@ def test_a_file_that_folds_what_the_model_does_not_have_is_refused(tmp_path: Pat
     for other in (tnn.Sequential(tnn.Conv2d(8, 8, 1), tnn.ReLU()), tnn.Sequential(tnn.Conv2d(8, 8, 1))):
         with pytest.raises(FileFormatError, match="module '1': the file has it as a BatchNorm folded into '0'"):
             dsconv.load(path, other)
+
+
+class NormAndAct(tnn.BatchNorm2d):
+    """Goes on to modules of its own, as timm's BatchNormAct2d."""
+
+    def __init__(self, channels: int, act: tnn.Module):
+        super().__init__(channels)
+        self.drop, self.act = tnn.Identity(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class Doubling(NormAndAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def with_activations(kind: type[NormAndAct] = NormAndAct) -> tnn.Module:
+    torch.manual_seed(0)
+    model = tnn.Sequential(
+        tnn.Conv2d(8, 16, 3, bias=False), kind(16, tnn.PReLU()), tnn.Conv2d(16, 8, 1), kind(8, tnn.ReLU(inplace=True))
+    )
+    return randomize(model, torch.randn(8, 8, 9, 9))
+
+
+def test_what_a_batchnorm_goes_on_to_stays(tmp_path: Path) -> None:
+    model = with_activations()
+    quantized, x = dsconv.quantize(model, CONFIG), torch.randn(2, 8, 9, 9)
+    folded = dsconv.fold_batchnorm(quantized)
+    assert info(folded).folded == {"1": "0", "3": "2"} and not info(folded).not_folded
+    assert isinstance(folded[1].act, tnn.PReLU) and folded[1].act is not model[1].act
+    again = dsconv.load(dsconv.save(folded, tmp_path / "folded.safetensors"), model)
+    with torch.inference_mode():
+        assert quality(quantized(x), folded(x)) > 60
+        assert torch.equal(again(x), folded(x))
+
+
+def test_calibration_of_what_was_folded_looks_in_front_of_the_activation() -> None:
+    model, images = with_activations(), torch.randn(32, 8, 9, 9)
+    folded = dsconv.fold_batchnorm(dsconv.quantize(model, CONFIG))
+    plain = dsconv.calibrate(dsconv.quantize(model, CONFIG), model, images)
+    calibrated = dsconv.calibrate(folded, model, images)
+    with torch.inference_mode():
+        expected = model(images)
+        assert quality(expected, calibrated(images)) > quality(expected, plain(images)) - 1
+
+
+def test_a_batchnorm_that_does_something_else_is_not_folded() -> None:
+    folded = dsconv.fold_batchnorm(dsconv.quantize(with_activations(Doubling), CONFIG))
+    assert not info(folded).folded
+    assert info(folded).not_folded["1"] == "its class Doubling is not known to be a plain BatchNorm"
+
+
+def test_networks_of_timm_are_folded() -> None:
+    timm = pytest.importorskip("timm", reason="needs the extra dsconv[zoo]")
+    torch.manual_seed(0)
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=10).eval()
+    quantized, x = dsconv.quantize(model, CONFIG), torch.randn(1, 3, 33, 36)
+    assert not info(quantized).in_float
+    folded = dsconv.fold_batchnorm(quantized)
+    assert len(info(folded).folded) == 49 and not info(folded).not_folded
+    with torch.inference_mode():
+        assert quality(quantized(x), folded(x)) > 25

@@ -60,7 +60,7 @@ def execution(operation: Operation, device: torch.device | str = "cpu") -> Execu
         return Execution(SIMULATION.describe(), "dsconv.ops.simulated() is in effect")
     backend, reason = choose(operation, device)
     if backend is not SIMULATION:
-        return Execution(backend.describe())
+        return Execution(backend.describe(operation.config.activation_bits is not None))
     return Execution(backend.describe(), reason or f"it is on the device {device}")
 
 

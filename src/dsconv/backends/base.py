@@ -50,7 +50,7 @@ class Executable(Protocol):
         Args:
             base: the address of a run that it lies at. Base 0 is the memory between steps.
             offset: bytes from there, for an image.
-            first: channel of the tensor there that its first one is.
+            first: values from there to its first one.
             strides: of image, channel, row and pixel, in values.
         """
 
@@ -119,11 +119,36 @@ class Executable(Protocol):
     def average(self, source: int, lanes: int, result: int) -> None:
         """Append a :class:`dsconv.compilation.operators.average.Average`."""
 
-    def shuffle(self, source: int, factor: int, result: int) -> None:
-        """Append a :class:`dsconv.compilation.operators.pixel_shuffle.PixelShuffle`."""
+    def rearrange(self, source: int, loops: Sequence[tuple[int, ...]], result: int) -> None:
+        """Append a :class:`dsconv.compilation.operators.shuffles.Shuffle`."""
+
+    def pick(self, source: int, rows: Sequence[int], columns: Sequence[int], fill: float, uses: Uses) -> None:
+        """Append a :class:`dsconv.compilation.operators.pixels.Pixels`."""
 
     def flatten(self, source: int, result: int) -> None:
         """Append a :class:`dsconv.compilation.operators.flatten.Flatten`."""
+
+    def interpolate(
+        self,
+        source: int,
+        rows: Sequence[tuple[int, int, float, float]],
+        columns: Sequence[tuple[int, int, float, float]],
+        split: int,
+        first: int,
+        rest: int,
+        uses: Uses,
+    ) -> None:
+        """Append a :class:`dsconv.compilation.operators.bilinear.Bilinear`."""
+
+    def average_windows(
+        self,
+        source: int,
+        rows: Sequence[tuple[int, int]],
+        columns: Sequence[tuple[int, int]],
+        at_once: bool,
+        uses: Uses,
+    ) -> None:
+        """Append a :class:`dsconv.compilation.operators.adaptive.AdaptiveAverage`."""
 
     def skip(self) -> None:
         """Append a step that the caller executes."""
@@ -154,7 +179,7 @@ class Backend(Protocol):
     device: str | None
 
     def describe(self, in_integers: bool = True) -> str:
-        """Return the name that summaries and plans show, for layers or for steps in float32."""
+        """Return the name that summaries and plans show, for what computes in integers or in float32."""
 
     def covers(self, operation: Operation) -> str:
         """Return why it cannot execute an operation; an empty text where it can."""

@@ -1,10 +1,12 @@
 """The backend for integers on the CPU: a :class:`dsconv.backends.Backend` by the operators of :mod:`dsconv.ops.cpu`."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from dsconv.backends.base import Executable, Operation
-from dsconv.ops import native, packing
+from dsconv.ops import FLOAT_BITS, native, packing
 
 # Packed weights, and the settings that end the arguments of the operators.
 Weights = tuple[packing.Packed, tuple[int, int, int, str, int]]
@@ -20,17 +22,24 @@ def covers(operation: Operation) -> str:
     config = operation.config
     if native.extension() is None:
         return "the extension dsconv._C is not built"
-    if config.activation_bits is None:
+    if config.activation_bits is None and not takes_floats(operation):
         return "its input stays float"
     if packing.kernel_block_size(operation.shape, config) is None:
         return f"its blocks of {config.block_size} are not a multiple of 8 of at most {packing.MAX_BLOCK_SIZE}"
     return ""
 
 
+def takes_floats(operation: Operation) -> bool:
+    """Whether float activations are covered: in depthwise layers of images, with one block a filter and no shift."""
+    config, (_, inputs, *kernel) = operation.config, operation.shape
+    one_block = config.blocks == "flat" and math.prod(kernel) <= config.block_size and not config.weight_shift
+    return inputs == 1 < operation.groups and one_block and len(kernel) < 3 and not operation.transposed
+
+
 def pack(operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None) -> Weights:
     config, block_size = operation.config, packing.kernel_block_size(operation.shape, operation.config)
-    assert config.activation_bits is not None and block_size is not None
-    settings = (config.weight_bits, config.activation_bits, config.activation_sign, block_size)
+    assert block_size is not None
+    settings = (config.weight_bits, config.activation_bits or FLOAT_BITS, config.activation_sign, block_size)
     transposed = (operation.stride, operation.dilation) if operation.transposed else None
     packed = packing.pack(vqk, kds, kds_shift, config, operation.groups, transposed=transposed)
     return packed, (operation.shape[0], *settings)

@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from dsconv.calibration.collect import count_places
-from dsconv.conversion.convert import effective_weight
+from dsconv.conversion.convert import plain_layer
+from dsconv.conversion.fold import normalized_by
 from dsconv.conversion.info import model_info
 from dsconv.errors import ModelError
 from dsconv.evaluation.running import forward
@@ -31,7 +32,7 @@ class Pair:
         name: in both networks.
         layer, original: the two.
         watched: the module of the reference whose output is what ``layer`` should put out: ``original``, or the
-            BatchNorm that was folded into ``layer``.
+            BatchNorm that was folded into ``layer``, of which some go on to a first module that puts out the same.
         weight: float32, what ``layer`` stands for, in the layout of VQK.
         outputs: of one image, at each call: places at which an output is computed.
         index: place, among the layers to be calibrated, in the order of first calls.
@@ -74,15 +75,16 @@ def pairs_of(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = N
         if watched is None or (name in batchnorms and not isinstance(watched, _BatchNorm)):
             wrong.append(f"the reference has no BatchNorm {batchnorms[name]!r}, which is folded into layer {name!r}")
             continue
-        weight, reason = effective_weight(original, kind)
+        plain = plain_layer(original, kind)
         shape = tuple(layer.vqk.shape)
-        weight = None if weight is None else layer.conv_layout(weight).float()
+        weight = None if plain.weight is None else layer.conv_layout(plain.weight).float()
         if weight is None or weight.shape != shape:
-            found = reason if weight is None else f"it is {tuple(weight.shape)} in the reference"
+            found = plain.reason if weight is None else f"it is {tuple(weight.shape)} in the reference"
             wrong.append(f"layer {name!r} has a weight {shape}, but {found}")
             continue
         if isinstance(watched, _BatchNorm):
             weight = weight * Affine.from_batchnorm(watched).scale.float().view(-1, *[1] * (weight.dim() - 1))
+            watched = normalized_by(watched)
         pairs.append(Pair(name, layer, original, watched, weight))
         if (reads := layer.vqk[:1].numel()) > _MOST_READ:
             pairs[-1].reason = f"each output reads {reads:,} values, more than {_MOST_READ:,}"

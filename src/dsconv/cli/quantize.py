@@ -55,6 +55,7 @@ def quantize(
     last_layer: Annotated[str | None, _some(help="The last convolution or linear layer.")] = None,
     depthwise: Annotated[str | None, _some(help="Convolutions of one channel per group.")] = None,
     linear: Annotated[str | None, _some(help="Linear layers.")] = None,
+    small_layers: Annotated[str | None, _some(help="Layers with at most a 512th of all weights.")] = None,
     override: Annotated[
         list[str] | None,
         _some(metavar="PATTERN=SETTINGS", help="Layers by name: 'layer4.*=weight_bits:3'; repeatable."),
@@ -105,7 +106,7 @@ def _config(options: Mapping[str, Any]) -> QuantConfig:
     changes = {name: value for name, value in given.items() if name in LayerConfig.model_fields}
     if given["weights_only"]:
         changes["activation_bits"] = None
-    for name in ("first_layer", "last_layer", "depthwise", "linear"):
+    for name in ("first_layer", "last_layer", "depthwise", "linear", "small_layers"):
         if name in given:
             changes[name] = _settings(name, given[name])
     base = read_config(given["preset"], options["config"]).to_dict()

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from dsconv.compilation.layouts import LAYOUT, in_one_format
 from dsconv.compilation.operators import activation_of, only_user, operator_of
 from dsconv.compilation.operators.map import batchnorm_terms
+from dsconv.compilation.operators.views import take_expansions_as_they_are, take_parts_as_slices
 
 _aten = torch.ops.aten
 
@@ -21,6 +22,8 @@ def fuse(module: fx.GraphModule, fast_math: bool) -> None:
     ``fast_math``. Their names are kept in ``node.meta["fused"]``.
     """
     graph = module.graph
+    take_parts_as_slices(graph)
+    take_expansions_as_they_are(graph)
     for node in list(graph.nodes):
         if node.target is _aten._assert_tensor_metadata.default:
             graph.erase_node(node)

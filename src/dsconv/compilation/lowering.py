@@ -21,7 +21,8 @@ from dsconv.compilation.values import Quantized, Value
 class Lowered(NamedTuple):
     """The steps of a graph, its input, the nodes that it returns, and those that stand for tensors of the model.
 
-    ``structure`` makes what the model returns of a list of the outputs; ``batch`` is the batch size, or its symbol.
+    ``structure`` makes what the model returns of a list of the outputs; ``batch`` is the batch size, or its symbol;
+    ``values`` are the tensors of images by node.
     """
 
     steps: list[Step]
@@ -30,6 +31,7 @@ class Lowered(NamedTuple):
     structure: Callable[[Any], Any]
     constants: dict[fx.Node, Tensor]
     batch: Any
+    values: dict[fx.Node, Value]
 
 
 def lower(module: fx.GraphModule, fast_math: bool) -> Lowered:
@@ -55,13 +57,17 @@ class _Lowering:
         source.outside = True
         for node in self.module.graph.nodes:
             if node.op == "call_function" and node not in self.absorbed and self.constant(node) is None:
-                self.steps.append(self._step(node))
+                self.steps += self._steps(node)
         (output,) = [node for node in self.module.graph.nodes if node.op == "output"]
         for node in output.all_input_nodes:
             returned = self.value(node)
             if returned is not None:
                 returned.in_float = True
-                returned.outside = returned.outside or not returned.pieces
+                returned.outside = returned.outside or (not returned.pieces and returned.home is None)
+        for view in reversed(self.values.values()):
+            if view.home is not None and view.in_float:
+                view.home.in_float = True
+        self._drop_unread(output)
         self._ask_for_layouts(output)
         self._place_concatenations()
         self._write_quantized(source)
@@ -71,7 +77,7 @@ class _Lowering:
         structure: Callable[[Any], Any] = self.module.graph._codegen.process_outputs
         if len(outputs) == 1 and structure([any_one]) is any_one:
             structure = itemgetter(0)  # faster
-        return Lowered(self.steps, source, outputs, structure, constants, self.batch)
+        return Lowered(self.steps, source, outputs, structure, constants, self.batch, self.values)
 
     def value(self, node: Any) -> Value | None:
         """The tensor of images that a node makes; None where it makes something else."""
@@ -99,10 +105,12 @@ class _Lowering:
 
     # What becomes of a node
 
-    def _step(self, node: fx.Node) -> Step:
+    def _steps(self, node: fx.Node) -> list[Step]:
         make = operator_of(node).lower
         step = make(self, node) if make is not None and self.value(node) is not None else None
-        return step or self._call(node)
+        if step is None and node in self.absorbed:
+            return []
+        return [step or self._call(node)]
 
     def _call(self, node: fx.Node) -> Step:
         reads = tuple(value for n in node.all_input_nodes if (value := self.value(n)) is not None)
@@ -113,6 +121,19 @@ class _Lowering:
             result.outside = result.in_float = True
         tensors, fused = list(map(self.constant, node.all_input_nodes)), list(node.meta.get("fused", []))
         return Call(node=node, reads_values=reads, tensors=tensors, result=result, fused=fused)
+
+    def _drop_unread(self, output: fx.Node) -> None:
+        """Leave out what only led to steps of the executable, such as batch sizes, or is a part of one."""
+        read = set(output.all_input_nodes)
+        kept: list[Step] = []
+        for step in reversed(self.steps):
+            if isinstance(step, Call):
+                unread = step.result is None and step.node not in read and not step.node.is_impure()
+                if unread or step.node in self.absorbed:
+                    continue
+                read.update(step.node.all_input_nodes)
+            kept.append(step)
+        self.steps = kept[::-1]
 
     # Where everything lies
 
@@ -164,10 +185,10 @@ class _Lowering:
             if result is None:
                 steps.append(step)
             elif result.pieces:
-                whole = result.root()
+                whole, at = result.place()
                 for piece, first in result.places():
-                    first += result.first
-                    if result.in_float and (piece.home is not whole or piece.first != first):
+                    first += at
+                    if result.in_float and piece.place() != (whole, first):
                         into = Value(step.node, piece.size, in_float=True, home=whole, first=first)
                         steps.append(Map(node=step.node, source=piece, result=into, fused=["copy"]))
                 steps += self._quantizing(result)
@@ -181,10 +202,13 @@ class _Lowering:
         self.steps = steps
 
     def _quantizing(self, value: Value, done: Sequence[tuple[Quantized, int]] = ()) -> list[Step]:
-        """Return the step that quantizes what is there in float32 and is not done yet."""
+        """Return the steps that quantize what is there in float32 and is not done yet, and views of it."""
         covered = {id(q) for q, _ in [*done, *(part for piece in value.pieces for part in piece.parts)]}
         targets = [(q, 0) for q in value.quantized.values() if id(q) not in covered]
-        if not targets:
-            return []
-        value.in_float = True
-        return [Map(node=value.node, source=value, fused=["quantize"], targets=targets)]
+        steps: list[Step] = []
+        if targets:
+            value.in_float = True
+            steps.append(Map(node=value.node, source=value, fused=["quantize"], targets=targets))
+        for view in value.views:
+            steps += self._quantizing(view)
+        return steps

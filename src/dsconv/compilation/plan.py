@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsconv.backends import Backend
 from dsconv.compilation.operators import Step
+from dsconv.compilation.operators.pytorch import Call
 from dsconv.compilation.program import Program
 from dsconv.tables import as_text
 
@@ -86,8 +87,14 @@ def plan_of(program: Program) -> Plan:
     return Plan(steps, program.memory_bytes, sum(constants.values()))
 
 
+def _called(target: Any) -> str:
+    packet = getattr(target, "overloadpacket", None)
+    return str(packet) if packet is not None else getattr(target, "__name__", str(target))
+
+
 def _row(step: Step, lowered_to: Backend) -> PlanStep:
-    backend = "PyTorch" if step.in_pytorch and not step.in_integers else lowered_to.describe(step.in_integers)
+    by_pytorch = isinstance(step, Call) and not step.of_dsconv
+    backend = "PyTorch" if by_pytorch else lowered_to.describe(step.in_integers)
     node: Any = step.node
     quantizes = ["quantize"] if step.targets and "quantize" not in step.fused else []
     stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
@@ -95,7 +102,7 @@ def _row(step: Step, lowered_to: Backend) -> PlanStep:
     made = tuple(value.shape) if isinstance(value, Tensor) else ()
     return PlanStep(
         name=stack[-1][0],
-        operator=step.name or str(getattr(node.target, "overloadpacket", node.target)),
+        operator=step.name or _called(node.target),
         backend=backend,
         fused=(*step.fused, *quantizes),
         shape=tuple(n if isinstance(n, int) else 1 for n in made),

@@ -51,12 +51,14 @@ class Program:
 
     def __init__(self, lowered: Lowered, any_batch: bool = True):
         self.backend, self._executable = lowering()
-        self.steps, self.constants = lowered.steps, lowered.constants
+        self.steps, self.constants, self._values = lowered.steps, lowered.constants, lowered.values
         self._input, self._outputs, self._structure = lowered.input, lowered.outputs, lowered.structure
         self._bases: dict[Value, int] = {}
         self._buffers: dict[Value | Quantized, Buffer] = {}
         self._ids: dict[Value | Quantized, int] = {}
         self._nchw = self._input_as_it_comes()
+        # Tensors of which an output is all or a part.
+        self._returned_from = {self._values[n].root() for n in self._outputs if n in self._values}
         self._spread = self._find_spread()
         self._plan_memory()
         for step in self.steps:
@@ -106,15 +108,14 @@ class Program:
         recorded = self._input.node.meta
         if not lies_in_lines(self._input.node) and are_pixels(recorded["sizes"], recorded["strides"]):
             return False
-        readers = [step for step in self.steps if any(value is self._input for value in step.float_values())]
+        readers = [step for step in self.steps if any(v.root() is self._input for v in step.float_values())]
         return all(step.takes_lines() for step in readers)
 
     def _treats_images_alone(self) -> bool:
         """Whether parts of a batch give parts of its result."""
-        tensors_of_images = {step.result.node for step in self.steps if step.result is not None}
-        return tensors_of_images.issuperset(self._outputs) and all(
+        return all(node in self._values for node in self._outputs) and all(
             operator_of(step.node).returns == "nothing"
-            or (operator_of(step.node).by_image and step.node in tensors_of_images)
+            or (operator_of(step.node).by_image and step.node in self._values)
             for step in self.steps
             if step.in_pytorch
         )
@@ -138,18 +139,18 @@ class Program:
             if root.size[0] % 256 == 0
             and math.prod(root.size[1:]) > 1
             and not root.outside
-            and root.node not in self._outputs
+            and root not in self._returned_from
         }
 
     def _plan_memory(self) -> None:
         end = len(self.steps)
         outputs = [node for node in self._outputs if isinstance(node, fx.Node)]
         # What PyTorch returns may be a view of what it read, which is needed as long.
-        last: dict[fx.Node, int] = dict.fromkeys(outputs, end)
+        last: dict[fx.Node, int] = dict.fromkeys([*outputs, *(root.node for root in self._returned_from)], end)
         for index, step in reversed(list(enumerate(self.steps))):
             call = step.in_pytorch
             reads = step.node.all_input_nodes if call else [v.node for v in step.float_values() if v is not step.result]
-            for node in reads:
+            for node in {*reads, *(self._values[n].root().node for n in reads if n in self._values)}:
                 last[node] = max(last.get(node, 0), last.get(step.node, index) if call else index)
         for index, step in enumerate(self.steps):
             until = last.get(step.node, index) if step.in_pytorch else index
@@ -157,7 +158,7 @@ class Program:
                 root = value.root()
                 if not root.outside:
                     size = 4 * self._pixel(root) * math.prod(root.size[1:])
-                    self._use(root, size, index, end if root.node in outputs else until)
+                    self._use(root, size, index, end if root in self._returned_from else until)
                 elif not step.in_pytorch:
                     self._bases.setdefault(root, len(self._bases) + 1)
             for quantized in step.quantized_tensors():
@@ -209,15 +210,15 @@ class Program:
         if of is None:
             return -1
         if of not in self._ids:
-            root = of.root()
+            root, first = of.place()
             base = self._bases.get(root, 0)
             offset = 0 if base else self._buffers[root].offset
             channels, height, width = root.size
             pixel = self._pixel(root)
             strides = (pixel * height * width, 1, width * pixel, pixel)
-            if of is self._input and self._nchw:
+            if root is self._input and self._nchw:
                 strides = (channels * height * width, height * width, width, 1)
-            self._ids[of] = self._executable.values(base, offset, of.first, of.size, strides)
+            self._ids[of] = self._executable.values(base, offset, first * strides[1], of.size, strides)
         return self._ids[of]
 
     def quantized(self, of: Quantized | None) -> int:
@@ -283,7 +284,7 @@ class Program:
         """A step, by PyTorch; ``kept`` holds tensors in layouts of the model, and what steps of the executable read."""
         for value in step.reads_values:
             if value.node not in env:
-                env[value.node] = self._view(value, images, memory)
+                env[value.node] = self._view(value, images, env, memory)
         node: Any = step.node
 
         def given(n: fx.Node) -> Any:
@@ -317,11 +318,14 @@ class Program:
         strides = self._strides.get(node)
         return made if strides is None or not isinstance(made, Tensor) else restrided(made, strides)
 
-    def _view(self, value: Value, images: int, memory: Tensor) -> Tensor:
+    def _view(self, value: Value, images: int, env: dict[fx.Node, Any], memory: Tensor) -> Tensor:
         """A native value as PyTorch sees it."""
-        root = value.root()
+        root, first = value.place()
+        if root.outside:
+            whole: Tensor = env[root.node]
+            return whole.narrow(1, first, value.size[0]).reshape(images, *value.node.meta["val"].shape[1:])
         channels, height, width = root.size
-        at = self._buffers[root].offset * images // 4 + value.first
+        at = self._buffers[root].offset * images // 4 + first
         if value.node.meta["val"].dim() == 2:
             return memory.as_strided((images, value.size[0]), (channels, 1), at)
         strides = (channels * height * width, 1, width * channels, channels)
@@ -333,7 +337,7 @@ class Program:
             return node
         made = env.get(node)
         if made is None:
-            made = self._view(next(v for v in self._buffers if isinstance(v, Value) and v.node is node), images, memory)
+            made = self._view(self._values[node], images, env, memory)
         if node not in self._as_in_model:
             made = self._in_layout(node, made)
         inside = isinstance(made, Tensor) and made.untyped_storage().data_ptr() == memory.data_ptr()

@@ -2,7 +2,8 @@
 
 A tensor of images ``(N, C, H, W)``, ``(N, C)`` or ``(N, C, D, H, W)`` is a :class:`Value`. It exists as float32, whose
 channels lie side by side, where somebody wants it so, and quantized in every :class:`Format` in which a layer wants it;
-the step that makes it writes all of them. Concatenated tensors are written where the whole will be needed.
+the step that makes it writes all of them. Concatenated tensors are written where the whole will be needed, and some
+channels of a tensor are read where it lies.
 """
 
 from collections.abc import Sequence
@@ -46,7 +47,8 @@ class Value:
         outside: it is not in the program's memory: an input, an output, or made by PyTorch.
         quantized: it in every format that is wanted.
         pieces: the values of which it is a concatenation.
-        home: the concatenation whose memory it is a part of, from channel ``first`` on.
+        home: the value whose memory it is a part of, from channel ``first`` on: it is one of its pieces or views.
+        views: values that are some of its channels.
         parts: quantized concatenations that this is a part of, and from which channel on.
     """
 
@@ -60,19 +62,29 @@ class Value:
     pieces: tuple["Value", ...] = ()
     home: "Value | None" = None
     first: int = 0
+    views: list["Value"] = field(default_factory=list)
     parts: list[tuple[Quantized, int]] = field(default_factory=list)
 
     def want(self, wanted: Format, pad: tuple[int, int] = (0, 0)) -> Quantized:
         """Return it in that format, with a border of at least ``pad``."""
+        if self.home is not None and self.home.size == self.size:
+            return self.home.want(wanted, pad)
         _, height, width = self.size
         made = Quantized(wanted, (height // self.frames, width), self.frames)
         found = self.quantized.setdefault(wanted, made)
         found.pad = (max(found.pad[0], pad[0]), max(found.pad[1], pad[1]))
         return found
 
+    def place(self) -> tuple["Value", int]:
+        """Return the value whose memory it has, and its first channel there."""
+        if self.home is None:
+            return self, 0
+        root, first = self.home.place()
+        return root, first + self.first
+
     def root(self) -> "Value":
         """Return the value whose memory it has."""
-        return self if self.home is None else self.home
+        return self.place()[0]
 
     def places(self) -> list[tuple["Value", int]]:
         """Return each piece, and its first channel in the whole."""

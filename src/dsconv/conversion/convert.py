@@ -4,14 +4,16 @@ import copy
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -28,11 +30,14 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.data.preprocess import Preprocess, laid_over
 from dsconv.errors import ConfigError, ModelError
 from dsconv.layers import DSLayer
+from dsconv.layers.conv import SAME_UPPER, Pads, same_upper
 from dsconv.layers.inputs import device_of
 from dsconv.layers.kinds import KINDS, kind_of
 from dsconv.modes import check_module
 from dsconv.numerics import InputMoments
 
+# Layers with at most this part of the weights of a network are small.
+_SMALL = 1 / 512
 # Classes of PyTorch and torchvision that read the weights of their layers and never call them.
 _READ_WEIGHTS = {
     "MultiheadAttention",
@@ -53,10 +58,11 @@ def quantize(
     No data is needed. Under rule ``balanced``, a copy of a model with BatchNorm runs on noise for a moment: BatchNorm
     tells the means and variances of the inputs of the layers behind it. A layer that appears at several places stays
     one layer. Weight and spectral normalization, pruning, parametrizations and subclasses that compute their weight are
-    resolved: the weight they make now is quantized. So is what forward pre-hooks write to a weight. A layer whose call
-    was replaced and does more than the plain layer stays in float; hooks and replaced methods of other modules are kept
-    and run the layers of the copy. Layers that are quantized already stay as they are. What is left in float is listed,
-    with the reason, by :func:`dsconv.summary`.
+    resolved: the weight they make now is quantized. So is what forward pre-hooks write to a weight. A subclass that
+    pads its input with zeros, always alike or by its size as TensorFlow's ``SAME``, is quantized with that padding. A
+    layer whose call was replaced and does more than the plain layer stays in float; hooks and replaced methods of other
+    modules are kept and run the layers of the copy. Layers that are quantized already stay as they are. What is left in
+    float is listed, with the reason, by :func:`dsconv.summary`.
 
     Args:
         model: a trained float model. Wrappers such as ``torch.compile``, ``DataParallel`` or ``AveragedModel``, around
@@ -112,19 +118,19 @@ def quantize_for(
             continue
         reason = found.reason
         settings = None if reason else layer_config(config, found, layers)
-        weight = None
+        plain = Plain(None, reason=reason or "the config leaves it in float")
         if settings is not None:
-            weight, reason = effective_weight(found.layer, found.kind)
-        elif not reason:
-            reason = "the config leaves it in float"
-        if weight is None or settings is None:
-            info.in_float[found.name] = reason
+            plain = plain_layer(found.layer, found.kind)
+        if plain.weight is None or settings is None:
+            info.in_float[found.name] = plain.reason
             continue
         if inputs is None and settings.weight_rule == "balanced" and config.batchnorm_statistics:
             inputs = input_moments(model, prepared)
         known = None if inputs is None else inputs.get(found.layer)
         try:
-            swaps[found.layer] = found.kind.from_float(found.layer, settings, weight=weight, inputs=known)
+            swaps[found.layer] = found.kind.from_float(
+                found.layer, settings, weight=plain.weight, padding=plain.padding, inputs=known
+            )
         except ValueError as error:
             raise ModelError(f"layer {found.name!r}: {error}") from None
     if not swaps and not any(isinstance(module, DSLayer) for module in model.modules()):
@@ -163,6 +169,14 @@ class FoundLayer:
     def name(self) -> str:
         """The first of its names."""
         return self.names[0]
+
+    @property
+    def weights(self) -> int:
+        """The number of its weights, 0 where that is not known yet."""
+        if isinstance(self.layer, DSLayer):
+            return self.layer.vqk.numel()
+        # What a weight is computed from has as many numbers in one parameter.
+        return max((p.numel() for p in self.layer.parameters() if not is_lazy(p)), default=0)
 
 
 def _find_layers(model: nn.Module) -> list[FoundLayer]:
@@ -206,6 +220,8 @@ def layer_config(config: QuantConfig, found: FoundLayer, layers: list[FoundLayer
         first=layer in convolutions[:1],
         last=layer is layers[-1].layer,
         depthwise=depthwise,
+        small=found.weights <= _SMALL * sum(other.weights for other in layers),
+        volume=found.kind.dims == 3,
     )
     if settings is not None and depthwise and settings.blocks == "flat":
         # One block per filter.
@@ -223,19 +239,33 @@ def _check_overrides(config: QuantConfig, layers: list[FoundLayer]) -> None:
             )
 
 
-def effective_weight(layer: Any, kind: type[DSLayer]) -> tuple[Tensor | None, str]:
-    """The weight that ``layer`` of a ``kind`` convolves with, or None and the reason why it cannot be told."""
+class Plain(NamedTuple):
+    """The plain layer that a float layer amounts to.
+
+    Attributes:
+        weight: the weight that it convolves with, None where it cannot be told.
+        padding: its padding, None where that is the layer's attribute.
+        reason: why it cannot be told.
+    """
+
+    weight: Tensor | None
+    padding: Pads | str | None = None
+    reason: str = ""
+
+
+def plain_layer(layer: Any, kind: type[DSLayer]) -> Plain:
+    """Return the plain layer that ``layer`` of a ``kind`` amounts to."""
     with torch.no_grad():
         hooked = hooks.written(layer, partial(_input_of, layer, kind, 4))
         if hooked is not None and hooked.weight is None:
-            return None, hooked.reason
+            return Plain(None, reason=hooked.reason)
         weight = _computed(layer) if hooked is None else hooked.weight
         if weight is None:
-            return None, "it has no weight before it has run: run the model once before converting it"
+            return Plain(None, reason="it has no weight before it has run: run the model once before converting it")
         if weight.is_meta:
-            return None, "its weight is on the meta device and has no values"
+            return Plain(None, reason="its weight is on the meta device and has no values")
         own = _own_call(layer, kind)
-        return (weight.detach(), "") if not own else _probe(layer, kind, weight.detach(), own)
+        return _probed(layer, kind, weight.detach(), own) if own else Plain(weight.detach())
 
 
 def _computed(layer: Any) -> Any:
@@ -263,62 +293,111 @@ def _own_call(layer: nn.Module, kind: type[DSLayer]) -> str:
     return ""
 
 
-class _CaptureWeight(TorchFunctionMode):
-    """Notes the weight of every convolution or linear function that is called."""
+class _Calls(TorchFunctionMode):
+    """Notes the input, weight and padding of every call of a convolution or linear function."""
 
     def __init__(self, function: Callable[..., Any]):
         super().__init__()
         self.function = function
-        self.weights: list[Tensor] = []
+        self.noted: list[tuple[Tensor, Tensor, Any]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is self.function:
-            self.weights.append(kwargs["weight"] if "weight" in kwargs else args[1])
+            given = dict(zip(("input", "weight", "bias", "stride", "padding"), args, strict=False)) | kwargs
+            self.noted.append((given["input"], given["weight"].detach().clone(), given.get("padding", 0)))
         return func(*args, **kwargs)
 
 
-def _probe(layer: Any, kind: type[DSLayer], weight: Tensor, own: str) -> tuple[Tensor | None, str]:
-    """Weight of a layer whose call is not the plain one, if that amounts to the plain layer with another weight.
+class _Run(NamedTuple):
+    """One call of a layer: its input and output, the weight that it used, and the padding, None where it is unlike."""
 
-    The layer is run on random inputs of two sizes, and compared with the layer that would take its place, with the
-    weight that it used before rounding.
+    x: Tensor
+    y: Tensor
+    weight: Tensor
+    pads: Pads | None
+
+
+def _probed(layer: Any, kind: type[DSLayer], weight: Tensor, own: str) -> Plain:
+    """Find the plain layer that one whose call is not the plain one amounts to: with another weight or padding.
+
+    The layer is run on random inputs of several sizes, from the smallest to the largest and back, and compared with the
+    layer that would take its place, with the weight that it used before rounding.
     """
-    used: Tensor | None = None
-    for extra in (4, 5):
-        x = _input_of(layer, kind, extra)
-        try:
-            # A copy without its hooks: finding the weight leaves no trace.
-            memo: dict[int, Any] = {id(getattr(layer, name)): OrderedDict() for name in HOOKS}
-            probed = copied(layer, memo, isolate=True).float()
-            if not parametrize.is_parametrized(layer):
-                vars(probed).pop("weight", None)
-                probed._parameters["weight"] = nn.Parameter(weight.float(), requires_grad=False)
-            with _CaptureWeight(kind.float_function) as capture:
+    try:
+        runs = _runs(layer, kind, weight)
+        used = runs[0].weight
+        if used.shape == weight.shape and all(torch.equal(run.weight, used) for run in runs):
+            for padding in (None, _padding(layer, runs)):
+                made = kind.like(layer, LayerConfig(activation_bits=None), padding).float()
+                vars(made)["_shadow"] = partial(made.conv_layout, used)
+                if all(_alike(run.y, made(run.x)) for run in runs):
+                    return Plain(used.detach().to(weight.dtype), padding)
+    except Exception:  # whatever a layer has to say to inputs that it was not made for
+        pass
+    return Plain(None, reason=f"{own}, which is not a plain layer of another weight or padding")
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def _runs(layer: Any, kind: type[DSLayer], weight: Tensor) -> list[_Run]:
+    """Calls of copies of ``layer``, without its hooks, so that finding out about it leaves no trace."""
+    # All remainders that a stride leaves, and a size that is far from them.
+    extras = [*range(1, max(getattr(layer, "stride", (2,))) + 4), 20]
+    runs: list[_Run] = []
+    # What is kept of one call for the next shows in another order.
+    for order in (extras, extras[::-1]):
+        memo: dict[int, Any] = {id(getattr(layer, name)): OrderedDict() for name in HOOKS}
+        probed = copied(layer, memo, isolate=True).float().eval()
+        if not parametrize.is_parametrized(layer):
+            vars(probed).pop("weight", None)
+            probed._parameters["weight"] = nn.Parameter(weight.float().clone(), requires_grad=False)
+        for extra in order:
+            x = _input_of(layer, kind, extra)
+            with _Calls(kind.float_function) as calls:
                 y = probed(x)
-            (used,) = capture.weights
-            expected = _unrounded(layer, kind, used)(x)
-            same = used.shape == weight.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
-        except Exception:
-            same = False
-        if not same:
-            return None, f"{own}, which is not a plain layer of another weight"
-    assert used is not None
-    return used.detach().to(weight.dtype), ""
+            ((read, used, padding),) = calls.noted
+            pads = _pads(x, read, padding) if kind.dims and not kind.transposed else None
+            runs.append(_Run(x, y, used, pads))
+    return runs
 
 
-def _unrounded(layer: Any, kind: type[DSLayer], weight: Tensor) -> DSLayer:
-    """The quantized layer that takes the place of ``layer``, but with a float weight and float activations."""
-    made = kind.like(layer, LayerConfig(activation_bits=None)).float()
-    vars(made)["_shadow"] = lambda: made.conv_layout(weight)
-    return made
+def _pads(x: Tensor, read: Tensor, padding: Any) -> Pads | None:
+    """Return the zeros around ``x (N, C, *S)`` in a convolution that is called with ``read`` and ``padding``.
+
+    None: ``read`` is not ``x`` with zeros around it, or ``padding`` no numbers.
+    """
+    dims = x.dim() - 2
+    pads = []
+    for n, m, dim in zip(x.shape[2:], read.shape[2:], range(2, x.dim()), strict=True):
+        others = [d for d in range(read.dim()) if d != dim]
+        before = int((read != 0).amax(others).int().argmax())
+        pads.append((before, m - n - before))
+    border = [p for pair in reversed(pads) for p in pair]
+    if min(border) < 0 or not torch.equal(F.pad(x, border), read):
+        return None
+    more = (padding,) * dims if isinstance(padding, int) else tuple(padding)
+    if len(more) != dims or isinstance(padding, str):
+        return None
+    return tuple((before + p, after + p) for (before, after), p in zip(pads, more, strict=True))
+
+
+def _padding(layer: Any, runs: Sequence[_Run]) -> Pads | str | None:
+    """Return the one padding that all ``runs`` of a convolution show; None where there is none."""
+    found = {run.pads for run in runs}
+    if len(found) == 1:
+        return found.pop()
+    where = layer.kernel_size, layer.stride, layer.dilation
+    return SAME_UPPER if all(run.pads == same_upper(run.x.shape[2:], *where) for run in runs) else None
 
 
 def _input_of(layer: Any, kind: type[DSLayer], extra: int) -> Tensor:
-    """Random float32 input of a layer, ``extra`` longer in each dimension than what an output reads."""
-    shape = kind.float_input_shape(layer, extra)
+    """Random float32 input of a layer, ``extra`` longer than what an output reads, and each dimension one more."""
+    shape = [size + max(0, dim - 2) for dim, size in enumerate(kind.float_input_shape(layer, extra))]
     generator = torch.Generator().manual_seed(extra)
     x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return x.to(device_of(layer))

@@ -5,13 +5,14 @@ import inspect
 import os
 import traceback
 import warnings
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv.conversion.convert import swapped
@@ -45,10 +46,11 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
 
     Folded is every ``BatchNorm1d``, ``2d`` or ``3d`` in eval mode with running statistics that reads the output of
     one layer of :mod:`dsconv.nn` which nothing else reads, be it called once or, always together with it, several
-    times. Any other one with running statistics becomes a :class:`dsconv.nn.Affine` in its place.
-    ``model_info(result).folded`` has the name of each to that of its layer, ``.not_folded`` the name of each that no
-    layer took to the reason, and ``.affine`` the names of those that became an ``Affine``. Files keep the first and the
-    last: :func:`dsconv.load` takes the float model as ever. ``weight_sqnr_db`` goes on stating what quantization did.
+    times. Of a subclass that goes on to modules of its own, as timm's ``BatchNormAct2d`` does, these stay. Any other
+    one with running statistics becomes a :class:`dsconv.nn.Affine` in its place. ``model_info(result).folded`` has the
+    name of each to that of its layer, ``.not_folded`` the name of each that no layer took to the reason, and
+    ``.affine`` the names of those that became an ``Affine``. Files keep the first and the last: :func:`dsconv.load`
+    takes the float model as ever. ``weight_sqnr_db`` goes on stating what quantization did.
 
     What reads what is seen by :mod:`torch.fx`, which calls ``forward`` on symbols, with its first argument and those
     that have no default. A ``DSLinear`` in front of a BatchNorm is taken to read ``(N, in_features)``, a ``DSConv1d``
@@ -105,7 +107,7 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
     now = {names[batchnorm]: names[layer] for batchnorm, (layer, _) in folds.items()}
     became = (*before.affine, *(names[batchnorm] for batchnorm in affine))
     info = replace(before, folded=before.folded | now, affine=became, not_folded=not_folded)
-    swaps: dict[nn.Module, nn.Module] = {batchnorm: nn.Identity().eval() for batchnorm in folds}
+    swaps: dict[nn.Module, nn.Module] = {batchnorm: after_normalizing(batchnorm) for batchnorm in folds}
     result = swapped(qmodel, swaps | affine, info)
     for batchnorm, (layer, folded) in folds.items():
         taking = result.get_submodule(names[layer])
@@ -155,7 +157,7 @@ class _Uses:
     def layer_for(self, batchnorm: _BatchNorm) -> tuple[DSLayer | None, str]:
         """The layer that ``batchnorm`` can be folded into, or None and the reason."""
         kind, calls = type(batchnorm).__name__, self.calls[batchnorm]
-        if not _is_one_of(batchnorm, _BATCHNORM_TYPES):
+        if not _is_one_of(batchnorm, _BATCHNORM_TYPES) and not _goes_on(batchnorm):
             return None, f"its class {kind} is not known to be a plain BatchNorm"
         if batchnorm.training:
             return None, "it is in training mode"
@@ -176,7 +178,7 @@ class _Uses:
         readers = [node for call in self.calls[layer] for node in call.users if node not in calls]
         if readers:
             return None, f"the output of {name} is also read by {self._describe(readers[0])}"
-        fits = type(batchnorm) is _BATCHNORM_TYPES[max(layer.dims, 1) - 1]
+        fits = isinstance(batchnorm, _BATCHNORM_TYPES[max(layer.dims, 1) - 1])
         if not _is_one_of(layer, KINDS.values()) or not fits or batchnorm.num_features != len(layer.vqk):
             fed = f"{name}, a {type(layer).__name__} of {len(layer.vqk)}"
             return None, f"a {kind} of {batchnorm.num_features} channels does not belong to the output of {fed}"
@@ -205,6 +207,39 @@ class _Uses:
 def _is_one_of(module: nn.Module, types: Collection[type[nn.Module]]) -> bool:
     """Whether its forward is that of one of ``types``: a subclass may have its own."""
     return type(module) in types and replaced(module) is None
+
+
+def after_normalizing(batchnorm: _BatchNorm) -> nn.Module:
+    """Return what is left of a BatchNorm once it is folded: ``nn.Identity``, or copies of its own modules in a row."""
+    parts = OrderedDict((name, copied(part)) for name, part in batchnorm.named_children())
+    return (nn.Sequential(parts) if parts else nn.Identity()).train(batchnorm.training)
+
+
+def normalized_by(batchnorm: nn.Module) -> nn.Module:
+    """Return the module whose output is that of ``batchnorm`` before what it goes on to; see :func:`_goes_on`."""
+    return next(batchnorm.children(), batchnorm)
+
+
+@torch.no_grad()
+def _goes_on(batchnorm: _BatchNorm) -> bool:
+    """Whether it is a BatchNorm in eval mode, and after it its own modules in a row, the first of which does nothing.
+
+    It is run on random numbers to tell.
+    """
+    dims = next((dims for dims, kind in enumerate(_BATCHNORM_TYPES, 1) if isinstance(batchnorm, kind)), None)
+    first = next(batchnorm.children(), None)
+    if dims is None or type(first) is not nn.Identity or batchnorm.training or batchnorm.running_mean is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, batchnorm.num_features, *[3] * dims)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(batchnorm.running_mean)
+    try:
+        probed = copied(batchnorm, isolate=True)
+        y = probed(x.clone())
+        known = probed.running_mean, probed.running_var, probed.weight, probed.bias
+        return torch.equal(after_normalizing(probed)(F.batch_norm(x, *known, eps=probed.eps)), y)
+    except Exception:  # whatever it has to say to random numbers
+        return False
 
 
 class _Tracer(fx.Tracer):

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from dsconv import backends, strict_json
 from dsconv.compilation import CompiledModel
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion.convert import swapped
+from dsconv.conversion.fold import after_normalizing
 from dsconv.conversion.info import ModelInfo, info_of, model_info
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.quantized import add_bias, quantized_layers
@@ -32,12 +33,13 @@ from dsconv.data import Preprocess
 from dsconv.errors import ConfigError, FileFormatError, ModelError, one_line
 from dsconv.files import as_path, check_place, replacing
 from dsconv.layers import Affine, DSLayer
+from dsconv.layers.conv import Pads
 from dsconv.layers.kinds import KINDS, kind_of
 from dsconv.modes import check_module
 from dsconv.numerics import pack, unpack
 from dsconv.numerics.packing import packed_bytes
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FILE_NAME = "model.safetensors"
 _MAGIC = "dsconv"
 # The state of a quantized layer, and what it is called in a file: as in the field's other quantized checkpoints.
@@ -50,12 +52,15 @@ _LONGEST_HEADER = 100_000_000
 
 
 Images = Annotated[int, Field(ge=0, lt=2**63)]
+# Zeros before and after a dimension.
+_Pad = Annotated[list[Annotated[int, Field(ge=0, lt=2**16)]], Field(min_length=2, max_length=2)]
 
 
 class LayerRecord(BaseModel):
     """A quantized layer as the header describes it: class, which of the settings, and its SQNR; and the shape of VQK.
 
-    The shape is a tensor of the file; in files of version 1 it is in the header.
+    The padding is stated where it is not that of the float layer's attribute. The shape is a tensor of the file; in
+    files of version 1 it is in the header.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -65,6 +70,13 @@ class LayerRecord(BaseModel):
     shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=2, max_length=5, exclude=True)]
     settings: int
     sqnr_db: float | None = None
+    padding: Literal["same_upper"] | Annotated[list[_Pad], Field(min_length=1, max_length=3)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: Any) -> dict[str, Any]:
+        """Leave out what older versions do not know, where they do the same without it."""
+        data: dict[str, Any] = serialize(self)
+        return {name: value for name, value in data.items() if (name, value) != ("padding", None)}
 
 
 class Header(BaseModel):
@@ -133,11 +145,17 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
 
 
 def _version(header: Header) -> int:
-    """Return the version of a file: 3 where settings, or those of some layers in the config, name an algorithm."""
+    """Return the version of a file.
+
+    It is 4 where layers state their padding, or the config has settings of small layers; else 3 where settings, or
+    those of some layers in the config, name an algorithm.
+    """
+    if "small_layers" in header.config or any(record.padding is not None for record in header.layers.values()):
+        return 4
     config = header.config
     parts = [value for name, value in config.items() if name != "overrides"]
     stated = [config, *parts, *config.get("overrides", {}).values(), *header.settings]
-    return FORMAT_VERSION if any(isinstance(s, dict) and "algorithm" in s for s in stated) else 2
+    return 3 if any(isinstance(s, dict) and "algorithm" in s for s in stated) else 2
 
 
 def write(path: Path, tensors: dict[str, Tensor], entries: dict[str, str]) -> None:
@@ -201,8 +219,8 @@ def _loaded(
             wrong.append(f"layer {name!r}: the file has a {record.type}, the model a {type(layer).__name__}")
             continue
         try:
-            quantized = kind.like(layer, settings[record.settings])
-        except ConfigError as error:
+            quantized = kind.like(layer, settings[record.settings], _from_json(record.padding))
+        except (ConfigError, ValueError) as error:
             wrong.append(f"layer {name!r}: the model has another layer than the file: {error}")
             continue
         if list(quantized.vqk.shape) != record.shape:
@@ -224,7 +242,7 @@ def _loaded(
             )
             continue
         add_bias(quantized_layer, batchnorm.bias)
-        swaps[batchnorm] = nn.Identity()
+        swaps[batchnorm] = after_normalizing(batchnorm)
     for name in header.affine:
         batchnorm = modules.get(name)
         if isinstance(batchnorm, _BatchNorm):
@@ -276,6 +294,14 @@ def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
             rows.append(LayerSummary(layer, "", tuple(tensor.shape), bits, size, size, backends.IN_FLOAT, reason))
     in_float = sum(row.bytes_after for row in rows if not row.quantized)
     return header, Summary(tuple(rows), sum(tensor.nbytes for tensor in tensors.values()) - in_float)
+
+
+def _as_json(padding: Pads | str | None) -> Any:
+    return [list(pair) for pair in padding] if isinstance(padding, tuple) else padding
+
+
+def _from_json(padding: Any) -> Pads | str | None:
+    return tuple((before, after) for before, after in padding) if isinstance(padding, list) else padding
 
 
 def _stored_tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -341,6 +367,7 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
             settings=settings.index(layer.config),
             # JSON has no infinity; three digits are all that a report shows.
             sqnr_db=round(sqnr, 3) if sqnr is not None and abs(sqnr) < 1e3 else None,
+            padding=_as_json(layer.given_padding),
         )
     info, preprocess = info_of(qmodel), preprocess_of(qmodel)
     found = {

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,11 +14,19 @@ from dsconv.layers.layer import DSLayer
 from dsconv.ops import windows
 
 Size = int | Sequence[int]
+Pads = tuple[tuple[int, int], ...]
+"""Zeros before and after each dimension."""
+SAME_UPPER = "same_upper"
+"""Padding by the size of the input, see :func:`same_upper`."""
 _SIZE = ("in_channels", "out_channels", "kernel_size")
 
 
 class DSConvNd(DSLayer):
-    """What convolutions of all dimensions share. The arguments are those of ``torch.nn.Conv2d``, and ``config``."""
+    """What convolutions of all dimensions share. The arguments are those of ``torch.nn.Conv2d``, and ``config``.
+
+    ``padding`` may also be ``"same_upper"`` (:func:`dsconv.layers.conv.same_upper`), or zeros before and after each
+    dimension: ``((0, 1), (0, 1))``.
+    """
 
     float_attributes = (*_SIZE, "stride", "padding", "dilation", "groups", "bias", "padding_mode")
 
@@ -27,7 +36,7 @@ class DSConvNd(DSLayer):
         out_channels: int,
         kernel_size: Size,
         stride: Size = 1,
-        padding: str | Size = 0,
+        padding: str | Size | Pads = 0,
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
@@ -45,26 +54,38 @@ class DSConvNd(DSLayer):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = kernel, stride, dilation
         self.padding_mode = padding_mode
-        self.padding = padding if isinstance(padding, str) else self._per_dim(padding)
-        before, after = self._pads()
+        self.padding: Any = padding if isinstance(padding, str) else self._per_dim(padding)
+        pads = self._pads()
         # Padding that the convolution itself cannot do goes in front of it.
-        self._in_front = padding_mode != "zeros" or before != after
-        self._border = [p for pair in reversed(list(zip(before, after, strict=True))) for p in pair]
-        self.zero_padding = (0,) * self.dims if self._in_front else before
+        self._in_front = padding_mode != "zeros" or pads is None or any(a != b for a, b in pads)
+        self.zero_padding = (0,) * self.dims if pads is None or self._in_front else tuple(before for before, _ in pads)
 
-    def _per_dim(self, value: Size) -> tuple[int, ...]:
+    def _per_dim(self, value: int | Sequence[Any]) -> tuple[Any, ...]:
         return (value,) * self.dims if isinstance(value, int) else tuple(value)
 
-    def _pads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Padding before and after each dimension; ``same`` puts the odd one after, as PyTorch does."""
+    def _pads(self) -> Pads | None:
+        """Padding before and after each dimension; ``same`` puts the odd one after, as PyTorch does.
+
+        None depends on the input.
+        """
+        if self.padding == SAME_UPPER:
+            return None
         if self.padding == "valid":
-            return (0,) * self.dims, (0,) * self.dims
+            return ((0, 0),) * self.dims
         if self.padding == "same":
             total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+            return tuple((t // 2, t - t // 2) for t in total)
         if isinstance(self.padding, str):
-            raise ValueError(f"padding: expected 'same', 'valid' or whole numbers, got {self.padding!r}")
-        return self.padding, self.padding
+            raise ValueError(f"padding: expected 'same', 'same_upper', 'valid' or whole numbers, got {self.padding!r}")
+        if len(self.padding) != self.dims:
+            raise ValueError(f"padding: expected it for {self.dims} dimensions, got {self.padding!r}")
+        return tuple((p, p) if isinstance(p, int) else p for p in self.padding)
+
+    @property
+    def given_padding(self) -> Pads | str | None:
+        """See the base class."""
+        pairs = isinstance(self.padding, tuple) and any(isinstance(p, tuple) for p in self.padding)
+        return self.padding if pairs or self.padding == SAME_UPPER else None
 
     @classmethod
     def float_input_shape(cls, layer: Any, extra: int) -> tuple[int, ...]:
@@ -92,7 +113,11 @@ class DSConvNd(DSLayer):
         x = x.unsqueeze(0) if x.dim() == self.dims + 1 else x
         if not self._in_front:
             return x
-        return F.pad(x, self._border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        pads = self._pads()
+        if pads is None:
+            pads = same_upper(x.shape[2:], self.kernel_size, self.stride, self.dilation)
+        border = [p for pair in reversed(pads) for p in pair]
+        return F.pad(x, border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def windows(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """What each output reads of ``x (N, C, *S)``: ``(N, C, *S_out, *K)``, a view of a padded copy.
@@ -115,6 +140,22 @@ class DSConvNd(DSLayer):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
         return f"{text}, {self._settings_repr()}"
+
+
+def same_upper(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Pads:
+    """Return the least padding with which an input of ``size`` has ``ceil(size / stride)`` outputs; the odd one after.
+
+    TensorFlow calls it ``SAME``, ONNX ``SAME_UPPER``.
+
+    >>> same_upper((5, 6), kernel=(3, 3), stride=(2, 2), dilation=(1, 1))
+    ((1, 1), (0, 1))
+    """
+    pads = []
+    for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
+        # Sizes may be symbols while a network is exported.
+        total = torch.sym_max((n + s - 1) // s * s - s + d * (k - 1) + 1 - n, 0)  # type: ignore[no-untyped-call]
+        pads.append((total // 2, total - total // 2))
+    return tuple(pads)
 
 
 @register

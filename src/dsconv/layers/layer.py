@@ -263,6 +263,11 @@ class DSLayer(nn.Module):
         return backends.Operation(self.vqk.shape, self.config)
 
     @property
+    def given_padding(self) -> Any:
+        """The padding of a convolution where a float layer cannot have it, else None: pairs, or ``same_upper``."""
+        return None
+
+    @property
     def backend(self) -> backends.Execution:
         """What executes the layer when no gradient is asked for, and if it is the simulation, why."""
         return backends.execution(self.operation, self.vqk.device)
@@ -378,10 +383,18 @@ class DSLayer(nn.Module):
         self.pack_()
 
     @classmethod
-    def like(cls, layer: Any, config: LayerConfig) -> Self:
-        """Layer of the geometry, device, training flag and bias of the float ``layer``, whose weights are all zero."""
+    def like(cls, layer: Any, config: LayerConfig, padding: Any = None) -> Self:
+        """Layer of the geometry, device, training flag and bias of the float ``layer``, whose weights are all zero.
+
+        ``padding`` takes the place of the float layer's own, where it is not None.
+        """
         make: Callable[..., Self] = cls
-        made = make(*cls.float_geometry(layer), config=config)
+        geometry = list(cls.float_geometry(layer))
+        if padding is not None:
+            if not cls.dims or cls.transposed:
+                raise ValueError(f"padding: expected None for a {cls.__name__}, got {padding!r}")
+            geometry[cls.float_attributes.index("padding")] = padding
+        made = make(*geometry, config=config)
         tensors = chain(layer.parameters(), layer.buffers())
         home = next((t for t in tensors if t.is_floating_point()), made.weight_like)
         made.to(home.device)
@@ -397,6 +410,7 @@ class DSLayer(nn.Module):
         config: LayerConfig | str | None = None,
         *,
         weight: Tensor | None = None,
+        padding: Any = None,
         inputs: InputMoments | None = None,
     ) -> Self:
         """Quantized layer of a float one, which is left as it is.
@@ -406,6 +420,7 @@ class DSLayer(nn.Module):
             config: a LayerConfig, or a QuantConfig or the name of a preset, of which the general settings apply; None
                 is the preset ``default``.
             weight: weight to quantize in the place of ``layer.weight``, of the same shape.
+            padding: padding in the place of ``layer.padding``, of a convolution.
             inputs: what is known of the layer's inputs, for rule ``balanced``.
 
         Raises:
@@ -418,7 +433,7 @@ class DSLayer(nn.Module):
         """
         if not isinstance(layer, cls.float_type):
             raise TypeError(f"{cls.__name__}: expected a {cls.float_type.__name__}, got {type(layer).__name__}")
-        made = cls.like(layer, cls._layer_config(config))
+        made = cls.like(layer, cls._layer_config(config), padding)
         float_weight: Tensor = layer.weight if weight is None else weight  # type: ignore[assignment]
         return made.quantize_(made.conv_layout(float_weight.detach()), inputs)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dsconv.ops import cpu
-from dsconv.ops.arguments import ACTIVATIONS, WEIGHTS, arguments_of, checked_sizes
+from dsconv.ops.arguments import ACTIVATIONS, FLOAT_BITS, WEIGHTS, arguments_of, checked_sizes
 from dsconv.ops.native import isa, peak_rate, use_threads
 from dsconv.ops.rounding import round_winograd, solve_balanced
 from dsconv.ops.views import patches, pixels_format, transposed_layout, windows
@@ -65,6 +65,7 @@ def is_simulated() -> bool:
 
 __all__ = [
     "ACTIVATIONS",
+    "FLOAT_BITS",
     "WEIGHTS",
     "arguments_of",
     "checked_sizes",

@@ -19,6 +19,15 @@ WEIGHTS = ("weight", "kds", "kds_shift", "bias", "gain", "offset")
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "silu", "sigmoid")
 
 
+FLOAT_BITS = 32
+"""The bits of activations that stay float32."""
+
+
+def takes_floats(channels: int, groups: int, taps: int, flat: bool, block_size: int) -> bool:
+    """Whether activations of a convolution of images may stay float: it is depthwise, and a filter is one block."""
+    return flat and groups == channels > 1 and taps <= block_size
+
+
 class Geometry(NamedTuple):
     """The windows of a convolution, in depth if it has one, height and width, and its groups.
 
@@ -259,9 +268,18 @@ def check_bits(name: str, argument: str, bits: int) -> None:
         raise ValueError(f"dsconv::{name}: {argument}: expected 2 to 8 bits, got {bits}")
 
 
-def check_settings(name: str, weight_bits: int, activation_bits: int, sign: str, activation: str) -> None:
+def check_settings(
+    name: str, weight_bits: int, activation_bits: int, sign: str, activation: str, takes_floats: bool
+) -> None:
+    """Check settings; ``takes_floats``: activations may stay float32 (:func:`takes_floats`)."""
     check_bits(name, "weight_bits", weight_bits)
-    check_bits(name, "activation_bits", activation_bits)
+    if activation_bits == FLOAT_BITS and not takes_floats:
+        raise ValueError(
+            f"dsconv::{name}: activation_bits: float activations ({FLOAT_BITS}) are for depthwise convolutions of "
+            "images with one block a filter and no shift; expected 2 to 8 bits"
+        )
+    if activation_bits != FLOAT_BITS:
+        check_bits(name, "activation_bits", activation_bits)
     for argument, value, known in (("sign", sign, ACTIVATION_SIGNS), ("activation", activation, ACTIVATIONS)):
         if value not in known:
             raise ValueError(f"dsconv::{name}: {argument}: expected one of {', '.join(known)}, got {value!r}")

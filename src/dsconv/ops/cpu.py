@@ -7,6 +7,7 @@ and ``offset`` are a BatchNorm, and rounded once. Their overloads ``out`` write 
 ``dsconv::quantize_activation`` returns what :func:`dsconv.numerics.quantize_activation` does.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -31,6 +32,7 @@ from dsconv.ops.arguments import (
     linear_call,
     shapes_of,
     sizes_of,
+    takes_floats,
 )
 from dsconv.ops.packing import MAX_BLOCK_SIZE
 from dsconv.ops.packing import pack as pack
@@ -72,7 +74,10 @@ def _executable(
     slope: float,
 ) -> Callable[..., None]:
     """Takes the addresses of the input, the weights, the residual and the output."""
-    check_settings(name, weight_bits, activation_bits, sign, activation)
+    s = sizes
+    taps = s.kernel_h * s.kernel_w
+    in_float = not s.volume and takes_floats(s.channels, s.groups, taps, s.flat, s.block_size)
+    check_settings(name, weight_bits, activation_bits, sign, activation, in_float)
     numbers = (ACTIVATION_SIGNS.index(sign), ACTIVATIONS.index(activation))
     module = native.extension()
     assert module is not None
@@ -212,7 +217,9 @@ def _any_convolution(*args: Any, **named: Any) -> Call:
 
 def _check_fake(name: str, c: Call, dims: int, out: Tensor | None) -> None:
     check_input(name, c.x, dims, anywhere=True)
-    check_settings(name, c.weight_bits, c.activation_bits, c.sign, c.activation)
+    taps = math.prod(c.kernel_size)
+    in_float = dims == 4 and takes_floats(c.x.shape[1], c.groups, taps, c.flat, c.block_size)
+    check_settings(name, c.weight_bits, c.activation_bits, c.sign, c.activation, in_float and c.kds_shift is None)
     for other in (*c.weights, c.residual, out):
         if other is not None and other.device != (here := c.x.device):
             raise ValueError(f"dsconv::{name}: expected all tensors on {here}, as x is, got one on {other.device}")

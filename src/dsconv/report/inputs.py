@@ -93,7 +93,7 @@ def _rows_read(layer: Any, x: Tensor, generator: torch.Generator) -> Tensor:
         size = x[0].numel() * math.prod(layer.kernel_size) // math.prod(layer.stride)
         order = torch.randperm(len(x), generator=generator, dtype=torch.int64, device="cpu")
         some = order[: max(1, _PATCHES // size)]
-        x = ops.patches(x[some], layer.kernel_size, layer.stride, layer.zero_padding, layer.dilation)
+        x = ops.patches(layer.padded(x[some]), layer.kernel_size, layer.stride, layer.zero_padding, layer.dilation)
     x = x.flatten(2)
     count = (_rows_of(x.shape[1]),)
     image, place = (

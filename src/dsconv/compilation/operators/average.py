@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -72,7 +72,8 @@ def _averages(x: Tensor, lanes: int) -> Tensor:
     return made
 
 
-def _average(lowering: Lowering, node: fx.Node) -> Step | None:
+def average_of_image(lowering: Lowering, node: fx.Node) -> Step | None:
+    """Return the step of an average of whole images; None where no order has PyTorch's bits."""
     source, result = lowering.value(node.args[0]), lowering.value(node)
     if source is None or result is None or result.size != (source.size[0], 1, 1):
         return None
@@ -91,17 +92,4 @@ def _average(lowering: Lowering, node: fx.Node) -> Step | None:
     return Average(node=node, result=result, source=source, lanes=lanes)
 
 
-def _of_one_value(node: fx.Node) -> bool:
-    read: Any = node.args[0]
-    return tuple(read.meta["val"].shape[2:]) == tuple(node.args[1])  # type: ignore[arg-type]
-
-
-register(
-    "aten",
-    "adaptive_avg_pool2d adaptive_avg_pool3d",
-    returns="new",
-    by_image=True,
-    equals_input=_of_one_value,
-    lower=_average,
-)
-register("aten", "mean", returns="new", by_image=True, lower=_average)
+register("aten", "mean", returns="new", by_image=True, lower=average_of_image)

@@ -1,22 +1,44 @@
 """Concatenations of channels: their pieces are written in place, as far as they can be."""
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from dsconv.compilation.operators.map import Map
 from dsconv.compilation.operators.operator import Lowering, Step, register
+from dsconv.compilation.values import Value
 
 
 def _concatenation(lowering: Lowering, node: fx.Node) -> Step | None:
     nodes, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
     result = lowering.value(node)
-    pieces = [lowering.value(n) for n in nodes]  # type: ignore[union-attr]
-    if result is None or dim not in (1, 1 - node.meta["val"].dim()) or any(p is None for p in pieces):
+    values = [lowering.value(n) for n in nodes]  # type: ignore[union-attr]
+    pieces = [value for value in values if value is not None]
+    if result is None or dim not in (1, 1 - node.meta["val"].dim()) or len(pieces) < len(values):
         return None
-    if any(p.size[1:] != result.size[1:] for p in pieces if p is not None):
+    if any(piece.size[1:] != result.size[1:] for piece in pieces):
         return None
-    result.pieces = tuple(inner for p in pieces if p is not None for inner in p.pieces or (p,))
+    result.pieces = tuple(inner for piece in _joined(pieces) for inner in piece.pieces or (piece,))
     # This step stands for the pieces that have to be put together here.
     return Map(node=node, result=result, source=result)
+
+
+def _joined(pieces: Sequence[Value]) -> list[Value]:
+    """Return the pieces, with a value in the place of views that are all of it, one after another."""
+    joined: list[Value] = []
+    for piece in pieces:
+        joined.append(piece)
+        whole = piece.home
+        if whole is not None and piece.first + piece.size[0] == whole.size[0]:
+            views = [piece]
+            while views[0].first and len(views) < len(joined):
+                before = joined[-len(views) - 1]
+                if before.home is not whole or before.first + before.size[0] != views[0].first:
+                    break
+                views.insert(0, before)
+            if views[0].first == 0:
+                joined[-len(views) :] = [whole]
+    return joined
 
 
 register("aten", "cat", returns="new", rounds="alike", lower=_concatenation)

@@ -12,7 +12,7 @@ from dsconv.compilation.operators.operator import Ids, Lowering, Step, address, 
 from dsconv.compilation.values import Format, Quantized, Value
 from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.numerics.winograd import PRODUCTS, TILE
-from dsconv.ops import WEIGHTS, arguments_of, checked_sizes
+from dsconv.ops import FLOAT_BITS, WEIGHTS, arguments_of, checked_sizes
 
 
 @dataclass(eq=False, kw_only=True)
@@ -31,7 +31,10 @@ class Convolution(Step):
     depthwise: bool
     quantized: Quantized | None = None
     takes_gaps: ClassVar[bool] = True
-    in_integers: ClassVar[bool] = True
+
+    @property
+    def in_integers(self) -> bool:  # type: ignore[override]
+        return sums_integers(self.arguments)
 
     @property
     def name(self) -> str | None:  # type: ignore[override]
@@ -81,6 +84,11 @@ class Convolution(Step):
             return int(s.outputs * s.channels * PRODUCTS * -(-s.out_height // TILE) * -(-s.out_width // TILE))
         pixels = (s.depth, s.height, s.width) if s.transposed else (s.out_depth, s.out_height, s.out_width)
         return int(s.outputs * math.prod(pixels) * s.kernel_d * s.kernel_h * s.kernel_w * (s.channels // s.groups))
+
+
+def sums_integers(given: dict[str, Any]) -> bool:
+    """Whether a call of an operator with these arguments does; the activations of depthwise layers may stay float."""
+    return bool(given["activation_bits"] != FLOAT_BITS)
 
 
 def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:

@@ -9,6 +9,8 @@ from torch import fx
 
 from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
+from dsconv.compilation.operators.shuffles import channel_shuffle_of_views
+from dsconv.compilation.operators.views import changes_nothing, whole
 from dsconv.compilation.values import Value
 
 
@@ -27,11 +29,22 @@ class Flatten(Step):
 
 
 def _flatten(lowering: Lowering, node: fx.Node) -> Step | None:
+    if (shuffle := channel_shuffle_of_views(lowering, node)) is not None:
+        return shuffle
+    whole(lowering, node)
     source, result = lowering.value(node.args[0]), lowering.value(node)
-    if source is None or result is None or result.size != (math.prod(source.size), 1, 1):
+    if node in lowering.absorbed or source is None or result is None or result.size != (math.prod(source.size), 1, 1):
         return None
     source.in_float = result.in_float = True
     return Flatten(node=node, result=result, source=source)
 
 
-register("aten", "flatten reshape", returns="view", rounds="alike", by_image=True, lower=_flatten)
+register(
+    "aten",
+    "flatten reshape _unsafe_view view",
+    returns="view",
+    rounds="alike",
+    by_image=True,
+    equals_input=changes_nothing,
+    lower=_flatten,
+)

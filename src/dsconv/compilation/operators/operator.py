@@ -38,6 +38,7 @@ class Lowering(Protocol):
     module: fx.GraphModule
     fast_math: bool
     absorbed: set[fx.Node]
+    """Nodes that need no step of their own."""
 
     def value(self, node: Any) -> Value | None:
         """Return the tensor of images that a node makes; None where it makes something else."""
@@ -160,7 +161,7 @@ class Operator:
 
 
 _UNKNOWN = Operator()
-_PYTHON = Operator(rounds="alike")  # on numbers
+_PYTHON = Operator(rounds="alike", returns="view")  # on numbers, or an item of several tensors
 _operators: dict[Any, Operator] = {}
 _in_place: dict[Any, Any] = {}
 

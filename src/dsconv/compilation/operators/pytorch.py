@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from dsconv.backends.base import Executable
+from dsconv.compilation.operators.convolution import sums_integers
 from dsconv.compilation.operators.operator import Ids, Step, operator_of, register
+from dsconv.compilation.operators.views import changes_nothing
 from dsconv.compilation.values import Value
+from dsconv.ops import arguments_of
 
 
 @dataclass(eq=False, kw_only=True)
@@ -31,7 +34,12 @@ class Call(Step):
 
     @property
     def in_integers(self) -> bool:  # type: ignore[override]
-        return operator_of(self.node).fuses  # an operator of dsconv
+        return self.of_dsconv and sums_integers(arguments_of(self.node.target, self.node.args, self.node.kwargs))
+
+    @property
+    def of_dsconv(self) -> bool:
+        """Whether PyTorch only calls an operator of dsconv."""
+        return operator_of(self.node).fuses
 
     def constants(self) -> Sequence[Tensor | None]:
         return self.tensors
@@ -53,19 +61,14 @@ register("dsconv", "simulated", returns="new")  # a layer that no backend covers
 # These round nothing.
 register(
     "aten",
-    "alias channel_shuffle chunk concat constant_pad_nd detach detach_ embedding expand expand_as flip gather "
-    "index_select lift_fresh_copy masked_fill movedim narrow pad permute pixel_unshuffle "
-    "reflection_pad1d reflection_pad2d repeat replication_pad1d replication_pad2d roll select slice split "
-    "split_with_sizes squeeze stack sym_numel t tile _to_copy transpose unbind unflatten unsqueeze upsample_nearest2d "
-    "where",
+    "concat detach_ embedding flip gather "
+    "index_select lift_fresh_copy masked_fill movedim permute "
+    "reflection_pad1d repeat replication_pad1d roll stack sym_numel t tile transpose unflatten where",
     rounds="alike",
 )
 register("aten", "sym_size _assert_tensor_metadata", returns="nothing", rounds="alike")
-register("aten", "view", returns="view", rounds="alike")
-register("aten", "contiguous", returns="view", rounds="alike", makes_rows=True)
 register("aten", "dropout feature_dropout", returns="view", rounds="alike", is_input=lambda node: not node.args[2])
-register("aten", "to", returns="view", rounds="alike", is_input=_converts_nothing)
-register("aten", "clone", rounds="alike", equals_input=lambda node: not node.kwargs)  # dropout in inference
+register("aten", "to", returns="view", rounds="alike", is_input=_converts_nothing, equals_input=changes_nothing)
 # These round every value alone, and in the same way in vectors and outside them.
 register(
     "aten",

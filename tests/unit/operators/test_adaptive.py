@@ -1,0 +1,69 @@
+"""Averages over as many windows as are asked for are steps of compiled networks, with PyTorch's bits."""
+
+from typing import Any
+
+import pytest
+import torch
+from program_cases import conv, steps_of
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsconv.compilation.operators import adaptive
+from dsconv.ops import native
+
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
+
+
+@pytest.mark.parametrize("size", [(5, 4), (3, 3), (1, 2), (20, 18), (None, 1)])
+@pytest.mark.parametrize("channels", [3, 64])
+def test_has_pytorchs_bits(channels: int, size: tuple[int, int]) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(m.a(x), size)
+
+    assert steps_of(run, (3, 13, 9), a=conv(3, channels)) == ["conv2d", "adaptive_avg_pool2d"]
+
+
+def test_it_quantizes_what_a_layer_reads() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.b(F.adaptive_avg_pool2d(m.a(x)[:, 16:], 6))
+
+    found = steps_of(run, each_isa=True, a=conv(3, 64), b=conv(48, 8))
+    assert found == ["conv2d", "adaptive_avg_pool2d+", "conv2d"]
+
+
+def test_one_window_is_an_average_of_the_image_and_one_for_each_pixel_nothing() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return F.adaptive_avg_pool2d(y, (9, 9)) * F.adaptive_avg_pool2d(y, 1)
+
+    assert steps_of(run, a=conv(3, 8))[:2] == ["conv2d", "average"]
+
+
+def test_pytorch_pools_where_no_way_has_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "_divides_at_once", lambda *_: None)
+    assert steps_of(lambda m, x: F.adaptive_avg_pool2d(m.a(x), 4), a=conv(3, 8)) == [
+        "conv2d", "aten.adaptive_avg_pool2d"
+    ]  # fmt: skip
+
+
+def test_the_extension_refuses_windows_that_are_not_there() -> None:
+    module = native.extension()
+    one: Any = module.Program("scalar")  # type: ignore[union-attr]
+
+    def tensor(c: int, h: int, w: int) -> int:
+        return int(one.values(0, 0, 0, (c, h, w), (c * h * w, 1, w * c, c)))
+
+    source, outputs = tensor(8, 2, 3), (tensor(8, 1, 1), -1, [], 0, 0.0)
+    one.average_windows(source, [(0, 2)], [(1, 3)], False, outputs)
+    for rows, columns in (
+        ([], [(1, 3)]),
+        ([(0, 3)], [(1, 3)]),
+        ([(0, 0)], [(1, 3)]),
+        ([(1, 0)], [(1, 3)]),
+        ([(-1, 1)], [(1, 3)]),
+        ([(0, 2)], [(1, 4)]),
+        ([(0, 2)], [(1, 3), (1, 3)]),
+    ):
+        with pytest.raises(ValueError, match=r"average_windows|outputs"):
+            one.average_windows(source, rows, columns, False, outputs)
+    assert torch.equal(torch.tensor(adaptive.spans(7, 3)), torch.tensor([(0, 3), (2, 5), (4, 7)]))
