@@ -162,26 +162,35 @@ void bind_sizes(nb::module_& m) {
       {"out_width", &ConvSizes::out_width}, {"kernel_h", &ConvSizes::kernel_h},     {"kernel_w", &ConvSizes::kernel_w},
       {"stride_h", &ConvSizes::stride_h},   {"stride_w", &ConvSizes::stride_w},     {"pad_h", &ConvSizes::pad_h},
       {"pad_w", &ConvSizes::pad_w},         {"dilation_h", &ConvSizes::dilation_h}, {"dilation_w", &ConvSizes::dilation_w},
-      {"groups", &ConvSizes::groups},       {"block_size", &ConvSizes::block_size}};
+      {"groups", &ConvSizes::groups},       {"block_size", &ConvSizes::block_size}, {"depth", &ConvSizes::depth},
+      {"out_depth", &ConvSizes::out_depth}, {"kernel_d", &ConvSizes::kernel_d},     {"stride_d", &ConvSizes::stride_d},
+      {"pad_d", &ConvSizes::pad_d},         {"dilation_d", &ConvSizes::dilation_d}};
   auto sizes =
       nb::class_<ConvSizes>(m, "ConvSizes", "Sizes of a convolution that agree. All are keyword arguments, and attributes.");
   sizes.def(
       "__init__",
       [](ConvSizes* self, Size images, Size channels, Size height, Size width, Size outputs, Size out_height, Size out_width,
          Size kernel_h, Size kernel_w, Size stride_h, Size stride_w, Size pad_h, Size pad_w, Size dilation_h, Size dilation_w,
-         Size groups, Size block_size, bool flat, bool winograd) {
-        const ConvSizes g{images,   channels, height, width,      outputs,    out_height, out_width,  kernel_h, kernel_w, stride_h,
-                          stride_w, pad_h,    pad_w,  dilation_h, dilation_w, groups,     block_size, flat,     winograd};
+         Size groups, Size block_size, bool flat, bool winograd, bool transposed, bool volume, Size depth, Size out_depth,
+         Size kernel_d, Size stride_d, Size pad_d, Size dilation_d) {
+        const ConvSizes g{images,   channels,   height, width, outputs,    out_height, out_width, kernel_h,   kernel_w,
+                          stride_h, stride_w,   pad_h,  pad_w, dilation_h, dilation_w, groups,    block_size, flat,
+                          winograd, transposed, volume, depth, out_depth,  kernel_d,   stride_d,  pad_d,      dilation_d};
         if (!g.valid()) throw std::invalid_argument("the sizes of the convolution do not agree");
         new (self) ConvSizes(g);
       },
       nb::kw_only(), "images"_a, "channels"_a, "height"_a, "width"_a, "outputs"_a, "out_height"_a, "out_width"_a, "kernel_h"_a,
       "kernel_w"_a, "stride_h"_a, "stride_w"_a, "pad_h"_a, "pad_w"_a, "dilation_h"_a, "dilation_w"_a, "groups"_a, "block_size"_a,
-      "flat"_a, "winograd"_a = false);
+      "flat"_a, "winograd"_a = false, "transposed"_a = false, "volume"_a = false, "depth"_a = 1, "out_depth"_a = 1,
+      "kernel_d"_a = 1, "stride_d"_a = 1, "pad_d"_a = 0, "dilation_d"_a = 1);
   for (const auto& [name, member] : kSizes) sizes.def_ro(name, member);
   sizes.def_ro("flat", &ConvSizes::flat).def_ro("winograd", &ConvSizes::winograd);
+  sizes.def_ro("transposed", &ConvSizes::transposed).def_ro("volume", &ConvSizes::volume);
+  sizes.def_prop_ro(
+      "border", [](const ConvSizes& self) { return std::pair(self.grid().pad_h, self.grid().pad_w); },
+      "Zeros that lie around a quantized input, in height and in width.");
   sizes.def(nb::self == nb::self).def("__hash__", [](const ConvSizes& self) {
-    std::size_t hash = 2 * self.flat + self.winograd;
+    std::size_t hash = 8 * self.flat + 4 * self.winograd + 2 * self.transposed + self.volume;
     for (const auto& [name, member] : kSizes) hash = hash * 1000003 + static_cast<std::size_t>(self.*member);
     return hash;
   });
@@ -262,7 +271,8 @@ void bind_layers(nb::module_& m) {
   m.def("quantize_activation", [](std::string_view isa, const ConvSizes& g, Address input,
                                   const std::array<std::int64_t, 4>& input_strides, int bits, int sign, Address mantissa,
                                   Address exponent) {
-    if (g.kernel_size() != 1 || g.pad_h || g.pad_w || g.flat) throw std::invalid_argument("expected a 1x1 convolution");
+    if (g.kernel_size() != 1 || g.pad_h || g.pad_w || g.flat || g.transposed || g.volume)
+      throw std::invalid_argument("expected a 1x1 convolution");
     const Kernels& kernels = kernels_of(isa);
     Layer layer{};
     layer.activation_bits = checked_bits(bits);
@@ -287,8 +297,8 @@ void bind_convolution(nb::module_& m) {
              layer.wide = is_wide(g, weight_bits), layer.activation_bits = activation_bits_of(g, activation_bits);
              layer.sign = one_of<Sign>("sign", sign, kSigns);
              layer.post.activation = {one_of<Activation>("activation", activation, kActivations), alpha, beta};
-             const Strides from = strides(input_strides, g.images, g.channels, g.height, g.width);
-             Strides to = strides(output_strides, g.images, g.outputs, g.out_height, g.out_width);
+             const Strides from = strides(input_strides, g.images, g.channels, g.depth * g.height, g.width);
+             Strides to = strides(output_strides, g.images, g.outputs, g.out_depth * g.out_height, g.out_width);
              if (g.out_width <= 1) to.x = 1;
              if (to.channel != 1 && to.x != 1)
                throw std::invalid_argument("output_strides: expected channels or lines that are dense");
@@ -303,7 +313,7 @@ void bind_convolution(nb::module_& m) {
         layer.kds_shift = shift_of(g, kds_shift);
         layer.post.bias = post.bias, layer.post.gain = post.gain, layer.post.offset = post.offset;
         const Output out{needed<float>("output", output, g.pixels() > 0), self.to, {at<const float>(residual), self.to}, {}};
-        const Input in{needed<const float>("input", input, g.images && g.height && g.width), self.from};
+        const Input in{needed<const float>("input", input, g.images && g.depth && g.height && g.width), self.from};
         count_run(self.kernels);
         nb::gil_scoped_release released;
         convolve(g, layer, self.kernels, in, out);
@@ -323,18 +333,20 @@ void bind_program(nb::module_& m) {
       .def(
           "quantized",
           [](Program& self, std::int64_t offset, std::int64_t depth, std::int64_t block_size, std::int64_t groups,
-             const std::array<std::int64_t, 4>& grid, int weight_bits, int bits, int sign, bool shift) {
+             const std::array<std::int64_t, 4>& grid, int weight_bits, int bits, int sign, bool shift, std::int64_t frames) {
             return self.add_quantized(format(depth, block_size, groups, weight_bits, bits, sign, shift),
-                                      {1, grid[0], grid[1], grid[2], grid[3]}, offset);
+                                      {frames, grid[0], grid[1], grid[2], grid[3]}, offset);
           },
-          "Number of a quantized tensor of an image of (height, width) and padding.")
+          "offset"_a, "depth"_a, "block_size"_a, "groups"_a, "grid"_a, "weight_bits"_a, "bits"_a, "sign"_a, "shift"_a,
+          "frames"_a = 1, "Number of a quantized tensor of an image of so many frames of (height, width) and padding.")
       .def_static(
           "quantized_bytes",
-          [](std::int64_t depth, std::int64_t block_size, std::int64_t groups, const std::array<std::int64_t, 4>& grid,
-             bool shift) {
+          [](std::int64_t depth, std::int64_t block_size, std::int64_t groups, const std::array<std::int64_t, 4>& grid, bool shift,
+             std::int64_t frames) {
             return Program::quantized_bytes(format(depth, block_size, groups, 4, 4, 0, shift),
-                                            {1, grid[0], grid[1], grid[2], grid[3]});
+                                            {frames, grid[0], grid[1], grid[2], grid[3]});
           },
+          "depth"_a, "block_size"_a, "groups"_a, "grid"_a, "shift"_a, "frames"_a = 1,
           "Bytes that a quantized tensor of an image takes.")
       .def("convolve",
            [](Program& self, const ConvSizes& sizes, int from, int input, Address weight, Address kds, Address kds_shift,

@@ -2,13 +2,14 @@
 
 #include <algorithm>
 #include <numeric>
-#include <vector>
+#include <span>
 
 #include "../isa/list.h"
 #include "../parallel.h"
 #include "../scratch.h"
 #include "line_buffer.h"
 #include "outputs.h"
+#include "parts.h"
 
 namespace dsconv {
 namespace {
@@ -19,21 +20,20 @@ constexpr std::int64_t kWindows = 1024;  // outputs of a task that quantizes the
 // The tasks of a direct convolution: dot products of some pixels times some outputs.
 class DotTasks : OutputTasks {
  public:
-  DotTasks(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Output& o, std::int64_t line)
-      : OutputTasks(g, l, kernels, o), tap_row_(g.taps(), 0) {
-    for (std::int64_t k = 0; k < g.taps() && !g.flat; ++k)
-      tap_row_[k] = k / g.kernel_w * g.dilation_h * line + k % g.kernel_w * g.dilation_w;
-  }
+  // The taps, from `first_tap` on, lie these distances in rows from a pixel's row.
+  DotTasks(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Output& o, std::span<const std::int64_t> tap_row,
+           std::int64_t first_tap = 0)
+      : OutputTasks(g, l, kernels, o), tap_row_(tap_row), first_tap_(first_tap) {}
   using OutputTasks::units;
 
-  // Computes outputs of some units of a group at pixels `first` to `end`, kMaxTaskPixels at most. Their first taps lie
-  // in rows `row_stride` apart in a line, from row_of(image, y, x) on.
+  // Computes outputs of some units of a group at pixels `first` to `end`, kMaxTaskPixels at most. Their rows lie
+  // `row_stride` apart in a line, from row_of(image, y, x) on.
   template <class RowOf>
   void run(const QuantizedRows& rows, RowOf row_of, std::int64_t row_stride, std::int64_t group, std::int64_t first,
            std::int64_t end, std::int64_t begin_unit, std::int64_t end_unit) const {
     Pixels px;
     px.group = group, px.count = static_cast<int>(end - first);
-    std::int64_t row[kMaxTaskPixels];  // of each pixel's first tap
+    std::int64_t row[kMaxTaskPixels];
     pixel_offsets(first, px.count, g_.out_height, g_.out_width, row_stride, row_of, row);
     DotArgs dot = dot_args(rows, px, row);
     if (finishes_at_once(rows)) {
@@ -63,16 +63,16 @@ class DotTasks : OutputTasks {
     a.panel_bytes = g_.panel_bytes(l_.wide), a.panels = 2;
     a.octets_together = octets_together(l_.activation_bits);
     a.row = row, a.pixels = px.count;
-    a.tap_row = tap_row_.data(), a.taps = static_cast<int>(g_.taps());
+    a.tap_row = tap_row_.data(), a.taps = static_cast<int>(tap_row_.size());
     a.prefetch_place = o_.residual.values ? px.residual_place : px.place;
     return a;
   }
 
   // Whether the kernels finish outputs while their sums are in registers.
   bool finishes_at_once(const QuantizedRows& rows) const {
-    return kernels_.dot_one_block && g_.taps() == 1 && rows.blocks == 1 && !rows.overflow[0] && !rows.int_acc && o_.values &&
-           channel_stride() == 1 && o_.targets.empty() && !o_.residual.values && has_bounds(l_.post.activation.kind) &&
-           g_.group_outputs() % kPanel == 0;
+    return kernels_.dot_one_block && g_.taps() == 1 && tap_row_.size() == 1 && rows.blocks == 1 && !rows.overflow[0] &&
+           !rows.int_acc && o_.values && channel_stride() == 1 && o_.targets.empty() && !o_.residual.values &&
+           has_bounds(l_.post.activation.kind) && g_.group_outputs() % kPanel == 0;
   }
   void finish_at_once(const Pixels& px, DotArgs& a, std::int64_t begin_unit, std::int64_t end_unit) const {
     const std::int64_t begin = begin_unit * unit_, end = std::min(g_.group_outputs(), end_unit * unit_);
@@ -89,11 +89,13 @@ class DotTasks : OutputTasks {
     const std::int64_t blocks = a.rows.blocks;
     const bool overflow = std::find(a.rows.overflow, a.rows.overflow + blocks, 1) != a.rows.overflow + blocks;
     const auto dot = overflow ? scalar::kernels.dot : kernels_.dot;
+    const std::int64_t first_byte = first_tap_ * (a.panel_bytes / g_.taps());
     a.sums = px.sums;
+    if (!a.taps) return void(std::fill_n(px.sums, ceil_div(unit.end - unit.begin, kNR) * px.count * kNR, 0.0f));
     for (std::int64_t from = unit.begin; from < unit.end; from += kNR, a.sums += px.count * kNR) {
       const std::int64_t output = px.group * g_.group_outputs() + from, pair = px.group * g_.panel_pairs() + from / kNR;
-      const std::int64_t scales = pair * a.taps * blocks * kNR;
-      a.weight = l_.weight + pair * 2 * a.panel_bytes;
+      const std::int64_t scales = (pair * g_.taps() + first_tap_) * blocks * kNR;
+      a.weight = l_.weight + pair * 2 * a.panel_bytes + first_byte;
       a.kds = l_.kds + scales;
       a.kds_shift = l_.kds_shift ? l_.kds_shift + scales : nullptr;
       a.panels = unit.end - from > kPanel ? 2 : 1;
@@ -102,7 +104,8 @@ class DotTasks : OutputTasks {
     }
   }
 
-  std::vector<std::int64_t> tap_row_;
+  const std::span<const std::int64_t> tap_row_;
+  const std::int64_t first_tap_;
 };
 
 // Flattened blocks: quantizes the windows of some lines of outputs from line `top` on, to rows one after another.
@@ -126,9 +129,12 @@ void quantize_windows(const ConvSizes& g, const QuantizedTensor& to, const Kerne
                                    y * lines.next_line());
 }
 
-// Convolves with flattened blocks. A task quantizes its windows, and sums over them while they are in cache.
+}  // namespace
+
+// A task quantizes its windows, and sums over them while they are in cache.
 void convolve_flat(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Input& input, const Output& o) {
-  const DotTasks tasks(g, l, kernels, o, 0);
+  static constexpr std::int64_t kTap[] = {0};
+  const DotTasks tasks(g, l, kernels, o, kTap);
   // Lines of some hundred outputs, whose input is rearranged once; fewer where there are not enough to balance the
   // threads.
   const std::int64_t width = std::max<std::int64_t>(1, g.out_width), lines = std::max<std::int64_t>(1, g.out_height);
@@ -155,25 +161,28 @@ void convolve_flat(const ConvSizes& g, const Layer& l, const Kernels& kernels, c
   });
 }
 
-}  // namespace
-
 void convolve(const ConvSizes& g, const Layer& l, const Kernels& kernels, const QuantizedTensor& q, const Output& o) {
-  const DotTasks tasks(g, l, kernels, o, q.grid().line());
+  const Parts parts(g, q.grid(), o);
+  const Part first_part = parts.at(0);
+  const std::int64_t units = DotTasks(first_part.g, l, kernels, first_part.o, first_part.tap_row).units;
   // Chunks of about the same size, of whole tiles. A task keeps its pixels in cache and goes through the weights; with
   // few pixels there are more tasks, of some weights.
-  const std::int64_t pixels = g.pixels(), chunks = ceil_div(pixels, kernels.task_pixels);
+  const std::int64_t pixels = parts.pixels(), chunks = ceil_div(pixels, kernels.task_pixels);
   const std::int64_t even = ceil_div(pixels, std::max<std::int64_t>(1, chunks));
   const std::int64_t chunk = std::min<std::int64_t>(kernels.task_pixels, ceil_div(even, kernels.mr) * kernels.mr);
-  const std::int64_t split = std::clamp<std::int64_t>(kTasks / std::max<std::int64_t>(1, g.groups * chunks), 1, tasks.units);
-  const auto row_of = [&](std::int64_t image, std::int64_t y, std::int64_t x) {
-    return q.row(image, y * g.stride_h - g.pad_h, x * g.stride_w - g.pad_w);
-  };
-  parallel(g.groups * chunks * split, [&](std::int64_t task) {
-    const std::int64_t part = task % split, group = task / split / chunks, first = task / split % chunks * chunk;
-    const std::int64_t end = std::min(pixels, first + chunk);
-    if (first < end)
-      tasks.run(q.of_group(group), row_of, g.stride_w, group, first, end, part * tasks.units / split,
-                (part + 1) * tasks.units / split);
+  const std::int64_t of_part = g.groups * chunks;
+  const std::int64_t split = std::clamp<std::int64_t>(kTasks / std::max<std::int64_t>(1, of_part * parts.count()), 1, units);
+  parallel(parts.count() * of_part * split, [&](std::int64_t task) {
+    const std::int64_t share = task % split, group = task / split / chunks % g.groups, first = task / split % chunks * chunk;
+    const auto run = [&](const Part& part) {
+      const std::int64_t end = std::min(part.g.pixels(), first + chunk);
+      const auto row_of = [&](std::int64_t image, std::int64_t y, std::int64_t x) { return part.row_of(image, y, x); };
+      if (first < end)
+        DotTasks(part.g, l, kernels, part.o, part.tap_row, part.first_tap)
+            .run(q.of_group(group), row_of, part.pixel_rows, group, first, end, share * units / split, (share + 1) * units / split);
+    };
+    const std::int64_t index = task / split / of_part;
+    index ? run(parts.at(index)) : run(first_part);
   });
 }
 
@@ -181,9 +190,9 @@ void convolve(const ConvSizes& whole, const Layer& l, const Kernels& kernels, co
   ConvSizes g = whole;
   Input input = whole_input;
   if (g.depthwise()) return convolve_depthwise(g, l, kernels, input, o);
-  if (g.flat) return convolve_flat(g, l, kernels, input, o);
+  if (g.flat) return g.volume ? convolve_flat_frames(g, l, kernels, input, o) : convolve_flat(g, l, kernels, input, o);
   if (g.winograd) return convolve_winograd(g, l, kernels, input, o);
-  if (g.kernel_size() == 1 && !g.pad_h && !g.pad_w) {
+  if (g.kernel_size() == 1 && !g.pad_h && !g.pad_w && !g.transposed && !g.volume) {
     // Pixels that a strided 1x1 convolution skips need not be quantized.
     input.strides.y *= g.stride_h, input.strides.x *= g.stride_w;
     g.height = g.out_height, g.width = g.out_width;
@@ -193,7 +202,7 @@ void convolve(const ConvSizes& whole, const Layer& l, const Kernels& kernels, co
   struct User;
   Scratch<User> scratch(QuantizedTensor::bytes(format, g.grid()));
   const QuantizedTensor q(format, g.grid(), scratch.take<std::byte>(0));
-  quantize(q, kernels, input.values, input.strides);
+  quantize(q, kernels, input.values, input.strides, g.depth);
   convolve(g, l, kernels, q, o);
 }
 

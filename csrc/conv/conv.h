@@ -33,6 +33,7 @@ struct Output {
   Strides strides;
   Input residual;                            // its values may be null; its channels are as far apart as those of the output
   std::span<const QuantizedTarget> targets;  // the outputs are whole blocks of them
+  Lattice lattice{};                         // of the targets
 };
 
 // Packs vqk (outputs, channels / groups, taps) to panels, one after another, wide where it has more than 4 bits; for
@@ -47,6 +48,9 @@ void convolve(const ConvSizes&, const Layer&, const Kernels&, const Input&, cons
 void convolve(const ConvSizes&, const Layer&, const Kernels&, const QuantizedTensor& input, const Output&);
 // Convolves by Winograd; the weights are wide, and the KDS shift is that of the centre.
 void convolve_winograd(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
+// Convolves with flattened blocks, in two dimensions and in three.
+void convolve_flat(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
+void convolve_flat_frames(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 void convolve_depthwise(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 
 // Quantizes the input of a 1x1 convolution to mantissas (images, channels, pixels) and exponents (images, groups *

@@ -55,8 +55,13 @@ class OutputTasks {
       const auto of_line = [&s](std::int64_t image, std::int64_t y, std::int64_t x) { return image * s.image + y * s.y + x * s.x; };
       pixel_offsets(first, count, g_.out_height, g_.out_width, s.x, of_line, to + at);
     };
-    for (std::int64_t i = 0; i < std::ssize(o_.targets); ++i)
-      o_.targets[i].tensor.rows_of(first, count, px.target_row + i * px.count + at);
+    for (std::int64_t i = 0; i < std::ssize(o_.targets); ++i) {
+      const Lattice& l = o_.lattice;
+      const auto row_of = [&](std::int64_t image, std::int64_t y, std::int64_t x) {
+        return o_.targets[i].tensor.row(image * l.frames + l.frame, l.y + y * l.step_y, l.x + x * l.step_x);
+      };
+      pixel_offsets(first, count, g_.out_height, g_.out_width, l.step_x, row_of, px.target_row + i * px.count + at);
+    }
     if (o_.residual.values) offsets(o_.residual.strides, px.residual_place);
     if (o_.values) return offsets(o_.strides, px.place);
     for (int p = at; p < at + count; ++p) px.place[p] = p * unit_;

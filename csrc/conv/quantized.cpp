@@ -155,7 +155,7 @@ void quantize_planes(const QuantizedTensor& to, const Kernels& kernels, const fl
 
 }  // namespace
 
-void quantize(const QuantizedTensor& to, const Kernels& kernels, const float* from, const Strides& s) {
+void quantize(const QuantizedTensor& to, const Kernels& kernels, const float* from, const Strides& s, std::int64_t frames) {
   const auto [images, height, width, pad_h, pad_w] = to.grid();
   const std::int64_t depth = to.format().layout.depth;
   to.begin(0, to.format().groups * depth);
@@ -167,7 +167,8 @@ void quantize(const QuantizedTensor& to, const Kernels& kernels, const float* fr
   parallel(to.format().groups * images * down * across, [&](std::int64_t task) {
     const std::int64_t left = task % across * columns, top = task / across % down * lines;
     const std::int64_t image = task / across / down % images, group = task / across / down / images;
-    const float* values = from + image * s.image + group * depth * s.channel + top * s.y + left * s.x;
+    const std::int64_t line = image % frames * height + top;
+    const float* values = from + image / frames * s.image + group * depth * s.channel + line * s.y + left * s.x;
     const Patch patch{group, (image * height + top) * width + left, std::min(height - top, lines), std::min(width - left, columns)};
     if (s.channel != 1) return quantize_planes(to, kernels, values, s, contiguous, patch);
     const std::int64_t run = s.y == patch.width * s.x ? patch.height : 1;

@@ -60,6 +60,12 @@ inline float exact_scale(const BlockScale& block, bool int_acc) {
   return std::bit_cast<float>(int_acc || bits == kNanBits ? bits : bits - (kMagicBits - kOneBits));
 }
 
+// The pixels of a tensor that outputs become: of every `frames` images one, and there of every so many lines and pixels
+// one, from these on.
+struct Lattice {
+  std::int64_t frames = 1, frame = 0, y = 0, x = 0, step_y = 1, step_x = 1;
+};
+
 // A quantized tensor that receives channels of another tensor, the first one as its channel `first`.
 struct QuantizedTarget {
   QuantizedTensor tensor;
@@ -79,7 +85,8 @@ void quantize_into(const QuantizedTarget&, const Kernels&, const float* values, 
 void quantize_into(const QuantizedTarget&, const Kernels&, const float* values, std::int64_t stride, std::int64_t first_pixel,
                    std::int64_t pixels, std::int64_t from, std::int64_t to);
 
-// Quantizes a tensor of any strides into the whole of `to`, and fills the border.
-void quantize(const QuantizedTensor& to, const Kernels&, const float* from, const Strides&);
+// Quantizes a tensor of any strides into the whole of `to`, and fills the border. So many images of `to` are the frames of
+// one of the tensor, the lines of one after those of another.
+void quantize(const QuantizedTensor& to, const Kernels&, const float* from, const Strides&, std::int64_t frames = 1);
 
 }  // namespace dsconv

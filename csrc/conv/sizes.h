@@ -1,7 +1,9 @@
 // Sizes of convolutions and of quantized tensors.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "../kernels/kernels.h"
 
@@ -50,7 +52,31 @@ struct PaddedGrid {
   std::int64_t rows() const { return images * image(); }
 };
 
-// 1-D has height 1; a linear layer is a 1x1 convolution of one image that is a row of pixels.
+// One dimension of a convolution. Outputs of a transposed one that lie `stride` apart have the same taps: they are a phase.
+// All outputs of another one are its only phase.
+struct Axis {
+  std::int64_t size, out, kernel, stride, pad, dilation;
+  bool transposed;
+
+  std::int64_t phases() const { return transposed ? std::min(stride, out) : 1; }
+  std::int64_t outputs(std::int64_t phase) const { return transposed ? ceil_div(out - phase, stride) : out; }
+  std::int64_t output_step() const { return transposed ? stride : 1; }  // from one output of a phase to the next
+  std::int64_t input_step() const { return transposed ? 1 : stride; }   // of the input, meanwhile
+  // Taps of one key belong to the same phase. They follow one another in packed weights.
+  std::int64_t key(std::int64_t tap) const { return transposed ? tap * dilation % stride : 0; }
+  std::int64_t key_of(std::int64_t phase) const { return transposed ? (phase + pad) % stride : 0; }
+  // Returns the input that the first output of a phase reads through one of its taps.
+  std::int64_t place(std::int64_t phase, std::int64_t tap) const {
+    return transposed ? (phase + pad - tap * dilation) / stride : tap * dilation - pad;
+  }
+  std::int64_t border() const {  // of zeros on both sides that outputs read
+    if (!transposed) return pad;
+    return std::max({std::int64_t{0}, ((kernel - 1) * dilation - pad) / stride, (out - 1 + pad) / stride - (size - 1)});
+  }
+};
+
+// 1-D has height 1, 2-D has depth 1; a linear layer is a 1x1 convolution of one image that is a row of pixels. An image of
+// 3-D is `depth` frames, one below the other.
 struct ConvSizes {
   std::int64_t images, channels, height, width;
   std::int64_t outputs, out_height, out_width;
@@ -59,18 +85,26 @@ struct ConvSizes {
   std::int64_t block_size;
   bool flat;      // blocks run over the channels * taps of one output
   bool winograd;  // of 3x3 and stride 1; its products take the place of taps
+  bool transposed = false;
+  bool volume = false;  // 3-D
+  std::int64_t depth = 1, out_depth = 1, kernel_d = 1, stride_d = 1, pad_d = 0, dilation_d = 1;
 
   bool operator==(const ConvSizes&) const = default;
   bool valid() const;  // sizes are in range, agree, and do not overflow
   // One input channel per group. Blocks run over the taps of a filter; blocks of one tap are flat blocks of one value.
-  bool depthwise() const { return flat && groups > 1 && groups == channels; }
+  bool depthwise() const { return flat && groups > 1 && groups == channels && !volume; }
   // Depthwise with one block a filter: its activations may stay float.
   bool takes_floats() const { return depthwise() && layout().blocks() == 1; }
-  std::int64_t kernel_size() const { return kernel_h * kernel_w; }
+  Axis axis_d() const { return {depth, out_depth, kernel_d, stride_d, pad_d, dilation_d, transposed}; }
+  Axis axis_h() const { return {height, out_height, kernel_h, stride_h, pad_h, dilation_h, transposed}; }
+  Axis axis_w() const { return {width, out_width, kernel_w, stride_w, pad_w, dilation_w, transposed}; }
+  std::int64_t kernel_size() const { return kernel_d * kernel_h * kernel_w; }
   std::int64_t taps() const { return flat ? 1 : winograd ? kWinogradProducts : kernel_size(); }
-  std::int64_t pixels() const { return images * out_height * out_width; }
+  std::int64_t pixels() const { return images * out_depth * out_height * out_width; }
   BlockLayout layout() const { return {channels / groups * (flat ? kernel_size() : 1), block_size}; }
-  PaddedGrid grid() const { return {images, height, width, pad_h, pad_w}; }  // of a quantized input, unless blocks are flat
+  PaddedGrid grid() const {  // of a quantized input, unless blocks are flat
+    return {images * depth, height, width, axis_h().border(), axis_w().border()};
+  }
   std::int64_t group_outputs() const { return outputs / groups; }
   std::int64_t panel_pairs() const { return ceil_div(group_outputs(), kNR); }  // of a group
   std::int64_t panel_bytes(bool wide) const { return taps() * layout().row_octets() * (wide ? 128 : 64); }

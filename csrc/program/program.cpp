@@ -62,18 +62,18 @@ std::int64_t Program::quantized_bytes(const ActivationFormat& format, const Padd
   const BlockLayout& layout = format.layout;
   require(
       is_size(layout.depth) && layout.block_size > 0 && layout.block_size <= kMaxBlockSize && layout.block_size % 8 == 0 &&
-          is_size(format.groups) && is_size(grid.height) && is_size(grid.width) && grid.pad_h >= 0 && grid.pad_w >= 0 &&
-          1.0 * format.groups * layout.depth * (grid.height + 2.0 * grid.pad_h) * (grid.width + 2.0 * grid.pad_w) < kMaxImageBytes,
+          is_size(format.groups) && is_size(grid.images) && is_size(grid.height) && is_size(grid.width) && grid.pad_h >= 0 &&
+          grid.pad_w >= 0 &&
+          1.0 * format.groups * layout.depth * grid.images * (grid.height + 2.0 * grid.pad_h) * (grid.width + 2.0 * grid.pad_w) <
+              kMaxImageBytes,
       "quantized: sizes are not negative");
   return QuantizedTensor::bytes(format, grid);
 }
 
 int Program::add_quantized(const ActivationFormat& format, const PaddedGrid& grid, std::int64_t offset) {
-  PaddedGrid one = grid;
-  one.images = 1;
-  const std::int64_t bytes = quantized_bytes(format, one);
+  const std::int64_t bytes = quantized_bytes(format, grid);
   require(offset >= 0 && offset < kMaxImageBytes && offset % 64 == 0, "quantized: expected an offset of a multiple of 64");
-  quantized_.push_back({format, one, offset});
+  quantized_.push_back({format, grid, offset});
   bytes_ = std::max(bytes_, offset + bytes);
   largest_ = std::max(largest_, bytes_);
   return static_cast<int>(quantized_.size()) - 1;
@@ -112,7 +112,7 @@ Output Program::output(const Run& run, const StepOutputs& to, std::span<const Qu
 QuantizedTensor Program::quantized(const Run& run, int id) const {
   const QuantizedSlot& t = quantized_[id];
   PaddedGrid grid = t.grid;
-  grid.images = run.images;
+  grid.images *= run.images;
   return {t.format, grid, reinterpret_cast<std::byte*>(base(run, 0) + t.offset * run.images)};
 }
 
@@ -137,8 +137,9 @@ void Program::check(const StepOutputs& to, std::int64_t channels, std::int64_t h
     const QuantizedSlot& t = quantized_slot(id);
     const BlockLayout& layout = t.format.layout;
     const auto at_block = [&](std::int64_t channel) { return channel % layout.depth % layout.block_size == 0; };
-    require(t.grid.height == height && t.grid.width == width && first >= 0 && first <= layout.depth * t.format.groups - channels &&
-                at_block(first) && at_block(first + channels) && (whole || t.format.groups == 1),
+    require(t.grid.images * t.grid.height == height && t.grid.width == width && first >= 0 &&
+                first <= layout.depth * t.format.groups - channels && at_block(first) && at_block(first + channels) &&
+                (whole || t.format.groups == 1),
             "targets: expected whole blocks of a tensor of the outputs' size");
   }
   require(to.values >= 0 || !to.targets.empty(), "a step without an output");
@@ -149,10 +150,13 @@ void Program::convolve(const ConvSizes& sizes, const Layer& layer, int from, int
   g.images = 1;
   require(g.valid(), "the sizes of the convolution do not agree");
   require(g.groups == 1 || g.depthwise() || to.targets.empty(), "a grouped convolution cannot quantize its outputs");
-  check(to, g.outputs, g.out_height, g.out_width, g.depthwise());
+  check(to, g.outputs, g.out_depth * g.out_height, g.out_width, g.depthwise());
+  for (const auto& [id, first] : to.targets)
+    require(quantized_slot(id).grid.images == g.out_depth, "targets: expected a tensor of as many frames as the outputs");
   if (from >= 0) {
     const FloatTensor& v = float_tensor(from);
-    require(v.channels == g.channels && v.height == g.height && v.width == g.width, "expected an input of the layer's sizes");
+    require(v.channels == g.channels && v.height == g.depth * g.height && v.width == g.width,
+            "expected an input of the layer's sizes");
   } else {
     require(!g.flat && !g.winograd, "flattened blocks and Winograd need a float input");
   }
@@ -160,8 +164,8 @@ void Program::convolve(const ConvSizes& sizes, const Layer& layer, int from, int
     const QuantizedSlot& t = quantized_slot(input_id);
     const PaddedGrid needed = g.grid();
     require(t.format == layer.format(g), "expected an input quantized as the layer wants it");
-    require(t.grid.height == needed.height && t.grid.width == needed.width && t.grid.pad_h >= needed.pad_h &&
-                t.grid.pad_w >= needed.pad_w,
+    require(t.grid.images == needed.images && t.grid.height == needed.height && t.grid.width == needed.width &&
+                t.grid.pad_h >= needed.pad_h && t.grid.pad_w >= needed.pad_w,
             "expected a quantized input of the layer's sizes");
   }
   Layer l = layer;
@@ -184,7 +188,8 @@ void Program::quantize_whole(const FloatTensor& v, const StepOutputs& to) {
                       }),
           "expected a dense tensor, or nothing to do but to quantize it whole");
   steps_.push_back([=, this](const Run& run) {
-    for (const auto& [id, first] : to.targets) quantize(quantized(run, id), kernels_, address(run, v), v.strides);
+    for (const auto& [id, first] : to.targets)
+      quantize(quantized(run, id), kernels_, address(run, v), v.strides, quantized_slot(id).grid.images);
   });
 }
 

@@ -13,7 +13,7 @@
 namespace dsconv {
 
 // A float tensor: of images that lie `strides.image` apart, from base address number `base` plus `offset` bytes an
-// image plus `first` values on.
+// image plus `first` values on. The frames of a 3-D one lie one below the other.
 struct FloatTensor {
   int base;
   std::int64_t offset, first;
@@ -119,7 +119,7 @@ class Program {
  private:
   struct QuantizedSlot {
     ActivationFormat format;
-    PaddedGrid grid;  // of one image
+    PaddedGrid grid;  // of the frames of one image
     std::int64_t offset;
   };
 

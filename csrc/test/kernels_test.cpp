@@ -57,30 +57,44 @@ struct Case {
   std::vector<std::int8_t> vqk;
 };
 
+// Chooses a size of a dimension, up to `more` above the least that has outputs, and of a transposed one how many.
+void choose_size(Axis a, std::int64_t more, std::int64_t& size, std::int64_t& out) {
+  const auto outputs = [&a](std::int64_t n) {
+    const std::int64_t span = a.dilation * (a.kernel - 1) + 1, room = n + 2 * a.pad - span;
+    return a.transposed ? (n - 1) * a.stride - 2 * a.pad + span : room < 0 ? 0 : room / a.stride + 1;
+  };
+  size = 1;
+  while (outputs(size) < 1) ++size;
+  size += pick(0, more);
+  out = outputs(size) + (a.transposed ? pick(0, std::max(a.stride, a.dilation) - 1) : 0);
+}
+
 Case random_case() {
   Case c;
   ConvSizes& g = c.g;
-  const bool depthwise = pick(0, 4) == 0;
+  g.transposed = pick(0, 3) == 0, g.volume = pick(0, 4) == 0;
+  const bool depthwise = !g.transposed && !g.volume && pick(0, 4) == 0;
   g.groups = depthwise ? pick(2, 40) : pick(0, 3) ? 1 : pick(2, 3);
   g.images = pick(0, 9) ? pick(1, 2) : 0;
-  g.channels = depthwise ? g.groups : g.groups * pick(1, pick(0, 3) ? 40 : 257);
+  g.channels = depthwise ? g.groups : g.groups * pick(1, pick(0, 3) || g.volume ? 40 : 257);
   g.outputs = g.groups * (depthwise ? pick(0, 3) ? 1 : pick(2, 3) : pick(0, 4) ? pick(1, 70) : 64 * pick(1, 3));
-  g.kernel_h = pick(1, 3), g.kernel_w = pick(1, 5);
+  if (g.volume) g.outputs = g.groups * (pick(0, 1) ? pick(1, 20) : 64);
+  g.kernel_h = pick(1, 3), g.kernel_w = pick(1, g.volume ? 3 : 5);
   g.stride_h = pick(1, 3), g.stride_w = pick(1, 3);
   g.dilation_h = pick(1, 2), g.dilation_w = pick(1, 2);
-  g.winograd = g.groups == 1 && pick(0, 2) == 0;
+  if (g.volume) g.kernel_d = pick(1, 3), g.stride_d = pick(1, 3), g.dilation_d = pick(1, 2), g.pad_d = pick(0, 2);
+  g.winograd = g.groups == 1 && !g.transposed && !g.volume && pick(0, 2) == 0;
   if (g.winograd) g.kernel_h = g.kernel_w = 3, g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
   const bool in_float = depthwise && pick(0, 1);
   const bool one_block = !depthwise && pick(0, 5) == 0;  // dot_one_block covers most of these
   if (one_block) g.kernel_h = g.kernel_w = 1, g.winograd = false, g.outputs = g.groups * 16 * pick(1, 5);
   g.pad_h = pick(0, 3), g.pad_w = pick(0, 3);
-  do {
-    g.height = pick(1, 9), g.width = pick(1, 20);
-    g.out_height = (g.height + 2 * g.pad_h - g.dilation_h * (g.kernel_h - 1) - 1) / g.stride_h + 1;
-    g.out_width = (g.width + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1) / g.stride_w + 1;
-  } while (g.height + 2 * g.pad_h < g.dilation_h * (g.kernel_h - 1) + 1 ||
-           g.width + 2 * g.pad_w < g.dilation_w * (g.kernel_w - 1) + 1);
-  g.flat = depthwise || (!g.winograd && !one_block && pick(0, 3) == 0);
+  const bool large = !g.transposed && !g.volume;
+  if (g.volume) choose_size(g.axis_d(), 2, g.depth, g.out_depth);
+  else g.depth = g.out_depth = 1;
+  choose_size(g.axis_h(), large ? 8 : 2, g.height, g.out_height);
+  choose_size(g.axis_w(), large ? 19 : 4, g.width, g.out_width);
+  g.flat = depthwise || (!g.winograd && !g.transposed && !one_block && pick(0, 3) == 0);
   g.block_size = in_float    ? 32
                  : one_block ? ceil_div(g.channels / g.groups, 8) * 8
                  : depthwise ? pick(1, 20)
@@ -96,7 +110,7 @@ Case random_case() {
   // Sometimes beyond the exponents that are usually met.
   const float magnitude = std::exp2(static_cast<float>(pick(0, 9) ? pick(-90, 90) : pick(104, 110)));
   const bool rectified = pick(0, 1);
-  for (std::int64_t i = 0; i < g.images * g.channels * g.height * g.width; ++i) {
+  for (std::int64_t i = 0; i < g.images * g.channels * g.depth * g.height * g.width; ++i) {
     const float v = normal() * magnitude;
     c.input.push_back(rectified ? std::fmax(v, 0.0f) : v);
   }
@@ -111,7 +125,7 @@ Case random_case() {
   }
   for (std::int64_t i = 0; i < g.outputs; ++i)
     c.biases.push_back(normal()), c.gains.push_back(normal()), c.offsets.push_back(normal());
-  for (std::int64_t i = 0; i < g.images * g.outputs * g.out_height * g.out_width; ++i) c.residual.push_back(normal() * magnitude);
+  for (std::int64_t i = 0; i < g.pixels() * g.outputs; ++i) c.residual.push_back(normal() * magnitude);
   return c;
 }
 
@@ -131,7 +145,7 @@ struct Made {
 ActivationFormat format_of(const Case& c) {
   return {{c.g.outputs, c.block_size}, 1, c.target_bits, static_cast<Sign>(c.sign), c.target_bits % 2 == 0, c.shift};
 }
-PaddedGrid grid_of(const Case& c) { return {c.g.images, c.g.out_height, c.g.out_width, c.g.pad_h, c.g.pad_w}; }
+PaddedGrid grid_of(const Case& c) { return {c.g.images * c.g.out_depth, c.g.out_height, c.g.out_width, c.g.pad_h, c.g.pad_w}; }
 
 std::byte* aligned(std::vector<std::byte>& memory) {
   return memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64) % 64;
@@ -173,15 +187,15 @@ Made run(const Case& c, const Kernels& kernels) {
                     wide,
                     c.activation_bits,
                     static_cast<Sign>(c.sign)};
-  const Strides to = strides_of(c, g.outputs, g.out_height, g.out_width);
-  const Input input{c.input.data(), strides_of(c, g.channels, g.height, g.width)},
+  const Strides to = strides_of(c, g.outputs, g.out_depth * g.out_height, g.out_width);
+  const Input input{c.input.data(), strides_of(c, g.channels, g.depth * g.height, g.width)},
       residual{c.add ? c.residual.data() : nullptr, to};
   convolve(g, layer, kernels, input, {output.data(), to, residual, {}});
   if (!c.channels_last || (g.groups > 1 && !g.depthwise())) return {output, {}};
   // The epilogue quantizes outputs, with and without the floats, to the same as quantizing the floats.
   std::vector<std::byte> memory(QuantizedTensor::bytes(format_of(c), grid_of(c)) + 64);
   const QuantizedTensor q(format_of(c), grid_of(c), aligned(memory));
-  quantize(q, kernels, output.data(), to);
+  quantize(q, kernels, output.data(), to, g.out_depth);
   const std::vector<std::byte> expected = rows_of(q);
   for (const bool floats : {true, false}) {
     std::fill(memory.begin(), memory.end(), std::byte{0x55});
@@ -272,18 +286,26 @@ double activated(const Case& c, double v) {
 std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
   const ConvSizes& g = c.g;
   if (g.winograd || c.activation == Activation::exp) return -1;
-  const std::int64_t cg = g.channels / g.groups, og = g.outputs / g.groups, taps = g.kernel_h * g.kernel_w;
-  const Strides in = strides_of(c, g.channels, g.height, g.width), out = strides_of(c, g.outputs, g.out_height, g.out_width);
+  const std::int64_t cg = g.channels / g.groups, og = g.outputs / g.groups, taps = g.kernel_size(),
+                     down = g.out_depth * g.out_height;
+  const Strides in = strides_of(c, g.channels, g.depth * g.height, g.width), out = strides_of(c, g.outputs, down, g.out_width);
+  // Returns the place that an output reads through a tap, or -1.
+  const auto read = [](const Axis& a, std::int64_t output, std::int64_t tap) {
+    const std::int64_t at = a.transposed ? output + a.pad - tap * a.dilation : output * a.stride - a.pad + tap * a.dilation;
+    const std::int64_t place = a.transposed ? at / a.stride : at;
+    return at < 0 || place >= a.size || (a.transposed && at % a.stride) ? -1 : place;
+  };
   for (std::int64_t n = 0; n < g.images; ++n)
     for (std::int64_t o = 0; o < g.outputs; ++o)
-      for (std::int64_t y = 0; y < g.out_height; ++y)
+      for (std::int64_t y = 0; y < down; ++y)
         for (std::int64_t x = 0; x < g.out_width; ++x) {
           const std::int64_t at = n * out.image + o * out.channel + y * out.y + x * out.x;
           const auto value = [&](std::int64_t channel, std::int64_t tap) {
-            const std::int64_t iy = y * g.stride_h - g.pad_h + tap / g.kernel_w * g.dilation_h;
-            const std::int64_t ix = x * g.stride_w - g.pad_w + tap % g.kernel_w * g.dilation_w;
-            if (iy < 0 || iy >= g.height || ix < 0 || ix >= g.width) return 0.0f;
-            return c.input[n * in.image + (o / og * cg + channel) * in.channel + iy * in.y + ix * in.x];
+            const std::int64_t iz = read(g.axis_d(), y / g.out_height, tap / g.kernel_w / g.kernel_h);
+            const std::int64_t iy = read(g.axis_h(), y % g.out_height, tap / g.kernel_w % g.kernel_h);
+            const std::int64_t ix = read(g.axis_w(), x, tap % g.kernel_w);
+            if (iz < 0 || iy < 0 || ix < 0) return 0.0f;
+            return c.input[n * in.image + (o / og * cg + channel) * in.channel + (iz * g.height + iy) * in.y + ix * in.x];
           };
           double sum = c.bias ? c.biases[o] : 0.0, size = std::fabs(sum);
           std::int64_t terms = 0;

@@ -135,7 +135,8 @@ class QuantConfig(LayerConfig):
     Attributes:
         first_layer: by default 8 bits over flattened blocks, since three channels do not fill a block.
         depthwise: by default 8-bit weights in one block per filter, and float activations: a filter has too few
-            products to pay for rounding its inputs.
+            products to pay for rounding its inputs. In three dimensions 8 bits take the place of float ones, unless
+            those of all layers are.
         small_layers: by default None; 8 bits in the presets ``default`` and ``w4a4``. What a layer's error does to the
             output does not depend on how many weights it has, what its bits cost does.
         last_layer, linear: by default None, as every other layer.
@@ -211,16 +212,20 @@ class QuantConfig(LayerConfig):
         last: bool = False,
         depthwise: bool = False,
         small: bool = False,
+        volume: bool = False,
     ) -> LayerConfig | None:
-        """Settings of the layer called ``name``, or None where it is left in float.
+        """Settings of the layer called ``name``, or None where it is left in float; ``volume``: of three dimensions.
 
         Raises:
             ConfigError: the settings that apply contradict one another.
         """
+        own = self.depthwise if depthwise else None
+        if volume and isinstance(own, dict) and own.get("activation_bits", 8) is None and self.activation_bits:
+            own = own | {"activation_bits": 8}  # the kernels for float activations are of images
         layers: list[Settings] = [
             self.linear if kind == "linear" else None,
             self.small_layers if small else None,
-            self.depthwise if depthwise else None,
+            own,
             self.first_layer if first else None,
             self.last_layer if last else None,
             *(settings for pattern, settings in self.overrides.items() if fnmatchcase(name, pattern)),

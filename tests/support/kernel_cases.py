@@ -35,14 +35,15 @@ class Case:
 
     x: Tensor
     outputs: int
-    kernel: tuple[int, int]
+    kernel: tuple[int, ...]
     config: LayerConfig
     groups: int = 1
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     bias: Tensor | None = None
     weight_scale: float = 1.0
+    output_padding: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         config = self.config
@@ -54,7 +55,13 @@ class Case:
         else:
             vqk, self.kds = quantize_weight(rows, config.weight_bits, config.block_size)
         self.vqk = vqk.view(weight.shape)
-        self.packed = packing.pack(self.vqk, self.kds, self.shift, config, self.groups)
+        transposed = None if self.output_padding is None else (self.stride, self.dilation)
+        self.packed = packing.pack(self.vqk, self.kds, self.shift, config, self.groups, transposed=transposed)
+
+    @property
+    def operator(self) -> Any:
+        general = len(self.kernel) == 3 or self.output_padding is not None
+        return torch.ops.dsconv.convolution if general else torch.ops.dsconv.conv2d
 
     def arguments(self) -> dict[str, Any]:
         config = self.config
@@ -74,10 +81,11 @@ class Case:
             "sign": config.activation_sign,
             "block_size": packing.kernel_block_size(self.vqk.shape, config),
             "algorithm": config.algorithm,
+            **({} if self.output_padding is None else {"output_padding": self.output_padding}),
         }
 
     def run(self, **changed: Any) -> Tensor:
-        y = torch.ops.dsconv.conv2d(**self.arguments() | changed)
+        y = self.operator(**self.arguments() | changed)
         assert isinstance(y, Tensor)
         return y
 
@@ -90,11 +98,25 @@ class Case:
         x, where = self.x, {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         if config.blocks == "flat":
             x, where = patches(x, self.kernel, **where), {}
-            vqk, kds = vqk.flatten(1)[..., None, None], kds[..., None, None]
-            shift = None if shift is None else shift[..., None, None]
+            ones = (1,) * len(self.kernel)
+            vqk, kds = vqk.flatten(1).view(len(vqk), -1, *ones), kds.view(*kds.shape, *ones)
+            shift = None if shift is None else shift.view(kds.shape)
         size, sign = config.block_size, config.activation_sign
         m, e = quantize_activation(x, config.activation_bits, size, sign=sign, groups=self.groups)
+        if self.output_padding is not None:
+            # A convolution of pixels with zeros between them, the taps in reverse.
+            m, e, where = self._spread(m), self._spread(e), {"dilation": self.dilation}
+            last = tuple(range(2, vqk.dim()))
+            vqk, kds, shift = vqk.flip(last), kds.flip(last), None if shift is None else shift.flip(last)
         return reference_conv(m, e, vqk, kds, size, kds_shift=shift, bias=self.bias, groups=self.groups, **where)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        assert self.output_padding is not None
+        spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)))
+        spread[:, :, *(slice(None, None, s) for s in self.stride)] = x
+        sides = zip(self.kernel, self.padding, self.dilation, self.output_padding, strict=True)
+        border = [(d * (k - 1) - p, d * (k - 1) - p + e) for k, p, d, e in sides]
+        return F.pad(spread, [pad for pair in reversed(border) for pad in pair])
 
     def _reference_of_floats(self) -> Reference:
         x, weight = self.x.double(), self.vqk.double() * self.kds.double().view(-1, 1, 1, 1)
@@ -150,10 +172,52 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(x, outputs, kernel, config, groups, stride, padding, dilation, bias)
 
 
+@st.composite
+def general_cases(draw: st.DrawFn) -> Case:
+    """Any transposed or 3-D convolution that the kernels cover, small; the batch may be empty."""
+
+    def pick(low: int, high: int) -> int:
+        return draw(st.integers(low, high))
+
+    torch.manual_seed(pick(0, 10**6))
+    dims, transposed = draw(st.sampled_from(((2, True), (3, False), (3, True))))
+    config = LayerConfig(
+        weight_bits=pick(2, 8),
+        activation_bits=pick(2, 8),
+        block_size=8 * pick(1, 16),
+        activation_sign=draw(st.sampled_from(("adaptive", "extra", "included"))),
+        weight_shift=draw(st.booleans()),
+        blocks="tap" if transposed else draw(st.sampled_from(("tap", "flat"))),
+    )
+    groups = pick(1, 3)
+    channels = groups * draw(st.integers(1, 40) | st.sampled_from((64, 80, 129)))
+    kernel, stride, padding, dilation = (
+        tuple(pick(low, high) for _ in range(dims)) for low, high in ((1, 4), (1, 4), (0, 3), (1, 3))
+    )
+    spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    extra = None
+    if transposed:
+        extra = tuple(pick(0, max(s, d) - 1) for s, d in zip(stride, dilation, strict=True))
+        sides = zip(spans, stride, padding, extra, strict=True)
+        least = [1 + max(0, -((span - 2 * p + e - 1) // s)) for span, s, p, e in sides]
+    else:
+        least = [max(1, span - 2 * p) for span, p in zip(spans, padding, strict=True)]
+    scale = draw(st.sampled_from((1.0, 2.0**-90, 2.0**90)))
+    size = [n + pick(0, 3 if dims == 3 else 6) for n in least]
+    x = torch.randn(pick(0, 2), channels, *size) * scale
+    if draw(st.booleans()):
+        x = x.relu()
+    if draw(st.booleans()) and x.numel():
+        x.view(-1)[pick(0, x.numel() - 1)] = draw(st.sampled_from((torch.nan, torch.inf, -torch.inf)))
+    outputs = groups * pick(1, 40)
+    bias = torch.randn(outputs) * scale if draw(st.booleans()) else None
+    return Case(x, outputs, kernel, config, groups, stride, padding, dilation, bias, output_padding=extra)
+
+
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The values of ``x`` in another place."""
     if layout == "channels last":
-        return x.to(memory_format=torch.channels_last)
+        return x.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
     if layout == "every second":
         wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan)
         wide[..., 1::2] = x

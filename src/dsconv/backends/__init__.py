@@ -6,7 +6,7 @@ import torch
 
 from dsconv.backends import cpu, simulate
 from dsconv.backends.base import Backend, Executable, Operation
-from dsconv.backends.simulate import prepare, quantized
+from dsconv.backends.simulate import prepare, quantized, run_whole
 from dsconv.ops import is_simulated
 
 BACKENDS: list[Backend] = [cpu, simulate]
@@ -77,4 +77,5 @@ __all__ = [
     "lowering",
     "prepare",
     "quantized",
+    "run_whole",
 ]

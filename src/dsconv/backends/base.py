@@ -41,7 +41,8 @@ class Executable(Protocol):
     """The steps of a network over one piece of memory; a run executes some that follow one another.
 
     Tensors have numbers, -1 of none, and every step is one call that appends it. Sizes are of one image: channels,
-    height and width. Weights and other constants are addresses of tensors, 0 of none, that the caller keeps.
+    height and width; the frames of a volume lie one below the other. Weights and other constants are addresses of
+    tensors, 0 of none, that the caller keeps.
     """
 
     def values(
@@ -67,6 +68,7 @@ class Executable(Protocol):
         bits: int,
         sign: int,
         shift: bool,
+        frames: int = 1,
     ) -> int:
         """Return the number of a quantized tensor in the memory between steps.
 
@@ -76,10 +78,11 @@ class Executable(Protocol):
             lane_bits: of the weights that it meets, 4 or 8.
             sign: number in :data:`dsconv.numerics.ACTIVATION_SIGNS`.
             shift: whether its blocks are summed up for a KDS shift.
+            frames: that an image has, one grid each.
         """
 
     def quantized_bytes(
-        self, depth: int, block_size: int, groups: int, grid: tuple[int, int, int, int], shift: bool
+        self, depth: int, block_size: int, groups: int, grid: tuple[int, int, int, int], shift: bool, frames: int = 1
     ) -> int:
         """Return how much memory such a tensor takes, for an image."""
 
@@ -99,7 +102,7 @@ class Executable(Protocol):
         sign: int,
         uses: Uses,
     ) -> None:
-        """Append ``dsconv::conv2d`` of :func:`dsconv.ops.checked_sizes`, of a float32 or a quantized tensor."""
+        """Append a convolution of :func:`dsconv.ops.checked_sizes`, of a float32 or a quantized tensor."""
 
     def map(self, source: int, operations: Sequence[MapOperation], uses: Uses) -> None:
         """Append a :class:`dsconv.compilation.operators.map.Map`."""
@@ -172,8 +175,8 @@ class Backend(Protocol):
     """A module of these functions, or an object with these methods.
 
     A graph that :mod:`torch.export` captures holds the operators that :meth:`run` calls. The compiler makes steps of
-    those that it knows (``dsconv::conv2d`` and ``dsconv::linear``), appends them to what :meth:`lower` returns, and
-    leaves all others to PyTorch.
+    those that it knows (``dsconv::conv2d``, ``convolution`` and ``linear``), appends them to what :meth:`lower`
+    returns, and leaves all others to PyTorch.
 
     Attributes:
         device: type of the devices that it computes on; None is all of them.

@@ -22,10 +22,6 @@ def covers(operation: Operation) -> str:
     config = operation.config
     if native.extension() is None:
         return "the extension dsconv._C is not built"
-    if operation.transposed:
-        return "transposed convolutions have no kernels"
-    if len(operation.shape) > 4:
-        return "3-D convolutions have no kernels"
     if config.activation_bits is None and not takes_floats(operation):
         return "its input stays float"
     if packing.kernel_block_size(operation.shape, config) is None:
@@ -34,17 +30,18 @@ def covers(operation: Operation) -> str:
 
 
 def takes_floats(operation: Operation) -> bool:
-    """Whether float activations are covered: in depthwise layers, whose filters are one block without a shift."""
+    """Whether float activations are covered: in depthwise layers of images, with one block a filter and no shift."""
     config, (_, inputs, *kernel) = operation.config, operation.shape
     one_block = config.blocks == "flat" and math.prod(kernel) <= config.block_size and not config.weight_shift
-    return inputs == 1 < operation.groups and one_block
+    return inputs == 1 < operation.groups and one_block and len(kernel) < 3 and not operation.transposed
 
 
 def pack(operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None) -> Weights:
     config, block_size = operation.config, packing.kernel_block_size(operation.shape, operation.config)
     assert block_size is not None
     settings = (config.weight_bits, config.activation_bits or FLOAT_BITS, config.activation_sign, block_size)
-    packed = packing.pack(vqk, kds, kds_shift, config, operation.groups)
+    transposed = (operation.stride, operation.dilation) if operation.transposed else None
+    packed = packing.pack(vqk, kds, kds_shift, config, operation.groups, transposed=transposed)
     return packed, (operation.shape[0], *settings)
 
 
@@ -55,22 +52,22 @@ def run(operation: Operation, packed: Weights, bias: Tensor | None, x: Tensor) -
         rows = x.float() if x.dim() == 2 else x.float().reshape(-1, x.shape[-1])
         y: Tensor = torch.ops.dsconv.linear(rows, *weights, bias, *settings)
         return (y if x.dim() == 2 else y.view(*x.shape[:-1], operation.shape[0])).to(x.dtype)
-    # The kernels know two dimensions: one more in front, of size 1, where there is but one.
-    missing = 4 - len(operation.shape)
-    y = torch.ops.dsconv.conv2d(
-        x.float().unsqueeze(2) if missing else x.float(),
-        *weights,
-        bias,
-        [1] * missing + list(operation.shape[2:]),
-        [1] * missing + list(operation.stride),
-        [0] * missing + list(operation.padding),
-        [1] * missing + list(operation.dilation),
-        operation.groups,
-        operation.config.blocks == "flat",
-        *settings,
-        algorithm=operation.config.algorithm,
+    # The kernels know two dimensions or three: one more in front, of size 1, where there is but one.
+    missing = len(operation.shape) == 3
+    dtype, x = x.dtype, x.float().unsqueeze(2) if missing else x.float()
+    kernel, stride, dilation = (
+        list(packing.two_or_more(of, 1)) for of in (operation.shape[2:], operation.stride, operation.dilation)
     )
-    return (y.squeeze(2) if missing else y).to(x.dtype)
+    padding, flat = list(packing.two_or_more(operation.padding, 0)), operation.config.blocks == "flat"
+    arguments = (x, *weights, bias, kernel, stride, padding, dilation, operation.groups, flat, *settings)
+    if operation.transposed:
+        extra = list(packing.two_or_more(operation.output_padding, 0))
+        y = torch.ops.dsconv.convolution(*arguments, output_padding=extra)
+    elif x.dim() == 5:
+        y = torch.ops.dsconv.convolution(*arguments)
+    else:
+        y = torch.ops.dsconv.conv2d(*arguments, algorithm=operation.config.algorithm)
+    return (y.squeeze(2) if missing else y).to(dtype)
 
 
 def lower() -> Executable | None:

@@ -3,6 +3,11 @@
 It covers all layers, on every device. The gradient passes straight through the rounding of activations.
 """
 
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,6 +67,38 @@ def run(operation: Operation, packed: Tensor, bias: Tensor | None, x: Tensor) ->
     else:
         x_q = quantized(x, config, groups)
     return _CONV[dims - 1](x_q, weight, bias, stride, padding, dilation, groups).to(x.dtype)
+
+
+# The simulation of a layer as one operator, for graphs that no gradient passes through.
+_library: Any = torch.library.Library("dsconv", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("simulated(Tensor x, Tensor vqk, Tensor kds, Tensor? kds_shift, Tensor? bias, str operation) -> Tensor")
+
+
+def run_whole(
+    operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, bias: Tensor | None, x: Tensor
+) -> Tensor:
+    """Do as :func:`pack` and :func:`run`, by the operator ``dsconv::simulated``."""
+    given = operation._replace(config=operation.config.model_dump())._asdict()  # type: ignore[arg-type]
+    y: Tensor = torch.ops.dsconv.simulated(x, vqk, kds, kds_shift, bias, json.dumps(given))
+    return y
+
+
+@lru_cache(maxsize=4096)
+def _operation(text: str) -> Operation:
+    given = json.loads(text)
+    sizes = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    return Operation(**{**given, **sizes, "config": LayerConfig(**given["config"])})
+
+
+def _simulated(
+    x: Tensor, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, bias: Tensor | None, operation: str
+) -> Tensor:
+    what = _operation(operation)
+    return run(what, pack(what, vqk, kds, kds_shift), bias, x)
+
+
+_library.impl("simulated", _simulated, "CompositeExplicitAutograd")
+torch.library.register_fake("dsconv::simulated", _simulated, lib=_library)
 
 
 def lower() -> None:

@@ -27,9 +27,9 @@ def are_lines(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def are_pixels(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether strides are those of images ``(N, C, H, W)`` in channels-last format, but for dimensions of size 1."""
-    order = (0, 2, 3, 1)
-    return len(sizes) == 4 and are_lines([sizes[d] for d in order], [strides[d] for d in order])
+    """Whether strides are those of images or volumes in channels-last format, but for dimensions of size 1."""
+    order = (0, *range(2, len(sizes)), 1)
+    return len(sizes) in (4, 5) and are_lines([sizes[d] for d in order], [strides[d] for d in order])
 
 
 def lies_in_lines(node: Any) -> bool:
@@ -87,7 +87,7 @@ def hold_for_batches(module: fx.GraphModule, images: int) -> bool:
     """Whether strides that were recorded for a batch hold for others: images lie one after another, or are the same."""
     for node in module.graph.nodes:
         strides, sizes = node.meta.get("strides"), node.meta.get("sizes")
-        if node.op == "call_function" and strides and len(sizes) in (2, 4) and sizes[0] == images and strides[0]:
+        if node.op == "call_function" and strides and len(sizes) in (2, 4, 5) and sizes[0] == images and strides[0]:
             ends = [size * stride for size, stride in zip(sizes[1:], strides[1:], strict=True) if size > 1]
             if strides[0] < max(ends, default=0):
                 return False

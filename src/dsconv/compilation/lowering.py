@@ -42,6 +42,11 @@ def lower(module: fx.GraphModule) -> Lowered:
     return _Lowering(module).lowered()
 
 
+def _value(node: fx.Node, seen: Seen) -> Value:
+    made: Tensor = node.meta["val"]
+    return Value(node, seen.size, dim=seen.dim, frames=made.shape[2] if made.dim() == 5 else 1)
+
+
 class _Lowering:
     def __init__(self, module: fx.GraphModule):
         self.module = module
@@ -94,7 +99,7 @@ class _Lowering:
             if seen is None:
                 return None
             renamed = self.renamed.get(node)
-            made = Value(node, seen.size, dim=seen.dim) if renamed is None else self.value(renamed)
+            made = _value(node, seen) if renamed is None else self.value(renamed)
             assert made is not None
             self.values[node] = made
         return self.values[node]
@@ -106,7 +111,7 @@ class _Lowering:
 
     def _look(self, node: fx.Node) -> Seen | None:
         made, known = node.meta.get("val"), operator_of(node)
-        if not isinstance(made, Tensor) or made.dtype != torch.float32 or made.dim() not in (2, 3, 4):
+        if not isinstance(made, Tensor) or made.dtype != torch.float32 or made.dim() not in (2, 3, 4, 5):
             return None
         batch, *sizes = made.shape
         if not all(isinstance(n, int) and n > 0 for n in sizes) or (node.op == "get_attr"):
@@ -170,12 +175,13 @@ class _Lowering:
         return Call(node=node, reads_values=reads, tensors=tensors, result=result, fused=fused)
 
     def _drop_unread(self, output: fx.Node) -> None:
-        """Leave out what only led to steps of the executable, such as batch sizes, and is no tensor of images."""
+        """Leave out what only led to steps of the executable, such as batch sizes, or is a part of one."""
         read = set(output.all_input_nodes)
         kept: list[Step] = []
         for step in reversed(self.steps):
             if isinstance(step, Call):
-                if step.result is None and step.node not in read and not step.node.is_impure():
+                unread = step.result is None and step.node not in read and not step.node.is_impure()
+                if unread or step.node in self.absorbed:
                     continue
                 read.update(step.node.all_input_nodes)
             kept.append(step)

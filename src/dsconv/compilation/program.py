@@ -182,7 +182,8 @@ class Program:
     def quantized_bytes(self, q: Quantized) -> int:
         """Return how much memory a quantized tensor takes, for an image."""
         form = q.format
-        return self._executable.quantized_bytes(form.depth, form.block_size, form.groups, (*q.size, *q.pad), form.shift)
+        grid = (*q.size, *q.pad)
+        return self._executable.quantized_bytes(form.depth, form.block_size, form.groups, grid, form.shift, q.frames)
 
     # Steps of the executable
 
@@ -229,6 +230,7 @@ class Program:
                 form.bits,
                 ACTIVATION_SIGNS.index(form.sign),
                 form.shift,
+                of.frames,
             )
         return self._ids[of]
 
@@ -370,6 +372,8 @@ def _of_node(pixels: Tensor, value: Value) -> Tensor:
     if dims < 4:
         rows = () if dims == 2 else (len(pixels),)
         pixels = pixels.reshape(*rows, -1, pixels.shape[-1])
+    if dims == 5:
+        pixels = torch.unflatten(pixels, 1, (value.frames, -1))
     return pixels.movedim(-1, value.dim)
 
 

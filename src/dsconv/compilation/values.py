@@ -1,9 +1,9 @@
 """Tensors of a program.
 
-A tensor of images ``(N, C, H, W)`` or ``(N, C)`` is a :class:`Value`. It exists as float32, whose channels lie side by
-side, where somebody wants it so, and quantized in every :class:`Format` in which a layer wants it; the step that makes
-it writes all of them. Concatenated tensors are written where the whole will be needed, and some channels of a tensor
-are read where it lies.
+A tensor of images ``(N, C, H, W)``, ``(N, C)`` or ``(N, C, D, H, W)`` is a :class:`Value`. It exists as float32, whose
+channels lie side by side, where somebody wants it so, and quantized in every :class:`Format` in which a layer wants it;
+the step that makes it writes all of them. Concatenated tensors are written where the whole will be needed, and some
+channels of a tensor are read where it lies.
 """
 
 from collections.abc import Sequence
@@ -37,10 +37,11 @@ class Format(NamedTuple):
 
 @dataclass(eq=False)
 class Quantized:
-    """A value in one format, with a border of zeros as wide as any layer that reads it needs."""
+    """A value in one format, with a border of zeros around each frame as wide as any layer that reads it needs."""
 
     format: Format
     size: tuple[int, int]
+    frames: int = 1
     pad: tuple[int, int] = (0, 0)
 
 
@@ -49,8 +50,9 @@ class Value:
     """A tensor of images.
 
     Attributes:
-        size: channels, height and width.
+        size: channels, height and width; the frames of a volume lie one below the other.
         dim: the dimension of its node's tensor that is that of the channels.
+        frames: their number.
         direct: whether the step that makes it can quantize it as well.
         in_float: whether it is wanted in float32.
         outside: it is not in the program's memory: an input, an output, or made by PyTorch.
@@ -64,6 +66,7 @@ class Value:
     node: fx.Node
     size: tuple[int, int, int]
     dim: int = 1
+    frames: int = 1
     direct: bool = False
     in_float: bool = False
     outside: bool = False
@@ -78,7 +81,9 @@ class Value:
         """Return it in that format, with a border of at least ``pad``."""
         if self.home is not None and self.home.size == self.size:
             return self.home.want(wanted, pad)
-        found = self.quantized.setdefault(wanted, Quantized(wanted, self.size[1:]))
+        _, height, width = self.size
+        made = Quantized(wanted, (height // self.frames, width), self.frames)
+        found = self.quantized.setdefault(wanted, made)
         found.pad = (max(found.pad[0], pad[0]), max(found.pad[1], pad[1]))
         return found
 

@@ -221,6 +221,7 @@ def layer_config(config: QuantConfig, found: FoundLayer, layers: list[FoundLayer
         last=layer is layers[-1].layer,
         depthwise=depthwise,
         small=found.weights <= _SMALL * sum(other.weights for other in layers),
+        volume=found.kind.dims == 3,
     )
     if settings is not None and depthwise and settings.blocks == "flat":
         # One block per filter.

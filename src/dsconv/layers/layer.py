@@ -303,6 +303,8 @@ class DSLayer(nn.Module):
         bias = self.bias if biased else None
         weights = self._weights_for_kernels(x)
         if weights is None:
+            if ops.is_simulated_whole() and self._shadow is None and self.config.algorithm != "winograd":
+                return backends.run_whole(operation, self.vqk, self.kds, self.kds_shift, bias, x)
             return backends.SIMULATION.run(operation, self._weights_for_simulation(), bias, x)
         return weights.backend.run(operation, weights.packed, bias, x)
 

@@ -11,13 +11,14 @@ from dsconv.ops import cpu
 from dsconv.ops.arguments import ACTIVATIONS, FLOAT_BITS, OPERATIONS, WEIGHTS, arguments_of, checked_sizes
 from dsconv.ops.native import isa, peak_rate, use_threads
 from dsconv.ops.rounding import round_winograd, solve_balanced
-from dsconv.ops.views import patches, transposed_layout, windows
+from dsconv.ops.views import patches, pixels_format, transposed_layout, windows
 
 
 class _State(threading.local):
     # Set for each thread, and not in the class: torch.compile watches for changes of what an instance holds.
     def __init__(self) -> None:
         self.simulated = False
+        self.whole = False
 
 
 _state = _State()
@@ -42,6 +43,21 @@ def simulated() -> Iterator[None]:
         _state.simulated = before
 
 
+@contextmanager
+def simulated_whole() -> Iterator[None]:
+    """Within it, a simulated layer that this thread runs is one operator of captured graphs, ``dsconv::simulated``."""
+    before, _state.whole = _state.whole, True
+    try:
+        yield
+    finally:
+        _state.whole = before
+
+
+def is_simulated_whole() -> bool:
+    """Whether :func:`simulated_whole` is in effect in this thread."""
+    return _state.whole
+
+
 def is_simulated() -> bool:
     """Whether :func:`simulated` is in effect in this thread."""
     return _state.simulated
@@ -56,11 +72,14 @@ __all__ = [
     "checked_sizes",
     "cpu",
     "is_simulated",
+    "is_simulated_whole",
     "isa",
     "patches",
     "peak_rate",
+    "pixels_format",
     "round_winograd",
     "simulated",
+    "simulated_whole",
     "solve_balanced",
     "transposed_layout",
     "use_threads",

@@ -1,4 +1,4 @@
-"""The arguments of ``dsconv::conv2d`` and ``dsconv::linear``, and what they have to be."""
+"""The arguments of ``dsconv::conv2d``, ``dsconv::convolution`` and ``dsconv::linear``, and what they have to be."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -31,58 +31,61 @@ FLOAT_BITS = 32
 
 
 def takes_floats(channels: int, groups: int, taps: int, flat: bool, block_size: int) -> bool:
-    """Whether the activations of a convolution may stay float: it is depthwise, and a filter is one block."""
+    """Whether activations of a convolution of images may stay float: it is depthwise, and a filter is one block."""
     return flat and groups == channels > 1 and taps <= block_size
 
 
 class Geometry(NamedTuple):
-    """The windows of a convolution, in height and width, and its groups."""
+    """The windows of a convolution, in depth if it has one, height and width, and its groups.
+
+    ``output_padding`` is that of a transposed convolution, and None of any other.
+    """
 
     kernel_size: Sequence[int]
     stride: Sequence[int] = (1, 1)
     padding: Sequence[int] = (0, 0)
     dilation: Sequence[int] = (1, 1)
     groups: int = 1
+    output_padding: Sequence[int] | None = None
 
     def output_size(self, size: Sequence[int]) -> list[int]:
+        if self.output_padding is not None:
+            sides = zip(size, *self[:4], self.output_padding, strict=True)
+            return [(n - 1) * s - 2 * p + d * (k - 1) + 1 + e for n, k, s, p, d, e in sides]
         sides = zip(size, *self[:4], strict=True)
         return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides]
 
 
 PIXEL = Geometry((1, 1))
+_NUMBERS = {2: "two", 3: "three"}
 
 
 def sizes_of(
     x: Sequence[int], outputs: int, geometry: Geometry, block_size: int, flat: bool, algorithm: str = "direct"
 ) -> Any:
-    """Sizes of a convolution of ``x (N, C, H, W)``: a ``ConvSizes`` of the extension."""
-    kernel, stride, padding, dilation, groups = geometry
-    if groups == x[1] > 1 and not flat:  # depthwise: blocks of a tap are flattened blocks of one value
+    """Sizes of a convolution of ``x (N, C, H, W)`` or ``(N, C, D, H, W)``: a ``ConvSizes`` of the extension."""
+    groups, transposed, volume = geometry.groups, geometry.output_padding is not None, len(x) == 5
+    # Depthwise: blocks of a tap are flattened blocks of one value.
+    if groups == x[1] > 1 and not (flat or transposed or volume):
         flat, block_size = True, 1
     module = native.extension()
     assert module is not None
-    (images, channels, height, width), (kernel_h, kernel_w) = x, kernel
-    out_height, out_width = geometry.output_size(x[2:])
+    axes = ("depth", "height", "width")[5 - len(x) :]
+    sized = dict(zip(axes, x[2:], strict=True))
+    sized |= {f"out_{axis}": n for axis, n in zip(axes, geometry.output_size(x[2:]), strict=True)}
+    for name, of in zip(("kernel", "stride", "pad", "dilation"), geometry[:4], strict=True):
+        sized |= {f"{name}_{axis[0]}": n for axis, n in zip(axes, of, strict=True)}
     return module.ConvSizes(
-        images=images,
-        channels=channels,
-        height=height,
-        width=width,
+        images=x[0],
+        channels=x[1],
         outputs=outputs,
-        out_height=out_height,
-        out_width=out_width,
-        kernel_h=kernel_h,
-        kernel_w=kernel_w,
-        stride_h=stride[0],
-        stride_w=stride[1],
-        pad_h=padding[0],
-        pad_w=padding[1],
-        dilation_h=dilation[0],
-        dilation_w=dilation[1],
         groups=groups,
         block_size=block_size,
         flat=flat,
         winograd=algorithm == "winograd",
+        transposed=transposed,
+        volume=volume,
+        **sized,
     )
 
 
@@ -91,12 +94,12 @@ class Shapes(NamedTuple):
 
     sizes: Any
     output: tuple[int, ...]
-    """Height and width."""
+    """Height and width, behind the depth if there is one."""
     weights: tuple[tuple[str, torch.dtype, tuple[int]], ...]
 
 
 class Call(NamedTuple):
-    """The arguments of ``conv2d``. Those of ``linear`` are of a convolution with a kernel of one pixel."""
+    """The arguments of ``convolution``. Those of ``linear`` are of a convolution with a kernel of one pixel."""
 
     x: Tensor
     weight: Tensor
@@ -121,6 +124,7 @@ class Call(NamedTuple):
     gain: Tensor | None = None
     offset: Tensor | None = None
     algorithm: str = "direct"
+    output_padding: Sequence[int] | None = None
 
     @property
     def weights(self) -> tuple[Tensor | None, ...]:
@@ -129,15 +133,16 @@ class Call(NamedTuple):
     @property
     def geometry(self) -> Geometry:
         where = tuple(self.kernel_size), tuple(self.stride), tuple(self.padding), tuple(self.dilation)
-        return Geometry(*where, self.groups)
+        extra = None if self.output_padding is None else tuple(self.output_padding)
+        return Geometry(*where, self.groups, extra)
 
     def shapes(self, x: tuple[int, ...]) -> Shapes:
-        """Return those for an input of the shape ``x (N, C, H, W)``."""
+        """Return those for an input of the shape ``x (N, C, H, W)`` or ``(N, C, D, H, W)``."""
         return shapes_of(x, self.outputs, self.geometry, self.block_size, self.flat, self.weight_bits, self.algorithm)
 
 
 def linear_call(x: Any, weight: Any, kds: Any, kds_shift: Any, bias: Any, *rest: Any, **named: Any) -> Call:
-    return Call(x, weight, kds, kds_shift, bias, *PIXEL, False, *rest, **named)
+    return Call(x, weight, kds, kds_shift, bias, *PIXEL[:5], False, *rest, **named)
 
 
 # Networks make the same few calls over and over.
@@ -163,7 +168,7 @@ def shapes_of(
     counts = (weight_bytes, kds_count, shifts, outputs, outputs, outputs)
     dtypes = (torch.uint8, *[torch.float32] * 5)
     weights = tuple((name, dtype, (n,)) for name, dtype, n in zip(WEIGHTS, dtypes, counts, strict=True))
-    return Shapes(sizes, (sizes.out_height, sizes.out_width), weights)
+    return Shapes(sizes, tuple(geometry.output_size(x[2:])), weights)
 
 
 def addresses_of(name: str, shapes: Shapes, weights: Sequence[Tensor | None]) -> list[int]:
@@ -191,8 +196,8 @@ def arguments_of(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     return given | dict(zip(given, args, strict=False)) | kwargs
 
 
-def checked_sizes(x: tuple[int, int, int], given: dict[str, Any]) -> Any:
-    """Return the ``ConvSizes`` of a call of ``conv2d``, or of ``linear``, on one image of shape ``x``.
+def checked_sizes(x: tuple[int, ...], given: dict[str, Any]) -> Any:
+    """Return the ``ConvSizes`` of a call of ``conv2d``, ``convolution`` or ``linear`` on one image of shape ``x``.
 
     Raises:
         ValueError: the weights do not belong to such a call.
@@ -217,22 +222,40 @@ def check_input(name: str, x: Tensor | None, dims: int, *, anywhere: bool = Fals
 
 
 def check_geometry(x: Sequence[int], outputs: int, geometry: Geometry) -> None:
-    """Check the geometry of a convolution of ``x (N, C, H, W)``."""
-    kernel, stride, padding, dilation, groups = geometry
-    for name, numbers, least in zip(Geometry._fields, geometry[:4], (1, 1, 0, 1), strict=False):
-        if len(numbers) != 2 or not all(least <= n < TOO_LARGE for n in numbers):
+    """Check the geometry of a convolution of ``x (N, C, H, W)`` or ``(N, C, D, H, W)``."""
+    kernel, stride, padding, dilation, groups, extra = geometry
+    dims = len(x) - 2
+    operator = "conv2d" if dims == 2 and extra is None else "convolution"
+    numbers_of = {name: (getattr(geometry, name), 1) for name in ("kernel_size", "stride", "dilation")}
+    numbers_of["padding"] = (padding, 0)
+    if extra is not None:
+        numbers_of["output_padding"] = (extra, 0)
+    for name, (numbers, least) in numbers_of.items():
+        if len(numbers) != dims or not all(least <= n < TOO_LARGE for n in numbers):
             raise ValueError(
-                f"dsconv::conv2d: {name}: expected two whole numbers of at least {least}, got {tuple(numbers)}"
+                f"dsconv::{operator}: {name}: expected {_NUMBERS[dims]} whole numbers of at least {least}, "
+                f"got {tuple(numbers)}"
             )
     if groups < 1 or x[1] % groups or not 0 < outputs < TOO_LARGE or outputs % groups:
         raise ValueError(
-            f"dsconv::conv2d: groups: expected a divisor of {x[1]} channels and {outputs} outputs, got {groups}"
+            f"dsconv::{operator}: groups: expected a divisor of {x[1]} channels and {outputs} outputs, got {groups}"
+        )
+    if extra is not None and not all(e < max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
+        raise ValueError(
+            f"dsconv::{operator}: output_padding: expected less than stride {tuple(stride)} or dilation "
+            f"{tuple(dilation)}, got {tuple(extra)}"
         )
     size = geometry.output_size(x[2:])
     # A compiler may not know the size yet.
-    if all(isinstance(n, int) for n in size) and min(size) < 1 and 0 not in x:
+    if not all(isinstance(n, int) for n in size):
+        return
+    if extra is not None and (0 in x[2:] or min(size) < 1):
         raise ValueError(
-            f"dsconv::conv2d: an image of {tuple(x[2:])} with padding {tuple(padding)} is smaller than the "
+            f"dsconv::{operator}: expected an image whose output has pixels, got {tuple(x[2:])}, whose output is {size}"
+        )
+    if min(size) < 1 and 0 not in x:
+        raise ValueError(
+            f"dsconv::{operator}: an image of {tuple(x[2:])} with padding {tuple(padding)} is smaller than the "
             f"kernel {tuple(kernel)} with dilation {tuple(dilation)} (stride {tuple(stride)})"
         )
 
@@ -260,8 +283,8 @@ def check_settings(
     check_bits(name, "weight_bits", weight_bits)
     if activation_bits == FLOAT_BITS and not takes_floats:
         raise ValueError(
-            f"dsconv::{name}: activation_bits: float activations ({FLOAT_BITS}) are for depthwise convolutions with "
-            "one block a filter and no shift; expected 2 to 8 bits"
+            f"dsconv::{name}: activation_bits: float activations ({FLOAT_BITS}) are for depthwise convolutions of "
+            "images with one block a filter and no shift; expected 2 to 8 bits"
         )
     if activation_bits != FLOAT_BITS:
         check_bits(name, "activation_bits", activation_bits)

@@ -1,10 +1,10 @@
 """DSConv in integers on the CPU, by the kernels of the extension ``dsconv._C``.
 
-``dsconv::conv2d`` and ``dsconv::linear`` take packed weights (:func:`pack`) and return ``activation((y + bias) * gain +
-offset + residual)``, the same bits on every instruction set, number of threads and split of the batch; see the
-exactness notes in docs/numerics.md. ``gain`` and ``offset`` are a BatchNorm, and rounded once. Their overloads ``out``
-write into memory that is there. ``dsconv::quantize_activation`` returns what
-:func:`dsconv.numerics.quantize_activation` does.
+``dsconv::conv2d``, ``dsconv::convolution``, which is any convolution of two or three dimensions, and ``dsconv::linear``
+take packed weights (:func:`pack`) and return ``activation((y + bias) * gain + offset + residual)``, the same bits on
+every instruction set, number of threads and split of the batch; see the exactness notes in docs/numerics.md. ``gain``
+and ``offset`` are a BatchNorm, and rounded once. Their overloads ``out`` write into memory that is there.
+``dsconv::quantize_activation`` returns what :func:`dsconv.numerics.quantize_activation` does.
 """
 
 import math
@@ -36,6 +36,7 @@ from dsconv.ops.arguments import (
 )
 from dsconv.ops.packing import MAX_BLOCK_SIZE
 from dsconv.ops.packing import pack as pack
+from dsconv.ops.views import pixels_format
 from dsconv.threads import with_pytorch_on_one_thread
 
 # PyTorch declares no types here.
@@ -49,6 +50,8 @@ _WEIGHTS = "Tensor weight, Tensor kds, Tensor? kds_shift, Tensor? bias"
 _WHERE = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool flat"
 for _name, _arguments in (
     ("conv2d", f"Tensor x, {_WEIGHTS}, {_WHERE}, {_SETTINGS}, str algorithm='direct'"),
+    # Transposed where it has an output padding.
+    ("convolution", f"Tensor x, {_WEIGHTS}, {_WHERE}, {_SETTINGS}, str algorithm='direct', int[]? output_padding=None"),
     ("linear", f"Tensor x, {_WEIGHTS}, {_SETTINGS}"),
 ):
     _library.define(f"{_name}({_arguments}) -> Tensor")
@@ -59,7 +62,7 @@ _library.define(
 
 
 @lru_cache(maxsize=4096)
-def _convolution(
+def _executable(
     isa: str,
     name: str,
     sizes: Any,
@@ -74,7 +77,8 @@ def _convolution(
 ) -> Callable[..., None]:
     """Takes the addresses of the input, the weights, the residual and the output."""
     s = sizes
-    in_float = takes_floats(s.channels, s.groups, s.kernel_h * s.kernel_w, s.flat, s.block_size)
+    taps = s.kernel_h * s.kernel_w
+    in_float = not s.volume and takes_floats(s.channels, s.groups, taps, s.flat, s.block_size)
     check_settings(name, weight_bits, activation_bits, sign, activation, in_float)
     numbers = (ACTIVATION_SIGNS.index(sign), ACTIVATIONS.index(activation))
     module = native.extension()
@@ -106,7 +110,7 @@ def _meet(a: Tensor, b: Tensor) -> bool:
 
 
 def _channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return not x.is_contiguous() and x.is_contiguous(memory_format=pixels_format(x.dim()))
 
 
 def _check_out(name: str, out: Tensor, shape: tuple[int, ...], read: Sequence[Tensor | None]) -> None:
@@ -115,7 +119,7 @@ def _check_out(name: str, out: Tensor, shape: tuple[int, ...], read: Sequence[Te
         not strided
         or out.shape != shape
         or out.dtype != torch.float32
-        or not (out.is_contiguous() or (out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)))
+        or not (out.is_contiguous() or out.is_contiguous(memory_format=pixels_format(out.dim())))
     ):
         raise ValueError(
             f"dsconv::{name}: out: expected dense float32 {shape} on the CPU, "
@@ -127,8 +131,8 @@ def _check_out(name: str, out: Tensor, shape: tuple[int, ...], read: Sequence[Te
 
 def _empty_output(x: Tensor, outputs: int, size: Sequence[int], groups: int = 1) -> Tensor:
     # Depthwise with several filters a channel writes lines.
-    lines = groups == x.shape[1] and groups not in (1, outputs)
-    layout = torch.channels_last if _channels_last(x) and not lines else torch.contiguous_format
+    lines = groups == x.shape[1] and groups not in (1, outputs) and x.dim() == 4
+    layout = pixels_format(x.dim()) if _channels_last(x) and not lines else torch.contiguous_format
     return torch.empty((x.shape[0], outputs, *size), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
@@ -153,7 +157,7 @@ def _ready(
     best = native.isa()
     assert best is not None
     numbers = (c.weight_bits, c.activation_bits, c.sign, c.activation, c.alpha, c.beta)
-    run = _convolution(best, name, shapes.sizes, *strides, *numbers)
+    run = _executable(best, name, shapes.sizes, *strides, *numbers)
     added = None if c.residual is None else _residual(name, c.residual, y)
     ends = (0 if added is None else added.data_ptr(), y.data_ptr())
     return _Ready(run, (x.data_ptr(), *addresses, *ends), (x, *weights, added), y)
@@ -162,17 +166,31 @@ def _ready(
 def _ready_conv2d(*args: Any, out: Tensor | None = None, **named: Any) -> _Ready:
     c = Call(*args, **named)
     check_input("conv2d", c.x, 4)
+    return _ready_convolution("conv2d", c, out)
+
+
+def _ready_convolution(name: str, c: Call, out: Tensor | None) -> _Ready:
     shapes, weights = c.shapes(c.x.shape), c.weights
-    addresses = addresses_of("conv2d", shapes, weights)
+    addresses = addresses_of(name, shapes, weights)
     x = c.x if _channels_last(c.x) else c.x.contiguous()
     if out is not None:
-        _check_out("conv2d", out, (len(x), c.outputs, *shapes.output), (x, *weights))
+        _check_out(name, out, (len(x), c.outputs, *shapes.output), (x, *weights))
     y = out
-    if out is None or c.groups == x.shape[1] > 1:  # depthwise writes in the layout of x
+    transposed = c.output_padding is not None
+    if transposed:  # neighbouring pixels of a phase do not lie side by side, so that their channels have to
+        if out is None or not out.is_contiguous(memory_format=pixels_format(out.dim())):
+            size = (len(x), c.outputs, *shapes.output)
+            y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=pixels_format(x.dim()))
+    elif out is None or (c.groups == x.shape[1] > 1 and x.dim() == 4):  # depthwise writes in the layout of x
         made = _empty_output(x, c.outputs, shapes.output, c.groups)
         y = out if out is not None and out.stride() == made.stride() else made
     assert y is not None
-    return _ready("conv2d", c, shapes, weights, addresses, x, y, (x.stride(), y.stride()))
+    return _ready(name, c, shapes, weights, addresses, x, y, (_strides(x), _strides(y)))
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Return those of image, channel, line and pixel. Frames lie one below the other."""
+    return (*x.stride()[:2], *x.stride()[-2:])
 
 
 @with_pytorch_on_one_thread
@@ -181,12 +199,28 @@ def _conv2d(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
     return y if out is None or out is y else out.copy_(y)
 
 
+@with_pytorch_on_one_thread
+def _convolution(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
+    c = _any_convolution(*args, **named)
+    y = _ready_convolution("convolution", c, out)()
+    if out is None and c.output_padding is not None and not _channels_last(c.x):
+        out = _empty_output(c.x, c.outputs, y.shape[2:])
+    return y if out is None or out is y else out.copy_(y)
+
+
+def _any_convolution(*args: Any, **named: Any) -> Call:
+    c = Call(*args, **named)
+    check_input("convolution", c.x, 5 if c.x is not None and c.x.dim() == 5 else 4, anywhere=True)
+    return c
+
+
 # What compilers and the device meta see. All checks but those of the weights' sizes are those of a real call.
 
 
 def _check_fake(name: str, c: Call, dims: int, out: Tensor | None) -> None:
     check_input(name, c.x, dims, anywhere=True)
-    in_float = takes_floats(c.x.shape[1], c.groups, math.prod(c.kernel_size), c.flat, c.block_size)
+    taps = math.prod(c.kernel_size)
+    in_float = dims == 4 and takes_floats(c.x.shape[1], c.groups, taps, c.flat, c.block_size)
     check_settings(name, c.weight_bits, c.activation_bits, c.sign, c.activation, in_float and c.kds_shift is None)
     for other in (*c.weights, c.residual, out):
         if other is not None and other.device != (here := c.x.device):
@@ -194,8 +228,16 @@ def _check_fake(name: str, c: Call, dims: int, out: Tensor | None) -> None:
 
 
 def _conv2d_fake(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
-    c = Call(*args, **named)
-    _check_fake("conv2d", c, 4, out)
+    return _fake_convolution("conv2d", Call(*args, **named), 4, out)
+
+
+def _convolution_fake(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
+    c = _any_convolution(*args, **named)
+    return _fake_convolution("convolution", c, c.x.dim(), out)
+
+
+def _fake_convolution(name: str, c: Call, dims: int, out: Tensor | None) -> Tensor:
+    _check_fake(name, c, dims, out)
     check_geometry(c.x.shape, c.outputs, c.geometry)
     check_algorithm(c.algorithm, c.geometry, c.flat)
     size = c.geometry.output_size(c.x.shape[2:])
@@ -314,8 +356,10 @@ def _quantize_activation_fake(
 
 for _name, _kernel, _fake in (
     ("conv2d", _conv2d, _conv2d_fake),
+    ("convolution", _convolution, _convolution_fake),
     ("linear", _linear, _linear_fake),
     ("conv2d.out", _conv2d, _conv2d_fake),
+    ("convolution.out", _convolution, _convolution_fake),
     ("linear.out", _linear, _linear_fake),
     ("quantize_activation", _quantize_activation, _quantize_activation_fake),
 ):

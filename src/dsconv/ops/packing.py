@@ -33,14 +33,23 @@ def kernel_block_size(weight_shape: Sequence[int], config: LayerConfig) -> int |
 
 
 @with_pytorch_on_one_thread
-def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig, groups: int) -> Packed:
+def pack(
+    vqk: Tensor,
+    kds: Tensor,
+    kds_shift: Tensor | None,
+    config: LayerConfig,
+    groups: int,
+    *,
+    transposed: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> Packed:
     """Weights of a covered layer as the kernels read them, on the CPU.
 
     Args:
-        vqk: int8 ``(O, C/groups, *K)`` with up to two kernel dimensions.
+        vqk: int8 ``(O, C/groups, *K)`` with up to three kernel dimensions.
         kds, kds_shift: ``(O, CB, *K)``, or ``(O, CB)`` for flattened blocks.
         config: its settings, which the kernels cover (:mod:`dsconv.backends.cpu`).
         groups: convolution groups.
+        transposed: stride and dilation of a transposed convolution, on which the order of its taps depends.
 
     Raises:
         ValueError: shapes or dtypes that do not belong together.
@@ -50,15 +59,26 @@ def pack(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
         return _pack_winograd(vqk, kds, kds_shift, config)
     block_size = kernel_block_size(vqk.shape, config)
     assert block_size is not None
-    kernel = [1] * (4 - vqk.dim()) + list(vqk.shape[2:])
     # Any image will do whose output has a pixel: the packed layout does not depend on it.
-    x = (1, vqk.shape[1] * groups, *kernel)
-    sizes = sizes_of(x, vqk.shape[0], Geometry(kernel, groups=groups), block_size, config.blocks == "flat")
+    where = [(1,) * (vqk.dim() - 2)] * 2 if transposed is None else transposed
+    kernel, stride, dilation = (two_or_more(of, 1) for of in (vqk.shape[2:], *where))
+    none = (0,) * len(kernel)
+    geometry = Geometry(kernel, stride, none, dilation, groups, None if transposed is None else none)
+    sizes = sizes_of((1, vqk.shape[1] * groups, *kernel), vqk.shape[0], geometry, block_size, config.blocks == "flat")
     return Packed(
         _packed_weight(sizes, vqk, config.weight_bits),
         _packed_kds(sizes, kds),
         None if kds_shift is None else _packed_kds(sizes, kds_shift),
     )
+
+
+def two_or_more(sizes: Sequence[int], fill: int) -> tuple[int, ...]:
+    """Return sizes of a convolution for each dimension that the kernels know: two or three.
+
+    >>> two_or_more((3,), 1), two_or_more((2, 3, 3), 1)
+    ((1, 3), (2, 3, 3))
+    """
+    return (fill,) * (2 - len(sizes)) + tuple(sizes)
 
 
 def _pack_winograd(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig) -> Packed:

@@ -7,6 +7,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def pixels_format(dims: int) -> torch.memory_format:
+    """Return the memory format in which the channels of a pixel lie side by side, of a tensor of so many dimensions.
+
+    >>> pixels_format(4), pixels_format(2)
+    (torch.channels_last, torch.contiguous_format)
+    """
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(dims, torch.contiguous_format)
+
+
 def transposed_layout(weight: Tensor, groups: int) -> Tensor:
     """``(O, C/groups, *K)`` to PyTorch's layout of transposed convolutions ``(C, O/groups, *K)``, and back.
 

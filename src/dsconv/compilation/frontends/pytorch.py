@@ -15,6 +15,7 @@ from dsconv.compilation.frontends.state import capturable
 from dsconv.compilation.layouts import in_layout_of
 from dsconv.compilation.operators import functional, operator_of
 from dsconv.errors import ModelError
+from dsconv.ops import simulated_whole
 
 _aten = torch.ops.aten
 
@@ -31,7 +32,7 @@ def graph(model: nn.Module, x: Tensor, any_batch: bool) -> fx.GraphModule:
         ModelError: :mod:`torch.export` cannot capture it.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), simulated_whole():
             program = exported(model, x, any_batch)
             module = program.module(check_guards=False)
             # PyTorch's own way to functional operators takes three times as long as the capture.

@@ -60,7 +60,7 @@ def _average(lowering: Lowering, node: fx.Node) -> Step | None:
     if source is None or result is None or lowering.channel_dim(node.args[0]) != 1 or result.size[0] != source.size[0]:
         return None
     if source.node.meta["val"].dim() != 4:
-        return _windows(node, source, result)
+        return _windows(node, source, result) if source.node.meta["val"].dim() == 3 else None
     recorded = source.node.meta
     pixels = not lies_in_lines(source.node) and are_pixels(recorded["sizes"], recorded["strides"])
     at_once = _divides_at_once(source.size, result.size[1:], pixels) if pixels or lies_in_lines(source.node) else None
@@ -104,4 +104,4 @@ def _windows(node: fx.Node, source: Value, result: Value) -> Step | None:
 
 
 _FACTS: dict[str, Any] = {"returns": "new", "by_image": True, "equals_input": changes_nothing, "lower": _average}
-register("aten", "adaptive_avg_pool1d adaptive_avg_pool2d", **_FACTS)
+register("aten", "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", **_FACTS)

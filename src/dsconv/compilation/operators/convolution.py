@@ -1,5 +1,6 @@
 """Convolutions and linear layers in integers."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,6 +38,8 @@ class Convolution(Step):
 
     @property
     def name(self) -> str | None:  # type: ignore[override]
+        if self.sizes.transposed:
+            return "dsconv.convolution (transposed)"
         return "dsconv.conv2d (winograd)" if self.sizes.winograd else None
 
     @property
@@ -79,7 +82,8 @@ class Convolution(Step):
         s = self.sizes
         if s.winograd:
             return int(s.outputs * s.channels * PRODUCTS * -(-s.out_height // TILE) * -(-s.out_width // TILE))
-        return int(s.outputs * s.out_height * s.out_width * s.kernel_h * s.kernel_w * (s.channels // s.groups))
+        pixels = (s.depth, s.height, s.width) if s.transposed else (s.out_depth, s.out_height, s.out_width)
+        return int(s.outputs * math.prod(pixels) * s.kernel_d * s.kernel_h * s.kernel_w * (s.channels // s.groups))
 
 
 def sums_integers(given: dict[str, Any]) -> bool:
@@ -101,9 +105,10 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
         given[name] = tensor
     if given["bias"] is not None:
         given["bias"] = fixed(given["bias"])
-    sizes = checked_sizes(source.size, given)
+    image = tuple(given["x"].meta["val"].shape[1:])
+    sizes = checked_sizes(image if len(image) > 1 else source.size, given)
     groups, flat = sizes.groups, sizes.flat
-    depthwise = flat and groups == source.size[0] > 1
+    depthwise = flat and groups == source.size[0] > 1 and not sizes.volume
     if depthwise and groups != result.size[0]:
         return None  # it writes lines
     quantized = None
@@ -119,7 +124,7 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
             given["sign"],
             given["kds_shift"] is not None,
         )
-        quantized = source.want(wanted, (sizes.pad_h, sizes.pad_w))
+        quantized = source.want(wanted, sizes.border)
     if residual is not None:
         residual.in_float = True
     result.direct = depthwise or groups == 1
@@ -140,6 +145,6 @@ def _convolution(lowering: Lowering, node: fx.Node) -> Step | None:
 
 
 _FACTS: dict[str, Any] = {"returns": "new", "rounds": "alike", "fuses": True, "lower": _convolution}
-register("dsconv", "conv2d", **_FACTS)
+register("dsconv", "conv2d convolution", **_FACTS)
 register("dsconv", "linear", makes_rows=True, keeps_channels=True, **_FACTS)
 register("dsconv", "quantize_activation", rounds="alike")

@@ -61,4 +61,5 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 register("aten", "max_pool1d max_pool2d", returns="new", rounds="alike", by_image=True, lower=_pool)
+register("aten", "max_pool3d", returns="new", rounds="alike", by_image=True)
 register("aten", "avg_pool1d avg_pool2d", returns="new", by_image=True, lower=_pool)

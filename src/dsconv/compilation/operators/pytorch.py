@@ -55,6 +55,7 @@ def _converts_nothing(node: fx.Node) -> bool:
     return converts and bool(node.meta["val"].dtype == of.meta["val"].dtype)
 
 
+register("dsconv", "simulated", returns="new")  # a layer that no backend covers
 # These round nothing.
 register(
     "aten",

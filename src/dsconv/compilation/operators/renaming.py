@@ -33,9 +33,9 @@ def reshaped(node: fx.Node, source: Seen, batch: Any) -> Seen | None:
 
 
 def size_of(shape: Any, dim: int) -> tuple[int, int, int]:
-    """Return channels, height and width of images whose channels are dimension ``dim``."""
-    height, width = ([1, 1] + [n for d, n in enumerate(shape) if d not in (0, dim)])[-2:]
-    return shape[dim], height, width
+    """Return channels, height and width of images whose channels are dimension ``dim``; frames lie in a column."""
+    *frames, height, width = [1, 1] + [n for d, n in enumerate(shape) if d not in (0, dim)]
+    return shape[dim], math.prod(frames) * height, width
 
 
 def _permuted(node: fx.Node, source: Seen, _: Any) -> Seen | None:
@@ -52,7 +52,7 @@ def _transposed(node: fx.Node, source: Seen, _: Any) -> Seen | None:
 
 def _moved(order: list[int], source: Seen) -> Seen | None:
     dim, others = order.index(source.dim), [d for d in order if d != source.dim]
-    images = len(order) > 2 and others == sorted(others) and order[0] == 0
+    images = 2 < len(order) < 5 and others == sorted(others) and order[0] == 0
     return Seen(source.size, dim) if images and dim in (1, len(order) - 1) else None
 
 

@@ -77,6 +77,11 @@ def channel_shuffle_of_views(lowering: Lowering, node: fx.Node) -> Step | None:
         return None
     if not result.size == source.size == (split[1] * split[2], *split[3:]):
         return None
+    between = [node.args[0]]
+    while between[-1] is not chain[2]:
+        between.append(between[-1].args[0])  # type: ignore[union-attr]
+    if all(len(n.users) == 1 for n in between):  # type: ignore[union-attr]
+        lowering.absorbed.update(between)  # type: ignore[arg-type]
     return _channels(lowering, node, source, split[1])
 
 
