@@ -64,7 +64,7 @@ def test_what_follows_is_computed_last_and_written_where_it_is_wanted(
     exact = (y.double() + bias.view(-1, *ones)).float().double() * gain.view(-1, *ones) + offset.view(-1, *ones)
     expected = F.leaky_relu(exact.float() + residual, 0.25)
     wanted = {"x": laid_out(case.x, layout), "bias": bias, "gain": gain, "offset": offset, "residual": residual}
-    wanted |= {"activation": "leaky_relu", "slope": 0.25}
+    wanted |= {"activation": "leaky_relu", "alpha": 0.25}
     assert same_bits(case.run(**wanted), expected)
     out = laid_out(residual.clone(), other if other in ("contiguous", "channels last") else "contiguous")
     if in_place:

@@ -104,7 +104,7 @@ def test_the_extension_refuses_pixels_that_are_not_there() -> None:
         ([0, 1, 1], [], outputs),
         ([0, 1, 1], [2**62], outputs),
         ([0, 1, 1], [2], (made, made, [], 0, 0.0, 0.0)),
-        ([0, 1, 1], [2], (made, -1, [], 1, 0.0)),
+        ([0, 1, 1], [2], (made, -1, [], 1, 0.0, 0.0)),
         ([0, 1, 1], [2], (tensor(8, 3, 2), -1, [], 0, 0.0, 0.0)),
     ):
         with pytest.raises(ValueError, match=r"pick|outputs|residual"):
