@@ -65,7 +65,7 @@ def _channel_shuffle(lowering: Lowering, node: fx.Node) -> Step | None:
 def channel_shuffle_of_views(lowering: Lowering, node: fx.Node) -> Step | None:
     """Return the step of a reshape that ends a channel shuffle: channels in groups, these exchanged, and one again."""
     chain = [node]
-    while len(chain) < 3 and isinstance(of := chain[-1].args[0], fx.Node):
+    while len(chain) < 3 and chain[-1].args and isinstance(of := chain[-1].args[0], fx.Node):
         if of.target not in (_aten.clone.default, _aten.contiguous.default):
             chain.append(of)
         else:
