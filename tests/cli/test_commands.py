@@ -138,6 +138,7 @@ def test_layer_options_reach_the_config(cli: Callable[..., Any], tmp_path: Path)
         linear={"weight_bits": 6, "kds_dtype": "float32"},
         overrides={"layer3.*": {"weight_bits": 2}, "fc": {"activation_bits": None}},
         algorithm="auto",
+        small_layers={"weight_bits": 8, "weight_shift": False},
     )
     made = strict_json(done.stdout)
     assert made["config"] == config.to_dict()
