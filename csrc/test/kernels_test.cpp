@@ -87,7 +87,7 @@ Case random_case() {
   if (g.winograd) g.kernel_h = g.kernel_w = 3, g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
   const bool in_float = depthwise && pick(0, 1);
   const bool one_block = !depthwise && pick(0, 5) == 0;  // dot_one_block covers most of these
-  if (one_block) g.kernel_h = g.kernel_w = 1, g.winograd = false, g.outputs = g.groups * 16 * pick(1, 5);
+  if (one_block) g.kernel_d = g.kernel_h = g.kernel_w = 1, g.winograd = false, g.outputs = g.groups * 16 * pick(1, 5);
   g.pad_h = pick(0, 3), g.pad_w = pick(0, 3);
   const bool large = !g.transposed && !g.volume;
   if (g.volume) choose_size(g.axis_d(), 2, g.depth, g.out_depth);
