@@ -329,7 +329,7 @@ struct BalancedCase {
   BalancedCase() {
     rows.taps = pick(0, 2) ? pick(1, 9) : 1, rows.n = pick(1, 70), rows.kinds = pick(1, 3), rows.rows = rows.kinds * pick(1, 20);
     rule = {static_cast<int>(pick(2, 8)), pick(0, 1) != 0, 1e-4};
-    const float size = std::exp2(static_cast<float>(pick(-126, 126)));
+    const float size = std::exp2(static_cast<float>(pick(-126, 125)));
     for (std::int64_t i = 0; i < rows.taps * rows.n * rows.rows; ++i) w.push_back(pick(0, 9) ? normal() * size : 0.0f);
     for (std::int64_t i = 0; i < rows.n * rows.kinds; ++i) {
       const double variance = std::fabs(normal());
