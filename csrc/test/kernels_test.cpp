@@ -87,7 +87,7 @@ Case random_case() {
   if (g.winograd) g.kernel_h = g.kernel_w = 3, g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
   const bool in_float = depthwise && pick(0, 1);
   const bool one_block = !depthwise && pick(0, 5) == 0;  // dot_one_block covers most of these
-  if (one_block) g.kernel_h = g.kernel_w = 1, g.winograd = false, g.outputs = g.groups * 16 * pick(1, 5);
+  if (one_block) g.kernel_d = g.kernel_h = g.kernel_w = 1, g.winograd = false, g.outputs = g.groups * 16 * pick(1, 5);
   g.pad_h = pick(0, 3), g.pad_w = pick(0, 3);
   const bool large = !g.transposed && !g.volume;
   if (g.volume) choose_size(g.axis_d(), 2, g.depth, g.out_depth);
@@ -356,7 +356,7 @@ struct BalancedCase {
   BalancedCase() {
     rows.taps = pick(0, 2) ? pick(1, 9) : 1, rows.n = pick(1, 70), rows.kinds = pick(1, 3), rows.rows = rows.kinds * pick(1, 20);
     rule = {static_cast<int>(pick(2, 8)), pick(0, 1) != 0, 1e-4};
-    const float size = std::exp2(static_cast<float>(pick(-126, 126)));
+    const float size = std::exp2(static_cast<float>(pick(-126, 125)));
     for (std::int64_t i = 0; i < rows.taps * rows.n * rows.rows; ++i) w.push_back(pick(0, 9) ? normal() * size : 0.0f);
     for (std::int64_t i = 0; i < rows.n * rows.kinds; ++i) {
       const double variance = std::fabs(normal());

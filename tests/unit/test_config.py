@@ -177,6 +177,18 @@ def test_default_is_four_bit_weights_and_eight_bit_mantissas() -> None:
     assert (depthwise.weight_bits, depthwise.activation_bits, depthwise.blocks) == (8, None, "flat")
 
 
+def test_depthwise_layers_of_three_dimensions_have_mantissas_unless_others_have_none() -> None:
+    config = QuantConfig.preset("default", overrides={"x": {"activation_bits": None}})
+    depthwise = config.layer(depthwise=True)
+    assert config.layer(depthwise=True, volume=True) == depthwise.model_copy(update={"activation_bits": 8})
+    assert config.layer("x", depthwise=True, volume=True) == depthwise
+    assert config.layer(volume=True) == config.layer()
+    weights_only = QuantConfig(activation_bits=None)
+    assert weights_only.layer(depthwise=True, volume=True) == weights_only.layer(depthwise=True)
+    in_float = QuantConfig(depthwise="float")
+    assert in_float.layer(depthwise=True, volume=True) is None
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_described_and_can_be_changed(name: str) -> None:
     assert f"``{name}``" in QuantConfig.preset.__doc__

@@ -393,9 +393,8 @@ def test_arguments_of_a_layer_are_checked_when_it_is_made() -> None:
         nn.DSConv2d(20, 6, 3, groups=3)
     with pytest.raises(ValueError, match="groups: expected a divisor of out_channels 7, got 2"):
         nn.DSConv2d(20, 7, 3, groups=2)
-    with pytest.raises(
-        ValueError, match="padding: expected 'same', 'same_upper', 'valid' or whole numbers, got 'some'"
-    ):
+    message = "padding: expected 'same', 'same_upper', 'valid' or whole numbers, got 'some'"
+    with pytest.raises(ValueError, match=message):
         nn.DSConv2d(20, 6, 3, padding="some")
     with pytest.raises(ValueError, match="padding_mode"):
         nn.DSConvTranspose2d(20, 6, 3, padding_mode="reflect")

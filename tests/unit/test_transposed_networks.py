@@ -81,6 +81,15 @@ def video() -> nn.Sequential:
     )
 
 
+def separable() -> nn.Sequential:
+    """Layers of X3D (Feichtenhofer, CVPR 2020): depthwise ones between those of one pixel."""
+    return nn.Sequential(
+        *(nn.Conv3d(3, 24, (1, 3, 3), (1, 2, 2), (0, 1, 1)), nn.Conv3d(24, 24, (3, 1, 1), 1, (1, 0, 0), groups=24)),
+        *(nn.ReLU(), nn.Conv3d(24, 48, 1), nn.ReLU(), nn.Conv3d(48, 48, 3, 1, 1, groups=48), nn.ReLU()),
+        *(nn.Conv3d(48, 32, 1, 1, (1, 0, 0)), nn.ConvTranspose3d(32, 16, 1, 2), nn.ReLU()),
+    )
+
+
 class VNet(nn.Module):
     """A segmenter of volumes (Milletari et al., 3DV 2016) of two levels."""
 
@@ -115,6 +124,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "FSRCNN": (fsrcnn, (1, 11, 14)),
     "DCGAN": (generator, (100, 1, 1)),
     "video": (video, (3, 5, 20, 22)),
+    "X3D": (separable, (3, 4, 12, 10)),
     "V-Net": (VNet, (1, 4, 8, 6)),
     "waveforms": (Line, (20, 9)),
 }
