@@ -144,6 +144,7 @@ _PAGE = """# What is left to PyTorch
 Made by `python benchmarks/steps.py --page docs/steps.md`: networks of torchvision and timm with random weights,
 quantized and compiled for square images. PyTorch executes what [compiled programs](kernels.md#programs) have no step
 for. That takes longer, and the steps before and after it exchange float32 where they could exchange mantissas.
+Norms, softmax and activations with an exponential have bits of their own in compiled programs, as averages may.
 
 """
 
