@@ -226,6 +226,7 @@ bool pixels_alike(const Kernels& kernels) {
   const auto order = [] { return static_cast<Interpolation>(pick(0, kInterpolations - 1)); };
   InterpolateArgs between{{}, {normal(), normal()}, {normal(), normal()}, channels, pick(0, channels), order(), order(), nullptr};
   for (const float*& corner : between.tap) corner = tap[pick(0, taps - 1)];
+  const bool divided_twice = pick(0, 1);
   std::int64_t group = pick(1, channels);
   while (channels % group) --group;
   for (int i = 0; i < 2; ++i) {
@@ -249,7 +250,7 @@ bool pixels_alike(const Kernels& kernels) {
     used.vector.moments(
         {input.data(), apart, averaged, channels, group, stride ? scale.data() : nullptr, kSlope, moments, moments + channels});
     used.vector.pool({tap.data(), static_cast<int>(taps), channels, average ? static_cast<float>(taps) : 0.0f,
-                      made[i].data() + pixels * channels, once ? 3.0f : 1.0f});
+                      made[i].data() + pixels * channels, divided_twice ? 3.0f : 1.0f});
     used.vector.average({input.data(), apart, averaged, channels, lanes, made[i].data() + (pixels + 1) * channels});
     between.output = made[i].data() + (pixels + 2) * channels;
     used.vector.interpolate(between);
