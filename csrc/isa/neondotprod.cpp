@@ -12,7 +12,9 @@ namespace {
 // flipped, and then needs no zero point.
 struct Dot {
   using Vector = simd::Neon;
-  static constexpr int kMR = 6;
+  static constexpr int kMR = 6, kMantissaBytes = 1;
+  template <Weights W>
+  static constexpr int kOctetBytes = W == Weights::nibbles ? 64 : 128;
 
   template <Weights W>
   static Vector::Int acc_init(const DotArgs& a, const BlockScale& scale, std::int64_t) {
