@@ -380,6 +380,23 @@ def test_resnet50_takes_thirty_megabytes() -> None:
     assert plan.weight_bytes + plan.memory_bytes <= 30e6
 
 
+def test_a_region_without_autocast_is_run_by_pytorch() -> None:
+    class Region(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            with torch.autocast("cpu", enabled=False):
+                z = torch.matmul(y.flatten(2), y.flatten(2).transpose(1, 2)).mean((1, 2))
+            return self.last(y) * z[:, None, None, None]
+
+    x = torch.randn(2, 3, 6, 6)
+    fast = compiled(Region(), x, "w4a4")
+    assert_same_bits(fast, x)
+
+
 def test_errors_say_what_is_wrong() -> None:
     x = torch.zeros(1, 3, 8, 8)
     qmodel = dsconv.quantize(Block(F.relu).eval(), "w4a4")

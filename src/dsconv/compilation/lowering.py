@@ -4,7 +4,7 @@ The step that makes a tensor writes it in every format that is wanted (:mod:`dsc
 """
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from dsconv.compilation.values import Quantized, Seen, Value
 
 
 class Lowered(NamedTuple):
-    """The steps of a graph, its input, the nodes that it returns, and those that stand for tensors of the model.
+    """The steps of a graph, its input, the nodes that it returns, and those for tensors or parts of the model.
 
     ``structure`` makes what the model returns of a list of the outputs; ``batch`` is the batch size, or its symbol;
     ``values`` are the tensors of images by node; ``renamed`` are nodes that stand for the tensor of images of another
@@ -30,7 +30,7 @@ class Lowered(NamedTuple):
     input: Value
     outputs: tuple[Any, ...]
     structure: Callable[[Any], Any]
-    constants: dict[fx.Node, Tensor]
+    constants: dict[fx.Node, Any]
     batch: Any
     values: dict[fx.Node, Value]
     renamed: dict[fx.Node, fx.Node]
@@ -84,7 +84,10 @@ class _Lowering:
         self._place_concatenations()
         self._write_quantized(source)
         nodes = [node for node in self.module.graph.nodes if node.op in ("get_attr", "call_function")]
-        constants = {node: value for node in nodes if (value := self.constant(node)) is not None}
+        constants: dict[fx.Node, Any] = {node: v for node in nodes if (v := self.constant(node)) is not None}
+        # Graphs of regions, as autocast makes them, are called by PyTorch's operators.
+        attributes = [node for node in nodes if node.op == "get_attr" and node not in constants]
+        constants |= {node: attrgetter(str(node.target))(self.module) for node in attributes}
         outputs, any_one = tuple(output.args[0]), object()
         structure: Callable[[Any], Any] = self.module.graph._codegen.process_outputs
         if len(outputs) == 1 and structure([any_one]) is any_one:
