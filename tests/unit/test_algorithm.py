@@ -115,9 +115,9 @@ def test_noise_that_is_not_finite_is_too_much(direct: float, winograd: float, ex
 def test_auto_packs_a_layer_once_by_each_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, pack = list[str](), packing.pack
 
-    def counted(*given: Any) -> Any:
+    def counted(*given: Any, **named: Any) -> Any:
         packed.append(given[3].algorithm)
-        return pack(*given)
+        return pack(*given, **named)
 
     monkeypatch.setattr(packing, "pack", counted)
     conv, config = nn.Conv2d(16, 24, 3), LayerConfig(block_size=16, activation_bits=8, algorithm="auto")

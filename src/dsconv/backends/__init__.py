@@ -53,7 +53,7 @@ def execution(operation: Operation, device: torch.device | str = "cpu") -> Execu
         ConfigError: ``DSCONV_MAX_ISA`` is not the name of an instruction set.
 
     >>> from dsconv.config import LayerConfig
-    >>> execution(Operation((64, 32, 3, 3, 3), LayerConfig())).name
+    >>> execution(Operation((64, 32, 3, 3), LayerConfig(activation_bits=None))).name
     'float simulation'
     """
     if is_simulated():
