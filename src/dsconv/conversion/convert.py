@@ -175,7 +175,7 @@ class FoundLayer:
         """The number of its weights, 0 where that is not known yet."""
         if isinstance(self.layer, DSLayer):
             return self.layer.vqk.numel()
-        # What a weight is computed from has as many numbers in one parameter.
+        # A parametrization keeps the numbers of the weight in one parameter of its own.
         return max((p.numel() for p in self.layer.parameters() if not is_lazy(p)), default=0)
 
 
@@ -349,7 +349,7 @@ def _runs(layer: Any, kind: type[DSLayer], weight: Tensor) -> list[_Run]:
     # All remainders that a stride leaves, and a size that is far from them.
     extras = [*range(1, max(getattr(layer, "stride", (2,))) + 4), 20]
     runs: list[_Run] = []
-    # What is kept of one call for the next shows in another order.
+    # A layer that remembers one input for the next gives itself away in another order of inputs.
     for order in (extras, extras[::-1]):
         memo: dict[int, Any] = {id(getattr(layer, name)): OrderedDict() for name in HOOKS}
         probed = copied(layer, memo, isolate=True).float().eval()
