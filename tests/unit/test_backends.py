@@ -17,6 +17,7 @@ class Negated:
     """A backend for linear layers of four bits that computes as the simulation does, and changes the sign."""
 
     device: str | None = "cpu"
+    cached_bytes: int | None = cpu.cached_bytes
 
     def __init__(self) -> None:
         self.packed: list[Operation] = []
@@ -36,6 +37,9 @@ class Negated:
 
     def lower(self) -> Executable | None:
         return None
+
+    constant = staticmethod(cpu.constant)
+    repeated = staticmethod(cpu.repeated)
 
 
 class Recorded:

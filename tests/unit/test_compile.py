@@ -401,7 +401,7 @@ def test_errors_say_what_is_wrong() -> None:
     x = torch.zeros(1, 3, 8, 8)
     qmodel = dsconv.quantize(Block(F.relu).eval(), "w4a4")
     for wrong in (x.double(), x[:0], x[0, 0, 0]):
-        with pytest.raises(ValueError, match="example_input: expected float32 on the CPU"):
+        with pytest.raises(ValueError, match="example_input: expected float32"):
             dsconv.compile(qmodel, wrong)
     with pytest.raises(TypeError, match="example_input: expected a tensor, got NoneType"):
         dsconv.compile(qmodel, None)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dsconv
-from dsconv.compilation import CompiledModel, program
+from dsconv.backends import cpu
+from dsconv.compilation import CompiledModel
 from dsconv.compilation.frontends import pytorch
 from dsconv.compilation.memory import ALIGNMENT, Buffer, place
 from dsconv.compilation.operators import average
@@ -473,7 +474,7 @@ def test_a_sum_takes_the_place_of_its_residual() -> None:
 
 
 def test_batches_beyond_what_is_cached_are_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "_CACHED_BYTES", 100_000)
+    monkeypatch.setattr(cpu, "cached_bytes", 100_000)
     fast = compiled(residual_net())
     one = fast.program_for(torch.zeros(1, 3, 9, 9))[0]
     assert one.images_at_once is not None and one.images_at_once < 4

@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import torch
 
-from dsconv.backends import cpu, simulate
+from dsconv.backends import cpu, cuda, simulate
 from dsconv.backends.base import Backend, Executable, Operation
 from dsconv.backends.simulate import prepare, quantized, run_whole
 from dsconv.ops import is_simulated
 
-BACKENDS: list[Backend] = [cpu, simulate]
+BACKENDS: list[Backend] = [cpu, cuda, simulate]
 """In the order of preference; the last one covers everything. ``base.py`` says what each has to offer."""
 SIMULATION: Backend = simulate
 IN_FLOAT = "PyTorch float"

@@ -1,6 +1,6 @@
 """The interface of backends, and the operation of a layer that they execute."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -32,17 +32,17 @@ class Operation(NamedTuple):
 Uses = tuple[int, int, list[tuple[int, int]], int, float, float]
 """Numbers of the result, the residual, and the quantized tensors with the channel there that the first one becomes; the
 number of the activation in :data:`dsconv.ops.ACTIVATIONS`, its alpha and its beta."""
-MapOperation = tuple[int, int, float, float, int, int, int]
+MapOperation = tuple[int, int, float, float, int, Any, Any]
 """Number in :data:`dsconv.ops.OPERATIONS`; that of the activation, alpha and beta; number of the tensor that is the
-operand, address of the constants of all channels that are, else it is alpha; address of what is added."""
+operand, constants of all channels that are, else it is alpha; constants that are added."""
 
 
 class Executable(Protocol):
     """The steps of a network over one piece of memory; a run executes some that follow one another.
 
     Tensors have numbers, -1 of none, and every step is one call that appends it. Sizes are of one image: channels,
-    height and width; the frames of a volume lie one below the other. Weights and other constants are addresses of
-    tensors, 0 of none, that the caller keeps.
+    height and width; the frames of a volume lie one below the other. Weights and other constants are what
+    :meth:`Backend.constant` makes of tensors that the caller keeps.
     """
 
     def values(
@@ -91,12 +91,12 @@ class Executable(Protocol):
         sizes: Any,
         source: int,
         quantized: int,
-        weight: int,
-        kds: int,
-        kds_shift: int,
-        bias: int,
-        gain: int,
-        offset: int,
+        weight: Any,
+        kds: Any,
+        kds_shift: Any,
+        bias: Any,
+        gain: Any,
+        offset: Any,
         weight_bits: int,
         activation_bits: int,
         sign: int,
@@ -128,7 +128,7 @@ class Executable(Protocol):
     def pick(self, source: int, rows: Sequence[int], columns: Sequence[int], fill: float, uses: Uses) -> None:
         """Append a :class:`dsconv.compilation.operators.pixels.Pixels`."""
 
-    def moments(self, source: int, groups: int, weight: int, epsilon: float, mean: int, scale: int) -> None:
+    def moments(self, source: int, groups: int, weight: Any, epsilon: float, mean: int, scale: int) -> None:
         """Append a :class:`dsconv.compilation.operators.norms.Moments`."""
 
     def flatten(self, source: int, result: int) -> None:
@@ -162,12 +162,12 @@ class Executable(Protocol):
     def bytes(self, images: int) -> int:
         """Return how much memory the steps need between them."""
 
-    def run(self, images: int, bases: Sequence[int], first: int, last: int, seconds: int) -> None:
+    def run(self, images: int, bases: Sequence[Any], first: int, last: int, seconds: Any) -> None:
         """Execute steps ``first`` to ``last``, not included, for so many images.
 
         Args:
-            bases: addresses.
-            seconds: address of a float64 for each step, to which its time is added; 0 of none.
+            bases: tensors that values lie in, as constants are.
+            seconds: a float64 for each step, to which its time is added, or none, likewise.
         """
 
 
@@ -180,9 +180,11 @@ class Backend(Protocol):
 
     Attributes:
         device: type of the devices that it computes on; None is all of them.
+        cached_bytes: a larger batch is run in parts whose memory between steps is about this large; None: as a whole.
     """
 
     device: str | None
+    cached_bytes: int | None
 
     def describe(self, in_integers: bool = True) -> str:
         """Return the name that summaries and plans show, for what computes in integers or in float32."""
@@ -202,3 +204,9 @@ class Backend(Protocol):
 
     def lower(self) -> Executable | None:
         """Return an executable for the steps of a network; None where it executes layers alone."""
+
+    def constant(self, tensor: Tensor | None) -> Any:
+        """Return a tensor as its executables take it: its address, 0 of none, or the tensor itself."""
+
+    def repeated(self, run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """Return what does as ``run``, a function of a network's input, in less time when it is called again."""

@@ -1,6 +1,8 @@
 """The backend for integers on the CPU: a :class:`dsconv.backends.Backend` by the operators of :mod:`dsconv.ops.cpu`."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from dsconv.ops import FLOAT_BITS, native, packing
 Weights = tuple[packing.Packed, tuple[int, int, int, str, int]]
 
 device: str | None = "cpu"
+# Memory of this size stays in the caches; more images at a time would not.
+cached_bytes: int | None = 10 << 20
 
 
 def describe(in_integers: bool = True) -> str:
@@ -68,6 +72,14 @@ def run(operation: Operation, packed: Weights, bias: Tensor | None, x: Tensor) -
     else:
         y = torch.ops.dsconv.conv2d(*arguments, algorithm=operation.config.algorithm)
     return (y.squeeze(2) if missing else y).to(dtype)
+
+
+def constant(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def repeated(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    return run
 
 
 def lower() -> Executable | None:

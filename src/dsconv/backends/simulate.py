@@ -4,6 +4,7 @@ It covers all layers, on every device. The gradient passes straight through the 
 """
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +22,7 @@ _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 device: str | None = None
+cached_bytes: int | None = None
 
 
 def describe(in_integers: bool = True) -> str:
@@ -99,6 +101,14 @@ def _simulated(
 
 _library.impl("simulated", _simulated, "CompositeExplicitAutograd")
 torch.library.register_fake("dsconv::simulated", _simulated, lib=_library)
+
+
+def constant(tensor: Tensor | None) -> Any:
+    return tensor
+
+
+def repeated(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    return run
 
 
 def lower() -> None:

@@ -62,6 +62,7 @@ class CompiledModel(nn.Module):
     def __init__(self, model: nn.Module, example_input: Tensor):
         super().__init__()
         self.model = model
+        self._device = example_input.device
         self._captured: dict[tuple[tuple[int, ...], ...], _Captures] = {}
         self._lock = threading.Lock()
         self.plan = self.program_for(example_input).plan
@@ -99,7 +100,7 @@ class CompiledModel(nn.Module):
 
     def program_for(self, x: Tensor, this_batch: bool = False) -> Captured:
         """What runs for images of the size and layout of ``x``, or for ``this_batch`` alone, and its table."""
-        _check("compiled model", x)
+        _check("compiled model", x, self._device)
         strides, exactly = x.stride(), (len(x), torch.get_num_threads(), *x.stride())
         key = (int(len(x) == 1), *strides)
         size = (x.shape[1:], order_in_memory(x))
@@ -153,7 +154,7 @@ class CompiledModel(nn.Module):
 
 
 def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
-    """A quantized network as one program for inference on the CPU.
+    """A quantized network as one program for inference, on the CPU or, with dsconv[gpu], on a GPU.
 
     The network is captured by :mod:`torch.export`, and its layers compute the BatchNorm, the additions and activations
     that follow them, and quantize what they write for the layers that read it. What lies between steps has its place in
@@ -171,7 +172,7 @@ def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
     buffers. Neither ``qmodel`` nor the graph keeps what forward sets meanwhile.
 
     Args:
-        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, on the CPU; it is left as it is.
+        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, on one device; it is left as it is.
         example_input: float32 ``(N, ...)`` of at least one image, of the size of those to come. The batch may vary
             afterwards, and other image sizes and memory layouts are captured when they come. A model that takes the
             batch size as a number, as ``len(x)`` does, is captured for each batch size.
@@ -191,17 +192,16 @@ def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
     ([('bias', 'batch_norm', 'relu', 'quantize'), ('bias',)], torch.Size([5, 64, 14, 14]))
     """
     _check_dtype(qmodel)
-    _check("example_input", example_input)
+    _check("example_input", example_input, _device_of(qmodel))
     if example_input.dim() < 2 or not len(example_input):
         raise ValueError(
-            "example_input: expected float32 on the CPU (N, ...) with a batch of at least one, "
-            f"got {tuple(example_input.shape)}"
+            f"example_input: expected float32 (N, ...) with a batch of at least one, got {tuple(example_input.shape)}"
         )
     try:
-        lowering()
+        lowering(example_input.device)
     except RuntimeError:
-        missing = cpu_info().extension
-        raise ModelError(f"compile needs the extension dsconv._C, {missing}: call the quantized model itself") from None
+        missing = f"the extension dsconv._C, {cpu_info().extension}" if example_input.is_cpu else "dsconv[gpu]"
+        raise ModelError(f"compile needs {missing}: call the quantized model itself") from None
     qmodel = unwrapped(qmodel)
     check_inference(qmodel, "compiling")
     return CompiledModel(copied(qmodel), example_input)
@@ -217,12 +217,30 @@ def _check_dtype(model: nn.Module) -> None:
             )
 
 
-def _check(name: str, x: Tensor) -> None:
+def _device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model.
+
+    Raises:
+        ModelError: its tensors are on several.
+    """
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    devices = list(dict.fromkeys(tensor.device for tensor in tensors))
+    if len(devices) > 1:
+        raise ModelError(
+            f"model {type(model).__name__}: its tensors are on {' and '.join(map(str, devices))}, and programs run on "
+            "one device: call to() on the model"
+        )
+    return devices[0] if devices else torch.device("cpu")
+
+
+def _check(name: str, x: Tensor, device: torch.device) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype != torch.float32 or not x.is_cpu:
+    if x.dtype != torch.float32 or x.device != device:
+        where = "the CPU" if device.type == "cpu" else str(device)
         raise ValueError(
-            f"{name}: expected float32 on the CPU, got {x.dtype} on {x.device}: call float() or cpu() on the input"
+            f"{name}: expected float32 on {where}, got {x.dtype} on {x.device}: call float() or "
+            f"to({device.type!r}) on the input"
         )
 
 

@@ -77,7 +77,9 @@ def _take_constants(module: fx.GraphModule, node: fx.Node) -> None:
     operand = per_channel(other, partial(constant, module), follower.meta["val"], 1)
     if operand is None or node.meta["val"].shape != follower.meta["val"].shape:
         return
-    values = torch.full((node.meta["val"].shape[1],), 1.0, dtype=torch.float32, device="cpu") * operand
+    values = (
+        torch.full((node.meta["val"].shape[1],), 1.0, dtype=torch.float32, device=node.meta["val"].device) * operand
+    )
     if not bool(values.isfinite().all()):
         return  # zero times it would not be nothing
     nothing = torch.full_like(values, -0.0) if kind == "mul" else torch.ones_like(values)

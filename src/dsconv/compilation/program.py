@@ -20,8 +20,6 @@ from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.ops import use_threads
 from dsconv.threads import PyTorchOnOneThread, threads
 
-# Memory of this size stays in the caches; more images at a time would not.
-_CACHED_BYTES = 10 << 20
 _GAP = 16  # values, a line of cache
 _SPARE = 4  # pieces of memory that are kept for the next calls
 
@@ -50,7 +48,8 @@ class Program:
     """
 
     def __init__(self, lowered: Lowered, any_batch: bool = True):
-        self.backend, self._executable = lowering()
+        self._device = lowered.input.node.meta["val"].device
+        self.backend, self._executable = lowering(self._device)
         self.steps, self.constants, self._values = lowered.steps, lowered.constants, lowered.values
         self._input, self._outputs, self._structure = lowered.input, lowered.outputs, lowered.structure
         self._renamed, self._counts = lowered.renamed, lowered.counts
@@ -76,7 +75,9 @@ class Program:
         self._strides = {node: s for node in nodes if (s := _strides(node, lowered.batch)) is not None}
         self.memory_bytes: int = self._executable.bytes(1)
         alone = any_batch and self._treats_images_alone()
-        self.images_at_once = _CACHED_BYTES // max(1, self.memory_bytes) if alone else None
+        cached = self.backend.cached_bytes if alone else None
+        self.images_at_once = None if cached is None else cached // max(1, self.memory_bytes)
+        self._repeated = self.backend.repeated(self._run)
         self._spare: deque[Tensor] = deque(maxlen=_SPARE)
 
     def __call__(self, x: Tensor, seconds: Tensor | None = None) -> Any:
@@ -87,7 +88,7 @@ class Program:
         """
         with PyTorchOnOneThread():
             if self.images_at_once is None or len(x) <= max(1, self.images_at_once):
-                return self._structure(self._run(x, seconds))
+                return self._structure(self._repeated(x) if seconds is None else self._run(x, seconds))
             at_once = max(self.images_at_once, threads())
             parts = [self._run(part, seconds) for part in torch.split(x, at_once)]
             joined = zip(self._outputs, map(_joined, zip(*parts, strict=True)), strict=True)
@@ -234,28 +235,32 @@ class Program:
             )
         return self._ids[of]
 
+    def constant(self, tensor: Tensor | None) -> Any:
+        """Return a tensor as the executable takes it."""
+        return self.backend.constant(tensor)
+
     # Running
 
-    def _run(self, x: Tensor, seconds: Tensor | None) -> list[Any]:
+    def _run(self, x: Tensor, seconds: Tensor | None = None) -> list[Any]:
         # What is done for every call takes long where the network has just emptied the caches: little is.
         images = len(x)
         env: dict[fx.Node, Any] = {**self.constants, **dict.fromkeys(self._counts, images), self._input.node: x}
         own = x.contiguous() if self._nchw else _pixels(x, self._input)
         memory = self._memory(self._executable.bytes(images))
-        addresses = [0] * (len(self._bases) + 1)
-        addresses[0] = memory.data_ptr()
+        addresses: list[Any] = [self.constant(None)] * (len(self._bases) + 1)
+        addresses[0] = self.constant(memory)
         if self._input in self._bases:
-            addresses[self._bases[self._input]] = own.data_ptr()
+            addresses[self._bases[self._input]] = self.constant(own)
         for value, base in self._returns.items():
             channels, height, width = value.size
-            y = torch.empty((images, height, width, channels), dtype=torch.float32, device="cpu")
+            y = torch.empty((images, height, width, channels), dtype=torch.float32, device=self._device)
             env[value.node] = _of_node(y, value)
-            addresses[base] = y.data_ptr()
+            addresses[base] = self.constant(y)
         kept: dict[Any, Tensor] = {}
         use_threads()
         for segment in self._segments:
             if segment.call is None:
-                times = 0 if seconds is None else seconds.data_ptr()
+                times = self.constant(seconds)
                 self._executable.run(images, addresses, segment.first, segment.last, times)
             else:
                 since = time.perf_counter()
@@ -273,7 +278,7 @@ class Program:
         env: dict[fx.Node, Any],
         kept: dict[Any, Tensor],
         memory: Tensor,
-        addresses: list[int],
+        addresses: list[Any],
     ) -> None:
         """A step, by PyTorch; ``kept`` holds tensors in layouts of the model, and what steps of the executable read."""
         for value in step.reads_values:
@@ -299,7 +304,7 @@ class Program:
         if step.result in self._bases:
             made = _pixels(made, step.result)
             kept[step] = made
-            addresses[self._bases[step.result]] = made.data_ptr()
+            addresses[self._bases[step.result]] = self.constant(made)
 
     def _check_layout(self, node: fx.Node, made: Tensor) -> None:
         strides = self._strides.get(node)
@@ -357,7 +362,7 @@ class Program:
         except IndexError:
             memory = None
         if memory is None or memory.nbytes < size:
-            memory = torch.empty(max(1, -(-size // 4)), dtype=torch.float32, device="cpu")
+            memory = torch.empty(max(1, -(-size // 4)), dtype=torch.float32, device=self._device)
         return memory
 
 

@@ -1,6 +1,7 @@
 """The arguments of ``dsconv::conv2d``, ``dsconv::convolution`` and ``dsconv::linear``, and what they have to be."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from dsconv.names import ALGORITHMS
 from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.numerics.winograd import PRODUCTS
-from dsconv.ops import native
+from dsconv.ops.native import extension
 
 TOO_LARGE = 1 << 31  # for a size, a stride or a number of anything
 # The tensors that a layer reads besides its input, in the order of csrc/bindings.cpp.
@@ -60,22 +61,69 @@ PIXEL = Geometry((1, 1))
 _NUMBERS = {2: "two", 3: "three"}
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a convolution of images, as ``ConvSizes`` of the extension has them."""
+
+    images: int
+    channels: int
+    height: int
+    width: int
+    outputs: int
+    out_height: int
+    out_width: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    groups: int
+    block_size: int
+    flat: bool
+    winograd: bool = False
+    transposed: bool = False
+    volume: bool = False
+    out_depth: int = 1
+    kernel_d: int = 1
+
+    @property
+    def border(self) -> tuple[int, int]:
+        """Zeros around a quantized input: none, for kernels that read no pixel where padding is."""
+        return 0, 0
+
+
 def sizes_of(
-    x: Sequence[int], outputs: int, geometry: Geometry, block_size: int, flat: bool, algorithm: str = "direct"
+    x: Sequence[int],
+    outputs: int,
+    geometry: Geometry,
+    block_size: int,
+    flat: bool,
+    algorithm: str = "direct",
+    *,
+    native: bool = True,
 ) -> Any:
-    """Sizes of a convolution of ``x (N, C, H, W)`` or ``(N, C, D, H, W)``: a ``ConvSizes`` of the extension."""
+    """Sizes of a convolution of ``x (N, C, H, W)`` or ``(N, C, D, H, W)``.
+
+    They are a ``ConvSizes`` of the extension, or, if not ``native``, the :class:`Sizes` of one of images.
+    """
     groups, transposed, volume = geometry.groups, geometry.output_padding is not None, len(x) == 5
     # Depthwise: blocks of a tap are flattened blocks of one value.
     if groups == x[1] > 1 and not (flat or transposed or volume):
         flat, block_size = True, 1
-    module = native.extension()
-    assert module is not None
+    make: Any = Sizes
+    if native:
+        module = extension()
+        assert module is not None
+        make = module.ConvSizes
     axes = ("depth", "height", "width")[5 - len(x) :]
     sized = dict(zip(axes, x[2:], strict=True))
     sized |= {f"out_{axis}": n for axis, n in zip(axes, geometry.output_size(x[2:]), strict=True)}
     for name, of in zip(("kernel", "stride", "pad", "dilation"), geometry[:4], strict=True):
         sized |= {f"{name}_{axis[0]}": n for axis, n in zip(axes, of, strict=True)}
-    return module.ConvSizes(
+    return make(
         images=x[0],
         channels=x[1],
         outputs=outputs,
@@ -159,7 +207,7 @@ def shapes_of(
     check_bits("conv2d", "weight_bits", weight_bits)
     check_geometry(x, outputs, geometry)
     check_algorithm(algorithm, geometry, flat)
-    module = native.extension()
+    module = extension()
     if module is None:
         raise RuntimeError("dsconv::conv2d: the extension dsconv._C is not built")
     sizes = sizes_of(x, outputs, geometry, block_size, flat, algorithm)
@@ -197,12 +245,17 @@ def arguments_of(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 
 def checked_sizes(x: tuple[int, ...], given: dict[str, Any]) -> Any:
-    """Return the ``ConvSizes`` of a call of ``conv2d``, ``convolution`` or ``linear`` on one image of shape ``x``.
+    """Return the sizes of a call of ``conv2d``, ``convolution`` or ``linear`` on one image of shape ``x``.
+
+    They are a ``ConvSizes`` for weights that the extension packed, else :class:`Sizes`.
 
     Raises:
         ValueError: the weights do not belong to such a call.
     """
     call = (Call if "flat" in given else linear_call)(**given)
+    if call.weight.dtype != torch.uint8:  # of another backend
+        check_geometry((1, *x), call.outputs, call.geometry)
+        return sizes_of((1, *x), call.outputs, call.geometry, call.block_size, call.flat, native=False)
     shapes = call.shapes((1, *x))
     addresses_of("conv2d", shapes, call.weights)
     return shapes.sizes

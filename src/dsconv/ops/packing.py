@@ -54,7 +54,7 @@ def pack(
     Raises:
         ValueError: shapes or dtypes that do not belong together.
     """
-    _check_layer(vqk, kds, kds_shift, config)
+    check_layer(vqk, kds, kds_shift, config)
     if config.algorithm == "winograd":
         return _pack_winograd(vqk, kds, kds_shift, config)
     block_size = kernel_block_size(vqk.shape, config)
@@ -116,7 +116,12 @@ def _packed_kds(sizes: Any, kds: Tensor) -> Tensor:
     return packed
 
 
-def _check_layer(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig) -> None:
+def check_layer(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig) -> None:
+    """Check the tensors of a layer.
+
+    Raises:
+        ValueError: shapes, dtypes or integers that do not belong together.
+    """
     flat = config.blocks == "flat"
     blocks = block_count(vqk[:1].numel() if flat else vqk.shape[1], config.block_size)
     shape = (vqk.shape[0], blocks) if flat else (vqk.shape[0], blocks, *vqk.shape[2:])

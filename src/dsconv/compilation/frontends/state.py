@@ -71,7 +71,8 @@ def _as_after_no_images(model: nn.Module, size: tuple[int, ...]) -> nn.Module:
     before = {name: _seen(module) for name, module in warm.named_modules()}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            warm(torch.zeros((_WARM_BATCH, *size), dtype=torch.float32, device="cpu"))
+            device = next((tensor.device for _, tensor in _tensors(warm)), "cpu")
+            warm(torch.zeros((_WARM_BATCH, *size), dtype=torch.float32, device=device))
     except ModelError:
         raise
     except Exception:

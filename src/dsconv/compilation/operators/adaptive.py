@@ -63,7 +63,10 @@ def _average(lowering: Lowering, node: fx.Node) -> Step | None:
         return _windows(node, source, result) if source.node.meta["val"].dim() == 3 else None
     recorded = source.node.meta
     pixels = not lies_in_lines(source.node) and are_pixels(recorded["sizes"], recorded["strides"])
-    at_once = _divides_at_once(source.size, result.size[1:], pixels) if pixels or lies_in_lines(source.node) else None
+    at_once: bool | None = False
+    if recorded["val"].is_cpu:
+        known = pixels or lies_in_lines(source.node)
+        at_once = _divides_at_once(source.size, result.size[1:], pixels) if known else None
     if at_once is None:
         return _windows(node, source, result)
     source.in_float = result.direct = True
@@ -82,12 +85,12 @@ def _divides_at_once(size: tuple[int, int, int], out: tuple[int, int], pixels: b
     of = torch.empty_like(expected, memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     for at_once in (False, True):
-        _, program = lowering()
+        backend, program = lowering()
         source = program.values(1, 0, 0, size, (x.numel(), 1, width * channels, channels))
         result = program.values(2, 0, 0, (channels, *out), (of.numel(), 1, out[1] * channels, channels))
         rows, columns = spans(height, out[0]), spans(width, out[1])
         program.average_windows(source, rows, columns, at_once, (result, -1, [], 0, 0.0, 0.0))
-        program.run(1, [0, x.data_ptr(), of.data_ptr()], 0, 1, 0)
+        program.run(1, [backend.constant(tensor) for tensor in (None, x, of)], 0, 1, backend.constant(None))
         if torch.equal(of, expected):
             return at_once
     return None

@@ -65,10 +65,10 @@ def _averages(x: Tensor, lanes: int) -> Tensor:
     _, channels, height, width = x.shape
     pixels = x.contiguous(memory_format=torch.channels_last)
     made = torch.empty(channels, dtype=torch.float32, device="cpu")
-    _, program = lowering()
+    backend, program = lowering()
     source = program.values(1, 0, 0, (channels, height, width), (x.numel(), 1, width * channels, channels))
     program.average(source, lanes, program.values(2, 0, 0, (channels, 1, 1), (channels, 1, channels, channels)))
-    program.run(1, [0, pixels.data_ptr(), made.data_ptr()], 0, 1, 0)
+    program.run(1, [backend.constant(tensor) for tensor in (None, pixels, made)], 0, 1, backend.constant(None))
     return made
 
 
@@ -83,7 +83,8 @@ def average_of_image(lowering: Lowering, node: fx.Node) -> Step | None:
     if dims == 2 or sorted(dim % dims for dim in given.get("dim") or over) != over or given.get("dtype") is not None:
         return None
     # PyTorch takes an average of another layout in another order.
-    lanes = (lanes_of_pytorch(source.size) if lies_in_lines(read) else None) or OWN_LANES
+    here = read.meta["val"].is_cpu and lies_in_lines(read)
+    lanes = (lanes_of_pytorch(source.size) if here else None) or OWN_LANES
     source.in_float = result.in_float = True
     return Average(node=node, result=result, source=source, lanes=lanes)
 

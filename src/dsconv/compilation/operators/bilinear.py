@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dsconv.backends import lowering
+from dsconv import backends
 from dsconv.backends.base import Executable
 from dsconv.compilation.layouts import are_pixels, lies_in_lines
 from dsconv.compilation.operators.operator import Ids, Lowering, Step, of_images, register
@@ -23,6 +23,7 @@ Order = tuple[int, int, int]
 """The number of channels that PyTorch sums up on vectors, and the orders of the sums of these and of the others."""
 
 _LINES, _ABOVE_FIRST, _BELOW_FIRST = range(3)
+_OWN_ORDER: Order = (0, _LINES, _LINES)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -73,28 +74,19 @@ def _bilinear(lowering: Lowering, node: fx.Node) -> Step | None:
     if len(node.all_input_nodes) > 1 or not (pixels or lies_in_lines(source.node)):
         return None
     scales = given.get("scale_factors") or (given.get("scales_h"), given.get("scales_w"))
-    found = _found(source.size, result.size[1:], given["align_corners"], tuple(scales), pixels)
-    if found is None:
+    of = source.size, result.size[1:], given["align_corners"], tuple(scales)
+    order = _order(*of, pixels, backends.lowering()[0].describe()) if recorded["val"].is_cpu else _OWN_ORDER
+    if order is None:
         return None
-    rows, columns, order = found
+    rows, columns = _places(*of)
     source.in_float = result.direct = True
     return Bilinear(node=node, result=result, source=source, rows=rows, columns=columns, order=order)
 
 
-def _found(
-    size: tuple[int, int, int],
-    out: tuple[int, int],
-    corners: bool,
-    scales: tuple[float | None, ...],
-    pixels: bool,
-) -> tuple[list[Between], list[Between], Order] | None:
-    """Return places, and the order of sums that has PyTorch's bits for images in that layout; None where none has."""
-    rows, columns = (
-        places(have, want, corners, scale) for have, want, scale in zip(size[1:], out, scales, strict=True)
-    )
-    backend, _ = lowering()
-    order = _order(size, out, corners, scales, pixels, backend.describe())
-    return None if order is None else (rows, columns, order)
+def _places(
+    size: tuple[int, int, int], out: tuple[int, int], corners: bool, scales: tuple[float | None, ...]
+) -> tuple[list[Between], ...]:
+    return tuple(places(have, want, corners, scale) for have, want, scale in zip(size[1:], out, scales, strict=True))
 
 
 @cache
@@ -112,10 +104,8 @@ def _order(
     if pixels:
         x = x.contiguous(memory_format=torch.channels_last)
     expected = torch.ops.aten.upsample_bilinear2d.default(x, out, corners, *scales)
-    rows, columns = (
-        places(have, want, corners, scale) for have, want, scale in zip(size[1:], out, scales, strict=True)
-    )
-    tried: list[Order] = [(0, _LINES, _LINES)]
+    rows, columns = _places(size, out, corners, scales)
+    tried: list[Order] = [_OWN_ORDER]
     tried += [(size[0] // lanes * lanes, _BELOW_FIRST, _ABOVE_FIRST) for lanes in (8, 16, 4, 1)]
     tried.append((0, _ABOVE_FIRST, _ABOVE_FIRST))
     return next((order for order in tried if torch.equal(_made(x, rows, columns, order), expected)), None)
@@ -127,11 +117,11 @@ def _made(x: Tensor, rows: list[Between], columns: list[Between], order: Order) 
     x = x.contiguous(memory_format=torch.channels_last)
     size = (channels, len(rows), len(columns))
     made = torch.empty((1, *size), dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-    _, program = lowering()
+    backend, program = backends.lowering()
     source = program.values(1, 0, 0, (channels, height, width), (x.numel(), 1, width * channels, channels))
     result = program.values(2, 0, 0, size, (made.numel(), 1, size[2] * channels, channels))
     program.interpolate(source, rows, columns, *order, (result, -1, [], 0, 0.0, 0.0))
-    program.run(1, [0, x.data_ptr(), made.data_ptr()], 0, 1, 0)
+    program.run(1, [backend.constant(tensor) for tensor in (None, x, made)], 0, 1, backend.constant(None))
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from dsconv.backends.base import Executable
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, address, fixed, register
+from dsconv.compilation.operators.operator import Ids, Lowering, Step, fixed, register
 from dsconv.compilation.values import Format, Quantized, Value
 from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.numerics.winograd import PRODUCTS, TILE
@@ -58,7 +58,7 @@ class Convolution(Step):
 
     def add(self, to: Executable, ids: Ids) -> None:
         given = self.arguments
-        weight, kds, kds_shift, bias, gain, offset = (address(given[name]) for name in WEIGHTS)
+        weight, kds, kds_shift, bias, gain, offset = (ids.constant(given[name]) for name in WEIGHTS)
         to.convolve(
             self.sizes,
             ids.value(self.source if self.quantized is None else None),

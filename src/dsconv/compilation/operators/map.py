@@ -18,7 +18,6 @@ from dsconv.compilation.operators.operator import (
     Lowering,
     Settings,
     Step,
-    address,
     fixed,
     only_user,
     register,
@@ -48,7 +47,7 @@ class Operation:
     def numbers(self, ids: Ids) -> MapOperation:
         """Return it as an executable takes it."""
         numbers = OPERATIONS.index(self.kind), ACTIVATIONS.index(self.activation)
-        tensors = address(self.constants), address(self.offset)
+        tensors = ids.constant(self.constants), ids.constant(self.offset)
         return (*numbers, self.alpha, self.beta, ids.value(self.value), *tensors)
 
 

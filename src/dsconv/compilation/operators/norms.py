@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from dsconv.backends.base import Executable
 from dsconv.compilation.operators.map import Operation, mapped
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, address, fixed, register
+from dsconv.compilation.operators.operator import Ids, Lowering, Step, fixed, register
 from dsconv.compilation.values import Value
 from dsconv.ops import arguments_of
 
@@ -29,7 +29,7 @@ class Moments(Step):
         yield self.source
 
     def add(self, to: Executable, ids: Ids) -> None:
-        of = ids.value(self.source), self.groups, address(self.weight), self.epsilon
+        of = ids.value(self.source), self.groups, ids.constant(self.weight), self.epsilon
         to.moments(*of, *map(ids.value, self.parts))
 
     def constants(self) -> Sequence[Tensor | None]:

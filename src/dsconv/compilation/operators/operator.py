@@ -25,6 +25,9 @@ Constant = Callable[[Any], Tensor | None]
 class Ids(Protocol):
     """Numbers of tensors in an executable."""
 
+    def constant(self, tensor: Tensor | None) -> Any:
+        """Return a tensor of the model as the executable takes it."""
+
     def value(self, of: Value | None) -> int:
         """Return the number of a float32 tensor; -1 of none."""
 
@@ -212,11 +215,6 @@ def only_user(node: fx.Node) -> fx.Node | None:
 def fixed(tensor: Tensor) -> Tensor:
     """Return a dense copy for a step that keeps its address: a model's own moves when it is shared with a process."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def address(tensor: Tensor | None) -> int:
-    """Return where the values of a tensor lie; 0 of none."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def of_images(lowering: Lowering, node: fx.Node) -> bool:
