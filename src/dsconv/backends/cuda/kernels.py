@@ -209,14 +209,15 @@ def _store_blocks(
 
 @triton.jit
 def _finish(
-    acc, r, o, live, there, bias_ptr, gain_ptr, offset_ptr, r_ptr, y_ptr, qm_ptr, qs_ptr, qt_ptr, P, r_stride, y_stride,
+    acc, residual, r, o, live, there, bias_ptr, gain_ptr, offset_ptr, y_ptr, qm_ptr, qs_ptr, qt_ptr, P, y_stride,
     q_row_bytes, q_column, q_end, q_block, alpha, beta,
     BIAS: tl.constexpr, BATCHNORM: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, STORE: tl.constexpr,
     QBLOCK: tl.constexpr, QBITS: tl.constexpr, QSIGN: tl.constexpr, QSHIFT: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Turn sums (outputs, pixels) into outputs, and store these, quantize them, or both.
 
-    r are the pixels and o the outputs, live and there those of them that there are (all outputs, unless RAGGED).
+    residual is added where there is one; r are the pixels and o the outputs,
+    live and there those of them that there are (all outputs, unless RAGGED).
     """
     keep = there[:, None] & live[None, :]
     if BIAS:
@@ -226,7 +227,7 @@ def _finish(
         offset = tl.load(offset_ptr + o, mask=there, other=0.0)
         acc = tl.fma(acc, gain[:, None].broadcast_to(acc.shape), offset[:, None].broadcast_to(acc.shape))
     if RESIDUAL:
-        acc = acc + tl.load(r_ptr + r[None, :] * r_stride + o[:, None], mask=keep, other=0.0)
+        acc = acc + residual
     acc = _activated(acc, ACTIVATION, alpha, beta)
     if STORE:
         tl.store(y_ptr + r[None, :] * y_stride + o[:, None], acc, mask=keep)
@@ -349,7 +350,13 @@ def convolve(
     group = po * TILE_O // group_rows
     first = group * blocks
     j = tl.arange(0, BLOCK)
+    there = o - group * group_rows < group_outputs
+    channel = o - group * (group_rows - group_outputs)
     acc = tl.zeros((TILE_O, TILE_P), tl.float32)
+    where = r_ptr + r[None, :] * r_stride + channel[:, None]
+    residual = acc
+    if RESIDUAL and not LOOP:  # on its way while the only term is; a loop needs the registers
+        residual = tl.load(where, mask=there[:, None] & live[None, :], other=0.0)
     b = first
     tap = 0
     kw = 0
@@ -402,10 +409,10 @@ def convolve(
                 b, tap, kw, offset, place = _next(
                     b, tap, kw, offset, place, first, first + blocks, KW, line, dilation_h, dilation_w
                 )
-    there = o - group * group_rows < group_outputs
-    o = o - group * (group_rows - group_outputs)
-    _finish(acc, r, o, live, there, bias_ptr, gain_ptr, offset_ptr, r_ptr, y_ptr, qm_ptr, qs_ptr, qt_ptr, P,
-    r_stride, y_stride,
+    if RESIDUAL and LOOP:
+        residual = tl.load(where, mask=there[:, None] & live[None, :], other=0.0)
+    _finish(acc, residual, r, channel, live, there, bias_ptr, gain_ptr, offset_ptr, y_ptr, qm_ptr, qs_ptr, qt_ptr, P,
+    y_stride,
             q_row_bytes, q_column + po * TILE_O, q_end, q_block + po * (TILE_O // QBLOCK), alpha, beta, BIAS,
             BATCHNORM, RESIDUAL,
             ACTIVATION, STORE, QBLOCK, QBITS, QSIGN, QSHIFT, RAGGED)  # fmt: skip
@@ -445,8 +452,12 @@ def depthwise(
             # Taps in the padding change nothing, where weights are finite.
             acc = tl.fma(x, w[:, None].broadcast_to(acc.shape), acc)
     acc = acc * tl.load(k_ptr + o, mask=there, other=0.0)[:, None]
-    _finish(acc, r, o, live, there, bias_ptr, gain_ptr, offset_ptr, r_ptr, y_ptr, qm_ptr, qs_ptr, qt_ptr, P,
-    r_stride, y_stride,
+    residual = acc
+    if RESIDUAL:
+        where = r_ptr + r[None, :] * r_stride + o[:, None]
+        residual = tl.load(where, mask=there[:, None] & live[None, :], other=0.0)
+    _finish(acc, residual, r, o, live, there, bias_ptr, gain_ptr, offset_ptr, y_ptr, qm_ptr, qs_ptr, qt_ptr, P,
+    y_stride,
             q_row_bytes, q_column + tl.program_id(1) * TILE_O, q_end,
             q_block + tl.program_id(1) * (TILE_O // QBLOCK), alpha, beta,
             BIAS, BATCHNORM, RESIDUAL, ACTIVATION, STORE, QBLOCK, QBITS, QSIGN, QSHIFT, True)  # fmt: skip
@@ -556,7 +567,7 @@ def pool(
     if AVERAGE:
         count = tl.where(divisor > 0, divisor, tl.maximum(count, 1))
         acc = tl.div_rn(acc, count.to(tl.float32)[None, :].broadcast_to(acc.shape))
-    _finish(acc, r, o, live, there, x_ptr, x_ptr, x_ptr, x_ptr, y_ptr, qm_ptr, qs_ptr, qt_ptr, P, 0, y_stride,
+    _finish(acc, acc, r, o, live, there, x_ptr, x_ptr, x_ptr, y_ptr, qm_ptr, qs_ptr, qt_ptr, P, y_stride,
             q_row_bytes, q_column + tl.program_id(1) * TILE_O, q_end,
             q_block + tl.program_id(1) * (TILE_O // QBLOCK), alpha, beta,
             False, False, False, ACTIVATION, STORE, QBLOCK, QBITS, QSIGN, QSHIFT, True)  # fmt: skip

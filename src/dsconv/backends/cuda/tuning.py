@@ -31,7 +31,7 @@ class Tile(NamedTuple):
     registers: int = 0
 
 
-LARGE = (Tile(128, 64, 4, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4, 3, 128), Tile(128, 64, 8, 3, 128))
+LARGE = (Tile(128, 64, 4, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4, 3, 128), Tile(64, 64, 4, 3, 168))
 SMALL = (Tile(16, 64, 2, 4), Tile(16, 64, 4, 3), Tile(32, 64, 2, 4), Tile(16, 64, 4, 5))
 _FEW = 1 << 18  # outputs below which a GPU is not filled by large tiles
 
