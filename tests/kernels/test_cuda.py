@@ -247,6 +247,12 @@ def test_the_summary_says_why_a_layer_is_simulated(layer: Any, settings: Any, re
         assert bool(made(torch.randn(1, layer.in_channels, *[7] * made.dims, device=gpu)).isfinite().all())
 
 
+def test_no_algorithm_without_kernels_is_chosen(gpu: str) -> None:
+    layer = nn.Conv2d(64, 64, 3, padding=1)
+    of_the_device = dsconv.nn.DSConv2d.from_float(layer.to(gpu), config({"algorithm": "auto"}))
+    assert of_the_device.config.algorithm == "direct" and of_the_device.backend.name == "integers (cuda)"
+
+
 def test_without_triton_layers_are_simulated_and_the_reason_names_the_extra(
     gpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

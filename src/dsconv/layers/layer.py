@@ -186,6 +186,8 @@ class DSLayer(nn.Module):
     def choose_algorithm_(self, weight: Tensor, x: Tensor) -> None:
         """Set the algorithm of a layer that has two: Winograd unless that adds more than 1 dB of noise to the output.
 
+        It is the direct one where the layer lies on a device for which that alone has kernels.
+
         Args:
             weight: the float weight ``(O, C, 3, 3)`` that the layer was made of.
             x: float32 ``(N, C, H, W)``, an input or what stands for it.
@@ -193,6 +195,10 @@ class DSLayer(nn.Module):
         # Outputs are those of the layer, so that the weights that are packed for them stay.
         if self.config.algorithm != "direct":
             self._have_algorithm("direct")
+        other = self.operation._replace(config=self.config.model_copy(update={"algorithm": "winograd"}))
+        executes, would_execute = (backends.choose(of, self.vqk.device)[0] for of in (self.operation, other))
+        if would_execute is backends.SIMULATION is not executes:
+            return
         expected = F.conv2d(x, weight.float(), padding=list(self.operation.padding))
         direct = self._run(x, self.operation, biased=False)
         before = self.config, self._kernel_weights, self._simulated_weights
