@@ -30,17 +30,15 @@ class DotTasks : OutputTasks {
     std::int64_t row[kMaxTaskPixels];
     pixel_offsets(first, px.count, g_.out_height, g_.out_width, row_stride, row_of, row);
     DotArgs dot = dot_args(rows, px, row);
-    if (finishes_at_once(rows)) {
-      locate(first, px.count, 0, px);
-      return finish_at_once(px, dot, begin_unit, end_unit);
-    }
+    const bool at_once = finishes_at_once(rows);
     const std::int64_t needed = kernels_.workspace_bytes ? kernels_.workspace_bytes(dot) : 0;
     struct User;
     using Mine = Scratch<User>;
-    Mine scratch(Mine::template size<std::uint8_t>(needed) + bytes<Mine>(px));
+    Mine scratch(Mine::template size<std::uint8_t>(needed) + (at_once ? 0 : bytes<Mine>(px)));
     dot.workspace = scratch.template take<std::uint8_t>(needed);
-    take(scratch, px);
+    if (!at_once) take(scratch, px);
     locate(first, px.count, 0, px);
+    if (at_once) return finish_at_once(px, dot, begin_unit, end_unit);
     for (std::int64_t u = begin_unit; u < end_unit; ++u) {
       const Unit unit = unit_at(px, u);
       sum(px, unit, dot);
