@@ -357,6 +357,7 @@ void bind_program(nb::module_& m) {
                             activation_bits_of(sizes, activation_bits), one_of<Sign>("sign", sign, kSigns)},
                            from, input, outputs(to));
            })
+      .def("join", &Program::join)
       .def("map",
            [](Program& self, int from, const std::vector<std::tuple<int, int, float, float, int, Address, Address>>& given,
               const OutputsTuple& to) {

@@ -53,6 +53,13 @@ void convolve_flat(const ConvSizes&, const Layer&, const Kernels&, const Input&,
 void convolve_flat_frames(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 void convolve_depthwise(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 
+// Whether a depthwise layer can be computed together with a convolution whose outputs it reads.
+bool joins(const ConvSizes& first, const ConvSizes&, const Layer&);
+// Convolves a quantized input with a first layer and then with a depthwise one, some lines at a time: what lies between them
+// stays in the caches.
+void convolve_joined(const ConvSizes& first, const Layer& first_layer, const QuantizedTensor& input, const ConvSizes&, const Layer&,
+                     const Kernels&, const Output&);
+
 // Quantizes the input of a 1x1 convolution to mantissas (images, channels, pixels) and exponents (images, groups *
 // blocks, pixels), which are -128 for a block that is not finite.
 void quantize_activation(const ConvSizes&, const Layer&, const Kernels&, const Input&, std::int8_t* mantissa,

@@ -120,10 +120,17 @@ template <class V, Activation A, int Width, int Stride>
 inline void depthwise_outputs(const DepthwiseLineArgs& args, std::int64_t x, int count) {
   constexpr int kOutputs = DepthwiseLineArgs::kOutputs;
   const DepthwiseLineArgs a = args;  // a local copy, which no store of outputs can alias
+  // Columns `begin` to `end` are those inside the image.
   const std::int64_t columns = a.columns(), left = a.first + x * a.stride;
-  for (std::int64_t ky = 0; ky < a.kernel_h; ++ky)
-    for (std::int64_t i = 0; a.line[ky] && i < columns; ++i)
-      a.pixel[ky * columns + i] = left + i >= 0 && left + i < a.width ? a.line[ky] + (left + i) * a.pixel_stride : a.zeros;
+  const std::int64_t begin = left < 0 ? V::min(-left, columns) : 0, end = V::max(begin, V::min(a.width - left, columns));
+  const float** pixel = a.pixel;
+  for (std::int64_t ky = 0; ky < a.kernel_h; ++ky, pixel += columns) {
+    if (!a.line[ky]) continue;
+    std::int64_t i = 0;
+    for (; i < begin; ++i) pixel[i] = a.zeros;
+    for (const float* from = a.line[ky] + (left + i) * a.pixel_stride; i < end; ++i, from += a.pixel_stride) pixel[i] = from;
+    for (; i < columns; ++i) pixel[i] = a.zeros;
+  }
   const auto vector = [&]<bool Whole>(std::int64_t c, int lanes) {
     typename V::Float sums[kOutputs];
     depthwise_sums<V, Width, Stride, Whole>(a, a.pixel, c, sums);

@@ -170,6 +170,7 @@ void Program::convolve(const ConvSizes& sizes, const Layer& layer, int from, int
   }
   Layer l = layer;
   l.post.activation = to.activation;
+  layers_.push_back({g, l, from, input_id, to, steps_.size()});
   steps_.push_back([=, this](const Run& run) {
     ConvSizes now = g;
     now.images = run.images;
@@ -177,6 +178,23 @@ void Program::convolve(const ConvSizes& sizes, const Layer& layer, int from, int
     if (now.flat || now.winograd) return dsconv::convolve(now, l, kernels_, input(run, from), output(run, to, into));
     dsconv::convolve(now, l, kernels_, quantized(run, input_id), output(run, to, into));
   });
+}
+
+void Program::join() {
+  const std::size_t count = layers_.size();
+  require(count >= 2 && layers_[count - 1].step + 1 == steps_.size() && layers_[count - 2].step + 2 == steps_.size(),
+          "join: expected two layers as the last steps");
+  const LayerStep first = layers_[count - 2], second = layers_[count - 1];
+  require(joins(first.g, second.g, second.l) && first.to.values >= 0 && first.to.values == second.from &&
+              first.to.targets.empty() && first.to.residual < 0,
+          "join: expected a convolution to float32 alone and a depthwise layer of float activations that reads it");
+  steps_[first.step] = [](const Run&) {};
+  steps_[second.step] = [=, this](const Run& run) {
+    ConvSizes of_first = first.g, now = second.g;
+    of_first.images = now.images = run.images;
+    const std::vector<QuantizedTarget> into = targets(run, second.to, now.outputs);
+    convolve_joined(of_first, first.l, quantized(run, first.input), now, second.l, kernels_, output(run, second.to, into));
+  };
 }
 
 // An input as it comes, channel by channel, which is quantized alone.

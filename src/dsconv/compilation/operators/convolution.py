@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import Tensor, fx
@@ -14,6 +15,9 @@ from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.numerics.winograd import PRODUCTS, TILE
 from dsconv.ops import FLOAT_BITS, WEIGHTS, arguments_of, checked_sizes
 
+# What two layers pass on; less stays in the second cache anyway.
+_LEAST_BYTES = 1 << 20
+
 
 @dataclass(eq=False, kw_only=True)
 class Convolution(Step):
@@ -23,6 +27,7 @@ class Convolution(Step):
         arguments: of its operator, by name.
         sizes: of one image (:func:`dsconv.ops.checked_sizes`).
         quantized: its input; None for flattened blocks and Winograd, which read ``source``.
+        joined: the step before a depthwise one, where both are computed together, some lines at a time.
     """
 
     arguments: dict[str, Any]
@@ -30,6 +35,7 @@ class Convolution(Step):
     source: Value
     depthwise: bool
     quantized: Quantized | None = None
+    joined: "Convolution | None" = None
     takes_gaps: ClassVar[bool] = True
 
     @property
@@ -53,6 +59,11 @@ class Convolution(Step):
     def reads(self) -> Quantized | None:
         return self.quantized
 
+    def quantized_tensors(self) -> Iterator[Quantized]:
+        yield from super().quantized_tensors()
+        if self.joined is not None and self.joined.quantized is not None:
+            yield self.joined.quantized
+
     def takes_lines(self) -> bool:
         return self.sizes.flat and not self.depthwise and self.residual is None
 
@@ -74,6 +85,8 @@ class Convolution(Step):
             ACTIVATION_SIGNS.index(given["sign"]),
             self.uses(ids),
         )
+        if self.joined is not None:
+            to.join()
 
     def constants(self) -> Sequence[Tensor | None]:
         return [self.arguments[name] for name in WEIGHTS]
@@ -84,6 +97,33 @@ class Convolution(Step):
             return int(s.outputs * s.channels * PRODUCTS * -(-s.out_height // TILE) * -(-s.out_width // TILE))
         pixels = (s.depth, s.height, s.width) if s.transposed else (s.out_depth, s.out_height, s.out_width)
         return int(s.outputs * math.prod(pixels) * s.kernel_d * s.kernel_h * s.kernel_w * (s.channels // s.groups))
+
+
+def join_layers(steps: Sequence[Step]) -> None:
+    """Have depthwise layers of float activations computed together with the layer before, if only they read it.
+
+    What lies between them then stays in the caches, which is worth it where it is large.
+    """
+    for before, step in pairwise(steps):
+        if not (isinstance(before, Convolution) and isinstance(step, Convolution)):
+            continue
+        between = before.result
+        if not _joins(before, step) or between is None or 4 * math.prod(between.size) < _LEAST_BYTES:
+            continue
+        if between.outside or between.home is not None:
+            continue
+        users = [other for other in steps if any(value.root() is between for value in other.float_values())]
+        if users == [before, step]:
+            step.joined = before
+            before.fused.append("in the next step")
+
+
+def _joins(before: Convolution, step: Convolution) -> bool:
+    first, second = before.sizes, step.sizes
+    direct = before.quantized is not None and not (first.transposed or first.volume) and first.groups == 1
+    alone = direct and not before.targets and before.residual is None
+    in_float = step.depthwise and not step.in_integers and second.outputs == second.channels
+    return alone and in_float and step.source is before.result and step.residual is not before.result
 
 
 def sums_integers(given: dict[str, Any]) -> bool:
