@@ -64,7 +64,7 @@ class DotTasks : OutputTasks {
   bool finishes_at_once(const QuantizedRows& rows) const {
     return kernels_.dot_one_block && g_.taps() == 1 && tap_row_.size() == 1 && rows.blocks == 1 && !rows.overflow[0] &&
            !rows.int_acc && o_.values && channel_stride() == 1 && o_.targets.empty() && !o_.residual.values &&
-           has_bounds(l_.post.activation.kind) && g_.group_outputs() % kPanel == 0;
+           g_.group_outputs() % kPanel == 0;
   }
   void finish_at_once(const Pixels& px, DotArgs& a, std::int64_t begin_unit, std::int64_t end_unit) const {
     const std::int64_t begin = begin_unit * unit_, end = std::min(g_.group_outputs(), end_unit * unit_);
@@ -72,9 +72,31 @@ class DotTasks : OutputTasks {
     a.weight = l_.weight + pair * 2 * a.panel_bytes;
     a.kds = l_.kds + pair * kNR, a.kds_shift = l_.kds_shift ? l_.kds_shift + pair * kNR : nullptr;
     EpilogueArgs to{};
-    to.outputs = static_cast<int>(end - begin), to.place = px.place, to.post = l_.post.from(output);
-    to.output = o_.values + output;
-    kernels_.dot_one_block(a, to);
+    to.outputs = static_cast<int>(end - begin), to.post = l_.post.from(output), to.output = o_.values + output;
+    const ActivationSettings activation = l_.post.activation;
+    const bool bounds = has_bounds(activation.kind);
+    if (!bounds) to.post.activation.kind = Activation::none;
+    // Other activations are computed of some outputs at a time, while they are in the first cache.
+    constexpr int kCachedValues = 4096;
+    const int together = bounds ? px.count : std::max(1, kCachedValues / to.outputs);
+    const std::int64_t* const row = a.row;
+    for (int p = 0; p < px.count; p += together) {
+      a.row = row + p, a.pixels = std::min(together, px.count - p), to.place = px.place + p;
+      kernels_.dot_one_block(a, to);
+      if (!bounds) activate(to.output, to.place, a.pixels, to.outputs, activation);
+    }
+  }
+
+  // Activates outputs where they are, from pixel to pixel.
+  void activate(float* outputs, const std::int64_t* place, int pixels, int channels, const ActivationSettings& activation) const {
+    MapArgs m{};
+    m.operation = Operation::activate, m.activation = activation, m.channels = channels;
+    m.input_stride = m.output_stride = pixel_stride();
+    for (int p = 0; p < pixels; p += static_cast<int>(m.pixels)) {
+      for (m.pixels = 1; p + m.pixels < pixels && place[p + m.pixels] == place[p] + m.pixels * pixel_stride();) ++m.pixels;
+      m.input = m.output = outputs + place[p];
+      kernels_.vector.map(m);
+    }
   }
 
   void sum(const Pixels& px, const Unit& unit, DotArgs& a) const {
