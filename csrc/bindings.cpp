@@ -213,6 +213,9 @@ void bind_machine(nb::module_& m) {
       },
       "Run tasks on so many threads of our own.");
   m.def(
+      "expect_threads", [](int threads) { expected_threads = std::clamp(threads, 1, 1 << 16); },
+      "Cut work that costs more the finer it is cut for so many threads.");
+  m.def(
       "peak_rate",
       [](std::string_view isa, double seconds) {
         const Kernels& kernels = kernels_of(isa);

@@ -15,7 +15,8 @@ namespace {
 constexpr std::int64_t kTasks = 32;      // enough to balance the threads
 constexpr std::int64_t kWindows = 1024;  // outputs of a task that quantizes their windows
 
-// Flattened blocks: quantizes the windows of some lines of outputs from line `top` on, to rows one after another.
+}  // namespace
+
 void quantize_windows(const ConvSizes& g, const QuantizedTensor& to, const Kernels& kernels, const Input& input, std::int64_t group,
                       std::int64_t image, std::int64_t top, std::int64_t count) {
   const BlockLayout layout = g.layout();
@@ -35,8 +36,6 @@ void quantize_windows(const ConvSizes& g, const QuantizedTensor& to, const Kerne
       kernels.vector.quantize_nchw(quantize_args(to, 0, b, row + y * g.out_width, g.out_width), channel + b * layout.block_size,
                                    y * lines.next_line());
 }
-
-}  // namespace
 
 // A task quantizes its windows, and sums over them while they are in cache.
 void convolve_flat(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Input& input, const Output& o) {

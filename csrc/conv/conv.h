@@ -53,12 +53,14 @@ void convolve_flat(const ConvSizes&, const Layer&, const Kernels&, const Input&,
 void convolve_flat_frames(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 void convolve_depthwise(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 
-// Whether a depthwise layer can be computed together with a convolution whose outputs it reads.
-bool joins(const ConvSizes& first, const ConvSizes&, const Layer&);
-// Convolves a quantized input with a first layer and then with a depthwise one, some lines at a time: what lies between them
-// stays in the caches.
-void convolve_joined(const ConvSizes& first, const Layer& first_layer, const QuantizedTensor& input, const ConvSizes&, const Layer&,
-                     const Kernels&, const Output&);
+// Convolves with a first layer and then with a depthwise one of float activations, some lines at a time: what lies between them
+// stays in the caches (joined.h).
+struct FirstLayer;
+void convolve_joined(const FirstLayer&, const ConvSizes&, const Layer&, const Kernels&, const Output&);
+
+// Flattened blocks: quantizes the windows of some lines of outputs from line `top` on, to rows one after another.
+void quantize_windows(const ConvSizes&, const QuantizedTensor& to, const Kernels&, const Input&, std::int64_t group,
+                      std::int64_t image, std::int64_t top, std::int64_t count);
 
 // Quantizes the input of a 1x1 convolution to mantissas (images, channels, pixels) and exponents (images, groups *
 // blocks, pixels), which are -128 for a block that is not finite.

@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-#include "../conv/conv.h"
+#include "../conv/joined.h"
 #include "../isa/detect.h"
 #include "../isa/list.h"
 #include "../rounding/balanced.h"
@@ -265,6 +265,7 @@ bool joined_alike(const Kernels& kernels) {
   ConvSizes first{}, g{};
   first.images = g.images = pick(1, 2), first.groups = 1, first.block_size = 32;
   first.channels = pick(1, 70), first.outputs = g.channels = g.outputs = g.groups = pick(2, 150);
+  first.flat = pick(0, 2) == 0;
   first.kernel_h = first.kernel_w = pick(0, 1) ? 1 : 3, first.pad_h = first.pad_w = pick(0, 1);
   first.stride_h = first.stride_w = pick(1, 2), first.dilation_h = first.dilation_w = 1;
   g.flat = true, g.block_size = 32;
@@ -324,10 +325,13 @@ bool joined_alike(const Kernels& kernels) {
     outputs[i].assign(floats ? g.images * to.image : 0, 7.0f);
     const Output o{floats ? outputs[i].data() : nullptr, to, {}, {&target, 1}};
     if (i) {
-      convolve_joined(first, of_first, input_of(kernels, rows), g, l, kernels, o);
+      const QuantizedTensor input = first.flat ? QuantizedTensor() : input_of(kernels, rows);
+      convolve_joined({first, of_first, input, {given.data(), strides(first.channels, first.height, first.width)}}, g, l, kernels,
+                      o);
     } else {
       std::vector<float> all(g.images * between.image);
-      convolve(first, of_first, scalar::kernels, input_of(scalar::kernels, memory), {all.data(), between, {}, {}});
+      convolve(first, of_first, scalar::kernels, Input{given.data(), strides(first.channels, first.height, first.width)},
+               {all.data(), between, {}, {}});
       convolve(g, l, scalar::kernels, Input{all.data(), between}, o);
     }
     rows = rows_of(q);
@@ -335,7 +339,7 @@ bool joined_alike(const Kernels& kernels) {
   }
   for (std::size_t k = 0; k < outputs[0].size(); ++k)
     if (std::memcmp(&outputs[0][k], &outputs[1][k], 4) && !(std::isnan(outputs[0][k]) && std::isnan(outputs[1][k]))) return false;
-  return joins(first, g, l) && made[0] == made[1];
+  return makes_lines(first) && made[0] == made[1];
 }
 
 double activated(const Case& c, double v) {

@@ -1,4 +1,4 @@
-"""Depthwise layers that are computed together with the layer before, some lines at a time."""
+"""Depthwise layers and poolings that are computed together with the layer before, some lines at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,11 +52,40 @@ def test_both_layers_have_the_bits_of_one_after_the_other(second: nn.Conv2d, siz
     assert joined(run, (3, *size), **layers) == 1
 
 
+@pytest.mark.parametrize("size", [(2, 3), (29, 41)])
+@pytest.mark.parametrize(
+    "second",
+    [
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.MaxPool2d(2, 1, 1),
+        nn.AvgPool2d(3, 1, 1),
+        depthwise(40),
+        depthwise(40, 5, 2),
+    ],
+    ids=["maximum", "padded", "average", "depthwise", "five"],
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_first_layer_of_a_network_makes_lines(second: nn.Module, size: tuple[int, int], stride: int) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.last(net.second(F.relu(net.first(x))))
+
+    layers = {"first": conv(3, 40, stride=stride), "second": second, "last": conv(40, 8, 1)}
+    pooled = isinstance(second, nn.MaxPool2d) and second.padding == 0
+    assert joined(run, (3, size[0] * stride + pooled, size[1] * stride + pooled), **layers) == 1
+
+
+def test_poolings_of_layers_that_read_mantissas_are_joined() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.last(F.max_pool2d(net.second(net.first(x)), 3, 2))
+
+    assert joined(run, (3, 40, 23), first=conv(3, 16), second=conv(16, 72), last=conv(72, 8, 1)) == 1
+
+
 def test_activations_and_residuals_go_with_them() -> None:
     def run(net: Any, x: Tensor) -> Tensor:
         x = net.first(x)
-        y = net.second(F.silu(net.expand(x)))
-        return net.project(F.hardswish(y + net.other(x)))
+        other = net.other(x)
+        return net.project(F.hardswish(net.second(F.silu(net.expand(x))) + other))
 
     layers = {"first": conv(3, 16), "expand": conv(16, 32, 3), "other": conv(16, 32, 1), "second": depthwise(32)}
     assert joined(run, (3, 20, 20), **layers, project=conv(32, 8, 1)) == 1
@@ -91,7 +120,7 @@ def test_the_input_of_the_first_is_kept_until_the_second_is_done() -> None:
             x = x + net.get_submodule(f"project_{i}")(F.relu6(net.get_submodule(f"second_{i}")(y)))
         return x
 
-    layers: dict[str, nn.Module] = {"first": conv(3, 16)}
+    layers: dict[str, nn.Module] = {"first": conv(3, 16)}  # which both read
     for i in "ab":
         layers |= {f"expand_{i}": conv(16, 96, 1), f"second_{i}": depthwise(96), f"project_{i}": conv(96, 16, 1)}
     assert joined(run, (3, 33, 33), **layers) == 2

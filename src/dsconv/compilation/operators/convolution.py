@@ -16,7 +16,7 @@ from dsconv.numerics.winograd import PRODUCTS, TILE
 from dsconv.ops import FLOAT_BITS, WEIGHTS, arguments_of, checked_sizes
 
 # What two layers pass on; less stays in the second cache anyway.
-_LEAST_BYTES = 1 << 20
+_LEAST_BYTES = 1 << 19
 
 
 @dataclass(eq=False, kw_only=True)
@@ -27,7 +27,6 @@ class Convolution(Step):
         arguments: of its operator, by name.
         sizes: of one image (:func:`dsconv.ops.checked_sizes`).
         quantized: its input; None for flattened blocks and Winograd, which read ``source``.
-        joined: the step before a depthwise one, where both are computed together, some lines at a time.
     """
 
     arguments: dict[str, Any]
@@ -35,7 +34,6 @@ class Convolution(Step):
     source: Value
     depthwise: bool
     quantized: Quantized | None = None
-    joined: "Convolution | None" = None
     takes_gaps: ClassVar[bool] = True
 
     @property
@@ -59,13 +57,19 @@ class Convolution(Step):
     def reads(self) -> Quantized | None:
         return self.quantized
 
-    def quantized_tensors(self) -> Iterator[Quantized]:
-        yield from super().quantized_tensors()
-        if self.joined is not None and self.joined.quantized is not None:
-            yield self.joined.quantized
-
     def takes_lines(self) -> bool:
         return self.sizes.flat and not self.depthwise and self.residual is None
+
+    def reads_lines(self) -> bool:
+        return self.depthwise and not self.in_integers and self.sizes.outputs == self.sizes.channels
+
+    def makes_lines(self) -> bool:
+        """Tell whether it can make some lines of float32 outputs at a time, and makes nothing else."""
+        sizes = self.sizes
+        # The input of the network stays where it is; any other one might be written over before the next step.
+        there = self.quantized is not None or (sizes.flat and not self.depthwise and self.source.root().outside)
+        alone = not self.targets and self.residual is None
+        return there and alone and sizes.groups == 1 and not (sizes.winograd or sizes.transposed or sizes.volume)
 
     def add(self, to: Executable, ids: Ids) -> None:
         given = self.arguments
@@ -85,8 +89,6 @@ class Convolution(Step):
             ACTIVATION_SIGNS.index(given["sign"]),
             self.uses(ids),
         )
-        if self.joined is not None:
-            to.join()
 
     def constants(self) -> Sequence[Tensor | None]:
         return [self.arguments[name] for name in WEIGHTS]
@@ -99,31 +101,21 @@ class Convolution(Step):
         return int(s.outputs * math.prod(pixels) * s.kernel_d * s.kernel_h * s.kernel_w * (s.channels // s.groups))
 
 
-def join_layers(steps: Sequence[Step]) -> None:
-    """Have depthwise layers of float activations computed together with the layer before, if only they read it.
+def join_steps(steps: Sequence[Step]) -> None:
+    """Have steps computed together with the convolution before, some lines at a time, if only they read its outputs.
 
     What lies between them then stays in the caches, which is worth it where it is large.
     """
     for before, step in pairwise(steps):
-        if not (isinstance(before, Convolution) and isinstance(step, Convolution)):
-            continue
         between = before.result
-        if not _joins(before, step) or between is None or 4 * math.prod(between.size) < _LEAST_BYTES:
+        if not isinstance(before, Convolution) or not before.makes_lines() or not step.reads_lines() or between is None:
             continue
-        if between.outside or between.home is not None:
+        if between.outside or between.home is not None or 4 * math.prod(between.size) < _LEAST_BYTES:
             continue
         users = [other for other in steps if any(value.root() is between for value in other.float_values())]
-        if users == [before, step]:
+        if users == [before, step] and list(step.sources()) == [between] and step.residual is not between:
             step.joined = before
             before.fused.append("in the next step")
-
-
-def _joins(before: Convolution, step: Convolution) -> bool:
-    first, second = before.sizes, step.sizes
-    direct = before.quantized is not None and not (first.transposed or first.volume) and first.groups == 1
-    alone = direct and not before.targets and before.residual is None
-    in_float = step.depthwise and not step.in_integers and second.outputs == second.channels
-    return alone and in_float and step.source is before.result and step.residual is not before.result
 
 
 def sums_integers(given: dict[str, Any]) -> bool:
