@@ -213,6 +213,9 @@ void bind_machine(nb::module_& m) {
       },
       "Run tasks on so many threads of our own.");
   m.def(
+      "expect_threads", [](int threads) { expected_threads = std::clamp(threads, 1, 1 << 16); },
+      "Cut work that costs more the finer it is cut for so many threads.");
+  m.def(
       "peak_rate",
       [](std::string_view isa, double seconds) {
         const Kernels& kernels = kernels_of(isa);
@@ -357,6 +360,7 @@ void bind_program(nb::module_& m) {
                             activation_bits_of(sizes, activation_bits), one_of<Sign>("sign", sign, kSigns)},
                            from, input, outputs(to));
            })
+      .def("join", &Program::join)
       .def("map",
            [](Program& self, int from, const std::vector<std::tuple<int, int, float, float, int, Address, Address>>& given,
               const OutputsTuple& to) {

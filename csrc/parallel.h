@@ -13,6 +13,9 @@ using ParallelFor = void (*)(std::int64_t begin, std::int64_t end, std::int64_t 
 // Runs the tasks; null: one after another. Set before the first task; the child of a fork changes to its own pool.
 inline std::atomic<ParallelFor> parallel_for{nullptr};
 
+// How many threads tasks are expected to run on, for work that costs more the finer it is cut.
+inline std::atomic<int> expected_threads{4};
+
 // Runs on a pool of as many threads as pool_threads last asked for, which starts at its first use.
 void parallel_for_of_pool(std::int64_t begin, std::int64_t end, std::int64_t grain, Range, void* context);
 void pool_threads(int count);

@@ -2,13 +2,11 @@
 
 #include <algorithm>
 #include <numeric>
-#include <span>
 
-#include "../isa/list.h"
 #include "../parallel.h"
 #include "../scratch.h"
+#include "dot_tasks.h"
 #include "line_buffer.h"
-#include "outputs.h"
 #include "parts.h"
 
 namespace dsconv {
@@ -17,98 +15,8 @@ namespace {
 constexpr std::int64_t kTasks = 32;      // enough to balance the threads
 constexpr std::int64_t kWindows = 1024;  // outputs of a task that quantizes their windows
 
-// The tasks of a direct convolution: dot products of some pixels times some outputs.
-class DotTasks : OutputTasks {
- public:
-  // The taps, from `first_tap` on, lie these distances in rows from a pixel's row.
-  DotTasks(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Output& o, std::span<const std::int64_t> tap_row,
-           std::int64_t first_tap = 0)
-      : OutputTasks(g, l, kernels, o), tap_row_(tap_row), first_tap_(first_tap) {}
-  using OutputTasks::units;
+}  // namespace
 
-  // Computes outputs of some units of a group at pixels `first` to `end`, kMaxTaskPixels at most. Their rows lie
-  // `row_stride` apart in a line, from row_of(image, y, x) on.
-  template <class RowOf>
-  void run(const QuantizedRows& rows, RowOf row_of, std::int64_t row_stride, std::int64_t group, std::int64_t first,
-           std::int64_t end, std::int64_t begin_unit, std::int64_t end_unit) const {
-    Pixels px;
-    px.group = group, px.count = static_cast<int>(end - first);
-    std::int64_t row[kMaxTaskPixels];
-    pixel_offsets(first, px.count, g_.out_height, g_.out_width, row_stride, row_of, row);
-    DotArgs dot = dot_args(rows, px, row);
-    if (finishes_at_once(rows)) {
-      locate(first, px.count, 0, px);
-      return finish_at_once(px, dot, begin_unit, end_unit);
-    }
-    const std::int64_t needed = kernels_.workspace_bytes ? kernels_.workspace_bytes(dot) : 0;
-    struct User;
-    using Mine = Scratch<User>;
-    Mine scratch(Mine::template size<std::uint8_t>(needed) + bytes<Mine>(px));
-    dot.workspace = scratch.template take<std::uint8_t>(needed);
-    take(scratch, px);
-    locate(first, px.count, 0, px);
-    for (std::int64_t u = begin_unit; u < end_unit; ++u) {
-      const Unit unit = unit_at(px, u);
-      sum(px, unit, dot);
-      finish(px, unit);
-    }
-  }
-
- private:
-  // Returns the part of the arguments that all units share.
-  DotArgs dot_args(const QuantizedRows& rows, const Pixels& px, const std::int64_t* row) const {
-    DotArgs a{};
-    a.rows = rows;
-    a.octets = static_cast<int>(g_.layout().octets()), a.last_octets = static_cast<int>(g_.layout().last_octets());
-    a.panel_bytes = g_.panel_bytes(l_.wide), a.panels = 2;
-    a.octets_together = octets_together(l_.activation_bits);
-    a.row = row, a.pixels = px.count;
-    a.tap_row = tap_row_.data(), a.taps = static_cast<int>(tap_row_.size());
-    a.prefetch_place = o_.residual.values ? px.residual_place : px.place;
-    return a;
-  }
-
-  // Whether the kernels finish outputs while their sums are in registers.
-  bool finishes_at_once(const QuantizedRows& rows) const {
-    return kernels_.dot_one_block && g_.taps() == 1 && tap_row_.size() == 1 && rows.blocks == 1 && !rows.overflow[0] &&
-           !rows.int_acc && o_.values && channel_stride() == 1 && o_.targets.empty() && !o_.residual.values &&
-           has_bounds(l_.post.activation.kind) && g_.group_outputs() % kPanel == 0;
-  }
-  void finish_at_once(const Pixels& px, DotArgs& a, std::int64_t begin_unit, std::int64_t end_unit) const {
-    const std::int64_t begin = begin_unit * unit_, end = std::min(g_.group_outputs(), end_unit * unit_);
-    const std::int64_t output = px.group * g_.group_outputs() + begin, pair = px.group * g_.panel_pairs() + begin / kNR;
-    a.weight = l_.weight + pair * 2 * a.panel_bytes;
-    a.kds = l_.kds + pair * kNR, a.kds_shift = l_.kds_shift ? l_.kds_shift + pair * kNR : nullptr;
-    EpilogueArgs to{};
-    to.outputs = static_cast<int>(end - begin), to.place = px.place, to.post = l_.post.from(output);
-    to.output = o_.values + output;
-    kernels_.dot_one_block(a, to);
-  }
-
-  void sum(const Pixels& px, const Unit& unit, DotArgs& a) const {
-    const std::int64_t blocks = a.rows.blocks;
-    const bool overflow = std::find(a.rows.overflow, a.rows.overflow + blocks, 1) != a.rows.overflow + blocks;
-    const auto dot = overflow ? scalar::kernels.dot : kernels_.dot;
-    const std::int64_t first_byte = first_tap_ * (a.panel_bytes / g_.taps());
-    a.sums = px.sums;
-    if (!a.taps) return void(std::fill_n(px.sums, ceil_div(unit.end - unit.begin, kNR) * px.count * kNR, 0.0f));
-    for (std::int64_t from = unit.begin; from < unit.end; from += kNR, a.sums += px.count * kNR) {
-      const std::int64_t output = px.group * g_.group_outputs() + from, pair = px.group * g_.panel_pairs() + from / kNR;
-      const std::int64_t scales = (pair * g_.taps() + first_tap_) * blocks * kNR;
-      a.weight = l_.weight + pair * 2 * a.panel_bytes + first_byte;
-      a.kds = l_.kds + scales;
-      a.kds_shift = l_.kds_shift ? l_.kds_shift + scales : nullptr;
-      a.panels = unit.end - from > kPanel ? 2 : 1;
-      if (o_.values && channel_stride() == 1) a.prefetch = o_.residual.values ? o_.residual.values + output : o_.values + output;
-      dot(a);
-    }
-  }
-
-  const std::span<const std::int64_t> tap_row_;
-  const std::int64_t first_tap_;
-};
-
-// Flattened blocks: quantizes the windows of some lines of outputs from line `top` on, to rows one after another.
 void quantize_windows(const ConvSizes& g, const QuantizedTensor& to, const Kernels& kernels, const Input& input, std::int64_t group,
                       std::int64_t image, std::int64_t top, std::int64_t count) {
   const BlockLayout layout = g.layout();
@@ -128,8 +36,6 @@ void quantize_windows(const ConvSizes& g, const QuantizedTensor& to, const Kerne
       kernels.vector.quantize_nchw(quantize_args(to, 0, b, row + y * g.out_width, g.out_width), channel + b * layout.block_size,
                                    y * lines.next_line());
 }
-
-}  // namespace
 
 // A task quantizes its windows, and sums over them while they are in cache.
 void convolve_flat(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Input& input, const Output& o) {

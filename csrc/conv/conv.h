@@ -53,6 +53,15 @@ void convolve_flat(const ConvSizes&, const Layer&, const Kernels&, const Input&,
 void convolve_flat_frames(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 void convolve_depthwise(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 
+// Convolves with a first layer and then with a depthwise one of float activations, some lines at a time: what lies between them
+// stays in the caches (joined.h).
+struct FirstLayer;
+void convolve_joined(const FirstLayer&, const ConvSizes&, const Layer&, const Kernels&, const Output&);
+
+// Flattened blocks: quantizes the windows of some lines of outputs from line `top` on, to rows one after another.
+void quantize_windows(const ConvSizes&, const QuantizedTensor& to, const Kernels&, const Input&, std::int64_t group,
+                      std::int64_t image, std::int64_t top, std::int64_t count);
+
 // Quantizes the input of a 1x1 convolution to mantissas (images, channels, pixels) and exponents (images, groups *
 // blocks, pixels), which are -128 for a block that is not finite.
 void quantize_activation(const ConvSizes&, const Layer&, const Kernels&, const Input&, std::int8_t* mantissa,

@@ -1,10 +1,10 @@
 #include <algorithm>
-#include <numeric>
 #include <stdexcept>
 
 #include "../parallel.h"
 #include "../scratch.h"
 #include "conv.h"
+#include "depthwise_parts.h"
 #include "line_buffer.h"
 
 namespace dsconv {
@@ -137,84 +137,6 @@ class DepthwiseTasks {
   std::int64_t lines_, stripes_;  // lines of a task
 };
 
-// The tasks of a depthwise convolution of float activations whose channels are contiguous: some lines of outputs, of some
-// channels each, which are whole blocks of all targets.
-class FloatDepthwiseTasks {
- public:
-  FloatDepthwiseTasks(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Input& from, const Output& o)
-      : g_(g), l_(l), kernels_(kernels), from_(from), o_(o) {
-    std::int64_t together = kChannels;
-    for (const QuantizedTarget& target : o.targets) together = std::lcm(together, target.tensor.format().layout.block_size);
-    channels_ = std::min(together, g.channels);
-    const std::int64_t line = std::max<std::int64_t>(1, g.out_width * channels_);
-    lines_ = std::clamp<std::int64_t>(kTaskValues / line, 1, std::max<std::int64_t>(1, g.out_height));
-    constexpr std::int64_t kOutputs = DepthwiseLineArgs::kOutputs;
-    pixels_ = std::max<std::int64_t>(1, kStaged / (channels_ * kOutputs)) * kOutputs;
-    parts_ = ceil_div(g.channels, channels_), stripes_ = ceil_div(g.out_height, lines_);
-  }
-
-  std::int64_t count() const { return g_.images * stripes_ * parts_; }
-
-  void run(std::int64_t task) const {
-    const std::int64_t first = task % parts_ * channels_, channels = std::min(channels_, g_.channels - first);
-    const std::int64_t stripe = task / parts_ % stripes_, image = task / parts_ / stripes_;
-    DepthwiseLineArgs a{};
-    a.kernel_h = g_.kernel_h, a.kernel_w = g_.kernel_w, a.stride = g_.stride_w, a.dilation = g_.dilation_w;
-    a.pixel_stride = from_.strides.x, a.width = g_.width, a.channels = channels;
-    a.kds = l_.kds + first, a.post = l_.post.from(first);
-    a.residual_stride = o_.residual.strides.x, a.output_stride = o_.values ? o_.strides.x : channels;
-    const std::int64_t staged = o_.values ? 0 : pixels_ * channels;
-    struct User;
-    using Mine = Scratch<User>;
-    Mine scratch(Mine::size<const float*>(g_.kernel_h) + Mine::size<float>(g_.kernel_size() * channels) +
-                 Mine::size<float>(a.window_size()) + Mine::size<float>(staged));
-    const float** const line = scratch.take<const float*>(g_.kernel_h);
-    a.line = line, a.weight = converted(first, channels, scratch.take<float>(g_.kernel_size() * channels));
-    a.window = scratch.take<float>(a.window_size());
-    float* const finished = scratch.take<float>(staged);
-    for (std::int64_t y = stripe * lines_; y < std::min(g_.out_height, (stripe + 1) * lines_); ++y) {
-      for (std::int64_t ky = 0; ky < g_.kernel_h; ++ky) {
-        line[ky] = input_line(g_, from_, image, y, ky);
-        if (line[ky]) line[ky] += first;
-      }
-      for (std::int64_t x = 0; x < g_.out_width; x += pixels_) {
-        a.outputs = std::min(pixels_, g_.out_width - x), a.first = x * g_.stride_w - g_.pad_w;
-        a.output = o_.values ? at(o_.values, o_.strides, image, y, x) + first : finished;
-        if (o_.residual.values) a.residual = at(o_.residual.values, o_.residual.strides, image, y, x) + first;
-        kernels_.vector.depthwise_line(a);
-        for (const QuantizedTarget& target : o_.targets)
-          quantize_into(target, kernels_, a.output, a.output_stride, (image * g_.out_height + y) * g_.out_width + x, a.outputs,
-                        first, first + channels);
-      }
-    }
-  }
-
- private:
-  static constexpr std::int64_t kChannels = 64, kTaskValues = 8192;
-  static constexpr std::int64_t kStaged = 4096;  // outputs that are quantized while they are in the first cache
-
-  template <class T>
-  static T* at(T* values, const Strides& s, std::int64_t image, std::int64_t y, std::int64_t x) {
-    return values + image * s.image + y * s.y + x * s.x;
-  }
-
-  // Writes the integers of some filters as floats, [taps][channels].
-  const float* converted(std::int64_t first, std::int64_t channels, float* to) const {
-    const std::int32_t* const weight = reinterpret_cast<const std::int32_t*>(l_.weight) + first;
-    for (std::int64_t k = 0; k < g_.kernel_size(); ++k)
-      for (std::int64_t c = 0; c < channels; ++c) to[k * channels + c] = static_cast<float>(weight[k * g_.outputs + c]);
-    return to;
-  }
-
-  const ConvSizes& g_;
-  const Layer& l_;
-  const Kernels& kernels_;
-  const Input& from_;
-  const Output& o_;
-  std::int64_t channels_, lines_, pixels_;  // of a task; outputs that are finished together
-  std::int64_t parts_, stripes_;
-};
-
 }  // namespace
 
 void convolve_depthwise(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Input& from, const Output& o) {
@@ -222,8 +144,19 @@ void convolve_depthwise(const ConvSizes& g, const Layer& l, const Kernels& kerne
   if (in_float && (l.kds_shift || !g.takes_floats()))
     throw std::invalid_argument("a depthwise convolution of float activations has one block a filter and no shift");
   if (in_float && from.strides.channel == 1 && (!o.values || o.strides.channel == 1) && g.outputs == g.channels) {
-    const FloatDepthwiseTasks tasks(g, l, kernels, from, o);
-    return parallel(tasks.count(), [&](std::int64_t task) { tasks.run(task); });
+    constexpr std::int64_t kTaskValues = 8192;
+    const DepthwiseParts parts(g, l, kernels, o);
+    const std::int64_t line = std::max<std::int64_t>(1, g.out_width * parts.channels);
+    const std::int64_t lines = std::clamp<std::int64_t>(kTaskValues / line, 1, std::max<std::int64_t>(1, g.out_height));
+    const std::int64_t stripes = ceil_div(g.out_height, lines);
+    return parallel(g.images * stripes * parts.count, [&](std::int64_t task) {
+      const std::int64_t part = task % parts.count, top = task / parts.count % stripes * lines;
+      const std::int64_t image = task / parts.count / stripes;
+      parts.with_part(part, from.strides.x, [&](const auto& run) {
+        const float* const values = from.values + image * from.strides.image + part * parts.channels;
+        run(image, top, std::min(g.out_height, top + lines), [&](std::int64_t y) { return values + y * from.strides.y; });
+      });
+    });
   }
   const DepthwiseTasks tasks(g, l, kernels, from, o);
   parallel(tasks.count(), [&](std::int64_t task) { tasks.run(task); });

@@ -41,15 +41,21 @@ struct Words {
     const __m256i low = _mm256_set1_epi16(255);
     for (int fours = 0; fours < 2 * octets; ++fours, w += 64)
 #pragma GCC unroll 2
-      for (int odd = 0; odd < 2; ++odd)
-#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        __m256i weight[kTileVectors];
         for (int v = 0; v < kTileVectors; ++v) {
           const __m256i both = load_32_bytes(w + 32 * v);
-          const __m256i weight = odd ? _mm256_srli_epi16(both, 8) : _mm256_and_si256(both, low);
-#pragma GCC unroll 8
-          for (int m = 0; m < M; ++m)
-            acc[m][v] += Vector::as_int(_mm256_madd_epi16(weight, broadcast_four(x[m] + 8 * fours + 4 * odd)));
+          weight[v] = odd ? _mm256_srli_epi16(both, 8) : _mm256_and_si256(both, low);
         }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const __m256i two = broadcast_four(x[m] + 8 * fours + 4 * odd);
+          for (int v = 0; v < kTileVectors; ++v) {
+            acc[m][v] += Vector::as_int(_mm256_madd_epi16(weight[v], two));
+            asm("" : "+x"(acc[m][v]));  // in a register: GCC would first multiply all, and then keep sums in memory
+          }
+        }
+      }
   }
 };
 
@@ -59,15 +65,32 @@ std::int64_t workspace_bytes(const DotArgs& a) {
   return takes_words(a) ? a.pixels * (2 * a.rows.row_bytes + a.rows.blocks * (8 + 4) + 8) : 0;
 }
 
+// The tile of dot_one_block.h for them.
+struct OneBlockWords {
+  using Vector = simd::X86_256;
+  static constexpr int kMR = 4, kVectors = kTileVectors;
+
+  template <int M, Weights W>
+  [[gnu::always_inline]] static void sum(const DotArgs& a, const std::uint8_t* w, const OneBlockPixel* pixels,
+                                         Vector::Int (&acc)[M][kVectors]) {
+    const std::int8_t* x[M];
+    for (int m = 0; m < M; ++m) {
+      x[m] = pixels[m].x;
+      for (int v = 0; v < kVectors; ++v) acc[m][v] = Vector::broadcast(pixels[m].scale.acc_init);
+    }
+    Words::add_octets<W, M>(a, w, x, a.last_octets, acc);
+  }
+};
+
 // Widens mantissas once, which all tiles of outputs read.
-void dot_words(const DotArgs& a) {
+DotArgs with_words(const DotArgs& a) {
+  static constexpr std::int64_t kNoTap = 0;
   DotArgs words = a;
   std::uint8_t* to = a.workspace;
   words.rows.mantissa = reinterpret_cast<std::int8_t*>(to), words.rows.row_bytes = 2 * a.rows.row_bytes;
   auto* const row = reinterpret_cast<std::int64_t*>(to + a.pixels * words.rows.row_bytes);
   words.rows.scale = reinterpret_cast<BlockScale*>(row + a.pixels);
   words.rows.shift_term = reinterpret_cast<float*>(words.rows.scale + a.pixels * a.rows.blocks);
-  constexpr std::int64_t kNoTap = 0;
   words.row = row, words.tap_row = &kNoTap;
   const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
   for (int p = 0; p < a.pixels; ++p) {
@@ -83,6 +106,11 @@ void dot_words(const DotArgs& a) {
       if (a.kds_shift) words.rows.shift_term[p * a.rows.blocks + b] = a.rows.shift_term[from * a.rows.blocks + b];
     }
   }
+  return words;
+}
+
+void dot_words(const DotArgs& a) {
+  const DotArgs words = with_words(a);
   const auto with_shift = [&]<bool Shift>() {
     using Tile = DotTile<Words>;
     a.panels == 2 ? dot_tiles<Tile, 2, Weights::bytes, Shift>(words) : dot_tiles<Tile, 1, Weights::bytes, Shift>(words);
@@ -92,6 +120,10 @@ void dot_words(const DotArgs& a) {
 
 void dot(const DotArgs& a) { takes_words(a) ? dot_words(a) : dsconv::dot<Tile>(a); }
 
+void one_block(const DotArgs& a, const EpilogueArgs& to) {
+  takes_words(a) ? dot_one_block<OneBlockWords>(with_words(a), to) : dot_one_block<OneBlock256<DotProduct>>(a, to);
+}
+
 }  // namespace
 
 constinit const Kernels kernels{.isa = "avx2",
@@ -99,7 +131,7 @@ constinit const Kernels kernels{.isa = "avx2",
                                 .task_pixels = 96,
                                 .workspace_bytes = workspace_bytes,
                                 .dot = dot,
-                                .dot_one_block = dot_one_block<OneBlock256<DotProduct>>,
+                                .dot_one_block = one_block,
                                 .flip_winograd = true,
                                 .vector = x86_256::kernels};
 

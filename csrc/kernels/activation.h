@@ -6,17 +6,17 @@
 
 namespace dsconv {
 
-// The exponential of v as (1 + p * r) * 2^n, for v of -105 to 89, or beyond these what they give.
+// The exponential of v as (1 + p * r) * 2^n, for v of `least` to 89, or beyond these what they give.
 template <class V>
 struct Exponential {
   typename V::Float r, p;
   typename V::Int n;
 
-  explicit Exponential(typename V::Float v) {
+  explicit Exponential(typename V::Float v, float least = -105.0f) {
     constexpr auto all = [](float v) { return V::broadcast(v); };
-    constexpr float kMagic = 12582912.0f;     // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
-    v = v > all(89.0f) ? all(89.0f) : v;      // infinity
-    v = v < all(-105.0f) ? all(-105.0f) : v;  // 0
+    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+    v = v > all(89.0f) ? all(89.0f) : v;   // infinity
+    v = v < all(least) ? all(least) : v;   // 0
     const auto shifted = V::fma(v, all(1.44269504f), all(kMagic)), whole = shifted - kMagic;
     // v - n ln 2. The first part of ln 2 has so few bits that n times it is exact.
     r = V::fma(whole, all(-1.42860677e-6f), V::fma(whole, all(-0.693145752f), v));
@@ -48,10 +48,12 @@ inline typename V::Float exponential_minus_one(typename V::Float v) {
   return V::fma(e.p * e.r, power, power - 1.0f);
 }
 
-// v / (1 + e^-u).
+// v / (1 + e^-u). The power of two is a normal number or infinite.
 template <class V>
 inline typename V::Float gated(typename V::Float v, typename V::Float u) {
-  return v / (1.0f + exponential<V>(-u));
+  const auto one = V::broadcast(1.0f);
+  const Exponential<V> e(-u, -87.0f);
+  return v / V::fma(V::fma(e.p, e.r, one), V::as_float((e.n + 127) << 23), one);
 }
 
 template <class V>
@@ -119,8 +121,9 @@ inline typename V::Float activated(typename V::Float v, const ActivationSettings
   const typename V::Float zero{};
   if constexpr (A == Activation::relu) v = v < zero ? zero : v;
   if constexpr (A == Activation::clamp) {
-    v = v < zero + settings.alpha ? zero + settings.alpha : v;
-    v = v > zero + settings.beta ? zero + settings.beta : v;
+    const auto low = V::broadcast(settings.alpha), high = V::broadcast(settings.beta);
+    v = v < low ? low : v;
+    v = v > high ? high : v;
   }
   if constexpr (A == Activation::leaky_relu) v = v > zero ? v : v * settings.alpha;  // a zero too: its sign follows the slope
   if constexpr (A == Activation::hardswish) {

@@ -76,81 +76,94 @@ void depthwise(const DepthwiseArgs& a) {
   a.by_channel ? with_shift.template operator()<true>() : with_shift.template operator()<false>();
 }
 
-// What some neighbouring outputs read of a vector of channels: pixels `step` apart, from line[ky] on.
-struct DepthwiseWindow {
-  const float* const* line;  // null in the padding
-  std::int64_t first, step;
-};
-
-// Copies a window that leaves the image, or whose channels do not fill a vector.
-template <class V>
-inline void copy_window(const DepthwiseLineArgs& a, std::int64_t left, std::int64_t channel, int lanes, const float** line) {
-  const std::int64_t columns = a.columns();
-  for (std::int64_t ky = 0; ky < a.kernel_h; ++ky) {
-    float* const to = a.window + ky * columns * V::kLanes;
-    line[ky] = a.line[ky] ? to : nullptr;
-    if (!a.line[ky]) continue;
-    for (std::int64_t i = 0; i < columns; ++i) {
-      const std::int64_t x = left + i;
-      const bool inside = x >= 0 && x < a.width;
-      V::store(to + i * V::kLanes, inside ? V::load(a.line[ky] + x * a.pixel_stride + channel, lanes) : typename V::Float{});
-    }
-  }
-}
-
-// Taps in the padding are left out, which changes nothing: a sum that starts with 0 is never -0.
-template <class V>
-inline void depthwise_sums(const DepthwiseLineArgs& a, const DepthwiseWindow& w, const float* weight, int lanes,
-                           typename V::Float (&sums)[DepthwiseLineArgs::kOutputs]) {
+// The sums of some neighbouring outputs of a vector of channels. Outside the image all read zeros, which changes nothing: a sum
+// that starts with 0 is never -0. With Width, the kernel's, and the stride known, an input is loaded once for all taps.
+template <class V, int Width, int Stride, bool Whole>
+inline void depthwise_sums(const DepthwiseLineArgs& a, const float* const* pixel, std::int64_t c, typename V::Float* sums) {
   constexpr int kOutputs = DepthwiseLineArgs::kOutputs;
-  const std::int64_t step = w.step * a.stride;
+  const std::int64_t columns = a.columns(), channels = a.channels;
+  const auto load = [&](const float* from) {
+    return Whole ? V::load(from + c) : V::load_some(from + c, static_cast<int>(channels - c));
+  };
   typename V::Float sum[kOutputs]{};
-  for (std::int64_t ky = 0; ky < a.kernel_h; ++ky) {
-    if (!w.line[ky]) continue;
-    const float* from = w.line[ky] + w.first;
-    const float* factor = weight + ky * a.kernel_w * a.channels;
-    for (std::int64_t kx = 0; kx < a.kernel_w; ++kx, from += a.dilation * w.step, factor += a.channels) {
-      const auto q = V::load(factor, lanes);
+  const float* factor = a.weight;
+  for (std::int64_t ky = 0; ky < a.kernel_h; ++ky, pixel += columns) {
+    if (!a.line[ky]) {
+      factor += a.kernel_w * channels;
+    } else if constexpr (Width > 0) {
+      typename V::Float q[Width];
 #pragma GCC unroll 8
-      for (int i = 0; i < kOutputs; ++i) sum[i] = V::fma(V::load(from + i * step), q, sum[i]);
+      for (int kx = 0; kx < Width; ++kx, factor += channels) q[kx] = load(factor);
+#pragma GCC unroll 32
+      for (int column = 0; column < (kOutputs - 1) * Stride + Width; ++column) {
+        const auto v = load(pixel[column]);
+#pragma GCC unroll 8
+        for (int kx = 0; kx < Width; ++kx) {
+          const int i = (column - kx) / Stride;
+          if (column >= kx && (column - kx) % Stride == 0 && i < kOutputs) sum[i] = V::fma(v, q[kx], sum[i]);
+        }
+      }
+    } else {
+      for (std::int64_t kx = 0; kx < a.kernel_w; ++kx, factor += channels) {
+        const auto q = load(factor);
+#pragma GCC unroll 8
+        for (int i = 0; i < kOutputs; ++i) sum[i] = V::fma(load(pixel[i * a.stride + kx * a.dilation]), q, sum[i]);
+      }
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kOutputs; ++i) sums[i] = sum[i];
 }
 
-template <class V, Activation A>
-void depthwise_line_activated(const DepthwiseLineArgs& args) {
-  constexpr int kOutputs = DepthwiseLineArgs::kOutputs, kMaxLines = kMaxBlockSize;
+// Sums all channels of some neighbouring outputs, and finishes the first `count` of these.
+template <class V, Activation A, int Width, int Stride>
+inline void depthwise_outputs(const DepthwiseLineArgs& args, std::int64_t x, int count) {
+  constexpr int kOutputs = DepthwiseLineArgs::kOutputs;
   const DepthwiseLineArgs a = args;  // a local copy, which no store of outputs can alias
-  const float* copied[kMaxLines];
-  for (std::int64_t x = 0; x < a.outputs; x += kOutputs) {
-    const std::int64_t left = a.first + x * a.stride;
-    const int count = a.outputs - x < kOutputs ? static_cast<int>(a.outputs - x) : kOutputs;
-    const bool inside = left >= 0 && left + a.columns() <= a.width;
-    for (std::int64_t c = 0; c < a.channels; c += V::kLanes) {
-      const int lanes = a.channels - c < V::kLanes ? static_cast<int>(a.channels - c) : V::kLanes;
-      DepthwiseWindow window{a.line, left * a.pixel_stride + c, a.pixel_stride};
-      if (!inside || lanes < V::kLanes) copy_window<V>(a, left, c, lanes, copied), window = {copied, 0, V::kLanes};
-      typename V::Float sums[kOutputs];
-      depthwise_sums<V>(a, window, a.weight + c, lanes, sums);
-      const auto each = [&](const float* from) { return V::load(from + c, lanes); };
-      const PostOpVectors<V> post(a.post, each);
-      const auto kds = each(a.kds);
-      float* const to = a.output + x * a.output_stride + c;
-      const float* const residual = a.residual ? a.residual + x * a.residual_stride + c : nullptr;
-#pragma GCC unroll 8
-      for (int i = 0; i < kOutputs; ++i)
-        if (i < count)
-          finish<V, A>(sums[i] * kds, post, to + i * a.output_stride, residual ? residual + i * a.residual_stride : nullptr, lanes,
-                       a.post.activation);
-    }
+  // Columns `begin` to `end` are those inside the image.
+  const std::int64_t columns = a.columns(), left = a.first + x * a.stride;
+  const std::int64_t begin = left < 0 ? V::min(-left, columns) : 0, end = V::max(begin, V::min(a.width - left, columns));
+  const float** pixel = a.pixel;
+  for (std::int64_t ky = 0; ky < a.kernel_h; ++ky, pixel += columns) {
+    if (!a.line[ky]) continue;
+    std::int64_t i = 0;
+    for (; i < begin; ++i) pixel[i] = a.zeros;
+    for (const float* from = a.line[ky] + (left + i) * a.pixel_stride; i < end; ++i, from += a.pixel_stride) pixel[i] = from;
+    for (; i < columns; ++i) pixel[i] = a.zeros;
   }
+  const auto vector = [&]<bool Whole>(std::int64_t c, int lanes) {
+    typename V::Float sums[kOutputs];
+    depthwise_sums<V, Width, Stride, Whole>(a, a.pixel, c, sums);
+    const auto each = [&](const float* from) { return V::load(from + c, lanes); };
+    const PostOpVectors<V> post(a.post, each);
+    const auto kds = each(a.kds);
+    float* const to = a.output + x * a.output_stride + c;
+    const float* const residual = a.residual ? a.residual + x * a.residual_stride + c : nullptr;
+#pragma GCC unroll 8
+    for (int i = 0; i < kOutputs; ++i)
+      if (i < count)
+        finish<V, A>(sums[i] * kds, post, to + i * a.output_stride, residual ? residual + i * a.residual_stride : nullptr, lanes,
+                     a.post.activation);
+  };
+  std::int64_t c = 0;
+  for (; c + V::kLanes <= a.channels; c += V::kLanes) vector.template operator()<true>(c, V::kLanes);
+  if (c < a.channels) vector.template operator()<false>(c, static_cast<int>(a.channels - c));
 }
 
 template <class V>
 void depthwise_line(const DepthwiseLineArgs& a) {
-  with_activation(a.post.activation, [&]<Activation A>() { depthwise_line_activated<V, A>(a); });
+  constexpr int kOutputs = DepthwiseLineArgs::kOutputs;
+  const auto with_size = [&]<int Width, int Stride>() {
+    with_activation(a.post.activation, [&]<Activation A>() {
+      for (std::int64_t x = 0; x < a.outputs; x += kOutputs)
+        depthwise_outputs<V, A, Width, Stride>(a, x, a.outputs - x < kOutputs ? static_cast<int>(a.outputs - x) : kOutputs);
+    });
+  };
+  if (a.dilation == 1 && a.kernel_w == 3 && a.stride == 1) return with_size.template operator()<3, 1>();
+  if (a.dilation == 1 && a.kernel_w == 3 && a.stride == 2) return with_size.template operator()<3, 2>();
+  if (a.dilation == 1 && a.kernel_w == 5 && a.stride == 1) return with_size.template operator()<5, 1>();
+  if (a.dilation == 1 && a.kernel_w == 5 && a.stride == 2) return with_size.template operator()<5, 2>();
+  with_size.template operator()<0, 0>();
 }
 
 }  // namespace dsconv

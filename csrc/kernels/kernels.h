@@ -284,11 +284,12 @@ struct DepthwiseLineArgs {
   std::int64_t residual_stride;
   float* output;
   std::int64_t output_stride;
-  float* window;  // of window_size() values
+  const float* zeros;   // of `channels`
+  const float** pixel;  // of window_size() pointers
 
   static constexpr int kOutputs = 7;  // that are summed together: a divisor of the widths of most networks
   std::int64_t columns() const { return (kOutputs - 1) * stride + (kernel_w - 1) * dilation + 1; }  // that they read
-  std::int64_t window_size() const { return kernel_h * columns() * kMaxLanes; }
+  std::int64_t window_size() const { return kernel_h * columns(); }
 };
 
 struct BalancedArgs;

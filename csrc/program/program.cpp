@@ -170,6 +170,14 @@ void Program::convolve(const ConvSizes& sizes, const Layer& layer, int from, int
   }
   Layer l = layer;
   l.post.activation = to.activation;
+  layers_.push_back({g, l, from, input_id, to, steps_.size()});
+  if (g.takes_floats() && l.activation_bits == kFloatBits && !l.kds_shift && g.outputs == g.channels)
+    joinable_.push_back({from, steps_.size(), [=, this](const Run& run, const FirstLayer& first) {
+                           ConvSizes now = g;
+                           now.images = run.images;
+                           const std::vector<QuantizedTarget> into = targets(run, to, g.outputs);
+                           convolve_joined(first, now, l, kernels_, output(run, to, into));
+                         }});
   steps_.push_back([=, this](const Run& run) {
     ConvSizes now = g;
     now.images = run.images;
@@ -177,6 +185,25 @@ void Program::convolve(const ConvSizes& sizes, const Layer& layer, int from, int
     if (now.flat || now.winograd) return dsconv::convolve(now, l, kernels_, input(run, from), output(run, to, into));
     dsconv::convolve(now, l, kernels_, quantized(run, input_id), output(run, to, into));
   });
+}
+
+void Program::join() {
+  const std::size_t last = steps_.size() - 1;
+  require(!joinable_.empty() && joinable_.back().step == last, "join: expected a step that reads lines as the last one");
+  const Joinable second = joinable_.back();
+  const auto found = std::find_if(layers_.begin(), layers_.end(), [&](const LayerStep& step) { return step.step + 1 == last; });
+  require(found != layers_.end(), "join: expected a layer as the step before");
+  const LayerStep first = *found;
+  require(makes_lines(first.g) && first.to.values >= 0 && first.to.values == second.from && first.to.targets.empty() &&
+              first.to.residual < 0,
+          "join: expected a convolution to float32 alone that the last step reads");
+  steps_[first.step] = [](const Run&) {};
+  steps_[last] = [=, this](const Run& run) {
+    ConvSizes g = first.g;
+    g.images = run.images;
+    second.together(run, {g, first.l, first.g.flat ? QuantizedTensor() : quantized(run, first.input),
+                          first.g.flat ? input(run, first.from) : Input{}});
+  };
 }
 
 // An input as it comes, channel by channel, which is quantized alone.
@@ -270,12 +297,13 @@ class PoolLine {
   PoolLine(const Kernels& kernels, const FloatTensor& v, const PoolWindow& w, bool by_line, const float** tap, float* maxima)
       : pool_(kernels.vector.pool), v_(v), w_(w), by_line_(by_line), tap_(tap), maxima_(maxima) {}
 
-  // Reads the image at `values`, and writes outputs `stride` apart.
-  void run(const float* values, std::int64_t y, std::int64_t out_width, float* to, std::int64_t stride) const {
+  // Reads lines of an image, which begin where line_at(y) says, and writes outputs `stride` apart.
+  template <class LineAt>
+  void run(LineAt line_at, std::int64_t y, std::int64_t out_width, float* to, std::int64_t stride) const {
     const std::int64_t top = y * w_.stride_h - w_.pad_h;
     const auto line_of = [&](std::int64_t ky) -> const float* {
       const std::int64_t in_y = top + ky * w_.dilation_h;
-      return in_y >= 0 && in_y < v_.height ? values + in_y * v_.strides.y : nullptr;
+      return in_y >= 0 && in_y < v_.height ? line_at(in_y) : nullptr;
     };
     if (by_line_) {
       int lines = 0;
@@ -326,23 +354,52 @@ void Program::pool(int from, const PoolWindow& w, std::int64_t out_height, std::
               to.activation.kind == Activation::none,
           "pool: expected a padding smaller than the kernel, windows that begin within the image, and nothing else to do");
   check(to, v.channels, out_height, out_width, true);
-  const bool by_line = !w.average && w.kernel_h > 1 && w.kernel_w > w.stride_w && v.strides.x == v.channels;
+  // A line of outputs, of the image whose lines begin where line_at(y) says.
+  const auto line_of = [=, this](const FloatTensor& v, const Input& output, std::span<const QuantizedTarget> into,
+                                 std::int64_t line, auto line_at) {
+    const bool by_line = !w.average && w.kernel_h > 1 && w.kernel_w > w.stride_w && v.strides.x == v.channels;
+    struct User;
+    using Mine = Scratch<User>;
+    const std::int64_t kept = output.values ? 0 : out_width * v.channels, maxima = by_line ? v.width * v.channels : 0;
+    Mine scratch(Mine::template size<const float*>(w.kernel_h * w.kernel_w) + Mine::template size<float>(kept) +
+                 Mine::template size<float>(maxima));
+    const float** const tap = scratch.template take<const float*>(w.kernel_h * w.kernel_w);
+    float* made = scratch.template take<float>(kept);
+    if (output.values) made = const_cast<float*>(output.values) + line * out_width * output.strides.x;
+    const std::int64_t stride = output.values ? output.strides.x : v.channels;
+    PoolLine(kernels_, v, w, by_line, tap, scratch.template take<float>(maxima))
+        .run(line_at, line % out_height, out_width, made, stride);
+    for (const QuantizedTarget& target : into)
+      quantize_into(target, kernels_, made, stride, line * out_width, out_width, 0, v.channels);
+  };
+  joinable_.push_back(
+      {from, steps_.size(), [=, this](const Run& run, const FirstLayer& first) {
+         const std::vector<QuantizedTarget> into = targets(run, to, v.channels);
+         const Input output = input(run, to.values);
+         FloatTensor lines = v;
+         lines.strides.x = v.channels;
+         const std::int64_t read = (w.kernel_h - 1) * w.dilation_h + 1;
+         const Stripes stripes(out_height, run.images);
+         parallel(run.images * stripes.count, [&](std::int64_t task) {
+           const std::int64_t image = task / stripes.count, top = task % stripes.count * stripes.lines;
+           const std::int64_t bottom = std::min(out_height, top + stripes.lines);
+           const auto end_of = [&](std::int64_t y) { return std::min(v.height, (y - 1) * w.stride_h - w.pad_h + read); };
+           struct User;
+           Scratch<User> scratch(LineRing::bytes(first.g, read, v.channels));
+           LineRing ring(first, kernels_, image, 0, v.channels, read, std::max<std::int64_t>(0, top * w.stride_h - w.pad_h),
+                         end_of(bottom), scratch.template take<float>(0));
+           for (std::int64_t y = top; y < bottom; ++y) {
+             ring.make(end_of(y + 1));
+             line_of(lines, output, into, image * out_height + y, [&](std::int64_t line) { return ring.at(line); });
+           }
+         });
+       }});
   steps_.push_back([=, this](const Run& run) {
     const std::vector<QuantizedTarget> into = targets(run, to, v.channels);
     const Input output = input(run, to.values);
     parallel(run.images * out_height, [&](std::int64_t line) {
-      struct User;
-      using Mine = Scratch<User>;
-      const std::int64_t kept = output.values ? 0 : out_width * v.channels, maxima = by_line ? v.width * v.channels : 0;
-      Mine scratch(Mine::size<const float*>(w.kernel_h * w.kernel_w) + Mine::size<float>(kept) + Mine::size<float>(maxima));
-      const float** const tap = scratch.take<const float*>(w.kernel_h * w.kernel_w);
-      float* made = scratch.take<float>(kept);
-      if (output.values) made = const_cast<float*>(output.values) + line * out_width * output.strides.x;
-      const std::int64_t stride = output.values ? output.strides.x : v.channels, image = line / out_height;
-      PoolLine(kernels_, v, w, by_line, tap, scratch.take<float>(maxima))
-          .run(address(run, v) + image * v.strides.image, line % out_height, out_width, made, stride);
-      for (const QuantizedTarget& target : into)
-        quantize_into(target, kernels_, made, stride, line * out_width, out_width, 0, v.channels);
+      const float* const values = address(run, v) + line / out_height * v.strides.image;
+      line_of(v, output, into, line, [&](std::int64_t y) { return values + y * v.strides.y; });
     });
   });
 }

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "../conv/conv.h"
+#include "../conv/joined.h"
 
 namespace dsconv {
 
@@ -88,6 +88,9 @@ class Program {
 
   // Reads quantized tensor `input`, or with flattened blocks float tensor `from`.
   void convolve(const ConvSizes&, const Layer&, int from, int input, const StepOutputs&);
+  // Computes the last step, a depthwise layer of float activations or a pooling, together with the layer before it, whose
+  // outputs nobody else reads: these are not written.
+  void join();
   // Applies operations one after another.
   void map(int from, const std::vector<MapOperation>&, const StepOutputs&);
   // Averages every channel of an image, in the order of PyTorch's vectors of `lanes`.
@@ -123,6 +126,20 @@ class Program {
     std::int64_t offset;
   };
 
+  struct LayerStep {
+    ConvSizes g;  // of one image
+    Layer l;
+    int from, input;
+    StepOutputs to;
+    std::size_t step;
+  };
+  // A step that can be computed together with the layer that makes what it reads.
+  struct Joinable {
+    int from;
+    std::size_t step;
+    std::function<void(const Run&, const FirstLayer&)> together;
+  };
+
   // Writes the pixels of one line of outputs, `stride` apart, from the image at `values`.
   using Line = std::function<void(const float* values, std::int64_t y, float* to, std::int64_t stride)>;
   void add_lines(const FloatTensor&, std::int64_t out_height, std::int64_t out_width, const StepOutputs&, Line);
@@ -141,6 +158,8 @@ class Program {
   std::vector<FloatTensor> floats_;
   std::vector<QuantizedSlot> quantized_;
   std::vector<Step> steps_;
+  std::vector<LayerStep> layers_;
+  std::vector<Joinable> joinable_;
   std::int64_t bytes_ = 0;
   std::int64_t largest_ = 1;  // bytes an image of the largest of all memories
   int bases_ = 1;

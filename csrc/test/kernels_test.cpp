@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-#include "../conv/conv.h"
+#include "../conv/joined.h"
 #include "../isa/detect.h"
 #include "../isa/list.h"
 #include "../rounding/balanced.h"
@@ -260,6 +260,88 @@ bool pixels_alike(const Kernels& kernels) {
   return true;
 }
 
+// A convolution and the depthwise layer that reads it: together by an instruction set, and one after the other by the reference.
+bool joined_alike(const Kernels& kernels) {
+  ConvSizes first{}, g{};
+  first.images = g.images = pick(1, 2), first.groups = 1, first.block_size = 32;
+  first.channels = pick(1, 70), first.outputs = g.channels = g.outputs = g.groups = pick(2, 150);
+  first.flat = pick(0, 2) == 0;
+  first.kernel_h = first.kernel_w = pick(0, 1) ? 1 : 3, first.pad_h = first.pad_w = pick(0, 1);
+  first.stride_h = first.stride_w = pick(1, 2), first.dilation_h = first.dilation_w = 1;
+  g.flat = true, g.block_size = 32;
+  g.kernel_h = pick(1, 5), g.kernel_w = pick(1, 5), g.pad_h = pick(0, 4), g.pad_w = pick(0, 4);
+  g.stride_h = pick(1, 3), g.stride_w = pick(1, 2), g.dilation_h = pick(1, 2), g.dilation_w = pick(1, 2);
+  do choose_size(first.axis_h(), 50, first.height, first.out_height);
+  while (first.out_height + 2 * g.pad_h < g.dilation_h * (g.kernel_h - 1) + 1);
+  do choose_size(first.axis_w(), 70, first.width, first.out_width);
+  while (first.out_width + 2 * g.pad_w < g.dilation_w * (g.kernel_w - 1) + 1);
+  g.height = first.out_height, g.width = first.out_width;
+  g.out_height = (g.height + 2 * g.pad_h - g.dilation_h * (g.kernel_h - 1) - 1) / g.stride_h + 1;
+  g.out_width = (g.width + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1) / g.stride_w + 1;
+  std::vector<std::int8_t> vqk[2];
+  std::vector<std::uint8_t> weight[2];
+  std::vector<float> kds[2], given, post(g.channels);
+  for (float& v : post) v = normal();
+  const bool wide = pick(0, 1);
+  const ConvSizes* const both[] = {&first, &g};
+  for (int i = 0; i < 2; ++i) {
+    const ConvSizes& of = *both[i];
+    std::vector<float> scales(of.outputs * of.layout().blocks() * of.taps());
+    for (float& v : scales) v = normal();
+    vqk[i].resize(of.outputs * of.layout().depth * of.taps());
+    for (std::int8_t& q : vqk[i]) q = static_cast<std::int8_t>(pick(-8, 7));
+    weight[i].resize(of.packed_bytes(wide || i)), kds[i].resize(of.kds_count());
+    pack_weight(of, vqk[i].data(), wide || i ? 8 : 4, weight[i].data());
+    pack_kds(of, scales.data(), kds[i].data());
+  }
+  const auto layer = [&](int i, Activation activation) {
+    return Layer{weight[i].data(), kds[i].data(),      nullptr,       {post.data(), nullptr, nullptr, {activation, kSlope, kUpper}},
+                 wide || i,        i ? kFloatBits : 8, Sign::adaptive};
+  };
+  const Layer of_first = layer(0, static_cast<Activation>(pick(0, kActivations - 1)));
+  const Layer l = layer(1, static_cast<Activation>(pick(0, kActivations - 1)));
+  for (std::int64_t i = 0; i < first.images * first.channels * first.height * first.width; ++i)
+    given.push_back(pick(0, 2000) ? normal() : NAN);
+  const auto strides = [](std::int64_t channels, std::int64_t height, std::int64_t width) {
+    return Strides{channels * height * width, 1, width * channels, channels};
+  };
+  const auto input_of = [&](const Kernels& used, std::vector<std::byte>& memory) {
+    memory.resize(QuantizedTensor::bytes(of_first.format(first), first.grid()) + 64);
+    const QuantizedTensor q(of_first.format(first), first.grid(), aligned(memory));
+    quantize(q, used, given.data(), strides(first.channels, first.height, first.width));
+    return q;
+  };
+  const Strides between = strides(g.channels, g.height, g.width), to = strides(g.channels, g.out_height, g.out_width);
+  const ActivationFormat format{{g.channels, 16 * pick(1, 4)}, 1, 8, Sign::adaptive, false, false};
+  const PaddedGrid grid{g.images, g.out_height, g.out_width, pick(0, 1), pick(0, 1)};
+  const bool floats = pick(0, 1);
+  std::vector<std::byte> made[2], memory, rows;
+  std::vector<float> outputs[2];
+  for (int i = 0; i < 2; ++i) {
+    made[i].resize(QuantizedTensor::bytes(format, grid) + 64);
+    const QuantizedTensor q(format, grid, aligned(made[i]));
+    q.begin(0, g.channels);
+    const QuantizedTarget target{q, 0};
+    outputs[i].assign(floats ? g.images * to.image : 0, 7.0f);
+    const Output o{floats ? outputs[i].data() : nullptr, to, {}, {&target, 1}};
+    if (i) {
+      const QuantizedTensor input = first.flat ? QuantizedTensor() : input_of(kernels, rows);
+      convolve_joined({first, of_first, input, {given.data(), strides(first.channels, first.height, first.width)}}, g, l, kernels,
+                      o);
+    } else {
+      std::vector<float> all(g.images * between.image);
+      convolve(first, of_first, scalar::kernels, Input{given.data(), strides(first.channels, first.height, first.width)},
+               {all.data(), between, {}, {}});
+      convolve(g, l, scalar::kernels, Input{all.data(), between}, o);
+    }
+    rows = rows_of(q);
+    made[i] = rows;
+  }
+  for (std::size_t k = 0; k < outputs[0].size(); ++k)
+    if (std::memcmp(&outputs[0][k], &outputs[1][k], 4) && !(std::isnan(outputs[0][k]) && std::isnan(outputs[1][k]))) return false;
+  return makes_lines(first) && made[0] == made[1];
+}
+
 double activated(const Case& c, double v) {
   if (std::isnan(v)) return v;
   switch (c.activation) {
@@ -439,6 +521,9 @@ int main(int count, char** arguments) {
         }
     }
   }
+  for (int i = 0; i < cases; ++i)
+    for (const Kernels* kernels : tested)
+      if (!joined_alike(*kernels)) return std::printf("case %d: %s joins layers to something else\n", i, kernels->isa), 1;
   for (int i = 0; i < cases; ++i) {
     const BalancedCase c;
     const std::vector<std::byte> reference = c.rounded(scalar::kernels);

@@ -247,6 +247,7 @@ def run_program() -> None:
         ),
         convolve,
         convolve,
+        lambda: program.join(),
         lambda: program.map(number() % 4, 0, 0, False, random.choice((-1, 0, 1)), uses()),
         lambda: program.pool(
             number() % 4,

@@ -104,6 +104,12 @@ class Executable(Protocol):
     ) -> None:
         """Append a convolution of :func:`dsconv.ops.checked_sizes`, of a float32 or a quantized tensor."""
 
+    def join(self) -> None:
+        """Say that nobody but the last step reads what the step before writes: both may be computed together.
+
+        The last one is a depthwise layer of float activations or a pooling, the one before a convolution.
+        """
+
     def map(self, source: int, operations: Sequence[MapOperation], uses: Uses) -> None:
         """Append a :class:`dsconv.compilation.operators.map.Map`."""
 

@@ -24,7 +24,8 @@ class PlanStep:
         operator: what is called.
         backend: ``integers (ISA)``, ``float32 (ISA)`` of our own kernels, or ``PyTorch``.
         fused: what it computes besides, in order: ``bias``, ``batch_norm``, ``add``, an activation, and ``quantize``:
-            it writes its output as mantissas and exponents for the layers that read it.
+            it writes its output as mantissas and exponents for the layers that read it. ``in the next step``: the next
+            one computes both, some lines at a time, and nothing is written between them.
         shape: of its output for a batch of one.
         weight_bytes: of what it reads besides its input.
     """

@@ -63,6 +63,8 @@ class Program:
         self._plan_memory()
         for step in self.steps:
             step.add(self._executable, self)
+            if step.joined is not None:
+                self._executable.join()
         self._segments = self._segments_of_calls()
         # What steps of the executable make outside the memory: the network's outputs.
         made = {s.result for s in self.steps if s.result in self._bases and not s.in_pytorch}

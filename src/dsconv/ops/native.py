@@ -24,8 +24,10 @@ def extension() -> ModuleType | None:
 def use_threads() -> None:
     """Have the next tasks run on as many threads as PyTorch has."""
     module = extension()
-    if module is not None and parallel() == "pool":
-        module.use_pool(threads())
+    if module is not None:
+        module.expect_threads(threads())
+        if parallel() == "pool":
+            module.use_pool(threads())
 
 
 class KernelThreads:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import Tensor, fx
@@ -13,6 +14,9 @@ from dsconv.compilation.values import Format, Quantized, Value
 from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.numerics.winograd import PRODUCTS, TILE
 from dsconv.ops import FLOAT_BITS, WEIGHTS, arguments_of, checked_sizes
+
+# What two layers pass on; less stays in the second cache anyway.
+_LEAST_BYTES = 1 << 19
 
 
 @dataclass(eq=False, kw_only=True)
@@ -56,6 +60,17 @@ class Convolution(Step):
     def takes_lines(self) -> bool:
         return self.sizes.flat and not self.depthwise and self.residual is None
 
+    def reads_lines(self) -> bool:
+        return self.depthwise and not self.in_integers and self.sizes.outputs == self.sizes.channels
+
+    def makes_lines(self) -> bool:
+        """Tell whether it can make some lines of float32 outputs at a time, and makes nothing else."""
+        sizes = self.sizes
+        # The input of the network stays where it is; any other one might be written over before the next step.
+        there = self.quantized is not None or (sizes.flat and not self.depthwise and self.source.root().outside)
+        alone = not self.targets and self.residual is None
+        return there and alone and sizes.groups == 1 and not (sizes.winograd or sizes.transposed or sizes.volume)
+
     def add(self, to: Executable, ids: Ids) -> None:
         given = self.arguments
         weight, kds, kds_shift, bias, gain, offset = (ids.constant(given[name]) for name in WEIGHTS)
@@ -84,6 +99,23 @@ class Convolution(Step):
             return int(s.outputs * s.channels * PRODUCTS * -(-s.out_height // TILE) * -(-s.out_width // TILE))
         pixels = (s.depth, s.height, s.width) if s.transposed else (s.out_depth, s.out_height, s.out_width)
         return int(s.outputs * math.prod(pixels) * s.kernel_d * s.kernel_h * s.kernel_w * (s.channels // s.groups))
+
+
+def join_steps(steps: Sequence[Step]) -> None:
+    """Have steps computed together with the convolution before, some lines at a time, if only they read its outputs.
+
+    What lies between them then stays in the caches, which is worth it where it is large.
+    """
+    for before, step in pairwise(steps):
+        between = before.result
+        if not isinstance(before, Convolution) or not before.makes_lines() or not step.reads_lines() or between is None:
+            continue
+        if between.outside or between.home is not None or 4 * math.prod(between.size) < _LEAST_BYTES:
+            continue
+        users = [other for other in steps if any(value.root() is between for value in other.float_values())]
+        if users == [before, step] and list(step.sources()) == [between] and step.residual is not between:
+            step.joined = before
+            before.fused.append("in the next step")
 
 
 def sums_integers(given: dict[str, Any]) -> bool:

@@ -62,6 +62,7 @@ class Step:
         residual: a tensor that is added before the activation.
         fused: names of what it computes besides.
         targets: quantized tensors, and the channel there that its first one becomes.
+        joined: the step before, where both are computed together, some lines at a time.
     """
 
     node: fx.Node
@@ -72,6 +73,7 @@ class Step:
     beta: float = 0.0
     fused: list[str] = field(default_factory=list)
     targets: list[tuple[Quantized, int]] = field(default_factory=list)
+    joined: "Step | None" = None
 
     in_pytorch: ClassVar[bool] = False
     takes_gaps: ClassVar[bool] = False
@@ -92,6 +94,10 @@ class Step:
 
     def takes_lines(self) -> bool:
         """Tell whether its input may lie in lines of channels (NCHW)."""
+        return False
+
+    def reads_lines(self) -> bool:
+        """Tell whether it can be computed together with a step that makes lines of what it reads."""
         return False
 
     def add(self, to: Executable, ids: Ids) -> None:
@@ -123,6 +129,8 @@ class Step:
     def quantized_tensors(self) -> Iterator[Quantized]:
         """Tensors that it reads and writes quantized."""
         if (read := self.reads()) is not None:
+            yield read
+        if self.joined is not None and (read := self.joined.reads()) is not None:
             yield read
         yield from (quantized for quantized, _ in self.targets)
 

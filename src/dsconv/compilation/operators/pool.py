@@ -25,6 +25,9 @@ class Pool(Step):
     def sources(self) -> Iterator[Value]:
         yield self.source
 
+    def reads_lines(self) -> bool:
+        return True
+
     def add(self, to: Executable, ids: Ids) -> None:
         assert self.result is not None
         how = (self.window, self.average, self.count_zeros, self.divisor, self.result.size[1:])
