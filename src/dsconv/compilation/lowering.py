@@ -12,7 +12,6 @@ from torch import Tensor, fx
 
 from dsconv.compilation.fusion import constant
 from dsconv.compilation.operators import Step, operator_of
-from dsconv.compilation.operators.convolution import join_steps
 from dsconv.compilation.operators.map import Map
 from dsconv.compilation.operators.pytorch import Call
 from dsconv.compilation.operators.renaming import size_of
@@ -84,7 +83,6 @@ class _Lowering:
         self._ask_for_layouts(output)
         self._place_concatenations()
         self._write_quantized(source)
-        join_steps(self.steps)
         nodes = [node for node in self.module.graph.nodes if node.op in ("get_attr", "call_function")]
         constants: dict[fx.Node, Any] = {node: v for node in nodes if (v := self.constant(node)) is not None}
         # Graphs of regions, as autocast makes them, are called by PyTorch's operators.

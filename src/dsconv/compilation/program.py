@@ -14,6 +14,7 @@ from dsconv.compilation.layouts import are_pixels, lies_in_lines, restrided
 from dsconv.compilation.lowering import Lowered
 from dsconv.compilation.memory import ALIGNMENT, Buffer, place
 from dsconv.compilation.operators import operator_of
+from dsconv.compilation.operators.convolution import join_steps
 from dsconv.compilation.operators.pytorch import Call
 from dsconv.compilation.values import Quantized, Value
 from dsconv.numerics import ACTIVATION_SIGNS
@@ -51,6 +52,8 @@ class Program:
         self._device = lowered.input.node.meta["val"].device
         self.backend, self._executable = lowering(self._device)
         self.steps, self.constants, self._values = lowered.steps, lowered.constants, lowered.values
+        if self.backend.cached_bytes is not None:  # there are caches to compute in
+            join_steps(self.steps)
         self._input, self._outputs, self._structure = lowered.input, lowered.outputs, lowered.structure
         self._renamed, self._counts = lowered.renamed, lowered.counts
         self._bases: dict[Value, int] = {}

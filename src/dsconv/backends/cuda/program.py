@@ -211,6 +211,9 @@ class CudaProgram:
 
         self._launches.append(step)
 
+    def join(self) -> None:
+        pass  # a GPU gains nothing: all of a step's pixels are computed at once
+
     def pool(
         self,
         source: int,
