@@ -48,6 +48,9 @@ def places(size: int, result: int, corners: bool, scale: float | None) -> list[B
     >>> places(2, 4, False, None)
     [(0, 1, 1.0, 0.0), (0, 1, 0.75, 0.25), (0, 1, 0.25, 0.75), (1, 1, 0.75, 0.25)]
     """
+    if result == size:
+        # A copy: the next row has no part in it, not even where it is not finite.
+        return [(i, i, 1.0, 0.0) for i in range(size)]
     index = np.arange(result, dtype=np.float32)
     if corners:
         at = index * (np.float32(size - 1) / np.float32(result - 1) if result > 1 else np.float32(0))
