@@ -370,8 +370,7 @@ def _of_node(pixels: Tensor, value: Value) -> Tensor:
     """A tensor ``(N, H, W, C)`` as the node of a value has it."""
     dims = value.node.meta["val"].dim()
     if dims < 4:
-        rows = () if dims == 2 else (len(pixels),)
-        pixels = pixels.reshape(*rows, -1, pixels.shape[-1])
+        pixels = pixels.flatten(0 if dims == 2 else 1, 2)
     if dims == 5:
         pixels = torch.unflatten(pixels, 1, (value.frames, -1))
     return pixels.movedim(-1, value.dim)
