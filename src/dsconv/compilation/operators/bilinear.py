@@ -1,6 +1,5 @@
 """Bilinear interpolation, and the order of its sums."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -9,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dsconv.backends import lowering
 from dsconv.backends.base import Executable
-from dsconv.compilation.layouts import are_pixels, lies_in_lines
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, of_images, register
+from dsconv.compilation.layouts import lies_in_lines, lies_in_pixels
+from dsconv.compilation.operators.operator import Ids, Lowering, OfOne, Step, of_images, register
+from dsconv.compilation.operators.trying import alone, backend, made, noise
 from dsconv.compilation.operators.views import changes_nothing
-from dsconv.compilation.values import Value
 from dsconv.ops import arguments_of
 
 Between = tuple[int, int, float, float]
@@ -26,17 +24,13 @@ _LINES, _ABOVE_FIRST, _BELOW_FIRST = range(3)
 
 
 @dataclass(eq=False, kw_only=True)
-class Bilinear(Step):
+class Bilinear(OfOne):
     """Pixels between ``rows`` and ``columns`` of the source."""
 
-    source: Value
     rows: list[Between]
     columns: list[Between]
     order: Order
     name: ClassVar[str | None] = "dsconv.upsample_bilinear2d"
-
-    def sources(self) -> Iterator[Value]:
-        yield self.source
 
     def add(self, to: Executable, ids: Ids) -> None:
         to.interpolate(ids.value(self.source), self.rows, self.columns, *self.order, self.uses(ids))
@@ -67,37 +61,29 @@ def places(size: int, result: int, corners: bool, scale: float | None) -> list[B
 
 
 def _bilinear(lowering: Lowering, node: fx.Node) -> Step | None:
-    source, result = lowering.value(node.args[0]), lowering.value(node)
+    read: Any = node.args[0]
+    source, result = lowering.value(read), lowering.value(node)
     if source is None or result is None or not of_images(lowering, node):
         return None
+    pixels = lies_in_pixels(read)
+    if len(node.all_input_nodes) > 1 or not (pixels or lies_in_lines(read)):
+        return None
     given: dict[str, Any] = arguments_of(node.target, node.args, node.kwargs)
-    recorded = source.node.meta
-    pixels = not lies_in_lines(source.node) and are_pixels(recorded["sizes"], recorded["strides"])
-    if len(node.all_input_nodes) > 1 or not (pixels or lies_in_lines(source.node)):
-        return None
     scales = given.get("scale_factors") or (given.get("scales_h"), given.get("scales_w"))
-    found = _found(source.size, result.size[1:], given["align_corners"], tuple(scales), pixels)
-    if found is None:
+    how = source.size, result.size[1:], given["align_corners"], tuple(scales)
+    order = _order(*how, pixels, backend())
+    if order is None:
         return None
-    rows, columns, order = found
+    rows, columns = _places(*how)
     source.in_float = result.direct = True
     return Bilinear(node=node, result=result, source=source, rows=rows, columns=columns, order=order)
 
 
-def _found(
-    size: tuple[int, int, int],
-    out: tuple[int, int],
-    corners: bool,
-    scales: tuple[float | None, ...],
-    pixels: bool,
-) -> tuple[list[Between], list[Between], Order] | None:
-    """Return places, and the order of sums that has PyTorch's bits for images in that layout; None where none has."""
-    rows, columns = (
-        places(have, want, corners, scale) for have, want, scale in zip(size[1:], out, scales, strict=True)
-    )
-    backend, _ = lowering()
-    order = _order(size, out, corners, scales, pixels, backend.describe())
-    return None if order is None else (rows, columns, order)
+def _places(
+    size: tuple[int, int, int], out: tuple[int, int], corners: bool, scales: tuple[float | None, ...]
+) -> list[list[Between]]:
+    """Return those of rows and of columns."""
+    return [places(have, want, corners, scale) for have, want, scale in zip(size[1:], out, scales, strict=True)]
 
 
 @cache
@@ -107,35 +93,23 @@ def _order(
     corners: bool,
     scales: tuple[float | None, ...],
     pixels: bool,
-    backend: str,
+    _: str,
 ) -> Order | None:
-    """Find the order by trying, so that another PyTorch with another one goes unharmed."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn((1, *size), generator=generator, dtype=torch.float32, device="cpu")
-    if pixels:
-        x = x.contiguous(memory_format=torch.channels_last)
+    """Find by trying the order of sums that has PyTorch's bits for images in that layout; None where none has.
+
+    So another PyTorch with another order goes unharmed.
+    """
+    x = noise(size, pixels)
+    rows, columns = _places(size, out, corners, scales)
+
+    def interpolated(order: Order) -> Tensor:
+        return made(x, out, lambda to, *of: to.interpolate(of[0], rows, columns, *order, alone(of[1])))
+
     expected = torch.ops.aten.upsample_bilinear2d.default(x, out, corners, *scales)
-    rows, columns = (
-        places(have, want, corners, scale) for have, want, scale in zip(size[1:], out, scales, strict=True)
-    )
     tried: list[Order] = [(0, _LINES, _LINES)]
     tried += [(size[0] // lanes * lanes, _BELOW_FIRST, _ABOVE_FIRST) for lanes in (8, 16, 4, 1)]
     tried.append((0, _ABOVE_FIRST, _ABOVE_FIRST))
-    return next((order for order in tried if torch.equal(_made(x, rows, columns, order), expected)), None)
-
-
-def _made(x: Tensor, rows: list[Between], columns: list[Between], order: Order) -> Tensor:
-    """The interpolation of one image."""
-    _, channels, height, width = x.shape
-    x = x.contiguous(memory_format=torch.channels_last)
-    size = (channels, len(rows), len(columns))
-    made = torch.empty((1, *size), dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-    _, program = lowering()
-    source = program.values(1, 0, 0, (channels, height, width), (x.numel(), 1, width * channels, channels))
-    result = program.values(2, 0, 0, size, (made.numel(), 1, size[2] * channels, channels))
-    program.interpolate(source, rows, columns, *order, (result, -1, [], 0, 0.0, 0.0))
-    program.run(1, [0, x.data_ptr(), made.data_ptr()], 0, 1, 0)
-    return made
+    return next((order for order in tried if torch.equal(interpolated(order), expected)), None)
 
 
 register("aten", "upsample_bilinear2d", returns="new", by_image=True, equals_input=changes_nothing, lower=_bilinear)
