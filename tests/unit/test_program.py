@@ -140,6 +140,7 @@ def test_growing_concatenations_are_one_piece_of_memory() -> None:
         lambda m, x: m.b(torch.cat([F.silu(m.a(x)), m.a(x)], 1)),  # a piece that PyTorch makes
         lambda m, x: (lambda y: m.b(torch.cat([y, m.c(y)], 1)) + m.b(torch.cat([m.c(y), y], 1)))(m.a(x)),  # two homes
         lambda m, x: (lambda y: torch.cat([torch.cat([y, m.c(y)], 1), m.c(y)], 1))(m.a(x)),  # one in another
+        lambda m, x: (lambda y: torch.cat([m.b(torch.cat([y, y], 1)), torch.cat([y, y, y], 1)], 1))(m.a(x)),  # thrice
         lambda m, x: (lambda y: (m.b(torch.cat([y, y], 1)), torch.cat([y, x], 1)))(m.a(x))[1],  # with the input
         lambda m, x: m.a(x).reshape(x.shape[0], -1) * 2,  # a view of the program's memory, and what is made of it
         lambda m, x: (lambda y: m.c(F.relu(m.c(y))) + y.flatten(1)[:, :1, None, None])(m.a(x)),  # read much later
