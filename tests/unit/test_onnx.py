@@ -497,6 +497,12 @@ def quantized(model: tnn.Module) -> tnn.Module:
         ),
         (lambda: quantized(tnn.Sequential(tnn.Conv2d(3, 8, 3))), torch.zeros(1, 4, 8, 8), "qdq", "cannot be exported"),
         (
+            lambda: quantized(tnn.Sequential(tnn.Conv2d(3, 8, 3), tnn.AvgPool2d(2, divisor_override=3))),
+            torch.zeros(1, 3, 8, 8),
+            "qdq",
+            "no average pooling with a divisor_override, here 3",
+        ),
+        (
             lambda: quantized(tnn.Sequential(tnn.Conv2d(3, 8, 3))),
             torch.zeros(1, 3, 8, 8),
             "int8",
