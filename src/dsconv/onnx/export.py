@@ -241,7 +241,9 @@ def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
             raise ModelError(_ONE_BATCH.format(kind)) from error
         if unknown := unknown_output(error):
             raise ModelError(unknown) from error
-        raise ModelError(f"the model cannot be exported for an input of {tuple(x.shape)}{reason(error)}") from error
+        raise ModelError(
+            f"the model cannot be exported for an input of {tuple(x.shape)}{reason(_cause(error))}"
+        ) from error
     assert program is not None
     graph = program.model.graph
     if len(graph.outputs) != 1:
@@ -251,6 +253,13 @@ def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
         raise ModelError(_ONE_BATCH.format(kind))
     _name_batch(graph)
     return program.model
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what went wrong without what PyTorch's exporter wraps it in: advice on the exporter itself."""
+    while type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _check_divisors(graph: torch.fx.Graph) -> None:
