@@ -175,3 +175,18 @@ def test_sequences_of_one_channel_need_no_detour() -> None:
         assert not fast.plan.in_pytorch
         with torch.inference_mode():
             assert torch.equal(fast(x), qmodel(x)) and fast(x).stride() == qmodel(x).stride()
+
+
+def test_parts_of_a_tensor_have_the_shape_that_they_are_parts_of() -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        rows = F.max_pool1d(y, 7).flatten(1)
+        return y, y[:, 3:5], y[:, :3].cumsum(2), m.b(y)[:, 1:], rows, rows[:, 2:]
+
+    qmodel = dsconv.quantize(Net(run, a=nn.Conv1d(2, 8, 3), b=nn.Conv1d(8, 16, 3, groups=8)))
+    for images in (2, 0):
+        x = torch.randn(images, 2, 9)
+        fast = dsconv.compile(qmodel, torch.randn(1, 2, 9))
+        with torch.inference_mode():
+            for found, expected in zip(fast(x), qmodel(x), strict=True):
+                assert torch.equal(found, expected) and found.stride() == expected.stride()
