@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import LAYOUTS, Case, by_isa, general_cases, laid_out, near, same_bits, threads
+from kernel_cases import LAYOUTS, Case, assert_same_everywhere, general_cases, laid_out, near, same_bits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,16 +30,7 @@ def test_output_is_within_the_bound_of_the_reference_and_nan_where_it_is(case: C
 
 @given(general_cases())
 def test_every_instruction_set_thread_count_batch_split_and_layout_gives_the_same_bits(case: Case) -> None:
-    expected = case.run()
-    for isa, y in by_isa(case.run).items():
-        assert same_bits(y, expected), isa
-    for count in (1, 3):
-        with threads(count):
-            assert same_bits(case.run(), expected), count
-    for layout in LAYOUTS:
-        assert same_bits(case.run(x=laid_out(case.x, layout)), expected), layout
-    if len(case.x):
-        assert same_bits(torch.cat([case.run(x=image) for image in case.x.split(1)]), expected)
+    assert_same_everywhere(case, case.run())
 
 
 @given(general_cases(), any_layout)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import LAYOUTS, Case, by_isa, cases, laid_out, near, same_bits, threads
+from kernel_cases import LAYOUTS, Case, assert_same_everywhere, by_isa, cases, laid_out, near, same_bits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,18 +20,6 @@ from dsconv.ops import native, packing
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
 
 any_layout = st.sampled_from(LAYOUTS)
-
-
-def assert_same_everywhere(case: Case, expected: Tensor) -> None:
-    for isa, y in by_isa(case.run).items():
-        assert same_bits(y, expected), isa
-    for count in (1, 2, 3, 8):
-        with threads(count):
-            assert same_bits(case.run(), expected), count
-    for layout in LAYOUTS:
-        assert same_bits(case.run(x=laid_out(case.x, layout)), expected), layout
-    if len(case.x):
-        assert same_bits(torch.cat([case.run(x=image) for image in case.x.split(1)]), expected)
 
 
 @given(cases(), any_layout)

@@ -1,5 +1,6 @@
 """Networks that people use: quantized, saved, loaded and run; and the accuracy of trained ones."""
 
+import copy
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,12 +202,26 @@ def test_compiled_networks_return_the_bits_of_the_model_and_of_the_folded_one(
     x = nets.preprocess(name, nets.images(images)[0][:100])
     for model in (qmodel, dsconv.fold_batchnorm(qmodel)):
         fast = dsconv.compile(model, x[:1])
+        # The last step of these two averages all pixels, in an order of its own: bits are compared up to there.
+        averaged = name in ("squeezenet1_1", "tiny_darknet")
+        same = without_its_average(model) if averaged else model
+        program = dsconv.compile(same, x[:1]) if averaged else fast
         with torch.inference_mode():
             for part in x.split(50):
-                made, expected = fast(part), model(part)
-                # For averages of 13x13 there is no order that is known to be PyTorch's.
-                near = (made - expected).abs().max() <= 2.0**-21 * expected.abs().max()
-                assert near if name in ("squeezenet1_1", "tiny_darknet") else torch.equal(made, expected)
+                y = program(part)
+                assert torch.equal(y, same(part))
+                if averaged:
+                    pixels = y.unflatten(1, (1000, -1)).double()
+                    error = (fast(part) - pixels.mean(2)).abs()
+                    assert (error <= 5e-7 * pixels.abs().mean(2)).all()
+
+
+def without_its_average(model: nn.Module) -> nn.Module:
+    """Return a copy that puts out all pixels in the place of their average."""
+    model = copy.deepcopy(model)
+    (average,) = (name for name, module in model.named_modules() if isinstance(module, nn.AdaptiveAvgPool2d))
+    model.set_submodule(average, nn.Identity())
+    return model
 
 
 @pytest.mark.slow

@@ -284,3 +284,16 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def assert_same_everywhere(case: Case, expected: Tensor) -> None:
+    """Check that every instruction set, number of threads, layout and split of the batch returns the bits expected."""
+    for isa, y in by_isa(case.run).items():
+        assert same_bits(y, expected), isa
+    for count in (1, 2, 3, 8):
+        with threads(count):
+            assert same_bits(case.run(), expected), count
+    for layout in LAYOUTS:
+        assert same_bits(case.run(x=laid_out(case.x, layout)), expected), layout
+    if len(case.x):
+        assert same_bits(torch.cat([case.run(x=image) for image in case.x.split(1)]), expected)

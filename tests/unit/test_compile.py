@@ -266,6 +266,22 @@ def test_batch_and_image_size_may_vary() -> None:
         assert_same_bits(fast, torch.randn(shape))
 
 
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (nn.Sequential(nn.Conv1d(3, 16, 3), nn.MaxPool1d(2)), (3, 9)),
+        (nn.Sequential(nn.Conv3d(3, 16, 3), nn.ReLU()), (3, 4, 5, 6)),
+        (nn.Sequential(conv(3, 16), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(64, 5)), (3, 9, 8)),
+        (nn.Sequential(nn.Linear(16, 5), nn.ReLU()), (9, 16)),
+    ],
+    ids=["sequences", "volumes", "images to rows", "tokens"],
+)
+def test_a_batch_may_be_empty(network: nn.Module, shape: tuple[int, ...]) -> None:
+    fast = compiled(network, torch.randn(1, *shape))
+    for images in (0, 2):
+        assert_same_bits(fast, torch.randn(images, *shape))
+
+
 def test_of_many_image_sizes_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsconv.compilation.compiled._SIZES_KEPT", 2)
     fast = compiled(nn.Sequential(conv(3, 16)), torch.randn(1, 3, 4, 4))

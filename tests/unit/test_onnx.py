@@ -497,6 +497,18 @@ def quantized(model: tnn.Module) -> tnn.Module:
         ),
         (lambda: quantized(tnn.Sequential(tnn.Conv2d(3, 8, 3))), torch.zeros(1, 4, 8, 8), "qdq", "cannot be exported"),
         (
+            lambda: quantized(tnn.Sequential(tnn.Conv2d(3, 8, 3), tnn.AvgPool2d(2, divisor_override=3))),
+            torch.zeros(1, 3, 8, 8),
+            "qdq",
+            "no average pooling with a divisor_override, here 3",
+        ),
+        (
+            lambda: quantized(tnn.Sequential(tnn.Conv3d(3, 8, 3), tnn.AdaptiveAvgPool3d((1, 2, 2)))),
+            torch.zeros(1, 3, 5, 6, 6),
+            "qdq",
+            r"an input of \(1, 3, 5, 6, 6\): No ONNX function found for .*_adaptive_avg_pool3d",
+        ),
+        (
             lambda: quantized(tnn.Sequential(tnn.Conv2d(3, 8, 3))),
             torch.zeros(1, 3, 8, 8),
             "int8",

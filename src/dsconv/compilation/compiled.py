@@ -160,13 +160,13 @@ def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
     that follow them, and quantize what they write for the layers that read it. What lies between steps has its place in
     one piece of memory. Operators that the program does not know run in PyTorch; the plan names them.
 
-    The result returns the strides of ``qmodel``, and its bits as far as the plan has layers, sums, products, maxima,
-    averages and piecewise linear activations, for an input of any memory layout, on the same number of threads.
-    Activations with an exponential, norms and softmax, which PyTorch rounds in one way or another by layout, batch and
-    processor, are rounded in one way of our own, a few units in the last place from the exact numbers; here and there a
-    mantissa of a later layer then falls on its other side. docs/kernels.md says which. BatchNorm has PyTorch's bits
-    where PyTorch computes one with fused multiply-adds: on processors with AVX2. A model without BatchNorm, as
-    :func:`dsconv.fold_batchnorm` makes it, has the same bits as its program everywhere.
+    The result returns the strides of ``qmodel``, and its bits as far as the plan has layers, sums, products, maxima
+    and piecewise linear activations, for an input of any memory layout, on the same number of threads.
+    Activations with an exponential, norms, softmax and some averages, which PyTorch rounds in one way or another by
+    layout, batch and processor, are rounded in one way of our own, a few units in the last place from the exact
+    numbers; here and there a mantissa of a later layer then falls on its other side. docs/kernels.md says which.
+    BatchNorm has PyTorch's bits where PyTorch computes one with fused multiply-adds: on processors with AVX2. A model
+    without BatchNorm, as :func:`dsconv.fold_batchnorm` makes it, has the same bits as its program everywhere.
 
     The model is captured with the state that it has now: forward may cache by shape, and branch on parameters and
     buffers. Neither ``qmodel`` nor the graph keeps what forward sets meanwhile.

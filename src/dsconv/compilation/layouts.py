@@ -37,12 +37,17 @@ def lies_in_lines(node: Any) -> bool:
     return "strides" not in node.meta or are_lines(node.meta["sizes"], node.meta["strides"])
 
 
+def lies_in_pixels(node: Any) -> bool:
+    """Whether the model has the tensor of ``node`` in channels-last format, and not contiguous at the same time."""
+    return not lies_in_lines(node) and are_pixels(node.meta["sizes"], node.meta["strides"])
+
+
 def in_one_format(node: Any) -> bool:
     """Whether the model has the tensor of ``node`` in one of PyTorch's formats; True where that is not recorded.
 
     PyTorch has a BatchNorm of its own, with other roundings, for other tensors.
     """
-    return lies_in_lines(node) or are_pixels(node.meta["sizes"], node.meta["strides"])
+    return lies_in_lines(node) or lies_in_pixels(node)
 
 
 def restrided(x: Tensor, strides: Strides) -> Tensor:

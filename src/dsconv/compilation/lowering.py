@@ -221,10 +221,9 @@ class _Lowering:
             if not value.in_float:
                 continue
             for home in homes:
-                places = dict(home.places())
                 at = home.index_of(value.pieces)
                 if at is not None and not value.outside:
-                    value.home, value.first = home, places[home.pieces[at]]
+                    value.home, value.first = home, home.places()[at][1]
                     break
             else:
                 homes.append(value)

@@ -325,10 +325,13 @@ class Program:
     def _view(self, value: Value, images: int, env: dict[fx.Node, Any], memory: Tensor) -> Tensor:
         """A native value as PyTorch sees it."""
         root, first = value.place()
+        channels, height, width = root.size
         if root.outside:
             whole: Tensor = env[root.node]
-            return whole.narrow(root.dim, first, value.size[0])
-        channels, height, width = root.size
+            part = whole.narrow(root.dim, first, value.size[0])
+            if part.dim() == value.node.meta["val"].dim() and value.dim == root.dim:
+                return part
+            return _of_node(part.movedim(root.dim, -1).reshape(images, height, width, value.size[0]), value)
         at = self._buffers[root].offset * images // 4 + first
         shape = (images, height, width, value.size[0])
         strides = (channels * height * width, width * channels, channels, 1)
@@ -380,8 +383,7 @@ def _of_node(pixels: Tensor, value: Value) -> Tensor:
     """A tensor ``(N, H, W, C)`` as the node of a value has it."""
     dims = value.node.meta["val"].dim()
     if dims < 4:
-        rows = () if dims == 2 else (len(pixels),)
-        pixels = pixels.reshape(*rows, -1, pixels.shape[-1])
+        pixels = pixels.flatten(0 if dims == 2 else 1, 2)
     if dims == 5:
         pixels = torch.unflatten(pixels, 1, (value.frames, -1))
     return pixels.movedim(-1, value.dim)

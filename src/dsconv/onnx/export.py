@@ -26,6 +26,7 @@ from dsconv.modes import check_evaluation_mode
 from dsconv.names import OPSET, STYLES, Style
 from dsconv.onnx import int8
 from dsconv.onnx.layers import DOMAIN, Floats, Functions, Integers, StandIn
+from dsconv.ops import arguments_of
 
 _OLDEST = {"qdq": OPSET, "function": OPSET, "int8": 18, "float": 18}
 _LOWERINGS: dict[str, type[Integers]] = {"qdq": Integers, "function": Functions, "int8": Floats, "float": Floats}
@@ -225,8 +226,10 @@ def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             # PyTorch's exporter would drop what a branch on the batch size asks for.
+            captured = exported(model, x)
+            _check_divisors(captured.graph)
             program = torch.onnx.export(
-                exported(model, x),
+                captured,
                 dynamo=True,
                 input_names=["x"],
                 output_names=["y"],
@@ -238,7 +241,9 @@ def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
             raise ModelError(_ONE_BATCH.format(kind)) from error
         if unknown := unknown_output(error):
             raise ModelError(unknown) from error
-        raise ModelError(f"the model cannot be exported for an input of {tuple(x.shape)}{reason(error)}") from error
+        raise ModelError(
+            f"the model cannot be exported for an input of {tuple(x.shape)}{reason(_cause(error))}"
+        ) from error
     assert program is not None
     graph = program.model.graph
     if len(graph.outputs) != 1:
@@ -248,6 +253,25 @@ def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
         raise ModelError(_ONE_BATCH.format(kind))
     _name_batch(graph)
     return program.model
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what went wrong without what PyTorch's exporter wraps it in: advice on the exporter itself."""
+    while type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _check_divisors(graph: torch.fx.Graph) -> None:
+    """Refuse what PyTorch's exporter drops without a word: ONNX has no such average."""
+    for node in graph.nodes:
+        if node.target in (torch.ops.aten.avg_pool2d.default, torch.ops.aten.avg_pool3d.default):
+            divisor = arguments_of(node.target, node.args, node.kwargs)["divisor_override"]
+            if divisor is not None:
+                raise ModelError(
+                    f"ONNX has no average pooling with a divisor_override, here {divisor}: leave it out, and multiply "
+                    "the averages by a number"
+                )
 
 
 def _name_batch(graph: Any) -> None:

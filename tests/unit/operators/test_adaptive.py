@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from program_cases import conv, steps_of
-from torch import Tensor
+from program_cases import CONFIG, Net, conv, steps_of
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dsconv
 from dsconv.compilation.operators import adaptive
 from dsconv.ops import native
 
@@ -38,6 +39,24 @@ def test_one_window_is_an_average_of_the_image_and_one_for_each_pixel_nothing() 
 
     # An average of another layout has an order of its own.
     assert steps_of(run, near=1e-6, a=conv(3, 8))[:2] == ["conv2d", "average"]
+
+
+def test_the_layout_is_that_of_what_is_read() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = F.hardswish(m.a(x).permute(0, 2, 3, 1)) + 1
+        return F.adaptive_avg_pool2d(y.permute(0, 3, 1, 2), 3)
+
+    assert steps_of(run, (3, 14, 14), a=conv(3, 64)) == ["conv2d", "map", "adaptive_avg_pool2d"]
+
+
+def test_windows_in_an_order_of_our_own_are_near_those_in_float64() -> None:
+    qmodel = dsconv.quantize(Net(lambda m, x: F.adaptive_avg_pool1d(m.a(x), 2), a=nn.Conv1d(3, 20, 1)), CONFIG)
+    x = torch.randn(2, 3, 8_192) + 2
+    fast = dsconv.compile(qmodel, x[:1])
+    assert not fast.plan.in_pytorch
+    with torch.inference_mode():
+        windows = qmodel.a(x).double().unflatten(2, (2, -1))
+    assert ((fast(x) - windows.mean(3)).abs() <= 5e-6 * windows.abs().mean(3)).all()
 
 
 def test_pytorch_pools_where_no_way_has_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,8 +45,12 @@ def test_it_quantizes_what_a_layer_reads() -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_numbers_that_are_not_finite(value: float) -> None:
-    qmodel = dsconv.quantize(Net(lambda m, x: m.a(F.interpolate(x, (11, 4), mode="bilinear")) + 0, a=conv(3, 8)))
+@pytest.mark.parametrize(("size", "corners"), [((11, 4), False), ((9, 4), False), ((5, 9), True)])
+def test_numbers_that_are_not_finite(size: tuple[int, int], corners: bool, value: float) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.a(F.interpolate(x, size, mode="bilinear", align_corners=corners)) + 0
+
+    qmodel = dsconv.quantize(Net(run, a=conv(3, 8)))
     x = torch.randn(2, 3, 9, 9)
     x[0, 1, 4, 4] = value
     with torch.inference_mode():

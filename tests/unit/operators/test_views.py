@@ -161,3 +161,32 @@ def test_expansions_of_gates() -> None:
 
     found = steps_of(run, a=conv(3, 64), b=conv(64, 64, 1), c=conv(64, 8))
     assert "aten.expand" not in found and "aten.expand_as" not in found
+
+
+def test_sequences_of_one_channel_need_no_detour() -> None:
+    layers = {"a": nn.Conv1d(1, 16, 3), "b": nn.Conv1d(16, 1, 3)}
+    found = steps_of(
+        lambda m, x: m.b(F.relu(m.a(m.c(x).squeeze(2)))).unsqueeze(2), (3, 1, 9), c=conv(3, 1, 1), **layers
+    )
+    assert [step.rstrip("+") for step in found] == [CONV, CONV, CONV]
+    qmodel = dsconv.quantize(Net(lambda m, x: m.b(F.relu(m.a(x))), **layers))
+    for x in (torch.randn(2, 1, 40), torch.randn(2, 40, 3).transpose(1, 2)[:, 1:2]):
+        fast = dsconv.compile(qmodel, x)
+        assert not fast.plan.in_pytorch
+        with torch.inference_mode():
+            assert torch.equal(fast(x), qmodel(x)) and fast(x).stride() == qmodel(x).stride()
+
+
+def test_parts_of_a_tensor_have_the_shape_that_they_are_parts_of() -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        rows = F.max_pool1d(y, 7).flatten(1)
+        return y, y[:, 3:5], y[:, :3].cumsum(2), m.b(y)[:, 1:], rows, rows[:, 2:]
+
+    qmodel = dsconv.quantize(Net(run, a=nn.Conv1d(2, 8, 3), b=nn.Conv1d(8, 16, 3, groups=8)))
+    for images in (2, 0):
+        x = torch.randn(images, 2, 9)
+        fast = dsconv.compile(qmodel, torch.randn(1, 2, 9))
+        with torch.inference_mode():
+            for found, expected in zip(fast(x), qmodel(x), strict=True):
+                assert torch.equal(found, expected) and found.stride() == expected.stride()

@@ -71,7 +71,7 @@ def exported(model: nn.Module, x: Tensor, any_batch: bool = True) -> torch.expor
 
 def reason(error: BaseException) -> str:
     """`` at LINE of the model's code: WHY`` of what :func:`exported` raised, as far as it is known."""
-    ours = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+    ours = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
     why = str(error).strip().split("\n\n")[0]
     for raised in (error, error.__cause__, error.__context__):
         frames = [] if raised is None else traceback.extract_tb(raised.__traceback__)

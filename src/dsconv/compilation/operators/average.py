@@ -1,6 +1,5 @@
 """Averages of whole images, and the order in which they are summed up."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -8,11 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from dsconv.backends import lowering
 from dsconv.backends.base import Executable
 from dsconv.compilation.layouts import lies_in_lines
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
-from dsconv.compilation.values import Value
+from dsconv.compilation.operators.operator import Ids, Lowering, OfOne, Step, register
+from dsconv.compilation.operators.trying import backend, made, noise
 from dsconv.ops import arguments_of
 
 # The last bits of a sum follow from its order, and that of PyTorch from the lanes of the vectors that it was built for.
@@ -22,15 +20,11 @@ OWN_LANES = 8  # on every processor
 
 
 @dataclass(eq=False, kw_only=True)
-class Average(Step):
+class Average(OfOne):
     """The average of every channel of an image, in the order that so many lanes give."""
 
-    source: Value
     lanes: int
     name: ClassVar[str | None] = "dsconv.average"
-
-    def sources(self) -> Iterator[Value]:
-        yield self.source
 
     def add(self, to: Executable, ids: Ids) -> None:
         to.average(ids.value(self.source), self.lanes, ids.value(self.result))
@@ -44,32 +38,21 @@ def lanes_of_pytorch(size: tuple[int, int, int]) -> int | None:
     >>> lanes_of_pytorch((64, 7, 7)) in (None, 4, 8, 16)
     True
     """
-    backend, _ = lowering()
-    return _lanes_of_pytorch(size, backend.describe())
+    return _lanes_of_pytorch(size, backend())
 
 
 @cache
-def _lanes_of_pytorch(size: tuple[int, int, int], backend: str) -> int | None:
+def _lanes_of_pytorch(size: tuple[int, int, int], _: str) -> int | None:
     channels, height, width = size
     if channels == 1:
         return None  # a sum over all there is, which is cut up among threads
-    generator = torch.Generator().manual_seed(0)
-    tried = (1, min(channels, _TRIED), height, width)
-    x = torch.randn(tried, generator=generator, dtype=torch.float32, device="cpu")
-    expected = x.mean((2, 3)).flatten()
-    return next((lanes for lanes in _LANES if torch.equal(_averages(x, lanes), expected)), None)
+    x = noise((min(channels, _TRIED), height, width))
 
+    def averages(lanes: int) -> Tensor:
+        return made(x, (1, 1), lambda to, source, result: to.average(source, lanes, result))
 
-def _averages(x: Tensor, lanes: int) -> Tensor:
-    """Of one image."""
-    _, channels, height, width = x.shape
-    pixels = x.contiguous(memory_format=torch.channels_last)
-    made = torch.empty(channels, dtype=torch.float32, device="cpu")
-    backend, program = lowering()
-    source = program.values(1, 0, 0, (channels, height, width), (x.numel(), 1, width * channels, channels))
-    program.average(source, lanes, program.values(2, 0, 0, (channels, 1, 1), (channels, 1, channels, channels)))
-    program.run(1, [backend.constant(tensor) for tensor in (None, pixels, made)], 0, 1, backend.constant(None))
-    return made
+    expected = x.mean((2, 3), keepdim=True)
+    return next((lanes for lanes in _LANES if torch.equal(averages(lanes), expected)), None)
 
 
 def average_of_image(lowering: Lowering, node: fx.Node) -> Step | None:

@@ -1,6 +1,5 @@
 """Bilinear interpolation, and the order of its sums."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -9,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dsconv import backends
 from dsconv.backends.base import Executable
-from dsconv.compilation.layouts import are_pixels, lies_in_lines
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, of_images, register
+from dsconv.compilation.layouts import lies_in_lines, lies_in_pixels
+from dsconv.compilation.operators.operator import Ids, Lowering, OfOne, Step, of_images, register
+from dsconv.compilation.operators.trying import alone, backend, made, noise
 from dsconv.compilation.operators.views import changes_nothing
-from dsconv.compilation.values import Value
 from dsconv.ops import arguments_of
 
 Between = tuple[int, int, float, float]
@@ -27,17 +25,13 @@ _OWN_ORDER: Order = (0, _LINES, _LINES)
 
 
 @dataclass(eq=False, kw_only=True)
-class Bilinear(Step):
+class Bilinear(OfOne):
     """Pixels between ``rows`` and ``columns`` of the source."""
 
-    source: Value
     rows: list[Between]
     columns: list[Between]
     order: Order
     name: ClassVar[str | None] = "dsconv.upsample_bilinear2d"
-
-    def sources(self) -> Iterator[Value]:
-        yield self.source
 
     def add(self, to: Executable, ids: Ids) -> None:
         to.interpolate(ids.value(self.source), self.rows, self.columns, *self.order, self.uses(ids))
@@ -49,6 +43,9 @@ def places(size: int, result: int, corners: bool, scale: float | None) -> list[B
     >>> places(2, 4, False, None)
     [(0, 1, 1.0, 0.0), (0, 1, 0.75, 0.25), (0, 1, 0.25, 0.75), (1, 1, 0.75, 0.25)]
     """
+    if result == size:
+        # A copy: the next row has no part in it, not even where it is not finite.
+        return [(i, i, 1.0, 0.0) for i in range(size)]
     index = np.arange(result, dtype=np.float32)
     if corners:
         at = index * (np.float32(size - 1) / np.float32(result - 1) if result > 1 else np.float32(0))
@@ -65,28 +62,30 @@ def places(size: int, result: int, corners: bool, scale: float | None) -> list[B
 
 
 def _bilinear(lowering: Lowering, node: fx.Node) -> Step | None:
-    source, result = lowering.value(node.args[0]), lowering.value(node)
+    read: Any = node.args[0]
+    source, result = lowering.value(read), lowering.value(node)
     if source is None or result is None or not of_images(lowering, node):
         return None
-    given: dict[str, Any] = arguments_of(node.target, node.args, node.kwargs)
-    recorded = source.node.meta
-    pixels = not lies_in_lines(source.node) and are_pixels(recorded["sizes"], recorded["strides"])
-    if len(node.all_input_nodes) > 1 or not (pixels or lies_in_lines(source.node)):
+    pixels = lies_in_pixels(read)
+    if len(node.all_input_nodes) > 1 or not (pixels or lies_in_lines(read)):
         return None
+    given: dict[str, Any] = arguments_of(node.target, node.args, node.kwargs)
     scales = given.get("scale_factors") or (given.get("scales_h"), given.get("scales_w"))
-    of = source.size, result.size[1:], given["align_corners"], tuple(scales)
-    order = _order(*of, pixels, backends.lowering()[0].describe()) if recorded["val"].is_cpu else _OWN_ORDER
+    how = source.size, result.size[1:], given["align_corners"], tuple(scales)
+    # On other devices PyTorch's order is not followed.
+    order = _order(*how, pixels, backend()) if read.meta["val"].is_cpu else _OWN_ORDER
     if order is None:
         return None
-    rows, columns = _places(*of)
+    rows, columns = _places(*how)
     source.in_float = result.direct = True
     return Bilinear(node=node, result=result, source=source, rows=rows, columns=columns, order=order)
 
 
 def _places(
     size: tuple[int, int, int], out: tuple[int, int], corners: bool, scales: tuple[float | None, ...]
-) -> tuple[list[Between], ...]:
-    return tuple(places(have, want, corners, scale) for have, want, scale in zip(size[1:], out, scales, strict=True))
+) -> list[list[Between]]:
+    """Return those of rows and of columns."""
+    return [places(have, want, corners, scale) for have, want, scale in zip(size[1:], out, scales, strict=True)]
 
 
 @cache
@@ -96,33 +95,23 @@ def _order(
     corners: bool,
     scales: tuple[float | None, ...],
     pixels: bool,
-    backend: str,
+    _: str,
 ) -> Order | None:
-    """Find the order by trying, so that another PyTorch with another one goes unharmed."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn((1, *size), generator=generator, dtype=torch.float32, device="cpu")
-    if pixels:
-        x = x.contiguous(memory_format=torch.channels_last)
-    expected = torch.ops.aten.upsample_bilinear2d.default(x, out, corners, *scales)
+    """Find by trying the order of sums that has PyTorch's bits for images in that layout; None where none has.
+
+    So another PyTorch with another order goes unharmed.
+    """
+    x = noise(size, pixels)
     rows, columns = _places(size, out, corners, scales)
+
+    def interpolated(order: Order) -> Tensor:
+        return made(x, out, lambda to, *of: to.interpolate(of[0], rows, columns, *order, alone(of[1])))
+
+    expected = torch.ops.aten.upsample_bilinear2d.default(x, out, corners, *scales)
     tried: list[Order] = [_OWN_ORDER]
     tried += [(size[0] // lanes * lanes, _BELOW_FIRST, _ABOVE_FIRST) for lanes in (8, 16, 4, 1)]
     tried.append((0, _ABOVE_FIRST, _ABOVE_FIRST))
-    return next((order for order in tried if torch.equal(_made(x, rows, columns, order), expected)), None)
-
-
-def _made(x: Tensor, rows: list[Between], columns: list[Between], order: Order) -> Tensor:
-    """The interpolation of one image."""
-    _, channels, height, width = x.shape
-    x = x.contiguous(memory_format=torch.channels_last)
-    size = (channels, len(rows), len(columns))
-    made = torch.empty((1, *size), dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-    backend, program = backends.lowering()
-    source = program.values(1, 0, 0, (channels, height, width), (x.numel(), 1, width * channels, channels))
-    result = program.values(2, 0, 0, size, (made.numel(), 1, size[2] * channels, channels))
-    program.interpolate(source, rows, columns, *order, (result, -1, [], 0, 0.0, 0.0))
-    program.run(1, [backend.constant(tensor) for tensor in (None, x, made)], 0, 1, backend.constant(None))
-    return made
+    return next((order for order in tried if torch.equal(interpolated(order), expected)), None)
 
 
 register("aten", "upsample_bilinear2d", returns="new", by_image=True, equals_input=changes_nothing, lower=_bilinear)

@@ -1,29 +1,23 @@
 """Images as rows of values."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
 from dsconv.backends.base import Executable
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
+from dsconv.compilation.operators.operator import Ids, Lowering, OfOne, Step, register
 from dsconv.compilation.operators.renaming import reshaped
 from dsconv.compilation.operators.shuffles import channel_shuffle_of_views
 from dsconv.compilation.operators.views import changes_nothing
-from dsconv.compilation.values import Value
 
 
 @dataclass(eq=False, kw_only=True)
-class Flatten(Step):
+class Flatten(OfOne):
     """All values of an image as channels of one pixel, those of a channel one after another."""
 
-    source: Value
     name: ClassVar[str | None] = "dsconv.flatten"
-
-    def sources(self) -> Iterator[Value]:
-        yield self.source
 
     def add(self, to: Executable, ids: Ids) -> None:
         to.flatten(ids.value(self.source), ids.value(self.result))

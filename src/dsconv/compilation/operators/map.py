@@ -16,6 +16,7 @@ from dsconv.compilation.operators.operator import (
     Constant,
     Ids,
     Lowering,
+    OfOne,
     Settings,
     Step,
     fixed,
@@ -52,16 +53,15 @@ class Operation:
 
 
 @dataclass(eq=False, kw_only=True)
-class Map(Step):
+class Map(OfOne):
     """``source`` after some operations."""
 
-    source: Value
     operations: list[Operation] = field(default_factory=list)
     takes_gaps: ClassVar[bool] = True
     name: ClassVar[str | None] = "dsconv.map"
 
     def sources(self) -> Iterator[Value]:
-        yield self.source
+        yield from super().sources()
         yield from (operation.value for operation in self.operations if operation.value is not None)
 
     def takes_lines(self) -> bool:

@@ -1,6 +1,6 @@
 """Norms and softmax, in float32 and in an order of our own, which does not depend on layouts and instruction sets."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,24 +9,20 @@ from torch import Tensor, fx
 
 from dsconv.backends.base import Executable
 from dsconv.compilation.operators.map import Operation, mapped
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, fixed, register
+from dsconv.compilation.operators.operator import Ids, Lowering, OfOne, Step, fixed, register
 from dsconv.compilation.values import Value
 from dsconv.ops import arguments_of
 
 
 @dataclass(eq=False, kw_only=True)
-class Moments(Step):
+class Moments(OfOne):
     """Means of groups of channels over an image, then the scales ``weight / sqrt(variance + epsilon)``, as channels."""
 
-    source: Value
     groups: int
     weight: Tensor | None
     epsilon: float
     parts: tuple[Value, Value]
     name: ClassVar[str | None] = "dsconv.moments"
-
-    def sources(self) -> Iterator[Value]:
-        yield self.source
 
     def add(self, to: Executable, ids: Ids) -> None:
         of = ids.value(self.source), self.groups, ids.constant(self.weight), self.epsilon

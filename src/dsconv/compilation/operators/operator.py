@@ -142,6 +142,30 @@ class Step:
         return ids.value(result), ids.value(self.residual), targets, activation, self.alpha, self.beta
 
 
+@dataclass(eq=False, kw_only=True)
+class OfOne(Step):
+    """A step that reads one float32 tensor."""
+
+    source: Value
+
+    def sources(self) -> Iterator[Value]:
+        yield self.source
+
+
+@dataclass(eq=False, kw_only=True)
+class Moves(OfOne):
+    """A step that puts values elsewhere, as they are; ``kind`` is what the plan calls it."""
+
+    kind: str
+
+    @property
+    def name(self) -> str | None:  # type: ignore[override]
+        return f"dsconv.{self.kind}"
+
+    def takes_lines(self) -> bool:
+        return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operator:
     """Facts about an operator of PyTorch or of dsconv, whoever executes it.

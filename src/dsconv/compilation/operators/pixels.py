@@ -1,6 +1,5 @@
 """Pads, crops, and nearest neighbours: every pixel of the result is one of the source, or a constant."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +7,8 @@ import torch
 from torch import fx
 
 from dsconv.backends.base import Executable
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, of_images, only_user, register
+from dsconv.compilation.operators.operator import Ids, Lowering, Moves, Step, of_images, only_user, register
 from dsconv.compilation.operators.views import changes_nothing, channels
-from dsconv.compilation.values import Value
 from dsconv.ops import arguments_of
 
 _aten = torch.ops.aten
@@ -18,24 +16,12 @@ _CONSTANT = (_aten.pad.default, _aten.constant_pad_nd.default)
 
 
 @dataclass(eq=False, kw_only=True)
-class Pixels(Step):
+class Pixels(Moves):
     """The pixels at ``rows`` and ``columns`` of the source; where one of these is -1, ``fill``."""
 
-    source: Value
     rows: list[int]
     columns: list[int]
     fill: float
-    kind: str
-
-    @property
-    def name(self) -> str | None:  # type: ignore[override]
-        return f"dsconv.{self.kind}"
-
-    def sources(self) -> Iterator[Value]:
-        yield self.source
-
-    def takes_lines(self) -> bool:
-        return True
 
     def add(self, to: Executable, ids: Ids) -> None:
         to.pick(ids.value(self.source), self.rows, self.columns, self.fill, self.uses(ids))

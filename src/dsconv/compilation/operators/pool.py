@@ -1,29 +1,23 @@
 """Maxima and averages over windows."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from dsconv.backends.base import Executable
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, register
-from dsconv.compilation.values import Value
+from dsconv.compilation.operators.operator import Ids, Lowering, OfOne, Step, register
 from dsconv.ops import arguments_of
 
 
 @dataclass(eq=False, kw_only=True)
-class Pool(Step):
+class Pool(OfOne):
     """A maximum or an average over windows: (kernel, stride, padding, dilation), each of height and width."""
 
-    source: Value
     window: tuple[int, ...]
     average: bool = False
     count_zeros: bool = False
     divisor: int = 0
-
-    def sources(self) -> Iterator[Value]:
-        yield self.source
 
     def reads_lines(self) -> bool:
         return True

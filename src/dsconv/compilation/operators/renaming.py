@@ -25,8 +25,10 @@ def reshaped(node: fx.Node, source: Seen, batch: Any) -> Seen | None:
     if len(before) == 2 and str(before[0]) != str(batch):  # rows
         kept = list(after[1:-1]) in (image, [math.prod(image)] if image[0] == 1 else None)
         return Seen(source.size, len(after) - 1) if kept and after[-1] == channels else None
+    if channels == 1:  # whose dimension is one of many of size 1
+        return Seen(source.size, 1) if len(after) > 2 and size_of(after, 1) == source.size else None
     ones = [[d for d in range(1, len(shape)) if shape[d] != 1] for shape in (before, after)]
-    if [before[d] for d in ones[0]] != [after[d] for d in ones[1]] or channels == 1:
+    if [before[d] for d in ones[0]] != [after[d] for d in ones[1]]:
         return None
     dim = ones[1][ones[0].index(source.dim)]
     return Seen(source.size, dim) if size_of(after, dim) == source.size else None

@@ -1,6 +1,6 @@
 """Shuffles: channels among themselves, channels to pixels, and pixels to channels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from dsconv.backends.base import Executable
-from dsconv.compilation.operators.operator import Ids, Lowering, Step, of_images, register
+from dsconv.compilation.operators.operator import Ids, Lowering, Moves, Step, of_images, register
 from dsconv.compilation.values import Value
 
 _aten = torch.ops.aten
@@ -18,22 +18,10 @@ Loop = tuple[int, ...]
 
 
 @dataclass(eq=False, kw_only=True)
-class Shuffle(Step):
+class Shuffle(Moves):
     """The values of an image in another order, as nested loops, the outermost first."""
 
-    source: Value
     loops: Sequence[Loop]
-    kind: str
-
-    @property
-    def name(self) -> str | None:  # type: ignore[override]
-        return f"dsconv.{self.kind}"
-
-    def sources(self) -> Iterator[Value]:
-        yield self.source
-
-    def takes_lines(self) -> bool:
-        return True
 
     def add(self, to: Executable, ids: Ids) -> None:
         to.rearrange(ids.value(self.source), self.loops, ids.value(self.result))
