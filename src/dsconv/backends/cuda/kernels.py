@@ -63,9 +63,9 @@ def _fma(a, b, c):
 
 
 @triton.jit
-def _exponential_parts(v):
+def _exponential_parts(v, LEAST: tl.constexpr):
     v = tl.where(v > 89.0, 89.0, v)
-    v = tl.where(v < -105.0, -105.0, v)
+    v = tl.where(v < LEAST, LEAST, v)
     shifted = _fma(v, 1.44269504, _MAGIC)
     whole = shifted - _MAGIC
     r = _fma(whole, -1.42860677e-6, _fma(whole, -0.693145752, v))
@@ -79,7 +79,7 @@ def _exponential_parts(v):
 
 @triton.jit
 def _exponential(v):
-    r, p, n = _exponential_parts(v)
+    r, p, n = _exponential_parts(v, -105.0)
     half = n >> 1
     return _fma(p, r, 1.0) * _power_of_two(half) * _power_of_two(n - half)
 
@@ -87,14 +87,15 @@ def _exponential(v):
 @triton.jit
 def _exponential_minus_one(v):
     v = tl.where(v < -30.0, -30.0, v)
-    r, p, n = _exponential_parts(v)
+    r, p, n = _exponential_parts(v, -105.0)
     power = _power_of_two(n)
     return _fma(p * r, power, power - 1.0)
 
 
 @triton.jit
 def _gated(v, u):
-    return tl.div_rn(tl.zeros_like(u) + v, 1.0 + _exponential(-u))
+    r, p, n = _exponential_parts(-u, -87.0)
+    return tl.div_rn(tl.zeros_like(u) + v, _fma(_fma(p, r, 1.0), _power_of_two(n), 1.0))
 
 
 @triton.jit
