@@ -41,6 +41,8 @@ with torch.random.fork_rng(devices=[]):
         (nn.Conv2d(3, 20, 7, 2, padding=3), (1, 3, 12, 10), {"weight_bits": 8, "blocks": "flat"}),
         (nn.Conv2d(64, 64, 3, padding=1, groups=64), (2, 64, 5, 5), _FLOAT),
         (nn.Conv2d(8, 16, 5, padding=2, groups=8), (1, 8, 6, 6), _FLOAT),
+        (nn.Conv2d(6, 12, 3, 2, padding=1, groups=6), (2, 6, 5, 6), {"weight_shift": True}),  # depthwise, in integers
+        (nn.Conv2d(40, 1, 1), (2, 40, 3, 4), {}),
         (nn.Linear(100, 30), (3, 100), {"weight_shift": True}),
         (nn.Conv1d(40, 30, 3, padding=1), (2, 40, 9), {"weight_shift": True, "kds_dtype": "float16"}),
     ]
@@ -96,34 +98,38 @@ def values(shape: tuple[int, ...]) -> Tensor:
     return x
 
 
+def layouts_of(x: Tensor) -> list[Tensor]:
+    """The same values in other layouts, and none at all."""
+    pixels = {4: torch.channels_last}.get(x.dim(), torch.contiguous_format)
+    return [x, x.contiguous(memory_format=pixels), torch.cat([x, x], 1)[:, : x.shape[1]], x[:0]]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def of_the_cpu() -> dict[str, Tensor]:
+def of_the_cpu() -> dict[str, Any]:
     """Outputs of the cases by the kernels for CPUs; of their simulation without the extension."""
     torch.manual_seed(0)
     outputs = {}
     with torch.inference_mode():
         for case in CASES:
             layer, shape, settings = case
-            x = values(shape)
-            outputs[name(case)] = (x, quantized(layer, settings)(x))
+            x, made = values(shape), quantized(layer, settings)
+            outputs[name(case)] = (x, *map(made, layouts_of(x)))
     return outputs
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_layers_have_the_bits_of_the_kernels_for_cpus(case: Any, gpu: str, of_the_cpu: Any) -> None:
     layer, _, settings = case
-    x, expected = of_the_cpu[name(case)]
+    x, *expected = of_the_cpu[name(case)]
     with torch.inference_mode():
         made = moved(quantized(layer, settings), gpu)
         assert made.backend.name.endswith("(cuda)"), made.backend
-        y = made(x.to(gpu))
-        assert y.device.type == gpu and y.stride() == expected.stride()
-        if cpu.native.extension() is not None:
-            assert same(y, expected)
-        pixels = {3: torch.contiguous_format, 4: torch.channels_last}.get(x.dim(), torch.contiguous_format)
-        assert same(made(x.to(gpu, memory_format=pixels)), y)
+        for x_as, y_as in zip(layouts_of(x.to(gpu)), expected, strict=True):
+            y = made(x_as)
+            assert y.device.type == gpu and y.shape == y_as.shape
+            if cpu.native.extension() is not None:
+                assert y.stride() == y_as.stride() and same(y, y_as)
         assert same(made(x.to(gpu).half()), made(x.to(gpu).half().float()).half())
-        assert made(x.to(gpu)[:0]).shape == (0, *y.shape[1:])
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -20,6 +20,7 @@ from dsconv.ops.arguments import (
     sizes_of,
     takes_floats,
 )
+from dsconv.ops.cpu import empty_output
 
 
 def run(name: str, *args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
@@ -33,13 +34,12 @@ def run(name: str, *args: Any, out: Tensor | None = None, **named: Any) -> Tenso
         check_input(name, c.x, 2, anywhere=True)
         residual = None if c.residual is None else c.residual[:, :, None, None]
         y = _convolved(name, c._replace(x=c.x[:, :, None, None], residual=residual)).flatten(1)
-    else:
-        c = Call(*args, **named)
-        check_input(name, c.x, 4, anywhere=True)
-        y = _convolved(name, c)
-        if not (c.x.is_contiguous(memory_format=torch.channels_last) and not c.x.is_contiguous()):
-            y = y.contiguous()
-    return y if out is None else out.copy_(y)
+        return y if out is None else out.copy_(y)
+    c = Call(*args, **named)
+    check_input(name, c.x, 4, anywhere=True)
+    y = _convolved(name, c)
+    made = empty_output(c.x, c.outputs, y.shape[2:], c.groups) if out is None else out
+    return y if out is None and y.stride() == made.stride() else made.copy_(y)
 
 
 def _convolved(name: str, c: Call) -> Tensor:
