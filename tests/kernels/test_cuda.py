@@ -212,6 +212,29 @@ def test_a_compiled_network_is_that_of_the_cpu(network: Any, gpu: str) -> None:
     assert not fast.plan.in_pytorch
 
 
+class Sum(nn.Module):
+    """Operations on an input that lies in lines, which a layer alone reads, and a flattened image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Conv2d(16, 8, 1), nn.Linear(8 * 5 * 6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.flatten(self.layer(F.relu(x) * 2 + x), 1))
+
+
+def test_maps_take_an_input_in_lines_and_programs_no_images_at_all(gpu: str) -> None:
+    torch.manual_seed(3)
+    net = dsconv.quantize(Sum().eval(), QuantConfig.preset("w8a8", algorithm="direct"))
+    x = torch.randn(2, 16, 5, 6)
+    with torch.inference_mode():
+        net, x = moved(net, gpu), x.to(gpu)
+        fast = dsconv.compile(net, x)
+        assert not fast.plan.in_pytorch
+        for some in (x, x.contiguous(memory_format=torch.channels_last), x[:0]):
+            assert torch.allclose(fast(some), net(some), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*encountered in")
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations_have_the_bits_of_the_kernels_for_cpus(kind: str, gpu: str) -> None:

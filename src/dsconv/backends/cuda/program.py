@@ -98,6 +98,12 @@ class CudaProgram:
         memory = run.bases[v.base].flatten()
         return Pixels(memory[(0 if v.base else v.offset * run.images // 4) + v.first :], v.strides[3])
 
+    def _in_pixels(self, value: int, run: Run) -> Pixels:
+        """A value in pixels, copied where its channels lie in lines, as those of an input may."""
+        if self._values[value].strides[1] == 1:
+            return self._pixels(value, run)
+        return Pixels(self._tensor(value, run).contiguous().flatten(), self._values[value].size[0])
+
     def _tensor(self, value: int, run: Run) -> Tensor:
         """A value as ``(N, H, W, C)``."""
         v = self._values[value]
@@ -239,12 +245,11 @@ class CudaProgram:
 
         def step(run: Run) -> None:
             post, y, targets = self._ends(uses, run, v.size)
-            x = self._pixels(source, run)
             if y is None and not operations and post.activation == "none":
                 for target in targets:
-                    launch.quantize(x.values, v.strides, v.size, target)
+                    launch.quantize(self._pixels(source, run).values, v.strides, v.size, target)
                 return
-            y = y or self._scratch(v.size, run)
+            x, y = self._in_pixels(source, run), y or self._scratch(v.size, run)
             steps = [*operations, (0, ACTIVATIONS.index(post.activation), post.alpha, post.beta, -1, None, None)]
             if operations and post.activation == "none":
                 steps.pop()
@@ -267,7 +272,7 @@ class CudaProgram:
             return
         operand = None
         if value >= 0:
-            other, of = self._values[value], self._pixels(value, run)
+            other, of = self._values[value], self._in_pixels(value, run)
             whole = other.pixels == v.pixels
             each = 0 if other.size[0] == 1 < v.size[0] else 1
             operand = (of.values, of.stride if whole else 0, of.stride * other.pixels, each)
@@ -314,7 +319,8 @@ class CudaProgram:
         self._by_pytorch(source, lambda x: x.mean((1, 2), keepdim=True), self._only(result))
 
     def flatten(self, source: int, result: int) -> None:
-        self._by_pytorch(source, lambda x: x.permute(0, 3, 1, 2).reshape(len(x), 1, 1, -1), self._only(result))
+        values = math.prod(self._values[source].size)
+        self._by_pytorch(source, lambda x: x.permute(0, 3, 1, 2).reshape(len(x), 1, 1, values), self._only(result))
 
     def rearrange(self, source: int, loops: Sequence[tuple[int, ...]], result: int) -> None:
         def step(run: Run) -> None:
