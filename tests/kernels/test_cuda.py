@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -330,9 +331,33 @@ def test_tiles_are_kept_in_a_file_and_tried_again_where_it_cannot_be_read(
         tuning._load.cache_clear()
         tuning._load()
         assert tuning._found == expected
+    (tmp_path / "folder" / "tiles.json").write_text(json.dumps([["other GPU", [1, 64, 1, 1, 64, 0], [16, 64, 4, 3]]]))
+    monkeypatch.setattr(tuning, "_found", dict(found))
+    tuning._save()
+    assert len(json.loads((tmp_path / "folder" / "tiles.json").read_text())) == 2  # of another process, too
     monkeypatch.setenv("DSCONV_CACHE", "/proc/no/place")
     tuning._save()  # no more than a file that is not there
     tuning._load.cache_clear()
+
+
+def test_other_threads_compute_while_one_compiles_and_tries() -> None:
+    from dsconv.backends.cuda import tuning
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **constants: launched.append(grid)
+
+        def warmup(self, *arguments: Any, **constants: Any) -> None:
+            pass
+
+    with tuning.compiling(), tuning.trying():
+        tuning.start(Kernel(), (1,))
+        other = threading.Thread(target=tuning.start, args=(Kernel(), (2,)))
+        other.start()
+        other.join()
+    assert launched == [(2,)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
