@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -340,6 +341,45 @@ def test_tiles_are_kept_in_a_file_and_tried_again_where_it_cannot_be_read(
     tuning._load.cache_clear()
 
 
+class OfGpu(Tensor):
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+def test_sizes_used_last_are_kept_as_graphs_and_what_cannot_be_captured_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsconv.backends.cuda.graphs import Graphs
+
+    cuda_of_torch, runs = MagicMock(), []
+    cuda_of_torch.is_current_stream_capturing.return_value = False
+    monkeypatch.setattr(torch, "cuda", cuda_of_torch)
+
+    def run(x: Tensor) -> list[Any]:
+        runs.append(len(x))
+        return [x + 1, 7]
+
+    graphs = Graphs(run)
+    sizes = [torch.zeros(n, 2).as_subclass(OfGpu) for n in range(12)]
+    for n in (1, 2, 3, 4, 5, 6, 7, 8, 1, 9, 1):
+        assert graphs(sizes[n])[1] == 7
+    assert runs == [n for n in range(1, 10) for _ in range(4)]  # each is captured once
+    graphs(sizes[2])
+    assert runs[36:] == [2] * 4  # it was used the longest ago when there were 9
+    assert same(graphs(sizes[0])[0], torch.zeros(0, 2))  # no images are no graph
+    runs.clear()
+    cuda_of_torch.graph.side_effect = RuntimeError("operation not permitted when stream is capturing\nmore")
+    with pytest.warns(UserWarning, match=r"not captured as a CUDA graph for \(11, 2\).*stream is capturing$"):
+        assert same(graphs(sizes[11])[0], torch.ones(11, 2))
+    assert same(graphs(sizes[11])[0], torch.ones(11, 2)) and runs == [11] * 5  # it is not tried again
+
+
+def test_programs_leave_memory_to_pytorch(network: Any, gpu: str) -> None:
+    qnet, x, _ = network
+    with torch.inference_mode():
+        fast = dsconv.compile(moved(copy.deepcopy(qnet), gpu), x.to(gpu))
+        fast(x.to(gpu))
+        # A graph reads and writes where its memory was: it must not be another run's, nor go when a larger batch comes.
+        assert not fast.program_for(x.to(gpu)).program._spare
+
+
 def test_other_threads_compute_while_one_compiles_and_tries() -> None:
     from dsconv.backends.cuda import tuning
 
@@ -383,7 +423,8 @@ def test_networks_are_replayed_compiled_by_pytorch_and_exported() -> None:
     with torch.inference_mode():
         expected = qnet(x)
         fast = dsconv.compile(qnet, x)
-        for some in (x, x, x[:3], x.contiguous(memory_format=torch.channels_last)):
+        larger = torch.randn(40, 64, 9, 9, device="cuda")
+        for some in (x, x, x[:3], larger, x, x.contiguous(memory_format=torch.channels_last)):
             assert torch.equal(fast(some), qnet(some))
         first, second = fast(x), fast(x + 1)
         assert torch.equal(first, expected) and not torch.equal(first, second)  # outputs are the caller's own

@@ -268,7 +268,8 @@ class Program:
                 if seconds is not None:
                     seconds[segment.first] += time.perf_counter() - since
         outputs = [self._returned(output, images, env, memory) for output in self._outputs]
-        self._spare.append(memory)
+        if self.backend.keeps_memory:
+            self._spare.append(memory)
         return outputs
 
     def _call(
