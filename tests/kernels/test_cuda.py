@@ -341,6 +341,42 @@ def test_tiles_are_kept_in_a_file_and_tried_again_where_it_cannot_be_read(
     tuning._load.cache_clear()
 
 
+def test_only_the_first_run_makes_constants(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsconv.backends.cuda import launch
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.pad(self.first(x), (1, 0, 2, 1), value=1.5)
+
+    torch.manual_seed(4)
+    net = dsconv.quantize(Padded().eval(), QuantConfig.preset("default", algorithm="direct"))
+    x, program = torch.randn(1, 3, 6, 6), cuda.lower()
+    assert program is not None
+    resized = torch.empty(1, 2, 2, 3, device=gpu)
+    whole, result = (program.values(base, 0, 0, (3, n, n), (3 * n * n, 1, 3 * n, 3)) for base, n in ((1, 6), (2, 2)))
+    places = [(0, 1, 0.25, 0.75), (4, 5, 1.0, 0.0)]
+    program.interpolate(whole, places, places, 0, 0, 0, (result, -1, [], 0, 0.0, 0.0))
+    with torch.inference_mode():
+        net, x = moved(net, gpu), x.to(gpu)
+        bases = [None, x.permute(0, 2, 3, 1).contiguous(), resized]
+        fast = dsconv.compile(net, x)
+        assert not fast.plan.in_pytorch
+        expected = net(x)
+        assert same(fast(x), expected)
+        program.run(1, bases, 0, 1, None)
+        corner = x[..., :2, :2] * torch.tensor([0.25, 0.75], device=gpu) * torch.tensor([[0.25], [0.75]], device=gpu)
+        assert close([resized[0, 0, 0]], [corner.sum((2, 3))[0]])
+        launch._windows.cache_clear()
+        # Nothing can be copied to the GPU while a graph is captured.
+        monkeypatch.delattr(torch, "tensor")
+        assert same(fast(x), expected)
+        program.run(1, bases, 0, 1, None)
+
+
 class OfGpu(Tensor):
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
 

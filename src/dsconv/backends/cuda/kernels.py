@@ -511,6 +511,7 @@ def quantize_windows(
     else:
         rows, columns = ih0[:, None] + down[None, :], iw0[:, None] + right[None, :]
         inside = live[:, None] & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        inside = inside & (down >= 0)[None, :]  # what fills up a block
     first = r // (out_height * out_width) * image_stride + ih0 * row_stride + iw0 * pixel_stride
     x = tl.load(x_ptr + first[:, None] + offset[None, :], mask=inside, other=0.0)
     values = tl.reshape(tl.trans(x.to(tl.float32)), (1, QBLOCK, TILE_P))

@@ -111,12 +111,17 @@ def quantize(x: Tensor, strides: tuple[int, int, int, int], size: tuple[int, int
     )  # fmt: skip
 
 
-def quantize_windows(x: Tensor, strides: tuple[int, int, int, int], sizes: Sizes, rows: Rows) -> None:
-    """Quantize what each output of a convolution reads, as pixels of ``rows``."""
-    s, form = sizes, rows.form
-    image, channel, row, pixel = strides
+def windows(sizes: Sizes, form: Form, strides: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    """Return where the values of a window lie (:func:`kernels.quantize_windows`), for an input of these strides."""
+    s, (_, channel, row, pixel) = sizes, strides
     window = ((s.kernel_h, s.dilation_h * row, s.dilation_h), (s.kernel_w, s.dilation_w * pixel, s.dilation_w))
-    table = _windows(form, channel, window, x.device)
+    return _windows(form, channel, window, device)
+
+
+def quantize_windows(x: Tensor, strides: tuple[int, int, int, int], sizes: Sizes, rows: Rows, table: Tensor) -> None:
+    """Quantize what each output of a convolution reads, as pixels of ``rows``; ``table`` is of :func:`windows`."""
+    s, form = sizes, rows.form
+    image, _, row, pixel = strides
     tuning.start(
         kernels.quantize_windows, (triton.cdiv(rows.pixels, _PIXELS), form.blocks),
         x, table, rows.mantissa, rows.scale, rows.term, rows.pixels, s.height, s.width, s.out_height, s.out_width,

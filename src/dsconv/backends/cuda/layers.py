@@ -80,7 +80,8 @@ def _convolved(name: str, c: Call) -> Tensor:
         form = form_of(s, c.activation_bits, c.sign, c.kds_shift is not None)
         if s.flat:
             rows = empty_rows(form, pixels, c.x.device)
-            launch.quantize_windows(c.x, _strides(c.x), s, rows)
+            strides = _strides(c.x)
+            launch.quantize_windows(c.x, strides, s, rows, launch.windows(s, form, strides, c.x.device))
         else:
             rows = launch.rows_of(c.x, form)
         launch.convolve(rows, weights, s, pixels, post, Pixels(y, c.outputs))
