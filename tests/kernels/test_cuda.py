@@ -302,6 +302,24 @@ def test_weights_that_were_packed_otherwise_are_refused(gpu: str) -> None:
     assert call(x, *weights, None, *where, *settings).shape == (1, 8, 2, 2)
     with pytest.raises(ValueError, match="weight: expected a contiguous tensor"):
         call(x, weights.weight[:, :, :32], weights.kds, None, None, *where, *settings)
+    settled = (*weights, None, *where, *settings)
+    for given, message in (
+        ({"gain": torch.ones(8, device=gpu)}, "offset: expected one"),
+        ({"gain": torch.ones(7, device=gpu), "offset": torch.ones(8, device=gpu)}, "gain: expected a contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(x, *settled, **given)
+    for bias, message in (
+        (torch.ones(3), r"bias: expected a contiguous tensor \(8,\)"),
+        (torch.ones(8).double(), "flo"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(x, *weights, bias.to(gpu), *where, *settings)
+    shifted = moved(quantized(nn.Conv2d(64, 8, 1), {"weight_shift": True}), gpu)._kernel_weights.packed[0]
+    with pytest.raises(ValueError, match="kds_shift: expected a contiguous tensor"):
+        call(x, weights.weight, weights.kds, shifted.kds[:, :8].float(), None, *where, *settings)
+    with pytest.raises(ValueError, match="kds: expected float32, or int32"):
+        call(x, weights.weight, weights.kds, weights.kds.new_empty(0), None, *where, *settings)
     with pytest.raises(ValueError, match="residual: expected float32"):
         call(x, *weights, None, *where, *settings, torch.zeros(1, 8, 1, 1, device=gpu))
     with pytest.raises(ValueError, match="algorithm: expected direct"):
