@@ -22,6 +22,7 @@ from dsconv.backends import cpu, cuda, simulate
 from dsconv.errors import ModelError
 from dsconv.numerics import quantize_activation, reference_conv
 from dsconv.ops import ACTIVATIONS
+from dsconv.ops.arguments import Sizes
 
 pytest.importorskip("triton", reason="needs Triton: pip install 'dsconv[gpu]'")
 
@@ -393,6 +394,28 @@ def test_only_the_first_run_makes_constants(gpu: str, monkeypatch: pytest.Monkey
         monkeypatch.delattr(torch, "tensor")
         assert same(fast(x), expected)
         program.run(1, bases, 0, 1, None)
+
+
+def test_places_beyond_32_bits_are_counted_in_64(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsconv.backends.cuda import launch, tuning
+    from dsconv.backends.cuda.layouts import Form, Rows
+
+    wide = []
+    monkeypatch.setattr(tuning, "start", lambda *arguments, WIDE, **constants: wide.append(WIDE))
+    monkeypatch.setattr(
+        tuning, "run", lambda kernel, problem, arguments, constants, live: wide.append(constants["WIDE"])
+    )
+    x, many = torch.empty(64, device=gpu), (1 << 31) // 64
+    rows = {n: Rows(Form(64, 64, 1, 8, "adaptive", False), n, x, x, x) for n in (4, many - 1, many)}
+    for image in (1 << 28, 1 << 30):  # four images, far apart
+        launch.quantize(x, (image, 1, 64, 64), (64, 1, 1), launch.Target(rows[4]))
+    pixels, post, weights = launch.Pixels(x, 64), launch.PostOps(), launch.Weights(x, x, None, 4)
+    for n in (many - 1, many):  # what is written is larger than what is read
+        sizes = Sizes(1, 64, 1, n, 64, 1, n, *[1] * 4, 0, 0, 1, 1, 64, 1, True)
+        launch.depthwise(pixels, weights, sizes, n, post, None, launch.Target(rows[n]))
+        launch.pool(pixels, (64, 1, n), (1, n), (1, 1, 1, 1, 0, 0, 1, 1), None, n, post, None, launch.Target(rows[n]))
+        launch.convolve(rows[4], weights, sizes, n, post, None, launch.Target(rows[n]))
+    assert wide == [False, True] + [False] * 3 + [True] * 3
 
 
 class OfGpu(Tensor):

@@ -472,6 +472,8 @@ def quantize(
     j = tl.arange(0, QBLOCK)
     within = block % group_blocks * size + j
     c = block // group_blocks * channels + within
+    if WIDE:
+        c = c.to(tl.int64)
     there = (j < size) & (within < channels)
     at = r % pixels
     place = r // pixels * image_stride + at // width * row_stride + at % width * pixel_stride
