@@ -1,8 +1,7 @@
 """Kernels in Triton. Arguments are pointers and sizes; :mod:`dsconv.backends.cuda.layouts` says what lies where.
 
-All sums within a block are of integers,
-and every product and sum of floats rounds as it is written: ``tl.fma`` where it
-is rounded once. So results have the bits of the kernels for CPUs wherever terms are added in the same order.
+All sums within a block are of integers, and every product and sum of floats rounds as it is written: ``tl.fma`` where
+it is rounded once. So results have the bits of the kernels for CPUs wherever terms are added in the same order.
 """
 
 import triton

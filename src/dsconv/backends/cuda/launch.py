@@ -144,9 +144,8 @@ def quantize_windows(x: Tensor, strides: tuple[int, int, int, int], sizes: Sizes
 def _windows(form: Form, channel: int, window: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
     """Return where the values of a window lie, int32 ``(blocks * filled, 3)``: see :func:`kernels.quantize_windows`.
 
-    A window is the size, and the values and pixels from one tap to the next,
-    of rows and of columns. What fills up a block
-    lies outside every image.
+    A window is the size, and the values and pixels from one tap to the next, of rows and of columns. What fills up a
+    block lies outside every image.
     """
     (height, row, down), (width, column, right) = window
     table = torch.full((form.blocks, filled(form.block_size), 3), -_SMALL, dtype=torch.int32, device="cpu")

@@ -1,8 +1,7 @@
 """Which tile a convolution is cut into: a few are tried, and the fastest is kept for its sizes on this GPU.
 
-They are tried where a network is compiled (:func:`trying`); elsewhere, what was found is used,
-or a guess. What was found
-is kept in a file for the next process: ``DSCONV_CACHE``, or ``~/.cache/dsconv``.
+They are tried where a network is captured (:func:`trying`); elsewhere, what was found is used, or a guess. What was
+found is kept for the next process in ``tiles.json``, in the folder ``DSCONV_CACHE``, or in ``~/.cache/dsconv``.
 """
 
 import json
