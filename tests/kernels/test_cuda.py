@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from dsconv.backends import cpu, cuda, simulate
 from dsconv.errors import ModelError
 from dsconv.numerics import quantize_activation, reference_conv
 from dsconv.ops import ACTIVATIONS
+from dsconv.ops.arguments import Sizes
 
 pytest.importorskip("triton", reason="needs Triton: pip install 'dsconv[gpu]'")
 
@@ -41,6 +44,8 @@ with torch.random.fork_rng(devices=[]):
         (nn.Conv2d(3, 20, 7, 2, padding=3), (1, 3, 12, 10), {"weight_bits": 8, "blocks": "flat"}),
         (nn.Conv2d(64, 64, 3, padding=1, groups=64), (2, 64, 5, 5), _FLOAT),
         (nn.Conv2d(8, 16, 5, padding=2, groups=8), (1, 8, 6, 6), _FLOAT),
+        (nn.Conv2d(6, 12, 3, 2, padding=1, groups=6), (2, 6, 5, 6), {"weight_shift": True}),  # depthwise, in integers
+        (nn.Conv2d(40, 1, 1), (2, 40, 3, 4), {}),
         (nn.Linear(100, 30), (3, 100), {"weight_shift": True}),
         (nn.Conv1d(40, 30, 3, padding=1), (2, 40, 9), {"weight_shift": True, "kds_dtype": "float16"}),
     ]
@@ -96,34 +101,38 @@ def values(shape: tuple[int, ...]) -> Tensor:
     return x
 
 
+def layouts_of(x: Tensor) -> list[Tensor]:
+    """The same values in other layouts, and none at all."""
+    pixels = {4: torch.channels_last}.get(x.dim(), torch.contiguous_format)
+    return [x, x.contiguous(memory_format=pixels), torch.cat([x, x], 1)[:, : x.shape[1]], x[:0]]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def of_the_cpu() -> dict[str, Tensor]:
+def of_the_cpu() -> dict[str, Any]:
     """Outputs of the cases by the kernels for CPUs; of their simulation without the extension."""
     torch.manual_seed(0)
     outputs = {}
     with torch.inference_mode():
         for case in CASES:
             layer, shape, settings = case
-            x = values(shape)
-            outputs[name(case)] = (x, quantized(layer, settings)(x))
+            x, made = values(shape), quantized(layer, settings)
+            outputs[name(case)] = (x, *map(made, layouts_of(x)))
     return outputs
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_layers_have_the_bits_of_the_kernels_for_cpus(case: Any, gpu: str, of_the_cpu: Any) -> None:
     layer, _, settings = case
-    x, expected = of_the_cpu[name(case)]
+    x, *expected = of_the_cpu[name(case)]
     with torch.inference_mode():
         made = moved(quantized(layer, settings), gpu)
         assert made.backend.name.endswith("(cuda)"), made.backend
-        y = made(x.to(gpu))
-        assert y.device.type == gpu and y.stride() == expected.stride()
-        if cpu.native.extension() is not None:
-            assert same(y, expected)
-        pixels = {3: torch.contiguous_format, 4: torch.channels_last}.get(x.dim(), torch.contiguous_format)
-        assert same(made(x.to(gpu, memory_format=pixels)), y)
+        for x_as, y_as in zip(layouts_of(x.to(gpu)), expected, strict=True):
+            y = made(x_as)
+            assert y.device.type == gpu and y.shape == y_as.shape
+            if cpu.native.extension() is not None:
+                assert y.stride() == y_as.stride() and same(y, y_as)
         assert same(made(x.to(gpu).half()), made(x.to(gpu).half().float()).half())
-        assert made(x.to(gpu)[:0]).shape == (0, *y.shape[1:])
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -206,6 +215,29 @@ def test_a_compiled_network_is_that_of_the_cpu(network: Any, gpu: str) -> None:
     assert not fast.plan.in_pytorch
 
 
+class Sum(nn.Module):
+    """Operations on an input that lies in lines, which a layer alone reads, and a flattened image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Conv2d(16, 8, 1), nn.Linear(8 * 5 * 6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.flatten(self.layer(F.relu(x) * 2 + x), 1))
+
+
+def test_maps_take_an_input_in_lines_and_programs_no_images_at_all(gpu: str) -> None:
+    torch.manual_seed(3)
+    net = dsconv.quantize(Sum().eval(), QuantConfig.preset("w8a8", algorithm="direct"))
+    x = torch.randn(2, 16, 5, 6)
+    with torch.inference_mode():
+        net, x = moved(net, gpu), x.to(gpu)
+        fast = dsconv.compile(net, x)
+        assert not fast.plan.in_pytorch
+        for some in (x, x.contiguous(memory_format=torch.channels_last), x[:0]):
+            assert torch.allclose(fast(some), net(some), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*encountered in")
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations_have_the_bits_of_the_kernels_for_cpus(kind: str, gpu: str) -> None:
@@ -277,6 +309,24 @@ def test_weights_that_were_packed_otherwise_are_refused(gpu: str) -> None:
     assert call(x, *weights, None, *where, *settings).shape == (1, 8, 2, 2)
     with pytest.raises(ValueError, match="weight: expected a contiguous tensor"):
         call(x, weights.weight[:, :, :32], weights.kds, None, None, *where, *settings)
+    settled = (*weights, None, *where, *settings)
+    for given, message in (
+        ({"gain": torch.ones(8, device=gpu)}, "offset: expected one"),
+        ({"gain": torch.ones(7, device=gpu), "offset": torch.ones(8, device=gpu)}, "gain: expected a contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(x, *settled, **given)
+    for bias, message in (
+        (torch.ones(3), r"bias: expected a contiguous tensor \(8,\)"),
+        (torch.ones(8).double(), "flo"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(x, *weights, bias.to(gpu), *where, *settings)
+    shifted = moved(quantized(nn.Conv2d(64, 8, 1), {"weight_shift": True}), gpu)._kernel_weights.packed[0]
+    with pytest.raises(ValueError, match="kds_shift: expected a contiguous tensor"):
+        call(x, weights.weight, weights.kds, shifted.kds[:, :8].float(), None, *where, *settings)
+    with pytest.raises(ValueError, match="kds: expected float32, or int32"):
+        call(x, weights.weight, weights.kds, weights.kds.new_empty(0), None, *where, *settings)
     with pytest.raises(ValueError, match="residual: expected float32"):
         call(x, *weights, None, *where, *settings, torch.zeros(1, 8, 1, 1, device=gpu))
     with pytest.raises(ValueError, match="algorithm: expected direct"):
@@ -307,9 +357,130 @@ def test_tiles_are_kept_in_a_file_and_tried_again_where_it_cannot_be_read(
         tuning._load.cache_clear()
         tuning._load()
         assert tuning._found == expected
+    (tmp_path / "folder" / "tiles.json").write_text(json.dumps([["other GPU", [1, 64, 1, 1, 64, 0], [16, 64, 4, 3]]]))
+    monkeypatch.setattr(tuning, "_found", dict(found))
+    tuning._save()
+    assert len(json.loads((tmp_path / "folder" / "tiles.json").read_text())) == 2  # of another process, too
     monkeypatch.setenv("DSCONV_CACHE", "/proc/no/place")
     tuning._save()  # no more than a file that is not there
     tuning._load.cache_clear()
+
+
+def test_only_the_first_run_makes_constants(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsconv.backends.cuda import launch
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.pad(self.first(x), (1, 0, 2, 1), value=1.5)
+
+    torch.manual_seed(4)
+    net = dsconv.quantize(Padded().eval(), QuantConfig.preset("default", algorithm="direct"))
+    x, program = torch.randn(1, 3, 6, 6), cuda.lower()
+    assert program is not None
+    resized = torch.empty(1, 2, 2, 3, device=gpu)
+    whole, result = (program.values(base, 0, 0, (3, n, n), (3 * n * n, 1, 3 * n, 3)) for base, n in ((1, 6), (2, 2)))
+    places = [(0, 1, 0.25, 0.75), (4, 5, 1.0, 0.0)]
+    program.interpolate(whole, places, places, 0, 0, 0, (result, -1, [], 0, 0.0, 0.0))
+    with torch.inference_mode():
+        net, x = moved(net, gpu), x.to(gpu)
+        bases = [None, x.permute(0, 2, 3, 1).contiguous(), resized]
+        fast = dsconv.compile(net, x)
+        assert not fast.plan.in_pytorch
+        expected = net(x)
+        assert same(fast(x), expected)
+        program.run(1, bases, 0, 1, None)
+        corner = x[..., :2, :2] * torch.tensor([0.25, 0.75], device=gpu) * torch.tensor([[0.25], [0.75]], device=gpu)
+        assert close([resized[0, 0, 0]], [corner.sum((2, 3))[0]])
+        launch._windows.cache_clear()
+        # Nothing can be copied to the GPU while a graph is captured.
+        monkeypatch.delattr(torch, "tensor")
+        assert same(fast(x), expected)
+        program.run(1, bases, 0, 1, None)
+
+
+def test_places_beyond_32_bits_are_counted_in_64(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsconv.backends.cuda import launch, tuning
+    from dsconv.backends.cuda.layouts import Form, Rows
+
+    wide = []
+    monkeypatch.setattr(tuning, "start", lambda *arguments, WIDE, **constants: wide.append(WIDE))
+    monkeypatch.setattr(
+        tuning, "run", lambda kernel, problem, arguments, constants, live: wide.append(constants["WIDE"])
+    )
+    x, many = torch.empty(64, device=gpu), (1 << 31) // 64
+    rows = {n: Rows(Form(64, 64, 1, 8, "adaptive", False), n, x, x, x) for n in (4, many - 1, many)}
+    for image in (1 << 28, 1 << 30):  # four images, far apart
+        launch.quantize(x, (image, 1, 64, 64), (64, 1, 1), launch.Target(rows[4]))
+    pixels, post, weights = launch.Pixels(x, 64), launch.PostOps(), launch.Weights(x, x, None, 4)
+    for n in (many - 1, many):  # what is written is larger than what is read
+        sizes = Sizes(1, 64, 1, n, 64, 1, n, *[1] * 4, 0, 0, 1, 1, 64, 1, True)
+        launch.depthwise(pixels, weights, sizes, n, post, None, launch.Target(rows[n]))
+        launch.pool(pixels, (64, 1, n), (1, n), (1, 1, 1, 1, 0, 0, 1, 1), None, n, post, None, launch.Target(rows[n]))
+        launch.convolve(rows[4], weights, sizes, n, post, None, launch.Target(rows[n]))
+    assert wide == [False, True] + [False] * 3 + [True] * 3
+
+
+class OfGpu(Tensor):
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+def test_sizes_used_last_are_kept_as_graphs_and_what_cannot_be_captured_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsconv.backends.cuda.graphs import Graphs
+
+    cuda_of_torch, runs = MagicMock(), []
+    cuda_of_torch.is_current_stream_capturing.return_value = False
+    monkeypatch.setattr(torch, "cuda", cuda_of_torch)
+
+    def run(x: Tensor) -> list[Any]:
+        runs.append(len(x))
+        return [x + 1, 7]
+
+    graphs = Graphs(run)
+    sizes = [torch.zeros(n, 2).as_subclass(OfGpu) for n in range(12)]
+    for n in (1, 2, 3, 4, 5, 6, 7, 8, 1, 9, 1):
+        assert graphs(sizes[n])[1] == 7
+    assert runs == [n for n in range(1, 10) for _ in range(4)]  # each is captured once
+    graphs(sizes[2])
+    assert runs[36:] == [2] * 4  # it was used the longest ago when there were 9
+    assert same(graphs(sizes[0])[0], torch.zeros(0, 2))  # no images are no graph
+    runs.clear()
+    cuda_of_torch.graph.side_effect = RuntimeError("operation not permitted when stream is capturing\nmore")
+    with pytest.warns(UserWarning, match=r"not captured as a CUDA graph for \(11, 2\).*stream is capturing$"):
+        assert same(graphs(sizes[11])[0], torch.ones(11, 2))
+    assert same(graphs(sizes[11])[0], torch.ones(11, 2)) and runs == [11] * 5  # it is not tried again
+
+
+def test_programs_leave_memory_to_pytorch(network: Any, gpu: str) -> None:
+    qnet, x, _ = network
+    with torch.inference_mode():
+        fast = dsconv.compile(moved(copy.deepcopy(qnet), gpu), x.to(gpu))
+        fast(x.to(gpu))
+        # A graph reads and writes where its memory was: it must not be another run's, nor go when a larger batch comes.
+        assert not fast.program_for(x.to(gpu)).program._spare
+
+
+def test_other_threads_compute_while_one_compiles_and_tries() -> None:
+    from dsconv.backends.cuda import tuning
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **constants: launched.append(grid)
+
+        def warmup(self, *arguments: Any, **constants: Any) -> None:
+            pass
+
+    with tuning.compiling(), tuning.trying():
+        tuning.start(Kernel(), (1,))
+        other = threading.Thread(target=tuning.start, args=(Kernel(), (2,)))
+        other.start()
+        other.join()
+    assert launched == [(2,)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
@@ -335,7 +506,8 @@ def test_networks_are_replayed_compiled_by_pytorch_and_exported() -> None:
     with torch.inference_mode():
         expected = qnet(x)
         fast = dsconv.compile(qnet, x)
-        for some in (x, x, x[:3], x.contiguous(memory_format=torch.channels_last)):
+        larger = torch.randn(40, 64, 9, 9, device="cuda")
+        for some in (x, x, x[:3], larger, x, x.contiguous(memory_format=torch.channels_last)):
             assert torch.equal(fast(some), qnet(some))
         first, second = fast(x), fast(x + 1)
         assert torch.equal(first, expected) and not torch.equal(first, second)  # outputs are the caller's own

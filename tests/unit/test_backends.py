@@ -17,6 +17,7 @@ class Negated:
     """A backend for linear layers of four bits that computes as the simulation does, and changes the sign."""
 
     device: str | None = "cpu"
+    keeps_memory = True
     cached_bytes: int | None = cpu.cached_bytes
 
     def __init__(self) -> None:

@@ -496,6 +496,31 @@ def test_batches_beyond_what_is_cached_are_run_in_parts(monkeypatch: pytest.Monk
             assert torch.equal(together(x), together.model(x))
 
 
+def test_a_batch_too_large_for_memory_is_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, sizes = torch.randn(11, 3, 9, 9), []
+    for fast, alone in (
+        (compiled(residual_net()), True),
+        (compiled(Net(lambda m, x: m.a(x).mean(0), a=conv(3, 64))), False),
+    ):
+        program = fast.program_for(x)[0]
+
+        def short(part: Tensor, run: Any = program._run) -> Any:
+            sizes.append(len(part))
+            if len(part) > 3:
+                raise torch.OutOfMemoryError
+            return run(part)
+
+        monkeypatch.setattr(program, "_repeated", short)
+        with torch.inference_mode():
+            if alone:
+                assert torch.equal(fast(x), fast.model(x))
+                assert sizes == [11, 5, 2, 2, 2, 2, 2, 1]
+                assert torch.equal(fast(x[:3]), fast.model(x[:3])) and sizes[8:] == [2, 1]  # it is not tried again
+            else:
+                with pytest.raises(torch.OutOfMemoryError):
+                    fast(x)
+
+
 @pytest.mark.slow
 def test_two_thousand_calls_from_four_threads_give_the_same_bits_and_take_no_more_memory() -> None:
     fast = compiled(residual_net())

@@ -186,10 +186,13 @@ class Backend(Protocol):
 
     Attributes:
         device: type of the devices that it computes on; None is all of them.
+        keeps_memory: whether programs keep the memory of a run for the next ones; else PyTorch does, which knows the
+            stream and the graph that use it.
         cached_bytes: a larger batch is run in parts whose memory between steps is about this large; None: as a whole.
     """
 
     device: str | None
+    keeps_memory: bool
     cached_bytes: int | None
 
     def describe(self, in_integers: bool = True) -> str:

@@ -14,6 +14,7 @@ from dsconv.ops import FLOAT_BITS, native, packing
 Weights = tuple[packing.Packed, tuple[int, int, int, str, int]]
 
 device: str | None = "cpu"
+keeps_memory = True
 # Memory of this size stays in the caches; more images at a time would not.
 cached_bytes: int | None = 10 << 20
 

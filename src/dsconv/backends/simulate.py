@@ -22,6 +22,7 @@ _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 device: str | None = None
+keeps_memory = True
 cached_bytes: int | None = None
 
 

@@ -79,25 +79,45 @@ class Program:
         nodes.update(node for node in self._outputs if isinstance(node, fx.Node))
         self._strides = {node: s for node in nodes if (s := _strides(node, lowered.batch)) is not None}
         self.memory_bytes: int = self._executable.bytes(1)
-        alone = any_batch and self._treats_images_alone()
-        cached = self.backend.cached_bytes if alone else None
+        self._alone = any_batch and self._treats_images_alone()
+        cached = self.backend.cached_bytes if self._alone else None
         self.images_at_once = None if cached is None else cached // max(1, self.memory_bytes)
+        self._most_images: int | None = None  # for which there was memory
         self._repeated = self.backend.repeated(self._run)
         self._spare: deque[Tensor] = deque(maxlen=_SPARE)
 
     def __call__(self, x: Tensor, seconds: Tensor | None = None) -> Any:
         """What the network returns for ``x``; adds what each step took to float64 ``seconds (steps,)``, if given.
 
+        A batch for which a GPU has not enough memory is run in parts, and so are later ones as large.
+
         Raises:
+            torch.OutOfMemoryError: one image is too large, or the network computes something from several.
             OtherLayout: the recorded strides do not hold for this batch or number of threads.
         """
         with PyTorchOnOneThread():
-            if self.images_at_once is None or len(x) <= max(1, self.images_at_once):
-                return self._structure(self._repeated(x) if seconds is None else self._run(x, seconds))
-            at_once = max(self.images_at_once, threads())
-            parts = [self._run(part, seconds) for part in torch.split(x, at_once)]
-            joined = zip(self._outputs, map(_joined, zip(*parts, strict=True)), strict=True)
-            return self._structure([self._in_layout(node, made) for node, made in joined])
+            while True:
+                at_once = self._at_once(len(x))
+                try:
+                    return self._structure(self._in_parts(x, at_once, seconds))
+                except torch.OutOfMemoryError:
+                    if not self._alone or at_once < 2:
+                        raise
+                # What that run had is free again here, where nothing refers to the error any more.
+                self._most_images = at_once // 2
+
+    def _at_once(self, images: int) -> int:
+        most = images if self._most_images is None else min(images, self._most_images)
+        if self.images_at_once is None or most <= max(1, self.images_at_once):
+            return most
+        return min(most, max(self.images_at_once, threads()))
+
+    def _in_parts(self, x: Tensor, at_once: int, seconds: Tensor | None) -> list[Any]:
+        if len(x) <= at_once:
+            return self._repeated(x) if seconds is None else self._run(x, seconds)
+        parts = [self._in_parts(part, at_once, seconds) for part in torch.split(x, at_once)]
+        joined = zip(self._outputs, map(_joined, zip(*parts, strict=True)), strict=True)
+        return [self._in_layout(node, made) for node, made in joined]
 
     # Memory
 
@@ -273,7 +293,8 @@ class Program:
                 if seconds is not None:
                     seconds[segment.first] += time.perf_counter() - since
         outputs = [self._returned(output, images, env, memory) for output in self._outputs]
-        self._spare.append(memory)
+        if self.backend.keeps_memory:
+            self._spare.append(memory)
         return outputs
 
     def _call(

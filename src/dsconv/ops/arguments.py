@@ -110,8 +110,8 @@ def sizes_of(
     They are a ``ConvSizes`` of the extension, or, if not ``native``, the :class:`Sizes` of one of images.
     """
     groups, transposed, volume = geometry.groups, geometry.output_padding is not None, len(x) == 5
-    # Depthwise: blocks of a tap are flattened blocks of one value.
-    if groups == x[1] > 1 and not (flat or transposed or volume):
+    # The extension takes the blocks of a tap of depthwise layers for flattened blocks of one value.
+    if native and groups == x[1] > 1 and not (flat or transposed or volume):
         flat, block_size = True, 1
     make: Any = Sizes
     if native:

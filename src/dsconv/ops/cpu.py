@@ -129,7 +129,8 @@ def _check_out(name: str, out: Tensor, shape: tuple[int, ...], read: Sequence[Te
         raise ValueError(f"dsconv::{name}: out: expected memory of its own, it shares some with what is read")
 
 
-def _empty_output(x: Tensor, outputs: int, size: Sequence[int], groups: int = 1) -> Tensor:
+def empty_output(x: Tensor, outputs: int, size: Sequence[int], groups: int = 1) -> Tensor:
+    """Return memory for the output of a convolution of ``x (N, C, *S)``, in the layout that graphs count on."""
     # Depthwise with several filters a channel writes lines.
     lines = groups == x.shape[1] and groups not in (1, outputs) and x.dim() == 4
     layout = pixels_format(x.dim()) if _channels_last(x) and not lines else torch.contiguous_format
@@ -182,7 +183,7 @@ def _ready_convolution(name: str, c: Call, out: Tensor | None) -> _Ready:
             size = (len(x), c.outputs, *shapes.output)
             y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=pixels_format(x.dim()))
     elif out is None or (c.groups == x.shape[1] > 1 and x.dim() == 4):  # depthwise writes in the layout of x
-        made = _empty_output(x, c.outputs, shapes.output, c.groups)
+        made = empty_output(x, c.outputs, shapes.output, c.groups)
         y = out if out is not None and out.stride() == made.stride() else made
     assert y is not None
     return _ready(name, c, shapes, weights, addresses, x, y, (_strides(x), _strides(y)))
@@ -204,7 +205,7 @@ def _convolution(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
     c = _any_convolution(*args, **named)
     y = _ready_convolution("convolution", c, out)()
     if out is None and c.output_padding is not None and not _channels_last(c.x):
-        out = _empty_output(c.x, c.outputs, y.shape[2:])
+        out = empty_output(c.x, c.outputs, y.shape[2:])
     return y if out is None or out is y else out.copy_(y)
 
 
@@ -241,7 +242,7 @@ def _fake_convolution(name: str, c: Call, dims: int, out: Tensor | None) -> Tens
     check_geometry(c.x.shape, c.outputs, c.geometry)
     check_algorithm(c.algorithm, c.geometry, c.flat)
     size = c.geometry.output_size(c.x.shape[2:])
-    return _empty_output(c.x, c.outputs, size, c.groups) if out is None else out
+    return empty_output(c.x, c.outputs, size, c.groups) if out is None else out
 
 
 def _ready_linear(*args: Any, out: Tensor | None = None, **named: Any) -> _Ready:

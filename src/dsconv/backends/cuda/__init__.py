@@ -18,6 +18,7 @@ from dsconv.backends.base import Executable, Operation
 from dsconv.ops import FLOAT_BITS, packing
 
 device: str | None = "cuda"
+keeps_memory = False
 cached_bytes: int | None = None
 _MOST_TAPS = 31  # as many bits say which of them lie inside the image
 _LEAST_CAPABILITY = (8, 0)

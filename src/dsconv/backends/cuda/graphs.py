@@ -1,6 +1,7 @@
 """A network as a CUDA graph for each size of its input."""
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from dsconv.backends.cuda import tuning
 
 _KEPT = 8
+# Tiles would be timed beside another capture, and its memory would be counted twice.
+_capturing = threading.Lock()
 
 
 class _Captured(NamedTuple):
@@ -22,26 +25,30 @@ class _Captured(NamedTuple):
 class Graphs:
     """Runs a function of a tensor as often as it is called; its outputs are the caller's own.
 
-    The first call for a size tries tiles,
-    the next ones replay a graph. Calls from several threads wait for one another.
+    The first call for a size tries tiles and captures a graph, which the next ones replay; the 8 used last are kept.
+    What cannot be captured, for PyTorch waits for the GPU in it or memory is short, is run as it is. Calls from several
+    threads wait for one another.
     """
 
     def __init__(self, run: Callable[[Tensor], list[Any]]):
         self._run = run
-        self._captured: dict[Any, _Captured] = {}
+        self._captured: dict[Any, _Captured | None] = {}
         self._lock = threading.Lock()
 
     def __call__(self, x: Tensor) -> list[Any]:
-        if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        if not x.is_cuda or not len(x) or torch.cuda.is_current_stream_capturing():
             return self._run(x)
         key = (x.device, x.shape, x.stride())
         with self._lock, torch.cuda.device(x.device):
-            found = self._captured.get(key)
-            if found is None:
-                found = self._capture(x)
-                while len(self._captured) >= _KEPT:
+            if key not in self._captured:
+                with _capturing:
+                    found = self._capture(x)
+                while len(self._captured) >= _KEPT:  # the capture has waited until none of them is replayed any more
                     del self._captured[next(iter(self._captured))]
                 self._captured[key] = found
+            found = self._captured[key] = self._captured.pop(key)
+            if found is None:
+                return self._run(x)
             stream = torch.cuda.current_stream()
             stream.wait_event(found.done)
             found.x.copy_(x)
@@ -50,7 +57,8 @@ class Graphs:
             found.done.record(stream)
         return outputs
 
-    def _capture(self, x: Tensor) -> _Captured:
+    def _capture(self, x: Tensor) -> _Captured | None:
+        """Return None where that is not possible."""
         held = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -63,6 +71,15 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self._run(held)
+        try:
+            # Other threads may ask for memory meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                outputs = self._run(held)
+        except RuntimeError as error:
+            warnings.warn(
+                f"a network is not captured as a CUDA graph for {tuple(x.shape)}, and runs step by step, "
+                f"which takes longer: {str(error).splitlines()[0]}",
+                stacklevel=2,
+            )
+            return None
         return _Captured(graph, held, outputs, torch.cuda.Event())  # type: ignore[no-untyped-call]

@@ -1,8 +1,7 @@
 """Kernels in Triton. Arguments are pointers and sizes; :mod:`dsconv.backends.cuda.layouts` says what lies where.
 
-All sums within a block are of integers,
-and every product and sum of floats rounds as it is written: ``tl.fma`` where it
-is rounded once. So results have the bits of the kernels for CPUs wherever terms are added in the same order.
+All sums within a block are of integers, and every product and sum of floats rounds as it is written: ``tl.fma`` where
+it is rounded once. So results have the bits of the kernels for CPUs wherever terms are added in the same order.
 """
 
 import triton
@@ -484,6 +483,8 @@ def quantize(
     j = tl.arange(0, QBLOCK)
     within = block % group_blocks * size + j
     c = block // group_blocks * channels + within
+    if WIDE:
+        c = c.to(tl.int64)
     there = (j < size) & (within < channels)
     at = r % pixels
     place = r // pixels * image_stride + at // width * row_stride + at % width * pixel_stride
@@ -523,6 +524,7 @@ def quantize_windows(
     else:
         rows, columns = ih0[:, None] + down[None, :], iw0[:, None] + right[None, :]
         inside = live[:, None] & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        inside = inside & (down >= 0)[None, :]  # what fills up a block
     first = r // (out_height * out_width) * image_stride + ih0 * row_stride + iw0 * pixel_stride
     x = tl.load(x_ptr + first[:, None] + offset[None, :], mask=inside, other=0.0)
     values = tl.reshape(tl.trans(x.to(tl.float32)), (1, QBLOCK, TILE_P))

@@ -63,6 +63,11 @@ class _Ends(NamedTuple):
     places: tuple[int, ...]
     constants: dict[str, Any]
 
+    @property
+    def row_values(self) -> int:
+        """Values, or bytes of a quantized pixel, from one pixel to the next."""
+        return max(self.y_stride, self.places[0])
+
 
 def _ends(y: Pixels | None, target: Target | None, outputs: int, default: Tensor) -> _Ends:
     values, stride = (default, 0) if y is None else y
@@ -101,29 +106,37 @@ def quantize(x: Tensor, strides: tuple[int, int, int, int], size: tuple[int, int
     blocks = -(-min(channels, form.depth) // form.block_size)
     block = first // form.block_size
     image, channel, row, pixel = strides
+    images = rows.pixels // max(1, height * width)
     tuning.start(
         kernels.quantize, (triton.cdiv(rows.pixels, _PIXELS), groups * blocks),
         x, rows.mantissa, rows.scale, rows.term, rows.pixels, height * width, width, min(channels, form.depth),
         form.block_size,
         blocks, image, channel, row, pixel, form.row_bytes, block * filled(form.block_size), block,
         QBLOCK=filled(form.block_size), QBITS=form.bits, QSIGN=form.sign, QSHIFT=form.shift,
-        WIDE=_is_wide(x, rows.pixels * form.row_bytes), TILE_P=_PIXELS,
+        WIDE=_is_wide(_reach(strides, (images, *size)), rows.pixels * form.row_bytes), TILE_P=_PIXELS,
     )  # fmt: skip
 
 
-def quantize_windows(x: Tensor, strides: tuple[int, int, int, int], sizes: Sizes, rows: Rows) -> None:
-    """Quantize what each output of a convolution reads, as pixels of ``rows``."""
-    s, form = sizes, rows.form
-    image, channel, row, pixel = strides
+def windows(sizes: Sizes, form: Form, strides: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    """Return where the values of a window lie (:func:`kernels.quantize_windows`), for an input of these strides."""
+    s, (_, channel, row, pixel) = sizes, strides
     window = ((s.kernel_h, s.dilation_h * row, s.dilation_h), (s.kernel_w, s.dilation_w * pixel, s.dilation_w))
-    table = _windows(form, channel, window, x.device)
+    return _windows(form, channel, window, device)
+
+
+def quantize_windows(x: Tensor, strides: tuple[int, int, int, int], sizes: Sizes, rows: Rows, table: Tensor) -> None:
+    """Quantize what each output of a convolution reads, as pixels of ``rows``; ``table`` is of :func:`windows`."""
+    s, form = sizes, rows.form
+    image, _, row, pixel = strides
+    images = rows.pixels // max(1, s.out_height * s.out_width)
     tuning.start(
         kernels.quantize_windows, (triton.cdiv(rows.pixels, _PIXELS), form.blocks),
         x, table, rows.mantissa, rows.scale, rows.term, rows.pixels, s.height, s.width, s.out_height, s.out_width,
         s.stride_h,
         s.stride_w, s.pad_h, s.pad_w, image, row, pixel, form.row_bytes,
         QBLOCK=filled(form.block_size), QBITS=form.bits, QSIGN=form.sign, QSHIFT=form.shift,
-        WIDE=_is_wide(x, rows.pixels * form.row_bytes), SMALL=_is_small(s), TILE_P=_PIXELS,
+        WIDE=_is_wide(_reach(strides, (images, s.channels, s.height, s.width)), rows.pixels * form.row_bytes),
+        SMALL=_is_small(s), TILE_P=_PIXELS,
     )  # fmt: skip
 
 
@@ -131,9 +144,8 @@ def quantize_windows(x: Tensor, strides: tuple[int, int, int, int], sizes: Sizes
 def _windows(form: Form, channel: int, window: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
     """Return where the values of a window lie, int32 ``(blocks * filled, 3)``: see :func:`kernels.quantize_windows`.
 
-    A window is the size, and the values and pixels from one tap to the next,
-    of rows and of columns. What fills up a block
-    lies outside every image.
+    A window is the size, and the values and pixels from one tap to the next, of rows and of columns. What fills up a
+    block lies outside every image.
     """
     (height, row, down), (width, column, right) = window
     table = torch.full((form.blocks, filled(form.block_size), 3), -_SMALL, dtype=torch.int32, device="cpu")
@@ -193,7 +205,7 @@ def convolve(
         "SMALL": dense or _is_small(s),
         **_constants(post),
         **ends.constants,
-        "WIDE": max(source.pixels * form.row_bytes, pixels * ends.y_stride, pixels * r_stride) > _INT32,
+        "WIDE": _is_wide(source.pixels * form.row_bytes, pixels * max(ends.row_values, r_stride)),
         "ASM": source.mantissa.is_cuda and torch.version.hip is None,
     }
     step = filled(target.rows.form.block_size) if target is not None else 0
@@ -242,7 +254,7 @@ def depthwise(
         s.pad_w,
         s.dilation_h, s.dilation_w, r_stride, ends.y_stride, *ends.places, post.alpha, post.beta,
         MULTIPLIER=s.outputs // s.channels, **_constants(post), **ends.constants, **tile,
-        WIDE=_is_wide(x.values, pixels * ends.y_stride),
+        WIDE=_is_wide(x.values.numel(), pixels * max(ends.row_values, r_stride)),
     )  # fmt: skip
 
 
@@ -271,7 +283,7 @@ def pool(
         ends.y_stride,
         *ends.places, post.alpha, post.beta, AVERAGE=divisor is not None, ACTIVATION=post.activation,
         **ends.constants, **tile,
-        WIDE=_is_wide(x.values, pixels * ends.y_stride),
+        WIDE=_is_wide(x.values.numel(), pixels * ends.row_values),
     )  # fmt: skip
 
 
@@ -300,12 +312,18 @@ def change(
         x.values, b, x.values if offset is None else offset, y.values, pixels, image_pixels, channels, x.stride,
         *b_strides,
         y.stride, alpha, beta, KIND=kind, ACTIVATION=activation, OPERAND=operand is not None, **tile,
-        WIDE=max(x.values.numel(), y.values.numel()) > _INT32,
+        WIDE=_is_wide(x.values.numel(), y.values.numel(), b.numel()),
     )  # fmt: skip
 
 
-def _is_wide(x: Tensor, more: int) -> bool:
-    return max(x.numel(), more) > _INT32
+def _is_wide(*ends: int) -> bool:
+    """Whether a place does not fit into 32 bits."""
+    return max(ends) > _INT32
+
+
+def _reach(strides: tuple[int, ...], size: tuple[int, ...]) -> int:
+    """Values from the first to the last one, which are more than there are where some are left out."""
+    return sum(abs(stride) * (n - 1) for stride, n in zip(strides, size, strict=True))
 
 
 def rows_of(x: Tensor, form: Form) -> Rows:

@@ -20,6 +20,7 @@ from dsconv.ops.arguments import (
     sizes_of,
     takes_floats,
 )
+from dsconv.ops.cpu import empty_output
 
 
 def run(name: str, *args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
@@ -31,15 +32,14 @@ def run(name: str, *args: Any, out: Tensor | None = None, **named: Any) -> Tenso
     if name == "linear":
         c = linear_call(*args, **named)
         check_input(name, c.x, 2, anywhere=True)
-        residual = None if c.residual is None else c.residual[:, :, None, None]
+        residual = None if c.residual is None else c.residual[..., None, None]
         y = _convolved(name, c._replace(x=c.x[:, :, None, None], residual=residual)).flatten(1)
-    else:
-        c = Call(*args, **named)
-        check_input(name, c.x, 4, anywhere=True)
-        y = _convolved(name, c)
-        if not (c.x.is_contiguous(memory_format=torch.channels_last) and not c.x.is_contiguous()):
-            y = y.contiguous()
-    return y if out is None else out.copy_(y)
+        return y if out is None else out.copy_(y)
+    c = Call(*args, **named)
+    check_input(name, c.x, 4, anywhere=True)
+    y = _convolved(name, c)
+    made = empty_output(c.x, c.outputs, y.shape[2:], c.groups) if out is None else out
+    return y if out is None and y.stride() == made.stride() else made.copy_(y)
 
 
 def _convolved(name: str, c: Call) -> Tensor:
@@ -80,7 +80,8 @@ def _convolved(name: str, c: Call) -> Tensor:
         form = form_of(s, c.activation_bits, c.sign, c.kds_shift is not None)
         if s.flat:
             rows = empty_rows(form, pixels, c.x.device)
-            launch.quantize_windows(c.x, _strides(c.x), s, rows)
+            strides = _strides(c.x)
+            launch.quantize_windows(c.x, strides, s, rows, launch.windows(s, form, strides, c.x.device))
         else:
             rows = launch.rows_of(c.x, form)
         launch.convolve(rows, weights, s, pixels, post, Pixels(y, c.outputs))
@@ -119,7 +120,22 @@ def _check_weights(name: str, c: Call, s: Sizes) -> None:
         raise ValueError(
             f"dsconv::{name}: weight: expected {dtype}, got {c.weight.dtype}: it was packed for another device"
         )
-    others = (("bias", c.bias), ("gain", c.gain), ("offset", c.offset), ("residual", c.residual))
-    for argument, other in others:
-        if other is not None and other.device != c.x.device:
-            raise ValueError(f"dsconv::{name}: {argument}: expected it on {c.x.device}, as x is, got {other.device}")
+    together = c.kds_shift is not None and not c.kds_shift.numel()  # KDS and shift lie in one number
+    if c.kds.dtype != (torch.int32 if together else torch.float32):
+        raise ValueError(f"dsconv::{name}: kds: expected float32, or int32 beside an empty shift, got {c.kds.dtype}")
+    each, shifts = (c.outputs,), (0,) if together else scales
+    others = (("kds_shift", c.kds_shift, shifts), ("bias", c.bias, each), ("gain", c.gain, each))
+    for argument, other, shape in (*others, ("offset", c.offset, each)):
+        if other is None:
+            continue
+        if other.shape != shape or not other.is_contiguous() or other.device != c.x.device:
+            raise ValueError(
+                f"dsconv::{name}: {argument}: expected a contiguous tensor {shape} on {c.x.device}, as x is, "
+                f"got {tuple(other.shape)} on {other.device}"
+            )
+        if other.dtype != torch.float32 and not (together and argument == "kds_shift"):
+            raise ValueError(f"dsconv::{name}: {argument}: expected float32, got {other.dtype}")
+    if (c.gain is None) != (c.offset is None):
+        raise ValueError(f"dsconv::{name}: offset: expected one where there is a gain, and none elsewhere")
+    if c.residual is not None and c.residual.device != c.x.device:
+        raise ValueError(f"dsconv::{name}: residual: expected it on {c.x.device}, as x is, got {c.residual.device}")

@@ -1,16 +1,14 @@
 """What lies where on a GPU.
 
-Quantized activations (:class:`Rows`) are pixels of rows of mantissas: int8 ``(pixels, row_bytes)``,
-with the blocks of a
-row, group by group, filled up to :func:`filled` bytes. Scales ``2^e`` and terms of a shift are float32 ``(blocks,
-pixels)``, so that those of neighbouring pixels are read together. A scale is NaN where a block is not finite.
+Quantized activations (:class:`Rows`) are a row of mantissas for each pixel: int8 ``(pixels, row_bytes)``, with the
+blocks of a row, group by group, filled up to :func:`filled` bytes. Scales ``2^e`` and terms of a shift are float32
+``(blocks, pixels)``, so that those of neighbouring pixels are read together. A scale is NaN where a block is not
+finite.
 
-Weights (:func:`pack`) are int8 ``(terms, outputs, filled)``, a term for each tap and block,
-up to 4 bits of two terms in a
-byte: the low nibble is the first one's. The outputs of each group are filled up to a multiple of 64. KDS are ``(terms,
-outputs)``: float32, and a shift likewise; where both are float16,
-int32 that hold a KDS in the low half and its shift in
-the high one, and an empty tensor in the place of the shift.
+Weights (:func:`pack`) are int8 ``(terms, outputs, filled)``, a term for each tap and block, those of up to 4 bits two
+terms in a byte: the low nibble is the first one's. The outputs of each group are filled up to a multiple of 64. KDS
+are ``(terms, outputs)``: float32, and a shift likewise; where both are float16, int32 that hold a KDS in the low half
+and its shift in the high one, and an empty tensor in the place of the shift.
 """
 
 from typing import NamedTuple

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,16 @@ class Run(NamedTuple):
 
 
 Launch = Callable[[Run], None]
+
+
+def _kept(values: Sequence[float], dtype: torch.dtype) -> Callable[[torch.device], Tensor]:
+    """Return what gives them as a tensor on a device. It is made once: a graph that is captured cannot copy lists."""
+
+    @cache
+    def on(device: torch.device) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return on
 
 
 class CudaProgram:
@@ -98,6 +109,12 @@ class CudaProgram:
         memory = run.bases[v.base].flatten()
         return Pixels(memory[(0 if v.base else v.offset * run.images // 4) + v.first :], v.strides[3])
 
+    def _in_pixels(self, value: int, run: Run) -> Pixels:
+        """A value in pixels, copied where its channels lie in lines, as those of an input may."""
+        if self._values[value].strides[1] == 1:
+            return self._pixels(value, run)
+        return Pixels(self._tensor(value, run).contiguous().flatten(), self._values[value].size[0])
+
     def _tensor(self, value: int, run: Run) -> Tensor:
         """A value as ``(N, H, W, C)``."""
         v = self._values[value]
@@ -121,15 +138,17 @@ class CudaProgram:
     def run(self, images: int, bases: Sequence[Any], first: int, last: int, seconds: Any) -> None:
         made = Run(images, bases)
         timed = isinstance(seconds, Tensor)
-        for index in range(first, last):
-            start = time.perf_counter()
-            step = self._launches[index]
-            if step is not None:
-                step(made)
-            if timed:
-                if bases[0].is_cuda:
-                    torch.cuda.synchronize()
-                seconds[index] += time.perf_counter() - start
+        of = next(base for base in bases if base is not None)
+        with torch.cuda.device_of(of):  # type: ignore[no-untyped-call]
+            for index in range(first, last):
+                start = time.perf_counter()
+                step = self._launches[index]
+                if step is not None:
+                    step(made)
+                if timed:
+                    if of.is_cuda:
+                        torch.cuda.synchronize()
+                    seconds[index] += time.perf_counter() - start
 
     def _ends(self, uses: Uses, run: Run, size: Size) -> tuple[PostOps, Pixels | None, list[Target]]:
         result, residual, targets, activation, alpha, beta = uses
@@ -187,6 +206,10 @@ class CudaProgram:
     ) -> None:
         weights = Weights(weight, kds, kds_shift, weight_bits)
         size = (sizes.outputs, sizes.out_height, sizes.out_width)
+        if quantized < 0 and activation_bits != FLOAT_BITS:
+            form = form_of(sizes, activation_bits, ACTIVATION_SIGNS[sign], kds_shift is not None)
+            strides = self._values[source].strides
+            windows = launch.windows(sizes, form, strides, weight.device)  # kept here, as long as graphs read it
 
         def step(run: Run) -> None:
             post, y, targets = self._ends(uses, run, size)
@@ -201,10 +224,8 @@ class CudaProgram:
             if quantized >= 0:
                 rows = self._rows(quantized, run)
             else:
-                form = form_of(sizes, activation_bits, ACTIVATION_SIGNS[sign], kds_shift is not None)
                 rows = empty_rows(form, pixels, weight.device)
-                v = self._values[source]
-                launch.quantize_windows(self._pixels(source, run).values, v.strides, sizes, rows)
+                launch.quantize_windows(self._pixels(source, run).values, strides, sizes, rows, windows)
             self._finished(
                 y, targets, size, run, lambda y, t: launch.convolve(rows, weights, sizes, pixels, post, y, t)
             )
@@ -242,12 +263,11 @@ class CudaProgram:
 
         def step(run: Run) -> None:
             post, y, targets = self._ends(uses, run, v.size)
-            x = self._pixels(source, run)
             if y is None and not operations and post.activation == "none":
                 for target in targets:
-                    launch.quantize(x.values, v.strides, v.size, target)
+                    launch.quantize(self._pixels(source, run).values, v.strides, v.size, target)
                 return
-            y = y or self._scratch(v.size, run)
+            x, y = self._in_pixels(source, run), y or self._scratch(v.size, run)
             steps = [*operations, (0, ACTIVATIONS.index(post.activation), post.alpha, post.beta, -1, None, None)]
             if operations and post.activation == "none":
                 steps.pop()
@@ -270,7 +290,7 @@ class CudaProgram:
             return
         operand = None
         if value >= 0:
-            other, of = self._values[value], self._pixels(value, run)
+            other, of = self._values[value], self._in_pixels(value, run)
             whole = other.pixels == v.pixels
             each = 0 if other.size[0] == 1 < v.size[0] else 1
             operand = (of.values, of.stride if whole else 0, of.stride * other.pixels, each)
@@ -317,7 +337,8 @@ class CudaProgram:
         self._by_pytorch(source, lambda x: x.mean((1, 2), keepdim=True), self._only(result))
 
     def flatten(self, source: int, result: int) -> None:
-        self._by_pytorch(source, lambda x: x.permute(0, 3, 1, 2).reshape(len(x), 1, 1, -1), self._only(result))
+        values = math.prod(self._values[source].size)
+        self._by_pytorch(source, lambda x: x.permute(0, 3, 1, 2).reshape(len(x), 1, 1, values), self._only(result))
 
     def rearrange(self, source: int, loops: Sequence[tuple[int, ...]], result: int) -> None:
         def step(run: Run) -> None:
@@ -333,16 +354,17 @@ class CudaProgram:
         self._launches.append(step)
 
     def pick(self, source: int, rows: Sequence[int], columns: Sequence[int], fill: float, uses: Uses) -> None:
+        dims = [(dim, _kept(places, torch.int64), min(places) < 0) for dim, places in ((1, rows), (2, columns))]
+
         def compute(x: Tensor) -> Tensor:
-            made = x
-            for dim, places in ((1, rows), (2, columns)):
-                index = torch.tensor(places, dtype=torch.int64, device=x.device)
-                made = made.index_select(dim, index.clamp(min=0))
-                if min(places) < 0:
+            for dim, places, fills in dims:
+                index = places(x.device)
+                x = x.index_select(dim, index.clamp(min=0))
+                if fills:
                     shape = [1, 1, 1, 1]
                     shape[dim] = -1
-                    made = torch.where((index < 0).view(shape), fill, made)
-            return made
+                    x = x.masked_fill((index < 0).view(shape), fill)
+            return x
 
         self._by_pytorch(source, compute, uses)
 
@@ -367,16 +389,22 @@ class CudaProgram:
         rest: int,
         uses: Uses,
     ) -> None:
-        def between(x: Tensor, dim: int, places: Sequence[tuple[int, int, float, float]]) -> Tensor:
-            one, other = (torch.tensor([p[i] for p in places], dtype=torch.int64, device=x.device) for i in (0, 1))
+        def between(dim: int, places: Sequence[tuple[int, int, float, float]]) -> Callable[[Tensor], Tensor]:
+            one, other, *factors = zip(*places, strict=True)
+            neighbours = [_kept(n, torch.int64) for n in (one, other)]
+            weights = [_kept(f, torch.float32) for f in factors]
             shape = [1, 1, 1, 1]
             shape[dim] = -1
-            a, b = (
-                torch.tensor([p[i] for p in places], dtype=torch.float32, device=x.device).view(shape) for i in (2, 3)
-            )
-            return x.index_select(dim, one) * a + x.index_select(dim, other) * b
 
-        self._by_pytorch(source, lambda x: between(between(x, 2, columns), 1, rows), uses)
+            def compute(x: Tensor) -> Tensor:
+                a, b = (x.index_select(dim, n(x.device)) * w(x.device).view(shape)
+                        for n, w in zip(neighbours, weights, strict=True))  # fmt: skip
+                return a + b
+
+            return compute
+
+        in_rows, in_columns = between(1, rows), between(2, columns)
+        self._by_pytorch(source, lambda x: in_rows(in_columns(x)), uses)
 
     def average_windows(
         self,

@@ -1,12 +1,12 @@
 """Which tile a convolution is cut into: a few are tried, and the fastest is kept for its sizes on this GPU.
 
-They are tried where a network is compiled (:func:`trying`); elsewhere, what was found is used,
-or a guess. What was found
-is kept in a file for the next process: ``DSCONV_CACHE``, or ``~/.cache/dsconv``.
+They are tried where a network is captured (:func:`trying`); elsewhere, what was found is used, or a guess. What was
+found is kept for the next process in ``tiles.json``, in the folder ``DSCONV_CACHE``, or in ``~/.cache/dsconv``.
 """
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -57,19 +57,27 @@ class Problem(NamedTuple):
 
 
 _found: dict[tuple[str, Problem], Tile] = {}
-_trying = _compiling = False
+
+
+class _Mode(threading.local):
+    """What launches do on this thread; others go on computing meanwhile."""
+
+    trying = False
+    compiling = False
+
+
+_mode = _Mode()
 
 
 @contextmanager
 def trying() -> Iterator[None]:
     """Within it, tiles are tried for convolutions whose sizes are new."""
-    global _trying
-    before, _trying = _trying, True
+    before, _mode.trying = _mode.trying, True
     known = len(_found)
     try:
         yield
     finally:
-        _trying = before
+        _mode.trying = before
         if len(_found) > known:
             _save()
 
@@ -77,23 +85,22 @@ def trying() -> Iterator[None]:
 @contextmanager
 def compiling() -> Iterator[None]:
     """Within it, kernels are not launched but compiled, several at a time, with every tile that may be tried."""
-    global _compiling
     mode = getattr(triton, "AsyncCompileMode", None)
     if mode is None:  # an older Triton: they are compiled one by one when they are launched
         yield
         return
-    _compiling = True
+    _mode.compiling = True
     try:
         with ThreadPoolExecutor() as executor, mode(executor, ignore_errors=True):
             yield
     finally:
-        _compiling = False
+        _mode.compiling = False
 
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel."""
     constants["enable_fp_fusion"] = False
-    if _compiling:
+    if _mode.compiling:
         kernel.warmup(*arguments, grid=grid, **constants)
     else:
         kernel[grid](*arguments, **constants)
@@ -117,11 +124,11 @@ def run(
     if arguments[0].is_cuda and len(tiles) > 1:
         key = (_device(arguments[0].device), problem)
         _load()
-        if key not in _found and _compiling:
+        if key not in _found and _mode.compiling:
             for each in tiles:
                 launch(each)
             return
-        if key not in _found and _trying and not torch.cuda.is_current_stream_capturing():
+        if key not in _found and _mode.trying and not torch.cuda.is_current_stream_capturing():
             times = {each: _time(launch, each) for each in tiles}
             _found[key] = min(tiles, key=lambda t: times[t])
         tile = _found.get(key, tile)
@@ -136,7 +143,7 @@ def _time(launch: Callable[[Tile], None], tile: Tile) -> float:
         return float("inf")
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         for _ in range(8):
             launch(tile)
     times = []
@@ -170,6 +177,7 @@ def _load() -> None:
 
 
 def _save() -> None:
+    _load.__wrapped__()  # what other processes have found meanwhile
     rows = [[device, list(problem), list(tile)] for (device, problem), tile in sorted(_found.items())]
     try:
         _path().parent.mkdir(parents=True, exist_ok=True)
