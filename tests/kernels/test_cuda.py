@@ -439,7 +439,7 @@ def test_sizes_used_last_are_kept_as_graphs_and_what_cannot_be_captured_runs(mon
         runs.append(len(x))
         return [x + 1, 7]
 
-    graphs = Graphs(run)
+    graphs = Graphs(run, alone=True)
     sizes = [torch.zeros(n, 2).as_subclass(OfGpu) for n in range(12)]
     for n in (1, 2, 3, 4, 5, 6, 7, 8, 1, 9, 1):
         assert graphs(sizes[n])[1] == 7

@@ -79,7 +79,7 @@ def constant(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def repeated(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+def repeated(run: Callable[[Tensor], Any], alone: bool) -> Callable[[Tensor], Any]:
     return run
 
 

@@ -108,7 +108,7 @@ def constant(tensor: Tensor | None) -> Any:
     return tensor
 
 
-def repeated(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+def repeated(run: Callable[[Tensor], Any], alone: bool) -> Callable[[Tensor], Any]:
     return run
 
 

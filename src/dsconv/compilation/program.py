@@ -83,7 +83,7 @@ class Program:
         cached = self.backend.cached_bytes if self._alone else None
         self.images_at_once = None if cached is None else cached // max(1, self.memory_bytes)
         self._most_images: int | None = None  # for which there was memory
-        self._repeated = self.backend.repeated(self._run)
+        self._repeated = self.backend.repeated(self._run, not any(step.in_pytorch for step in self.steps))
         self._spare: deque[Tensor] = deque(maxlen=_SPARE)
 
     def __call__(self, x: Tensor, seconds: Tensor | None = None) -> Any:

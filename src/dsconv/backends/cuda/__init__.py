@@ -84,10 +84,10 @@ def constant(tensor: Tensor | None) -> Any:
     return tensor
 
 
-def repeated(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+def repeated(run: Callable[[Tensor], Any], alone: bool) -> Callable[[Tensor], Any]:
     from dsconv.backends.cuda.graphs import Graphs
 
-    return Graphs(run)
+    return Graphs(run, alone)
 
 
 # The operators of dsconv.ops on tensors of GPUs.

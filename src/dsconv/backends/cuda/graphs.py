@@ -30,8 +30,8 @@ class Graphs:
     threads wait for one another.
     """
 
-    def __init__(self, run: Callable[[Tensor], list[Any]]):
-        self._run = run
+    def __init__(self, run: Callable[[Tensor], list[Any]], alone: bool):
+        self._run, self._alone = run, alone
         self._captured: dict[Any, _Captured | None] = {}
         self._lock = threading.Lock()
 
@@ -63,8 +63,9 @@ class Graphs:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            with tuning.compiling():
-                self._run(held)
+            if self._alone:  # PyTorch would compute with what no kernel has written
+                with tuning.compiling():
+                    self._run(held)
             with tuning.trying():
                 self._run(held)
             self._run(held)  # all kernels are loaded then
