@@ -73,7 +73,7 @@ def ceilings(turns: int) -> dict[str, float]:
     size = 8192
     a, b = (torch.randn(size, size, device="cuda") for _ in range(2))
     half = [x.bfloat16() for x in (a, b)]
-    integer = [(x * 40).clamp(-127, 127).to(torch.int8) for x in (a, b.t())]
+    integer = [(x * 40).clamp(-127, 127).to(torch.int8) for x in (a, b)]
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     copy = torch.empty_like(source)
     runs = {
