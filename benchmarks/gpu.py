@@ -154,7 +154,7 @@ def convolutions(name: str) -> list[tuple[nn.Conv2d, tuple[int, ...], int]]:
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_pre_hook(note)
     with torch.inference_mode():
-        net(torch.zeros(1, 3, 224, 224, device="cuda"))
+        net(torch.zeros(1, 3, 224, 224, dtype=torch.float32, device="cuda"))
     return [tuple(value) for value in found.values()]
 
 
@@ -176,7 +176,9 @@ def layers(name: str, batches: list[int], ceiling: dict[str, float], turns: int)
             x = torch.randn(batch, *size, device="cuda").relu()
             form = layers.form_of(s, settings[2], settings[3], weights.kds_shift is not None)
             pixels = batch * s.out_height * s.out_width
-            y = launch.Pixels(torch.empty(pixels, layer.out_channels, device="cuda"), layer.out_channels)
+            y = launch.Pixels(
+                torch.empty(pixels, layer.out_channels, dtype=torch.float32, device="cuda"), layer.out_channels
+            )
             given = launch.Weights(*weights, settings[1])
             half = x.to(torch.bfloat16, memory_format=torch.channels_last)
             kernel = layer.weight.detach().to(torch.bfloat16, memory_format=torch.channels_last)

@@ -37,7 +37,7 @@ _FEW = 1 << 18  # outputs below which a GPU is not filled by large tiles
 
 
 class Problem(NamedTuple):
-    """What the speed of a convolution depends on."""
+    """The sizes of a convolution on which its speed depends."""
 
     pixels: int
     outputs: int
@@ -159,7 +159,7 @@ def _time(launch: Callable[[Tile], None], tile: Tile) -> float:
 
 @cache
 def _device(device: torch.device) -> str:
-    """What the speed of kernels follows from."""
+    """Return the name of a GPU and the version of Triton, on which the speed of kernels depends."""
     return f"{torch.cuda.get_device_name(device)}, Triton {triton.__version__}"
 
 

@@ -1,4 +1,4 @@
-"""What a step makes of noise, for comparisons with what PyTorch makes of it.
+"""Trials of steps on noise, to compare their results with those of PyTorch.
 
 PyTorch does not say in which order it sums up. A step that may sum up in several takes the one that has its bits.
 """
