@@ -416,8 +416,12 @@ def test_a_region_without_autocast_is_run_by_pytorch() -> None:
 def test_errors_say_what_is_wrong() -> None:
     x = torch.zeros(1, 3, 8, 8)
     qmodel = dsconv.quantize(Block(F.relu).eval(), "w4a4")
-    for wrong in (x.double(), x[:0], x[0, 0, 0]):
-        with pytest.raises(ValueError, match="example_input: expected float32"):
+    with pytest.raises(ValueError, match="example_input: expected float32 on the CPU"):
+        dsconv.compile(qmodel, x.double())
+    for wrong in (x[:0], x[0, 0, 0]):
+        with pytest.raises(
+            ValueError, match=r"example_input: expected float32 \(N, \.\.\.\) with a batch of at least one"
+        ):
             dsconv.compile(qmodel, wrong)
     with pytest.raises(TypeError, match="example_input: expected a tensor, got NoneType"):
         dsconv.compile(qmodel, None)
