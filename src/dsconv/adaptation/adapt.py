@@ -28,6 +28,7 @@ from dsconv.conversion.preparation import set_preprocess
 from dsconv.conversion.quantized import add_bias
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
+from dsconv.data.inputs import Batch, by_sample
 from dsconv.errors import ConfigError, ModelError, check_whole, usable_device
 from dsconv.evaluation.running import ready
 from dsconv.files import as_path, check_place
@@ -166,7 +167,7 @@ class _Training:
         model: nn.Module,
         teacher: nn.Module,
         pairs: list[Pair],
-        x: Tensor,
+        x: Batch,
         recipe: Recipe,
         seed: int,
         processes: Processes,
@@ -288,14 +289,14 @@ class _Training:
         return terms, f"the gradient of {bad[-1]!r}" if bad else "the loss"
 
     @torch.no_grad()
-    def _held_logits(self) -> list[tuple[Tensor, Tensor]]:
+    def _held_logits(self) -> list[tuple[Batch, Tensor]]:
         """The images held back that this process looks at, and the teacher's logits."""
         mine = self.held[self.processes.rank :: self.processes.count]
         batches = [self.x[which] for which in torch.split(mine, self.recipe.batch_size)]
         return [(batch, logits_of("teacher", self.teacher, batch)) for batch in batches]
 
     @torch.no_grad()
-    def _held_back_kl(self, held: list[tuple[Tensor, Tensor]]) -> float:
+    def _held_back_kl(self, held: list[tuple[Batch, Tensor]]) -> float:
         self.student.expect({})
         total = torch.zeros(1, dtype=torch.float64, device="cpu")
         for x, wanted in held:
@@ -360,12 +361,12 @@ def _cast_bias(layer: DSLayer, dtype: torch.dtype) -> None:
         layer.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=layer.bias.requires_grad)
 
 
-def _where_nonfinite(model: nn.Module, x: Tensor) -> str:
+def _where_nonfinite(model: nn.Module, x: Batch) -> str:
     """Say where figures of ``model`` on the images ``x`` are lost."""
     layer = nonfinite_layer(model, x)
     if layer is not None:
         return f"NaN or infinities begin in layer {layer!r}"
-    largest = float(x.abs().max())
+    largest = float(by_sample(x).abs().max())
     return f"its outputs are too large for float32 to hold their squares, for images with values up to {largest:.3g}"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsconv.adaptation.shadow import LearnedWeight, RecomputedWeight, Shadow
 from dsconv.calibration.layers import Pair, tensors_of
+from dsconv.data.inputs import Batch
 from dsconv.errors import ModelError
 from dsconv.evaluation.running import forward, logits_in
 from dsconv.recipe import Recipe
@@ -39,7 +40,7 @@ class Student(nn.Module):
         """What the layers should put out at the next forward, by name and call."""
         self._expected = outputs
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Batch) -> tuple[Tensor, Tensor]:
         errors: list[Tensor] = []
         calls: dict[str, int] = defaultdict(int)
 
@@ -130,7 +131,7 @@ def noting_outputs(pairs: Sequence[Pair]) -> Iterator[dict[str, list[Tensor]]]:
         yield outputs
 
 
-def logits_of(name: str, model: nn.Module, x: Tensor) -> Tensor:
+def logits_of(name: str, model: nn.Module, x: Batch) -> Tensor:
     """Float32 logits ``(N, classes)``: the field ``logits`` or the first tensor that ``model`` returns.
 
     Raises:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.calibration.layers import tensors_of
+from dsconv.data.inputs import Batch
 from dsconv.evaluation.running import forward, logits_in
 
 Measure = Literal["KL divergence", "relative error"]
@@ -44,7 +45,7 @@ class Distance:
             error of the outputs, ``sum (f - q)^2 / sum f^2``.
     """
 
-    def __init__(self, reference: nn.Module, batches: Sequence[Tensor]):
+    def __init__(self, reference: nn.Module, batches: Sequence[Batch]):
         self._batches = batches
         self._expected = [_outputs(forward("reference", reference, x), len(x)) for x in batches]
         classifies = all(len(tensors) == 1 and _are_logits(tensors[0]) for tensors in self._expected)
@@ -61,7 +62,7 @@ class Distance:
         found = torch.cat([self._at(qmodel, *batch) for batch in zip(self._batches, self._expected, strict=True)])
         return torch.where(found < torch.inf, found, torch.inf)
 
-    def _at(self, qmodel: nn.Module, x: Tensor, expected: list[Tensor]) -> Tensor:
+    def _at(self, qmodel: nn.Module, x: Batch, expected: list[Tensor]) -> Tensor:
         outputs = _outputs(forward("qmodel", qmodel, x), len(x))
         if self.measure == "KL divergence":
             f, q = expected[0].double(), outputs[0].double()

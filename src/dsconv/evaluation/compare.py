@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dsconv.conversion.preparation import preprocess_for
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data.folder import Images, batches
+from dsconv.data.inputs import Batch
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ModelError
 from dsconv.evaluation.results import Comparison, Evaluation
@@ -35,7 +36,7 @@ def compare(
     progress: bool = False,
     on_interrupt: OnInterrupt = "raise",
     per_layer: bool = True,
-    each: Callable[[Tensor, Tensor | None, Tensor, Tensor], object] | None = None,
+    each: Callable[[Batch, Tensor | None, Tensor, Tensor], object] | None = None,
 ) -> Comparison:
     """Measure how close a quantized network stays to its float original on the same images; labels are not needed.
 
@@ -89,7 +90,7 @@ def compare_each(
     progress: bool = False,
     on_interrupt: OnInterrupt = "raise",
     per_layer: bool = True,
-    each: Callable[[Tensor, Tensor | None, Tensor, Tensor], object] | None = None,
+    each: Callable[[Batch, Tensor | None, Tensor, Tensor], object] | None = None,
 ) -> dict[str, Comparison]:
     """Return the results of `compare` for several quantized networks, by name, from one pass over the images."""
     reference, qmodels = unwrapped(reference), {name: unwrapped(qmodel) for name, qmodel in qmodels.items()}
@@ -99,7 +100,7 @@ def compare_each(
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
     run = ImagePass("compare", source, progress, on_interrupt)
 
-    def step(x: Tensor, labels: Tensor | None) -> tuple[Sums, dict[str, tuple[Sums, Sums, dict[str, Tensor]]]]:
+    def step(x: Batch, labels: Tensor | None) -> tuple[Sums, dict[str, tuple[Sums, Sums, dict[str, Tensor]]]]:
         f, f_seconds = timed_logits("reference", reference, x)
         f_score = score(f, labels, f_seconds, source.folder)
         found = {}

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from dsconv.conversion.preparation import preprocess_for
 from dsconv.data.folder import Images, batches
+from dsconv.data.inputs import Batch
 from dsconv.data.preprocess import Preprocess
 from dsconv.evaluation.results import Evaluation
 from dsconv.evaluation.running import ImagePass, ready, timed_logits
@@ -55,7 +56,7 @@ def evaluate(
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
     run = ImagePass("evaluate", source, progress, on_interrupt)
 
-    def step(x: Tensor, labels: Tensor | None) -> Sums:
+    def step(x: Batch, labels: Tensor | None) -> Sums:
         logits, seconds = timed_logits("model", model, x)
         return score(logits, labels, seconds, source.folder)
 

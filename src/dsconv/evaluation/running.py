@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.data.folder import Batches
+from dsconv.data.inputs import Batch, call, describe
 from dsconv.errors import DataError, ModelError, first_line, usable_device
 from dsconv.evaluation.scores import Sums, total_of
 from dsconv.layers.inputs import as_input_of, device_of
@@ -33,7 +34,7 @@ class ImagePass:
     def __post_init__(self) -> None:
         check_on_interrupt(self.on_interrupt)
 
-    def over(self, step: Callable[[Tensor, Tensor | None], Step]) -> list[Step]:
+    def over(self, step: Callable[[Batch, Tensor | None], Step]) -> list[Step]:
         """Return the results of ``step`` for each batch of images and labels.
 
         Raises:
@@ -89,7 +90,7 @@ def ready(models: list[nn.Module], device: str | torch.device | None) -> Iterato
                 model.to(home)
 
 
-def timed_logits(name: str, model: nn.Module, x: Tensor) -> tuple[Tensor, float]:
+def timed_logits(name: str, model: nn.Module, x: Batch) -> tuple[Tensor, float]:
     """Return float64 logits (N, classes) on the CPU and the seconds they took; copying them waits for the device."""
     x = as_input_of(model, x)
     start = time.perf_counter()
@@ -104,14 +105,23 @@ def timed_logits(name: str, model: nn.Module, x: Tensor) -> tuple[Tensor, float]
     return values.flatten(1).double(), seconds
 
 
-def forward(name: str, model: nn.Module, x: Tensor, errors: type[Exception] = RuntimeError) -> Any:
+_UNABLE = (RuntimeError, TypeError)
+
+
+def forward(
+    name: str, model: nn.Module, x: Batch, errors: type[Exception] | tuple[type[Exception], ...] = _UNABLE
+) -> Any:
     """Return the output of ``model``, called ``name`` in the ModelError that takes the place of ``errors``."""
     x = as_input_of(model, x)
     try:
-        return model(x)
+        return call(model, x)
     except errors as error:
-        what = f"images of shape {tuple(x.shape)}, {x.dtype}, {x.device}"
-        raise ModelError(f"{name}: it cannot run on {what}: {first_line(error)}") from error
+        raise ModelError(f"{name}: it cannot run on {describe(x)}: {first_line(error)}{_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    several = isinstance(error, TypeError) and "missing" in str(error) and "argument" in str(error)
+    return ": several arguments go into dsconv.Inputs(x, y)" if several else ""
 
 
 def logits_in(output: Any) -> Any:
