@@ -3,12 +3,17 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Way = tuple[str | int, ...]
 """The keys, places and names of fields that lead to something."""
+
+PLAIN = (int, float, complex, str, bytes, slice, Enum, torch.dtype, torch.device, type(None))
+"""What holds no tensors out of sight."""
 
 _Kinds = type | tuple[type, ...]
 

@@ -287,7 +287,7 @@ def test_of_many_image_sizes_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) 
     fast = compiled(nn.Sequential(conv(3, 16)), torch.randn(1, 3, 4, 4))
     for size in (5, 6, 7, 4):
         assert_same_bits(fast, torch.randn(1, 3, size, 4))
-    assert [size for size, _ in fast._captured] == [(3, 7, 4), (3, 4, 4)]
+    assert [size for _, (size, *_) in fast._captured] == [(3, 7, 4), (3, 4, 4)]
 
 
 def test_a_new_size_may_come_from_several_threads_at_once() -> None:

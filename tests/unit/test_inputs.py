@@ -1,5 +1,6 @@
 """Models that take and return anything: several tensors, lists, dictionaries and dataclasses."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +182,59 @@ def test_networks_are_calibrated_on_any_inputs(case: str) -> None:
     ]
     assert errors[1] <= errors[0]
     assert model_info(better).calibration.images == 16
+
+
+class Detector(Body):
+    """Its post-processing depends on what it found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(self.a, nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+        self.heads = nn.ModuleList(nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, n, 1)) for n in (2, 4))
+        self.heads[0].weight_of_scores = 2.0
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        y = self.features(torch.stack(images))
+        scores, boxes = (head(y).flatten(2) for head in self.heads)
+        found = []
+        for image in range(len(images)):
+            kept = [
+                i for i in range(scores.shape[2]) if float(scores[image, 0, i]) * self.heads[0].weight_of_scores > 0
+            ]
+            found.append({"boxes": boxes[image][:, kept], "scores": scores[image][:, kept]})
+        return found
+
+
+@compiles
+def test_detectors_are_compiled_as_far_as_they_go() -> None:
+    images = list(X[:3])
+    model = dsconv.quantize(Detector().eval(), "w4a4")
+    with pytest.warns(
+        UserWarning, match=r"Detector is compiled in parts, features, heads\.0, heads\.1, and PyTorch runs"
+    ):
+        fast = dsconv.compile(model, images)
+    assert fast.parts == ("features", "heads.0", "heads.1")
+    assert {step.name for step in fast.plan.steps} >= {"features.0", "heads.1.2", ""}
+    assert [step.operator for step in fast.plan.in_pytorch] == ["Detector.forward, but for features, heads.0, heads.1"]
+    with torch.inference_mode():
+        for count in (3, 1, 2):
+            assert same(fast(images[:count]), model(images[:count]))
+        again = copy.deepcopy(fast)
+        assert same(again(images), model(images))
+    with pytest.raises(ModelError, match=r"compiled in parts: look at one of features, heads\.0"):
+        dsconv.profile(fast, images)
+
+
+@compiles
+def test_a_capture_that_fails_leaves_no_mode_of_pytorch_behind() -> None:
+    class ByValue(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) if float(x.sum()) > 0 else x
+
+    before = torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
+    with pytest.raises(ModelError, match="cannot be captured"):
+        dsconv.compile(dsconv.quantize(ByValue().eval()), X[:1])
+    assert torch._C._len_torch_function_stack() == before  # type: ignore[attr-defined]
 
 
 def test_a_model_that_misses_arguments_is_told_how_to_pass_them() -> None:

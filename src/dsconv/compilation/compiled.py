@@ -1,6 +1,8 @@
 """``dsconv.compile``: captures a quantized network and runs it as one graph."""
 
 import threading
+import warnings
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -11,6 +13,7 @@ from dsconv.compilation.frontends import Graph, graph_of
 from dsconv.compilation.fusion import fuse
 from dsconv.compilation.layouts import hold_for_batches, order_in_memory, record, zeros_like
 from dsconv.compilation.lowering import lower
+from dsconv.compilation.parts import compile_parts, plan_of_parts
 from dsconv.compilation.plan import Plan, plan_of
 from dsconv.compilation.program import OtherLayout, Program
 from dsconv.conversion.copying import copied
@@ -58,16 +61,25 @@ class CompiledModel(nn.Module):
     Attributes:
         model: a copy of the quantized model of which it was made.
         plan: table of what runs for a sample of the size of the example.
+        parts: names of the modules that are programs, where the model cannot be one as a whole: PyTorch runs what is
+            between them. Empty where it can.
     """
 
-    def __init__(self, model: nn.Module, example: Inputs):
+    def __init__(self, model: nn.Module, example: Inputs, whole: bool = False):
         super().__init__()
         self.model = model
         self._device = example.tensors[0].device
         self._captured: dict[tuple[Any, ...], _Captures] = {}
         self._lock = threading.Lock()
-        self.plan = self.program_for(example).plan
+        self.parts: tuple[str, ...] = ()
+        self._in_parts: nn.Module | None = None
         self.training = False
+        try:
+            self.plan = self.program_for(example).plan
+        except ModelError as error:
+            if whole:
+                raise
+            self.plan = self._compile_parts(example, error)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Output for arguments of any batch size; other sizes of images, memory layouts and arguments that are no
@@ -80,7 +92,25 @@ class CompiledModel(nn.Module):
             with torch.inference_mode():
                 return self._run(inputs)
 
+    def _compile_parts(self, example: Inputs, error: ModelError) -> Plan:
+        """Raises the error where no part can be compiled either."""
+        in_parts = copied(self.model)
+        try:
+            names = compile_parts(in_parts, example, partial(CompiledModel, whole=True))
+        except Exception:
+            raise error from error.__cause__
+        if not names:
+            raise error from error.__cause__
+        self._in_parts, self.parts = in_parts, tuple(names)
+        warnings.warn(
+            f"{type(self.model).__name__} is compiled in parts, {', '.join(names)}, and PyTorch runs the rest: {error}",
+            stacklevel=4,
+        )
+        return plan_of_parts(in_parts, names)
+
     def _run(self, inputs: Inputs) -> Any:
+        if self._in_parts is not None:
+            return call(self._in_parts, inputs)
         try:
             return self.program_for(inputs).program(inputs.tensors)
         except OtherLayout:
@@ -99,7 +129,13 @@ class CompiledModel(nn.Module):
         return preprocess_of(self.model)
 
     def program_for(self, example: Any, this_batch: bool = False) -> Captured:
-        """What runs for the sizes and layouts of ``example``, or for ``this_batch`` alone, and its table."""
+        """What runs for the sizes and layouts of ``example``, or for ``this_batch`` alone, and its table.
+
+        Raises:
+            ModelError: it is compiled in parts.
+        """
+        if self.parts:
+            raise ModelError(f"the model is compiled in parts: look at one of {', '.join(self.parts)}")
         inputs = as_inputs(example)
         _check("compiled model", inputs, self._device)
         count, both = len(inputs), list(zip(inputs.tensors, inputs.batched, strict=True))
@@ -160,7 +196,9 @@ def compile(qmodel: nn.Module, example_input: Any) -> CompiledModel:
 
     The network is captured by :mod:`torch.export`, and its layers compute the BatchNorm, the additions and activations
     that follow them, and quantize what they write for the layers that read it. What lies between steps has its place in
-    one piece of memory. Operators that the program does not know run in PyTorch; the plan names them.
+    one piece of memory. Operators that the program does not know run in PyTorch; the plan names them. Of a model that
+    cannot be captured as a whole, as detectors whose post-processing depends on what they found, the largest modules
+    that can are programs, and PyTorch runs the rest: a warning says why, and the plan and ``parts`` list them.
 
     The result returns the strides of ``qmodel``, and its bits as far as the plan has layers, sums, products, maxima
     and piecewise linear activations, for an input of any memory layout, on the same number of threads.

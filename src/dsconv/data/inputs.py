@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.errors import DataError
-from dsconv.structures import mapped, paths_in, tensors_in
+from dsconv.structures import PLAIN, leaves, mapped, paths_in, tensors_in
 
 
 class _Shown:
@@ -38,7 +38,7 @@ class Inputs:
         of_images: whether it is such a list.
 
     Raises:
-        DataError: there is no tensor with a batch size, or an array of NumPy among the arguments.
+        DataError: there is no tensor with a batch size, or an object that may hold some out of sight.
 
     >>> batch = Inputs(torch.zeros(4, 3, 8, 8), {"tokens": torch.ones(4, 5, dtype=torch.int64)}, scale=2.0)
     >>> len(batch), batch[1:3]
@@ -51,8 +51,14 @@ class Inputs:
         sizes = [len(x) for x in self.tensors if x.dim()]
         if not sizes:
             raise DataError(f"inputs: expected a tensor (N, ...) among the arguments, got none in {self}")
-        if paths_in((args, kwargs), np.ndarray):
-            raise DataError("inputs: expected tensors, got an array of NumPy: pass torch.from_numpy(it)")
+        others = [value for _, value in leaves((args, kwargs)) if not isinstance(value, (Tensor, *PLAIN))]
+        if others:
+            array = isinstance(others[0], np.ndarray)
+            hint = ": pass torch.from_numpy(it)" if array else ", and what tensors that holds is not known"
+            raise DataError(
+                "inputs: expected tensors, numbers and texts, or lists, tuples, dictionaries and dataclasses of them, "
+                f"got {type(others[0]).__name__}{hint}"
+            )
         first = args[0] if args and isinstance(args[0], list) else []
         self.of_images = len(first) == len(self.tensors) and all(isinstance(x, Tensor) and x.dim() == 3 for x in first)
         self._count = len(first) if self.of_images else sizes[0]

@@ -1,7 +1,6 @@
 """What a front end makes of a model."""
 
 from collections.abc import Callable, Sequence
-from enum import Enum
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -9,12 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from dsconv.errors import ModelError
-from dsconv.structures import leaves, mapped, paths_in
+from dsconv.structures import PLAIN, leaves, mapped, paths_in
 
 RETURNED = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 """What a graph returns of a model's output; the rest is the same for all inputs."""
-
-_PLAIN = (int, float, complex, str, bytes, Enum, torch.dtype, torch.device, type(None))
 
 _Structure = Callable[[Sequence[Any]], Any]
 
@@ -46,7 +43,7 @@ def structure_of(output: Any) -> _Structure:
     """
     if isinstance(output, RETURNED):
         return itemgetter(0)
-    others = [leaf for _, leaf in leaves(output) if not isinstance(leaf, (*RETURNED, *_PLAIN))]
+    others = [leaf for _, leaf in leaves(output) if not isinstance(leaf, (*RETURNED, *PLAIN))]
     if others or not returned_in(output):
         kind = type(others[0] if others else output).__name__
         raise ModelError(

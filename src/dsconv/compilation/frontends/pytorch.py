@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from dsconv.compilation.frontends.graph import Graph, returned_in, structure_of
-from dsconv.compilation.frontends.state import capturable
+from dsconv.compilation.frontends.state import Capturable
 from dsconv.compilation.layouts import zeros_like
 from dsconv.compilation.operators import functional, operator_of
 from dsconv.data.inputs import Inputs
-from dsconv.errors import ModelError
+from dsconv.errors import ModelError, one_line
 from dsconv.ops import simulated_whole
 
 _aten = torch.ops.aten
@@ -80,8 +80,8 @@ def exported(model: nn.Module, inputs: Inputs, any_batch: bool = True) -> Export
     example = zeros_like(inputs, 2 if any_batch else len(inputs))
     batch = {0: torch.export.Dim("batch", min=1, max=1 << 16)} if any_batch else None
     shapes = tuple(batch if batched else None for batched in inputs.batched)
-    with torch.no_grad(), capturable(model, inputs) as made:
-        flat = _Flat(made, example)
+    with torch.no_grad():
+        flat = _Flat(Capturable(model, inputs), example)
         # ``forward(*tensors)`` has its inputs as one tuple.
         program = torch.export.export(flat, tuple(example.tensors), dynamic_shapes=(shapes,), strict=False)
     for node in program.graph.nodes:
@@ -98,21 +98,23 @@ class _Flat(nn.Module):
         latest: holds the output of the latest call, where no capture sets it back.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs):
+    def __init__(self, capturable: Capturable, inputs: Inputs):
         super().__init__()
-        self.model, self.inputs = model, inputs
+        self.model, self.capturable, self.inputs = capturable.model, capturable, inputs
         self.latest = SimpleNamespace(output=None)
 
     def forward(self, *tensors: Tensor) -> tuple[Any, ...]:
         args, kwargs = self.inputs.arguments(tensors)
-        self.latest.output = self.model(*args, **kwargs)
+        # Not by hooks of the model: those behind a forward that fails do not run within a capture.
+        with self.capturable.traced():
+            self.latest.output = self.model(*args, **kwargs)
         return tuple(returned_in(self.latest.output))
 
 
 def reason(error: BaseException) -> str:
     """`` at LINE of the model's code: WHY`` of what :func:`exported` raised, as far as it is known."""
     ours = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
-    why = str(error).strip().split("\n\n")[0]
+    why = one_line(str(error).strip().split("\n\n")[0].replace("\n", " "), 600)
     for raised in (error, error.__cause__, error.__context__):
         frames = [] if raised is None else traceback.extract_tb(raised.__traceback__)
         for frame in reversed(frames):

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,41 +27,42 @@ _TAKE_SIZES = (
 _RANDOM = ("bernoulli", "dropout", "multinomial", "normal", "poisson", "rand")
 
 
-@contextmanager
-def capturable(model: nn.Module, inputs: Inputs) -> Iterator[nn.Module]:
-    """Yield a copy of ``model`` that :func:`torch.export.export` captures for the sizes of ``inputs`` and any batch.
+class Capturable:
+    """A copy of ``model`` that :func:`torch.export.export` captures for the sizes of ``inputs`` and any batch, if its
+    forward runs within :meth:`traced`.
 
-    - The copy shares parameters and buffers. What its forward sets is restored when forward returns, since a graph has
-      no place for it: every capture begins with the state of ``model``.
+    - The copy shares parameters and buffers. What its forward sets is restored, since a graph has no place for it:
+      every capture begins with the state of ``model``.
     - Numbers and truth values that follow from parameters and buffers alone are known while the copy is captured, so
       that it may branch on them.
     - Another copy is run before, which fills what the model keeps outside itself, as ``functools.lru_cache`` does:
       tensors of a capture that stayed there would break the model.
     - Attributes whose first size was the batch size of that run are set to those of an empty batch, so that
       ``if self.shape != x.shape`` holds for every batch.
-    """
-    made = _as_after_no_images(model, inputs)
-    values = {name: tensor.detach() for name, tensor in _tensors(made)}
-    during = ExitStack()
 
-    def enter(module: nn.Module, _: Any) -> None:
-        during.callback(_kept(module))
+    Attributes:
+        model: the copy.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs):
+        self.model = _as_after_no_images(model, inputs)
+        self._values = {name: tensor.detach() for name, tensor in _tensors(self.model)}
+
+    @contextmanager
+    def traced(self) -> Iterator[None]:
+        """To be entered for each call of ``model`` within a capture."""
+        restore = _kept(self.model)
         # torch.export takes a buffer that is set for one that is to be changed.
         watching = vars(nn.modules.module).get("_global_buffer_registration_hooks", {})
-        during.callback(watching.update, dict(watching))
+        hooks = dict(watching)
         watching.clear()
-        known = [(tensor, values[name]) for name, tensor in _tensors(module) if name in values]
-        during.enter_context(_Constants(known))
-
-    handles = (
-        made.register_forward_pre_hook(enter, prepend=True),
-        made.register_forward_hook(lambda *_: during.close(), always_call=True),
-    )
-    try:
-        yield made
-    finally:
-        for handle in handles:
-            handle.remove()
+        known = [(tensor, self._values[name]) for name, tensor in _tensors(self.model) if name in self._values]
+        try:
+            with _Constants(known):
+                yield
+        finally:
+            watching.update(hooks)
+            restore()
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
