@@ -191,16 +191,14 @@ class Detector(Body):
         super().__init__()
         self.features = nn.Sequential(self.a, nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
         self.heads = nn.ModuleList(nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, n, 1)) for n in (2, 4))
-        self.heads[0].weight_of_scores = 2.0
+        self.heads[0].gain = 2.0
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         y = self.features(torch.stack(images))
         scores, boxes = (head(y).flatten(2) for head in self.heads)
         found = []
         for image in range(len(images)):
-            kept = [
-                i for i in range(scores.shape[2]) if float(scores[image, 0, i]) * self.heads[0].weight_of_scores > 0
-            ]
+            kept = [i for i in range(scores.shape[2]) if scores[image, 0, i].item() * self.heads[0].gain > 0]
             found.append({"boxes": boxes[image][:, kept], "scores": scores[image][:, kept]})
         return found
 
@@ -209,9 +207,7 @@ class Detector(Body):
 def test_detectors_are_compiled_as_far_as_they_go() -> None:
     images = list(X[:3])
     model = dsconv.quantize(Detector().eval(), "w4a4")
-    with pytest.warns(
-        UserWarning, match=r"Detector is compiled in parts, features, heads\.0, heads\.1, and PyTorch runs"
-    ):
+    with pytest.warns(UserWarning, match=r"Detector is compiled in parts, features, heads\.0, heads\.1, and"):
         fast = dsconv.compile(model, images)
     assert fast.parts == ("features", "heads.0", "heads.1")
     assert {step.name for step in fast.plan.steps} >= {"features.0", "heads.1.2", ""}
@@ -299,7 +295,7 @@ def test_inputs_without_a_batch_are_refused() -> None:
     for wrong in ((), (1, "a"), (torch.tensor(1.0),), ([],)):
         with pytest.raises(DataError, match=r"inputs: expected a tensor \(N, ...\) among the arguments"):
             Inputs(*wrong)
-    with pytest.raises(DataError, match="got an array of NumPy"):
+    with pytest.raises(DataError, match=r"got ndarray: pass torch\.from_numpy"):
         Inputs(X, np.zeros(3))
 
 
