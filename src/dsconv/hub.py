@@ -204,9 +204,11 @@ def _figures(found: Summary, evaluation: Evaluation | None) -> Iterator[tuple[st
                 f"{after:.2f}",
             )
     if isinstance(evaluation, Comparison):
-        yield f"same class in %, {evaluation.images:,} images", "", f"{evaluation.agreement:.2f}"
-        yield "KL divergence of the logits in nats", "", f"{evaluation.kl:.4f}"
-        yield "SQNR of the logits in dB", "", f"{evaluation.logit_sqnr_db:.1f}"
+        of, what = ("pixels of the", "outputs") if evaluation.task != "classification" else ("", "logits")
+        if evaluation.agreement is not None and evaluation.kl is not None:
+            yield f"{of} same class in %, {evaluation.images:,} images".strip(), "", f"{evaluation.agreement:.2f}"
+            yield "KL divergence of the logits in nats", "", f"{evaluation.kl:.4f}"
+        yield f"SQNR of the {what} in dB", "", f"{evaluation.logit_sqnr_db:.1f}"
 
 
 def _settings(layer: LayerSummary) -> tuple[str, str, str]:

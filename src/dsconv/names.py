@@ -26,6 +26,10 @@ OPSET = 21
 PEERS = ("torch", "onnxruntime", "openvino", "mnn")
 """Runtimes that :func:`dsconv.bench` measures beside dsconv."""
 
+Task = Literal["classification", "segmentation", "images", "other"]
+"""Kind of a network's outputs, by which they are measured, see :mod:`dsconv.evaluation.measures`."""
+TASKS: tuple[str, ...] = get_args(Task)
+
 OnInterrupt = Literal["raise", "partial"]
 """Effect of Ctrl-C on a measurement: it raises KeyboardInterrupt, or ends it with the figures so far."""
 
@@ -35,6 +39,12 @@ _LIBRARIES = ("torchvision", "timm", "dsconv")
 def check_on_interrupt(value: str) -> None:
     """Raise ConfigError unless ``value`` is one of :data:`OnInterrupt`."""
     check_choice("on_interrupt", value, get_args(OnInterrupt))
+
+
+def check_task(value: str | None) -> None:
+    """Raise ConfigError unless ``value`` is one of :data:`TASKS`, or None."""
+    if value is not None:
+        check_choice("task", value, TASKS)
 
 
 def is_registered(name: str) -> bool:

@@ -103,8 +103,9 @@ def search(
             beside.write_text(found.config.to_json() + "\n", "utf-8")
     state.unlink(missing_ok=True)
     if plot is not None:
-        curve = [(point.effective_bits, point.kl) for point in found.pareto]
-        report.draw_pareto(plot, curve, (found.point.effective_bits, found.point.kl))
+        curve = [(point.effective_bits, point.distance) for point in found.pareto]
+        chosen = found.point.effective_bits, found.point.distance
+        report.draw_pareto(plot, curve, chosen, found.sensitivity.measure)
     if as_json:
         facts = {"model": model, "data": None if data is None else str(data), "file": str(out)}
         settled = {"budget": budget, "preprocess": preprocess.model_dump(mode="json")}

@@ -88,8 +88,8 @@ def sensitivity(
         progress=True,
     )
     if plot is not None:
-        layers = found.layers().items()
-        report.draw_sensitivity(plot, {layer: {trial.name: trial.kl for trial in trials} for layer, trials in layers})
+        layers = {layer: {trial.name: trial.distance for trial in trials} for layer, trials in found.layers().items()}
+        report.draw_sensitivity(plot, layers, found.measure)
     if as_json:
         facts = {"model": file_or_model, "reference_model": name, "data": None if data is None else str(data)}
         written = {"plot": None if plot is None else str(plot), "preprocess": preprocess.model_dump(mode="json")}

@@ -436,12 +436,13 @@ def _check(item: Any) -> Labelled:
             labels = torch.as_tensor(labels, dtype=None, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"labels must be integers, one per image, got {type(labels).__name__}: {error}.") from error
-    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex():
+    numbers = labels.dim() < 2 and labels.is_floating_point()
+    if labels.shape[:1] != images.shape[:1] or numbers or labels.is_complex():
         raise DataError(
-            f"labels must be {len(images)} integers, one per image of the batch; got a {labels.dtype} tensor "
-            f"{tuple(labels.shape)}."
+            f"labels must be {len(images)} integers, one per image of the batch, or maps of classes or targets; got "
+            f"a {labels.dtype} tensor {tuple(labels.shape)}."
         )
-    return images, labels.long()
+    return images, labels if labels.is_floating_point() else labels.long()
 
 
 def batches(
@@ -464,8 +465,8 @@ def batches(
         limit: use this many images at most: the first ones, or, of a folder, evenly spaced ones.
 
     Returns:
-        Pairs ``(images, labels)``; labels are int64 ``(N,)``, or None. It can be passed over again wherever ``images``
-        can.
+        Pairs ``(images, labels)``; labels are int64 ``(N,)``, or maps of classes ``(N, H, W)``, or floating-point
+        targets of two axes or more, or None. It can be passed over again wherever ``images`` can.
 
     Raises:
         ConfigError: a number out of range.
