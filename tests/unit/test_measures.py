@@ -347,6 +347,21 @@ def test_the_distance_of_training_and_calibration_is_that_of_compare(task: Any) 
     each.sum().backward()
 
 
+def test_a_network_that_decides_how_much_it_finds_is_calibrated_with_a_warning() -> None:
+    class Finds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = small(6)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [{"scores": one[one > 0.1]} for one in self.body(x)]
+
+    net, x = Finds().eval(), photographs()
+    with pytest.warns(UserWarning, match=r"reference: for one image it returns tensors of shapes .* wholly wrong"):
+        better = dsconv.calibrate(dsconv.quantize(net, {"weight_bits": 2}), net, x)
+    assert better.dsconv_info.calibration.measure == "relative error"
+
+
 def small(channels: int) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, channels, 3)).eval()
