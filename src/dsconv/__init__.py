@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dsconv.conversion import fold_batchnorm, quantize
     from dsconv.conversion.summary import summary
     from dsconv.cpu import cpu_info
+    from dsconv.data.inputs import Inputs
     from dsconv.evaluation.compare import compare
     from dsconv.evaluation.evaluate import evaluate
     from dsconv.io import load, save
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = metadata.version("dsconv")
 
 __all__ = [
+    "Inputs",
     "LayerConfig",
     "QuantConfig",
     "Recipe",
@@ -74,6 +76,7 @@ __getattr__, __dir__ = lazily(
         "dsconv.config": ("LayerConfig", "QuantConfig"),
         "dsconv.conversion": ("fold_batchnorm", "quantize", "summary"),
         "dsconv.cpu": ("cpu_info",),
+        "dsconv.data": ("Inputs",),
         "dsconv.adaptation": ("adapt",),
         "dsconv.evaluation": ("compare", "evaluate"),
         "dsconv.io": ("load", "save"),

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dsconv.benchmarking.machine import machine, machine_notes
 from dsconv.benchmarking.measure import Quartiles, Race, quartiles
@@ -19,6 +19,7 @@ from dsconv.conversion import Summary, model_info, summary
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cores
 from dsconv.data.folder import Images
+from dsconv.data.inputs import Batch, call
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import Comparison, Evaluation
@@ -356,14 +357,14 @@ def _check_one_original(summaries: Mapping[str, Summary]) -> None:
 
 
 def _time(
-    networks: Mapping[str, nn.Module], x: Tensor, threads: int, seconds: float, times: dict[str, Quartiles]
+    networks: Mapping[str, nn.Module], x: Batch, threads: int, seconds: float, times: dict[str, Quartiles]
 ) -> None:
     """Put quartiles of the milliseconds that each takes into ``times``, also when it is interrupted."""
     before, race = torch.get_num_threads(), None
     torch.set_num_threads(threads)
     try:
         calls = [
-            partial(net, as_input_of(net, x)) if name == FLOAT else partial(compile(net, x), x)
+            partial(call, net, as_input_of(net, x)) if name == FLOAT else partial(call, compile(net, x), x)
             for name, net in networks.items()
         ]
         with torch.inference_mode():

@@ -238,6 +238,14 @@ class TestDetections:
         same = closeness(self.detect(0.0), self.detect(0.0), x)
         assert same.distance == 0 and same.missing is None and same.outputs["boxes"].images == 5
 
+    def test_a_list_of_logits_of_each_image_is_that_of_a_classifier_where_the_user_says_so(self) -> None:
+        x, labels = maps(), torch.arange(5)
+        plain = closeness(lambda x: x.mean((2, 3)), lambda x: noisy(x).mean((2, 3)), [(x, labels)])
+        parts: Any = [lambda x, make=make: [make(one[None])[0].mean((1, 2)) for one in x] for make in (as_is, noisy)]
+        said = closeness(*parts, [(x, labels)], task="classification")
+        assert (said.top1, said.agreement, said.reference.top5) == (plain.top1, plain.agreement, plain.reference.top5)
+        assert said.kl == pytest.approx(plain.kl) and closeness(*parts, x).task == "other"
+
     def test_an_output_of_the_batch_as_a_whole(self) -> None:
         found = closeness(lambda x: x[x > 0], lambda x: x[x > 1], maps(), batch_size=2)
         assert found.outputs["output"].differing == 5 and math.isnan(found.logit_sqnr_db) and found.distance == 1

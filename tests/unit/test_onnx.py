@@ -451,8 +451,8 @@ def test_layers_of_other_kinds_are_right_in_int8_too(tmp_path: Path) -> None:
         ({"style": "int8", "full_range": 1}, "full_range: expected True or False, got 1"),
         ({"style": "int8", "images": torch.zeros(2, 3, 8, 8)}, "images: expected at least one of the shape"),
         ({"style": "int8", "images": torch.zeros(0, 1, 8, 8)}, "images: expected at least one of the shape"),
-        ({"example_input": torch.zeros(8)}, r"example_input: expected a tensor .* got \(8,\)"),
-        ({"example_input": [1, 1, 8, 8]}, "example_input: expected a tensor .* got list"),
+        ({"example_input": [torch.zeros(3, 8, 8)]}, r"example_input: expected tensors .* got a list of images"),
+        ({"example_input": [1, 1, 8, 8]}, r"inputs: expected a tensor \(N, ...\) among the arguments"),
     ],
 )
 def test_arguments_out_of_range(changes: dict[str, Any], expected: str, qnet: tnn.Module, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from dsconv.conversion.preparation import set_preprocess
 from dsconv.conversion.quantized import add_bias
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
+from dsconv.data.inputs import Batch, by_sample
 from dsconv.errors import ConfigError, ModelError, check_whole, usable_device
 from dsconv.evaluation.measures import Kinds, Output, Teller, distances, powers
 from dsconv.evaluation.outputs import check_same
@@ -173,7 +174,7 @@ class _Training:
         model: nn.Module,
         teacher: nn.Module,
         pairs: list[Pair],
-        x: Tensor,
+        x: Batch,
         recipe: Recipe,
         seed: int,
         processes: Processes,
@@ -213,7 +214,7 @@ class _Training:
         numbers = cast(list[float], self.processes.mean(both).tolist())
         return numbers[: len(found)], dict(zip(power, numbers[len(found) :], strict=True))
 
-    def _taught(self, x: Tensor) -> tuple[dict[str, Output], Kinds]:
+    def _taught(self, x: Batch) -> tuple[dict[str, Output], Kinds]:
         """What the teacher returns for ``x``, and the kinds of that."""
         outputs = outputs_of("teacher", self.teacher, x, torch.float32)
         return outputs, self.teller.kinds(outputs, len(x))
@@ -312,14 +313,14 @@ class _Training:
         return terms, f"the gradient of {bad[-1]!r}" if bad else "the loss"
 
     @torch.no_grad()
-    def _held_outputs(self) -> list[tuple[Tensor, dict[str, Output]]]:
+    def _held_outputs(self) -> list[tuple[Batch, dict[str, Output]]]:
         """The images held back that this process looks at, and what the teacher returns for them."""
         mine = self.held[self.processes.rank :: self.processes.count]
         batches = [self.x[which] for which in torch.split(mine, self.recipe.batch_size)]
         return [(batch, self._taught(batch)[0]) for batch in batches]
 
     @torch.no_grad()
-    def _held_back(self, held: list[tuple[Tensor, dict[str, Output]]]) -> float:
+    def _held_back(self, held: list[tuple[Batch, dict[str, Output]]]) -> float:
         self.student.expect({})
         total = torch.zeros(1, dtype=torch.float64, device="cpu")
         for x, wanted in held:
@@ -384,10 +385,10 @@ def _cast_bias(layer: DSLayer, dtype: torch.dtype) -> None:
         layer.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=layer.bias.requires_grad)
 
 
-def _where_nonfinite(model: nn.Module, x: Tensor) -> str:
+def _where_nonfinite(model: nn.Module, x: Batch) -> str:
     """Say where figures of ``model`` on the images ``x`` are lost."""
     layer = nonfinite_layer(model, x)
     if layer is not None:
         return f"NaN or infinities begin in layer {layer!r}"
-    largest = float(x.abs().max())
+    largest = float(by_sample(x).abs().max())
     return f"its outputs are too large for float32 to hold their squares, for images with values up to {largest:.3g}"

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from dsconv.adaptation.shadow import LearnedWeight, RecomputedWeight, Shadow
 from dsconv.calibration.layers import Pair
+from dsconv.data.inputs import Batch
 from dsconv.errors import ModelError
 from dsconv.evaluation.measures import Output
 from dsconv.evaluation.running import outputs_of
+from dsconv.layers.inputs import device_of
 from dsconv.recipe import Recipe
 
 # Of its dequantized weight, a layer may differ so much, squared, from what is recomputed at the start.
@@ -40,7 +42,7 @@ class Student(nn.Module):
         """What the layers should put out at the next forward, by name and call."""
         self._expected = outputs
 
-    def forward(self, x: Tensor) -> tuple[dict[str, Output], Tensor]:
+    def forward(self, x: Batch) -> tuple[dict[str, Output], Tensor]:
         errors: list[Tensor] = []
         calls: dict[str, int] = defaultdict(int)
 
@@ -55,7 +57,7 @@ class Student(nn.Module):
                     look = lambda _, __, y, pair=pair, variance=variance: compare(pair, variance, y)  # noqa: E731
                     hooks.enter_context(pair.layer.register_forward_hook(look))
             outputs = outputs_of("student", self.model, x, torch.float32)
-        none = torch.zeros((), dtype=torch.float32, device=x.device)
+        none = torch.zeros((), dtype=torch.float32, device=device_of(self.model))
         return outputs, torch.stack(errors).sum() / len(self.pairs) if errors else none
 
     def groups(self, recipe: Recipe) -> list[dict[str, Any]]:

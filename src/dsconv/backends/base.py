@@ -217,7 +217,7 @@ class Backend(Protocol):
     def constant(self, tensor: Tensor | None) -> Any:
         """Return a tensor as its executables take it: its address, 0 of none, or the tensor itself."""
 
-    def repeated(self, run: Callable[[Tensor], Any], alone: bool) -> Callable[[Tensor], Any]:
+    def repeated(self, run: Callable[[Sequence[Tensor]], Any], alone: bool) -> Callable[[Sequence[Tensor]], Any]:
         """Return what does as ``run``, a function of a network's input, in less time when it is called again.
 
         ``alone`` says that no step of it is PyTorch's.

@@ -1,7 +1,7 @@
 """The backend for integers on the CPU: a :class:`dsconv.backends.Backend` by the operators of :mod:`dsconv.ops.cpu`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def constant(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def repeated(run: Callable[[Tensor], Any], alone: bool) -> Callable[[Tensor], Any]:
+def repeated(run: Callable[[Sequence[Tensor]], Any], alone: bool) -> Callable[[Sequence[Tensor]], Any]:
     return run
 
 

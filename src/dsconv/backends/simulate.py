@@ -4,7 +4,7 @@ It covers all layers, on every device. The gradient passes straight through the 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -108,7 +108,7 @@ def constant(tensor: Tensor | None) -> Any:
     return tensor
 
 
-def repeated(run: Callable[[Tensor], Any], alone: bool) -> Callable[[Tensor], Any]:
+def repeated(run: Callable[[Sequence[Tensor]], Any], alone: bool) -> Callable[[Sequence[Tensor]], Any]:
     return run
 
 

@@ -8,12 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from dsconv.benchmarking.machine import machine, machine_notes
 from dsconv.benchmarking.measure import quartiles
 from dsconv.benchmarking.results import digits, plural
 from dsconv.compilation.compiled import CompiledModel
+from dsconv.data.inputs import as_inputs, call
 from dsconv.errors import ModelError
 from dsconv.modes import check_module
 from dsconv.ops import peak_rate
@@ -116,16 +116,16 @@ class Profile:
         ]
 
 
-def profile(model: CompiledModel, x: Tensor, *, runs: int = 20) -> Profile:
+def profile(model: CompiledModel, x: Any, *, runs: int = 20) -> Profile:
     """What each step of a compiled network takes for a batch, on the threads that PyTorch has now.
 
     Args:
         model: from :func:`dsconv.compile`.
-        x: float32 ``(N, ...)`` on the CPU, at least one image.
+        x: float32 ``(N, ...)`` on the CPU, at least one image; or what else :func:`dsconv.compile` takes.
         runs: that are timed, at least 2, after 3 that warm up.
 
     Raises:
-        TypeError, ValueError: ``x`` is no such tensor, or ``runs`` is below 2.
+        DataError, ValueError: ``x`` holds no such tensor, or ``runs`` is below 2.
         ModelError: an image size that the model cannot be captured for.
 
     >>> import dsconv
@@ -139,17 +139,18 @@ def profile(model: CompiledModel, x: Tensor, *, runs: int = 20) -> Profile:
         raise ModelError(f"model: expected what dsconv.compile returns, got {type(model).__name__}: compile it first")
     if runs < 2:
         raise ValueError(f"runs: expected at least 2, got {runs}")
-    if isinstance(x, Tensor) and not len(x):
+    inputs = as_inputs(x)
+    if not len(inputs):
         raise ValueError("x: expected at least one image, got an empty batch")
-    model(x)  # which settles what runs for this layout and batch
-    program, plan, _ = model.program_for(x)
+    call(model, inputs)  # which settles what runs for this layout and batch
+    program, plan, _ = model.program_for(inputs)
     times, totals = [], []
     with torch.inference_mode():
         for _ in range(3):
-            program(x)
+            program(inputs.tensors)
         for _ in range(runs):
             seconds = torch.zeros(len(program.steps), dtype=torch.float64, device="cpu")
-            totals.append(_timed(partial(program, x, seconds)))
+            totals.append(_timed(partial(program, inputs.tensors, seconds)))
             times.append(seconds.tolist())
     threads = torch.get_num_threads()
     peak = threads * peak_rate(0.2)
@@ -157,7 +158,7 @@ def profile(model: CompiledModel, x: Tensor, *, runs: int = 20) -> Profile:
     for index, (step, row) in enumerate(zip(program.steps, plan.steps, strict=True)):
         first, median, third = (1e3 * value for value in quartiles([taken[index] for taken in times]))
         macs = step.macs()
-        rate = len(x) * macs / (median / 1e3) if median else math.nan
+        rate = len(inputs) * macs / (median / 1e3) if median else math.nan
         facts = {name: getattr(row, name) for name in ("name", "operator", "backend", "fused", "shape")}
         steps.append(
             StepTime(
@@ -173,7 +174,7 @@ def profile(model: CompiledModel, x: Tensor, *, runs: int = 20) -> Profile:
         )
     return Profile(
         steps=tuple(steps),
-        batch_size=len(x),
+        batch_size=len(inputs),
         threads=threads,
         runs=runs,
         median_ms=1e3 * quartiles(totals).median,

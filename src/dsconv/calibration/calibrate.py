@@ -23,6 +23,7 @@ from dsconv.conversion.preparation import set_preprocess
 from dsconv.conversion.quantized import add_bias, quantized_layers
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
+from dsconv.data.inputs import Inputs, in_batches
 from dsconv.errors import ModelError, check_whole
 from dsconv.evaluation.running import ready
 from dsconv.files import as_path
@@ -127,12 +128,14 @@ def calibrate(
         check_images(x, reference, result, any_range=any_range)
         choose_algorithms(pairs, result, x[fitted][:_CHOOSING])
         batch_size = min(len(x), max(1, memory_bytes // (_COPIES * largest)))
+        if isinstance(x, Inputs) and x.of_images:
+            batch_size = 1  # a model may call its layers once for each
         settings = [(pair.name, pair.layer.config.model_dump_json()) for pair in pairs]
         arguments = {"positions": positions, "seed": seed, "images at a time": batch_size, "settings": settings}
         arguments["dsconv version"] = metadata.version("dsconv")
         saved.open({"qmodel": qmodel, "reference": reference}, x, arguments)
         saved.check({pair.name: pair.layer for pair in pairs if pair.reason is None})
-        distance = Distance(reference, torch.split(x[held_back], batch_size), task)
+        distance = Distance(reference, in_batches(x[held_back], batch_size), task)
         before = distance.of(result)
         pending = [pair for pair in pairs if pair.name not in saved.done and pair.reason is None]
         done = len(pairs) - len(pending)
@@ -148,7 +151,7 @@ def calibrate(
             for pair in pairs:
                 if pair.name in saved.done:
                     _store(pair, **saved.tensors_of(pair.name))
-            passes = Passes(result, reference, torch.split(x[fitted], batch_size), positions, seed)
+            passes = Passes(result, reference, in_batches(x[fitted], batch_size), positions, seed)
             passes.collect(pending, finish, memory_bytes // 4)
         after = distance.of(result)
     records = [saved.done.get(pair.name, CalibratedLayer(pair.name, reason=pair.reason)) for pair in pairs]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dsconv.data.inputs import Batch
 from dsconv.evaluation.measures import Output, Teller, distances, powers
 from dsconv.evaluation.outputs import check_same
 from dsconv.evaluation.running import outputs_of
@@ -42,7 +43,7 @@ class Distance:
         measure: its name; logits are divided by :data:`TEMPERATURE`.
     """
 
-    def __init__(self, reference: nn.Module, batches: Sequence[Tensor], task: Task | None = None):
+    def __init__(self, reference: nn.Module, batches: Sequence[Batch], task: Task | None = None):
         self._batches = batches
         teller = Teller("reference", task)
         self._expected = [outputs_of("reference", reference, x, torch.float64) for x in batches]
@@ -61,7 +62,7 @@ class Distance:
         found = torch.cat([self._at(qmodel, *batch) for batch in zip(self._batches, self._expected, strict=True)])
         return torch.where(found < torch.inf, found, torch.inf)
 
-    def _at(self, qmodel: nn.Module, x: Tensor, expected: dict[str, Output]) -> Tensor:
+    def _at(self, qmodel: nn.Module, x: Batch, expected: dict[str, Output]) -> Tensor:
         outputs = outputs_of("qmodel", qmodel, x, torch.float64)
         check_same(expected, outputs, ("the reference", "qmodel"))
         return distances(expected, outputs, len(x), self._kinds, self._power, TEMPERATURE).cpu()

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv.conversion.preparation import preprocess_for, preprocess_of
 from dsconv.data import Batches, ImageFolder, Images, Preprocess, batches
+from dsconv.data.inputs import Batch, Inputs, by_sample, call, in_float32, joined, shape_of, tensors_of
 from dsconv.data.preprocess import PHOTOGRAPH_DEVIATION, PHOTOGRAPH_MEAN
 from dsconv.errors import DataError
 from dsconv.layers.inputs import as_input_of
@@ -29,27 +30,28 @@ def read_images(
     enough: int = ENOUGH,
     good: int = GOOD,
     progress: bool = False,
-) -> Tensor:
-    """Return all images but copies as one float32 tensor ``(N, C, H, W)``; warn where there are not ``enough`` of them.
+) -> Batch:
+    """Return all images but copies as one batch, in float32 what is floating; warn where there are not ``enough``.
 
     Raises:
         DataError: there are too few, they differ in shape, or one is not finite.
     """
     source = batches(images, preprocess=preprocess_for(images, preprocess, *models), limit=limit)
-    parts = []
+    parts: list[Batch] = []
     with progress_bar(progress, "reading images", source.total, "img") as advance:
         for x, _ in source:
-            parts.append(x.float())
+            parts.append(in_float32(x))
             advance(len(x))
-    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    shapes = sorted({shape_of(part) for part in parts}, key=str)
     if len(shapes) > 1:
         raise DataError(f"images: expected all of one shape, got {shapes[0]} and {shapes[1]}: resize or crop them")
     count = sum(map(len, parts))
     source.warn_of_broken(stacklevel=3)
-    x = torch.cat(parts) if parts else torch.empty((0, 1), dtype=torch.float32, device="cpu")
-    if not (finite := x.isfinite().flatten(1).all(1)).all():
+    x = joined(parts) if parts else torch.empty((0, 1), dtype=torch.float32, device="cpu")
+    values = by_sample(x)
+    if not (finite := values.isfinite().all(1)).all():
         raise DataError(f"images: image {int((~finite).nonzero()[0])} holds a NaN or an infinity")
-    x = x[~(copies := _copies(x))]
+    x = x[~(copies := _copies(values))]
     different = f"{len(x)} different ones, the other {count - len(x)} are copies of these" if copies.any() else count
     if len(x) < FEWEST:
         raise DataError(f"images: expected {enough} or more (at least {FEWEST}), got {different}: {good} are good")
@@ -68,24 +70,23 @@ def prepared_as(images: Images, given: Preprocess | None, *models: nn.Module) ->
     return given or next((found for model in models if (found := preprocess_of(model)) is not None), None)
 
 
-def _copies(x: Tensor) -> Tensor:
-    """Return which images ``(N,)`` are, all but for noise, the same as one before them."""
-    values = x.flatten(1)
+def _copies(values: Tensor) -> Tensor:
+    """Return which images, of ``values (N, numbers)``, are, all but for noise, the same as one before them."""
     generator = torch.Generator().manual_seed(0)
     some = torch.randperm(values.shape[1], generator=generator, dtype=torch.int64, device="cpu")[:_COMPARED]
     values = values[:, some].double()
     spread = values.var(1, correction=0) * values.shape[1]
     values = values - values.mean(0)  # so that products lose few digits
     squares = values.square().sum(1)
-    found = torch.zeros(len(x), dtype=torch.bool, device="cpu")
-    for image in range(1, len(x)):
+    found = torch.zeros(len(values), dtype=torch.bool, device="cpu")
+    for image in range(1, len(values)):
         distance = squares[:image] + squares[image] - 2 * (values[:image] @ values[image])
         allowed = _COPY / 2 * (spread[:image] + spread[image]) + 1e-9 * (squares[:image] + squares[image])
         found[image] = bool((distance <= allowed).any())
     return found
 
 
-def check_images(x: Tensor, reference: nn.Module, qmodel: nn.Module, *, any_range: bool = False) -> None:
+def check_images(x: Batch, reference: nn.Module, qmodel: nn.Module, *, any_range: bool = False) -> None:
     """Warn of images that are not prepared as the network expects, as far as it tells; refuse those far out of range.
 
     It tells by its ``dsconv.data.Preprocess``, of which photographs have a known mean and deviation, and by the
@@ -95,9 +96,12 @@ def check_images(x: Tensor, reference: nn.Module, qmodel: nn.Module, *, any_rang
         DataError: mean or deviation is far from what the network expects, and not ``any_range``.
     """
     far = False
-    known = prepared_as(x, None, qmodel, reference)
-    said, seen = [], f"their mean is {float(x.mean()):.3g} and their deviation {float(x.std()):.3g}"
-    if known is not None:
+    known = None if isinstance(x, Inputs) else prepared_as(x, None, qmodel, reference)
+    first = next((t for t in tensors_of(x) if t.is_floating_point()), None)
+    if first is None:
+        return
+    said, seen = [], f"their mean is {float(first.mean()):.3g} and their deviation {float(first.std()):.3g}"
+    if known is not None and isinstance(x, Tensor):
         size = known.crop or known.resize
         if isinstance(size, tuple) and tuple(x.shape[2:]) != size:
             got, wanted = ("x".join(map(str, pixels)) for pixels in (x.shape[2:], size))
@@ -134,7 +138,7 @@ def _is_odd(width: float, offset: float, most: float = _ODD) -> bool:
     return not 1 / most <= width <= most or abs(offset) > most
 
 
-def _read_by(reference: nn.Module, name: str, x: Tensor) -> tuple[float, float] | None:
+def _read_by(reference: nn.Module, name: str, x: Batch) -> tuple[float, float] | None:
     """Of what a BatchNorm reads: deviation, and distance of the means, in deviations of its running statistics."""
     batchnorm = reference.get_submodule(name)
     mean, var = getattr(batchnorm, "running_mean", None), getattr(batchnorm, "running_var", None)
@@ -153,7 +157,7 @@ def _read_by(reference: nn.Module, name: str, x: Tensor) -> tuple[float, float] 
 
     hook = batchnorm.register_forward_pre_hook(look)
     try:
-        reference(as_input_of(reference, x))
+        call(reference, as_input_of(reference, x))
     finally:
         hook.remove()
     return found[0] if found and all(map(math.isfinite, found[0])) else None

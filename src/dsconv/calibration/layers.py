@@ -14,6 +14,8 @@ from dsconv.calibration.collect import count_places
 from dsconv.conversion.convert import plain_layer
 from dsconv.conversion.fold import normalized_by
 from dsconv.conversion.info import model_info
+from dsconv.data.inputs import Batch
+from dsconv.data.inputs import tensors_of as inputs_in
 from dsconv.errors import ModelError
 from dsconv.evaluation.measures import Kinds, Output, tensors_of
 from dsconv.evaluation.outputs import named_outputs, outputs_by_image
@@ -99,7 +101,7 @@ def pairs_of(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = N
     return pairs
 
 
-def choose_algorithms(pairs: Sequence[Pair], qmodel: nn.Module, images: Tensor) -> None:
+def choose_algorithms(pairs: Sequence[Pair], qmodel: nn.Module, images: Batch) -> None:
     """Have layers that were to choose their algorithm (``auto``), without images so far, choose by ``images``."""
     info = model_info(qmodel)
     choosing: dict[nn.Module, Pair] = {}
@@ -120,9 +122,9 @@ def choose_algorithms(pairs: Sequence[Pair], qmodel: nn.Module, images: Tensor) 
 
 
 def trace(
-    pairs: Sequence[Pair], qmodel: nn.Module, reference: nn.Module, image: Tensor, names: tuple[str, str] = NAMES
+    pairs: Sequence[Pair], qmodel: nn.Module, reference: nn.Module, image: Batch, names: tuple[str, str] = NAMES
 ) -> tuple[list[Pair], int]:
-    """Run both networks on one image ``(1, C, H, W)``.
+    """Run both networks on one image.
 
     Returns:
         The pairs in the order in which their layers run first, those that do not run last; and the bytes of the
@@ -131,7 +133,7 @@ def trace(
     Raises:
         ModelError: they cannot run on the image, return something else each, or call a layer not as often.
     """
-    largest = [image.nbytes]
+    largest = [sum(tensor.nbytes for tensor in inputs_in(image))]
     # That of qmodel, since a BatchNorm that is folded into a layer may run long after it in the reference.
     order: dict[str, Pair] = {}
     calls: Counter[str] = Counter()
@@ -187,7 +189,7 @@ def _alike(f: Mapping[str, Output], q: Mapping[str, Output], images: int) -> boo
     return [compared(t) for t in tensors_of(f)] == [compared(t) for t in tensors_of(q)]
 
 
-def nonfinite_layer(model: nn.Module, x: Tensor) -> str | None:
+def nonfinite_layer(model: nn.Module, x: Batch) -> str | None:
     """Name of the first layer of ``model`` whose output for the images ``x`` holds a NaN or an infinity."""
     begun: list[str] = []
 

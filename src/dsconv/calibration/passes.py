@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsconv.calibration.collect import Moments, as_rows, batched, count_places, inputs_at, outputs_at, places
 from dsconv.calibration.layers import Pair, nonfinite_layer
+from dsconv.data.inputs import Batch
 from dsconv.errors import ModelError
 from dsconv.evaluation.running import forward
 
@@ -32,7 +33,7 @@ class _Stop(BaseException):
 class Passes:
     """Both networks, and ``batches`` of images."""
 
-    def __init__(self, qmodel: nn.Module, reference: nn.Module, batches: Sequence[Tensor], positions: int, seed: int):
+    def __init__(self, qmodel: nn.Module, reference: nn.Module, batches: Sequence[Batch], positions: int, seed: int):
         self.qmodel, self.reference, self.batches = qmodel, reference, batches
         self.positions, self.seed = positions, seed
 

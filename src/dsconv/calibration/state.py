@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsconv.calibration.report import CalibratedLayer
+from dsconv.data.inputs import Batch
 from dsconv.io.state import StateFile
 from dsconv.layers import DSLayer
 
@@ -25,7 +26,7 @@ class State:
         self.done: dict[str, CalibratedLayer] = {}
         self.tensors: dict[str, Tensor] = {}
 
-    def open(self, models: Mapping[str, nn.Module], x: Tensor, settings: Mapping[str, Any]) -> None:
+    def open(self, models: Mapping[str, nn.Module], x: Batch, settings: Mapping[str, Any]) -> None:
         """Read the file, or try to write one, so that what is wrong with it shows before the work begins.
 
         Raises:

@@ -79,7 +79,7 @@ def read_images(data: Path, preprocess: Preprocess, limit: int) -> "Tensor":
     from dsconv.data import batches
 
     source = batches(data, preprocess=preprocess, batch_size=limit, limit=limit)
-    images = [images for images, _ in source]
+    images = [images for images, _ in source if isinstance(images, torch.Tensor)]
     for broken in source.broken:
         say(f"left out: {broken.path}: {broken.reason}")
     if not images:

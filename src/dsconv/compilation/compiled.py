@@ -4,12 +4,12 @@ import threading
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from dsconv.backends import lowering
-from dsconv.compilation.frontends import graph_of
+from dsconv.compilation.frontends import Graph, graph_of
 from dsconv.compilation.fusion import fuse
-from dsconv.compilation.layouts import hold_for_batches, in_layout_of, order_in_memory, record
+from dsconv.compilation.layouts import hold_for_batches, order_in_memory, record, zeros_like
 from dsconv.compilation.lowering import lower
 from dsconv.compilation.plan import Plan, plan_of
 from dsconv.compilation.program import OtherLayout, Program
@@ -18,6 +18,7 @@ from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.quantized import check_inference
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cpu_info
+from dsconv.data.inputs import Inputs, as_inputs, call, describe
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ModelError
 from dsconv.threads import PyTorchOnOneThread
@@ -26,7 +27,7 @@ _SIZES_KEPT = 16
 
 
 class Captured(NamedTuple):
-    """What runs for images of a size in a memory layout, and its table.
+    """What runs for inputs of a size in a memory layout, and its table.
 
     ``any_batch``: for batches of any size but one, or of one; otherwise for that of the input alone.
     """
@@ -37,7 +38,7 @@ class Captured(NamedTuple):
 
 
 class _Captures:
-    """Graphs of a model for images of one size and order in memory, and what runs for each layout of these.
+    """Graphs of a model for inputs of one size and order in memory, and what runs for each layout of these.
 
     Attributes:
         graph: for any batch; None where the model cannot be captured so.
@@ -45,9 +46,9 @@ class _Captures:
         programs: by whether the batch is one, and strides; or by batch, threads and strides.
     """
 
-    def __init__(self, graph: fx.GraphModule | None):
+    def __init__(self, graph: Graph | None):
         self.graph = graph
-        self.by_batch: dict[int, fx.GraphModule] = {}
+        self.by_batch: dict[int, Graph] = {}
         self.programs: dict[tuple[int, ...], Captured] = {}
 
 
@@ -56,38 +57,37 @@ class CompiledModel(nn.Module):
 
     Attributes:
         model: a copy of the quantized model of which it was made.
-        plan: table of what runs for an image of the size of the example.
+        plan: table of what runs for a sample of the size of the example.
     """
 
-    def __init__(self, model: nn.Module, example_input: Tensor):
+    def __init__(self, model: nn.Module, example: Inputs):
         super().__init__()
         self.model = model
-        self._device = example_input.device
-        self._captured: dict[tuple[tuple[int, ...], ...], _Captures] = {}
+        self._device = example.tensors[0].device
+        self._captured: dict[tuple[Any, ...], _Captures] = {}
         self._lock = threading.Lock()
-        self.plan = self.program_for(example_input).plan
+        self.plan = self.program_for(example).plan
         self.training = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Output for ``x`` of any batch size; a new image size or memory layout is captured first, and the last 16 are
-        remembered.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Output for arguments of any batch size; other sizes of images, memory layouts and arguments that are no
+        tensors are captured first, and the last 16 are remembered.
         """
+        inputs = Inputs(*args, **kwargs)
         with PyTorchOnOneThread():
             if torch.is_inference_mode_enabled():
-                return self._run(x)
+                return self._run(inputs)
             with torch.inference_mode():
-                return self._run(x)
+                return self._run(inputs)
 
-    def _run(self, x: Tensor) -> Tensor:
-        y: Tensor
+    def _run(self, inputs: Inputs) -> Any:
         try:
-            y = self.program_for(x).program(x)
+            return self.program_for(inputs).program(inputs.tensors)
         except OtherLayout:
             try:
-                y = self.program_for(x, this_batch=True).program(x)
+                return self.program_for(inputs, this_batch=True).program(inputs.tensors)
             except OtherLayout:
-                y = self.model(x)
-        return y
+                return call(self.model, inputs)
 
     def train(self, mode: bool = True) -> Self:
         """Change nothing: further image sizes are captured of the model as it was when it was compiled."""
@@ -98,12 +98,14 @@ class CompiledModel(nn.Module):
         """How its images are prepared: what ``model`` says."""
         return preprocess_of(self.model)
 
-    def program_for(self, x: Tensor, this_batch: bool = False) -> Captured:
-        """What runs for images of the size and layout of ``x``, or for ``this_batch`` alone, and its table."""
-        _check("compiled model", x, self._device)
-        strides, exactly = x.stride(), (len(x), torch.get_num_threads(), *x.stride())
-        key = (int(len(x) == 1), *strides)
-        size = (x.shape[1:], order_in_memory(x))
+    def program_for(self, example: Any, this_batch: bool = False) -> Captured:
+        """What runs for the sizes and layouts of ``example``, or for ``this_batch`` alone, and its table."""
+        inputs = as_inputs(example)
+        _check("compiled model", inputs, self._device)
+        count, both = len(inputs), list(zip(inputs.tensors, inputs.batched, strict=True))
+        strides = [step for x in inputs.tensors for step in x.stride()]
+        exactly, key = (count, torch.get_num_threads(), *strides), (int(count == 1), *strides)
+        size = (inputs.structure(), *((x.shape[own:], order_in_memory(x), x.dtype, own) for x, own in both))
         captures = self._captured.get(size)
         found = None if captures is None else captures.programs.get(key)
         if captures is not None and (this_batch or (found is not None and not found.any_batch)):
@@ -112,36 +114,36 @@ class CompiledModel(nn.Module):
             with PyTorchOnOneThread(), self._lock:  # one thread captures, the others wait for it
                 captures = self._captured.get(size)
                 if captures is None:
-                    captures = _Captures(_graph_for_any_batch(self.model, x))
+                    captures = _Captures(_graph_for_any_batch(self.model, inputs))
                     _keep(self._captured, size, captures)
                 found = captures.programs.get(exactly if this_batch else key)
                 if found is None or not (found.any_batch or this_batch):
-                    found = self._made(captures, x, this_batch or found is not None)
+                    found = self._made(captures, inputs, this_batch or found is not None)
                     if not found.any_batch:
                         _keep(captures.programs, exactly, found)
                     _keep(captures.programs, key, found)
         return found
 
-    def _made(self, captures: _Captures, x: Tensor, this_batch: bool) -> Captured:
-        graph = captures.graph
-        if graph is None:
-            graph = captures.by_batch.get(len(x))
-            if graph is None:
-                graph = graph_of(self.model, x, any_batch=False)
-                _keep(captures.by_batch, len(x), graph)
-        graph = _copy_of(graph)
+    def _made(self, captures: _Captures, inputs: Inputs, this_batch: bool) -> Captured:
+        count, found = len(inputs), captures.graph
+        if found is None:
+            found = captures.by_batch.get(count)
+            if found is None:
+                found = graph_of(self.model, inputs, any_batch=False)
+                _keep(captures.by_batch, count, found)
+        graph = _copy_of(found.module)
         any_batch = captures.graph is not None and not this_batch
-        example = x
-        if any_batch and len(x) != 1:
-            example = x[:2] if len(x) > 1 else in_layout_of(x, 2)
+        example = inputs
+        if any_batch and count != 1:
+            example = inputs[:2] if count > 1 else zeros_like(inputs, 2)
         with torch.inference_mode():
             record(graph, example)
-            any_batch = any_batch and (len(x) == 1 or hold_for_batches(graph, len(example)))
-            if not any_batch and example is not x:
-                record(graph, x)
+            any_batch = any_batch and (count == 1 or hold_for_batches(graph, len(example)))
+            if not any_batch and example is not inputs:
+                record(graph, inputs)
         fuse(graph)
         graph.graph.eliminate_dead_code()
-        program = Program(lower(graph), any_batch)
+        program = Program(lower(graph, _batch_in(graph, inputs)), found.structure, any_batch)
         return Captured(program, plan_of(program), any_batch)
 
     # Graphs hold what cannot be copied or pickled everywhere: a copy captures anew when it is called.
@@ -153,7 +155,7 @@ class CompiledModel(nn.Module):
         self._lock = threading.Lock()
 
 
-def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
+def compile(qmodel: nn.Module, example_input: Any) -> CompiledModel:
     """A quantized network as one program for inference, on the CPU or, with dsconv[gpu], on a GPU.
 
     The network is captured by :mod:`torch.export`, and its layers compute the BatchNorm, the additions and activations
@@ -173,15 +175,18 @@ def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
 
     Args:
         qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, on one device; it is left as it is.
-        example_input: float32 ``(N, ...)`` of at least one image, of the size of those to come. The batch may vary
-            afterwards, and other image sizes and memory layouts are captured when they come. A model that takes the
-            batch size as a number, as ``len(x)`` does, is captured for each batch size.
+        example_input: what ``qmodel`` is called with, for at least one sample: float32 ``(N, ...)``; or a tuple of its
+            arguments, or :class:`dsconv.Inputs`; or one list, dictionary or dataclass. Tensors of integers may be among
+            them. The batch may vary afterwards, and other image sizes, memory layouts and arguments are captured when
+            they come. A model that takes the batch size as a number, as ``len(x)`` does, is captured for each batch
+            size, and so is one that takes a list of images.
 
     Returns:
-        A module to be called as ``qmodel`` is; ``print(compiled.plan)`` shows its steps.
+        A module to be called as ``qmodel`` is, which returns what that does: tensors, or lists, tuples, dictionaries
+        and dataclasses of them; ``print(compiled.plan)`` shows its steps.
 
     Raises:
-        TypeError, ValueError: ``example_input`` is no such tensor.
+        DataError, ValueError: there is no tensor, or one that is not float32 or on another device than the model.
         ModelError: the model holds no quantized layer, is not in float32, is in training mode or cannot be captured;
             the message has the line of its code where that is known. Or dsconv was installed without its extension.
 
@@ -192,19 +197,18 @@ def compile(qmodel: nn.Module, example_input: Tensor) -> CompiledModel:
     ([('bias', 'batch_norm', 'relu', 'quantize'), ('bias',)], torch.Size([5, 64, 14, 14]))
     """
     _check_dtype(qmodel)
-    _check("example_input", example_input, _device_of(qmodel))
-    if example_input.dim() < 2 or not len(example_input):
-        raise ValueError(
-            f"example_input: expected float32 (N, ...) with a batch of at least one, got {tuple(example_input.shape)}"
-        )
+    inputs, device = as_inputs(example_input), _device_of(qmodel)
+    _check("example_input", inputs, device)
+    if not len(inputs):
+        raise ValueError(f"example_input: expected a batch of at least one, got {describe(example_input)}")
     try:
-        lowering(example_input.device)
+        lowering(device)
     except RuntimeError:
-        missing = f"the extension dsconv._C, {cpu_info().extension}" if example_input.is_cpu else "dsconv[gpu]"
+        missing = f"the extension dsconv._C, {cpu_info().extension}" if device.type == "cpu" else "dsconv[gpu]"
         raise ModelError(f"compile needs {missing}: call the quantized model itself") from None
     qmodel = unwrapped(qmodel)
     check_inference(qmodel, "compiling")
-    return CompiledModel(copied(qmodel), example_input)
+    return CompiledModel(copied(qmodel), inputs)
 
 
 def _check_dtype(model: nn.Module) -> None:
@@ -233,27 +237,34 @@ def _device_of(model: nn.Module) -> torch.device:
     return devices[0] if devices else torch.device("cpu")
 
 
-def _check(name: str, x: Tensor, device: torch.device) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype != torch.float32 or x.device != device:
-        where = "the CPU" if device.type == "cpu" else str(device)
-        raise ValueError(
-            f"{name}: expected float32 on {where}, got {x.dtype} on {x.device}: call float() or "
-            f"to({device.type!r}) on the input"
-        )
+def _check(name: str, inputs: Inputs, device: torch.device) -> None:
+    for x in inputs.tensors:
+        if (x.is_floating_point() and x.dtype != torch.float32) or x.is_complex() or x.device != device:
+            where = "the CPU" if device.type == "cpu" else str(device)
+            raise ValueError(
+                f"{name}: expected float32 on {where}, got {x.dtype} on {x.device}: call float() or "
+                f"to({device.type!r}) on the input"
+            )
 
 
-def _graph_for_any_batch(model: nn.Module, x: Tensor) -> fx.GraphModule | None:
+def _graph_for_any_batch(model: nn.Module, inputs: Inputs) -> Graph | None:
     """None where its code turns the batch size into a number: it can be captured for one at a time."""
+    if not any(inputs.batched):
+        return None
     try:
-        return graph_of(model, x)
+        return graph_of(model, inputs)
     except ModelError as error:
         try:
-            graph_of(model, x, any_batch=False)
+            graph_of(model, inputs, any_batch=False)
         except ModelError:
             raise error from error.__cause__
         return None
+
+
+def _batch_in(graph: fx.GraphModule, inputs: Inputs) -> Any:
+    """The batch size, or its symbol."""
+    made = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    return next((x.shape[0] for x, batched in zip(made, inputs.batched, strict=True) if batched), len(inputs))
 
 
 def _copy_of(module: fx.GraphModule) -> fx.GraphModule:

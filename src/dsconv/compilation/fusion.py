@@ -35,6 +35,7 @@ def fuse(module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if operator_of(node).fuses:
             node.meta["fused"] = []
+            _name_optional(node)
             _take_batchnorm(module, node)
             _take_constants(module, node)
             _take_residual(node, order)
@@ -47,6 +48,15 @@ def _does_nothing(node: fx.Node) -> bool:
     if equals_input is None or not node.args:
         return False
     return node.meta.get("strides") == getattr(node.args[0], "meta", {}).get("strides") and equals_input(node)
+
+
+def _name_optional(node: fx.Node) -> None:
+    """Pass by name what has a default: an argument given by its place could not be given another value by its name."""
+    target: Any = node.target
+    required = [argument for argument in target._schema.arguments if not argument.has_default_value()]
+    named = target._schema.arguments[len(required) : len(node.args)]
+    node.kwargs = {a.name: v for a, v in zip(named, node.args[len(required) :], strict=True)} | node.kwargs
+    node.args = node.args[: len(required)]
 
 
 def _take_batchnorm(module: fx.GraphModule, node: fx.Node) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dsconv.data.inputs import Inputs
+
 Strides = tuple[int, ...]
 LAYOUT = ("strides", "sizes")
 """Keys of ``node.meta``: strides and sizes of its tensor when the model ran."""
@@ -83,9 +85,15 @@ def in_layout_of(x: Tensor, images: int) -> Tensor:
     return zeros.permute([order.index(dim) for dim in range(x.dim())])
 
 
-def record(module: fx.GraphModule, x: Tensor) -> None:
-    """Run the graph of ``module`` for ``x``, and keep strides and sizes of every tensor in ``node.meta``."""
-    _Recorder(module).run(x)
+def zeros_like(inputs: Inputs, count: int) -> Inputs:
+    """Return arguments of the sizes and layouts of ``inputs`` for so many samples, all of them zeros."""
+    both = zip(inputs.tensors, inputs.batched, strict=True)
+    return inputs.filled(in_layout_of(x, count) if batched else x for x, batched in both)
+
+
+def record(module: fx.GraphModule, inputs: Inputs) -> None:
+    """Run the graph of ``module`` for ``inputs``, and keep strides and sizes of every tensor in ``node.meta``."""
+    _Recorder(module).run(*inputs.tensors)
 
 
 def hold_for_batches(module: fx.GraphModule, images: int) -> bool:

@@ -3,8 +3,8 @@
 The step that makes a tensor writes it in every format that is wanted (:mod:`dsconv.compilation.values`).
 """
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter, itemgetter
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,17 +19,16 @@ from dsconv.compilation.values import Quantized, Seen, Value
 
 
 class Lowered(NamedTuple):
-    """The steps of a graph, its input, the nodes that it returns, and those for tensors or parts of the model.
+    """The steps of a graph, its inputs, the nodes that it returns, and those for tensors or parts of the model.
 
-    ``structure`` makes what the model returns of a list of the outputs; ``batch`` is the batch size, or its symbol;
+    ``batch`` is the batch size, or its symbol;
     ``values`` are the tensors of images by node; ``renamed`` are nodes that stand for the tensor of images of another
     one, in another shape; ``counts`` those that stand for the batch size.
     """
 
     steps: list[Step]
-    input: Value
+    inputs: tuple[fx.Node, ...]
     outputs: tuple[Any, ...]
-    structure: Callable[[Any], Any]
     constants: dict[fx.Node, Any]
     batch: Any
     values: dict[fx.Node, Value]
@@ -37,9 +36,14 @@ class Lowered(NamedTuple):
     counts: tuple[fx.Node, ...]
 
 
-def lower(module: fx.GraphModule) -> Lowered:
-    """Return the steps of a graph after :func:`dsconv.compilation.fusion.fuse` that takes one tensor of images."""
-    return _Lowering(module).lowered()
+def lower(module: fx.GraphModule, batch: Any) -> Lowered:
+    """Return the steps of a graph after :func:`dsconv.compilation.fusion.fuse`.
+
+    Args:
+        module: takes tensors.
+        batch: the batch size, or its symbol.
+    """
+    return _Lowering(module, batch).lowered()
 
 
 def _value(node: fx.Node, seen: Seen) -> Value:
@@ -48,21 +52,21 @@ def _value(node: fx.Node, seen: Seen) -> Value:
 
 
 class _Lowering:
-    def __init__(self, module: fx.GraphModule):
-        self.module = module
+    def __init__(self, module: fx.GraphModule, batch: Any):
+        self.module, self.batch = module, batch
         self.values: dict[fx.Node, Value] = {}
         self.seen: dict[fx.Node, Seen | None] = {}
         self.renamed: dict[fx.Node, fx.Node] = {}
         self.counts: list[fx.Node] = []
         self.absorbed: set[fx.Node] = set()
         self.steps: list[Step] = []
-        (self.placeholder,) = [node for node in module.graph.nodes if node.op == "placeholder"]
-        self.batch = self.placeholder.meta["val"].shape[0]
+        self.placeholders = tuple(node for node in module.graph.nodes if node.op == "placeholder")
 
     def lowered(self) -> Lowered:
         # What is neither images nor rows is for PyTorch alone.
-        source = self.value(self.placeholder) or Value(self.placeholder, (1, 1, 1))
-        source.outside = True
+        sources = [value for node in self.placeholders if (value := self.value(node)) is not None]
+        for source in sources:
+            source.outside = True
         for node in self.module.graph.nodes:
             if node.op == "call_function" and self.constant(node) is None:
                 self.value(node)
@@ -82,18 +86,14 @@ class _Lowering:
         self._drop_unread(output)
         self._ask_for_layouts(output)
         self._place_concatenations()
-        self._write_quantized(source)
+        self._write_quantized(sources)
         nodes = [node for node in self.module.graph.nodes if node.op in ("get_attr", "call_function")]
         constants: dict[fx.Node, Any] = {node: v for node in nodes if (v := self.constant(node)) is not None}
         # Graphs of regions, as autocast makes them, are called by PyTorch's operators.
         attributes = [node for node in nodes if node.op == "get_attr" and node not in constants]
         constants |= {node: attrgetter(str(node.target))(self.module) for node in attributes}
-        outputs, any_one = tuple(output.args[0]), object()
-        structure: Callable[[Any], Any] = self.module.graph._codegen.process_outputs
-        if len(outputs) == 1 and structure([any_one]) is any_one:
-            structure = itemgetter(0)  # faster
         made = self.values, self.renamed, tuple(self.counts)
-        return Lowered(self.steps, source, outputs, structure, constants, self.batch, *made)
+        return Lowered(self.steps, self.placeholders, tuple(output.args[0]), constants, self.batch, *made)
 
     def value(self, node: Any) -> Value | None:
         """The tensor of images that a node makes; None where it makes something else."""
@@ -232,9 +232,9 @@ class _Lowering:
                     if piece.home is None and not piece.outside:
                         piece.home, piece.first = value, first
 
-    def _write_quantized(self, source: Value) -> None:
+    def _write_quantized(self, sources: Sequence[Value]) -> None:
         """Have each step write its result in the formats that are wanted, or put a step behind it that does."""
-        steps = self._quantizing(source)
+        steps = [step for source in sources for step in self._quantizing(source)]
         for step in self.steps:
             result = step.result
             if result is None:

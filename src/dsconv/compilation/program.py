@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,18 +48,23 @@ class Program:
             not, for PyTorch computes something that may depend on other images.
     """
 
-    def __init__(self, lowered: Lowered, any_batch: bool = True):
-        self._device = lowered.input.node.meta["val"].device
+    def __init__(self, lowered: Lowered, structure: Callable[[Sequence[Any]], Any], any_batch: bool = True):
+        self._inputs, self._outputs, self._structure = lowered.inputs, lowered.outputs, structure
+        given = [node.meta["val"] for node in self._inputs]
+        self._only = lowered.batch if isinstance(lowered.batch, int) else None
+        # Of each input, whether it has a row for each sample.
+        self._batched = [x.dim() > 0 and str(x.shape[0]) == str(lowered.batch) for x in given]
+        self._device = given[0].device
         self.backend, self._executable = lowering(self._device)
         self.steps, self.constants, self._values = lowered.steps, lowered.constants, lowered.values
         if self.backend.cached_bytes is not None:  # there are caches to compute in
             join_steps(self.steps)
-        self._input, self._outputs, self._structure = lowered.input, lowered.outputs, lowered.structure
         self._renamed, self._counts = lowered.renamed, lowered.counts
         self._bases: dict[Value, int] = {}
         self._buffers: dict[Value | Quantized, Buffer] = {}
         self._ids: dict[Value | Quantized, int] = {}
-        self._nchw = self._input_as_it_comes()
+        sources = [self._values[node] for node in self._inputs if node in self._values]
+        self._as_they_come = {source for source in sources if self._comes_as_read(source)}
         # Tensors of which an output is all or a part.
         self._returned_from = {self._values[n].root() for n in self._outputs if n in self._values}
         self._spread = self._find_spread()
@@ -74,7 +79,7 @@ class Program:
         self._returns = {v: base for v, base in self._bases.items() if v in made}
         calls = [step for step in self.steps if step.in_pytorch]
         # What is there as a tensor of its own, in the layout of the model where that matters.
-        self._as_in_model = {self._input.node, *self.constants, *(step.node for step in calls)}
+        self._as_in_model = {*self._inputs, *self.constants, *(step.node for step in calls)}
         nodes = {n for step in calls for n in (step.node, *step.node.all_input_nodes)}
         nodes.update(node for node in self._outputs if isinstance(node, fx.Node))
         self._strides = {node: s for node in nodes if (s := _strides(node, lowered.batch)) is not None}
@@ -86,8 +91,8 @@ class Program:
         self._repeated = self.backend.repeated(self._run, not any(step.in_pytorch for step in self.steps))
         self._spare: deque[Tensor] = deque(maxlen=_SPARE)
 
-    def __call__(self, x: Tensor, seconds: Tensor | None = None) -> Any:
-        """What the network returns for ``x``; adds what each step took to float64 ``seconds (steps,)``, if given.
+    def __call__(self, xs: Sequence[Tensor], seconds: Tensor | None = None) -> Any:
+        """What the network returns for its inputs; adds what each step took to float64 ``seconds (steps,)``, if given.
 
         A batch for which a GPU has not enough memory is run in parts, and so are later ones as large.
 
@@ -97,9 +102,9 @@ class Program:
         """
         with PyTorchOnOneThread():
             while True:
-                at_once = self._at_once(len(x))
+                at_once = self._at_once(self._count(xs))
                 try:
-                    return self._structure(self._in_parts(x, at_once, seconds))
+                    return self._structure(self._in_parts(xs, at_once, seconds))
                 except torch.OutOfMemoryError:
                     if not self._alone or at_once < 2:
                         raise
@@ -112,21 +117,29 @@ class Program:
             return most
         return min(most, max(self.images_at_once, threads()))
 
-    def _in_parts(self, x: Tensor, at_once: int, seconds: Tensor | None) -> list[Any]:
-        if len(x) <= at_once:
-            return self._repeated(x) if seconds is None else self._run(x, seconds)
-        parts = [self._in_parts(part, at_once, seconds) for part in torch.split(x, at_once)]
+    def _count(self, xs: Sequence[Tensor]) -> int:
+        return self._only or next(len(x) for x, batched in zip(xs, self._batched, strict=True) if batched)
+
+    def _in_parts(self, xs: Sequence[Tensor], at_once: int, seconds: Tensor | None) -> list[Any]:
+        count = self._count(xs)
+        if count <= at_once:
+            return self._repeated(xs) if seconds is None else self._run(xs, seconds)
+        parts = []
+        for first in range(0, count, at_once):
+            pairs = zip(xs, self._batched, strict=True)
+            part = [x[first : first + at_once] if batched else x for x, batched in pairs]
+            parts.append(self._in_parts(part, at_once, seconds))
         joined = zip(self._outputs, map(_joined, zip(*parts, strict=True)), strict=True)
         return [self._in_layout(node, made) for node, made in joined]
 
     # Memory
 
-    def _input_as_it_comes(self) -> bool:
-        """Whether it lies in lines of channels, and all that reads it takes those as well as channels of pixels."""
-        recorded = self._input.node.meta
-        if not lies_in_lines(self._input.node) and are_pixels(recorded["sizes"], recorded["strides"]):
+    def _comes_as_read(self, source: Value) -> bool:
+        """Whether an input lies in lines of channels, and all that reads it takes those as well as pixels."""
+        recorded = source.node.meta
+        if not lies_in_lines(source.node) and are_pixels(recorded["sizes"], recorded["strides"]):
             return False
-        readers = [step for step in self.steps if any(v.root() is self._input for v in step.float_values())]
+        readers = [step for step in self.steps if any(v.root() is source for v in step.float_values())]
         return all(step.takes_lines() for step in readers)
 
     def _treats_images_alone(self) -> bool:
@@ -235,7 +248,7 @@ class Program:
             channels, height, width = root.size
             pixel = self._pixel(root)
             strides = (pixel * height * width, 1, width * pixel, pixel)
-            if root is self._input and self._nchw:
+            if root in self._as_they_come:
                 strides = (channels * height * width, height * width, width, 1)
             self._ids[of] = self._executable.values(base, offset, first * strides[1], of.size, strides)
         return self._ids[of]
@@ -266,16 +279,21 @@ class Program:
 
     # Running
 
-    def _run(self, x: Tensor, seconds: Tensor | None = None) -> list[Any]:
+    def _run(self, xs: Sequence[Tensor], seconds: Tensor | None = None) -> list[Any]:
         # What is done for every call takes long where the network has just emptied the caches: little is.
-        images = len(x)
-        env: dict[fx.Node, Any] = {**self.constants, **dict.fromkeys(self._counts, images), self._input.node: x}
-        own = x.contiguous() if self._nchw else _pixels(x, self._input)
+        images = self._count(xs)
+        env: dict[fx.Node, Any] = {**self.constants, **dict.fromkeys(self._counts, images)}
+        env.update(zip(self._inputs, xs, strict=True))
         memory = self._memory(self._executable.bytes(images))
         addresses: list[Any] = [self.constant(None)] * (len(self._bases) + 1)
         addresses[0] = self.constant(memory)
-        if self._input in self._bases:
-            addresses[self._bases[self._input]] = self.constant(own)
+        held: list[Tensor] = []  # until the steps are done
+        for node, x in zip(self._inputs, xs, strict=True):
+            source = self._values.get(node)
+            if source in self._bases:
+                assert source is not None
+                held.append(x.contiguous() if source in self._as_they_come else _pixels(x, source))
+                addresses[self._bases[source]] = self.constant(held[-1])
         for value, base in self._returns.items():
             channels, height, width = value.size
             y = torch.empty((images, height, width, channels), dtype=torch.float32, device=self._device)

@@ -1,4 +1,4 @@
-"""Images for calibration and evaluation: preprocessing, folders, and the library's one reading of ``images``."""
+"""Images for calibration and evaluation: preprocessing, folders, inputs of any kind, the one reading of ``images``."""
 
 from typing import TYPE_CHECKING
 
@@ -6,15 +6,27 @@ from dsconv.lazy import lazily
 
 if TYPE_CHECKING:
     from dsconv.data.folder import EXTENSIONS, Batches, BrokenImage, ImageFolder, Images, batches
+    from dsconv.data.inputs import Inputs
     from dsconv.data.preprocess import Preprocess
     from dsconv.data.synthetic import synthetic_images
 
-__all__ = ["EXTENSIONS", "Batches", "BrokenImage", "ImageFolder", "Images", "Preprocess", "batches", "synthetic_images"]
+__all__ = [
+    "EXTENSIONS",
+    "Batches",
+    "BrokenImage",
+    "ImageFolder",
+    "Images",
+    "Inputs",
+    "Preprocess",
+    "batches",
+    "synthetic_images",
+]
 
 __getattr__, __dir__ = lazily(
     __name__,
     {
         "dsconv.data.folder": ("EXTENSIONS", "Batches", "BrokenImage", "ImageFolder", "Images", "batches"),
+        "dsconv.data.inputs": ("Inputs",),
         "dsconv.data.preprocess": ("Preprocess",),
         "dsconv.data.synthetic": ("synthetic_images",),
     },

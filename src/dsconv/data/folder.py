@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dsconv.data.inputs import Batch, Inputs, in_batches
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, check_whole
 
@@ -318,8 +319,8 @@ def _read_labels(path: Path, classes: Sequence[str] | None) -> tuple[list[Path],
     return list(labels), list(labels.values())
 
 
-Labelled: TypeAlias = tuple[Tensor, Tensor | None]
-Images: TypeAlias = Tensor | str | os.PathLike[str] | ImageFolder | Iterable[Any]
+Labelled: TypeAlias = tuple[Batch, Tensor | None]
+Images: TypeAlias = Tensor | Inputs | str | os.PathLike[str] | ImageFolder | Iterable[Any]
 
 
 class Batches:
@@ -365,8 +366,8 @@ class Batches:
                 return
 
     def _items(self) -> Iterable[Any]:
-        if isinstance(self._images, Tensor):
-            return torch.split(self._images, self._batch_size)
+        if isinstance(self._images, Tensor | Inputs):
+            return in_batches(self._images, self._batch_size)
         if self.folder is not None:
             return self._read(self.folder)
         return self._images  # type: ignore[return-value]  # a path has become a folder in `batches`
@@ -410,12 +411,12 @@ def _load(folder: ImageFolder, indices: list[int]) -> tuple[Tensor | list[Tensor
 
 def _count(images: Images) -> int | None:
     try:
-        if isinstance(images, Tensor | ImageFolder):
+        if isinstance(images, Tensor | Inputs | ImageFolder):
             return len(images)
         if isinstance(images, DataLoader):
             return len(images.sampler)  # type: ignore[arg-type]
         if isinstance(images, list | tuple):
-            return sum(len(item if isinstance(item, Tensor) else item[0]) for item in images)
+            return sum(len(item if isinstance(item, Tensor | Inputs) else item[0]) for item in images)
     except (TypeError, IndexError, KeyError):
         pass  # unsized, or not batches at all, which the pass itself reports
     return None
@@ -423,11 +424,12 @@ def _count(images: Images) -> int | None:
 
 def _check(item: Any) -> Labelled:
     images, labels = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
-    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+    if not isinstance(images, Inputs) and (not isinstance(images, Tensor) or images.dim() < 2 or images.is_complex()):
         got = f"a {images.dtype} tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise DataError(
-            "images must be preprocessed floating-point batches (N, C, H, W), alone or as pairs (batch, labels); got "
-            f"{got}. A single image needs .unsqueeze(0), one pair a list around it, a Dataset a DataLoader."
+            "images must be preprocessed batches (N, ...), such as (N, C, H, W), or dsconv.Inputs, alone or as pairs "
+            f"(batch, labels); got {got}. A single image needs .unsqueeze(0), one pair a list around it, a Dataset a "
+            "DataLoader; a model that takes a list of images or a dictionary needs dsconv.Inputs around it."
         )
     if labels is None:
         return images, None
@@ -436,11 +438,10 @@ def _check(item: Any) -> Labelled:
             labels = torch.as_tensor(labels, dtype=None, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"labels must be integers, one per image, got {type(labels).__name__}: {error}.") from error
-    numbers = labels.dim() < 2 and labels.is_floating_point()
-    if labels.shape[:1] != images.shape[:1] or numbers or labels.is_complex():
+    if not labels.dim() or len(labels) != len(images) or labels.is_complex():
         raise DataError(
-            f"labels must be {len(images)} integers, one per image of the batch, or maps of classes or targets; got "
-            f"a {labels.dtype} tensor {tuple(labels.shape)}."
+            f"labels must be {len(images)} integers, one per image of the batch, or as many maps or images; got a "
+            f"{labels.dtype} tensor {tuple(labels.shape)}."
         )
     return images, labels if labels.is_floating_point() else labels.long()
 
@@ -456,17 +457,18 @@ def batches(
     """Batches of whatever the library accepts as ``images``.
 
     Args:
-        images: a preprocessed floating-point tensor ``(N, C, H, W)``; an iterable of such batches or of
-            ``(batch, labels)``, whose batches are used as they come; the path of a folder (see `ImageFolder`), or an
-            `ImageFolder`; or `Batches`, which are returned as they are.
+        images: a preprocessed tensor ``(N, ...)``, such as images ``(N, C, H, W)``, sound ``(N, T)`` or tokens; the
+            arguments of a call as `Inputs`; an iterable of such batches or of ``(batch, labels)``, whose batches are
+            used as they come; the path of a folder (see `ImageFolder`), or an `ImageFolder`; or `Batches`, which are
+            returned as they are.
         preprocess: how to read a folder given by its path; needed there and nowhere else.
         batch_size: images per batch, for a tensor or a folder.
         workers: processes that read a folder; 0 reads in this one.
         limit: use this many images at most: the first ones, or, of a folder, evenly spaced ones.
 
     Returns:
-        Pairs ``(images, labels)``; labels are int64 ``(N,)``, or maps of classes ``(N, H, W)``, or floating-point
-        targets of two axes or more, or None. It can be passed over again wherever ``images`` can.
+        Pairs ``(images, labels)``; labels are classes int64 ``(N,)``, or ``(N, ...)``, such as maps of classes int64 or
+        images in float; or None. It can be passed over again wherever ``images`` can.
 
     Raises:
         ConfigError: a number out of range.
@@ -493,11 +495,11 @@ def batches(
             "preprocess applies to a folder given by its path only; these images are "
             f"{'an ImageFolder with a preprocess' if isinstance(images, ImageFolder) else 'preprocessed already'}."
         )
-    elif isinstance(images, Tensor):
+    elif isinstance(images, Tensor | Inputs):
         _check(images)
     elif not isinstance(images, Iterable | ImageFolder):
         raise DataError(
-            "images must be a tensor (N, C, H, W), an iterable of batches or of (batch, labels), or the path of a "
-            f"folder; got {type(images).__name__}."
+            "images must be a tensor (N, ...), dsconv.Inputs, an iterable of these or of (batch, labels), or the path "
+            f"of a folder; got {type(images).__name__}."
         )
     return Batches(images, batch_size, workers, limit)

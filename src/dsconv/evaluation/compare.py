@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dsconv.conversion.preparation import preprocess_for
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data.folder import Images, batches
+from dsconv.data.inputs import Batch
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ModelError
 from dsconv.evaluation.measures import Kinds, Output, Teller, logits_of
@@ -39,7 +40,7 @@ def compare(
     progress: bool = False,
     on_interrupt: OnInterrupt = "raise",
     per_layer: bool = True,
-    each: Callable[[Tensor, Tensor | None, Tensor, Tensor], object] | None = None,
+    each: Callable[[Batch, Tensor | None, Tensor, Tensor], object] | None = None,
     task: Task | None = None,
     data_range: float | None = None,
     metric: Metric | None = None,
@@ -104,7 +105,7 @@ def compare_each(
     progress: bool = False,
     on_interrupt: OnInterrupt = "raise",
     per_layer: bool = True,
-    each: Callable[[Tensor, Tensor | None, Tensor, Tensor], object] | None = None,
+    each: Callable[[Batch, Tensor | None, Tensor, Tensor], object] | None = None,
     task: Task | None = None,
     data_range: float | None = None,
     metric: Metric | None = None,
@@ -120,7 +121,7 @@ def compare_each(
     check_metric(metric)
     seen = 0
 
-    def step(x: Tensor, labels: Tensor | None) -> tuple[Sums, Kinds, dict[str, _Sums]]:
+    def step(x: Batch, labels: Tensor | None) -> tuple[Sums, Kinds, dict[str, _Sums]]:
         nonlocal seen
         count = len(x)
         f_returned, f, f_seconds = timed_outputs("reference", reference, x)
@@ -173,9 +174,8 @@ def _check_logits(f: Mapping[str, Output], q: Mapping[str, Output], kinds: Kinds
 
 
 def _main_logits(outputs: Mapping[str, Output], kinds: Kinds) -> Tensor:
-    main = outputs[str(kinds.main)]
-    logits = main if isinstance(main, Tensor) else torch.stack(main)
-    return logits_of(logits, "classification").double()
+    main = outputs[kinds.main or ""]
+    return logits_of(main if isinstance(main, Tensor) else torch.stack(main), "classification").double()
 
 
 def _comparison(

@@ -1,13 +1,13 @@
 """The tensors in what a network returned, by name."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dsconv.errors import ModelError
+from dsconv.structures import leaves
 
 ONE = "output"
 """Name of a tensor that is all that a network returned."""
@@ -24,31 +24,23 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
     >>> list(named_outputs(x)), list(named_outputs((x, {"boxes": [x, x], "count": 2})))
     (['output'], ['0', '1.boxes.0', '1.boxes.1'])
     """
-    return {".".join(path) or ONE: tensor for path, tensor in _walk(output, ())}
+    found: dict[str, Tensor] = {}
+    for way, leaf in leaves(output):
+        name = ".".join(map(str, way))
+        if isinstance(leaf, Tensor):
+            found[name or ONE] = leaf
+        else:
+            parts = named_outputs(_parts(leaf))
+            found |= {f"{name}.{part}" if name else part: tensor for part, tensor in parts.items()}
+    return found
 
 
-def _walk(output: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    if isinstance(output, Tensor):
-        yield path, output
-        return
-    for name, part in _parts(output).items():
-        yield from _walk(part, (*path, name))
-
-
-def _parts(output: Any) -> dict[str, Any]:
-    if isinstance(output, Mapping):
-        return {str(key): value for key, value in output.items()}
-    if is_dataclass(output) and not isinstance(output, type):
-        return {field.name: getattr(output, field.name) for field in fields(output)}
-    if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return dict(zip(output._fields, output, strict=True))
-    if isinstance(output, list | tuple):
-        return {str(place): value for place, value in enumerate(output)}
-    # Of classes that PyTorch was told how to take apart, and of those that name nothing but logits.
-    leaves = tree_leaves(output)
-    if len(leaves) != 1 or leaves[0] is not output:
-        return {str(place): leaf for place, leaf in enumerate(leaves)}
-    return {"logits": output.logits} if isinstance(getattr(output, "logits", None), Tensor) else {}
+def _parts(leaf: Any) -> dict[str, Any]:
+    """Take apart what is of a class that PyTorch was told how to, or that names nothing but logits."""
+    held = tree_leaves(leaf)
+    if len(held) != 1 or held[0] is not leaf:
+        return {str(place): part for place, part in enumerate(held)}
+    return {"logits": leaf.logits} if isinstance(getattr(leaf, "logits", None), Tensor) else {}
 
 
 def main_output(outputs: Mapping[str, Tensor]) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.data.folder import Batches
+from dsconv.data.inputs import Batch, call, describe
 from dsconv.errors import DataError, ModelError, first_line, usable_device
 from dsconv.evaluation.measures import Output
 from dsconv.evaluation.outputs import check_outputs, outputs_by_image
@@ -35,7 +36,7 @@ class ImagePass:
     def __post_init__(self) -> None:
         check_on_interrupt(self.on_interrupt)
 
-    def over(self, step: Callable[[Tensor, Tensor | None], Step]) -> list[Step]:
+    def over(self, step: Callable[[Batch, Tensor | None], Step]) -> list[Step]:
         """Return the results of ``step`` for each batch of images and labels.
 
         Raises:
@@ -92,7 +93,7 @@ def ready(models: list[nn.Module], device: str | torch.device | None) -> Iterato
                 model.to(home)
 
 
-def timed_outputs(name: str, model: nn.Module, x: Tensor) -> tuple[Any, dict[str, Output], float]:
+def timed_outputs(name: str, model: nn.Module, x: Batch) -> tuple[Any, dict[str, Output], float]:
     """Return what ``model`` returned, its tensors on the CPU by name, and the seconds; copying waits for the device.
 
     Raises:
@@ -108,7 +109,7 @@ def timed_outputs(name: str, model: nn.Module, x: Tensor) -> tuple[Any, dict[str
     return output, outputs, seconds
 
 
-def outputs_of(name: str, model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Output]:
+def outputs_of(name: str, model: nn.Module, x: Batch, dtype: torch.dtype) -> dict[str, Output]:
     """Return the tensors that ``model`` returns for ``x``, by name, those of floats in ``dtype``.
 
     Raises:
@@ -124,11 +125,20 @@ def outputs_of(name: str, model: nn.Module, x: Tensor, dtype: torch.dtype) -> di
     return {key: cast(t) if isinstance(t, Tensor) else [cast(one) for one in t] for key, t in found.items()}
 
 
-def forward(name: str, model: nn.Module, x: Tensor, errors: type[Exception] = RuntimeError) -> Any:
+_UNABLE = (RuntimeError, TypeError)
+
+
+def forward(
+    name: str, model: nn.Module, x: Batch, errors: type[Exception] | tuple[type[Exception], ...] = _UNABLE
+) -> Any:
     """Return the output of ``model``, called ``name`` in the ModelError that takes the place of ``errors``."""
     x = as_input_of(model, x)
     try:
-        return model(x)
+        return call(model, x)
     except errors as error:
-        what = f"images of shape {tuple(x.shape)}, {x.dtype}, {x.device}"
-        raise ModelError(f"{name}: it cannot run on {what}: {first_line(error)}") from error
+        raise ModelError(f"{name}: it cannot run on {describe(x)}: {first_line(error)}{_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    several = isinstance(error, TypeError) and "missing" in str(error) and "argument" in str(error)
+    return ": several arguments go into dsconv.Inputs(x, y)" if several else ""

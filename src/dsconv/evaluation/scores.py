@@ -42,8 +42,10 @@ def score(
     for name in counted:
         finite &= _finite(outputs[name], images)
     found: Sums = {"images": images, "nonfinite": int((~finite).sum()), "seconds": seconds}
-    main = None if kinds.main is None else outputs[kinds.main]
-    if not isinstance(main, Tensor) or kinds.main is None or kinds.of[kinds.main] != kinds.task:
+    main = None if kinds.main is None or kinds.of[kinds.main] != kinds.task else outputs[kinds.main]
+    if isinstance(main, list) and len({tensor.shape for tensor in main}) == 1:
+        main = torch.stack(main)
+    if not isinstance(main, Tensor):
         return found
     if kinds.task == "classification":
         logits = logits_of(main, kinds.task).double()

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from dsconv import strict_json
+from dsconv.data.inputs import Batch, tensors_of
 from dsconv.errors import ConfigError, FileFormatError, one_line
 from dsconv.files import check_place
 from dsconv.io.checkpoint import checksum, read_tensors, write
@@ -48,7 +49,7 @@ class StateFile:
         self._made_of: dict[str, str] = {}
 
     def open(
-        self, models: Mapping[str, nn.Module], x: Tensor, settings: Mapping[str, Any]
+        self, models: Mapping[str, nn.Module], x: Batch, settings: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Tensor]] | None:
         """What was written last; None where there is nothing to resume.
 
@@ -59,7 +60,8 @@ class StateFile:
         if self._path is None:
             return None
         self._made_of = {name: checksum({}, _tensors(model)) for name, model in models.items()}
-        self._made_of |= {"images": checksum({}, {"x": x})} | {name: str(value) for name, value in settings.items()}
+        named = {"x" if isinstance(x, Tensor) else f"x{place}": tensor for place, tensor in enumerate(tensors_of(x))}
+        self._made_of |= {"images": checksum({}, named)} | {name: str(value) for name, value in settings.items()}
         if not self._resume:
             return None
         entries, tensors = read_tensors(self._path, self._format, "state file", _MEND)

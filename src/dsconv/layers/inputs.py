@@ -1,10 +1,11 @@
-"""Images in the dtype and on the device of the network that is to read them."""
+"""Inputs in the dtype and on the device of the network that is to read them."""
 
 import itertools
 
 import torch
 from torch import Tensor, nn
 
+from dsconv.data.inputs import AnyBatch
 from dsconv.layers.layer import DSLayer
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -31,10 +32,11 @@ def dtype_of(model: nn.Module) -> torch.dtype | None:
     return next((t.dtype for t in itertools.chain(parameters, buffers) if t.dtype in _FLOATS), None)
 
 
-def as_input_of(model: nn.Module, x: Tensor) -> Tensor:
-    """Return ``x`` on the device of ``model`` and, if it is floating, in its dtype.
+def as_input_of(model: nn.Module, x: AnyBatch) -> AnyBatch:
+    """Return ``x`` on the device of ``model`` and what is floating of it in its dtype.
 
     >>> as_input_of(nn.Linear(2, 2).double(), torch.zeros(1, 2, dtype=torch.float32)).dtype
     torch.float64
     """
-    return x.to(device_of(model), dtype_of(model) if x.is_floating_point() else None)
+    dtype = None if isinstance(x, Tensor) and not x.is_floating_point() else dtype_of(model)
+    return x.to(device_of(model), dtype)

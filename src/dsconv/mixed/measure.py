@@ -27,6 +27,7 @@ from dsconv.conversion.quantized import check_original
 from dsconv.conversion.statistics import input_moments, normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
+from dsconv.data.inputs import Batch, by_sample, shape_of
 from dsconv.errors import ConfigError, FileFormatError, ModelError, check_whole
 from dsconv.evaluation import Comparison, compare, evaluate
 from dsconv.evaluation.measures import Kinds
@@ -307,18 +308,18 @@ def measure(
     if images is None or isinstance(images, str | os.PathLike):
         preprocess = preprocess or preprocess_of(quantized) or preprocess_of(model)
     source = _batches(preprocess, images, limit, batch_size, seed)
-    kept = [(x, labels if metric is not None else None) for x, labels in source]
+    kept: list[tuple[Batch, Tensor | None]] = [(x, labels if metric is not None else None) for x, labels in source]
     source.warn_of_broken(stacklevel=2)
     original = model
     if images is None and with_statistics(model):
         # With its own statistics, noise has the moments behind a BatchNorm that images have.
-        model = normalized(model, torch.cat([x for x, _ in kept]))
+        model = normalized(model, torch.cat([x for x, _ in kept if isinstance(x, Tensor)]))
     reference = _Recorded(model, [x for x, _ in kept], device, task)
     arguments = {
         "settings": "of a quantized network" if isinstance(config, nn.Module) else config.to_json(),
         "choices": choices,
         "times": times,
-        "images at a time": [tuple(x.shape) for x, _ in kept],
+        "images at a time": [(len(x), *shape_of(x)) for x, _ in kept],
         "task": task,
         "metric": None if metric is None else name_of(metric),
         "dsconv version": metadata.version("dsconv"),
@@ -367,12 +368,12 @@ class _State:
         self._file, self._path = StateFile(path, resume, work), path
         self._stored: Any = []
 
-    def open(self, models: Mapping[str, nn.Module], x: Sequence[Tensor], settings: Mapping[str, Any]) -> None:
+    def open(self, models: Mapping[str, nn.Module], x: Sequence[Batch], settings: Mapping[str, Any]) -> None:
         """Read the file, or try to write one, so that what is wrong with it shows before the work begins."""
         if self._path is None:
             return
         # Their shapes, which may differ, are among the settings.
-        found = self._file.open(models, torch.cat([batch.flatten().cpu() for batch in x]), settings)
+        found = self._file.open(models, torch.cat([by_sample(batch).flatten() for batch in x]), settings)
         if found is not None:
             self._stored = found[0]
         else:
@@ -431,7 +432,9 @@ def _names(model: nn.Module, quantized: nn.Module) -> list[str]:
 class _Recorded(nn.Module):
     """Answers batches, in their order, with what a network said of them once."""
 
-    def __init__(self, model: nn.Module, batches: list[Tensor], device: str | torch.device | None, task: Task | None):
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], device: str | torch.device | None, task: Task | None
+    ):
         super().__init__()
         outputs: list[Any] = []
         hook = model.register_forward_hook(lambda _, __, output: outputs.append(output))
@@ -448,7 +451,7 @@ class _Recorded(nn.Module):
         self.measure = kinds.measure
         self._next = itertools.cycle(outputs).__next__
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._next()
 
 
@@ -499,7 +502,7 @@ def _as_chosen(
         yield name, choice, quantize_for(model, with_overrides(in_float, {name: dict(choice)}), known)
 
 
-def _milliseconds(model: nn.Module, name: str, x: Tensor) -> float:
+def _milliseconds(model: nn.Module, name: str, x: Batch) -> float:
     """The least time of some passes that the layer takes for one image; leaves hooks in ``model``."""
     layer = model.get_submodule(name)
     since: list[float] = []

@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.compilation.compiled import CompiledModel
-from dsconv.compilation.frontends.pytorch import exported, needs_one_batch, reason, unknown_output
+from dsconv.compilation.frontends.graph import RETURNED
+from dsconv.compilation.frontends.pytorch import exported, needs_one_batch, reason
 from dsconv.conversion.convert import swapped
 from dsconv.conversion.info import info_of
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.quantized import quantized_layers
 from dsconv.conversion.statistics import noise, normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
+from dsconv.data.inputs import Batch, Inputs, as_inputs
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, check_choice, import_extra
 from dsconv.files import as_path, replacing
 from dsconv.modes import check_evaluation_mode
@@ -27,6 +30,7 @@ from dsconv.names import OPSET, STYLES, Style
 from dsconv.onnx import int8
 from dsconv.onnx.layers import DOMAIN, Floats, Functions, Integers, StandIn
 from dsconv.ops import arguments_of
+from dsconv.structures import Way, paths_in
 
 _OLDEST = {"qdq": OPSET, "function": OPSET, "int8": 18, "float": 18}
 _LOWERINGS: dict[str, type[Integers]] = {"qdq": Integers, "function": Functions, "int8": Floats, "float": Floats}
@@ -40,11 +44,11 @@ _LARGEST_BYTES = (1 << 31) - 1
 
 def export_onnx(
     qmodel: nn.Module,
-    example_input: Tensor,
+    example_input: Any,
     path: str | os.PathLike[str],
     style: Style = "qdq",
     *,
-    images: Tensor | None = None,
+    images: Batch | None = None,
     full_range: bool = False,
     opset: int = OPSET,
     progress: bool = False,
@@ -64,12 +68,16 @@ def export_onnx(
     =============  =============================================  ==================================================
 
     See docs/onnx.md for which runtime does what with them. Input ``x`` and output ``y`` have any batch size and the
-    image size of the example. The file's metadata tell style, bits, block sizes and conventions.
+    image size of the example. Several inputs have the names of the parameters of the model's ``forward``, with the way
+    to a tensor within them, as ``image`` or ``extra_mask``; several outputs are named by the keys of a dictionary or
+    the fields of a dataclass, and those of a tuple ``y_0``, ``y_1``. The file's metadata tell style, bits, block sizes
+    and conventions.
 
     Args:
-        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, float32, with one input and one
-            output. Of a compiled model its ``model`` is written.
-        example_input: ``(N, ...)``; only its shape and dtype count.
+        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, float32. Of a compiled model its
+            ``model`` is written.
+        example_input: ``(N, ...)``, or other arguments, as :func:`dsconv.compile` takes them; only shapes and dtypes of
+            tensors count.
         path: of the file, usually ``*.onnx``, in an existing folder.
         style: see above.
         images: for ``int8``, float32 inputs ``(N, ...)`` from which the ranges of activations are taken; labels are not
@@ -103,21 +111,22 @@ def export_onnx(
     if isinstance(qmodel, CompiledModel):
         qmodel = qmodel.model
     path = as_path(path)
-    _check(qmodel, example_input, style, images, full_range, opset)
+    inputs = as_inputs(example_input)
+    _check(qmodel, inputs, style, images, full_range, opset)
     facts = _facts(qmodel, style)
     with replacing(path) as beside:
         if style == "int8":
             facts["dsconv.ranges"] = "noise and BatchNorm" if images is None else f"{len(images)} images"
             facts["dsconv.full_range"] = str(full_range).lower()
-            _write_int8(qmodel, example_input, beside, images, full_range, opset, progress)
+            _write_int8(qmodel, inputs, beside, images, full_range, opset, progress)
             model = import_extra("onnx", "onnx").load(beside)
         else:
-            model = _exported(qmodel, example_input, style, opset)
+            model = _exported(qmodel, inputs, style, opset)
         _write(model, beside, facts)
     return path
 
 
-def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, full_range: bool, opset: int) -> None:
+def _check(qmodel: nn.Module, inputs: Inputs, style: str, images: Batch | None, full_range: bool, opset: int) -> None:
     check_choice("style", style, STYLES)
     for module in ("onnx", "onnxscript", *["onnxruntime"] * (style == "int8")):
         import_extra("onnx", module)
@@ -126,29 +135,32 @@ def _check(qmodel: nn.Module, x: Tensor, style: str, images: Tensor | None, full
     oldest, newest = _OLDEST[style], import_extra("onnx", "onnx").defs.onnx_opset_version()
     if not oldest <= opset <= newest:
         raise ConfigError(f"opset: expected {oldest} to {newest} for style {style!r}, got {opset}")
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ConfigError(f"example_input: expected a tensor (N, ...) of at least 2 dimensions, got {got}")
+    if inputs.of_images:
+        raise ConfigError(
+            f"example_input: expected tensors (N, ...), got a list of images, {inputs}, and an ONNX file has a fixed "
+            "number of inputs: export the part of the model that takes a batch"
+        )
     kind = type(qmodel).__name__
     quantized_layers(qmodel)
     check_evaluation_mode(qmodel, "the export")
     half = [name for name, value in qmodel.named_parameters() if value.dtype != torch.float32 and value.numel()]
-    if half or x.dtype != torch.float32:
+    if half or any(x.is_floating_point() and x.dtype != torch.float32 for x in inputs.tensors):
         what = f"parameter {half[0]!r}" if half else "the example_input"
         raise ModelError(f"model {kind}: {what} is not float32: call float() on model and input before the export")
     if images is not None and style != "int8":
         raise ConfigError(f"images: ranges of activations are taken from them for style 'int8' alone, got {style!r}")
-    if images is not None and not isinstance(images, Tensor):
-        raise ConfigError(f"images: expected a tensor of them or None, got {type(images).__name__}")
+    if images is not None and not isinstance(images, Tensor | Inputs):
+        raise ConfigError(f"images: expected a tensor, dsconv.Inputs or None, got {type(images).__name__}")
     if not isinstance(full_range, bool):
         raise ConfigError(f"full_range: expected True or False, got {full_range!r}")
     if full_range and style != "int8":
         raise ConfigError(f"full_range: weights are rounded to int8 for style 'int8' alone, got style {style!r}")
-    if images is not None and (not len(images) or images.shape[1:] != x.shape[1:] or images.dtype != x.dtype):
-        raise ConfigError(
-            f"images: expected at least one of the shape of the example_input {tuple(x.shape[1:])} in float32, "
-            f"got {images.dtype} {tuple(images.shape)}"
-        )
+    if images is not None and (not len(images) or _kinds(as_inputs(images)) != _kinds(inputs)):
+        raise ConfigError(f"images: expected at least one of the shape of the example_input, {inputs}, got {images!r}")
+
+
+def _kinds(inputs: Inputs) -> list[Any]:
+    return [(x.shape[batched:], x.dtype) for x, batched in zip(inputs.tensors, inputs.batched, strict=True)]
 
 
 def _facts(qmodel: nn.Module, style: str) -> dict[str, str]:
@@ -168,13 +180,13 @@ def _facts(qmodel: nn.Module, style: str) -> dict[str, str]:
 
 
 def _write_int8(
-    qmodel: nn.Module, x: Tensor, path: Path, images: Tensor | None, full_range: bool, opset: int, progress: bool
+    qmodel: nn.Module, inputs: Inputs, path: Path, images: Batch | None, full_range: bool, opset: int, progress: bool
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def in_float(name: str, model: nn.Module) -> Path:
             file = Path(folder, f"{name}.onnx")
-            _write(_exported(model, x, "float", opset), file, {})
+            _write(_exported(model, inputs, "float", opset), file, {})
             return file
 
         like = None
@@ -192,18 +204,21 @@ def _write_int8(
                     "which need no labels, or state the preparation (dsconv.zoo.set_preprocess)",
                     stacklevel=3,
                 )
-            images = noise(preprocess, x.shape[1:])
+            if len(inputs.tensors) > 1:
+                raise ModelError(f"images: expected some for style 'int8' and a model of several inputs, {inputs}")
+            images = noise(preprocess, inputs.tensors[0].shape[1:])
             like = in_float("like", normalized(qmodel, images))
         options: dict[str, Any] = {"full_range": full_range, "progress": progress}
         int8.quantize(in_float("network", qmodel), path, images, like=like, **options)
 
 
-def _exported(qmodel: nn.Module, x: Tensor, style: str, opset: int) -> Any:
+def _exported(qmodel: nn.Module, inputs: Inputs, style: str, opset: int) -> Any:
     """The network as an ``onnx.ModelProto``."""
-    model = _captured(qmodel, x, opset)
+    model, outputs = _captured(qmodel, inputs, opset)
     _lower(model, _LOWERINGS[style](quantized_layers(qmodel)))
     _simplify_pools(model.graph)
     model.metadata_props.clear()
+    model.metadata_props["dsconv.outputs"] = json.dumps(outputs)
     model.graph.metadata_props.clear()
     for node in model.graph:
         node.metadata_props.clear()
@@ -215,8 +230,10 @@ def _exported(qmodel: nn.Module, x: Tensor, style: str, opset: int) -> Any:
     return proto
 
 
-def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
-    """The network as an ``onnx_ir.Model`` in which a node of its name stands for each layer."""
+def _captured(qmodel: nn.Module, inputs: Inputs, opset: int) -> tuple[Any, list[Way]]:
+    """The network as an ``onnx_ir.Model`` in which a node of its name stands for each layer; and the way to each output
+    in what the network returns.
+    """
     stand_ins: dict[nn.Module, nn.Module] = {
         layer: StandIn(name, layer) for name, layer in quantized_layers(qmodel).items()
     }
@@ -226,33 +243,47 @@ def _captured(qmodel: nn.Module, x: Tensor, opset: int) -> Any:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             # PyTorch's exporter would drop what a branch on the batch size asks for.
-            captured = exported(model, x)
-            _check_divisors(captured.graph)
+            captured = exported(model, inputs)
+            _check_divisors(captured.program.graph)
+            outputs = [way for way, _ in paths_in(captured.output, RETURNED)]
+            names = input_names(inputs, qmodel)
             program = torch.onnx.export(
-                captured,
+                captured.program,
                 dynamo=True,
-                input_names=["x"],
-                output_names=["y"],
+                input_names=names,
+                output_names=[_output_name(way, names) for way in outputs],
                 opset_version=opset,
                 verbose=False,
             )
+    except ModelError:
+        raise
     except Exception as error:
         if needs_one_batch(error):
             raise ModelError(_ONE_BATCH.format(kind)) from error
-        if unknown := unknown_output(error):
-            raise ModelError(unknown) from error
-        raise ModelError(
-            f"the model cannot be exported for an input of {tuple(x.shape)}{reason(_cause(error))}"
-        ) from error
+        shapes = " and ".join(str(tuple(x.shape)) for x in inputs.tensors)
+        raise ModelError(f"the model cannot be exported for an input of {shapes}{reason(_cause(error))}") from error
     assert program is not None
     graph = program.model.graph
-    if len(graph.outputs) != 1:
-        raise ModelError(f"model {kind}: expected one output, it has {len(graph.outputs)}")
-    shapes = [value.shape for value in (*graph.inputs, *graph.outputs)]
-    if any(shape is None or isinstance(shape[0], int) for shape in shapes):
+    ends = [graph.inputs[inputs.batched.index(True)], *graph.outputs]
+    # Of several outputs some may be of no batch.
+    of_one = [not value.shape or isinstance(value.shape[0], int) for value in ends]
+    if of_one[0] or all(of_one[1:]):
         raise ModelError(_ONE_BATCH.format(kind))
-    _name_batch(graph)
-    return program.model
+    _name_batch(graph, inputs.batched.index(True))
+    for value in list(graph.initializers.values()):
+        value.name = str(value.name).removeprefix("model.")
+    return program.model, outputs
+
+
+def input_names(inputs: Inputs, model: nn.Module) -> list[str]:
+    """Return the names of the tensors of ``inputs`` in a file: ``x`` of one alone."""
+    return ["x"] if len(inputs.tensors) == 1 else list(inputs.named(model))
+
+
+def _output_name(way: Way, taken: Sequence[str]) -> str:
+    parts = way if way and isinstance(way[0], str) else ("y", *way)
+    name = "_".join(map(str, parts))
+    return f"{name}_out" if name in taken else name
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -274,10 +305,10 @@ def _check_divisors(graph: torch.fx.Graph) -> None:
                 )
 
 
-def _name_batch(graph: Any) -> None:
+def _name_batch(graph: Any, batched: int) -> None:
     """Call the batch size ``batch`` in all shapes: a program that is exported keeps PyTorch's symbol for it alone."""
     ir = import_extra("onnx", "onnx_ir")
-    symbol = re.compile(rf"\b{re.escape(graph.inputs[0].shape[0].value)}\b")
+    symbol = re.compile(rf"\b{re.escape(graph.inputs[batched].shape[0].value)}\b")
     for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
         if value.shape is not None:
             sizes = [size if isinstance(size, int) else symbol.sub("batch", str(size.value)) for size in value.shape]
@@ -320,7 +351,8 @@ def _simplify_pools(graph: Any) -> None:
 def _write(model: Any, path: Path, facts: dict[str, str]) -> None:
     onnx = import_extra("onnx", "onnx")
     model.producer_name, model.producer_version = "dsconv", metadata.version("dsconv")
-    onnx.helper.set_model_props(model, facts)
+    said = {entry.key: entry.value for entry in model.metadata_props if entry.key.startswith("dsconv.")}
+    onnx.helper.set_model_props(model, said | facts)
     if model.ByteSize() > _LARGEST_BYTES:
         raise ModelError(f"{path}: an ONNX file holds 2 GB at most, this has {model.ByteSize():,} bytes")
     onnx.checker.check_model(model, full_check=True)

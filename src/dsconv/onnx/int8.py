@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsconv.data.inputs import Batch, in_batches, tensors_of
 from dsconv.errors import import_extra
 from dsconv.progress import Advance, progress_bar
 
@@ -27,7 +28,7 @@ _OUTPUT_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 def quantize(
     network: Path,
     path: Path,
-    images: Tensor,
+    images: Batch,
     *,
     like: Path | None = None,
     operators: Sequence[str] | None = None,
@@ -39,9 +40,9 @@ def quantize(
     Both stand between QuantizeLinear and DequantizeLinear, which a runtime takes into its layers.
 
     Args:
-        network: the float file, with one input ``x``.
+        network: the float file.
         path: of the file to write.
-        images: inputs ``(N, ...)`` that are run, one by one, to find the ranges of activations.
+        images: inputs that are run, one by one, to find the ranges of activations.
         like: file of a network with the same tensors, to run on noise in the place of ``network`` on images.
         operators: types of the nodes to quantize; None: all that ONNX Runtime can.
         full_range: let weights take all of int8. Otherwise their scales are such that no two products of a filter's
@@ -54,14 +55,16 @@ def quantize(
     quantization = import_extra("onnx", "onnxruntime.quantization")
     bar = progress_bar(progress, "ranges for int8", len(images), "img")
     with tempfile.TemporaryDirectory() as folder, _quiet(), bar as advance:
-        overrides = {} if like is None else _ranges(_prepared(like, folder), _OneByOne(images, advance), folder)
+        onnx = import_extra("onnx", "onnx")
+        names = [given.name for given in onnx.load(network, load_external_data=False).graph.input]
+        overrides = {} if like is None else _ranges(_prepared(like, folder), _OneByOne(names, images, advance), folder)
         prepared = _prepared(network, folder)
         if not full_range:
             overrides |= _weight_scales(prepared)
         quantization.quantize_static(
             prepared,
             path,
-            _OneByOne(images, advance) if like is None else _OneByOne(images[:1]),
+            _OneByOne(names, images, advance) if like is None else _OneByOne(names, images[:1]),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=operators,
             per_channel=True,
@@ -71,11 +74,17 @@ def quantize(
         )
 
 
-class _OneByOne:
-    """Images as ``onnxruntime.quantization`` asks for them."""
+def feed(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """Return what ONNX Runtime takes for inputs of these ``names``."""
+    return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
 
-    def __init__(self, images: Tensor, advance: Advance | None = None):
-        self.rest, self.advance, self.given = iter(images.numpy()), advance, False
+
+class _OneByOne:
+    """Images as ``onnxruntime.quantization`` asks for them, by the ``names`` of their tensors."""
+
+    def __init__(self, names: Sequence[str], images: Batch, advance: Advance | None = None):
+        self.names, self.advance, self.given = list(names), advance, False
+        self.rest: Iterator[Batch] = iter(in_batches(images, 1))
 
     def get_next(self) -> dict[str, Any] | None:
         # That it is asked for the next one tells that it is done with the last one.
@@ -83,7 +92,7 @@ class _OneByOne:
             self.advance(1)
         image = next(self.rest, None)
         self.given = image is not None
-        return None if image is None else {"x": image[None]}
+        return None if image is None else feed(self.names, tensors_of(image))
 
 
 def _prepared(network: Path, folder: str) -> Path:

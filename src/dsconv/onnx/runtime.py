@@ -2,16 +2,22 @@
 
 import json
 import os
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dsconv.data.preprocess import Preprocess
-from dsconv.errors import import_extra
+from dsconv.errors import ModelError, import_extra
+from dsconv.onnx.int8 import feed
+from dsconv.structures import tensors_in
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX file of one input and one output, run by ONNX Runtime on the CPU with as many threads as PyTorch has.
+    """An ONNX file, run by ONNX Runtime on the CPU with as many threads as PyTorch has.
+
+    It takes the arguments of the model that was exported, and returns what that returns: one tensor, a tuple or a
+    dictionary of tensors; parts of parts by names such as ``boxes.0``.
 
     Attributes:
         preprocess: how its images are prepared, as the file's metadata say, or None where they do not.
@@ -37,13 +43,32 @@ class OnnxNetwork(nn.Module):
         # Otherwise weights in blocks are dequantized anew at every call.
         options.add_session_config_entry("session.disable_quant_qdq", str(int(_in_blocks(path))))
         self.session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-        stated = self.session.get_modelmeta().custom_metadata_map.get("dsconv.preprocess")
-        self.preprocess = None if stated is None else Preprocess(**json.loads(stated))
+        stated = self.session.get_modelmeta().custom_metadata_map
+        self.preprocess = (
+            Preprocess(**json.loads(stated["dsconv.preprocess"])) if "dsconv.preprocess" in stated else None
+        )
+        self._names = [given.name for given in self.session.get_inputs()]
+        ways = [[output.name] for output in self.session.get_outputs()]
+        ways = json.loads(stated.get("dsconv.outputs", json.dumps(ways if len(ways) > 1 else [[]])))
+        self._outputs: list[str | int] = [way[0] if len(way) == 1 else ".".join(map(str, way)) for way in ways]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Output for ``x``, both float32 on the CPU."""
-        (name,) = (given.name for given in self.session.get_inputs())
-        return torch.from_numpy(self.session.run(None, {name: x.numpy()})[0])
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Outputs for tensors on the CPU.
+
+        Raises:
+            ModelError: the file has another number of inputs.
+        """
+        tensors = tensors_in((args, kwargs))
+        if len(tensors) != len(self._names):
+            raise ModelError(
+                f"the file has the inputs {', '.join(self._names)}, but was called on {len(tensors)} tensors"
+            )
+        made = map(torch.from_numpy, self.session.run(None, feed(self._names, tensors)))
+        if self._outputs == [""]:
+            return next(made)
+        if all(isinstance(name, int) for name in self._outputs):
+            return tuple(made)
+        return dict(zip(map(str, self._outputs), made, strict=True))
 
 
 def _in_blocks(path: str | os.PathLike[str]) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsconv.data import Preprocess
+from dsconv.data.inputs import Batch
 
 _SHOWN = 12
 _PIXELS = 160
@@ -48,8 +49,10 @@ class Worst:
         self._seen = 0
         self._kept: list[tuple[float, int, Tensor, int | None, Answer, Answer]] = []
 
-    def add(self, x: Tensor, labels: Tensor | None, f: Tensor, q: Tensor) -> None:
-        """Look at a batch: images, labels, and the logits of both networks."""
+    def add(self, x: Batch, labels: Tensor | None, f: Tensor, q: Tensor) -> None:
+        """Look at a batch: images ``(N, C, H, W)``, others are left out; labels, and the logits of both networks."""
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            return
         log_p, log_q = f.log_softmax(1), q.log_softmax(1)
         kl = (log_p.exp() * (log_p - log_q)).sum(1)
         for i in torch.where(kl.isfinite(), kl, 0).topk(min(_SHOWN, len(kl))).indices.tolist():

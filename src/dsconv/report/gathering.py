@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsconv.benchmarking.profiling import Profile, profile
 from dsconv.benchmarking.results import Bench
@@ -15,6 +15,7 @@ from dsconv.conversion.quantized import check_original, quantized_layers
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess, batches
 from dsconv.data.folder import Batches
+from dsconv.data.inputs import Batch
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import Evaluation, compare, evaluate
 from dsconv.evaluation.metric import Metric
@@ -149,9 +150,8 @@ def gather(
         for trial in trials.trials:
             measured[trial.layer] |= {"kl": trial.kl, "distance": trial.distance}
 
-    if source is not None:
-        input_shape = next((x.shape[1:] for x, _ in source), None)
-    times = _profile(qmodel, input_shape, runs)
+    example = _random(input_shape) if source is None else next((x[:1] for x, _ in source), None)
+    times = _profile(qmodel, example, runs)
     if isinstance(times, str):
         missing["time"] = times
     if not benches:
@@ -210,18 +210,21 @@ def _missing(reference: nn.Module | None, source: Batches | None, info: ModelInf
     return missing
 
 
-def _profile(qmodel: nn.Module, shape: Sequence[int] | None, runs: int) -> Profile | str:
+def _random(shape: Sequence[int] | None) -> Tensor | None:
+    generator = torch.Generator().manual_seed(0)
+    return None if shape is None else torch.randn(1, *shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _profile(qmodel: nn.Module, example: Batch | None, runs: int) -> Profile | str:
     """Times of the steps, or why there are none."""
     if not runs:
         return "Pass `--runs 20` (in Python `runs=20`)."
-    if shape is None:
+    if example is None:
         return (
             "The size of an image is not known: pass `--size` or `--data DIR` (in Python `input_shape=` or `images=`)."
         )
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, *shape, generator=generator, dtype=torch.float32, device="cpu")
     try:
         with evaluation_mode([qmodel]):
-            return profile(compile(qmodel, x), x, runs=runs)
+            return profile(compile(qmodel, example), example, runs=runs)
     except ModelError as error:
         return f"The network cannot be compiled: {error}".replace("`", "'")

@@ -5,7 +5,7 @@ kernels for CPUs add them, so that layers give the same bits. Triton is imported
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -84,7 +84,7 @@ def constant(tensor: Tensor | None) -> Any:
     return tensor
 
 
-def repeated(run: Callable[[Tensor], Any], alone: bool) -> Callable[[Tensor], Any]:
+def repeated(run: Callable[[Sequence[Tensor]], Any], alone: bool) -> Callable[[Sequence[Tensor]], Any]:
     from dsconv.backends.cuda.graphs import Graphs
 
     return Graphs(run, alone)

@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,49 +17,51 @@ _capturing = threading.Lock()
 
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    x: Tensor
+    xs: list[Tensor]
     outputs: list[Any]
     done: torch.cuda.Event
 
 
 class Graphs:
-    """Runs a function of a tensor as often as it is called; its outputs are the caller's own.
+    """Runs a function of tensors as often as it is called; its outputs are the caller's own.
 
     The first call for a size tries tiles and captures a graph, which the next ones replay; the 8 used last are kept.
     What cannot be captured, for PyTorch waits for the GPU in it or memory is short, is run as it is. Calls from several
     threads wait for one another.
     """
 
-    def __init__(self, run: Callable[[Tensor], list[Any]], alone: bool):
+    def __init__(self, run: Callable[[Sequence[Tensor]], list[Any]], alone: bool):
         self._run, self._alone = run, alone
         self._captured: dict[Any, _Captured | None] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, x: Tensor) -> list[Any]:
-        if not x.is_cuda or not len(x) or torch.cuda.is_current_stream_capturing():
-            return self._run(x)
-        key = (x.device, x.shape, x.stride())
-        with self._lock, torch.cuda.device(x.device):
+    def __call__(self, xs: Sequence[Tensor]) -> list[Any]:
+        everywhere = all(x.is_cuda and x.numel() for x in xs)
+        if not everywhere or torch.cuda.is_current_stream_capturing():
+            return self._run(xs)
+        key = tuple((x.device, x.shape, x.stride(), x.dtype) for x in xs)
+        with self._lock, torch.cuda.device(xs[0].device):
             if key not in self._captured:
                 with _capturing:
-                    found = self._capture(x)
+                    found = self._capture(xs)
                 while len(self._captured) >= _KEPT:  # the capture has waited until none of them is replayed any more
                     del self._captured[next(iter(self._captured))]
                 self._captured[key] = found
             found = self._captured[key] = self._captured.pop(key)
             if found is None:
-                return self._run(x)
+                return self._run(xs)
             stream = torch.cuda.current_stream()
             stream.wait_event(found.done)
-            found.x.copy_(x)
+            for held, x in zip(found.xs, xs, strict=True):
+                held.copy_(x)
             found.graph.replay()
             outputs = [y.clone() if isinstance(y, Tensor) else y for y in found.outputs]
             found.done.record(stream)
         return outputs
 
-    def _capture(self, x: Tensor) -> _Captured | None:
+    def _capture(self, xs: Sequence[Tensor]) -> _Captured | None:
         """Return None where that is not possible."""
-        held = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+        held = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in xs]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -78,7 +80,7 @@ class Graphs:
                 outputs = self._run(held)
         except RuntimeError as error:
             warnings.warn(
-                f"a network is not captured as a CUDA graph for {tuple(x.shape)}, and runs step by step, "
+                f"a network is not captured as a CUDA graph for {tuple(xs[0].shape)}, and runs step by step, "
                 f"which takes longer: {str(error).splitlines()[0]}",
                 stacklevel=2,
             )

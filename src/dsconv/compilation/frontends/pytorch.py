@@ -1,19 +1,21 @@
 """The front end of PyTorch's modules: from a model to a graph of functional operators, by :mod:`torch.export`."""
 
-import inspect
 import operator
 import os
-import re
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from dsconv.compilation.frontends.graph import Graph, returned_in, structure_of
 from dsconv.compilation.frontends.state import capturable
-from dsconv.compilation.layouts import in_layout_of
+from dsconv.compilation.layouts import zeros_like
 from dsconv.compilation.operators import functional, operator_of
+from dsconv.data.inputs import Inputs
 from dsconv.errors import ModelError
 from dsconv.ops import simulated_whole
 
@@ -25,48 +27,86 @@ def takes(model: nn.Module) -> bool:
     return isinstance(model, nn.Module)
 
 
-def graph(model: nn.Module, x: Tensor, any_batch: bool) -> fx.GraphModule:
-    """Return the graph of ``model`` for inputs of the size and layout of ``x``, and any batch or that of ``x`` alone.
+def graph(model: nn.Module, inputs: Inputs, any_batch: bool) -> Graph:
+    """Return the graph of ``model`` for sizes and layouts of ``inputs``, and any batch or theirs alone.
 
     Raises:
         ModelError: :mod:`torch.export` cannot capture it.
     """
     try:
         with torch.no_grad(), simulated_whole():
-            program = exported(model, x, any_batch)
-            module = program.module(check_guards=False)
+            captured = exported(model, inputs, any_batch)
+            module = captured.program.module(check_guards=False)
             # PyTorch's own way to functional operators takes three times as long as the capture.
             if not isinstance(module, fx.GraphModule) or not make_functional(module.graph):
-                module = program.run_decompositions({}).module(check_guards=False)
+                module = captured.program.run_decompositions({}).module(check_guards=False)
                 assert isinstance(module, fx.GraphModule)
                 _join_batchnorms(module.graph)
+    except ModelError:
+        raise
     except Exception as error:
-        if unknown := unknown_output(error):
-            raise ModelError(unknown) from error
+        shapes = " and ".join(str(tuple(x.shape)) for x in inputs.tensors)
         raise ModelError(
-            f"the model cannot be captured by torch.export for an input of {tuple(x.shape)}{reason(error)}"
+            f"the model cannot be captured by torch.export for an input of {shapes}{reason(error)}"
         ) from error
     assert isinstance(module, fx.GraphModule)
     for node in module.graph.nodes:
         if node.target is _aten.view.default:  # of a tensor that has another layout than in the trace, it needs a copy
             node.target = _aten.reshape.default
-    return module
+    return Graph(module, captured.structure)
 
 
-def exported(model: nn.Module, x: Tensor, any_batch: bool = True) -> torch.export.ExportedProgram:
-    """Program of ``model`` for inputs of the size and memory layout of ``x``, and any batch or that of ``x`` alone.
+class Exported(NamedTuple):
+    """A program that takes the tensors of a model's arguments one by one and returns a tuple.
+
+    Attributes:
+        program: its names of modules are those of the model.
+        structure: makes the model's output of the tuple.
+        output: of the model, with tensors of the trace.
+    """
+
+    program: torch.export.ExportedProgram
+    structure: Callable[[Sequence[Any]], Any]
+    output: Any
+
+
+def exported(model: nn.Module, inputs: Inputs, any_batch: bool = True) -> Exported:
+    """Program of ``model`` for sizes and memory layouts of ``inputs``, and any batch or theirs alone.
 
     Raises:
         Exception: whatever PyTorch raises; :func:`needs_one_batch` tells some of it from the rest.
     """
     # A batch of one would be taken for a constant.
-    example = in_layout_of(x, 2 if any_batch else len(x))
+    example = zeros_like(inputs, 2 if any_batch else len(inputs))
     batch = {0: torch.export.Dim("batch", min=1, max=1 << 16)} if any_batch else None
-    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
-    # ``forward(*args)`` has its inputs as one tuple.
-    shapes: tuple[Any, ...] = ((batch,),) if first is not None and first.kind is first.VAR_POSITIONAL else (batch,)
-    with torch.no_grad(), capturable(model, tuple(x.shape[1:])) as made:
-        return torch.export.export(made, (example,), dynamic_shapes=shapes, strict=False)
+    shapes = tuple(batch if batched else None for batched in inputs.batched)
+    with torch.no_grad(), capturable(model, inputs) as made:
+        flat = _Flat(made, example)
+        # ``forward(*tensors)`` has its inputs as one tuple.
+        program = torch.export.export(flat, tuple(example.tensors), dynamic_shapes=(shapes,), strict=False)
+    for node in program.graph.nodes:
+        stack = node.meta.get("nn_module_stack", {})
+        for key, (name, *kind) in stack.items():
+            stack[key] = ("" if name == "model" else name.removeprefix("model."), *kind)
+    return Exported(program, structure_of(flat.latest.output), flat.latest.output)
+
+
+class _Flat(nn.Module):
+    """A model as one that takes tensors and returns a tuple, whatever classes its arguments and outputs are of.
+
+    Attributes:
+        latest: holds the output of the latest call, where no capture sets it back.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs):
+        super().__init__()
+        self.model, self.inputs = model, inputs
+        self.latest = SimpleNamespace(output=None)
+
+    def forward(self, *tensors: Tensor) -> tuple[Any, ...]:
+        args, kwargs = self.inputs.arguments(tensors)
+        self.latest.output = self.model(*args, **kwargs)
+        return tuple(returned_in(self.latest.output))
 
 
 def reason(error: BaseException) -> str:
@@ -84,20 +124,6 @@ def reason(error: BaseException) -> str:
 def needs_one_batch(error: BaseException) -> bool:
     """Whether :func:`exported` failed since the model takes the batch size as a number."""
     return "Constraints violated" in str(error) or (isinstance(error, TypeError) and "SymInt" in str(error))
-
-
-def unknown_output(error: BaseException) -> str | None:
-    """Return what to do where :mod:`torch.export` raised ``error`` for the type of a model's output, else None."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if found := re.search(r"<class '([^']+)'> in output", str(cause)):
-            kind = found[1].rpartition(".")[2]
-            return (
-                f"the model returns {kind}, a class that torch.export does not know: if it is a dataclass, call "
-                f"torch.export.register_dataclass({kind}) before; or return tensors, tuples or dictionaries"
-            )
-        cause = cause.__cause__
-    return None
 
 
 def make_functional(graph: fx.Graph) -> bool:

@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dsconv.compilation.layouts import zeros_like
+from dsconv.data.inputs import Inputs, call
 from dsconv.errors import ModelError
 from dsconv.layers import DSLayer
 from dsconv.layers.readonly import writes
@@ -26,8 +28,8 @@ _RANDOM = ("bernoulli", "dropout", "multinomial", "normal", "poisson", "rand")
 
 
 @contextmanager
-def capturable(model: nn.Module, size: tuple[int, ...]) -> Iterator[nn.Module]:
-    """Yield a copy of ``model`` that :func:`torch.export.export` captures for images of ``size`` and any batch.
+def capturable(model: nn.Module, inputs: Inputs) -> Iterator[nn.Module]:
+    """Yield a copy of ``model`` that :func:`torch.export.export` captures for the sizes of ``inputs`` and any batch.
 
     - The copy shares parameters and buffers. What its forward sets is restored when forward returns, since a graph has
       no place for it: every capture begins with the state of ``model``.
@@ -38,7 +40,7 @@ def capturable(model: nn.Module, size: tuple[int, ...]) -> Iterator[nn.Module]:
     - Attributes whose first size was the batch size of that run are set to those of an empty batch, so that
       ``if self.shape != x.shape`` holds for every batch.
     """
-    made = _as_after_no_images(model, size)
+    made = _as_after_no_images(model, inputs)
     values = {name: tensor.detach() for name, tensor in _tensors(made)}
     during = ExitStack()
 
@@ -66,13 +68,12 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _as_after_no_images(model: nn.Module, size: tuple[int, ...]) -> nn.Module:
+def _as_after_no_images(model: nn.Module, inputs: Inputs) -> nn.Module:
     made, warm = _copy(model, share=lambda _: True), _copy(model, share=lambda module: isinstance(module, DSLayer))
     before = {name: _seen(module) for name, module in warm.named_modules()}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            device = next((tensor.device for _, tensor in _tensors(warm)), "cpu")
-            warm(torch.zeros((_WARM_BATCH, *size), dtype=torch.float32, device=device))
+            call(warm, zeros_like(inputs, _WARM_BATCH))
     except ModelError:
         raise
     except Exception:

@@ -1,0 +1,209 @@
+"""What a model is called with for a batch: one tensor, or the arguments of a call."""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dsconv.errors import DataError
+from dsconv.structures import mapped, paths_in, tensors_in
+
+
+class _Shown:
+    """Is printed as a text."""
+
+    def __init__(self, text: str):
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+class Inputs:
+    """The arguments of one call of a model, for a batch: on ``Inputs(x, mask=m)`` it is called as ``model(x, mask=m)``.
+
+    Arguments are tensors of any dtype, numbers, strings, None, and lists, tuples, dictionaries and dataclasses of
+    these. The batch size is the first size of the first tensor that has one. Tensors with the same first size have a
+    row for each sample of the batch, the others belong to all samples; where there is but one sample, every tensor
+    whose first size is 1 has its row. If the first argument is a list of tensors ``(C, H, W)``, as torchvision's
+    detectors take it, and the only one with tensors, it is a batch of so many images, which may differ in size.
+
+    Attributes:
+        args, kwargs: the arguments.
+        tensors: all tensors among them, in their order.
+        batched: whether each of these has a row for each sample; no tensor of a list of images has.
+        of_images: whether it is such a list.
+
+    Raises:
+        DataError: there is no tensor with a batch size, or an array of NumPy among the arguments.
+
+    >>> batch = Inputs(torch.zeros(4, 3, 8, 8), {"tokens": torch.ones(4, 5, dtype=torch.int64)}, scale=2.0)
+    >>> len(batch), batch[1:3]
+    (4, Inputs(float32 (2, 3, 8, 8), {'tokens': int64 (2, 5)}, scale=2.0))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.args, self.kwargs = args, kwargs
+        self.tensors = tensors_in((args, kwargs))
+        sizes = [len(x) for x in self.tensors if x.dim()]
+        if not sizes:
+            raise DataError(f"inputs: expected a tensor (N, ...) among the arguments, got none in {self}")
+        if paths_in((args, kwargs), np.ndarray):
+            raise DataError("inputs: expected tensors, got an array of NumPy: pass torch.from_numpy(it)")
+        first = args[0] if args and isinstance(args[0], list) else []
+        self.of_images = len(first) == len(self.tensors) and all(isinstance(x, Tensor) and x.dim() == 3 for x in first)
+        self._count = len(first) if self.of_images else sizes[0]
+        self.batched = [not self.of_images and x.dim() > 0 and len(x) == self._count for x in self.tensors]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, which: slice | Tensor) -> "Inputs":
+        """The samples at ``which``: a slice, or places int64 ``(n,)``, or truth values ``(N,)``."""
+        if self.of_images:
+            places = torch.arange(self._count, dtype=torch.int64, device="cpu")[which].tolist()
+            return Inputs([self.tensors[place] for place in places], *self.args[1:], **self.kwargs)
+        return self._changed(lambda x, batched: x[which] if batched else x)
+
+    def __repr__(self) -> str:
+        text = lambda x: _Shown(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}")  # noqa: E731
+        args, kwargs = mapped(text, (self.args, self.kwargs))
+        return f"Inputs({', '.join([*map(repr, args), *(f'{name}={value!r}' for name, value in kwargs.items())])})"
+
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None = None) -> "Inputs":
+        """The same on a device, floating-point tensors in a dtype."""
+        return self._changed(lambda x, _: x.to(device, dtype if x.is_floating_point() else None))
+
+    def arguments(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``args`` and ``kwargs`` with other ``tensors``."""
+        remaining = iter(tensors)
+        args, kwargs = mapped(lambda _: next(remaining), (self.args, self.kwargs))
+        return args, kwargs
+
+    def filled(self, tensors: Iterable[Tensor]) -> "Inputs":
+        """The same arguments with other ``tensors``, of which the same have a row for each sample."""
+        made, others = object.__new__(Inputs), list(tensors)
+        made.args, made.kwargs = self.arguments(others)
+        made.tensors, made.batched, made.of_images = others, self.batched, self.of_images
+        made._count = self._count if self.of_images else len(others[self.batched.index(True)])
+        return made
+
+    def structure(self) -> str:
+        """All but the tensors, in a text; the same for arguments of which a call differs in its tensors alone."""
+        return repr(mapped(lambda _: None, (self.args, self.kwargs)))
+
+    def named(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors by name: the parameter of ``model.forward``, and the way to a tensor within it.
+
+        >>> class Model(nn.Module):
+        ...     def forward(self, image, extra): ...
+        >>> list(Inputs(torch.zeros(1, 3), {"mask": torch.zeros(1, 2)}).named(Model()))
+        ['image', 'extra_mask']
+        """
+        parameters = list(inspect.signature(model.forward).parameters.values())
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "x")
+        names += [f"{rest}_{place}" for place in range(len(self.args) - len(names))]
+        arguments = [*zip(names, self.args, strict=False), *self.kwargs.items()]
+        return {"_".join([name, *map(str, way)]): x for name, value in arguments for way, x in paths_in(value)}
+
+    def _changed(self, change: Callable[[Tensor, bool], Tensor]) -> "Inputs":
+        return self.filled(change(x, batched) for x, batched in zip(self.tensors, self.batched, strict=True))
+
+
+Batch: TypeAlias = Tensor | Inputs
+"""A tensor ``(N, ...)``, or the arguments of a call; both know ``len``, ``[...]`` and ``to``."""
+
+AnyBatch = TypeVar("AnyBatch", Tensor, Inputs, Batch)
+
+
+def as_inputs(example: Any) -> Inputs:
+    """Return an example of what a model is called with: a tuple holds all arguments, anything else is the only one.
+
+    >>> as_inputs((torch.zeros(1, 3), torch.zeros(1, 2)))
+    Inputs(float32 (1, 3), float32 (1, 2))
+    """
+    if isinstance(example, Inputs):
+        return example
+    return Inputs(*example) if type(example) is tuple else Inputs(example)
+
+
+def call(model: Callable[..., Any], x: Batch) -> Any:
+    """Call ``model`` on a batch."""
+    return model(*x.args, **x.kwargs) if isinstance(x, Inputs) else model(x)
+
+
+def in_batches(x: AnyBatch, size: int) -> list[AnyBatch]:
+    """Split a batch into batches of at most ``size`` samples."""
+    return [x[first : first + size] for first in range(0, len(x), size)]
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return several batches as one.
+
+    >>> joined([Inputs(torch.zeros(2, 3)), Inputs(torch.zeros(1, 3))])
+    Inputs(float32 (3, 3))
+    """
+    first = batches[0]
+    if not isinstance(first, Inputs):
+        return torch.cat([x for x in batches if isinstance(x, Tensor)])
+    parts = [x for x in batches if isinstance(x, Inputs)]
+    if not any(first.batched):
+        return Inputs([tensor for part in parts for tensor in part.tensors], *first.args[1:], **first.kwargs)
+    rows = zip(*(part.tensors for part in parts), strict=True)
+    return first.filled(torch.cat(row) if own else row[0] for row, own in zip(rows, first.batched, strict=True))
+
+
+def tensors_of(x: Batch) -> list[Tensor]:
+    """Return the tensors of a batch."""
+    return x.tensors if isinstance(x, Inputs) else [x]
+
+
+def in_float32(x: Batch) -> Batch:
+    """Return a batch with what is floating of it in float32."""
+    if isinstance(x, Inputs):
+        return x.filled(tensor.float() if tensor.is_floating_point() else tensor for tensor in x.tensors)
+    return x.float() if x.is_floating_point() else x
+
+
+def by_sample(x: Batch) -> Tensor:
+    """Return the numbers of each sample as float32 ``(N, numbers)`` on the CPU, of images of several sizes as many as
+    the smallest has.
+
+    >>> by_sample(Inputs(torch.ones(2, 2), torch.zeros(2, dtype=torch.int64)))
+    tensor([[1., 1., 0.],
+            [1., 1., 0.]])
+    """
+    if not isinstance(x, Inputs):
+        return x.float().flatten(1).cpu()
+    if not any(x.batched):
+        fewest = min(image.numel() for image in x.tensors)
+        return torch.stack([image.float().flatten()[:fewest].cpu() for image in x.tensors])
+    rows = [tensor for tensor, batched in zip(x.tensors, x.batched, strict=True) if batched]
+    return torch.cat([tensor.float().reshape(len(x), -1).cpu() for tensor in rows], 1)
+
+
+def shape_of(x: Batch) -> tuple[Any, ...]:
+    """Return what batches have to share to be joined: shapes of a sample and dtypes, and the arguments that are none.
+
+    >>> shape_of(torch.zeros(4, 3, 8, 8))
+    (3, 8, 8)
+    """
+    if not isinstance(x, Inputs):
+        return tuple(x.shape[1:])
+    if not any(x.batched):
+        return ("images",)
+    sizes = [tuple(t.shape[own:]) for t, own in zip(x.tensors, x.batched, strict=True)]
+    return (*sizes, x.structure())
+
+
+def describe(x: Batch) -> str:
+    """Return a batch in words, for messages.
+
+    >>> describe(torch.zeros(2, 3)), describe(Inputs(torch.zeros(2, 3), flag=True))
+    ('images of shape (2, 3), torch.float32, cpu', 'Inputs(float32 (2, 3), flag=True)')
+    """
+    return repr(x) if isinstance(x, Inputs) else f"images of shape {tuple(x.shape)}, {x.dtype}, {x.device}"
