@@ -195,11 +195,12 @@ def _figures(found: Summary, evaluation: Evaluation | None) -> Iterator[tuple[st
     if evaluation is None:
         return
     reference = evaluation.reference if isinstance(evaluation, Comparison) else None
-    for name, attribute in (("top-1", "top1"), ("top-5", "top5")):
+    known = ("top-1 in %", "top1"), ("top-5 in %", "top5"), ("mIoU in %", "miou"), ("PSNR in dB", "psnr_db")
+    for name, attribute in known:
         before, after = getattr(reference, attribute, None), getattr(evaluation, attribute)
         if after is not None:
             yield (
-                f"{name} in %, {evaluation.images:,} images",
+                f"{name}, {evaluation.images:,} images",
                 "" if before is None else f"{before:.2f}",
                 f"{after:.2f}",
             )

@@ -305,6 +305,24 @@ class TestMetric:
         with pytest.raises(ModelError, match=f"metric bad: for the batch of images 2 to 3, {message}"):
             closeness(as_is, noisy, maps(), batch_size=2, metric=bad)
 
+    def test_it_reads_the_boxes_of_images(self) -> None:
+        boxes = [{"boxes": torch.zeros(n, 4)} for n in range(5)]
+
+        def missing(f: Any, q: Any, labels: Any) -> float:
+            return sum(len(one["boxes"]) for one in labels) / len(q)
+
+        x = maps()
+        data = [(x[:2], boxes[:2]), (x[2:], boxes[2:])]
+        assert closeness(as_is, noisy, data, metric=missing).metrics["missing"] == 2
+        assert closeness(lambda x: x.mean((2, 3)), lambda x: noisy(x).mean((2, 3)), data).top1 is None
+
+    def test_that_of_a_network_that_returns_nan_may_be_nan(self) -> None:
+        def error(f: Tensor, q: Tensor, labels: None) -> float:
+            return float((f - q).abs().max())
+
+        found = closeness(as_is, lambda x: x / 0, maps(), metric=error)
+        assert not math.isfinite(found.distance) and found.to_dict()["metrics"] == {"error": None}
+
     def test_it_must_be_callable(self) -> None:
         with pytest.raises(ConfigError, match=r"metric: expected a function .*, got str"):
             closeness(as_is, noisy, maps(), metric="mse")
@@ -396,6 +414,28 @@ def test_layers_are_ranked_calibrated_and_adapted_by_the_same_measure(channels: 
         adapted = dsconv.adapt(qnet, net, x, recipe={"steps": 3, "every": 3, "batch_size": 8, "features": 0.0})
     report = adapted.dsconv_info.adaptation
     assert report.measure == measure and report.best.held_back_kl < report.looks[0].held_back_kl
+
+
+def test_layers_of_a_network_that_returns_whole_numbers_are_ranked_by_a_metric_alone() -> None:
+    class Largest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = small(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).argmax(1)
+
+    net, x = Largest().eval(), photographs(4)
+    assert dsconv.compare(net, dsconv.quantize(net), x).outputs["output"].agreement > 50
+    with pytest.raises(
+        ModelError, match="expected outputs of floats, by which layers are ranked, got none: pass metric="
+    ):
+        dsconv.sensitivity(net, images=x)
+    found = dsconv.sensitivity(net, {"weight_bits": 2}, images=x, metric=lambda f, q, _: (f != q).float().mean((1, 2)))
+    assert max(trial.distance for trial in found.trials) > 0
+    assert all(trial.kl is None and trial.distance == trial.metric for trial in found.trials)
+    with pytest.raises(ModelError, match="expected outputs of floats, by which networks are told apart, got output"):
+        dsconv.calibrate(dsconv.quantize(net), net, photographs())
 
 
 def test_layers_are_ranked_by_a_metric() -> None:

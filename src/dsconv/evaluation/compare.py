@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsconv.conversion.preparation import preprocess_for
 from dsconv.conversion.wrappers import unwrapped
-from dsconv.data.folder import Images, batches
+from dsconv.data.folder import Images, Labels, batches
 from dsconv.data.inputs import Batch
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ModelError
@@ -121,7 +121,7 @@ def compare_each(
     check_metric(metric)
     seen = 0
 
-    def step(x: Batch, labels: Tensor | None) -> tuple[Sums, Kinds, dict[str, _Sums]]:
+    def step(x: Batch, labels: Labels | None) -> tuple[Sums, Kinds, dict[str, _Sums]]:
         nonlocal seen
         count = len(x)
         f_returned, f, f_seconds = timed_outputs("reference", reference, x)
@@ -134,11 +134,16 @@ def compare_each(
             if kinds.task == "classification":
                 _check_logits(f, q, kinds, name)
             if each is not None and kinds.task == "classification":
-                each(x, labels, *(_main_logits(outputs, kinds) for outputs in (f, q)))
+                each(
+                    x,
+                    labels if isinstance(labels, Tensor) else None,
+                    *(_main_logits(outputs, kinds) for outputs in (f, q)),
+                )
+            q_score = score(q, kinds, count, labels, q_seconds, None, data_range)
             found[name] = _Sums(
-                score(q, kinds, count, labels, q_seconds, None, data_range),
+                q_score,
                 {key: closeness(f[key], q[key], kinds.of.get(key), count, data_range) for key in f},
-                {} if metric is None else measured(metric, f_returned, q_returned, labels, count, seen),
+                measured(metric, f_returned, q_returned, labels, count, seen, finite=not q_score["nonfinite"]),
                 take_layer_errors[name](),
             )
         seen += count

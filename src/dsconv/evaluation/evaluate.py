@@ -1,10 +1,10 @@
 """``dsconv.evaluate``: accuracy and speed of one network."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dsconv.conversion.preparation import preprocess_for
-from dsconv.data.folder import Images, batches
+from dsconv.data.folder import Images, Labels, batches
 from dsconv.data.inputs import Batch
 from dsconv.data.preprocess import Preprocess
 from dsconv.evaluation.measures import Teller
@@ -68,7 +68,7 @@ def evaluate(
 
     teller = Teller("model", task, data_range)
 
-    def step(x: Batch, labels: Tensor | None) -> Sums:
+    def step(x: Batch, labels: Labels | None) -> Sums:
         _, outputs, seconds = timed_outputs("model", model, x)
         kinds = teller.kinds(outputs, len(x))
         return score(outputs, kinds, len(x), labels, seconds, source.folder, data_range)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from dsconv.data.folder import Labels
 from dsconv.errors import ConfigError, ModelError, first_line
 from dsconv.evaluation.scores import Sums
 
@@ -37,12 +37,21 @@ def name_of(metric: Metric) -> str:
     return str(getattr(metric, "__name__", type(metric).__name__))
 
 
-def measured(metric: Metric, f: Any, q: Any, labels: Tensor | None, images: int, first: int) -> Sums:
-    """Return the numbers of a batch of ``images``, times these, by name; ``first`` is the number of the first one.
+def measured(
+    metric: Metric | None, f: Any, q: Any, labels: Labels | None, images: int, first: int, *, finite: bool = True
+) -> Sums:
+    """Return the numbers of a batch of ``images``, times these, by name; nothing without a metric.
+
+    Args:
+        metric, f, q, labels: the function and its arguments.
+        first: number of the first image.
+        finite: refuse numbers that are not; those of a network that returned NaN may be NaN.
 
     Raises:
         ModelError: the metric raised an error, or returned something else than numbers.
     """
+    if metric is None:
+        return {}
     where = f"metric {name_of(metric)}: for the batch of images {first} to {first + images - 1}"
     try:
         found = metric(f, q, labels)
@@ -51,10 +60,10 @@ def measured(metric: Metric, f: Any, q: Any, labels: Tensor | None, images: int,
     named = found if isinstance(found, Mapping) else {name_of(metric): found}
     if not named:
         raise ModelError(f"{where}, it returned an empty dictionary: expected a number, or names and numbers")
-    return {str(name): _sum(value, images, str(name), where) for name, value in named.items()}
+    return {str(name): _sum(value, images, str(name), where, finite) for name, value in named.items()}
 
 
-def _sum(value: Any, images: int, name: str, where: str) -> float:
+def _sum(value: Any, images: int, name: str, where: str, finite: bool) -> float:
     expected = f"expected a number, or a tensor of one for each of the {images} images"
     try:
         numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
@@ -63,6 +72,6 @@ def _sum(value: Any, images: int, name: str, where: str) -> float:
     if numbers.numel() != 1 and numbers.shape != (images,):
         raise ModelError(f"{where}, it returned a tensor {tuple(numbers.shape)} as {name}: {expected}")
     total = float(numbers.sum()) if numbers.shape == (images,) else float(numbers) * images
-    if not math.isfinite(total):
+    if finite and not math.isfinite(total):
         raise ModelError(f"{where}, it returned {total} as {name}: expected finite numbers")
     return total

@@ -190,7 +190,7 @@ class Comparison(Evaluation):
             "measure": self.measure,
             "distance": finite_or_none(self.distance),
             "outputs": {name: found.to_dict() for name, found in self.outputs.items()},
-            "metrics": self.metrics,
+            "metrics": {name: finite_or_none(value) for name, value in self.metrics.items()},
             "reference": self.reference._figures(),
             "quantized": self._figures(),
         }

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dsconv.data.folder import Batches
+from dsconv.data.folder import Batches, Labels
 from dsconv.data.inputs import Batch, call, describe
 from dsconv.errors import DataError, ModelError, first_line, usable_device
 from dsconv.evaluation.measures import Output
@@ -36,7 +36,7 @@ class ImagePass:
     def __post_init__(self) -> None:
         check_on_interrupt(self.on_interrupt)
 
-    def over(self, step: Callable[[Batch, Tensor | None], Step]) -> list[Step]:
+    def over(self, step: Callable[[Batch, Labels | None], Step]) -> list[Step]:
         """Return the results of ``step`` for each batch of images and labels.
 
         Raises:

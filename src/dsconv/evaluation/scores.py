@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsconv.data.folder import ImageFolder
+from dsconv.data.folder import ImageFolder, Labels
 from dsconv.errors import DataError
 from dsconv.evaluation.maps import mean_iou, overlaps
 from dsconv.evaluation.measures import Kinds, Output, divergence, is_logits, logits_of, rows
@@ -27,7 +27,7 @@ def score(
     outputs: Mapping[str, Output],
     kinds: Kinds,
     images: int,
-    labels: Tensor | None,
+    labels: Labels | None,
     seconds: float,
     folder: ImageFolder | None,
     data_range: float | None = None,
@@ -47,6 +47,8 @@ def score(
         main = torch.stack(main)
     if not isinstance(main, Tensor):
         return found
+    if not isinstance(labels, Tensor):
+        labels = None
     if kinds.task == "classification":
         logits = logits_of(main, kinds.task).double()
         return found | _right(logits, finite, None if labels is None else labels.cpu(), folder)

@@ -27,6 +27,7 @@ from dsconv.conversion.quantized import check_original
 from dsconv.conversion.statistics import input_moments, normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
+from dsconv.data.folder import Labels
 from dsconv.data.inputs import Batch, by_sample, shape_of
 from dsconv.errors import ConfigError, FileFormatError, ModelError, check_whole
 from dsconv.evaluation import Comparison, compare, evaluate
@@ -308,13 +309,15 @@ def measure(
     if images is None or isinstance(images, str | os.PathLike):
         preprocess = preprocess or preprocess_of(quantized) or preprocess_of(model)
     source = _batches(preprocess, images, limit, batch_size, seed)
-    kept: list[tuple[Batch, Tensor | None]] = [(x, labels if metric is not None else None) for x, labels in source]
+    kept: list[tuple[Batch, Labels | None]] = [(x, labels if metric is not None else None) for x, labels in source]
     source.warn_of_broken(stacklevel=2)
     original = model
     if images is None and with_statistics(model):
         # With its own statistics, noise has the moments behind a BatchNorm that images have.
         model = normalized(model, torch.cat([x for x, _ in kept if isinstance(x, Tensor)]))
     reference = _Recorded(model, [x for x, _ in kept], device, task)
+    if metric is None and not reference.has_distance:
+        raise ModelError("model: expected outputs of floats, by which layers are ranked, got none: pass metric=")
     arguments = {
         "settings": "of a quantized network" if isinstance(config, nn.Module) else config.to_json(),
         "choices": choices,
@@ -448,7 +451,7 @@ class _Recorded(nn.Module):
                 "there is nothing to compare with: check its weights and how the images are prepared"
             )
         kinds = Kinds.told_by(outputs_by_image(outputs[0], len(batches[0])), len(batches[0]), task)
-        self.measure = kinds.measure
+        self.measure, self.has_distance = kinds.measure, bool(kinds.counted)
         self._next = itertools.cycle(outputs).__next__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -534,7 +537,7 @@ def _trial(row: LayerSummary, choice: Choice, found: Comparison, ms: float | Non
         kl=_total(logits, found),
         ms=ms,
         relative_error=_total(others, found),
-        metric=found.distance if found.metrics else None,
+        metric=None if not found.metrics else math.nan if found.nonfinite else found.distance,
     )
 
 
