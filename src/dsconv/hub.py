@@ -195,18 +195,21 @@ def _figures(found: Summary, evaluation: Evaluation | None) -> Iterator[tuple[st
     if evaluation is None:
         return
     reference = evaluation.reference if isinstance(evaluation, Comparison) else None
-    for name, attribute in (("top-1", "top1"), ("top-5", "top5")):
+    known = ("top-1 in %", "top1"), ("top-5 in %", "top5"), ("mIoU in %", "miou"), ("PSNR in dB", "psnr_db")
+    for name, attribute in known:
         before, after = getattr(reference, attribute, None), getattr(evaluation, attribute)
         if after is not None:
             yield (
-                f"{name} in %, {evaluation.images:,} images",
+                f"{name}, {evaluation.images:,} images",
                 "" if before is None else f"{before:.2f}",
                 f"{after:.2f}",
             )
     if isinstance(evaluation, Comparison):
-        yield f"same class in %, {evaluation.images:,} images", "", f"{evaluation.agreement:.2f}"
-        yield "KL divergence of the logits in nats", "", f"{evaluation.kl:.4f}"
-        yield "SQNR of the logits in dB", "", f"{evaluation.logit_sqnr_db:.1f}"
+        of, what = ("pixels of the", "outputs") if evaluation.task != "classification" else ("", "logits")
+        if evaluation.agreement is not None and evaluation.kl is not None:
+            yield f"{of} same class in %, {evaluation.images:,} images".strip(), "", f"{evaluation.agreement:.2f}"
+            yield "KL divergence of the logits in nats", "", f"{evaluation.kl:.4f}"
+        yield f"SQNR of the {what} in dB", "", f"{evaluation.logit_sqnr_db:.1f}"
 
 
 def _settings(layer: LayerSummary) -> tuple[str, str, str]:

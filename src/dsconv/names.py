@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-from dsconv.errors import ModelError, check_choice, check_extra
+from dsconv.errors import ConfigError, ModelError, check_choice, check_extra
 from dsconv.files import as_path
 
 ActivationSign = Literal["adaptive", "extra", "included"]
@@ -26,6 +26,10 @@ OPSET = 21
 PEERS = ("torch", "onnxruntime", "openvino", "mnn")
 """Runtimes that :func:`dsconv.bench` measures beside dsconv."""
 
+Task = Literal["classification", "segmentation", "images", "other"]
+"""Kind of a network's outputs, by which they are measured, see :mod:`dsconv.evaluation.measures`."""
+TASKS: tuple[str, ...] = get_args(Task)
+
 OnInterrupt = Literal["raise", "partial"]
 """Effect of Ctrl-C on a measurement: it raises KeyboardInterrupt, or ends it with the figures so far."""
 
@@ -35,6 +39,13 @@ _LIBRARIES = ("torchvision", "timm", "dsconv")
 def check_on_interrupt(value: str) -> None:
     """Raise ConfigError unless ``value`` is one of :data:`OnInterrupt`."""
     check_choice("on_interrupt", value, get_args(OnInterrupt))
+
+
+def check_task(value: str | None) -> Task | None:
+    """Return ``value``, which is one of :data:`TASKS`, or None; raise ConfigError of any other."""
+    if value is not None:
+        check_choice("task", value, TASKS)
+    return cast(Task | None, value)
 
 
 def is_registered(name: str) -> bool:
@@ -61,6 +72,22 @@ def check_model_name(name: str) -> None:
         )
     elif not (path := Path(base.rpartition(":")[0])).is_file():
         raise FileNotFoundError(f"model {name!r}: there is no file {path}")
+
+
+def check_metric_name(name: str | None) -> None:
+    """Raise what is wrong with the name of a metric, ``path/to/file.py:function``, as its form tells.
+
+    Raises:
+        ConfigError: it has another form.
+        FileNotFoundError: there is no such file.
+    """
+    if name is None:
+        return
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py") or not function:
+        raise ConfigError(f"metric: expected path/to/file.py:function, got {name!r}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"metric {name!r}: there is no file {path}")
 
 
 def check_weights(weights: str | os.PathLike[str]) -> Path | None:

@@ -24,9 +24,11 @@ from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import Comparison, Evaluation
 from dsconv.evaluation.compare import compare_each
+from dsconv.evaluation.measures import is_logits
+from dsconv.evaluation.metric import Metric
 from dsconv.layers.inputs import as_input_of
 from dsconv.modes import check_module, evaluation_mode
-from dsconv.names import OnInterrupt
+from dsconv.names import OnInterrupt, Task
 from dsconv.strict_json import finite_or_none
 from dsconv.tables import as_text
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 FLOAT = "float32"
+_KL = "KL divergence"
 Cost = Literal["bytes", "ms"]
 
 
@@ -59,11 +62,34 @@ class Candidate:
 
     @property
     def accuracy(self) -> float | None:
-        """Top-1 in percent; without labels the agreement with the reference."""
+        """What the front is by, larger is better, as :attr:`measure` names it.
+
+        It is top-1, mean intersection over union or PSNR with labels, and without labels the agreement with the
+        reference, or the SQNR of outputs that are no logits; with a user's metric it is its negative.
+        """
+        value = self._accuracy[1]
+        return None if value is None or math.isnan(value) else value
+
+    @property
+    def measure(self) -> str:
+        """Name of ``accuracy``, with its unit; empty where there is none."""
+        return self._accuracy[0]
+
+    @property
+    def _accuracy(self) -> tuple[str, float | None]:
         found = self.evaluation
-        if found is None or found.top1 is not None:
-            return None if found is None else found.top1
-        return found.agreement if isinstance(found, Comparison) else 100.0
+        if found is None:
+            return "", None
+        if isinstance(found, Comparison) and found.metrics:
+            return f"-{found.measure}", -found.distance
+        for name, title in (("top1", "top-1 in percent"), ("miou", "mIoU in percent"), ("psnr_db", "PSNR in dB")):
+            if getattr(found, name) is not None:
+                return title, getattr(found, name)
+        if not isinstance(found, Comparison):
+            return ("agreement in percent", 100.0) if is_logits(found.task) else ("", None)
+        if found.agreement is not None:
+            return "agreement in percent", found.agreement
+        return "SQNR in dB", found.logit_sqnr_db
 
     @property
     def ms(self) -> float | None:
@@ -72,7 +98,7 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         """One flat row of plain data; what was not measured is None."""
-        measured = ("top1", "top5", "agreement", "kl", "logit_sqnr_db")
+        measured = ("top1", "top5", "miou", "psnr_db", "ssim", "agreement", "kl", "logit_sqnr_db", "distance")
         first, median, third = self.times_ms or (None, None, None)
         return {
             "name": self.name,
@@ -80,6 +106,7 @@ class Candidate:
             "bytes": self.bytes,
             "effective_bits": self.effective_bits,
             **{name: finite_or_none(getattr(self.evaluation, name, None)) for name in measured},
+            "measure": getattr(self.evaluation, "measure", None),
             "first_quartile_ms": first,
             "median_ms": median,
             "third_quartile_ms": third,
@@ -162,9 +189,16 @@ class Tradeoff:
             "bits": lambda c: f"{c.effective_bits:.2f}",
             "top-1 %": lambda c: _text("{:.2f}", getattr(c.evaluation, "top1", None)),
             "top-5 %": lambda c: _text("{:.2f}", getattr(c.evaluation, "top5", None)),
+            "mIoU %": lambda c: _text("{:.2f}", getattr(c.evaluation, "miou", None)),
+            "PSNR dB": lambda c: _text("{:.1f}", getattr(c.evaluation, "psnr_db", None)),
+            "SSIM": lambda c: _text("{:.4f}", getattr(c.evaluation, "ssim", None)),
             "agreement %": lambda c: _text("{:.2f}", getattr(c.evaluation, "agreement", None)),
             "KL": lambda c: _text("{:.4f}", getattr(c.evaluation, "kl", None)),
             "SQNR dB": lambda c: _text("{:.1f}", getattr(c.evaluation, "logit_sqnr_db", None)),
+            **{
+                measure: lambda c: _text("{:.4g}", getattr(c.evaluation, "distance", None))
+                for measure in {str(getattr(c.evaluation, "measure", _KL)) for c in self.candidates} - {_KL}
+            },
             "ms": lambda c: None if c.ms is None else digits(c.ms),
             "quartiles": lambda c: c.times_ms and f"{digits(c.times_ms.first)} .. {digits(c.times_ms.third)}",
             "front": lambda c: ", ".join(name for name, front in fronts.items() if c in front) or None,
@@ -186,8 +220,10 @@ class Tradeoff:
         if self.interrupted:
             yield "Interrupted: the figures cover fewer images or turns, or times are missing."
         if found is not None:
-            measure = "top-1" if found.top1 is not None else "agreement"
+            measure = self.candidates[0].measure.removesuffix(" in percent").removesuffix(" in dB")
             yield f"{found.images:,} images. front: no other is as cheap and as good in {measure}."
+            if found.missing:
+                yield found.missing
             if found.broken:
                 path, reason = found.broken[0]
                 yield f"{len(found.broken)} files could not be read and are not counted; the first, {path}: {reason}"
@@ -211,14 +247,18 @@ def tradeoff(
     device: str | torch.device | None = None,
     progress: bool = False,
     on_interrupt: OnInterrupt = "raise",
+    task: Task | None = None,
+    data_range: float | None = None,
+    metric: Metric | None = None,
 ) -> Tradeoff:
     """Size, accuracy and time of several quantized networks that were made of one float network.
 
     Args:
         networks: the quantized ones by name.
         reference: the float one; without it there is no accuracy.
-        images, preprocess, batch_size, workers, limit, device, progress: as in :func:`dsconv.compare`; all networks
-            see the same images. Without images there is no accuracy. Times are of the CPU.
+        images, preprocess, batch_size, workers, limit, device, progress, task, data_range, metric: as in
+            :func:`dsconv.compare`; all networks see the same images. Without images there is no accuracy. Times are of
+            the CPU.
         time_shape: ``(C, H, W)`` of an image. With it, the networks are compiled and timed on a random one in turns,
             the reference in PyTorch.
         threads: that they are timed on.
@@ -266,6 +306,9 @@ def tradeoff(
             progress=progress,
             on_interrupt=on_interrupt,
             per_layer=False,
+            task=task,
+            data_range=data_range,
+            metric=metric,
         )
         evaluations = {FLOAT: next(iter(compared.values())).reference, **compared}
     interrupted = any(found.interrupted for found in evaluations.values())

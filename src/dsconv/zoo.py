@@ -100,16 +100,16 @@ def _arguments(name: str, query: str) -> dict[str, Any]:
     return arguments
 
 
-def _unknown(library: str, name: str, known: Iterable[str]) -> ModelError:
+def _unknown(library: str, what: str, name: str, known: Iterable[str]) -> ModelError:
     close = difflib.get_close_matches(name, list(known), n=_SHOWN)
     hint = f": did you mean {', '.join(close)}?" if close else ""
-    return ModelError(f"{library} has no model {name!r}{hint}")
+    return ModelError(f"{library} has no {what} {name!r}{hint}")
 
 
 def _torchvision(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
     models = import_extra("zoo", "torchvision").models
     if name not in models.list_models():
-        raise _unknown("torchvision", name, models.list_models())
+        raise _unknown("torchvision", "model", name, models.list_models())
     if name in _AUXILIARY:
         arguments = {"aux_logits": False, **({} if trained else {"init_weights": False}), **arguments}
     if not trained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
@@ -123,7 +123,7 @@ def _torchvision(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[n
 def _timm(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
     timm = import_extra("zoo", "timm")
     if not timm.is_model(name):
-        raise _unknown("timm", name, timm.list_models())
+        raise _unknown("timm", "model", name, timm.list_models())
     if "checkpoint_path" in arguments:
         # timm may unpickle it; and a name can come from a file that is not trusted.
         raise ModelError(f"model {name!r}: checkpoint_path cannot be part of a name: pass the file as weights")
@@ -143,11 +143,16 @@ def _own(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Module
     from dsconv import demo
 
     if name != "digits_resnet":
-        raise _unknown("dsconv", name, ["digits_resnet"])
+        raise _unknown("dsconv", "model", name, ["digits_resnet"])
     return demo.digits_resnet(pretrained=trained, **arguments), demo.PREPROCESS
 
 
-def _from_file(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
+def function_of(what: str, name: str) -> tuple[Any, Callable[..., Any]]:
+    """Import ``path/to/file.py:function``; return the module and the function. ``what`` it is, errors say.
+
+    Raises:
+        ModelError: the file cannot be imported, or has no such function.
+    """
     file, _, factory_name = name.rpartition(":")
     path = Path(file)
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -159,11 +164,17 @@ def _from_file(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, Preproc
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ModelError(f"model {name!r}: {path} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ModelError(f"{what} {name!r}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) or inspect.isclass(value)]
-        raise _unknown(str(path), factory_name, known)
+        raise _unknown(str(path), what, factory_name, known)
+    return module, factory
+
+
+def _from_file(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocess | None]:
+    module, factory = function_of("model", name)
+    factory_name = name.rpartition(":")[2]
     try:
         model = factory(**arguments)
     except Exception as error:

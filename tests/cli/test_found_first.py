@@ -72,6 +72,12 @@ WRONG = {
         EXISTS,
     ),
     "evaluate none.safetensors --data none --mean 1,2": (NO_FILE, NO_DATA, "mean must hold"),
+    "evaluate none.safetensors --data none --mean 1 --task depth --metric none.py:lost": (
+        NO_FILE,
+        "task: expected one of classification, segmentation, images, other, got 'depth'",
+        "there is no file none.py",
+        "--metric compares with --reference",
+    ),
     "evaluate {unstated} --data none": ("name it with --model", NO_DATA, PREPARATION),
     "tradeoff {unstated} none.safetensors --data none --out {there}": (
         "name it with --model",

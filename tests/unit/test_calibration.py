@@ -22,12 +22,12 @@ from torch import nn as tnn
 from torch.nn import functional as F
 
 import dsconv
-from dsconv.adaptation.adapt import divergence
 from dsconv.calibration import CalibratedLayer, Calibration
 from dsconv.calibration.held_back import chance, split
 from dsconv.conversion import model_info
 from dsconv.data import Preprocess
 from dsconv.errors import ConfigError, DataError, FileFormatError, ModelError
+from dsconv.evaluation.measures import divergence
 from dsconv.nn import DSLayer
 from dsconv.numerics.rounding import Rounded
 
@@ -646,7 +646,7 @@ def test_a_network_that_calibration_makes_worse_is_returned_as_it_was(monkeypatc
     held_out = x[split(len(x))[1]]
     with torch.inference_mode():
         f, q = net(held_out).double(), qnet(held_out).double()
-    assert table.before == pytest.approx(float(divergence(f, q, 4.0)), rel=1e-2)
+    assert table.before == pytest.approx(float(divergence(f, q, 4.0).mean()), rel=1e-2)
     assert "Kept is the network as it was given" in str(table) and f"{table.before:.4g} as given" in " ".join(
         str(table).split()
     )
@@ -655,7 +655,7 @@ def test_a_network_that_calibration_makes_worse_is_returned_as_it_was(monkeypatc
 
 
 def test_outputs_that_are_no_logits_are_compared_by_their_relative_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, x = tnn.Sequential(tnn.Conv2d(3, 16, 3), tnn.ReLU(), tnn.Conv2d(16, 4, 3)).eval(), pictures()
+    net, x = tnn.Sequential(tnn.Conv2d(3, 16, 3), tnn.ReLU(), tnn.Conv2d(16, 3, 3)).eval(), pictures()
     qnet = dsconv.quantize(net, "w4a4")
     table = calibration(dsconv.calibrate(qnet, net, x))
     held_out = x[split(len(x))[1]]

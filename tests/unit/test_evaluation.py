@@ -139,15 +139,12 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("output", "message"),
         [
-            ("text", r"must return logits \(N, classes\), got str"),
+            ("text", "expected a tensor, or a container or dataclass of tensors, as output, got str"),
             ((), "got tuple"),
             ({}, "got dict"),
-            (torch.zeros(4), r"must return logits \(2, classes\), got a tensor \(4,\)"),
-            (torch.zeros(3, 8), r"got a tensor \(3, 8\)"),
-            (torch.zeros(2, 8, 5, 5), r"got a tensor \(2, 8, 5, 5\)"),
         ],
     )
-    def test_any_other_output_is_refused(self, output: object, message: str) -> None:
+    def test_an_output_without_tensors_is_refused(self, output: object, message: str) -> None:
         class Odd(nn.Module):
             def forward(self, x: Tensor) -> object:
                 return output

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch import nn as tnn
 
 import dsconv
-from dsconv.calibration.layers import tensors_of
 from dsconv.errors import ModelError
+from dsconv.evaluation.outputs import named_outputs
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -102,13 +102,15 @@ def test_dataclasses_are_compiled(kind: type) -> None:
 def test_an_output_without_tensors_is_named() -> None:
     model = net(Opaque)
     quantized = dsconv.quantize(model, "w8a8")
-    with pytest.raises(ModelError, match=r"must return logits.*got Opaque"):
+    expected = "expected a tensor, or a container or dataclass of tensors, as output, got Opaque"
+    with pytest.raises(ModelError, match=f"reference: {expected}"):
         dsconv.compare(model, quantized, X)
-    with pytest.raises(ModelError, match=r"teacher: expected logits .*got Opaque without a tensor"):
+    with pytest.raises(ModelError, match=f"teacher: {expected}"):
         dsconv.adapt(quantized, model, X, recipe={"steps": 1, "batch_size": 8})
 
 
-def test_tensors_are_found_in_nested_outputs() -> None:
+def test_tensors_are_found_in_nested_outputs_and_named() -> None:
     a, b, c = torch.zeros(3, 1).unbind()
-    found = tensors_of({"x": [First(None, (a,))], "y": Named(b, {"z": c}), "n": 3})
-    assert [t is u for t, u in zip(found, (a, b, c), strict=True)] == [True] * 3
+    found = named_outputs({"x": [First(None, (a,))], "y": Named(b, {"z": c}), "n": 3})
+    assert list(found) == ["x.0.scores.0", "y.features", "y.logits.z"]
+    assert [t is u for t, u in zip(found.values(), (a, b, c), strict=True)] == [True] * 3

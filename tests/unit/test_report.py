@@ -8,6 +8,7 @@ import math
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,6 +185,40 @@ def test_networks_that_agree_have_no_disagreements() -> None:
     nn.init.zeros_(net[0].weight)
     found = gather(dsconv.quantize(net), reference=net, images=x, runs=0)
     assert not found.disagreements and "On none of the images" in page(found)
+
+
+def test_outputs_of_a_network_that_is_no_classifier_have_a_row_each_and_no_gallery() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Conv2d(3, 8, 3)
+            self.classes, self.depth = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 1, 1)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            x = self.body(x).relu()
+            return {"classes": self.classes(x), "depth": self.depth(x)}
+
+    def lost(f: Any, q: Any, labels: None) -> float:
+        return float((f["depth"] - q["depth"]).abs().max())
+
+    x, net = torch.rand(3, 3, 14, 14), Heads().eval()
+    qnet = dsconv.quantize(net, "w4a4")
+    found = gather(qnet, reference=net, images=x, runs=0)
+    text = " ".join(page(found).split())
+    assert found.sensitivity_measure == "KL divergence and relative error" and not found.disagreements
+    trials = dsconv.sensitivity(net, qnet, images=x).trials
+    assert [layer.distance for layer in found.layers] == pytest.approx([trial.distance for trial in trials])
+    for name, output in found.comparison.outputs.items():
+        row = text.partition(f'<tr><th scope="row">{name}')[2].partition("</tr>")[0]
+        assert f"<td>{output.relative_error:.4g}</td>" in row and output.kind in row
+    assert "measured as segmentation, as the shape of its main output, classes, tells" in text
+    assert "Images are shown of classifiers" in text and "top-5" not in text and "Distance alone" in text
+    own = gather(qnet, reference=net, images=x, runs=0, metric=lost, task="other")
+    text = page(own)
+    assert own.sensitivity_measure == "lost" and f"<td>{own.comparison.metrics['lost']:.6g}</td>" in text
+    assert "as a user said" in text and json.loads(json.dumps(own.to_dict()))["sensitivity_measure"] == "lost"
+    alone = gather(qnet, images=x, runs=0)
+    assert "maps of classes (N, H, W)" in page(alone)
 
 
 def test_what_is_missing_is_said() -> None:

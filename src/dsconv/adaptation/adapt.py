@@ -12,13 +12,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dsconv import ops
 from dsconv.adaptation.images import drawn, split
 from dsconv.adaptation.processes import Processes
 from dsconv.adaptation.report import Adaptation, Look, write_csv
-from dsconv.adaptation.student import Student, logits_of, noting_outputs
+from dsconv.adaptation.student import Student, noting_outputs
 from dsconv.calibration.calibrate import check_models
 from dsconv.calibration.images import check_images, prepared_as, read_images
 from dsconv.calibration.layers import Pair, nonfinite_layer, pairs_of, trace
@@ -30,11 +29,14 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess
 from dsconv.data.inputs import Batch, by_sample
 from dsconv.errors import ConfigError, ModelError, check_whole, usable_device
-from dsconv.evaluation.running import ready
+from dsconv.evaluation.measures import Kinds, Output, Teller, distances, powers
+from dsconv.evaluation.outputs import check_same
+from dsconv.evaluation.running import outputs_of, ready
 from dsconv.files import as_path, check_place
 from dsconv.io.state import StateFile
 from dsconv.layers import DSLayer
 from dsconv.layers.inputs import device_of
+from dsconv.names import Task, check_task
 from dsconv.progress import progress_bar
 from dsconv.recipe import Recipe, as_recipe
 
@@ -58,12 +60,14 @@ def adapt(
     device: str | torch.device | None = None,
     autocast: bool = False,
     any_range: bool = False,
+    task: Task | None = None,
     progress: bool = False,
     on_look: Callable[[Look], None] = lambda look: None,
 ) -> nn.Module:
     """A copy of a quantized network that is trained, on unlabelled images, to put out what its float original does.
 
-    Adam minimises the KL divergence of the logits and the errors of all layers' outputs, with gradients that pass
+    Adam minimises the distance of the outputs, which is the KL divergence of logits and the relative error of others
+    (:mod:`dsconv.evaluation.measures`), and the errors of all layers' outputs, with gradients that pass
     straight through the rounding of weights and activations. What is trained are the integers, scales and shifts of
     the quantized layers, and their biases; layers that had no bias are given one. BatchNorm stays in evaluation mode,
     all else as it is. Of the images a part is held back; the state that comes closest to the teacher on these is kept,
@@ -87,6 +91,7 @@ def adapt(
         device: where to train; None is where the networks are.
         autocast: multiply in bfloat16.
         any_range: take images that are far outside the range that the network expects, with a warning.
+        task: kind of the outputs, of which the loss depends, as in :func:`dsconv.evaluate`.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
         on_look: is called with each :class:`Look`.
 
@@ -119,6 +124,7 @@ def adapt(
     names = "student", "teacher"
     student, teacher = unwrapped(student), unwrapped(teacher)
     check_models(student, teacher, names)
+    check_task(task)
     if log is not None:
         check_place(as_path(log, "log"))
     with usable_device(device):
@@ -142,11 +148,12 @@ def adapt(
                 pairs, _ = trace(pairs_of(result, teacher, names), result, teacher, x[:1], names)
                 check_images(x, teacher, result, any_range=any_range)
             pairs = [pair for pair in pairs if pair.outputs]
-            run = _Training(result, teacher, pairs, x, recipe, seed, processes, autocast)
+            run = _Training(result, teacher, pairs, x, recipe, seed, processes, autocast, task)
             settings = {
                 "recipe": recipe.model_dump(mode="json"),
                 "seed": seed,
                 "autocast": autocast,
+                "task": task,
                 "processes": processes.count,
                 "dsconv version": metadata.version("dsconv"),
             }
@@ -172,6 +179,7 @@ class _Training:
         seed: int,
         processes: Processes,
         autocast: bool,
+        task: Task | None,
     ):
         self.model, self.teacher, self.pairs, self.x = model, teacher, pairs, x
         self.recipe, self.seed, self.processes = recipe, seed, processes
@@ -181,26 +189,41 @@ class _Training:
         for pair in pairs:
             add_bias(pair.layer, getattr(pair.original, "weight", None))
             _cast_bias(pair.layer, torch.float32)  # steps are too small for the narrower dtypes
-        self.student = Student(model, pairs, self._variances(), recipe)
+        self.teller = Teller("teacher", task)
+        variances, self.power = self._variances()
+        self.student = Student(model, pairs, variances, recipe)
         self.student.check_start()
         self.optimizer = torch.optim.Adam(self.student.groups(recipe))
         self.looks: list[Look] = []
         self.best: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def _variances(self) -> list[float]:
-        """Of each layer's output in the teacher."""
+    def _variances(self) -> tuple[list[float], dict[str, float]]:
+        """Of each layer's output in the teacher; and the power of those of its own that are no logits, of an image."""
         x, found = self.x[self.ours[:_SEEN]], []
-        with noting_outputs(self.pairs) as outputs:
-            logits_of("teacher", self.teacher, x)
+        with noting_outputs(self.pairs) as noted:
+            outputs, kinds = self._taught(x)
         for pair in self.pairs:
-            variance = float(torch.stack([y.var() for y in outputs[pair.name]]).mean())
+            variance = float(torch.stack([y.var() for y in noted[pair.name]]).mean())
             if not math.isfinite(variance):
                 raise ModelError(f"teacher: {_where_nonfinite(self.teacher, x)}: check its weights and the images")
             found.append(variance or 1.0)
-        # The same in all processes, whose learning rates depend on them.
-        variances = torch.tensor(found, dtype=torch.float32, device="cpu")
-        return cast(list[float], self.processes.mean(variances).tolist())
+        power = powers(outputs, kinds)
+        # The same in all processes, whose learning rates and losses depend on them.
+        both = torch.tensor([*found, *(value / len(x) for value in power.values())], dtype=torch.float32, device="cpu")
+        numbers = cast(list[float], self.processes.mean(both).tolist())
+        return numbers[: len(found)], dict(zip(power, numbers[len(found) :], strict=True))
+
+    def _taught(self, x: Batch) -> tuple[dict[str, Output], Kinds]:
+        """What the teacher returns for ``x``, and the kinds of that."""
+        outputs = outputs_of("teacher", self.teacher, x, torch.float32)
+        return outputs, self.teller.kinds(outputs, len(x))
+
+    def _distances(self, wanted: dict[str, Output], got: dict[str, Output], images: int) -> Tensor:
+        """Of the student from the teacher at each image, ``(N,)``."""
+        check_same(wanted, got, ("the teacher", "the student"))
+        kinds = self.teller.kinds(wanted, images)
+        return distances(wanted, got, images, kinds, self.power, self.recipe.temperature)
 
     def train(self, saved: StateFile, log: Path | None, progress: bool, on_look: Callable[[Look], None]) -> Adaptation:
         """Take the steps that are left, and give the network the best state."""
@@ -212,7 +235,7 @@ class _Training:
             since = step - self.looks[-1].step if self.looks else 0
             loss, kl, features = (value / since if since else None for value in sums.tolist())
             seconds, lr = before + time.perf_counter() - start, recipe.lr * self._decay(max(0, step - 1))
-            self.looks.append(Look(step, seconds, lr, loss, kl, features, self._held_back_kl(held)))
+            self.looks.append(Look(step, seconds, lr, loss, kl, features, self._held_back(held)))
             sums.zero_()
             if self._best_step() == step:
                 self.best = {name: p.detach().clone() for name, p in self.student.trained().items()}
@@ -225,7 +248,7 @@ class _Training:
         first = self.looks[-1].step if self.looks else 0
         bar = progress_bar(progress, "adapt", recipe.steps, "steps", done=first)
         with self.student.training_(), bar as advance:
-            held = self._held_logits()
+            held = self._held_outputs()
             if not self.looks:
                 look(0)
                 if not math.isfinite(self.looks[0].held_back_kl):
@@ -259,7 +282,8 @@ class _Training:
             weight = getattr(pair.original, "weight", None)
             _cast_bias(pair.layer, weight.dtype if isinstance(weight, Tensor) else torch.float32)
         images = len(self.ours), len(self.held)
-        return Adaptation(recipe, *images, self.seed, tuple(self.looks), self._best_step(), stopped)
+        measure = self.teller.measure
+        return Adaptation(recipe, *images, self.seed, tuple(self.looks), self._best_step(), stopped, measure)
 
     def _gradients(self, network: nn.Module, step: int) -> tuple[Tensor, str | None]:
         """Loss, KL and error of the features ``(3,)`` of a step over all processes; and where not finite."""
@@ -270,10 +294,10 @@ class _Training:
         x = self.x[which].to(self.device)
         with self.autocast:
             with torch.no_grad(), noting_outputs(self.pairs if recipe.features else ()) as outputs:
-                wanted = logits_of("teacher", self.teacher, x)
+                wanted, _ = self._taught(x)
             self.student.expect(outputs)
-            logits, features = network(x)
-        kl = divergence(wanted, logits, recipe.temperature)
+            got, features = network(x)
+        kl = self._distances(wanted, got, len(x)).mean()
         loss = kl + recipe.features * features
         self.optimizer.zero_grad()
         loss.backward()
@@ -289,20 +313,20 @@ class _Training:
         return terms, f"the gradient of {bad[-1]!r}" if bad else "the loss"
 
     @torch.no_grad()
-    def _held_logits(self) -> list[tuple[Batch, Tensor]]:
-        """The images held back that this process looks at, and the teacher's logits."""
+    def _held_outputs(self) -> list[tuple[Batch, dict[str, Output]]]:
+        """The images held back that this process looks at, and what the teacher returns for them."""
         mine = self.held[self.processes.rank :: self.processes.count]
         batches = [self.x[which] for which in torch.split(mine, self.recipe.batch_size)]
-        return [(batch, logits_of("teacher", self.teacher, batch)) for batch in batches]
+        return [(batch, self._taught(batch)[0]) for batch in batches]
 
     @torch.no_grad()
-    def _held_back_kl(self, held: list[tuple[Batch, Tensor]]) -> float:
+    def _held_back(self, held: list[tuple[Batch, dict[str, Output]]]) -> float:
         self.student.expect({})
         total = torch.zeros(1, dtype=torch.float64, device="cpu")
         for x, wanted in held:
             with self.autocast:
-                logits, _ = self.student(x)
-            total += float(divergence(wanted, logits, self.recipe.temperature)) * len(x)
+                got, _ = self.student(x)
+            total += float(self._distances(wanted, got, len(x)).sum())
         return float(self.processes.mean(total)) * self.processes.count / len(self.held)
 
     def _decay(self, step: int) -> float:
@@ -368,13 +392,3 @@ def _where_nonfinite(model: nn.Module, x: Batch) -> str:
         return f"NaN or infinities begin in layer {layer!r}"
     largest = float(by_sample(x).abs().max())
     return f"its outputs are too large for float32 to hold their squares, for images with values up to {largest:.3g}"
-
-
-def divergence(f: Tensor, q: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean of ``T^2 KL(softmax(f / T) || softmax(q / T))`` in nats over the rows of the logits ``f`` and ``q``.
-
-    >>> divergence(torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
-    tensor(0.)
-    """
-    log_f, log_q = ((logits / temperature).log_softmax(1) for logits in (f, q))
-    return temperature**2 * F.kl_div(log_q, log_f, reduction="batchmean", log_target=True)

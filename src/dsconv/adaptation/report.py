@@ -23,9 +23,10 @@ class Look:
         seconds: since the start, the time before a resumption included.
         lr: learning rate of the last step.
         loss: mean of what is minimised.
-        kl: of the logits, ``T^2 KL`` in nats at the recipe's temperature T.
+        kl: distance of the outputs, as :attr:`Adaptation.measure` names it: of logits, ``T^2 KL`` in nats at the
+            recipe's temperature T.
         features: mean error of the layers' outputs, as a part of the variance of the teacher's.
-        held_back_kl: the same of the images held back.
+        held_back_kl: the distance at the images held back.
     """
 
     step: int
@@ -48,6 +49,7 @@ class Adaptation:
         looks: at the images held back, in order; the first is before training.
         best_step: the step whose state was kept, 0 where training made nothing better.
         stopped: why it ended.
+        measure: distance of the outputs that is minimised: ``KL divergence``, ``relative error``, or their sum.
     """
 
     recipe: Recipe
@@ -57,6 +59,7 @@ class Adaptation:
     looks: tuple[Look, ...]
     best_step: int
     stopped: str
+    measure: str = "KL divergence"
 
     @property
     def best(self) -> Look:
@@ -71,12 +74,15 @@ class Adaptation:
         from rich import box
         from rich.table import Table
 
+        name = "KL" if self.measure == "KL divergence" else "distance"
         caption = (
             f"Adapted on {self.images} images, seed {self.seed}; {self.held_back} more are held back. "
             f"Kept: step {self.best_step}. Ended: {self.stopped}."
+            + f"\ndistance: {self.measure} of the outputs."
+            * (name != "KL")
         )
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-        for column in ("step", "s", "learning rate", "loss", "KL", "features", "KL held back"):
+        for column in ("step", "s", "learning rate", "loss", name, "features", f"{name} held back"):
             table.add_column(column, justify="right")
         shown = ("{}", "{:.0f}", "{:.2g}", "{:.4f}", "{:.4f}", "{:.2%}", "{:.4f}")
         for look in self.looks:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.adaptation.shadow import LearnedWeight, RecomputedWeight, Shadow
-from dsconv.calibration.layers import Pair, tensors_of
+from dsconv.calibration.layers import Pair
 from dsconv.data.inputs import Batch
 from dsconv.errors import ModelError
-from dsconv.evaluation.running import forward, logits_in
+from dsconv.evaluation.measures import Output
+from dsconv.evaluation.running import outputs_of
+from dsconv.layers.inputs import device_of
 from dsconv.recipe import Recipe
 
 # Of its dequantized weight, a layer may differ so much, squared, from what is recomputed at the start.
@@ -22,7 +24,7 @@ _SLOWER = 0.1
 
 
 class Student(nn.Module):
-    """A quantized network whose layers are trained; its forward gives logits, and the errors of the layers' outputs.
+    """A quantized network whose layers are trained; its forward gives outputs, and the errors of the layers' outputs.
 
     Attributes:
         model: the network, in which the layers of ``pairs`` use the shadows within :meth:`training_`.
@@ -40,7 +42,7 @@ class Student(nn.Module):
         """What the layers should put out at the next forward, by name and call."""
         self._expected = outputs
 
-    def forward(self, x: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Batch) -> tuple[dict[str, Output], Tensor]:
         errors: list[Tensor] = []
         calls: dict[str, int] = defaultdict(int)
 
@@ -54,9 +56,9 @@ class Student(nn.Module):
                 if self.watches and self._expected:
                     look = lambda _, __, y, pair=pair, variance=variance: compare(pair, variance, y)  # noqa: E731
                     hooks.enter_context(pair.layer.register_forward_hook(look))
-            logits = logits_of("student", self.model, x)
-        features = torch.stack(errors).sum() / len(self.pairs) if errors else logits.new_zeros(())
-        return logits, features
+            outputs = outputs_of("student", self.model, x, torch.float32)
+        none = torch.zeros((), dtype=torch.float32, device=device_of(self.model))
+        return outputs, torch.stack(errors).sum() / len(self.pairs) if errors else none
 
     def groups(self, recipe: Recipe) -> list[dict[str, Any]]:
         """Parameters for the optimizer, with their learning rates."""
@@ -129,19 +131,3 @@ def noting_outputs(pairs: Sequence[Pair]) -> Iterator[dict[str, list[Tensor]]]:
             look = lambda _, __, y, name=pair.name: outputs[name].append(y.float().clone())  # noqa: E731
             hooks.enter_context(pair.watched.register_forward_hook(look))
         yield outputs
-
-
-def logits_of(name: str, model: nn.Module, x: Batch) -> Tensor:
-    """Float32 logits ``(N, classes)``: the field ``logits`` or the first tensor that ``model`` returns.
-
-    Raises:
-        ModelError: it returns no tensor.
-    """
-    output = forward(name, model, x)
-    found = tensors_of([logits_in(output), output])
-    if not found:
-        raise ModelError(
-            f"{name}: expected logits (N, classes), got {type(output).__name__} without a tensor: return a tensor, or "
-            "a tuple, dictionary or dataclass of tensors"
-        )
-    return found[0].float().flatten(1)

@@ -28,6 +28,7 @@ from dsconv.errors import ModelError, check_whole
 from dsconv.evaluation.running import ready
 from dsconv.files import as_path
 from dsconv.modes import check_module
+from dsconv.names import Task, check_task
 from dsconv.numerics.rounding import regression_target, regularized, round_to
 from dsconv.progress import progress_bar
 
@@ -53,6 +54,7 @@ def calibrate(
     device: str | torch.device | None = None,
     memory_bytes: int = 4 << 30,
     any_range: bool = False,
+    task: Task | None = None,
     progress: bool = False,
     on_layer: Callable[[CalibratedLayer], None] = lambda layer: None,
 ) -> nn.Module:
@@ -83,6 +85,7 @@ def calibrate(
         memory_bytes: rough bound of what the networks' activations take. Images that are too many for it go through
             the network in several batches, for each layer anew.
         any_range: take images that are far outside the range that the network expects, with a warning.
+        task: kind of the outputs, by which the networks are compared, as in :func:`dsconv.evaluate`.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
         on_layer: is called with what became of a layer as soon as it is done.
 
@@ -111,6 +114,7 @@ def calibrate(
         check_whole(name, value, least)
     qmodel, reference = unwrapped(qmodel), unwrapped(reference)
     check_models(qmodel, reference)
+    check_task(task)
     saved = State(None if state is None else as_path(state, "state"), resume)
     x = read_images(images, preprocess, limit, qmodel, reference, progress=progress)
     with torch.inference_mode(False):
@@ -131,7 +135,7 @@ def calibrate(
         arguments["dsconv version"] = metadata.version("dsconv")
         saved.open({"qmodel": qmodel, "reference": reference}, x, arguments)
         saved.check({pair.name: pair.layer for pair in pairs if pair.reason is None})
-        distance = Distance(reference, in_batches(x[held_back], batch_size))
+        distance = Distance(reference, in_batches(x[held_back], batch_size), task)
         before = distance.of(result)
         pending = [pair for pair in pairs if pair.name not in saved.done and pair.reason is None]
         done = len(pairs) - len(pending)

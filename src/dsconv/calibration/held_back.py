@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dsconv.calibration.layers import tensors_of
 from dsconv.data.inputs import Batch
-from dsconv.evaluation.running import forward, logits_in
-
-Measure = Literal["KL divergence", "relative error"]
+from dsconv.evaluation.measures import Output, Teller, distances, powers
+from dsconv.evaluation.outputs import check_same
+from dsconv.evaluation.running import outputs_of
+from dsconv.evaluation.scores import total_of
+from dsconv.names import Task
 
 TEMPERATURE = 4.0
 """Of the logits, for the divergence: at 1, most images that the reference is sure of would count for nothing."""
@@ -37,22 +37,22 @@ def split(count: int) -> tuple[Tensor, Tensor]:
 
 
 class Distance:
-    """Distance of networks from a reference on some images.
+    """Distance of networks from a reference on some images, see :mod:`dsconv.evaluation.measures`.
 
     Attributes:
-        measure: mean KL divergence ``T^2 KL(softmax(f / T) || softmax(q / T))`` of the logits in nats, T being
-            :data:`TEMPERATURE`, for networks of which :func:`dsconv.evaluate` takes the logits; of others the relative
-            error of the outputs, ``sum (f - q)^2 / sum f^2``.
+        measure: its name; logits are divided by :data:`TEMPERATURE`.
     """
 
-    def __init__(self, reference: nn.Module, batches: Sequence[Batch]):
+    def __init__(self, reference: nn.Module, batches: Sequence[Batch], task: Task | None = None):
         self._batches = batches
-        self._expected = [_outputs(forward("reference", reference, x), len(x)) for x in batches]
-        classifies = all(len(tensors) == 1 and _are_logits(tensors[0]) for tensors in self._expected)
-        self.measure: Measure = "KL divergence" if classifies else "relative error"
-        # Of an image on average.
-        signal = sum(float(f[f.isfinite()].double().square().sum()) for tensors in self._expected for f in tensors)
-        self._signal = signal / sum(map(len, batches)) or 1.0
+        teller = Teller("reference", task)
+        self._expected = [outputs_of("reference", reference, x, torch.float64) for x in batches]
+        for x, outputs in zip(batches, self._expected, strict=True):
+            self._kinds = teller.kinds(outputs, len(x))
+        self.measure = self._kinds.measure
+        images = sum(map(len, batches))
+        sums = total_of(powers(outputs, self._kinds) for outputs in self._expected)
+        self._power = {name: value / images for name, value in sums.items()}
 
     def of(self, qmodel: nn.Module) -> Tensor:
         """Return the distance of ``qmodel`` at each image, float64 ``(N,)``, of which the mean counts.
@@ -62,33 +62,10 @@ class Distance:
         found = torch.cat([self._at(qmodel, *batch) for batch in zip(self._batches, self._expected, strict=True)])
         return torch.where(found < torch.inf, found, torch.inf)
 
-    def _at(self, qmodel: nn.Module, x: Batch, expected: list[Tensor]) -> Tensor:
-        outputs = _outputs(forward("qmodel", qmodel, x), len(x))
-        if self.measure == "KL divergence":
-            f, q = expected[0].double(), outputs[0].double()
-            known = f.isfinite().all(1)
-            log_f, log_q = ((logits / TEMPERATURE).log_softmax(1) for logits in (f, q))
-            divergences = TEMPERATURE**2 * (log_f.exp() * (log_f - log_q)).sum(1)
-            return torch.where(known, divergences, 0.0).cpu()
-        noise = torch.zeros(len(x), dtype=torch.float64, device="cpu")
-        for f, q in zip(expected, outputs, strict=True):
-            f, q = f.double().cpu(), q.double().cpu()
-            error = torch.where(f.isfinite(), (f - q).square(), 0.0)
-            # What is no output of each image counts for all of them alike.
-            noise += error.flatten(1).sum(1) if f.dim() and len(f) == len(x) else error.sum() / len(x)
-        return noise / self._signal
-
-
-def _outputs(output: Any, images: int) -> list[Tensor]:
-    """Return the logits ``(N, classes)`` alone where there are any, else all tensors."""
-    logits = logits_in(output)
-    if isinstance(logits, Tensor) and _are_logits(logits) and len(logits) == images:
-        return [logits.flatten(1)]
-    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
-
-
-def _are_logits(tensor: Tensor) -> bool:
-    return tensor.dim() >= 2 and tensor.shape[1] > 1 and tensor.shape[:2].numel() == tensor.numel()
+    def _at(self, qmodel: nn.Module, x: Batch, expected: dict[str, Output]) -> Tensor:
+        outputs = outputs_of("qmodel", qmodel, x, torch.float64)
+        check_same(expected, outputs, ("the reference", "qmodel"))
+        return distances(expected, outputs, len(x), self._kinds, self._power, TEMPERATURE).cpu()
 
 
 def chance(before: Tensor, after: Tensor) -> float:

@@ -1,14 +1,14 @@
 """The quantized layers of a network beside those of its float original."""
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from dsconv.calibration.collect import count_places
 from dsconv.conversion.convert import plain_layer
@@ -17,6 +17,8 @@ from dsconv.conversion.info import model_info
 from dsconv.data.inputs import Batch
 from dsconv.data.inputs import tensors_of as inputs_in
 from dsconv.errors import ModelError
+from dsconv.evaluation.measures import Kinds, Output, tensors_of
+from dsconv.evaluation.outputs import named_outputs, outputs_by_image
 from dsconv.evaluation.running import forward
 from dsconv.layers import Affine, DSLayer
 from dsconv.layers.kinds import kind_of
@@ -136,13 +138,16 @@ def trace(
     order: dict[str, Pair] = {}
     calls: Counter[str] = Counter()
 
+    def note_sizes(output: Any) -> None:
+        largest.extend(tensor.nbytes for tensor in named_outputs(output).values())
+
     def count(pair: Pair) -> None:
         order.setdefault(pair.name, pair)
         calls[pair.name] += 1
 
     with ExitStack() as hooks:
         for module in reference.modules():
-            look = module.register_forward_hook(lambda _, __, y: largest.extend(t.nbytes for t in tensors_of(y)))
+            look = module.register_forward_hook(lambda _, __, y: note_sizes(y))
             hooks.enter_context(look)
         for pair in pairs:
             note = pair.watched.register_forward_hook(
@@ -151,11 +156,19 @@ def trace(
             hooks.enter_context(note)
             hooks.enter_context(pair.layer.register_forward_hook(lambda _, __, ___, pair=pair: count(pair)))
         f, q = (
-            [tuple(t.shape) for t in tensors_of(forward(name, model, image, Exception))]
+            outputs_by_image(forward(name, model, image, Exception), len(image))
             for name, model in zip(reversed(names), (reference, qmodel), strict=True)
         )
-    if f != q:
-        raise ModelError(f"{names[1]}: for one image it returns tensors of shapes {f}, but {names[0]} {q}")
+    shapes = [[tuple(t.shape) for t in tensors_of(outputs)] for outputs in (f, q)]
+    said = f"{names[1]}: for one image it returns tensors of shapes {shapes[0]}, but {names[0]} {shapes[1]}"
+    if not _alike(f, q, len(image)):
+        raise ModelError(said)
+    if shapes[0] != shapes[1]:
+        warnings.warn(
+            f"{said}: networks are compared by their outputs, and an image whose shapes differ counts as wholly wrong: "
+            "pass the part of the network in front of what decides how many things it finds",
+            stacklevel=3,
+        )
     for pair in pairs:
         if calls[pair.name] != len(pair.outputs):
             counts = f"{calls[pair.name]} times in {names[0]}, {len(pair.outputs)} times in {names[1]}"
@@ -168,17 +181,12 @@ def trace(
     return ordered, max(largest)
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors in what a module returned: a tensor, or containers or dataclasses of them."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += tensors_of([getattr(leaf, field.name) for field in fields(leaf)])
-        elif isinstance(leaf, Mapping):  # of a class that PyTorch does not know
-            found += tensors_of(list(leaf.values()))
-    return found
+def _alike(f: Mapping[str, Output], q: Mapping[str, Output], images: int) -> bool:
+    """Whether two networks return the same shapes; as many axes, where an image decides how much is found."""
+    if list(f) != list(q):
+        return False
+    compared = Tensor.dim if Kinds.told_by(f, images).task == "other" else Tensor.size
+    return [compared(t) for t in tensors_of(f)] == [compared(t) for t in tensors_of(q)]
 
 
 def nonfinite_layer(model: nn.Module, x: Batch) -> str | None:
@@ -186,7 +194,7 @@ def nonfinite_layer(model: nn.Module, x: Batch) -> str | None:
     begun: list[str] = []
 
     def look(name: str, output: Any) -> None:
-        if not begun and not all(bool(t.isfinite().all()) for t in tensors_of(output)):
+        if not begun and not all(bool(t.isfinite().all()) for t in named_outputs(output).values()):
             begun.append(name)
 
     with ExitStack() as hooks:

@@ -40,8 +40,8 @@ class Calibration:
         images: number of images, those held back included.
         seed: of the choice of places in them.
         held_back: images that no layer was fitted to, on which the two networks were compared.
-        measure: by which they were compared: ``KL divergence`` of the logits in nats, at a temperature of 4, or
-            ``relative error`` of outputs that are no logits.
+        measure: by which they were compared: ``KL divergence`` of logits in nats, at a temperature of 4, or
+            ``relative error`` of outputs that are no logits, or ``KL divergence and relative error``, which are added.
         before, after: of the network that was given and of the calibrated one, on the images held back; infinite where
             one computes a NaN.
         chance: standard error of their difference, 0 for one image.

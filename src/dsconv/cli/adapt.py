@@ -12,7 +12,7 @@ from dsconv.cli.mistakes import Mistakes
 from dsconv.cli.networks import begin, load_file, original_of, resumable
 from dsconv.cli.output import print_json, print_table, say
 from dsconv.cli.preparation import preparation_of, read_preparation, say_preparation
-from dsconv.names import check_weights
+from dsconv.names import check_task, check_weights
 from dsconv.recipe import RECIPES, Recipe
 
 _OUT_HELP = "File to write: *.safetensors."
@@ -41,6 +41,7 @@ def adapt(
     device: opt.Device = "cpu",
     autocast: Annotated[bool, typer.Option("--autocast", help=_AUTOCAST_HELP)] = False,
     any_range: opt.AnyRange = False,
+    task: opt.Task = None,
     force: opt.Force = False,
     as_json: opt.Json = False,
     resize: opt.Resize = None,
@@ -67,6 +68,7 @@ def adapt(
     mistakes.check(check_out, force, out=out)
     mistakes.check(check_out, force or resume, log=log)
     state = mistakes.check(state_beside, out, resume, "training")
+    kind = mistakes.check(check_task, task)
     mistakes.end()
 
     begin(threads)
@@ -98,6 +100,7 @@ def adapt(
             device=device,
             autocast=autocast,
             any_range=any_range,
+            task=kind,
             progress=True,
         )
         if not is_first():

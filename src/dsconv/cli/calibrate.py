@@ -22,7 +22,7 @@ from dsconv.cli.mistakes import Mistakes
 from dsconv.cli.networks import begin, build, load_file, original_of, resumable
 from dsconv.cli.output import print_json, print_table, say
 from dsconv.cli.preparation import preparation_of, read_preparation, say_preparation
-from dsconv.names import check_weights
+from dsconv.names import check_task, check_weights
 
 _OUT_HELP = "File to write: *.safetensors."
 _RESUME_HELP = "Continue a calibration that was stopped, from the file beside OUT that it left."
@@ -44,6 +44,7 @@ def calibrate(
     threads: opt.Threads = None,
     device: opt.Device = "cpu",
     any_range: opt.AnyRange = False,
+    task: opt.Task = None,
     force: opt.Force = False,
     as_json: opt.Json = False,
     resize: opt.Resize = None,
@@ -70,6 +71,7 @@ def calibrate(
     mistakes.check(check_data, data)
     mistakes.check(check_out, force, out=out)
     state = mistakes.check(state_beside, out, resume, "calibration")
+    kind = mistakes.check(check_task, task)
     mistakes.end()
 
     begin(threads, device)
@@ -102,6 +104,7 @@ def calibrate(
             device=device,
             memory_bytes=int(memory * 2**30),
             any_range=any_range,
+            task=kind,
             progress=True,
         )
         seconds = time.perf_counter() - start

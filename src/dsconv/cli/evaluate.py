@@ -16,10 +16,10 @@ from dsconv.cli.checks import (
     read_classes,
 )
 from dsconv.cli.mistakes import Mistakes
-from dsconv.cli.networks import begin, build, image_folder, load_file
+from dsconv.cli.networks import begin, build, image_folder, load_file, metric_of
 from dsconv.cli.output import print_json, print_table, say
 from dsconv.cli.preparation import preparation_of, read_preparation, say_preparation
-from dsconv.names import check_weights
+from dsconv.names import check_metric_name, check_task, check_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +38,9 @@ def evaluate(
     threads: opt.Threads = None,
     device: opt.Device = "cpu",
     as_json: opt.Json = False,
+    task: opt.Task = None,
+    data_range: opt.DataRange = None,
+    metric: opt.Metric = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
     mean: opt.Mean = None,
@@ -48,7 +51,7 @@ def evaluate(
 ) -> None:
     """Measure a quantized file, or a float model, on a folder of images.
 
-    With --reference: agreement, KL divergence and SQNR too. Ctrl-C ends it with the figures so far.
+    With --reference: agreement, KL divergence and SQNR too, of each output. Ctrl-C ends it with the figures so far.
     """
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), file_or_model, model, reference)
@@ -59,6 +62,9 @@ def evaluate(
     mistakes.check(check_weights, weights)
     mistakes.check(check_data, data)
     names = mistakes.check(read_classes, classes)
+    kind = mistakes.check(check_task, task)
+    mistakes.check(check_metric_name, metric)
+    mistakes.usage(metric is not None and reference is None, "--metric compares with --reference: name that, too.")
     mistakes.end()
 
     begin(threads, device)
@@ -74,6 +80,8 @@ def evaluate(
     say_preparation(preprocess, data)
     images = image_folder(data, preprocess, names)
     options: dict[str, Any] = {
+        "task": kind,
+        "data_range": data_range,
         "limit": limit,
         "batch_size": batch_size,
         "workers": workers,
@@ -83,7 +91,7 @@ def evaluate(
     }
     result: Any
     if original is not None:
-        result = dsconv.compare(original, network, images, **options)
+        result = dsconv.compare(original, network, images, metric=metric_of(metric), **options)
     else:
         result = dsconv.evaluate(network, images, **options)
     # What executes a layer depends on where it is.

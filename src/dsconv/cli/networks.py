@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dsconv.data import ImageFolder
+    from dsconv.evaluation.metric import Metric
 
 
 def begin(threads: int | None = None, device: str = "cpu") -> None:
@@ -52,6 +53,13 @@ def build(name: str, weights: str) -> "nn.Module":
 
     say(f"building {name} with weights {weights}")
     return zoo.build(name, weights=weights)
+
+
+def metric_of(name: str | None) -> "Metric | None":
+    """Return the function of ``--metric``."""
+    from dsconv import zoo
+
+    return None if name is None else zoo.function_of("metric", name)[1]
 
 
 def original_of(qmodel: "nn.Module", file: str) -> str:

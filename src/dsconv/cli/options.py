@@ -8,6 +8,7 @@ import typer
 
 from dsconv.config import PRESETS
 from dsconv.cpu import cores
+from dsconv.names import TASKS
 
 MODEL_HELP = (
     "torchvision/NAME, timm/NAME, dsconv/digits_resnet or path/to/file.py:factory; "
@@ -71,6 +72,34 @@ Threads = Annotated[
 ]
 Device = Annotated[
     str, typer.Option(metavar="NAME", help="Where networks run, as PyTorch names it: cpu, cuda, cuda:1.")
+]
+_MEASURES = "Measures of outputs"
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(TASKS),
+        show_default="told by the shape of the main output",
+        rich_help_panel=_MEASURES,
+        help="Kind of the outputs: logits of an image, logits of each pixel, images, or others.",
+    ),
+]
+DataRange = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        show_default="that of each image",
+        rich_help_panel=_MEASURES,
+        help="Of images that a network makes: their largest value less their least, for PSNR and SSIM.",
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        metavar="path/to/file.py:function",
+        rich_help_panel=_MEASURES,
+        help="A distance of your own, of the outputs of the float network, those of the quantized one, and labels; "
+        "smaller is better.",
+    ),
 ]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw a picture as well: *.png, *.svg, *.pdf.")]
 

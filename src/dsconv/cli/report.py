@@ -9,11 +9,11 @@ import typer
 from dsconv.cli import options as opt
 from dsconv.cli.checks import check_data, check_extras, check_file, check_out, check_own_weights, read_classes
 from dsconv.cli.mistakes import Mistakes
-from dsconv.cli.networks import begin, build, image_folder, load_file
+from dsconv.cli.networks import begin, build, image_folder, load_file, metric_of
 from dsconv.cli.output import print_json, say
 from dsconv.cli.preparation import image_shape, preparation_of, read_preparation, read_size, say_preparation
 from dsconv.errors import DataError, FileFormatError
-from dsconv.names import check_weights
+from dsconv.names import check_metric_name, check_task, check_weights
 
 _SENSITIVITY_HELP = "Quantize each layer alone on this many images; 0: do not."
 
@@ -38,6 +38,9 @@ def report(
     size: opt.Size = None,
     force: opt.Force = False,
     as_json: opt.Json = False,
+    task: opt.Task = None,
+    data_range: opt.DataRange = None,
+    metric: opt.Metric = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
     mean: opt.Mean = None,
@@ -63,6 +66,12 @@ def report(
     mistakes.check(_check_bench, bench)
     mistakes.check(check_out, force, out=out)
     mistakes.check(check_extras, "report", "jinja2")
+    mistakes.usage(
+        metric is not None and (data is None or reference is None),
+        "--metric compares with --reference on --data: name both.",
+    )
+    kind = mistakes.check(check_task, task)
+    mistakes.check(check_metric_name, metric)
     mistakes.end()
 
     begin(threads)
@@ -98,6 +107,9 @@ def report(
         input_shape=input_shape,
         runs=runs,
         benches=benches,
+        task=kind,
+        data_range=data_range,
+        metric=metric_of(metric),
         progress=True,
     )
     for broken in found.accuracy.broken if found.accuracy else ():

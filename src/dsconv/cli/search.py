@@ -9,11 +9,11 @@ import dsconv
 from dsconv.cli import options as opt
 from dsconv.cli.checks import check_data, check_extras, check_out, check_plot, read_config, state_beside
 from dsconv.cli.mistakes import Mistakes
-from dsconv.cli.networks import begin, build, resumable
+from dsconv.cli.networks import begin, build, metric_of, resumable
 from dsconv.cli.output import print_json, print_table
 from dsconv.cli.preparation import preparation_of, read_preparation, say_preparation
 from dsconv.files import replacing
-from dsconv.names import check_model_name, check_weights
+from dsconv.names import check_metric_name, check_model_name, check_task, check_weights
 
 _LIMITS = "The budget: one of these, or several that all hold"
 _RESUME_HELP = "Continue a search that was stopped, from the file beside OUT that it left; the budget may be another."
@@ -51,6 +51,8 @@ def search(
     plot: opt.Plot = None,
     force: opt.Force = False,
     as_json: opt.Json = False,
+    task: opt.Task = None,
+    metric: opt.Metric = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
     mean: opt.Mean = None,
@@ -76,6 +78,8 @@ def search(
     mistakes.check(check_plot, plot)
     state = mistakes.check(state_beside, out, resume, "search")
     mistakes.check(check_extras, "search", "highspy")
+    kind = mistakes.check(check_task, task)
+    mistakes.check(check_metric_name, metric)
     mistakes.end()
 
     begin(threads, device)
@@ -95,6 +99,8 @@ def search(
             batch_size=batch_size,
             seed=seed,
             device=device,
+            task=kind,
+            metric=metric_of(metric),
             state=state,
             resume=resume,
             progress=True,
@@ -103,8 +109,9 @@ def search(
             beside.write_text(found.config.to_json() + "\n", "utf-8")
     state.unlink(missing_ok=True)
     if plot is not None:
-        curve = [(point.effective_bits, point.kl) for point in found.pareto]
-        report.draw_pareto(plot, curve, (found.point.effective_bits, found.point.kl))
+        curve = [(point.effective_bits, point.distance) for point in found.pareto]
+        chosen = found.point.effective_bits, found.point.distance
+        report.draw_pareto(plot, curve, chosen, found.sensitivity.measure)
     if as_json:
         facts = {"model": model, "data": None if data is None else str(data), "file": str(out)}
         settled = {"budget": budget, "preprocess": preprocess.model_dump(mode="json")}

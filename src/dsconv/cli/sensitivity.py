@@ -18,10 +18,10 @@ from dsconv.cli.checks import (
     read_config,
 )
 from dsconv.cli.mistakes import Mistakes
-from dsconv.cli.networks import begin, build, load_file, original_of
+from dsconv.cli.networks import begin, build, load_file, metric_of, original_of
 from dsconv.cli.output import print_json, print_table, say
 from dsconv.cli.preparation import preparation_of, read_preparation, say_preparation
-from dsconv.names import check_weights
+from dsconv.names import check_metric_name, check_task, check_weights
 
 
 def sensitivity(
@@ -40,6 +40,8 @@ def sensitivity(
     plot: opt.Plot = None,
     force: opt.Force = False,
     as_json: opt.Json = False,
+    task: opt.Task = None,
+    metric: opt.Metric = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
     mean: opt.Mean = None,
@@ -48,7 +50,9 @@ def sensitivity(
     channels: opt.Channels = None,
     interpolation: opt.Interpolation = None,
 ) -> None:
-    """Show how far the network strays when one layer of it alone is quantized: KL divergence, without labels.
+    """Show how far the network strays when one layer of it alone is quantized, without labels.
+
+    That is the KL divergence of logits, the relative error of other outputs, or --metric.
 
     Layers are quantized as --preset or --config say, or are those of FILE.
     """
@@ -63,6 +67,8 @@ def sensitivity(
     mistakes.check(check_data, data)
     mistakes.check(check_out, force, plot=plot)
     mistakes.check(check_plot, plot)
+    kind = mistakes.check(check_task, task)
+    mistakes.check(check_metric_name, metric)
     mistakes.end()
 
     begin(threads, device)
@@ -85,11 +91,13 @@ def sensitivity(
         batch_size=batch_size,
         seed=seed,
         device=device,
+        task=kind,
+        metric=metric_of(metric),
         progress=True,
     )
     if plot is not None:
-        layers = found.layers().items()
-        report.draw_sensitivity(plot, {layer: {trial.name: trial.kl for trial in trials} for layer, trials in layers})
+        layers = {layer: {trial.name: trial.distance for trial in trials} for layer, trials in found.layers().items()}
+        report.draw_sensitivity(plot, layers, found.measure)
     if as_json:
         facts = {"model": file_or_model, "reference_model": name, "data": None if data is None else str(data)}
         written = {"plot": None if plot is None else str(plot), "preprocess": preprocess.model_dump(mode="json")}

@@ -9,7 +9,7 @@ import dsconv
 from dsconv.cli import options as opt
 from dsconv.cli.checks import check_data, check_file, check_out, check_plot, read_classes
 from dsconv.cli.mistakes import Mistakes
-from dsconv.cli.networks import begin, image_folder, load_file, original_of
+from dsconv.cli.networks import begin, image_folder, load_file, metric_of, original_of
 from dsconv.cli.output import json_text, print_json, print_table, say
 from dsconv.cli.preparation import (
     check_one_preparation,
@@ -21,7 +21,7 @@ from dsconv.cli.preparation import (
     say_preparation,
 )
 from dsconv.files import replacing
-from dsconv.names import check_weights
+from dsconv.names import check_metric_name, check_task, check_weights
 
 _FILES_HELP = "Files that dsconv quantize wrote, all of one float model."
 _OUT_SUFFIXES = (".json", ".csv")
@@ -50,6 +50,9 @@ def tradeoff(
     ] = None,
     force: opt.Force = False,
     as_json: opt.Json = False,
+    task: opt.Task = None,
+    data_range: opt.DataRange = None,
+    metric: opt.Metric = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
     mean: opt.Mean = None,
@@ -76,6 +79,10 @@ def tradeoff(
         "--plot, --reference, --weights, --classes and the preparation of images are about accuracy: say on which "
         "images, with --data.",
     )
+    mistakes.usage(
+        data is None and bool(task or data_range or metric),
+        "--task, --data-range and --metric are about accuracy: say on which images, with --data.",
+    )
     mistakes.usage(size is not None and not time, "--size is of the image of --time.")
     mistakes.usage(
         out is not None and out.suffix not in _OUT_SUFFIXES,
@@ -90,6 +97,8 @@ def tradeoff(
     names = mistakes.check(read_classes, classes)
     mistakes.check(check_out, force, out=out, plot=plot)
     mistakes.check(check_plot, plot)
+    kind = mistakes.check(check_task, task)
+    mistakes.check(check_metric_name, metric)
     mistakes.end()
 
     begin(threads, device)
@@ -121,6 +130,9 @@ def tradeoff(
         workers=workers,
         limit=limit,
         device=device,
+        task=kind,
+        data_range=data_range,
+        metric=metric_of(metric),
         progress=True,
         on_interrupt="partial",
     )

@@ -6,7 +6,7 @@ import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -319,7 +319,8 @@ def _read_labels(path: Path, classes: Sequence[str] | None) -> tuple[list[Path],
     return list(labels), list(labels.values())
 
 
-Labelled: TypeAlias = tuple[Batch, Tensor | None]
+Labels: TypeAlias = Tensor | list[Mapping[str, Any]]
+Labelled: TypeAlias = tuple[Batch, Labels | None]
 Images: TypeAlias = Tensor | Inputs | str | os.PathLike[str] | ImageFolder | Iterable[Any]
 
 
@@ -433,6 +434,9 @@ def _check(item: Any) -> Labelled:
         )
     if labels is None:
         return images, None
+    of_each = isinstance(labels, list | tuple) and all(isinstance(one, Mapping) for one in labels)
+    if of_each and len(labels) == len(images):
+        return images, list(labels)
     try:
         if not isinstance(labels, Tensor):
             labels = torch.as_tensor(labels, dtype=None, device="cpu")
@@ -468,7 +472,8 @@ def batches(
 
     Returns:
         Pairs ``(images, labels)``; labels are classes int64 ``(N,)``, or ``(N, ...)``, such as maps of classes int64 or
-        images in float; or None. It can be passed over again wherever ``images`` can.
+        images in float; or a list of a dictionary for each, as of boxes, which a metric reads; or None.
+        It can be passed over again wherever ``images`` can.
 
     Raises:
         ConfigError: a number out of range.

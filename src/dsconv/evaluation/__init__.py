@@ -2,6 +2,6 @@
 
 from dsconv.evaluation.compare import compare
 from dsconv.evaluation.evaluate import evaluate
-from dsconv.evaluation.results import Comparison, Evaluation
+from dsconv.evaluation.results import Closeness, Comparison, Evaluation
 
-__all__ = ["Comparison", "Evaluation", "compare", "evaluate"]
+__all__ = ["Closeness", "Comparison", "Evaluation", "compare", "evaluate"]

@@ -4,22 +4,26 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dsconv.conversion.preparation import preprocess_for
 from dsconv.conversion.wrappers import unwrapped
-from dsconv.data.folder import Images, batches
+from dsconv.data.folder import Images, Labels, batches
 from dsconv.data.inputs import Batch
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ModelError
-from dsconv.evaluation.results import Comparison, Evaluation
-from dsconv.evaluation.running import ImagePass, ready, timed_logits
-from dsconv.evaluation.scores import Sums, closeness, score, total_of
+from dsconv.evaluation.measures import Kinds, Output, Teller, logits_of
+from dsconv.evaluation.metric import Metric, check_metric, measured, name_of
+from dsconv.evaluation.outputs import check_same
+from dsconv.evaluation.results import Closeness, Comparison, Evaluation
+from dsconv.evaluation.running import ImagePass, ready, timed_outputs
+from dsconv.evaluation.scores import Sums, closeness, of_output, score, total_of
 from dsconv.layers import DSLayer
 from dsconv.modes import check_module
-from dsconv.names import OnInterrupt
+from dsconv.names import OnInterrupt, Task
 from dsconv.numerics import sqnr_db
 
 
@@ -37,6 +41,9 @@ def compare(
     on_interrupt: OnInterrupt = "raise",
     per_layer: bool = True,
     each: Callable[[Batch, Tensor | None, Tensor, Tensor], object] | None = None,
+    task: Task | None = None,
+    data_range: float | None = None,
+    metric: Metric | None = None,
 ) -> Comparison:
     """Measure how close a quantized network stays to its float original on the same images; labels are not needed.
 
@@ -45,13 +52,18 @@ def compare(
         qmodel: its quantized copy.
         per_layer: compare the outputs of every DSConv layer as well. It keeps the reference's outputs of one batch in
             memory and adds to the measured times.
-        each: called with every batch: images, labels or None, and the logits of both networks, the reference's first,
-            float64 ``(N, classes)`` on the CPU.
-        images, preprocess, batch_size, workers, device, limit, progress, on_interrupt: as in `evaluate`.
+        each: called with every batch of a classifier: images, labels or None, and the logits of both networks, the
+            reference's first, float64 ``(N, classes)`` on the CPU.
+        metric: a function ``metric(reference_outputs, outputs, labels)`` of what both networks returned for a batch,
+            and labels or None. It returns a distance, which is smaller for the closer network: a number for the batch,
+            a tensor ``(N,)`` of one for each image, or a dictionary of names to such, the first of which counts.
+        images, preprocess, batch_size, workers, device, limit, progress, on_interrupt, task, data_range: as in
+            `evaluate`; the task is told by the outputs of the reference.
 
     Raises:
         ConfigError, DataError: as in `evaluate`.
-        ModelError: as in `evaluate`; or the two networks differ in outputs or layers.
+        ModelError: as in `evaluate`; or the two networks differ in outputs or layers; or the metric raised an error or
+            returned no finite number.
 
     >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
     <torch._C.Generator object at ...>
@@ -73,6 +85,9 @@ def compare(
         on_interrupt=on_interrupt,
         per_layer=per_layer,
         each=each,
+        task=task,
+        data_range=data_range,
+        metric=metric,
     ).values()
     return result
 
@@ -91,6 +106,9 @@ def compare_each(
     on_interrupt: OnInterrupt = "raise",
     per_layer: bool = True,
     each: Callable[[Batch, Tensor | None, Tensor, Tensor], object] | None = None,
+    task: Task | None = None,
+    data_range: float | None = None,
+    metric: Metric | None = None,
 ) -> dict[str, Comparison]:
     """Return the results of `compare` for several quantized networks, by name, from one pass over the images."""
     reference, qmodels = unwrapped(reference), {name: unwrapped(qmodel) for name, qmodel in qmodels.items()}
@@ -99,44 +117,97 @@ def compare_each(
     preprocess = preprocess_for(images, preprocess, *qmodels.values(), reference)
     source = batches(images, preprocess=preprocess, batch_size=batch_size, workers=workers, limit=limit)
     run = ImagePass("compare", source, progress, on_interrupt)
+    teller = Teller("reference", task, data_range)
+    check_metric(metric)
+    seen = 0
 
-    def step(x: Batch, labels: Tensor | None) -> tuple[Sums, dict[str, tuple[Sums, Sums, dict[str, Tensor]]]]:
-        f, f_seconds = timed_logits("reference", reference, x)
-        f_score = score(f, labels, f_seconds, source.folder)
+    def step(x: Batch, labels: Labels | None) -> tuple[Sums, Kinds, dict[str, _Sums]]:
+        nonlocal seen
+        count = len(x)
+        f_returned, f, f_seconds = timed_outputs("reference", reference, x)
+        kinds = teller.kinds(f, count)
+        f_score = score(f, kinds, count, labels, f_seconds, source.folder, data_range)
         found = {}
         for name, qmodel in qmodels.items():
-            q, q_seconds = timed_logits(name, qmodel, x)
-            if f.shape != q.shape:
-                shapes = f"{tuple(f.shape)} from the reference, {tuple(q.shape)} from the {name}"
-                raise ModelError(f"The two networks return logits of different shapes: {shapes}.")
-            if each is not None:
-                each(x, labels, f, q)
-            found[name] = score(q, labels, q_seconds, None), closeness(f, q), take_layer_errors[name]()
-        return f_score, found
+            q_returned, q, q_seconds = timed_outputs(name, qmodel, x)
+            check_same(f, q, ("the reference", f"the {name}"))
+            if kinds.task == "classification":
+                _check_logits(f, q, kinds, name)
+            if each is not None and kinds.task == "classification":
+                each(
+                    x,
+                    labels if isinstance(labels, Tensor) else None,
+                    *(_main_logits(outputs, kinds) for outputs in (f, q)),
+                )
+            q_score = score(q, kinds, count, labels, q_seconds, None, data_range)
+            found[name] = _Sums(
+                q_score,
+                {key: closeness(f[key], q[key], kinds.of.get(key), count, data_range) for key in f},
+                measured(metric, f_returned, q_returned, labels, count, seen, finite=not q_score["nonfinite"]),
+                take_layer_errors[name](),
+            )
+        seen += count
+        return f_score, kinds, found
 
     with ExitStack() as stack:
         stack.enter_context(ready([reference, *qmodels.values()], device))
         take_layer_errors = {
             name: stack.enter_context(_layer_errors(reference, qmodel, per_layer)) for name, qmodel in qmodels.items()
         }
-        f_scores, steps = zip(*run.over(step), strict=True)
-    expected = Evaluation(**run.figures(f_scores))
-    return {name: _comparison(run, expected, [found[name] for found in steps]) for name in qmodels}
+        f_scores, (kinds, *_), steps = zip(*run.over(step), strict=True)
+    expected = Evaluation(task=kinds.task, **run.figures(f_scores))
+    measure = kinds.measure if metric is None else name_of(metric)
+    return {name: _comparison(run, expected, kinds, measure, [found[name] for found in steps]) for name in qmodels}
+
+
+class _Sums(NamedTuple):
+    """Sums of a batch, or tuples of those of all batches."""
+
+    score: Any
+    outputs: Any
+    metrics: Any
+    layers: Any
+
+
+def _check_logits(f: Mapping[str, Output], q: Mapping[str, Output], kinds: Kinds, name: str) -> None:
+    """Refuse networks of other classes than one another."""
+    for key in kinds.counted:
+        a, b = f[key], q[key]
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape:
+            shapes = f"{tuple(a.shape)} from the reference, {tuple(b.shape)} from the {name}"
+            raise ModelError(f"The two networks return logits of different shapes: {shapes}.")
+
+
+def _main_logits(outputs: Mapping[str, Output], kinds: Kinds) -> Tensor:
+    main = outputs[kinds.main or ""]
+    return logits_of(main if isinstance(main, Tensor) else torch.stack(main), "classification").double()
 
 
 def _comparison(
-    run: ImagePass, reference: Evaluation, steps: Iterable[tuple[Sums, Sums, dict[str, Tensor]]]
+    run: ImagePass, reference: Evaluation, kinds: Kinds, measure: str, steps: Iterable[_Sums]
 ) -> Comparison:
-    q_scores, closeness, layers = zip(*steps, strict=True)
-    total = total_of(closeness)
-    figures = run.figures(q_scores)
+    sums = _Sums(*zip(*steps, strict=True))
+    outputs = {
+        name: of_output(total_of(batch[name] for batch in sums.outputs), kinds.of.get(name)) for name in sums.outputs[0]
+    }
+    figures = run.figures(sums.score)
+    metrics = {name: total / figures["images"] for name, total in total_of(sums.metrics).items()}
+    main = outputs.get(kinds.main or "", Closeness(kind="other", images=0))
+    distance = sum(outputs[name].distance for name in kinds.counted) if kinds.counted else math.nan
     return Comparison(
+        task=kinds.task,
         **figures,
         reference=reference,
-        agreement=100 * total["agreeing"] / figures["images"],
-        kl=total["kl"] / total["finite"] if total["finite"] else math.nan,
-        logit_sqnr_db=sqnr_db(total["signal"], total["noise"]) if total["finite"] else math.nan,
-        layer_sqnr_db={name: sqnr_db(*sums.tolist()) for name, sums in total_of(layers).items()},
+        agreement=main.agreement,
+        kl=main.kl,
+        logit_sqnr_db=math.nan if main.sqnr_db is None else main.sqnr_db,
+        layer_sqnr_db={name: sqnr_db(*sums.tolist()) for name, sums in total_of(sums.layers).items()},
+        outputs=outputs,
+        main=kinds.main,
+        counted=kinds.counted,
+        measure=measure,
+        distance=next(iter(metrics.values()), distance),
+        metrics=metrics,
     )
 
 

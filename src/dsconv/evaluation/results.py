@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dsconv.data.folder import BrokenImage
+from dsconv.names import Task
 from dsconv.strict_json import finite_or_none
 
 
@@ -15,17 +16,27 @@ class Evaluation:
 
     Attributes:
         images: number of images evaluated, without the broken ones.
+        task: kind of the outputs, which says what is measured, see :class:`Closeness`.
         top1, top5: percent of images whose label is the largest logit, or among the five largest (equal logits rank
             by class index); None without labels, and ``top5`` also below 6 classes. A non-finite image is wrong.
-        nonfinite: number of images with a NaN or an infinity among the logits.
+        miou: mean intersection over union in percent, over all classes that are in labels or outputs; None unless
+            labels are maps of classes ``(N, H, W)``.
+        psnr_db, ssim: peak signal to noise ratio and structural similarity of images; None unless labels are images
+            ``(N, C, H, W)``, the targets.
+        nonfinite: number of images with a NaN or an infinity among the logits, or among other outputs of a network that
+            is no classifier.
         seconds: time in the network's forward passes, without reading and preprocessing images.
         broken: files that could not be read, each with ``.path`` and ``.reason``.
         interrupted: True if the evaluation was stopped early and covers only some of the images.
     """
 
     images: int
+    task: Task = "classification"
     top1: float | None
     top5: float | None
+    miou: float | None = None
+    psnr_db: float | None = None
+    ssim: float | None = None
     nonfinite: int
     seconds: float
     broken: list[BrokenImage] = field(default_factory=list)
@@ -36,14 +47,21 @@ class Evaluation:
         """Throughput of the forward passes."""
         return self.images / self.seconds if self.seconds else math.inf
 
+    @property
+    def missing(self) -> str | None:
+        """What keeps a network that is no classifier from having an accuracy, in a sentence; None where it has one."""
+        if self.miou is not None or self.psnr_db is not None:
+            return None
+        return _MISSING.get(self.task)
+
     def _figures(self) -> dict[str, float | None]:
-        names = ("top1", "top5", "nonfinite", "seconds", "images_per_second")
-        return {name: finite_or_none(getattr(self, name)) for name in names}
+        return {name: finite_or_none(getattr(self, name)) for name in ("top1", "top5", *_ACCURACIES, *_OTHERS)}
 
     def to_dict(self) -> dict[str, Any]:
         """The figures for JSON; an infinite or undefined one is None."""
         broken = [entry._asdict() for entry in self.broken]
-        return {"images": self.images, **self._figures(), "broken": broken, "interrupted": self.interrupted}
+        facts = {"images": self.images, "task": self.task}
+        return {**facts, **self._figures(), "broken": broken, "interrupted": self.interrupted}
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -51,41 +69,128 @@ class Evaluation:
         return Group(_table({"": self}), *_remarks(self))
 
 
+_ACCURACIES = ("miou", "psnr_db", "ssim")
+_OTHERS = ("nonfinite", "seconds", "images_per_second")
+_MISSING: dict[Task, str] = {
+    "segmentation": "No accuracy: labels that are maps of classes (N, H, W) would give a mean intersection over union.",
+    "images": "No accuracy: labels that are images (N, C, H, W), the targets, would give PSNR and SSIM.",
+    "other": "No accuracy: these outputs are no logits and no images. Name the task if they are, or compare the "
+    "network with its reference, by a metric of your own where outputs have one.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closeness:
+    """Closeness of an output q of the quantized network to that of its reference, f.
+
+    Attributes:
+        kind: ``classification``, ``segmentation``, ``images`` or ``other``: see :mod:`dsconv.evaluation.measures`.
+        images: number of those that are finite in both and have one shape in both, of which all figures are but these:
+        differing: number of images for which the shape of the output is another.
+        sqnr_db: 10 log10(sum f^2 / sum (f - q)^2) in dB; infinite where f = q. None where it is no floats.
+        relative_error: sum (f - q)^2 / sum f^2; an image whose shape differs is as wrong as zeros.
+        agreement: percent of images with the same largest logit, or of pixels with the same class, as a mean over
+            images; a non-finite image does not agree. Of whole numbers, percent that are equal. Else None.
+        kl: mean of KL(softmax(f) || softmax(q)) in nats, over pixels and images; None unless these are logits.
+        miou: mean intersection over union of the largest logits in percent; None unless of pixels.
+        psnr_db, ssim: peak signal to noise ratio and structural similarity, None unless these are images.
+    """
+
+    kind: Task
+    images: int
+    differing: int = 0
+    sqnr_db: float | None = None
+    relative_error: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    miou: float | None = None
+    psnr_db: float | None = None
+    ssim: float | None = None
+
+    @property
+    def distance(self) -> float:
+        """The divergence of logits, else the relative error; NaN of whole numbers."""
+        found = self.relative_error if self.kl is None else self.kl
+        return math.nan if found is None else found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures for JSON; an infinite or undefined one is None."""
+        return {name: finite_or_none(value) if name in _MEASURES else value for name, value in asdict(self).items()}
+
+
+# With their titles, in the order of tables.
+_MEASURES = {
+    "agreement": ("agreement", "{:.2f} %"),
+    "kl": ("KL divergence", "{:.3g} nats"),
+    "miou": ("mIoU", "{:.2f} %"),
+    "psnr_db": ("PSNR", "{:.2f} dB"),
+    "ssim": ("SSIM", "{:.4f}"),
+    "sqnr_db": ("SQNR", "{:.2f} dB"),
+    "relative_error": ("relative error", "{:.3g}"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Evaluation):
     """A quantized network beside its reference; the figures of `Evaluation` are those of the quantized one.
 
-    With f the reference's logits and q the quantized network's:
-
     Attributes:
         reference: the same figures of the reference network.
-        agreement: percent of images with the same top-1 class; a non-finite image does not agree.
-        kl: mean of KL(softmax(f) || softmax(q)) in nats, over the images that are finite in both.
-        logit_sqnr_db: 10 log10(sum f^2 / sum (f - q)^2) in dB over the same images; infinite where f = q.
+        agreement, kl: of the logits, see :class:`Closeness`; None where the main output is none.
+        logit_sqnr_db: SQNR of the logits, or else of the main output; NaN where there is nothing to compare.
         layer_sqnr_db: the same for the outputs of every DSConv layer that ran, by name; each network's layer sees
             that network's own inputs, so errors of earlier layers are included.
+        outputs: closeness of every output, by name, such as ``output`` for a single tensor, or ``boxes.0``.
+        main: name of the main output.
+        counted: names of those that ``distance`` is of.
+        measure: name of ``distance``: ``KL divergence``, ``relative error``, both, or that of the metric.
+        distance: by which networks are told apart: of a metric its first number, else see
+            :mod:`dsconv.evaluation.measures`.
+        metrics: means over the images of what a user's metric returned, by name.
     """
 
     reference: Evaluation
-    agreement: float
-    kl: float
+    agreement: float | None
+    kl: float | None
     logit_sqnr_db: float
     layer_sqnr_db: dict[str, float]
+    outputs: dict[str, Closeness] = field(default_factory=dict)
+    main: str | None = None
+    counted: tuple[str, ...] = ()
+    measure: str = "KL divergence"
+    distance: float = math.nan
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def quantized(self) -> Evaluation:
         """The figures of the quantized network alone."""
         return Evaluation(**{name: getattr(self, name) for name in Evaluation.__dataclass_fields__})
 
+    @property
+    def missing(self) -> str | None:
+        """The outputs that differ in shape, and what to do, in two sentences; None where there are none."""
+        differing = {name: found.differing for name, found in self.outputs.items() if found.differing}
+        if not differing or self.metrics:
+            return None
+        said = ", ".join(f"{name} for {count} of {self.images} images" for name, count in differing.items())
+        return (
+            f"Outputs differ in shape between the two networks: {said}, as where a network decides how many things it "
+            "finds. They are compared where the shapes are the same: a metric of your own compares what was found."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The figures for JSON; an infinite or undefined one is None."""
         common = super().to_dict()
         return {
-            **{name: common[name] for name in ("images", "broken", "interrupted")},
-            "agreement": self.agreement,
+            **{name: common[name] for name in ("images", "task", "broken", "interrupted")},
+            "agreement": finite_or_none(self.agreement),
             "kl": finite_or_none(self.kl),
             "logit_sqnr_db": finite_or_none(self.logit_sqnr_db),
             "layer_sqnr_db": {name: finite_or_none(value) for name, value in self.layer_sqnr_db.items()},
+            "measure": self.measure,
+            "distance": finite_or_none(self.distance),
+            "outputs": {name: found.to_dict() for name, found in self.outputs.items()},
+            "metrics": {name: finite_or_none(value) for name, value in self.metrics.items()},
             "reference": self.reference._figures(),
             "quantized": self._figures(),
         }
@@ -95,29 +200,57 @@ class Comparison(Evaluation):
         from rich.table import Column, Table
 
         closeness = Table("", Column("quantized against reference", justify="right"))
-        closeness.add_row("agreement", f"{self.agreement:.2f} %")
-        closeness.add_row("KL divergence", f"{self.kl:.4f} nats")
-        closeness.add_row("logit SQNR", f"{self.logit_sqnr_db:.2f} dB")
+        if self.task == "classification" and len(self.outputs) <= 1:
+            closeness.add_row("agreement", f"{self.agreement:.2f} %")
+            closeness.add_row("KL divergence", f"{self.kl:.4f} nats")
+            closeness.add_row("logit SQNR", f"{self.logit_sqnr_db:.2f} dB")
+        for name, value in self.metrics.items():
+            closeness.add_row(name, f"{value:.6g}")
         worst = sorted(self.layer_sqnr_db.items(), key=lambda entry: (not math.isnan(entry[1]), entry[1]))
         for name, value in worst[:5]:
             closeness.add_row(f"output SQNR of {name or 'the model'}", f"{value:.2f} dB")
         if len(worst) > 5:
             closeness.caption = f"the 5 lowest of {len(worst)} layers"
+        tables = [closeness] if closeness.row_count else []
+        if self.task != "classification" or len(self.outputs) > 1:
+            tables.insert(0, _by_output(self))
         both = _table({"reference": self.reference, "quantized": self})
-        return Group(both, closeness, *_remarks(self))
+        return Group(both, *tables, *_remarks(self))
+
+
+def _by_output(result: Comparison) -> Any:
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    rows = result.outputs
+    shown = [name for name in _MEASURES if any(getattr(found, name) is not None for found in rows.values())]
+    differs = any(found.differing for found in rows.values())
+    headings = [_MEASURES[name][0] for name in shown] + ["of another shape"] * differs
+    table = Table("output", "kind", *(Column(heading, justify="right") for heading in headings))
+    for output, found in rows.items():
+        values = [(getattr(found, name), _MEASURES[name][1]) for name in shown]
+        cells = ["-" if value is None or math.isnan(value) else text.format(value) for value, text in values]
+        table.add_row(escape(output), found.kind, *cells, *([f"{found.differing:,}"] if differs else []))
+    table.caption = f"quantized against reference; task: {result.task}; told apart by: {result.measure}"
+    return table
 
 
 def _table(columns: Mapping[str, Evaluation]) -> Any:
     from rich.table import Column, Table
 
-    def row(title: str, show: str, attribute: str) -> None:
+    def row(title: str, show: str, attribute: str, *, always: bool = True) -> None:
         values = [getattr(result, attribute) for result in columns.values()]
-        table.add_row(title, *("-" if value is None else show.format(value) for value in values))
+        if always or any(value is not None for value in values):
+            table.add_row(title, *("-" if value is None else show.format(value) for value in values))
 
     table = Table("", *(Column(name, justify="right") for name in columns))
     row("images", "{:,}", "images")
-    row("top-1", "{:.2f} %", "top1")
-    row("top-5", "{:.2f} %", "top5")
+    classifies = any(result.task == "classification" for result in columns.values())
+    row("top-1", "{:.2f} %", "top1", always=classifies)
+    row("top-5", "{:.2f} %", "top5", always=classifies)
+    row("mIoU", "{:.2f} %", "miou", always=False)
+    row("PSNR", "{:.2f} dB", "psnr_db", always=False)
+    row("SSIM", "{:.4f}", "ssim", always=False)
     row("non-finite images", "{:,}", "nonfinite")
     row("images per second", "{:.1f}", "images_per_second")
     return table
@@ -126,6 +259,8 @@ def _table(columns: Mapping[str, Evaluation]) -> Any:
 def _remarks(result: Evaluation) -> Iterator[Any]:
     from rich.text import Text
 
+    if result.missing:
+        yield Text(result.missing)
     if result.interrupted:
         yield Text(f"Interrupted: the figures cover the first {result.images:,} images only.", style="bold")
     if result.broken:

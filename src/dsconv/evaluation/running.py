@@ -1,18 +1,20 @@
-"""Runs networks over images: a pass with progress, logits of a batch, and the mode and device for both."""
+"""Runs networks over images: a pass with progress, outputs of a batch, and the mode and device for both."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dsconv.data.folder import Batches
+from dsconv.data.folder import Batches, Labels
 from dsconv.data.inputs import Batch, call, describe
 from dsconv.errors import DataError, ModelError, first_line, usable_device
-from dsconv.evaluation.scores import Sums, total_of
+from dsconv.evaluation.measures import Output
+from dsconv.evaluation.outputs import check_outputs, outputs_by_image
+from dsconv.evaluation.scores import Sums, map_figures, total_of
 from dsconv.layers.inputs import as_input_of, device_of
 from dsconv.modes import evaluation_mode
 from dsconv.names import OnInterrupt, check_on_interrupt
@@ -34,7 +36,7 @@ class ImagePass:
     def __post_init__(self) -> None:
         check_on_interrupt(self.on_interrupt)
 
-    def over(self, step: Callable[[Batch, Tensor | None], Step]) -> list[Step]:
+    def over(self, step: Callable[[Batch, Labels | None], Step]) -> list[Step]:
         """Return the results of ``step`` for each batch of images and labels.
 
         Raises:
@@ -66,6 +68,7 @@ class ImagePass:
             "images": count,
             "top1": 100 * total["top1"] / count if "top1" in total else None,
             "top5": 100 * total["top5"] / count if "top5" in total else None,
+            **map_figures(total),
             "nonfinite": int(total["nonfinite"]),
             "seconds": total["seconds"],
             "broken": self.batches.broken,
@@ -90,19 +93,36 @@ def ready(models: list[nn.Module], device: str | torch.device | None) -> Iterato
                 model.to(home)
 
 
-def timed_logits(name: str, model: nn.Module, x: Batch) -> tuple[Tensor, float]:
-    """Return float64 logits (N, classes) on the CPU and the seconds they took; copying them waits for the device."""
+def timed_outputs(name: str, model: nn.Module, x: Batch) -> tuple[Any, dict[str, Output], float]:
+    """Return what ``model`` returned, its tensors on the CPU by name, and the seconds; copying waits for the device.
+
+    Raises:
+        ModelError: it cannot run on ``x``, or returns no tensor.
+    """
     x = as_input_of(model, x)
     start = time.perf_counter()
     output = forward(name, model, x)
-    logits = logits_in(output)
-    if not isinstance(logits, Tensor):
-        raise ModelError(f"The {name} must return logits (N, classes), got {type(output).__name__}.")
-    values = logits.cpu()
+    found = outputs_by_image(output, len(x))
+    outputs = {key: t.cpu() if isinstance(t, Tensor) else [one.cpu() for one in t] for key, t in found.items()}
     seconds = time.perf_counter() - start
-    if values.ndim < 2 or values.shape[:2].numel() != values.numel() or len(values) != len(x):
-        raise ModelError(f"The {name} must return logits ({len(x)}, classes), got a tensor {tuple(values.shape)}.")
-    return values.flatten(1).double(), seconds
+    check_outputs(name, output, outputs)
+    return output, outputs, seconds
+
+
+def outputs_of(name: str, model: nn.Module, x: Batch, dtype: torch.dtype) -> dict[str, Output]:
+    """Return the tensors that ``model`` returns for ``x``, by name, those of floats in ``dtype``.
+
+    Raises:
+        ModelError: as :func:`timed_outputs`.
+    """
+    output = forward(name, model, x)
+    found = outputs_by_image(output, len(x))
+    check_outputs(name, output, found)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return {key: cast(t) if isinstance(t, Tensor) else [cast(one) for one in t] for key, t in found.items()}
 
 
 _UNABLE = (RuntimeError, TypeError)
@@ -122,15 +142,3 @@ def forward(
 def _advice(error: Exception) -> str:
     several = isinstance(error, TypeError) and "missing" in str(error) and "argument" in str(error)
     return ": several arguments go into dsconv.Inputs(x, y)" if several else ""
-
-
-def logits_in(output: Any) -> Any:
-    """Return the field ``logits`` of what a model returned, or its first field, item or value, or itself."""
-    if isinstance(output, Mapping):
-        return output.get("logits", next(iter(output.values()), None))
-    if is_dataclass(output):
-        values = [getattr(output, field.name) for field in fields(output)]
-        first = next((value for value in values if isinstance(value, Tensor)), output)
-        return getattr(output, "logits", first)
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    return getattr(output, "logits", first)

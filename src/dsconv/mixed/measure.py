@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -26,11 +27,16 @@ from dsconv.conversion.quantized import check_original
 from dsconv.conversion.statistics import input_moments, normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
+from dsconv.data.folder import Labels
 from dsconv.data.inputs import Batch, by_sample, shape_of
 from dsconv.errors import ConfigError, FileFormatError, ModelError, check_whole
-from dsconv.evaluation import compare, evaluate
+from dsconv.evaluation import Comparison, compare, evaluate
+from dsconv.evaluation.measures import Kinds
+from dsconv.evaluation.metric import Metric, check_metric, name_of
+from dsconv.evaluation.outputs import outputs_by_image
 from dsconv.io.state import StateFile
 from dsconv.layers import DSLayer
+from dsconv.names import Task
 from dsconv.progress import progress_bar
 from dsconv.tables import as_text
 from dsconv.zoo import preprocess_of
@@ -54,8 +60,11 @@ class Trial:
         weight_bits, activation_bits, block_size: what that came to; ``activation_bits`` None is a float input.
         weights: number of the layer's weights.
         bytes: of them, packed, KDS and shifts included.
-        kl: mean of KL(softmax(float) || softmax(quantized)) in nats; NaN where logits were not finite.
+        kl: mean of KL(softmax(float) || softmax(quantized)) of logits in nats, None where there are none; NaN where
+            they were not finite.
         ms: the layer's time on one image in milliseconds, None where it was not measured.
+        relative_error: sum (f - q)^2 / sum f^2 of outputs that are no logits, None where there are none.
+        metric: of the two networks by a user's own measure, None without one.
     """
 
     layer: str
@@ -65,8 +74,17 @@ class Trial:
     block_size: int
     weights: int
     bytes: int
-    kl: float
+    kl: float | None
     ms: float | None = None
+    relative_error: float | None = None
+    metric: float | None = None
+
+    @property
+    def distance(self) -> float:
+        """By which trials are ranked: the metric; without one, the divergence and the relative error together."""
+        if self.metric is not None:
+            return self.metric
+        return sum(value for value in (self.kl, self.relative_error) if value is not None)
 
     @property
     def name(self) -> str:
@@ -77,7 +95,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The KL divergence that every layer causes by itself, under every choice of its settings; prints as a table.
+    """The distance from float that every layer causes by itself, under every choice of its settings; prints as a table.
 
     Attributes:
         trials: by layer in the order of the model, then in that of the choices.
@@ -86,6 +104,8 @@ class Sensitivity:
         fixed_bytes: of the weights that stay as they are: those the config leaves in float.
         fixed_weights: number of these.
         other_bytes: of everything that is no layer's weight.
+        measure: of what ``Trial.distance`` is: ``KL divergence`` of logits, ``relative error`` of other outputs, ``KL
+            divergence and relative error``, or the name of a metric.
     """
 
     trials: tuple[Trial, ...]
@@ -94,6 +114,7 @@ class Sensitivity:
     fixed_bytes: int
     fixed_weights: int
     other_bytes: int
+    measure: str = "KL divergence"
 
     def layers(self) -> dict[str, list[Trial]]:
         """Trials by layer."""
@@ -114,30 +135,61 @@ class Sensitivity:
         from rich.table import Table
 
         layers = self.layers()
-        first = {name: trials[0].kl / trials[0].weights for name, trials in layers.items()}
+        first = {name: trials[0].distance / trials[0].weights for name, trials in layers.items()}
         order = sorted(first, key=lambda name: -math.inf if math.isnan(first[name]) else -first[name])
         kind = "of noise, in want of any" if self.synthetic else "without labels"
         table = Table(
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
-            caption=f"KL divergence of the logits in millinats with one layer quantized, on {self.images} images "
-            f"{kind}.\nrank: by KL per weight, of the first choice.",
+            caption=f"{in_words(self.measure)} with one layer quantized, on {self.images} images {kind}.\n"
+            f"rank: by {short(self.measure)} per weight, of the first choice.",
             caption_justify="left",
         )
         table.add_column("layer", overflow="fold")
         # Layers that have settings of their own have no common names: the choices are told by place.
-        for column in ("weights", "share", "rank", *(["settings", "KL"] * max(map(len, layers.values()), default=0))):
+        for column in (
+            "weights",
+            "share",
+            "rank",
+            *(["settings", short(self.measure)] * max(map(len, layers.values()), default=0)),
+        ):
             table.add_column(column, justify="right")
         for name, trials in layers.items():
             cells = [f"{trials[0].weights:,}", f"{100 * trials[0].weights / self.weights:.1f} %"]
             cells.append(str(order.index(name) + 1))
             for trial in trials:
-                cells += [trial.name, f"{1e3 * trial.kl:.3f}"]
+                cells += [trial.name, shown(trial.distance, self.measure)]
             table.add_row(escape(name), *cells)
         return table
 
     def __str__(self) -> str:
         return as_text(self)
+
+
+_LOGITS = "KL divergence"
+
+
+def in_words(measure: str) -> str:
+    """Return what a distance is, with its unit, to begin a sentence with."""
+    known = {
+        _LOGITS: "KL divergence of the logits in millinats",
+        "relative error": "Relative error of the outputs in thousandths",
+        "KL divergence and relative error": "KL divergence of logits in millinats, added to relative error of other "
+        "outputs in thousandths,",
+    }
+    return known.get(measure, measure)
+
+
+def short(measure: str) -> str:
+    """Return the heading of a column."""
+    return {_LOGITS: "KL", "relative error": "error", "KL divergence and relative error": "KL + error"}.get(
+        measure, measure
+    )
+
+
+def shown(distance: float, measure: str) -> str:
+    """Return a distance in the unit of its column; that of a metric is its own."""
+    return f"{1e3 * distance:.3f}" if in_words(measure) != measure else f"{distance:.4g}"
 
 
 def sensitivity(
@@ -156,8 +208,13 @@ def sensitivity(
     resume: bool = False,
     progress: bool = False,
     on_trial: Callable[[Trial], None] = lambda trial: None,
+    task: Task | None = None,
+    metric: Metric | None = None,
 ) -> Sensitivity:
-    """The KL divergence of the logits that each layer causes when it alone is quantized. No labels are needed.
+    """The distance from float that each layer causes when it alone is quantized. No labels are needed.
+
+    It is the KL divergence of logits, of the classes of an image or of each pixel, and the relative error of other
+    outputs; or a metric of your own.
 
     Args:
         model: the float network.
@@ -177,6 +234,7 @@ def sensitivity(
         resume: continue from ``state``; the result is that of a measurement that was never stopped.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
         on_trial: is called with each trial as soon as it is done.
+        task, metric: as in :func:`dsconv.compare`; the labels that a metric gets are those of ``images``, or None.
 
     Raises:
         ConfigError: the config or a choice is not valid; or there is neither an image nor a ``preprocess``; or
@@ -208,6 +266,8 @@ def sensitivity(
         resume=resume,
         progress=progress,
         on_trial=on_trial,
+        task=task,
+        metric=metric,
     )
 
 
@@ -228,9 +288,12 @@ def measure(
     resume: bool,
     progress: bool,
     on_trial: Callable[[Trial], None],
+    task: Task | None,
+    metric: Metric | None,
 ) -> Sensitivity:
     """Do what :func:`sensitivity` does, as part of ``work``, by whose name progress and state go."""
     saved = _State(None if state is None else Path(state), resume, work)
+    check_metric(metric)
     model, config = unwrapped(model), unwrapped(config)
     if isinstance(config, nn.Module):
         if not isinstance(choices, Sequence) or list(choices) != [{}]:
@@ -246,24 +309,29 @@ def measure(
     if images is None or isinstance(images, str | os.PathLike):
         preprocess = preprocess or preprocess_of(quantized) or preprocess_of(model)
     source = _batches(preprocess, images, limit, batch_size, seed)
-    kept: list[tuple[Batch, None]] = [(x, None) for x, _ in source]
+    kept: list[tuple[Batch, Labels | None]] = [(x, labels if metric is not None else None) for x, labels in source]
     source.warn_of_broken(stacklevel=2)
     original = model
     if images is None and with_statistics(model):
         # With its own statistics, noise has the moments behind a BatchNorm that images have.
         model = normalized(model, torch.cat([x for x, _ in kept if isinstance(x, Tensor)]))
-    reference = _Recorded(model, kept, device)
+    reference = _Recorded(model, [x for x, _ in kept], device, task)
+    if metric is None and not reference.has_distance:
+        raise ModelError("model: expected outputs of floats, by which layers are ranked, got none: pass metric=")
     arguments = {
         "settings": "of a quantized network" if isinstance(config, nn.Module) else config.to_json(),
         "choices": choices,
         "times": times,
         "images at a time": [(len(x), *shape_of(x)) for x, _ in kept],
+        "task": task,
+        "metric": None if metric is None else name_of(metric),
         "dsconv version": metadata.version("dsconv"),
     }
     saved.open({"model": original, "config": quantized}, [x for x, _ in kept], arguments)
     pairs = [(name, choice) for name in names for choice in choices]
     trials = saved.trials(pairs)
     tried = _tried(model, config, pairs[len(trials) :])
+    differing: str | None = None
     # Choices can come to the same, as those of an algorithm do where a layer has but one.
     known: dict[tuple[str, LayerConfig], Trial] = {}
     with progress_bar(progress, work, len(pairs), "trials", done=len(trials)) as advance:
@@ -273,13 +341,16 @@ def measure(
                 trials.append(replace(same, settings=dict(choice)))
             else:
                 row = next(row for row in summary(alone).layers if row.name == name)
-                found = compare(reference, alone, kept, per_layer=False, device=device)
+                found = compare(reference, alone, kept, per_layer=False, device=device, task=task, metric=metric)
+                differing = differing or found.missing
                 ms = _milliseconds(alone, name, kept[0][0][:1]) if times else None
-                trials.append(_trial(row, choice, math.nan if found.nonfinite else max(0.0, found.kl), ms))
+                trials.append(_trial(row, choice, found, ms))
                 known[name, settings] = trials[-1]
             saved.write(trials)
             advance(1)
             on_trial(trials[-1])
+    if differing is not None:
+        warnings.warn(differing, stacklevel=3)
     rest = summary(quantized)
     in_float = [row for row in rest.layers if row.name not in names]
     return Sensitivity(
@@ -289,6 +360,7 @@ def measure(
         fixed_bytes=sum(row.bytes_after for row in in_float),
         fixed_weights=sum(row.bytes_before // 4 for row in in_float),
         other_bytes=rest.other_bytes,
+        measure=reference.measure if metric is None else name_of(metric),
     )
 
 
@@ -363,19 +435,23 @@ def _names(model: nn.Module, quantized: nn.Module) -> list[str]:
 class _Recorded(nn.Module):
     """Answers batches, in their order, with what a network said of them once."""
 
-    def __init__(self, model: nn.Module, kept: list[tuple[Batch, None]], device: str | torch.device | None):
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], device: str | torch.device | None, task: Task | None
+    ):
         super().__init__()
         outputs: list[Any] = []
         hook = model.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
-            found = evaluate(model, kept, device=device)
+            found = evaluate(model, batches, device=device, task=task)
         finally:
             hook.remove()
         if found.nonfinite:
             raise ModelError(
-                f"model: its float logits are NaN or infinite for {found.nonfinite} of {found.images} images, so that "
+                f"model: its float outputs are NaN or infinite for {found.nonfinite} of {found.images} images, so that "
                 "there is nothing to compare with: check its weights and how the images are prepared"
             )
+        kinds = Kinds.told_by(outputs_by_image(outputs[0], len(batches[0])), len(batches[0]), task)
+        self.measure, self.has_distance = kinds.measure, bool(kinds.counted)
         self._next = itertools.cycle(outputs).__next__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -444,8 +520,27 @@ def _milliseconds(model: nn.Module, name: str, x: Batch) -> float:
     return 1e3 * min(turns)
 
 
-def _trial(row: LayerSummary, choice: Choice, kl: float, ms: float | None) -> Trial:
+def _trial(row: LayerSummary, choice: Choice, found: Comparison, ms: float | None) -> Trial:
     assert row.weight_bits is not None
     assert row.block_size is not None
-    bits = row.weight_bits, row.activation_bits
-    return Trial(row.name, dict(choice), *bits, row.block_size, row.bytes_before // 4, row.bytes_after, kl, ms)
+    counted = [found.outputs[name] for name in found.counted]
+    logits = [output.kl for output in counted if output.kl is not None]
+    others = [output.distance for output in counted if output.kl is None]
+    return Trial(
+        row.name,
+        dict(choice),
+        row.weight_bits,
+        row.activation_bits,
+        row.block_size,
+        weights=row.bytes_before // 4,
+        bytes=row.bytes_after,
+        kl=_total(logits, found),
+        ms=ms,
+        relative_error=_total(others, found),
+        metric=None if not found.metrics else math.nan if found.nonfinite else found.distance,
+    )
+
+
+def _total(distances: Sequence[float], found: Comparison) -> float | None:
+    """The sum of what is not negative but for rounding; NaN where the network returned one; None of nothing."""
+    return (math.nan if found.nonfinite else max(0.0, sum(distances))) if distances else None

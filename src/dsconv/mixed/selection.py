@@ -13,7 +13,9 @@ from torch import nn
 from dsconv.config import QuantConfig, as_config
 from dsconv.data import Images, Preprocess
 from dsconv.errors import ConfigError, ModelError, import_extra
-from dsconv.mixed.measure import Choice, Sensitivity, Trial, measure, with_overrides
+from dsconv.evaluation.metric import Metric
+from dsconv.mixed.measure import Choice, Sensitivity, Trial, in_words, measure, short, shown, with_overrides
+from dsconv.names import Task
 from dsconv.tables import as_text
 
 if TYPE_CHECKING:
@@ -32,14 +34,17 @@ class Point:
         activation_bits: mean over the weights of the width of what each is multiplied with; a float input counts 32.
         bytes: of the network's file but for its header.
         ms: sum of the layers' times on one image, None where they were not measured.
-        kl: the sum of what the layers cause alone, in nats: an estimate, as errors do not quite add up.
+        kl: the sum of the divergences that the layers cause alone, in nats; None of outputs that are no logits.
+        distance: the sum by which selections are ranked, see :attr:`Trial.distance`. Either is an estimate, as errors
+            do not quite add up.
     """
 
     effective_bits: float
     activation_bits: float
     bytes: int
     ms: float | None
-    kl: float
+    kl: float | None
+    distance: float
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class SearchResult:
         config: for :func:`dsconv.quantize`: the config given, with an override for every layer.
         chosen: what it says of each layer.
         point: what that comes to.
-        pareto: the least divergence by effective bits, other limits of the budget kept, from the smallest network to
+        pareto: the least distance by effective bits, other limits of the budget kept, from the smallest network to
             the largest.
         sensitivity: what was measured.
     """
@@ -81,21 +86,22 @@ class SearchResult:
         point, measured = self.point, self.sensitivity
         times = "" if point.ms is None else f", {point.ms:.2f} ms in these layers"
         images = f"{measured.images} images{' of noise' * measured.synthetic}"
+        measure = measured.measure
         table = Table(
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             caption=f"{point.effective_bits:.2f} bits a weight, activations of {point.activation_bits:.2f} bits on "
             f"average over the weights, {point.bytes / 1e6:.2f} MB{times}.\n"
-            f"KL: of the logits in millinats with that layer alone quantized, on {images}; their sum is "
-            f"{1e3 * point.kl:.2f}.",
+            f"{short(measure)}: {in_words(measure)} with that layer alone quantized, on {images}; the sum is "
+            f"{shown(point.distance, measure)}.",
             caption_justify="left",
         )
         table.add_column("layer", overflow="fold")
-        for column in ("weights", "W", "A", "block", "kB", "KL", *(["ms"] if point.ms is not None else [])):
+        for column in ("weights", "W", "A", "block", "kB", short(measure), *(["ms"] if point.ms is not None else [])):
             table.add_column(column, justify="right")
         for trial in self.chosen:
             cells = [f"{trial.weights:,}", str(trial.weight_bits), str(trial.activation_bits or "float")]
-            cells += [str(trial.block_size), f"{trial.bytes / 1e3:.1f}", f"{1e3 * trial.kl:.3f}"]
+            cells += [str(trial.block_size), f"{trial.bytes / 1e3:.1f}", shown(trial.distance, measure)]
             table.add_row(escape(trial.layer), *cells, *([] if trial.ms is None else [f"{trial.ms:.3f}"]))
         return table
 
@@ -165,19 +171,21 @@ def search(
     resume: bool = False,
     progress: bool = False,
     on_trial: Callable[[Trial], None] = lambda trial: None,
+    task: Task | None = None,
+    metric: Metric | None = None,
 ) -> SearchResult:
     """Settings for every layer under which the network stays closest to the float one within a budget. No labels.
 
     Each layer is quantized alone in every way (:func:`dsconv.sensitivity`), and of the ways one is chosen for each so
-    that the sum of their KL divergences is the least: a multiple-choice knapsack problem, which HiGHS solves.
+    that the sum of their distances is the least: a multiple-choice knapsack problem, which HiGHS solves.
 
     Args:
         model: the float network.
         config: what the choices are laid over, as in :func:`dsconv.quantize`.
         budget: effective bits a weight, or a dictionary of the fields of :class:`Budget`, such as ``{"bytes": 8e5}``.
         choices: settings to choose from for each layer, see :func:`sensitivity`; None is :func:`choices_of`.
-        images, preprocess, limit, batch_size, seed, device, progress, on_trial: as in :func:`sensitivity`; without
-            images the measures are of noise.
+        images, preprocess, limit, batch_size, seed, device, progress, on_trial, task, metric: as in
+            :func:`sensitivity`; without images the measures are of noise.
         state: file to write after each trial, so that a search that was stopped can be resumed.
         resume: continue from ``state``; the result is that of a search that was never stopped. The budget may be
             another, but for one with ``ms`` where there was none.
@@ -213,6 +221,8 @@ def search(
         resume=resume,
         progress=progress,
         on_trial=on_trial,
+        task=task,
+        metric=metric,
     )
     layers = _usable(measured)
     chosen = select(layers, measured, limits)
@@ -226,7 +236,7 @@ def search(
 
 
 def select(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Mapping[str, float]) -> list[Trial]:
-    """One trial of each layer, whose costs keep the ``limits`` and whose divergences have the least sum.
+    """One trial of each layer, whose costs keep the ``limits`` and whose distances have the least sum.
 
     Raises:
         ConfigError: there is no such selection.
@@ -239,8 +249,8 @@ def select(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Map
     for name in ("primal_feasibility_tolerance", "mip_feasibility_tolerance"):
         solver.setOptionValue(name, 1e-9)
     trials = [trial for group in layers for trial in group]
-    largest = max((trial.kl for trial in trials), default=0.0) or 1.0
-    taken = [solver.addBinary(obj=trial.kl / largest) for trial in trials]
+    largest = max((abs(trial.distance) for trial in trials), default=0.0) or 1.0
+    taken = [solver.addBinary(obj=trial.distance / largest) for trial in trials]
     rest = iter(taken)
     for group in layers:
         solver.addConstr(solver.qsum([next(rest) for _ in group]) == 1)
@@ -261,8 +271,10 @@ def point_of(chosen: Sequence[Trial], measured: Sensitivity) -> Point:
         for name, cost in _costs(trial, measured).items():
             total[name] += cost
     ms = None if any(trial.ms is None for trial in chosen) else total["ms"]
-    kl = sum(trial.kl for trial in chosen)
-    return Point(total["effective_bits"], total["activation_bits"], round(total["bytes"]), ms, kl)
+    known = [trial.kl for trial in chosen if trial.kl is not None]
+    kl = sum(known) if len(known) == len(chosen) else None
+    distance = sum(trial.distance for trial in chosen)
+    return Point(total["effective_bits"], total["activation_bits"], round(total["bytes"]), ms, kl, distance)
 
 
 def _costs(trial: Trial, measured: Sensitivity) -> dict[str, float]:
@@ -311,16 +323,17 @@ def _pareto(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Ma
             point = point_of(select(layers, measured, {**others, "effective_bits": most}), measured)
         except ConfigError:
             continue  # the other limits leave nothing as small as this
-        if not points or point.kl < points[-1].kl:
+        if not points or point.distance < points[-1].distance:
             points.append(point)
     return tuple(points)
 
 
 def _usable(measured: Sensitivity) -> list[list[Trial]]:
     """Trials by layer, without those that made the network return NaN."""
-    layers = {name: [t for t in trials if math.isfinite(t.kl)] for name, trials in measured.layers().items()}
+    layers = {name: [t for t in trials if math.isfinite(t.distance)] for name, trials in measured.layers().items()}
     if empty := [name for name, trials in layers.items() if not trials]:
-        raise ModelError(f"layer {empty[0]!r}: every choice makes the logits NaN or infinite: leave it in float")
+        what = "logits" if measured.measure == "KL divergence" else "outputs"
+        raise ModelError(f"layer {empty[0]!r}: every choice makes the {what} NaN or infinite: leave it in float")
     return list(layers.values())
 
 

@@ -10,6 +10,7 @@ from dsconv.config import QuantConfig
 from dsconv.conversion import LayerSummary, Summary
 from dsconv.data import Preprocess
 from dsconv.evaluation import Comparison, Evaluation
+from dsconv.names import Task
 from dsconv.report.disagreements import Disagreement
 from dsconv.report.distribution import Distribution
 
@@ -26,7 +27,8 @@ class Layer:
         exponents: number of blocks of the input by their exponent e, a value being ``mantissa * 2^e``.
         zero_blocks: number of those that are all zero, and have none.
         output_sqnr_db: as in :class:`dsconv.evaluation.Comparison`.
-        kl: divergence in nats that it causes alone.
+        kl: divergence in nats that it causes alone; None of outputs that are no logits.
+        distance: what it causes alone by the report's ``sensitivity_measure``.
     """
 
     summary: LayerSummary
@@ -36,6 +38,7 @@ class Layer:
     zero_blocks: int = 0
     output_sqnr_db: float | None = None
     kl: float | None = None
+    distance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,9 @@ class Report:
         config: the settings it was quantized with, None where unknown.
         preprocess: how the images were prepared, or are to be where there are none; None where unknown.
         accuracy: beside the reference, or alone, or None without images.
-        sensitivity_images: number of images that ``Layer.kl`` was measured on.
+        task: as a user said it, None where it is told by the outputs.
+        sensitivity_images: number of images that ``Layer.distance`` was measured on.
+        sensitivity_measure: name of that, see :class:`dsconv.mixed.Sensitivity`.
         classes: names of the classes.
         missing: for each part of the page that has no data, why; what to type stands between backticks.
         warnings: what a reader has to know before anything else.
@@ -63,7 +68,9 @@ class Report:
     layers: list[Layer]
     preprocess: Preprocess | None = None
     accuracy: Evaluation | None = None
+    task: Task | None = None
     sensitivity_images: int = 0
+    sensitivity_measure: str = "KL divergence"
     disagreements: list[Disagreement] = field(default_factory=list)
     classes: Sequence[str] = ()
     profile: Profile | None = None
@@ -95,6 +102,7 @@ class Report:
             "layers": [_figures(layer) for layer in self.layers],
             "accuracy": self.accuracy and self.accuracy.to_dict(),
             "sensitivity_images": self.sensitivity_images,
+            "sensitivity_measure": self.sensitivity_measure,
             "disagreements": [{name: value for name, value in one.items() if name != "jpeg"} for one in seen],
             "classes": list(self.classes),
             "profile": self.profile and self.profile.to_dict(),

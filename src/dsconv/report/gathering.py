@@ -18,8 +18,10 @@ from dsconv.data.folder import Batches
 from dsconv.data.inputs import Batch
 from dsconv.errors import ConfigError, ModelError
 from dsconv.evaluation import Evaluation, compare, evaluate
+from dsconv.evaluation.metric import Metric
 from dsconv.mixed import sensitivity
 from dsconv.modes import check_module, evaluation_mode
+from dsconv.names import Task
 from dsconv.report.contents import Layer, Report
 from dsconv.report.disagreements import Worst
 from dsconv.report.distribution import differ, of_weights
@@ -43,6 +45,9 @@ def gather(
     runs: int = 20,
     benches: Sequence[Bench] = (),
     progress: bool = False,
+    task: Task | None = None,
+    data_range: float | None = None,
+    metric: Metric | None = None,
 ) -> Report:
     """Measure what a report tells of a quantized network. What cannot be known is None, and said in ``missing``.
 
@@ -57,6 +62,7 @@ def gather(
         runs: that are timed, at least 2; 0 is none.
         benches: of :func:`dsconv.bench` or :func:`dsconv.benchmarking.results.read_benches`.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
+        task, data_range, metric: as in :func:`dsconv.compare`.
 
     Raises:
         ConfigError, DataError, ModelError: as :func:`dsconv.compare` and :func:`dsconv.sensitivity`; ``reference`` is
@@ -103,10 +109,20 @@ def gather(
     if source is not None:
         with sampled(layers, reference) as samples:
             if reference is None:
-                accuracy = evaluate(qmodel, source, progress=progress)
+                accuracy = evaluate(qmodel, source, progress=progress, task=task, data_range=data_range)
             else:
                 outputs = "outputs" not in missing
-                found = compare(reference, qmodel, source, progress=progress, per_layer=outputs, each=worst.add)
+                found = compare(
+                    reference,
+                    qmodel,
+                    source,
+                    progress=progress,
+                    per_layer=outputs,
+                    each=worst.add,
+                    task=task,
+                    data_range=data_range,
+                    metric=metric,
+                )
                 for layer, value in found.layer_sqnr_db.items():
                     measured[layer]["output_sqnr_db"] = value
                 accuracy = found
@@ -116,7 +132,7 @@ def gather(
         preprocess = folder.preprocess
     disagreements = worst.found(source.files if source else [], folder.path if folder else None, preprocess)
 
-    tried = 0
+    tried, measure = 0, "KL divergence"
     if not sensitivity_images:
         missing.setdefault("sensitivity", "Pass `--sensitivity-images 16` (in Python `sensitivity_images=16`).")
     if reference is not None and source is not None and "sensitivity" not in missing:
@@ -127,10 +143,12 @@ def gather(
             limit=sensitivity_images,
             batch_size=min(batch_size, sensitivity_images),
             progress=progress,
+            task=task,
+            metric=metric,
         )
-        tried = trials.images
+        tried, measure = trials.images, trials.measure
         for trial in trials.trials:
-            measured[trial.layer]["kl"] = trial.kl
+            measured[trial.layer] |= {"kl": trial.kl, "distance": trial.distance}
 
     example = _random(input_shape) if source is None else next((x[:1] for x, _ in source), None)
     times = _profile(qmodel, example, runs)
@@ -147,7 +165,9 @@ def gather(
         layers=[Layer(**facts) for facts in measured.values()],
         preprocess=preprocess,
         accuracy=accuracy,
+        task=task,
         sensitivity_images=tried,
+        sensitivity_measure=measure,
         disagreements=disagreements,
         classes=classes or (folder and folder.classes) or (),
         profile=None if isinstance(times, str) else times,

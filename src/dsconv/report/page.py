@@ -16,6 +16,7 @@ from dsconv.benchmarking.machine import machine_notes
 from dsconv.benchmarking.results import OURS, Timing, digits, plural
 from dsconv.conversion import LayerSummary
 from dsconv.errors import import_extra
+from dsconv.evaluation import Comparison
 from dsconv.files import as_path, check_place, replacing
 from dsconv.report.contents import Report
 from dsconv.report.gathering import gather
@@ -24,6 +25,18 @@ _SIGNS = {
     "adaptive": "a sign bit only in blocks that hold a negative value",
     "extra": "a sign beside the bits",
     "included": "two's complement",
+}
+
+# Of a network by itself: title, field and unit.
+_ACCURACIES = (("mIoU", "miou", "%"), ("PSNR", "psnr_db", "dB"), ("SSIM", "ssim", ""))
+_MEASURES = {
+    "agreement": "agreement, %",
+    "kl": "KL divergence, nats",
+    "miou": "mIoU, %",
+    "psnr_db": "PSNR, dB",
+    "ssim": "SSIM",
+    "sqnr_db": "SQNR, dB",
+    "relative_error": "relative error",
 }
 
 
@@ -100,6 +113,9 @@ def page(report: Report) -> str:
         height=_height,
         log_range=_log_range,
         isfinite=math.isfinite,
+        accuracies=_ACCURACIES,
+        measures=_shown(report.comparison),
+        digits_of=_significant,
         today=datetime.date.today().isoformat(),
         versions=", ".join(f"{name} {metadata.version(name)}" for name in ("dsconv", "torch")),
     )
@@ -156,6 +172,18 @@ def _settings(row: LayerSummary) -> str:
 def _digits(value: float) -> str:
     """As :func:`dsconv.benchmarking.results.digits`, and of the smallest times a little more."""
     return digits(value) if value >= 0.1 else f"{value:.4f}"
+
+
+def _shown(found: Comparison | None) -> dict[str, str]:
+    """The measures that an output has, with their titles."""
+    outputs = found.outputs.values() if found is not None else ()
+    return {name: title for name, title in _MEASURES.items() if any(getattr(one, name) is not None for one in outputs)}
+
+
+def _significant(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "\N{EN DASH}"
+    return f"{value:.4g}" if math.isfinite(value) else "exact"
 
 
 def _db(value: float | None) -> str:

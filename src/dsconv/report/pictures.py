@@ -62,12 +62,15 @@ def draw(
     return _written(figure, path)
 
 
-def draw_sensitivity(path: str | os.PathLike[str], layers: Mapping[str, Mapping[str, float]]) -> Path:
+def draw_sensitivity(
+    path: str | os.PathLike[str], layers: Mapping[str, Mapping[str, float]], measure: str = "KL divergence"
+) -> Path:
     """Write a picture of what each layer costs alone.
 
     Args:
         path: as in :func:`draw`.
-        layers: for each layer, in order, the KL divergence in nats by the name of its settings.
+        layers: for each layer, in order, the distance from the float network by the name of its settings.
+        measure: name of the distance, see :class:`dsconv.mixed.Sensitivity`.
 
     Raises:
         MissingExtraError, OSError: as :func:`draw`.
@@ -82,32 +85,36 @@ def draw_sensitivity(path: str | os.PathLike[str], layers: Mapping[str, Mapping[
         axis.plot(places, heights, marker, color=colour, label=name)
     axis.set_xticks(range(len(layers)), list(layers), rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axis.set_title("One layer quantized, all others in float", fontsize=11)
-    _divergence(axis, [value for values in layers.values() for value in values.values()])
+    _distance(axis, [value for values in layers.values() for value in values.values()], measure)
     axis.grid(axis="x", color=_FLOAT, linewidth=0.4)
     axis.legend(frameon=False, ncols=4, fontsize=8)
     return _written(figure, path)
 
 
 def draw_pareto(
-    path: str | os.PathLike[str], curve: Sequence[tuple[float, float]], chosen: tuple[float, float]
+    path: str | os.PathLike[str],
+    curve: Sequence[tuple[float, float]],
+    chosen: tuple[float, float],
+    measure: str = "KL divergence",
 ) -> Path:
-    """Write a picture of the least KL divergence that is predicted at each size.
+    """Write a picture of the least distance from the float network that is predicted at each size.
 
     Args:
         path: as in :func:`draw`.
-        curve: effective bits a weight and KL divergence in nats.
+        curve: effective bits a weight and distance.
         chosen: the same of the selection made.
+        measure: name of the distance, see :class:`dsconv.mixed.Sensitivity`.
 
     Raises:
         MissingExtraError, OSError: as :func:`draw`.
     """
     figure = _figure(6.0, 4.2)
     axis = figure.subplots()
-    axis.plot(*zip(*curve, strict=True), "o-", color=COLOURS[0], markersize=4, label="least divergence")
+    axis.plot(*zip(*curve, strict=True), "o-", color=COLOURS[0], markersize=4, label="least distance")
     axis.plot(*chosen, "D", color=COLOURS[5], markersize=8, label="chosen")
     axis.set_xlabel("bits a weight, over the whole network")
     axis.set_title("Sum of what the layers cost alone", fontsize=11)
-    _divergence(axis, [kl for _, kl in curve])
+    _distance(axis, [distance for _, distance in curve], measure)
     axis.legend(frameon=False)
     return _written(figure, path)
 
@@ -144,32 +151,37 @@ def draw_tradeoff(path: str | os.PathLike[str], found: Tradeoff) -> Path:
                 axis.plot((candidate.times_ms.first, candidate.times_ms.third), (y, y), color=colour, linewidth=0.8)
         axis.set_xlabel(units[cost])
         if found.reference is not None:
-            x, y = _place(found.reference, cost)
-            axis.axhline(y, color="#666666", linestyle="--", linewidth=1, label="float32", zorder=0)
-            axis.set_xlabel(f"{units[cost]} (float32: {x:.3g})")
+            if found.reference.measure == found.candidates[0].measure:
+                accuracy = found.reference.accuracy
+                axis.axhline(accuracy, color="#666666", linestyle="--", linewidth=1, label="float32", zorder=0)
+            axis.set_xlabel(f"{units[cost]} (float32: {_cost(found.reference, cost):.3g})")
         axis.margins(0.08)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(found.costs), frameon=False, fontsize=8)
     quartiles = "; lines: quartiles of the time" if "ms" in found.costs else ""
     figure.suptitle(f"Filled: on the Pareto front{quartiles}", fontsize=10)
-    measure = "top-1" if first.top1 is not None else "agreement with float32"
-    axes[0].set_ylabel(f"{measure} in percent, {first.images:,} images")
+    measure = found.candidates[0].measure.replace("agreement", "agreement with float32")
+    axes[0].set_ylabel(f"{measure}, {first.images:,} images")
     return _written(figure, path)
 
 
 def _place(candidate: Candidate, cost: Cost) -> tuple[float, float]:
     """Megabytes or milliseconds, and accuracy."""
+    return _cost(candidate, cost), math.nan if candidate.accuracy is None else candidate.accuracy
+
+
+def _cost(candidate: Candidate, cost: Cost) -> float:
     value = candidate.bytes / 1e6 if cost == "bytes" else candidate.ms
     assert value is not None
-    assert candidate.accuracy is not None
-    return value, candidate.accuracy
+    return value
 
 
-def _divergence(axis: Any, values: Sequence[float]) -> None:
-    if any(value > 0 for value in values):
+def _distance(axis: Any, values: Sequence[float], measure: str) -> None:
+    if any(value > 0 for value in values) and not any(value < 0 for value in values):
         axis.set_yscale("log")
-    axis.set_ylabel("KL divergence of the logits in nats\n(lower is better)")
+    what = "KL divergence of the logits in nats" if measure == "KL divergence" else measure
+    axis.set_ylabel(f"{what}\n(lower is better)")
     axis.spines[["top", "right"]].set_visible(False)
 
 
