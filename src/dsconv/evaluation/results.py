@@ -8,6 +8,7 @@ from typing import Any
 from dsconv.data.folder import BrokenImage
 from dsconv.names import Task
 from dsconv.strict_json import finite_or_none
+from dsconv.tables import as_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,9 @@ class Evaluation:
         from rich.console import Group
 
         return Group(_table({"": self}), *_remarks(self))
+
+    def __str__(self) -> str:
+        return as_text(self)
 
 
 _ACCURACIES = ("miou", "psnr_db", "ssim")

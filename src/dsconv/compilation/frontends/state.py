@@ -18,7 +18,7 @@ from dsconv.layers import DSLayer
 from dsconv.layers.readonly import writes
 
 _LARGEST_KNOWN = 1 << 16  # values: weights that are computed from others are not kept a second time
-_WARM_BATCH = 3  # no usual batch, since a cache of that batch would not be seen to change
+_WARM_BATCHES = range(3, 1 << 16)  # of these the first of which nothing is kept: a cache of it would not change
 # Functions of tensors whose arguments beside these are sizes.
 _TAKE_SIZES = (
     *("expand", "narrow", "permute", "repeat", "reshape", "roll", "select", "tile", "unflatten", "view"),
@@ -72,9 +72,11 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _as_after_no_images(model: nn.Module, inputs: Inputs) -> nn.Module:
     made, warm = _copy(model, share=lambda _: True), _copy(model, share=lambda module: isinstance(module, DSLayer))
     before = {name: _seen(module) for name, module in warm.named_modules()}
+    taken = {_first_size(value) for seen in before.values() for value in seen.values()}
+    batch = next(count for count in _WARM_BATCHES if count not in taken)
     try:
         with torch.inference_mode(False), torch.no_grad():
-            call(warm, zeros_like(inputs, _WARM_BATCH))
+            call(warm, zeros_like(inputs, batch))
     except ModelError:
         raise
     except Exception:
@@ -84,7 +86,7 @@ def _as_after_no_images(model: nn.Module, inputs: Inputs) -> nn.Module:
         for key, after in _seen(module).items():
             then = before.get(name, {}).get(key)
             if then is not None and then is not after and not _equal(then, after):
-                setattr(modules[name], key, _of_no_images(getattr(modules[name], key), after))
+                setattr(modules[name], key, _of_no_images(getattr(modules[name], key), after, batch))
     return made
 
 
@@ -112,16 +114,25 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, int) or all(isinstance(n, int) for n in value)
 
 
-def _of_no_images(now: Any, after: Any) -> Any:
-    """``now`` with a first size of 0, if that of ``after`` was the batch size."""
+def _first_size(value: Any) -> int | None:
+    """Of a number itself, of what holds several numbers the first of them, of a tensor its length."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, Tensor):
+        return len(value) if value.dim() else None
+    return value[0] if value and isinstance(value[0], int) else None
+
+
+def _of_no_images(now: Any, after: Any, batch: int) -> Any:
+    """``now`` with a first size of 0, if that of ``after`` was the size of the ``batch``."""
     if type(now) is not type(after):
         return now
     if isinstance(now, int):
-        return 0 if after == _WARM_BATCH else now
+        return 0 if after == batch else now
     if isinstance(now, Tensor):
-        return now[:0] if now.dim() and after.dim() and len(after) == _WARM_BATCH else now
+        return now[:0] if now.dim() and after.dim() and len(after) == batch else now
     plain = type(now) in (tuple, list, torch.Size) and now and after and _numbers(now) and _numbers(after)
-    return type(now)((0, *now[1:])) if plain and after[0] == _WARM_BATCH else now
+    return type(now)((0, *now[1:])) if plain and after[0] == batch else now
 
 
 def _kept(model: nn.Module) -> Callable[[], None]:
