@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from dsconv.calibration.collect import count_places
-from dsconv.conversion.convert import plain_layer
 from dsconv.conversion.fold import normalized_by
 from dsconv.conversion.info import model_info
+from dsconv.conversion.plain import plain_layer
 from dsconv.errors import ModelError
 from dsconv.evaluation.running import forward
 from dsconv.layers import Affine, DSLayer
