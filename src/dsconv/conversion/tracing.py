@@ -67,7 +67,12 @@ class Traced(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> Any:
         if kind == "call_function" and any(isinstance(value, StandIn) for value in (*args, *kwargs.values())):
             return StandIn.__torch_function__(target, (), args, kwargs)
-        return super().create_proxy(kind, target, args, kwargs, *more, **options)
+        made: Any = super().create_proxy(kind, target, args, kwargs, *more, **options)
+        # Code may go over the parts of a tensor, whose number is known.
+        if getattr(target, "__name__", target) == "chunk":
+            count = args[1] if len(args) > 1 else kwargs.get("chunks")
+            return tuple(made[i] for i in range(count)) if isinstance(count, int) else made
+        return made
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dsconv.compilation.frontends.constants import fold_constants
 from dsconv.compilation.frontends.state import capturable
 from dsconv.compilation.layouts import in_layout_of
 from dsconv.compilation.operators import functional, operator_of
@@ -50,6 +51,8 @@ def graph(model: nn.Module, x: Tensor, any_batch: bool) -> fx.GraphModule:
     for node in module.graph.nodes:
         if node.target is _aten.view.default:  # of a tensor that has another layout than in the trace, it needs a copy
             node.target = _aten.reshape.default
+    with torch.no_grad():
+        fold_constants(module)
     return module
 
 
