@@ -153,6 +153,7 @@ def test_a_graph_for_all_batches_is_not_made_of_a_branch_on_one(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+@needs_extension
 def test_a_batch_that_was_cached_before_is_no_constant() -> None:
     """Whatever its size: captures learn from one of another size what follows from it."""
     for count in (2, 3, 4):
@@ -162,3 +163,49 @@ def test_a_batch_that_was_cached_before_is_no_constant() -> None:
             fast = dsconv.compile(model, torch.zeros(1, 3, 9, 7))
             assert torch.equal(fast(x := torch.randn(5, 3, 9, 7)), model(x))
         assert fast.program_for(x).any_batch
+
+
+class Head(Net):
+    """Boxes from the grid of a detector, in two parts of the batch."""
+
+    shape: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).view(x.shape[0], 8, -1)
+        if self.shape != x.shape:
+            rows, columns = torch.meshgrid(*(torch.arange(n) + 0.5 for n in x.shape[2:]), indexing="ij")
+            self.shape, self.grid = x.shape, torch.stack((columns, rows)).view(2, -1).repeat(1, 4)
+        half = x.size(0) // 2
+        return torch.cat([y[:half], y[half:] * 2])[:, :2] + self.grid
+
+
+@needs_extension
+@torch.inference_mode()
+def test_what_follows_from_the_size_alone_is_computed_once() -> None:
+    qmodel = dsconv.quantize(Head())
+    fast = dsconv.compile(qmodel, torch.zeros(1, 3, 8, 8))
+    for shape in ((1, 3, 8, 8), (5, 3, 8, 8), (2, 3, 6, 8)):
+        x = torch.randn(shape)
+        assert torch.equal(fast(x), qmodel(x))
+    left = {str(step.operator) for step in fast.plan.in_pytorch}
+    assert not left & {f"aten.{name}" for name in ("arange", "meshgrid", "stack", "repeat")}
+
+
+@needs_extension
+@torch.inference_mode()
+def test_constants_are_neither_chance_nor_what_a_caller_may_write() -> None:
+    class Random(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + torch.rand(8)
+
+    class Fixed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.conv(x)
+            return torch.arange(6.0).view(2, 3).t()
+
+    x = torch.randn(1, 3, 8, 8)
+    random, fixed = (dsconv.compile(dsconv.quantize(net), x) for net in (Random(), Fixed()))
+    assert not torch.equal(random(x), random(x))
+    expected = fixed(x).clone()
+    fixed(x).zero_()
+    assert torch.equal(fixed(x), expected)

@@ -421,7 +421,8 @@ class Everything(tnn.Module):
 def test_nothing_is_skipped_silently(config: dsconv.QuantConfig) -> None:
     model = Everything()
     quantized = dsconv.quantize(model, config)
-    rows = dsconv.summary(quantized).layers
+    found = dsconv.summary(quantized)
+    rows = (*found.layers, *found.parameters)
     names = [row.name for row in rows]
     for name, module in model.named_modules():
         if isinstance(module, (tnn.modules.conv._ConvNd, tnn.Linear)):
@@ -429,8 +430,8 @@ def test_nothing_is_skipped_silently(config: dsconv.QuantConfig) -> None:
     for row in rows:
         if not row.quantized:
             assert len(row.reason) > 10
-    weights = {id(p) for p in quantized.parameters() if p.dim() > 1}
-    assert len([row for row in rows if not row.quantized]) >= len(weights)
+    weights = {id(p): p for p in quantized.parameters() if p.dim() > 1}
+    assert sum(row.bytes_after for row in rows if not row.quantized) == sum(p.nbytes for p in weights.values())
     for name in ("embedding.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "bilinear.weight", "table"):
         assert name in names
     assert all(isinstance(m, nn.DSLayer) for m in (quantized.conv1,))

@@ -584,3 +584,19 @@ def test_networks_of_timm_are_folded() -> None:
     assert len(info(folded).folded) == 49 and not info(folded).not_folded
     with torch.inference_mode():
         assert quality(quantized(x), folded(x)) > 25
+
+
+def test_code_may_go_over_the_chunks_of_a_tensor() -> None:
+    class Split(tnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.second = tnn.Conv2d(3, 16, 1), tnn.BatchNorm2d(16), tnn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = list(self.norm(self.first(x)).chunk(2, 1))
+            y.extend(part(y[-1]) for part in [self.second])
+            return torch.cat(y, 1)
+
+    quantized = dsconv.quantize(randomize(Split(), torch.randn(4, 3, 8, 8)).eval(), CONFIG)
+    folded = dsconv.fold_batchnorm(quantized)
+    assert model_info(folded).folded == {"norm": "first"}  # type: ignore[union-attr]

@@ -22,6 +22,7 @@ from dsconv.calibration.calibrate import check_models
 from dsconv.calibration.images import check_images, prepared_as, read_images
 from dsconv.calibration.layers import Pair, nonfinite_layer, pairs_of, trace
 from dsconv.conversion.copying import copied
+from dsconv.conversion.functional import as_layers
 from dsconv.conversion.info import info_of, note
 from dsconv.conversion.preparation import set_preprocess
 from dsconv.conversion.quantized import add_bias
@@ -122,7 +123,7 @@ def adapt(
     recipe = as_recipe(recipe)
     check_whole("seed", seed, 0)
     names = "student", "teacher"
-    student, teacher = unwrapped(student), unwrapped(teacher)
+    student, teacher = unwrapped(student), as_layers(teacher)[0]
     check_models(student, teacher, names)
     check_task(task)
     if log is not None:

@@ -18,6 +18,7 @@ from dsconv.calibration.report import CalibratedLayer, Calibration
 from dsconv.calibration.state import State
 from dsconv.compilation import CompiledModel
 from dsconv.conversion.copying import copied
+from dsconv.conversion.functional import as_layers
 from dsconv.conversion.info import info_of, note
 from dsconv.conversion.preparation import set_preprocess
 from dsconv.conversion.quantized import add_bias, quantized_layers
@@ -112,7 +113,7 @@ def calibrate(
     """
     for name, value, least in (("positions", positions, 1), ("seed", seed, 0), ("memory_bytes", memory_bytes, 1)):
         check_whole(name, value, least)
-    qmodel, reference = unwrapped(qmodel), unwrapped(reference)
+    qmodel, reference = unwrapped(qmodel), as_layers(reference)[0]
     check_models(qmodel, reference)
     check_task(task)
     saved = State(None if state is None else as_path(state, "state"), resume)

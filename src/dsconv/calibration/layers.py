@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv.calibration.collect import count_places
-from dsconv.conversion.convert import plain_layer
 from dsconv.conversion.fold import normalized_by
 from dsconv.conversion.info import model_info
+from dsconv.conversion.plain import plain_layer
 from dsconv.data.inputs import Batch
 from dsconv.data.inputs import tensors_of as inputs_in
 from dsconv.errors import ModelError

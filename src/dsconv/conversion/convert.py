@@ -3,35 +3,27 @@
 import copy
 import inspect
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
-from torch.overrides import TorchFunctionMode
 
 from dsconv.config import LayerConfig, QuantConfig, as_config
 from dsconv.conversion import hooks
-from dsconv.conversion.copying import HOOKS, copied, is_of_torch, is_torch_class, replaced
+from dsconv.conversion.copying import HOOKS, copied, is_torch_class
+from dsconv.conversion.functional import as_layers
 from dsconv.conversion.info import ModelInfo, info_of
+from dsconv.conversion.plain import Plain, input_of, plain_layer
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.statistics import input_moments
-from dsconv.conversion.wrappers import unwrapped
 from dsconv.data.preprocess import Preprocess, laid_over
 from dsconv.errors import ConfigError, ModelError
 from dsconv.layers import DSLayer
-from dsconv.layers.conv import SAME_UPPER, Pads, same_upper
-from dsconv.layers.inputs import device_of
 from dsconv.layers.kinds import KINDS, kind_of
 from dsconv.modes import check_module
 from dsconv.numerics import InputMoments
@@ -58,7 +50,9 @@ def quantize(
     No data is needed. Under rule ``balanced``, a copy of a model with BatchNorm runs on noise for a moment: BatchNorm
     tells the means and variances of the inputs of the layers behind it. A layer that appears at several places stays
     one layer. Weight and spectral normalization, pruning, parametrizations and subclasses that compute their weight are
-    resolved: the weight they make now is quantized. So is what forward pre-hooks write to a weight. A subclass that
+    resolved: the weight they make now is quantized. So is what forward pre-hooks write to a weight. A convolution or
+    linear that a module calls as a function becomes a layer of that module, ``conv2d_weight`` for
+    ``F.conv2d(x, self.weight)``, where its weight and bias follow from parameters and constants alone. A subclass that
     pads its input with zeros, always alike or by its size as TensorFlow's ``SAME``, is quantized with that padding. A
     layer whose call was replaced and does more than the plain layer stays in float; hooks and replaced methods of other
     modules are kept and run the layers of the copy. Layers that are quantized already stay as they are. What is left in
@@ -88,7 +82,7 @@ def quantize(
     check_module("model", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("model: TorchScript cannot be converted: pass the Python model it was made from")
-    return quantize_for(unwrapped(model), as_config(config), None, preprocess)
+    return quantize_for(model, as_config(config), None, preprocess)
 
 
 def quantize_for(
@@ -98,6 +92,7 @@ def quantize_for(
     preprocess: Preprocess | Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """:func:`quantize` with what is known of the inputs of layers; None: what BatchNorms tell."""
+    model, functions = as_layers(model)
     layers = _find_layers(model)
     _check_overrides(config, layers)
     prepared = preprocess_of(model)
@@ -108,7 +103,7 @@ def quantize_for(
             **info_of(model).stored(),
             "config": config,
             "architecture": getattr(model, "dsconv_architecture", None),
-            "in_float": {},
+            "in_float": {name: one.reason for one in functions for name in one.parameters or [one.name]},
             "preprocess": prepared.model_dump(mode="json") if prepared is not None else None,
         }
     )
@@ -134,11 +129,8 @@ def quantize_for(
         except ValueError as error:
             raise ModelError(f"layer {found.name!r}: {error}") from None
     if not swaps and not any(isinstance(module, DSLayer) for module in model.modules()):
-        if not layers:
-            raise ModelError(
-                f"model {type(model).__name__} has no convolution or linear layer to quantize; "
-                "convolutions called as functions are not seen"
-            )
+        if not layers and not functions:
+            raise ModelError(f"model {type(model).__name__} has no convolution or linear layer to quantize")
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(info.in_float.items())[:5])
         raise ModelError(f"model {type(model).__name__}: no layer is left to quantize ({reasons})")
     return swapped(model, swaps, info)
@@ -239,170 +231,6 @@ def _check_overrides(config: QuantConfig, layers: list[FoundLayer]) -> None:
             )
 
 
-class Plain(NamedTuple):
-    """The plain layer that a float layer amounts to.
-
-    Attributes:
-        weight: the weight that it convolves with, None where it cannot be told.
-        padding: its padding, None where that is the layer's attribute.
-        reason: why it cannot be told.
-    """
-
-    weight: Tensor | None
-    padding: Pads | str | None = None
-    reason: str = ""
-
-
-def plain_layer(layer: Any, kind: type[DSLayer]) -> Plain:
-    """Return the plain layer that ``layer`` of a ``kind`` amounts to."""
-    with torch.no_grad():
-        hooked = hooks.written(layer, partial(_input_of, layer, kind, 4))
-        if hooked is not None and hooked.weight is None:
-            return Plain(None, reason=hooked.reason)
-        weight = _computed(layer) if hooked is None else hooked.weight
-        if weight is None:
-            return Plain(None, reason="it has no weight before it has run: run the model once before converting it")
-        if weight.is_meta:
-            return Plain(None, reason="its weight is on the meta device and has no values")
-        own = _own_call(layer, kind)
-        return _probed(layer, kind, weight.detach(), own) if own else Plain(weight.detach())
-
-
-def _computed(layer: Any) -> Any:
-    """What PyTorch's own hooks make of the weight, or the weight itself."""
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == "weight":
-            return hook.compute_weight(layer)
-        if isinstance(hook, SpectralNorm) and hook.name == "weight":
-            return hook.compute_weight(layer, do_power_iteration=False)
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
-            return hook.apply_mask(layer)  # type: ignore[no-untyped-call]
-    return getattr(layer, "weight", None)
-
-
-def _own_call(layer: nn.Module, kind: type[DSLayer]) -> str:
-    """Return why a call of ``layer`` does not compute what its ``kind`` does; an empty text if it does."""
-    if name := replaced(layer):
-        return f"its {name} was replaced by another one"
-    own = type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)
-    for name, plain in kind.plain_call.items():
-        function = getattr(own, name, None)
-        patched = function is not None and is_torch_class(kind.float_type) and not is_of_torch(function)
-        if function is not plain or patched:
-            return f"its class {type(layer).__name__} has a {name} of its own"
-    return ""
-
-
-class _Calls(TorchFunctionMode):
-    """Notes the input, weight and padding of every call of a convolution or linear function."""
-
-    def __init__(self, function: Callable[..., Any]):
-        super().__init__()
-        self.function = function
-        self.noted: list[tuple[Tensor, Tensor, Any]] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is self.function:
-            given = dict(zip(("input", "weight", "bias", "stride", "padding"), args, strict=False)) | kwargs
-            self.noted.append((given["input"], given["weight"].detach().clone(), given.get("padding", 0)))
-        return func(*args, **kwargs)
-
-
-class _Run(NamedTuple):
-    """One call of a layer: its input and output, the weight that it used, and the padding, None where it is unlike."""
-
-    x: Tensor
-    y: Tensor
-    weight: Tensor
-    pads: Pads | None
-
-
-def _probed(layer: Any, kind: type[DSLayer], weight: Tensor, own: str) -> Plain:
-    """Find the plain layer that one whose call is not the plain one amounts to: with another weight or padding.
-
-    The layer is run on random inputs of several sizes, from the smallest to the largest and back, and compared with the
-    layer that would take its place, with the weight that it used before rounding.
-    """
-    try:
-        runs = _runs(layer, kind, weight)
-        used = runs[0].weight
-        if used.shape == weight.shape and all(torch.equal(run.weight, used) for run in runs):
-            for padding in (None, _padding(layer, runs)):
-                made = kind.like(layer, LayerConfig(activation_bits=None), padding).float()
-                vars(made)["_shadow"] = partial(made.conv_layout, used)
-                if all(_alike(run.y, made(run.x)) for run in runs):
-                    return Plain(used.detach().to(weight.dtype), padding)
-    except Exception:  # whatever a layer has to say to inputs that it was not made for
-        pass
-    return Plain(None, reason=f"{own}, which is not a plain layer of another weight or padding")
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-def _runs(layer: Any, kind: type[DSLayer], weight: Tensor) -> list[_Run]:
-    """Calls of copies of ``layer``, without its hooks, so that finding out about it leaves no trace."""
-    # All remainders that a stride leaves, and a size that is far from them.
-    extras = [*range(1, max(getattr(layer, "stride", (2,))) + 4), 20]
-    runs: list[_Run] = []
-    # A layer that remembers one input for the next gives itself away in another order of inputs.
-    for order in (extras, extras[::-1]):
-        memo: dict[int, Any] = {id(getattr(layer, name)): OrderedDict() for name in HOOKS}
-        probed = copied(layer, memo, isolate=True).float().eval()
-        if not parametrize.is_parametrized(layer):
-            vars(probed).pop("weight", None)
-            probed._parameters["weight"] = nn.Parameter(weight.float().clone(), requires_grad=False)
-        for extra in order:
-            x = _input_of(layer, kind, extra)
-            with _Calls(kind.float_function) as calls:
-                y = probed(x)
-            ((read, used, padding),) = calls.noted
-            pads = _pads(x, read, padding) if kind.dims and not kind.transposed else None
-            runs.append(_Run(x, y, used, pads))
-    return runs
-
-
-def _pads(x: Tensor, read: Tensor, padding: Any) -> Pads | None:
-    """Return the zeros around ``x (N, C, *S)`` in a convolution that is called with ``read`` and ``padding``.
-
-    None: ``read`` is not ``x`` with zeros around it, or ``padding`` no numbers.
-    """
-    dims = x.dim() - 2
-    pads = []
-    for n, m, dim in zip(x.shape[2:], read.shape[2:], range(2, x.dim()), strict=True):
-        others = [d for d in range(read.dim()) if d != dim]
-        before = int((read != 0).amax(others).int().argmax())
-        pads.append((before, m - n - before))
-    border = [p for pair in reversed(pads) for p in pair]
-    if min(border) < 0 or not torch.equal(F.pad(x, border), read):
-        return None
-    more = (padding,) * dims if isinstance(padding, int) else tuple(padding)
-    if len(more) != dims or isinstance(padding, str):
-        return None
-    return tuple((before + p, after + p) for (before, after), p in zip(pads, more, strict=True))
-
-
-def _padding(layer: Any, runs: Sequence[_Run]) -> Pads | str | None:
-    """Return the one padding that all ``runs`` of a convolution show; None where there is none."""
-    found = {run.pads for run in runs}
-    if len(found) == 1:
-        return found.pop()
-    where = layer.kernel_size, layer.stride, layer.dilation
-    return SAME_UPPER if all(run.pads == same_upper(run.x.shape[2:], *where) for run in runs) else None
-
-
-def _input_of(layer: Any, kind: type[DSLayer], extra: int) -> Tensor:
-    """Random float32 input of a layer, ``extra`` longer than what an output reads, and each dimension one more."""
-    shape = [size + max(0, dim - 2) for dim, size in enumerate(kind.float_input_shape(layer, extra))]
-    generator = torch.Generator().manual_seed(extra)
-    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    return x.to(device_of(layer))
-
-
 def _keep_attributes(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) -> None:
     """What a model noted on a layer of its own, as builders from lists of layers do, is there to be read."""
     if (kind := kind_of(layer)) is not None:
@@ -425,7 +253,7 @@ def _attributes_of(kind: type[DSLayer]) -> frozenset[str]:
 def _keep_hooks(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) -> None:
     """Hooks of the user go on being called; those that compute the weight have done their work."""
     layer_kind = kind_of(layer)
-    written = None if layer_kind is None else hooks.written(layer, partial(_input_of, layer, layer_kind, 4))
+    written = None if layer_kind is None else hooks.written(layer, partial(input_of, layer, layer_kind, 4))
     done = frozenset() if written is None else written.keys
     for kind in HOOKS:
         kept = getattr(quantized, kind)

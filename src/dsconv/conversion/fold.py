@@ -1,14 +1,10 @@
 """Folds every BatchNorm that follows a quantized layer into the KDS and the bias of that layer."""
 
 import copy
-import inspect
-import os
-import traceback
-import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +15,7 @@ from dsconv.conversion.convert import swapped
 from dsconv.conversion.copying import copied, replaced
 from dsconv.conversion.info import info_of
 from dsconv.conversion.quantized import add_bias, check_inference
+from dsconv.conversion.tracing import Traced, line_of, reason_of
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import ModelError
 from dsconv.layers import Affine, DSLayer
@@ -242,67 +239,24 @@ def _goes_on(batchnorm: _BatchNorm) -> bool:
         return False
 
 
-class _Tracer(fx.Tracer):
-    """Calls no layer, and notes whose tensors are read beside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read: set[int] = set()
-
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
-    ) -> tuple[Any, list[Any]]:
-        """Make symbols of the first argument and of those without a default, whatever forward is and takes."""
-        assert isinstance(self.root, nn.Module)
-        positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-        first, *others = inspect.signature(self.root.forward).parameters.values()
-        names = [first.name, *(p.name for p in others if p.kind in positional and p.default is p.empty)]
-        inputs = [self.create_proxy("placeholder", name, (), {}) for name in names]
-        return lambda root, *x: root.forward(*x), [self.root, *inputs]
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, DSLayer | _BatchNorm) or kind_of(m) is not None
-        return known or super().is_leaf_module(m, module_qualified_name)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if isinstance(attr_val, Tensor):
-            self.read.add(id(attr_val))
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-
 def _uses(qmodel: nn.Module, names: Mapping[nn.Module, str]) -> _Uses:
     kind = type(qmodel).__name__
-    tracer = _Tracer()
-    # What forward may change is copied, so that symbols stay out of the model: all but its layers and tensors.
-    memo: dict[int, Any] = {}
-    for module, name in names.items():
-        if tracer.is_leaf_module(module, name):
-            memo[id(module)] = module
-        for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
-            if isinstance(value, Tensor):
-                memo[id(value)] = value
-    twin = copied(qmodel, memo, isolate=True)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Was not able to add assertion")
-            graph = tracer.trace(twin)
+        found = Traced(qmodel, _is_called)
     except Exception as error:
         if replaced(qmodel):
             raise ModelError(
                 f"model {kind}: it has a forward in the place of its class's, which torch.fx cannot follow"
-                f"{_line_of(error)}: fold the model that it was made from"
+                f"{line_of(error)}: fold the model that it was made from"
             ) from error
-        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ModelError(
-            f"model {kind}: torch.fx cannot follow its forward{_line_of(error)} ({type(error).__name__}: {reason}), so "
+            f"model {kind}: torch.fx cannot follow its forward{line_of(error)} ({reason_of(error)}), so "
             "what reads each layer is not known: take decisions that depend on tensors out of it or into a function "
             "marked by torch.fx.wrap, or fold parts: model.part = dsconv.fold_batchnorm(model.part)"
         ) from error
-    return _Uses(graph, names, tracer.read)
+    return _Uses(found.graph, names, found.read)
 
 
-def _line_of(error: Exception) -> str:
-    """The innermost line that is neither PyTorch's nor of this file."""
-    ours = (os.path.dirname(torch.__file__) + os.sep, __file__)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
-    return f" at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
+def _is_called(module: nn.Module, name: str) -> bool:
+    known = isinstance(module, DSLayer | _BatchNorm) or kind_of(module) is not None
+    return known or fx.Tracer().is_leaf_module(module, name)

@@ -106,7 +106,7 @@ def written_by_others(model: nn.Module, layers: type | tuple[type, ...]) -> dict
         for function, owners in _writing_methods(type(module)) if around else ():
             children = {child: m for child, m in module._modules.items() if m is not None}
             # What has no name of its own, such as the variable of a loop, may be a part of all that is named.
-            names = owners if owners <= children.keys() else set(_names(function.__code__))
+            names = owners if owners <= children.keys() else set(names_of(function.__code__))
             parts = [child for name_of_child, child in children.items() if name_of_child in names]
             line = f"{function.__qualname__} ({function.__code__.co_filename}:{function.__code__.co_firstlineno})"
             for part in parts or [module]:
@@ -149,7 +149,7 @@ def may_write(hook: Any) -> bool:
     while size != (size := len(names) + len(reached)):
         for value in list(reached.values()):
             if isinstance(value, FunctionType):
-                names.update(_names(value.__code__))
+                names.update(names_of(value.__code__))
             for part in _code_of(value, names):
                 reached.setdefault(id(part), part)
     opaque = any(callable(part) and not _is_known(part) for part in reached.values())
@@ -168,7 +168,7 @@ def _writing_methods(kind: type) -> Iterator[tuple[FunctionType, set[str]]]:
     names, size = {"forward"}, 0
     while size != (size := len(names)):
         for name in names & methods.keys():
-            names |= set(_names(methods[name].__code__))
+            names |= set(names_of(methods[name].__code__))
     for name in sorted(names & methods.keys()):
         code = methods[name].__code__
         # What the module does to a weight of its own is no matter of layers.
@@ -229,11 +229,12 @@ def _is_known(value: Any) -> bool:
     return type(value).__module__ == "functools" or isinstance(vars(type(value)).get("__call__"), FunctionType)
 
 
-def _names(code: CodeType) -> Iterator[str]:
+def names_of(code: CodeType) -> Iterator[str]:
+    """Yield the names of variables, attributes and modules that code uses, functions in it included."""
     yield from code.co_names
     for const in code.co_consts:
         if isinstance(const, CodeType):
-            yield from _names(const)
+            yield from names_of(const)
         elif isinstance(const, str) and const.isidentifier():
             yield const
 

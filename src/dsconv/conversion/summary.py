@@ -10,8 +10,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dsconv import backends
+from dsconv.conversion.copying import is_torch_class
+from dsconv.conversion.functional import as_layers
 from dsconv.conversion.info import model_info
-from dsconv.conversion.wrappers import unwrapped
 from dsconv.errors import one_line
 from dsconv.layers import DSLayer
 from dsconv.layers.kinds import kind_of
@@ -73,28 +74,32 @@ class Summary:
     """All layers of a model; prints as a table.
 
     Attributes:
-        layers: in the order of the model.
-        other_bytes: of everything that is no layer's weight: biases, BatchNorm, buffers.
+        layers: in the order of the model. A convolution or linear that is called as a function and stays in float is
+            one of them, by the name of the parameter that its weight is computed from, else of the module.
+        other_bytes: of everything that is no weight: biases, BatchNorm, buffers.
+        parameters: other parameters of two or more dimensions that modules of the user hold, such as position
+            embeddings and scales of layers.
     """
 
     layers: tuple[LayerSummary, ...]
     other_bytes: int
+    parameters: tuple[LayerSummary, ...] = ()
 
     @property
     def bytes_before(self) -> int:
         """Of the float model."""
-        return sum(layer.bytes_before for layer in self.layers) + self.other_bytes
+        return sum(row.bytes_before for row in self._rows) + self.other_bytes
 
     @property
     def bytes_after(self) -> int:
         """Of the quantized model, which is the size of its file but for the header."""
-        return sum(layer.bytes_after for layer in self.layers) + self.other_bytes
+        return sum(row.bytes_after for row in self._rows) + self.other_bytes
 
     @property
     def effective_bits(self) -> float:
-        """Mean over the weights of all layers, those left in float included."""
-        weights = sum(layer.bytes_before for layer in self.layers) / 4
-        return sum(layer.bytes_after for layer in self.layers) * 8 / max(1.0, weights)
+        """Mean over the weights of all layers, those left in float included, and other parameters."""
+        weights = sum(row.bytes_before for row in self._rows) / 4
+        return sum(row.bytes_after for row in self._rows) * 8 / max(1.0, weights)
 
     @property
     def effective_bits_quantized(self) -> float:
@@ -102,6 +107,10 @@ class Summary:
         layers = [layer for layer in self.layers if layer.quantized]
         weights = sum(layer.bytes_before for layer in layers) / 4
         return sum(layer.bytes_after for layer in layers) * 8 / max(1.0, weights)
+
+    @property
+    def _rows(self) -> tuple[LayerSummary, ...]:
+        return self.layers + self.parameters
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -112,6 +121,7 @@ class Summary:
         """Plain data, ready for JSON."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
+            "parameters": [asdict(row) for row in self.parameters],
             "other_bytes": self.other_bytes,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
@@ -126,6 +136,7 @@ class Summary:
 
         quantized = [layer for layer in self.layers if layer.quantized]
         explained: dict[str, list[str]] = {}
+        parameters = ", ".join(f"{row.name} {'x'.join(map(str, row.shape))}" for row in self.parameters)
         for layer in self.layers:
             if layer.reason is not None:
                 explained.setdefault(f"In float, {layer.reason}", []).append(layer.name)
@@ -139,6 +150,7 @@ class Summary:
             "dB: signal to quantization noise of the weight. "
             f"Executed in inference by: {', '.join(self.backends) or 'none'}.",
             *(one_line(f"{reason}: {', '.join(names)}.", 10_000) for reason, names in explained.items()),
+            *([one_line(f"Parameters of no layer, in float: {parameters}.", 10_000)] if self.parameters else []),
         ]
         table = Table(
             box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=escape("\n".join(notes)), caption_justify="left"
@@ -174,18 +186,21 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """Table of the layers of a quantized model, or of a float one before its conversion.
 
-    Every convolution and linear layer has a row, and so has everything else that holds a weight of two or more
-    dimensions, such as an embedding.
+    Every convolution and linear layer has a row, also one that is called as a function, and so has everything else of
+    PyTorch that holds a weight of two or more dimensions, such as an embedding. A layer or weight that appears at
+    several places has one row.
 
     >>> import dsconv
     >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3))
     >>> [layer.effective_bits for layer in dsconv.summary(dsconv.quantize(net, "paper")).layers]
     [14.666666666666666, 5.0]
     """
-    model = unwrapped(model)
     check_module("model", model)
+    model, functions = as_layers(model)
     info = model_info(model)
+    called = {name: one for one in functions for name in one.parameters}
     rows: list[LayerSummary] = []
+    parameters: list[LayerSummary] = []
     counted: set[int] = set()
     total = sum(_bytes(t) for t in _unique([*model.parameters(), *_saved_buffers(model)]))
     for name, module in model.named_modules():
@@ -197,22 +212,50 @@ def summary(model: nn.Module) -> Summary:
             counted.update(id(t) for t in module.buffers(recurse=False))
         elif "parametrizations" not in name.split("."):
             is_layer = kind_of(module) is not None
-            unknown = "not converted" if is_layer else "neither a convolution nor a linear layer"
-            reason = (info.in_float.get(name) if info else None) or unknown
-            for parameter_name, parameter in _own_parameters(module):
-                shape = () if is_lazy(parameter) else tuple(parameter.shape)
-                is_weight = parameter_name == "weight" if is_lazy(parameter) else len(shape) > 1
-                shared = id(parameter) in counted
-                if not is_weight or (shared and not is_layer):
+            for full_name, weights in _weights(name, module, is_layer).items():
+                new = [weight for weight in weights if id(weight) not in counted]
+                if not new and not is_layer:
                     continue
-                counted.add(id(parameter))
-                full_name = name if is_layer else ".".join(filter(None, (name, parameter_name)))
-                kind, size = type(module).__name__, 0 if shared else _bytes(parameter)
-                bits = 8.0 * parameter.dtype.itemsize
-                rows.append(LayerSummary(full_name, kind, shape, bits, size, size, backends.IN_FLOAT, reason))
+                counted.update(map(id, new))
+                largest = max(weights, key=_bytes)
+                shape = () if is_lazy(largest) else tuple(largest.shape)
+                size, bits = sum(map(_bytes, new)), 8.0 * largest.dtype.itemsize
+                kind, reason = type(module).__name__, _why_float(module, is_layer)
+                if full_name in called:
+                    kind, reason = called[full_name].kind, called[full_name].reason
+                elif info and name in info.in_float:
+                    reason = info.in_float[name]
+                row = LayerSummary(full_name, kind, shape, bits, size, size, backends.IN_FLOAT, reason)
+                (parameters if reason == _NO_LAYER else rows).append(row)
+        for one in functions:
+            if one.name == name and not one.parameters:
+                rows.append(LayerSummary(name, one.kind, (), 32.0, 0, 0, backends.IN_FLOAT, one.reason))
     unpacked = sum(_bytes(t) for m in model.modules() if isinstance(m, DSLayer) for t in m.buffers(recurse=False))
-    in_float = sum(row.bytes_after for row in rows if not row.quantized)
-    return Summary(tuple(rows), total - unpacked - in_float)
+    in_float = sum(row.bytes_after for row in rows + parameters if not row.quantized)
+    return Summary(tuple(rows), total - unpacked - in_float, tuple(parameters))
+
+
+_NO_LAYER = "a parameter of no layer"
+
+
+def _weights(name: str, module: nn.Module, is_layer: bool) -> dict[str, list[nn.Parameter]]:
+    """The weights of a module by name; a layer has one, whatever parameters that is computed from."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for parameter_name, parameter in _own_parameters(module):
+        if parameter_name == "weight" if is_lazy(parameter) else parameter.dim() > 1:
+            full_name = name if is_layer else ".".join(filter(None, (name, parameter_name)))
+            found.setdefault(full_name, []).append(parameter)
+    return found
+
+
+def _why_float(module: nn.Module, is_layer: bool) -> str:
+    """Return why the weight of a module is in float, as far as no conversion tells."""
+    if is_layer:
+        return "not converted"
+    if isinstance(module, nn.MultiheadAttention):
+        return "MultiheadAttention calls linear functions with it, in PyTorch"
+    own = is_torch_class(type(module)) and not isinstance(module, nn.ParameterList | nn.ParameterDict)
+    return "neither a convolution nor a linear layer" if own else _NO_LAYER
 
 
 def quantized_row(

@@ -24,6 +24,7 @@ from dsconv.compilation import CompiledModel
 from dsconv.config import LayerConfig, QuantConfig
 from dsconv.conversion.convert import swapped
 from dsconv.conversion.fold import after_normalizing
+from dsconv.conversion.functional import as_layers
 from dsconv.conversion.info import ModelInfo, info_of, model_info
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.quantized import add_bias, quantized_layers
@@ -196,13 +197,16 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     with torch.device("cpu"):
         header, tensors = _read(path)
         into = partial(_loaded, path, header, tensors, home=torch.device("cpu") if home.type == "meta" else home)
-        return into(unwrapped(model)) if model is not None else _built(path, header, tensors, into)
+        return into(model) if model is not None else _built(path, header, tensors, into)
 
 
 def _loaded(
     path: Path, header: Header, tensors: dict[str, Tensor], model: nn.Module, *, home: torch.device
 ) -> nn.Module:
     """Return a copy of ``model`` that is what the file says; what has no memory yet gets it on ``home``."""
+    # What has a place in the file is as it is there: older files have parameters that are those of layers today.
+    known = header.layers.keys() | tensors.keys() | header.aliases.keys()
+    model, _ = as_layers(model, known.__contains__)
     settings = [_layer_settings(path, data) for data in header.settings]
     biases = set(header.biases)
     swaps: dict[nn.Module, nn.Module] = {}
@@ -280,6 +284,7 @@ def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
     with torch.device("cpu"):
         header, tensors = _read(path)
     rows: list[LayerSummary] = []
+    parameters: list[LayerSummary] = []
     for name, record in header.layers.items():
         settings = _layer_settings(path, header.settings[record.settings])
         parts = [f"{name}.{part}".lstrip(".") for part in ("vqk", "kds", "kds_shift")]
@@ -289,11 +294,16 @@ def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
     for name, tensor in tensors.items():
         if tensor.dim() >= 2 and tensor.is_floating_point():
             layer = name.removesuffix(".weight")
+            # A convolution that is called as a function has the name of its parameter.
+            layer = name if name in header.in_float else layer
             reason = header.in_float.get(layer, "neither a convolution nor a linear layer")
             size, bits = tensor.nbytes, 8.0 * tensor.element_size()
-            rows.append(LayerSummary(layer, "", tuple(tensor.shape), bits, size, size, backends.IN_FLOAT, reason))
-    in_float = sum(row.bytes_after for row in rows if not row.quantized)
-    return header, Summary(tuple(rows), sum(tensor.nbytes for tensor in tensors.values()) - in_float)
+            row = LayerSummary(layer, "", tuple(tensor.shape), bits, size, size, backends.IN_FLOAT, reason)
+            of_layer = layer in header.in_float or name.endswith("weight")
+            (rows if of_layer else parameters).append(row)
+    in_float = sum(row.bytes_after for row in rows + parameters if not row.quantized)
+    other = sum(tensor.nbytes for tensor in tensors.values()) - in_float
+    return header, Summary(tuple(rows), other, tuple(parameters))
 
 
 def _as_json(padding: Pads | str | None) -> Any:

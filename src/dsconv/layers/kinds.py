@@ -2,7 +2,10 @@
 
 from typing import TypeVar
 
+from torch import nn
+
 from dsconv.layers.layer import DSLayer
+from dsconv.layers.stand_in import StandIn
 
 Kind = TypeVar("Kind", bound=type[DSLayer])
 
@@ -21,6 +24,11 @@ def register(kind: Kind) -> Kind:
 
 
 def kind_of(module: object) -> type[DSLayer] | None:
-    """Return the kind that takes the place of a float layer, the most specific one; None for any other module."""
+    """Return the kind that takes the place of a float layer, the most specific one; None for any other module.
+
+    It is None for a layer whose call was taken apart, so that its weight is that of a layer in it.
+    """
+    if isinstance(vars(module).get("weight") if isinstance(module, nn.Module) else None, StandIn):
+        return None
     kinds: dict[type, type[DSLayer]] = {kind.float_type: kind for kind in KINDS.values()}
     return next((kinds[base] for base in type(module).__mro__ if base in kinds), None)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dsconv.config import FLOAT, LayerConfig, QuantConfig, as_config
 from dsconv.conversion import LayerSummary, quantize, summary
 from dsconv.conversion.convert import quantize_for, swapped
+from dsconv.conversion.functional import as_layers
 from dsconv.conversion.info import info_of
 from dsconv.conversion.quantized import check_original
 from dsconv.conversion.statistics import input_moments, normalized, with_statistics
@@ -294,7 +295,7 @@ def measure(
     """Do what :func:`sensitivity` does, as part of ``work``, by whose name progress and state go."""
     saved = _State(None if state is None else Path(state), resume, work)
     check_metric(metric)
-    model, config = unwrapped(model), unwrapped(config)
+    model, config = as_layers(model)[0], unwrapped(config)
     if isinstance(config, nn.Module):
         if not isinstance(choices, Sequence) or list(choices) != [{}]:
             raise ConfigError("choices: a quantized network has made its own: pass a config to try others")

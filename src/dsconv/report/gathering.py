@@ -11,6 +11,7 @@ from dsconv.benchmarking.profiling import Profile, profile
 from dsconv.benchmarking.results import Bench
 from dsconv.compilation import compile
 from dsconv.conversion import ModelInfo, model_info, summary
+from dsconv.conversion.functional import as_layers
 from dsconv.conversion.quantized import check_original, quantized_layers
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Images, Preprocess, batches
@@ -74,7 +75,7 @@ def gather(
     >>> [layer.summary.name for layer in report.layers][:2], report.missing["outputs"]
     (['conv1', 'layer1.conv1'], 'Pass `--data DIR` (in Python `images=`).')
     """
-    qmodel, reference = unwrapped(qmodel), unwrapped(reference)
+    qmodel, reference = unwrapped(qmodel), None if reference is None else as_layers(reference)[0]
     if reference is not None:
         check_module("reference", reference)
     layers = quantized_layers(qmodel)

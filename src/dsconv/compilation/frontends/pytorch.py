@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from dsconv.compilation.frontends.constants import fold_constants
 from dsconv.compilation.frontends.graph import Graph, returned_in, structure_of
 from dsconv.compilation.frontends.state import Capturable
 from dsconv.compilation.layouts import zeros_like
@@ -53,6 +54,8 @@ def graph(model: nn.Module, inputs: Inputs, any_batch: bool) -> Graph:
     for node in module.graph.nodes:
         if node.target is _aten.view.default:  # of a tensor that has another layout than in the trace, it needs a copy
             node.target = _aten.reshape.default
+    with torch.no_grad():
+        fold_constants(module)
     return Graph(module, captured.structure)
 
 

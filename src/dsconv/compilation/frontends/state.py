@@ -16,6 +16,7 @@ from dsconv.data.inputs import Inputs, call
 from dsconv.errors import ModelError
 from dsconv.layers import DSLayer
 from dsconv.layers.readonly import writes
+from dsconv.layers.stand_in import StandIn
 
 _LARGEST_KNOWN = 1 << 16  # values: weights that are computed from others are not kept a second time
 _WARM_BATCHES = range(3, 1 << 16)  # of these the first of which nothing is kept: a cache of it would not change
@@ -176,7 +177,7 @@ class _Constants(TorchFunctionMode):
             self._forget(tensors)
             return func(*args, **kwargs)
         known = all(value is not None for leaf, value in zip(leaves, values, strict=True) if isinstance(leaf, Tensor))
-        if not tensors or not known or any(map(_is_of_trace, leaves)) or any(word in name for word in _RANDOM):
+        if not tensors or not known or any(map(_is_unknown, leaves)) or any(word in name for word in _RANDOM):
             sized = [self._number(leaf, name in _TAKE_SIZES) for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(sized, spec)
             return func(*args, **kwargs)
@@ -227,6 +228,11 @@ class _Constants(TorchFunctionMode):
                 for key, (traced, other) in self.known.items():
                     if other.untyped_storage().data_ptr() == memory:
                         self.changed[key] = traced
+
+
+def _is_unknown(leaf: Any) -> bool:
+    """What depends on the input, or stands for the weight of a layer."""
+    return _is_of_trace(leaf) or isinstance(leaf, StandIn)
 
 
 def _is_of_trace(leaf: Any) -> bool:
