@@ -1,6 +1,7 @@
 """``dsconv.from_onnx``: an ONNX file as a network of PyTorch."""
 
 import json
+import math
 import os
 from collections import defaultdict
 from typing import Any
@@ -26,7 +27,7 @@ from dsconv.onnx.importing import (
 )
 from dsconv.onnx.importing.builder import Builder
 from dsconv.onnx.importing.network import ImportedNetwork
-from dsconv.onnx.importing.reading import Source, read
+from dsconv.onnx.importing.reading import Source, broken, read
 from dsconv.onnx.importing.table import ON_SIZES, OPERATORS
 from dsconv.onnx.importing.values import Sizes, Unsupported, Value
 
@@ -43,6 +44,11 @@ _OF_RUN_TIME = {
     "LSTM": "recurrent layers",
     "GRU": "recurrent layers",
     "RNN": "recurrent layers",
+}
+# Constants of these are made by their own functions, or when the network runs.
+_FOLDS_ITSELF = {
+    *("ConstantOfShape", "QuantizeLinear", "DequantizeLinear"),
+    *("Range", "Pad", "Resize", "Upsample", "ConvTranspose"),
 }
 # Their outputs have the shape of their inputs, which are broadcast.
 _BROADCAST = {
@@ -86,15 +92,20 @@ def from_onnx(path: str | os.PathLike[str]) -> ImportedNetwork:
     >>> again(torch.zeros(5, 3, 16, 16)).shape
     torch.Size([5, 64, 12, 12])
     """
-    source = read(as_path(path))
-    _check_operators(source)
-    network = _built(source)
-    patterns.join(network)
-    if (stated := source.metadata.get("dsconv.preprocess")) is not None:
-        try:
+    place = as_path(path)
+    try:
+        source = read(place)
+        _check_operators(source)
+        network = _built(source)
+        patterns.join(network)
+        if (stated := source.metadata.get("dsconv.preprocess")) is not None:
             set_preprocess(network, Preprocess(**json.loads(stated)))
-        except (ValueError, TypeError) as error:
-            raise source.broken(f"its metadata 'dsconv.preprocess': {error}") from None
+    except (DSConvError, OSError):
+        raise
+    except MemoryError:
+        raise ModelError(f"{place}: it asks for more memory than there is") from None
+    except Exception as error:  # whatever names, attributes and tensors that fit nothing end in
+        raise broken(place, f"{type(error).__name__}: {first_line(error)}") from error
     return network
 
 
@@ -103,7 +114,7 @@ def _check_operators(source: Source) -> None:
     wrong: dict[str, list[str]] = defaultdict(list)
     for node in source.graph.node:
         if node.domain not in _DOMAINS or node.op_type not in OPERATORS:
-            kind = node.op_type if node.domain in _DOMAINS else f"{node.domain}.{node.op_type}"
+            kind = str(node.op_type) if node.domain in _DOMAINS else f"{node.domain}.{node.op_type}"
             wrong[kind].append(node.name or (node.output[0] if node.output else ""))
     if not wrong:
         return
@@ -136,13 +147,11 @@ def _built(source: Source) -> ImportedNetwork:
             wrong[f"{node.op_type}: {error}"].append(node.name or node.output[0])
             failed.update(node.output)
             continue
-        except DSConvError:
+        except (DSConvError, MemoryError):
             raise
-        except MemoryError:
-            raise ModelError(f"{source.path}: node {node.name!r} ({node.op_type}) asks for too much memory") from None
-        except Exception as error:  # whatever attributes and inputs that fit nothing end in
+        except Exception as error:
             what = f"node {node.name!r} ({node.op_type}): {type(error).__name__}: {first_line(error)}"
-            raise source.broken(what) from error
+            raise broken(source.path, what) from error
         for name, value in zip(node.output, results, strict=False):
             builder.remember(name, value)
     if wrong:
@@ -168,7 +177,9 @@ def _added(builder: Builder) -> tuple[Value, ...]:
     node, inputs = builder.node, [builder.value(name) for name in builder.node.input]
     given = [value for value in inputs if value is not None]
     constant = bool(given) and all(isinstance(value, np.ndarray) for value in given)
-    folded = builder.fold() if constant and node.op_type != "ConstantOfShape" else None
+    if constant and node.op_type in ("Expand", "Tile"):
+        builder.check_elements(max(1, given[0].size) * math.prod(builder.ints(given[1], "shape")))  # type: ignore[union-attr]
+    folded = builder.fold() if constant and node.op_type not in _FOLDS_ITSELF else None
     if folded is not None:
         return tuple(folded)
     attributes = builder.attributes()

@@ -10,13 +10,15 @@ import torch
 from torch import fx, nn
 
 from dsconv.errors import import_extra
-from dsconv.onnx.importing.functions import NAMES, size, tensor_of
+from dsconv.onnx.importing.functions import NAMES, of_batch, size, tensor_of
 from dsconv.onnx.importing.network import ImportedNetwork, add
-from dsconv.onnx.importing.reading import Source
+from dsconv.onnx.importing.reading import Source, broken
 from dsconv.onnx.importing.values import Attributes, Number, Numbers, Rounded, Sizes, Unsupported, Value, as_tensor
 
 # What exporters append to the name of a layer for its weight.
 _WEIGHT = re.compile(r"(?P<layer>.+?)(?:[._](?:weights?|kernel|w)(?:_0)?|/kernel(?:/read)?|:0)")
+# A gigabyte of float32.
+_MOST_ELEMENTS = 1 << 28
 _DIMS, _LEADS = "onnx_dims", "onnx_leads"
 
 
@@ -61,7 +63,7 @@ class Builder:
         if name not in self.values and name in self.source.tensors:
             self.values[name] = self.source.array(self.source.tensors[name])
         if name not in self.values:
-            raise self.source.broken(f"node {self.node.name!r} reads {name!r}, which nothing before it makes")
+            raise broken(self.source.path, f"node {self.node.name!r} reads {name!r}, which nothing before it makes")
         return self.values[name]
 
     def remember(self, name: str, value: Value) -> None:
@@ -187,6 +189,13 @@ class Builder:
         """Tell whether the file fixes the batch of a tensor, which the network does not."""
         return self.batch is not None and self.leads(value)
 
+    def batch_of_file(self, value: Value) -> fx.Node:
+        """Return the node of a tensor whose images are taken by number: where the file fixes the batch, it stays so."""
+        node, dims = self.tensor(value), self.dims(value)
+        if not self.fixes_batch(value) or not dims or dims[0] is None:
+            return node
+        return self.shaped(self.lead(self.call(of_batch, node, dims[0]), False), dims)
+
     def size(self, value: Value, dim: int) -> "int | fx.Node":
         """Return a size of a tensor: a number where the file fixes it and it is no batch."""
         dims = self.dims(value)
@@ -211,7 +220,10 @@ class Builder:
         whole = (self.node.op_type, *self.node.input[1:], attributes, *key)
         if whole not in self._layers:
             self._layers[whole] = name = self.free_name(self._layer_name(), module=True)
-            add(self.root, name, make())
+            # Its parameters are replaced, and need no values before.
+            with torch.device("meta"):
+                module = make()
+            add(self.root, name, module)
         return self.graph.call_module(self._layers[whole], (self.tensor(x),))
 
     def _layer_name(self) -> str:
@@ -256,6 +268,15 @@ class Builder:
         nodes = [self.tensor(value) for value in outputs]
         self.graph.output(nodes[0] if len(nodes) == 1 else tuple(nodes))
         return ImportedNetwork(self.root, self.graph, "ImportedNetwork").eval()
+
+    def check_elements(self, count: int) -> None:
+        """Refuse a constant that is larger than any network needs.
+
+        Raises:
+            Unsupported: it is.
+        """
+        if count > _MOST_ELEMENTS:
+            raise Unsupported(f"a constant of {count:,} elements")
 
     def more_outputs(self) -> bool:
         """Tell whether anything reads more than the first output of the node."""

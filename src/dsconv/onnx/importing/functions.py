@@ -25,6 +25,20 @@ def tensor_of(values: Sequence[Any], scalar: bool, dtype: torch.dtype) -> Tensor
     return parts[0] if scalar else torch.stack(parts)
 
 
+def of_batch(x: Tensor, count: int) -> Tensor:
+    """Return ``x``, whose first size must be ``count``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if x.size(0) != count:
+        raise ValueError(
+            f"the ONNX file takes places of its fixed batch by number: expected {count} where {x.size(0)} came "
+            "of the batch: run the network with the batch of the file, or export it with a free one"
+        )
+    return x
+
+
 def for_batch(value: Tensor, like: Tensor) -> Tensor:
     """Repeat ``value``, of a batch of one, for the batch of ``like``."""
     return value.expand(like.size(0), *[-1] * (value.dim() - 1))
@@ -210,6 +224,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         for function in (
             size,
             tensor_of,
+            of_batch,
             for_batch,
             sliced,
             gathered,

@@ -56,8 +56,10 @@ def window(attributes: Attributes, kernel: list[int]) -> tuple[list[int], list[i
 @operator("Conv")
 def conv(op: Builder, a: Attributes, x: Value, weight: Value, bias: Value = None) -> fx.Node:
     """Add a convolution; one whose weight is computed, as a function."""
-    rank = op.known_rank(weight)
-    kernel = [int(size) for size in a.ints("kernel_shape") or op.weight(weight).shape[2:]]
+    rank, stated = op.known_rank(weight), a.ints("kernel_shape")
+    kernel = list(weight.shape[2:]) if isinstance(weight, np.ndarray) else stated
+    if kernel is None or (stated is not None and stated != kernel):
+        raise Unsupported(f"a kernel of shape {kernel}, stated as {stated}")
     stride, dilation, pads = window(a, kernel)
     groups = a.get("group", 1)
     if not 1 <= len(kernel) <= 3 or rank != len(kernel) + 2:
@@ -189,7 +191,8 @@ def batchnorm(op: Builder, a: Attributes, x: Value, *given: Value) -> fx.Node:
 
     def make() -> Any:
         made = _BATCHNORM[max(rank - 3, 0)](len(weight), a.get("epsilon", 1e-5))
-        return filled(made, weight=weight, bias=bias, running_mean=mean, running_var=var)
+        count = np.array(0, np.int64)
+        return filled(made, weight=weight, bias=bias, running_mean=mean, running_var=var, num_batches_tracked=count)
 
     return op.layer(make, x)
 
@@ -216,6 +219,8 @@ def group_norm(op: Builder, a: Attributes, x: Value, weight: Value, bias: Value)
     if channels is None:
         raise Unsupported("the file does not tell how many channels its input has")
     if op.opset < 21:
+        if w.size != groups or b.size != groups or channels % groups:
+            raise Unsupported(f"{w.size} scales for {groups} groups of {channels} channels")
         w, b = np.repeat(w, channels // groups), np.repeat(b, channels // groups)
     return op.layer(lambda: filled(nn.GroupNorm(groups, channels, a.get("epsilon", 1e-5)), weight=w, bias=b), x)
 

@@ -25,6 +25,14 @@ class ImportedNetwork(fx.GraphModule):
     Copies keep attributes and hooks, which those of other graph modules lose.
     """
 
+    def recompile(self) -> Any:
+        """Write the code of the graph anew."""
+        code = super().recompile()
+        # PyTorch's own way to call it prints to stderr where that fails.
+        if "__call__" in vars(type(self)):
+            del type(self).__call__
+        return code
+
     def __deepcopy__(self, memo: Any) -> "ImportedNetwork":
         result: Any = super().__deepcopy__(memo)
         for name, value in vars(self).items():

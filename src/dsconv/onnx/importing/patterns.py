@@ -282,7 +282,7 @@ def _normalized(node: Any) -> "tuple[fx.Node, float] | None":
     variance, eps = next(found, (None, 0.0))
     if not _is_last_mean(mean, x) or not _is(variance, torch.mean):
         return None
-    square: Any = variance.args[0]
+    square: Any = variance.args[0] if variance is not None else None
     is_square = (_is(square, torch.pow) and square.args == (centred, 2)) or (
         _is(square, torch.mul) and square.args == (centred, centred)
     )

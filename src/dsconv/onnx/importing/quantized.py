@@ -1,6 +1,8 @@
 """Models that are quantized already: weights are dequantized, and what rounds activations is left out."""
 
-from torch import fx
+from typing import Any
+
+import numpy as np
 from torch.nn import functional as F
 
 from dsconv.onnx.importing.builder import Builder
@@ -14,12 +16,31 @@ _NOT_NEGATIVE = (F.relu, F.relu6, F.hardsigmoid)
 _UNSIGNED = (0, 2, 4, 21)
 
 
+def _beside(part: np.ndarray, x: np.ndarray, a: Attributes) -> np.ndarray:
+    """Return a scale or zero point in a shape that is broadcast with ``x``: one, one a channel, or one a block."""
+    axis = a.get("axis", 1)
+    if part.size == 1:
+        return part.reshape(())
+    if part.ndim == 1:
+        shape = [1] * x.ndim
+        shape[axis] = len(part)
+        return part.reshape(shape)
+    whole = np.repeat(part, a.get("block_size", 1), axis)
+    return np.take(whole, range(x.shape[axis]), axis)
+
+
 @operator("QuantizeLinear")
-def quantize(op: Builder, a: Attributes, x: Value, scale: Value, zero: Value = None) -> Rounded:
-    """Take note of a tensor that is rounded.
+def quantize(op: Builder, a: Attributes, x: Value, scale: Value, zero: Value = None) -> Any:
+    """Round a constant; take note of a tensor that is rounded.
 
     Quantizers leave out a ReLU whose output is rounded to numbers from zero on: it is put back.
     """
+    if isinstance(x, np.ndarray) and isinstance(scale, np.ndarray) and isinstance(zero, np.ndarray):
+        if zero.dtype.kind not in "iu":
+            raise Unsupported(f"integers of type {zero.dtype}")
+        limits = np.iinfo(zero.dtype)
+        steps = np.rint(x / _beside(scale, x, a)) + _beside(zero, x, a)
+        return np.clip(steps, limits.min, limits.max).astype(zero.dtype)
     source = op.tensor(x)
     if zero is None:
         from_zero = a.get("output_dtype", 0) in _UNSIGNED
@@ -32,8 +53,12 @@ def quantize(op: Builder, a: Attributes, x: Value, scale: Value, zero: Value = N
 
 
 @operator("DequantizeLinear")
-def dequantize(op: Builder, a: Attributes, x: Value, scale: Value, zero: Value = None) -> fx.Node:
-    """Return the tensor before it was rounded."""
+def dequantize(op: Builder, a: Attributes, x: Value, scale: Value, zero: Value = None) -> Any:
+    """Return the float values of a constant, or a tensor as it was before it was rounded."""
+    if isinstance(x, np.ndarray) and isinstance(scale, np.ndarray) and isinstance(zero, np.ndarray | None):
+        # Differences of integers of 8 and 16 bits are exact in float32; those of 32 bits have no zero point.
+        steps = x.astype(np.float32) - (0 if zero is None else _beside(zero.astype(np.float32), x, a))
+        return (steps * _beside(scale.astype(np.float32), x, a)).astype(scale.dtype)
     if not isinstance(x, Rounded):
         raise Unsupported(_ALREADY)
     return x.node

@@ -55,12 +55,8 @@ class Source:
         try:
             array: np.ndarray = onnx.numpy_helper.to_array(tensor)
         except Exception as error:  # of many kinds
-            raise self.broken(f"tensor {tensor.name!r}: {error}") from None
+            raise broken(self.path, f"tensor {tensor.name!r}: {error}") from None
         return array
-
-    def broken(self, reason: str) -> FileFormatError:
-        """Return the error of a file that does not hold what it says."""
-        return FileFormatError(f"{self.path}: {one_line(reason, 400)}: {_GET_AGAIN}")
 
     def _external(self, tensor: Any) -> bytes:
         """Bytes of a tensor in another file, which lies in the folder of this one or below."""
@@ -80,14 +76,19 @@ class Source:
             offset = int(entries.get("offset", 0))
             length = int(entries.get("length", size - offset))
         except ValueError:
-            raise self.broken(f"tensor {tensor.name!r}: its place in {name!r} is no number") from None
+            raise broken(self.path, f"tensor {tensor.name!r}: its place in {name!r} is no number") from None
         if offset < 0 or length < 0 or offset + length > size:
             there = f"bytes {offset} to {offset + length} of {name!r}, which has {size}"
-            raise self.broken(f"tensor {tensor.name!r}: its values are {there}")
+            raise broken(self.path, f"tensor {tensor.name!r}: its values are {there}")
         with place.open("rb") as file:
             file.seek(offset)
             data: bytes = file.read(length)
         return data
+
+
+def broken(path: Path, reason: str) -> FileFormatError:
+    """Return the error of a file that does not hold what it says."""
+    return FileFormatError(f"{path}: {one_line(reason, 400)}: {_GET_AGAIN}")
 
 
 def read(path: Path) -> Source:
@@ -162,7 +163,7 @@ def _without_large_tensors(onnx: Any, model: Any) -> Any:
 
 def _shapes(onnx: Any, model: Any) -> dict[str, list[int | None]]:
     try:
-        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        graph = onnx.shape_inference.infer_shapes(model).graph
     except Exception:  # what it cannot tell is found without it, or missed with an error of its own
         graph = model.graph
     return dict(_known([*graph.value_info, *graph.input, *graph.output]))

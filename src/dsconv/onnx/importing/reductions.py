@@ -22,9 +22,10 @@ def _over(op: Builder, a: Attributes, x: Value, axes: Value) -> "list[int] | Non
 
 
 def _reduced(function: Any, op: Builder, a: Attributes, x: Value, axes: Value = None) -> fx.Node:
-    over, keep, source = _over(op, a, x, axes), bool(a.get("keepdims", 1)), op.tensor(x)
+    over, keep = _over(op, a, x, axes), bool(a.get("keepdims", 1))
     if over is None:
-        return source
+        return op.tensor(x)
+    source = op.batch_of_file(x) if 0 in over else op.tensor(x)
     if function is torch.mean and keep and sorted(over) == [2, 3] and op.rank(x) == 4:
         return op.call(F.adaptive_avg_pool2d, source, [1, 1])
     leads = op.leads(x) and (keep or 0 not in over)

@@ -24,7 +24,6 @@ from dsconv.onnx.importing.table import operator
 from dsconv.onnx.importing.values import Attributes, Unsupported, Value, as_tensor
 
 _END = 1 << 31
-_LARGEST_ELEMENTS = 1 << 30
 
 
 @operator("Constant")
@@ -51,8 +50,9 @@ def filled(op: Builder, a: Attributes, shape: Value) -> Any:
     if any(isinstance(size, fx.Node) for size in sizes):
         return op.call(torch.full, sizes, value.item(), dtype=as_tensor(value).dtype, device="cpu")
     known = [int(size) for size in sizes if isinstance(size, int | float)]
-    if min(known, default=1) < 0 or math.prod(known) > _LARGEST_ELEMENTS:
+    if min(known, default=1) < 0:
         raise Unsupported(f"a constant of shape {known}")
+    op.check_elements(math.prod(known))
     return np.full(known, value.item(), value.dtype)
 
 
@@ -151,7 +151,7 @@ def squeeze(op: Builder, a: Attributes, x: Value, axes: Value = None) -> fx.Node
             raise Unsupported("the file does not tell which dimensions have size one")
         places = [dim for dim, size in enumerate(dims) if size == 1 and not (dim == 0 and op.fixes_batch(x))]
     places = [op.axis(x, place) for place in places]
-    y, leads = op.tensor(x), op.leads(x) and 0 not in places
+    y, leads = (op.batch_of_file(x) if 0 in places else op.tensor(x)), op.leads(x) and 0 not in places
     if not places:
         return y
     for place in sorted(places, reverse=min(places) >= 0):
@@ -178,7 +178,8 @@ def concat(op: Builder, a: Attributes, *given: Value) -> fx.Node:
 @operator("Split")
 def split(op: Builder, a: Attributes, x: Value, sizes: Value = None) -> Any:
     """Cut a tensor into parts."""
-    axis, count, source = op.axis(x, a.get("axis", 0)), len(op.node.output), op.tensor(x)
+    axis, count = op.axis(x, a.get("axis", 0)), len(op.node.output)
+    source = op.batch_of_file(x) if axis == 0 else op.tensor(x)
     known: Any = a.ints("split") if sizes is None else op.numbers(sizes)
     if known is None:
         dims = op.dims(x)
@@ -205,6 +206,7 @@ def cut(op: Builder, a: Attributes, x: Value, starts: Value = None, ends: Value 
         end: Any = None if beyond else stop
         if (start, end, step) == (0, None, 1):
             continue
+        y = op.batch_of_file(x) if op.axis(x, axis) == 0 and y is x else y
         y = op.call(sliced, y, op.axis(x, axis), start, end, step)
     rank = op.rank(x)
     return op.shaped(y, None if rank is None or y is x else [None] * rank)
@@ -213,8 +215,15 @@ def cut(op: Builder, a: Attributes, x: Value, starts: Value = None, ends: Value 
 @operator("Gather")
 def gather(op: Builder, a: Attributes, x: Value, indices: Value) -> fx.Node:
     """Take places of a dimension."""
-    axis, source = op.axis(x, a.get("axis", 0)), op.tensor(x)
-    leads, dims = op.leads(x) and axis != 0, op.dims(x)
+    axis, dims = op.axis(x, a.get("axis", 0)), op.dims(x)
+    flat = axis == 0 and op.fixes_batch(x) and dims is not None and len(dims) == 1
+    if flat and isinstance(indices, np.ndarray) and indices.ndim > 1:
+        # PyTorch's exporter writes contiguous strides so.
+        whole = np.array_equal(indices.reshape(-1), np.arange((dims or [0])[0] or 0))
+        if whole:
+            return op.call(torch.reshape, op.tensor(x), [-1, *indices.shape[1:]])
+    leads = op.leads(x) and axis != 0
+    source = op.batch_of_file(x) if axis == 0 else op.tensor(x)
     if isinstance(indices, np.ndarray) and indices.ndim == 0:
         y = op.lead(op.call(torch.select, source, axis, int(indices)), leads)
         return op.shaped(y, dims and [*dims[:axis], *dims[axis + 1 :]] if axis >= 0 else None)
