@@ -50,12 +50,12 @@ NET = Case(
     ],
     (2, 3, 16, 16),
     {
-        "stem.conv.weight": floats(32, 3, 3, 3),
-        **{name: abs(floats(32)) + 0.5 for name in "sbmv"},
-        "stem.0.weight": floats(48, 32, 3, 3),
-        "stem.0.bias": floats(48),
-        "table": floats(48, 1, 1),
-        "head_w_0": floats(48, 10),
+        "stem.conv.weight": floats(8, 3, 3, 3),
+        **{name: abs(floats(8)) + 0.5 for name in "sbmv"},
+        "stem.0.weight": floats(16, 8, 3, 3),
+        "stem.0.bias": floats(16),
+        "table": floats(16, 1, 1),
+        "head_w_0": floats(16, 10),
         "bias": floats(10),
     },
 )
@@ -105,11 +105,11 @@ def test_a_network_is_quantized_saved_loaded_and_compiled(net: Any, x: torch.Ten
 
 def test_a_network_that_was_changed_is_saved_as_it_is(net: Any, x: torch.Tensor, tmp_path: Path) -> None:
     changed = dsconv.quantize(net)
-    changed.head = nn.Linear(48, 3)
+    changed.head = nn.Linear(16, 3)
     with torch.inference_mode():
         assert torch.equal(dsconv.load(dsconv.save(changed, tmp_path / "n.safetensors"))(x), changed(x))
     changed.head = nn.Sequential(
-        nn.Linear(48, 3)
+        nn.Linear(16, 3)
     )  # no module of imported networks: the file cannot tell how to make it
     with pytest.raises(ModelError, match="pass the float model"):
         dsconv.load(dsconv.save(changed, tmp_path / "n.safetensors"))
@@ -381,7 +381,7 @@ def test_a_model_with_pairs_of_quantizers_gives_its_float_network(tmp_path: Path
         "wq": integers,
         "ws": abs(floats(8)) / 127,
         "wz": np.zeros(8, np.int8),
-        "cs": np.float32(0.06),
+        "cs": np.float32(0.15),
         "cz": np.uint8(0),
     }
     case = Case("qdq", nodes, constants=constants)
@@ -392,7 +392,7 @@ def test_a_model_with_pairs_of_quantizers_gives_its_float_network(tmp_path: Path
     assert functions(net) == {"F.relu"}
     with torch.no_grad():
         (wanted,) = expected(model_of(case), x=x)
-        assert np.abs(net(x).numpy() - wanted).max() < 0.2
+        assert np.linalg.norm(net(x).numpy() - wanted) < 0.05 * np.linalg.norm(wanted)
 
 
 def test_a_model_of_integer_operators_is_said_to_be_quantized(tmp_path: Path) -> None:

@@ -99,17 +99,16 @@ def build(described: dict[str, Any]) -> ImportedNetwork:
                 case "placeholder":
                     if not target.isidentifier():
                         raise ValueError(f"{target!r} is no name of an input")
-                    node = graph.placeholder(_checked(target))
+                    target = _checked(target)
                 case "call_function":
-                    node = graph.call_function(FUNCTIONS[target], arguments, keywords)
-                case "call_module":
-                    node = graph.call_module(_there(target, described["modules"]), arguments, keywords)
-                case "get_attr":
-                    node = graph.get_attr(_there(target, described["constants"]))
+                    target = FUNCTIONS[target]
+                case "call_module" | "get_attr":
+                    target = _there(target, described["modules" if op == "call_module" else "constants"])
                 case "output":
-                    node = graph.output(arguments[0])
+                    target = "output"
                 case _:
                     raise ValueError(f"there are no nodes {op!r}")
+            node = graph.create_node(op, target, arguments, keywords, name=_checked(name))
             known[name] = node
         graph.lint()
         network = ImportedNetwork(root, graph, "ImportedNetwork")

@@ -252,11 +252,15 @@ def tile(op: Builder, a: Attributes, x: Value, repeats: Value) -> fx.Node:
 
 
 @operator("Range")
-def count(op: Builder, a: Attributes, start: Value, end: Value, step: Value) -> fx.Node:
+def count(op: Builder, a: Attributes, start: Value, end: Value, step: Value) -> Any:
     """Count from a number to another."""
     numbers = [op.numbers(value)[0] for value in (start, end, step)]
     known = [value.dtype for value in (start, end, step) if isinstance(value, np.ndarray)]
     whole = not known or known[0].kind in "iu"
+    if len(known) == 3:
+        first, last, by = (number for number in numbers if not isinstance(number, fx.Node))
+        op.check_elements(math.ceil((last - first) / by))
+        return np.arange(first, last, by, dtype=known[0])
     return op.call(torch.arange, *numbers, dtype=torch.int64 if whole else torch.float32, device="cpu")
 
 
