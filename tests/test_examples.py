@@ -1,5 +1,6 @@
 """Every script of examples/ runs to its end, on a few small images."""
 
+import importlib.util
 import runpy
 import sys
 from collections.abc import Callable
@@ -102,3 +103,14 @@ def test_pitch(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> 
     folder = run("pitch.py", "--tones", 64)
     assert (folder / "crepe.safetensors").stat().st_size > 2e5
     assert "same answer as the float network" in capsys.readouterr().out
+
+
+@needs_extension
+@pytest.mark.slow
+def test_read_text(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnx")
+    if importlib.util.find_spec("rapidocr_onnxruntime") is None:
+        pytest.skip("rapidocr-onnxruntime is not installed")
+    folder = run("read_text.py", "--lines", 4)
+    assert (folder / "read_text.safetensors").is_file()
+    assert "loaded, compiled: " in capsys.readouterr().out

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dsconv.evaluation.evaluate import evaluate
     from dsconv.io import load, save
     from dsconv.mixed import search, sensitivity
-    from dsconv.onnx import export_onnx
+    from dsconv.onnx import export_onnx, from_onnx
     from dsconv.recipe import Recipe
     from dsconv.report import write_report
     from dsconv.tradeoffs import tradeoff
@@ -52,6 +52,7 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "fold_batchnorm",
+    "from_onnx",
     "load",
     "nn",
     "numerics",
@@ -81,7 +82,7 @@ __getattr__, __dir__ = lazily(
         "dsconv.evaluation": ("compare", "evaluate"),
         "dsconv.io": ("load", "save"),
         "dsconv.mixed": ("search", "sensitivity"),
-        "dsconv.onnx": ("export_onnx",),
+        "dsconv.onnx": ("export_onnx", "from_onnx"),
         "dsconv.recipe": ("Recipe",),
         "dsconv.report": ("write_report",),
         "dsconv.tradeoffs": ("tradeoff",),

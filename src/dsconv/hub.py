@@ -19,6 +19,7 @@ from dsconv.errors import MissingExtraError
 from dsconv.evaluation import Comparison, Evaluation
 from dsconv.files import replacing
 from dsconv.io import FILE_NAME, load, read_header, save
+from dsconv.io import architecture as architecture_of
 
 try:
     import jinja2  # noqa: F401  (ModelCard.from_template needs it)
@@ -166,7 +167,8 @@ class DSConvModel(
             "config": info.config.title if info else "settings by layer",
             "version": metadata.version("dsconv"),
             "figures": list(_figures(found, self.evaluation)),
-            "by_name": architecture is not None and zoo.is_registered(architecture),
+            "by_name": (architecture is not None and zoo.is_registered(architecture))
+            or architecture_of.describe(self.model) is not None,
             "model_class": type(self.model).__name__,
             "repo_id": "path/to/this/folder",
             "preprocess": str(self.preprocess or ""),

@@ -50,7 +50,12 @@ def check_task(value: str | None) -> Task | None:
 
 def is_registered(name: str) -> bool:
     """Whether a model ``name`` is of a library, so that building it runs no code of the user's."""
-    return name.partition("/")[0] in _LIBRARIES and ".py:" not in name
+    return name.partition("/")[0] in _LIBRARIES and ".py:" not in name and not is_onnx(name)
+
+
+def is_onnx(name: str) -> bool:
+    """Whether a model ``name`` is that of an ONNX file."""
+    return name.endswith(".onnx")
 
 
 def check_model_name(name: str) -> None:
@@ -66,9 +71,14 @@ def check_model_name(name: str) -> None:
         library = name.partition("/")[0]
         if library != "dsconv":
             check_extra("zoo", library)
+    elif is_onnx(name):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"model {name!r}: there is no file {name}")
+        check_extra("onnx", "onnx")
     elif ".py:" not in base:
         raise ModelError(
-            f"model {name!r}: expected torchvision/NAME, timm/NAME, dsconv/NAME or path/to/file.py:factory"
+            f"model {name!r}: expected torchvision/NAME, timm/NAME, dsconv/NAME, path/to/file.py:factory or "
+            "path/to/model.onnx"
         )
     elif not (path := Path(base.rpartition(":")[0])).is_file():
         raise FileNotFoundError(f"model {name!r}: there is no file {path}")

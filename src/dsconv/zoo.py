@@ -1,7 +1,7 @@
-"""Float models by name: of torchvision and timm, of a Python file, and the small one that comes with dsconv.
+"""Float models by name: of torchvision and timm, of Python and ONNX files, and the small one that comes with dsconv.
 
-A name is ``torchvision/resnet50``, ``timm/resnet50``, ``dsconv/digits_resnet`` or ``path/to/file.py:factory``; the
-arguments of its factory may follow, as in ``torchvision/resnet18?num_classes=200``.
+A name is ``torchvision/resnet50``, ``timm/resnet50``, ``dsconv/digits_resnet``, ``path/to/model.onnx`` or
+``path/to/file.py:factory``; the arguments of its factory may follow, as in ``torchvision/resnet18?num_classes=200``.
 
 A file says how the images of its models are prepared by an attribute ``preprocess``, of the model or of the file
 itself: a :class:`dsconv.data.Preprocess` or a dictionary of its fields.
@@ -24,7 +24,7 @@ from dsconv import strict_json
 from dsconv.conversion.preparation import offered, preprocess_of, set_preprocess
 from dsconv.data import Preprocess
 from dsconv.errors import ConfigError, DSConvError, ModelError, import_extra, one_line
-from dsconv.names import check_model_name, check_weights, is_registered
+from dsconv.names import check_model_name, check_weights, is_onnx, is_registered
 
 __all__ = ["build", "is_registered", "preprocess_of", "set_preprocess"]
 
@@ -39,12 +39,13 @@ def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Modul
     Args:
         name: see above.
         weights: ``default``: the trained weights that come with the name, downloaded where they must be (a factory in
-            a file loads its own); ``random``: none; else the path of a state dictionary, ``.safetensors`` or what
-            ``torch.save`` wrote.
+            a file loads its own); ``random``: none, but those of an ONNX file, which has no network without them;
+            else the path of a state dictionary, ``.safetensors`` or what ``torch.save`` wrote.
 
     Raises:
         ModelError: no such model, or its weights cannot be had or do not fit.
-        MissingExtraError: torchvision or timm is not installed.
+        FileFormatError: an ONNX file is damaged.
+        MissingExtraError: torchvision, timm or onnx is not installed.
         FileNotFoundError: there is no such file.
 
     >>> sum(p.numel() for p in build("dsconv/digits_resnet").parameters())
@@ -57,7 +58,7 @@ def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Modul
     path = check_weights(weights)
     trained = str(weights) == "default"
     base, _, query = (rest if is_registered(name) else name).partition("?")
-    arguments = _arguments(name, query)
+    arguments = {} if is_onnx(name) else _arguments(name, query)
     builders: dict[str, Callable[..., tuple[nn.Module, Preprocess | None]]] = {
         "torchvision": _torchvision,
         "timm": _timm,
@@ -66,6 +67,8 @@ def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Modul
     try:
         if is_registered(name):
             model, preprocess = builders[library](base, trained, arguments)
+        elif is_onnx(name):
+            model, preprocess = _from_onnx(name), None
         else:
             model, preprocess = _from_file(base, arguments)
     except (DSConvError, FileNotFoundError):
@@ -185,6 +188,12 @@ def _from_file(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, Preproc
         return model, preprocess_of(model) or offered(getattr(module, "preprocess", None))
     except ConfigError as error:
         raise ModelError(f"model {name!r}: {error}") from None
+
+
+def _from_onnx(name: str) -> nn.Module:
+    from dsconv.onnx import from_onnx
+
+    return from_onnx(name)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

@@ -17,7 +17,7 @@ from dsconv.cli.checks import (
     read_config,
 )
 from dsconv.cli.mistakes import Mistakes
-from dsconv.cli.networks import begin, build, load_file, read_images
+from dsconv.cli.networks import begin, build, load_file, original_of, read_images
 from dsconv.cli.output import json_text, print_json, print_table, say
 from dsconv.cli.preparation import (
     check_one_size,
@@ -155,16 +155,12 @@ def _as_dict(found: "list[Bench]") -> dict[str, Any]:
 def _networks(name: str, weights: str, settings: QuantConfig, model: str | None) -> "tuple[nn.Module, nn.Module]":
     """Return the float network and the quantized one."""
     from dsconv import zoo
-    from dsconv.conversion import model_info
     from dsconv.layers import DSLayer
 
     if is_quantized_file(name):
         say(f"loading {name}")
         qmodel = load_file(Path(name), model)
-        info = model_info(qmodel)
-        assert info is not None
-        # That the file named it, or the user, is what it was loaded by.
-        reference = zoo.build(model or str(info.architecture), weights="random")
+        reference = zoo.build(model or original_of(qmodel, name), weights="random")
         layers = {name: layer for name, layer in qmodel.named_modules() if isinstance(layer, DSLayer)}
         weights_of = {f"{name}.weight": layer.dequantized_weight() for name, layer in layers.items()}
         reference.load_state_dict(qmodel.state_dict() | weights_of, strict=False)

@@ -12,12 +12,14 @@ from dsconv.config import QuantConfig
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, ModelError, check_extra, import_extra
 from dsconv.files import check_place
-from dsconv.names import check_model_name, is_registered
+from dsconv.names import check_model_name, is_onnx, is_registered
 
 
 def is_quantized_file(name: str) -> bool:
     """Tell whether an argument is a file that ``dsconv quantize`` wrote, or a folder that holds one, and no model."""
     path = Path(name)
+    if is_onnx(name):
+        return False
     return path.suffix == ".safetensors" or path.is_file() or (path / "model.safetensors").is_file()
 
 
@@ -32,10 +34,12 @@ def check_file(path: Path, *models: str | None) -> None:
     check_there(path)
     header = header_of(path)
     architecture = header.get("architecture")
+    if header.get("described") and not any(models):
+        return
     if header and not any(models) and not (architecture and is_registered(architecture)):
         raise ModelError(
             f"{path}: does not say how to build the float model that it is loaded into, a {header['model_class']}: "
-            "name it with --model, as path/to/file.py:factory"
+            "name it with --model, as path/to/file.py:factory or path/to/model.onnx"
         )
     for name in models if any(models) else [architecture]:
         if name:
@@ -164,6 +168,7 @@ def header_of(path: Path) -> dict[str, Any]:
         said = {name: json.loads(entries[name]) for name in ("model_class", "architecture", "preprocess")}
         if said["preprocess"] is not None:
             said["preprocess"] = Preprocess(**said["preprocess"])
+        said["described"] = "network" in entries
         return said if isinstance(said["architecture"], str | None) else {}
     except Exception:  # of many kinds, each of which loading turns into an error of its own
         return {}

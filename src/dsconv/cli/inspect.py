@@ -27,12 +27,13 @@ def inspect(
     header, summary = describe(file)
     file_bytes = file.stat().st_size
     if as_json:
-        facts = header.model_dump(mode="json", exclude={"layers", "in_float", "settings", "aliases"})
+        facts = header.model_dump(mode="json", exclude={"layers", "in_float", "settings", "aliases", "network"})
         print_json({"file": str(file), "file_bytes": file_bytes, "checksum_ok": True, **facts, **summary.to_dict()})
         return
     lines = (
         f"{file}: {file_bytes:,} bytes, written by dsconv {header.dsconv_version}, checksum correct",
-        f"architecture: {header.architecture or 'not named'}, a {header.model_class}",
+        f"architecture: {header.architecture or ('in the file' if header.network else 'not named')}, a "
+        f"{header.model_class}",
         f"config: {header.config}",
         f"preparation of images: {Preprocess(**header.preprocess) if header.preprocess else 'not stated'}",
         f"calibrated on: {header.calibrated_on or 'no'} images; adapted on: {header.adapted_on or 'no'} images",

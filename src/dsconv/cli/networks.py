@@ -9,6 +9,7 @@ import dsconv
 from dsconv.cli.output import say
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, MissingExtraError, ModelError, usable_device
+from dsconv.names import is_onnx
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -69,6 +70,8 @@ def original_of(qmodel: "nn.Module", file: str) -> str:
     info = model_info(qmodel)
     if info is None or info.architecture is None:
         raise ModelError(f"{file} does not name the float model it was made from: name it with --reference")
+    if is_onnx(info.architecture) and not Path(info.architecture).is_file():
+        raise ModelError(f"{file} was made from {info.architecture}, which is not there: name it with --reference")
     return info.architecture
 
 

@@ -11,10 +11,13 @@ from dsconv.cpu import cores
 from dsconv.names import TASKS
 
 MODEL_HELP = (
-    "torchvision/NAME, timm/NAME, dsconv/digits_resnet or path/to/file.py:factory; "
+    "torchvision/NAME, timm/NAME, dsconv/digits_resnet, path/to/model.onnx or path/to/file.py:factory; "
     "arguments of the factory may follow as ?key=value&key=value."
 )
-WEIGHTS_HELP = "Of the float model: a state dictionary (safetensors or torch.save), those that come with it, or none."
+WEIGHTS_HELP = (
+    "Of the float model: a state dictionary (safetensors or torch.save), those that come with it, or none; "
+    "an ONNX file has its own then."
+)
 FILE_HELP = f"A file that dsconv quantize wrote, or a float model: {MODEL_HELP}"
 DATA_HELP = "Images in class folders, or listed in a labels.csv (file,class_index), or unlabelled."
 UNLABELLED_HELP = "Folder of images, which need no labels."

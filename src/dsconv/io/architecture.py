@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +37,27 @@ def build(name: str, shapes: list[tuple[int, ...]], device: str) -> nn.Module:
     _check_arguments(name, max((size for shape in shapes if 0 not in shape for size in shape), default=0))
     with torch.device(device), _Bounded(name, shapes):
         return zoo.build(name, weights="random")
+
+
+def describe(model: nn.Module) -> dict[str, Any] | None:
+    """Return what :func:`rebuild` makes the float network of ``model`` from, None where it is not from an ONNX file."""
+    if not isinstance(model, fx.GraphModule):
+        return None
+    from dsconv.onnx.importing import network
+
+    return network.describe(model)
+
+
+def rebuild(described: dict[str, Any], shapes: list[tuple[int, ...]]) -> nn.Module:
+    """Build a network of its description, on the ``meta`` device; ``shapes`` bound it, as for :func:`build`.
+
+    Raises:
+        ModelError: it is no description, or is larger than ``shapes``.
+    """
+    from dsconv.onnx.importing import network
+
+    with torch.device("meta"), _Bounded("the network", shapes):
+        return network.build(described)
 
 
 def _check_arguments(name: str, largest: int) -> None:

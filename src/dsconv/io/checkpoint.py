@@ -33,6 +33,7 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Preprocess
 from dsconv.errors import ConfigError, FileFormatError, ModelError, one_line
 from dsconv.files import as_path, check_place, replacing
+from dsconv.io import architecture as architecture_of
 from dsconv.layers import Affine, DSLayer
 from dsconv.layers.conv import Pads
 from dsconv.layers.kinds import KINDS, kind_of
@@ -99,6 +100,7 @@ class Header(BaseModel):
     adapted_on: Images = 0
     aliases: dict[str, str]
     preprocess: dict[str, Any] | None
+    network: dict[str, Any] | None = None
 
 
 def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str | None = None) -> Path:
@@ -139,10 +141,15 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     tensors, aliases = _stored_tensors(qmodel)
     header = _header(qmodel, aliases, architecture)
     entries = {"format": _MAGIC, "format_version": str(_version(header))}
-    entries |= {name: json.dumps(value) for name, value in header.model_dump().items()}
+    # Files of networks that are made otherwise are those of versions that do not know it.
+    entries |= {name: json.dumps(value) for name, value in header.model_dump(exclude=_left_out(header)).items()}
     entries["checksum"] = checksum(entries, tensors)
     write(path, tensors, entries)
     return path
+
+
+def _left_out(header: Header) -> set[str]:
+    return {"network"} if header.network is None else set()
 
 
 def _version(header: Header) -> int:
@@ -179,8 +186,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     Args:
         path: of a file that :func:`save` wrote, or of a folder that holds it as ``model.safetensors``.
         model: the float model of the same architecture, whose weights do not matter and which is left as it is. None
-            builds it by the name in the file; only models of torchvision, timm and dsconv are built that way, no code
-            that a file names is ever run.
+            builds it by the name in the file, or from the description there, which files of networks from
+            :func:`dsconv.from_onnx` have; only models of torchvision, timm and dsconv are built by a name, no code that
+            a file names is ever run.
 
     Raises:
         FileFormatError: the file is truncated, was changed, is from a newer version, or is of another architecture.
@@ -385,6 +393,7 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
         "folded": _folded(qmodel),
         "affine": [name for name, module in qmodel.named_modules() if isinstance(module, Affine)],
         "preprocess": None if preprocess is None else preprocess.model_dump(mode="json"),
+        "network": architecture_of.describe(qmodel),
     }
     return Header(
         dsconv_version=metadata.version("dsconv"),
@@ -407,7 +416,9 @@ def _folded(qmodel: nn.Module) -> dict[str, str]:
 
 
 def _class_name(model: nn.Module) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"
+    # Each graph module has a class of its own, of no name that would say anything.
+    kind = next(kind for kind in type(model).__mro__ if not kind.__qualname__.endswith(".GraphModuleImpl"))
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def checksum(entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -537,27 +548,31 @@ def _built(
 ) -> nn.Module:
     """Return what ``into`` makes of the model that the file names."""
     from dsconv import zoo
-    from dsconv.io import architecture
 
     name = header.architecture
+    layers = {f"{layer}.vqk".lstrip("."): tuple(record.shape) for layer, record in header.layers.items()}
+    shapes = [layers.get(stored, tuple(value.shape)) for stored, value in tensors.items()]
+    if header.network is not None:
+        try:
+            return into(architecture_of.rebuild(header.network, shapes))
+        except ModelError as error:
+            raise FileFormatError(f"{path}: {error}") from None
     if name is None or not zoo.is_registered(name):
         made = f", which {name!r} made" if name else ""
         raise ModelError(
             f"{path}: pass the float model ({one_line(header.model_class + made, 400)}) to load it into: "
-            "only models of torchvision, timm and dsconv are built from the file"
+            "only models of torchvision, timm and dsconv, and those of ONNX files, are built from the file"
         )
-    layers = {f"{layer}.vqk".lstrip("."): tuple(record.shape) for layer, record in header.layers.items()}
-    shapes = [layers.get(stored, tuple(value.shape)) for stored, value in tensors.items()]
     try:
         # Without memory, until it is known that the file has values for all of it.
-        return into(architecture.build(name, shapes, "meta"))
+        return into(architecture_of.build(name, shapes, "meta"))
     except _NoValuesError:
         pass
     except ModelError as error:
         # Some models compute numbers of tensors when they are built, which those on meta do not have.
         if not isinstance(error.__cause__, RuntimeError | NotImplementedError):
             raise
-    return into(architecture.build(name, shapes, "cpu"))
+    return into(architecture_of.build(name, shapes, "cpu"))
 
 
 def _refuse(path: Path, header: Header, model: nn.Module, wrong: list[str]) -> None:
