@@ -114,5 +114,7 @@ register("aten", "group_norm", returns="new", own_bits=True, lower=_group_norm)
 register("aten", "instance_norm", returns="new", own_bits=True, lower=_instance_norm)
 # PyTorch reads its input row by row, whatever its layout, and writes rows.
 _FACTS: dict[str, Any] = {"rounds": "alike", "makes_rows": True, "keeps_channels": True, "own_bits": True}
-register("aten", "layer_norm", returns="new", lower=_layer_norm, **_FACTS)
+register(
+    "aten", "layer_norm", returns="new", reads_last=lambda node: len(node.args[1]) == 1, lower=_layer_norm, **_FACTS
+)
 register("aten", "softmax _softmax", returns="new", keeps_channels=True, own_bits=True, lower=_softmax)

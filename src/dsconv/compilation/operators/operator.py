@@ -181,6 +181,7 @@ class Operator:
         is_input, equals_input: whether a node returns its very input, or a tensor of the same values.
         activation: the settings of a layer that computes it last, for a node; None: the layer cannot.
         keeps_channels: its result has its channels in the dimension in which its first input of images has them.
+        reads_last: whether a node takes the last dimension of its input for that of the channels.
         renames: a node whose result is that very tensor of images under another shape, or with its channels in another
             dimension: its :class:`~dsconv.compilation.values.Seen`, for that of its input and the batch size; or None.
         lower: makes a step of a node; None: PyTorch executes the node.
@@ -197,6 +198,7 @@ class Operator:
     equals_input: Callable[[fx.Node], bool] | None = None
     activation: Callable[[fx.Node, Constant], Settings | None] | None = None
     keeps_channels: bool = False
+    reads_last: Callable[[fx.Node], bool] | None = None
     renames: Callable[[fx.Node, Seen, Any], Seen | None] | None = None
     lower: Callable[[Lowering, fx.Node], Step | None] | None = None
     own_bits: bool = False
