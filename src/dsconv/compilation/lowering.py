@@ -59,8 +59,8 @@ def _is_read_last(node: fx.Node) -> bool:
         seen.add(user)
         if known.reads_last is not None and known.reads_last(user):
             return True
-        made = user.meta["val"].shape if known.keeps_channels else ()
-        if len(made) == len(of) and made[-1] == of[-1]:
+        made = user.meta["val"].shape
+        if known.keeps_channels and len(made) == len(of) and made[-1] == of[-1]:
             reading += user.users
     return False
 

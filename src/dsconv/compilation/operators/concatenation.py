@@ -16,7 +16,7 @@ def _concatenation(lowering: Lowering, node: fx.Node) -> Step | None:
     pieces = [value for value in values if value is not None]
     if result is None or len(pieces) < len(values):
         return None
-    if any(lowering.channel_dim(n) != dim % node.meta["val"].dim() for n in (node, *nodes)):  # type: ignore[operator, misc]
+    if any(lowering.channel_dim(n) != dim % node.meta["val"].dim() for n in (node, *nodes)):  # type: ignore[misc]
         return None
     if any(piece.size[1:] != result.size[1:] for piece in pieces):
         return None
