@@ -47,6 +47,12 @@ def _value(node: fx.Node, seen: Seen) -> Value:
     return Value(node, seen.size, dim=seen.dim, frames=made.shape[2] if made.dim() == 5 else 1)
 
 
+def _may_be_of_any_dim(node: fx.Node) -> bool:
+    """Whether channels may be another dimension than the second in a result: not in that of a step for images."""
+    known = operator_of(node)
+    return node.op == "call_function" and (known.lower is None or known.keeps_channels or known.renames is not None)
+
+
 def _is_read_last(node: fx.Node) -> bool:
     """Whether layer norms or linear layers read a tensor, or what others make of it, by its last dimension."""
     of: Any = node.meta["val"].shape
@@ -59,9 +65,10 @@ def _is_read_last(node: fx.Node) -> bool:
         seen.add(user)
         if known.reads_last is not None and known.reads_last(user):
             return True
-        made = user.meta["val"].shape
-        if known.keeps_channels and len(made) == len(of) and made[-1] == of[-1]:
-            reading += user.users
+        if known.keeps_channels:
+            made: Any = user.meta["val"].shape
+            if len(made) == len(of) and made[-1] == of[-1]:
+                reading += user.users
     return False
 
 
@@ -156,7 +163,7 @@ class _Lowering:
                 assert seen is not None
                 return Seen((sizes[0], *seen.size[1:]), 1)
             dim = self.channel_dim(other)
-        elif made.dim() in (3, 4) and node.op == "call_function" and _is_read_last(node):
+        elif made.dim() in (3, 4) and _may_be_of_any_dim(node) and _is_read_last(node):
             dim = made.dim() - 1
         return Seen(size_of(made.shape, dim), dim) if str(batch) == str(self.batch) else None
 

@@ -70,3 +70,11 @@ def test_norms_and_linear_layers_are_steps_wherever_their_channels_lie(model: ty
         with bits_of_pytorch():
             exact = dsconv.compile(qmodel, x[:1])
             assert torch.equal(exact(x), qmodel(x)) and torch.equal(exact(x[:1]), qmodel(x[:1]))
+
+
+def test_a_norm_over_the_width_of_images_leaves_their_channels_where_they_are() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.MaxPool2d(2), nn.LayerNorm(4), nn.Conv2d(16, 8, 1))
+    qmodel, x = dsconv.quantize(model.eval()), torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        expected = qmodel(x)
+        assert float((dsconv.compile(qmodel, x[:1])(x) - expected).norm() / expected.norm()) < 0.02
