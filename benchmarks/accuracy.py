@@ -31,7 +31,7 @@ from baselines import Baseline, baselines
 from dsconv import QuantConfig
 from dsconv.data import Preprocess
 from dsconv.files import replacing
-from networks import LITE, shared_nets
+from trained import LITE, shared_nets
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = ("cifar_resnet20", "cifar_resnet44", "resnet18_tiny", "squeezenet1_1", "tiny_darknet", LITE)

@@ -116,6 +116,29 @@ def test_a_file_loads_into_a_model_of_another_precision(saved: Path) -> None:
     assert torch.equal(dsconv.load(saved, other().half())(X), dsconv.load(saved, other())(X))
 
 
+class AsksForVersion(torch.nn.Module):
+    """Refuses tensors that do not say the version of their module, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *more: object) -> None:
+        assert metadata.get("version") == 2, metadata
+        super()._load_from_state_dict(state, prefix, metadata, *more)
+
+
+def test_modules_are_told_their_version_when_a_file_is_loaded(tmp_path: Path) -> None:
+    qmodel, x = dsconv.quantize(AsksForVersion()), torch.randn(1, 3, 8, 8)
+    again = dsconv.load(dsconv.save(qmodel, tmp_path / "net.safetensors"), AsksForVersion())
+    assert torch.equal(again(x), qmodel(x))
+
+
 def test_shared_layers_and_tied_parameters_are_stored_once(saved: Path) -> None:
     loaded = dsconv.load(saved, other())
     assert loaded.shared is loaded.again and loaded.tied is loaded.scale

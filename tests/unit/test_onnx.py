@@ -536,3 +536,28 @@ def test_a_compiled_model_is_exported_as_what_it_was_made_of(digits: Tensor, tmp
     again = OnnxNetwork(dsconv.export_onnx(compiled, digits[:1], tmp_path / "a.onnx"))
     with torch.inference_mode():
         assert torch.allclose(again(digits[:4]), compiled(digits[:4]), atol=1e-4)
+
+
+class Noted(tnn.Module):
+    """Layers of a list, each with a note of which output it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = tnn.ModuleList(
+            [tnn.Conv2d(3, 8, 3, padding=1), tnn.Conv2d(8, 8, 3, padding=1), tnn.Conv2d(8, 4, 1)]
+        )
+        for layer, source in zip(self.layers, (-1, 0, 0), strict=True):
+            layer.source = source
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: list[Tensor] = []
+        for layer in self.layers:
+            made.append(layer(x if layer.source < 0 else made[layer.source]) / layer.in_channels)
+        return made[-1]
+
+
+def test_what_a_model_noted_on_its_layers_is_read_during_the_export(tmp_path: Path) -> None:
+    qmodel, x = dsconv.quantize(Noted().eval()), torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        again = OnnxNetwork(dsconv.export_onnx(qmodel, x, tmp_path / "net.onnx"))
+        assert torch.allclose(again(x), qmodel(x), atol=1e-5)

@@ -51,6 +51,31 @@ def _value(node: fx.Node, seen: Seen) -> Value:
     return Value(node, seen.size, dim=seen.dim, frames=made.shape[2] if made.dim() == 5 else 1)
 
 
+def _may_be_of_any_dim(node: fx.Node) -> bool:
+    """Whether channels may be another dimension than the second in a result: not in that of a step for images."""
+    known = operator_of(node)
+    return node.op == "call_function" and (known.lower is None or known.keeps_channels or known.renames is not None)
+
+
+def _is_read_last(node: fx.Node) -> bool:
+    """Whether layer norms or linear layers read a tensor, or what others make of it, by its last dimension."""
+    of: Any = node.meta["val"].shape
+    reading, seen = list(node.users), {node}
+    while reading:
+        user = reading.pop()
+        known = operator_of(user)
+        if user in seen or user.op != "call_function":
+            continue
+        seen.add(user)
+        if known.reads_last is not None and known.reads_last(user):
+            return True
+        if known.keeps_channels:
+            made: Any = user.meta["val"].shape
+            if len(made) == len(of) and made[-1] == of[-1]:
+                reading += user.users
+    return False
+
+
 class _Lowering:
     def __init__(self, module: fx.GraphModule, batch: Any):
         self.module, self.batch = module, batch
@@ -127,14 +152,19 @@ class _Lowering:
             if found is not None and (found.dim == 1 or self._is_own(first)):
                 self.renamed[node] = first
                 return found
-        for other in node.all_input_nodes if known.keeps_channels else ():
-            seen = self._see(other)
-            if seen is not None and other.meta["val"].dim() == made.dim():
-                rows = made.dim() == 2 and str(batch) != str(self.batch)
-                if rows and str(batch) == str(other.meta["val"].shape[0]):
-                    return Seen((sizes[0], *seen.size[1:]), 1)
-                dim = seen.dim
-                break
+        inputs = node.all_input_nodes if known.keeps_channels else ()
+        alike = [n for n in inputs if self._see(n) is not None and n.meta["val"].dim() == made.dim()]
+        if alike:
+            # One that is not as usual is known to be so.
+            other = max(alike, key=self.channel_dim)
+            rows = made.dim() == 2 and str(batch) != str(self.batch)
+            if rows and str(batch) == str(other.meta["val"].shape[0]):
+                seen = self._see(other)
+                assert seen is not None
+                return Seen((sizes[0], *seen.size[1:]), 1)
+            dim = self.channel_dim(other)
+        elif made.dim() in (3, 4) and _may_be_of_any_dim(node) and _is_read_last(node):
+            dim = made.dim() - 1
         return Seen(size_of(made.shape, dim), dim) if str(batch) == str(self.batch) else None
 
     def _is_batch_size(self, node: fx.Node) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import metadata
@@ -638,7 +639,8 @@ def _fill(path: Path, header: Header, model: nn.Module, stored: dict[str, Tensor
             tensors[alias] = stored[name]
     for name in sorted(set(expected) ^ set(tensors)):
         wrong.append(f"tensor {name!r}: only in the {'model' if name in expected else 'file'}")
-    state: dict[str, Tensor] = {}
+    state = OrderedDict[str, Tensor]()
+    state._metadata = expected._metadata  # type: ignore[attr-defined]  # some modules ask for their version
     for name, layer in quantized.items():
         if name in tensors:
             try:

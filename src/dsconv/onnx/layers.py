@@ -27,6 +27,15 @@ class StandIn(nn.Module):
         self.name = name
         self.__dict__["layer"] = layer  # which thus is no part of the model
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what a model noted on the layer, as builders from lists of layers do, or asks of it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "layer" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["layer"], name)
+
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """As that of the layer."""
         layer: Any = self.__dict__["layer"]

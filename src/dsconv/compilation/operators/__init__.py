@@ -6,9 +6,17 @@ A new kind of step is a new file here.
 import importlib
 import pkgutil
 
-from dsconv.compilation.operators.operator import Operator, Step, activation_of, functional, only_user, operator_of
+from dsconv.compilation.operators.operator import (
+    Operator,
+    Step,
+    activation_of,
+    bits_of_pytorch,
+    functional,
+    only_user,
+    operator_of,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Operator", "Step", "activation_of", "functional", "only_user", "operator_of"]
+__all__ = ["Operator", "Step", "activation_of", "bits_of_pytorch", "functional", "only_user", "operator_of"]

@@ -66,7 +66,7 @@ register("aten", "relu6", activation=_relu6, rounds="alike", by_image=True, **_F
 register("aten", "clamp clamp_min clamp_max hardtanh", activation=_clamp, rounds="alike", by_image=True, **_FACTS)
 register("aten", "leaky_relu", activation=_leaky_relu, rounds="alike", by_image=True, **_FACTS)
 for _name in ("silu", "sigmoid", "exp", "mish", "tanh"):
-    register("aten", _name, activation=_named(_name), **_FACTS)
-register("aten", "elu", activation=_elu, **_FACTS)
-register("aten", "gelu", activation=_gelu, **_FACTS)
-register("aten", "softplus", activation=_softplus, returns="new", keeps_channels=True, lower=alone)
+    register("aten", _name, activation=_named(_name), own_bits=True, **_FACTS)
+register("aten", "elu", activation=_elu, own_bits=True, **_FACTS)
+register("aten", "gelu", activation=_gelu, own_bits=True, **_FACTS)
+register("aten", "softplus", activation=_softplus, returns="new", keeps_channels=True, own_bits=True, lower=alone)

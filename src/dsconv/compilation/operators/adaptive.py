@@ -91,5 +91,11 @@ def _windows(node: fx.Node, source: Value, result: Value) -> Step | None:
     return Pool(node=node, result=result, source=source, window=window, average=True)
 
 
-_FACTS: dict[str, Any] = {"returns": "new", "by_image": True, "equals_input": changes_nothing, "lower": _average}
-register("aten", "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", **_FACTS)
+_FACTS: dict[str, Any] = {"returns": "new", "by_image": True, "own_bits": True}
+register(
+    "aten",
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
+    equals_input=changes_nothing,
+    lower=_average,
+    **_FACTS,
+)

@@ -72,4 +72,4 @@ def average_of_image(lowering: Lowering, node: fx.Node) -> Step | None:
     return Average(node=node, result=result, source=source, lanes=lanes)
 
 
-register("aten", "mean", returns="new", by_image=True, lower=average_of_image)
+register("aten", "mean", returns="new", by_image=True, own_bits=True, lower=average_of_image)

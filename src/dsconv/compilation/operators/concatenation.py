@@ -14,9 +14,9 @@ def _concatenation(lowering: Lowering, node: fx.Node) -> Step | None:
     result = lowering.value(node)
     values = [lowering.value(n) for n in nodes]  # type: ignore[union-attr]
     pieces = [value for value in values if value is not None]
-    if result is None or dim not in (1, 1 - node.meta["val"].dim()) or len(pieces) < len(values):
+    if result is None or len(pieces) < len(values):
         return None
-    if any(lowering.channel_dim(n) != 1 for n in (node, *nodes)):  # type: ignore[misc]
+    if any(lowering.channel_dim(n) != dim % node.meta["val"].dim() for n in (node, *nodes)):  # type: ignore[misc]
         return None
     if any(piece.size[1:] != result.size[1:] for piece in pieces):
         return None
@@ -43,4 +43,4 @@ def _joined(pieces: Sequence[Value]) -> list[Value]:
     return joined
 
 
-register("aten", "cat", returns="new", rounds="alike", lower=_concatenation)
+register("aten", "cat", returns="new", rounds="alike", keeps_channels=True, lower=_concatenation)

@@ -8,7 +8,7 @@ from torch import fx
 
 from dsconv.backends.base import Executable
 from dsconv.compilation.operators.operator import Ids, Lowering, OfOne, Step, register
-from dsconv.compilation.operators.renaming import reshaped
+from dsconv.compilation.operators.renaming import reshaped, to_rows
 from dsconv.compilation.operators.shuffles import channel_shuffle_of_views
 from dsconv.compilation.operators.views import changes_nothing
 
@@ -42,6 +42,7 @@ register(
     rounds="alike",
     by_image=True,
     equals_input=changes_nothing,
+    reads_last=to_rows,
     renames=reshaped,
     lower=_flatten,
 )

@@ -110,8 +110,11 @@ def _softmax(lowering: Lowering, node: fx.Node) -> Step | None:
     return mapped(lowering, node, source, Operation("softmax", "softmax"))
 
 
-register("aten", "group_norm", returns="new", lower=_group_norm)
-register("aten", "instance_norm", returns="new", lower=_instance_norm)
+register("aten", "group_norm", returns="new", own_bits=True, lower=_group_norm)
+register("aten", "instance_norm", returns="new", own_bits=True, lower=_instance_norm)
 # PyTorch reads its input row by row, whatever its layout, and writes rows.
-register("aten", "layer_norm", returns="new", rounds="alike", makes_rows=True, keeps_channels=True, lower=_layer_norm)
-register("aten", "softmax _softmax", returns="new", keeps_channels=True, lower=_softmax)
+_FACTS: dict[str, Any] = {"rounds": "alike", "makes_rows": True, "keeps_channels": True, "own_bits": True}
+register(
+    "aten", "layer_norm", returns="new", reads_last=lambda node: len(node.args[1]) == 1, lower=_layer_norm, **_FACTS
+)
+register("aten", "softmax _softmax", returns="new", keeps_channels=True, own_bits=True, lower=_softmax)

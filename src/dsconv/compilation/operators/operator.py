@@ -6,7 +6,8 @@ way from a node of a captured graph to such a step. The passes of the compiler a
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -180,9 +181,11 @@ class Operator:
         is_input, equals_input: whether a node returns its very input, or a tensor of the same values.
         activation: the settings of a layer that computes it last, for a node; None: the layer cannot.
         keeps_channels: its result has its channels in the dimension in which its first input of images has them.
+        reads_last: whether a node takes the last dimension of its input for that of the channels.
         renames: a node whose result is that very tensor of images under another shape, or with its channels in another
             dimension: its :class:`~dsconv.compilation.values.Seen`, for that of its input and the batch size; or None.
         lower: makes a step of a node; None: PyTorch executes the node.
+        own_bits: that step may round in another way than PyTorch (docs/kernels.md).
     """
 
     returns: Literal["new", "view", "nothing"] | None = None
@@ -195,8 +198,10 @@ class Operator:
     equals_input: Callable[[fx.Node], bool] | None = None
     activation: Callable[[fx.Node, Constant], Settings | None] | None = None
     keeps_channels: bool = False
+    reads_last: Callable[[fx.Node], bool] | None = None
     renames: Callable[[fx.Node, Seen, Any], Seen | None] | None = None
     lower: Callable[[Lowering, fx.Node], Step | None] | None = None
+    own_bits: bool = False
 
 
 _UNKNOWN = Operator()
@@ -226,6 +231,18 @@ def operator_of(node: fx.Node) -> Operator:
     """Return what is known of the operator of a node."""
     packet = getattr(node.target, "overloadpacket", None)
     return _PYTHON if packet is None else _operators.get(packet, _UNKNOWN)
+
+
+@contextmanager
+def bits_of_pytorch() -> Iterator[None]:
+    """Leave operators that have bits of our own to PyTorch: what is compiled meanwhile has the bits of the model."""
+    before = dict(_operators)
+    own = {packet: known for packet, known in before.items() if known.own_bits}
+    _operators.update({packet: replace(known, lower=None, activation=None) for packet, known in own.items()})
+    try:
+        yield
+    finally:
+        _operators.update(before)
 
 
 def functional(node: fx.Node) -> Any:

@@ -80,7 +80,7 @@ def _crops(node: Any) -> bool:
 
 
 def _slice(lowering: Lowering, node: fx.Node) -> Step | None:
-    if not _crops(node):
+    if not _crops(node) or lowering.channel_dim(node) != 1:
         channels(lowering, node)
         return None
     if lowering.value(node.args[0]) is not None and of_images(lowering, node) and _crops(only_user(node)):
@@ -98,4 +98,5 @@ _FACTS: dict[str, Any] = {"rounds": "alike", "by_image": True, "lower": _pixels}
 register("aten", "upsample_nearest2d _upsample_nearest_exact2d", returns="new", equals_input=changes_nothing, **_FACTS)
 for _name in ("constant_pad_nd", "pad", "reflection_pad2d", "replication_pad2d"):
     register("aten", _name, returns="new", equals_input=_pads_nothing, **_FACTS)
-register("aten", "slice", returns="view", rounds="alike", equals_input=changes_nothing, lower=_slice)
+_SLICE: dict[str, Any] = {"returns": "view", "rounds": "alike", "keeps_channels": True, "lower": _slice}
+register("aten", "slice", equals_input=changes_nothing, **_SLICE)

@@ -34,6 +34,13 @@ def reshaped(node: fx.Node, source: Seen, batch: Any) -> Seen | None:
     return Seen(source.size, dim) if size_of(after, dim) == source.size else None
 
 
+def to_rows(node: fx.Node) -> bool:
+    """Tell whether a node makes rows of the last dimension of its input, as linear layers want them."""
+    read: Any = node.args[0]
+    before, after = read.meta["val"].shape, node.meta["val"].shape
+    return len(before) > 2 and len(after) == 2 and before[-1] == after[-1] and str(before[0]) != str(after[0])
+
+
 def size_of(shape: Any, dim: int) -> tuple[int, int, int]:
     """Return channels, height and width of images whose channels are dimension ``dim``; frames lie in a column."""
     *frames, height, width = [1, 1] + [n for d, n in enumerate(shape) if d not in (0, dim)]

@@ -57,7 +57,7 @@ def channels(lowering: Lowering, node: fx.Node) -> None:
     source, result, found = lowering.value(node.args[0]), lowering.value(node), bounds(node)
     if source is None or result is None or found is None or result.size[1:] != source.size[1:]:
         return
-    if not found[0] == source.dim == result.dim == lowering.channel_dim(node.args[0]):
+    if not found[0] == result.dim == lowering.channel_dim(node.args[0]):
         return
     result.home, result.first = source, found[1]
     source.views.append(result)
@@ -84,8 +84,10 @@ def _shape(node: fx.Node) -> tuple[str, ...]:
     return tuple(map(str, node.meta["val"].shape))
 
 
-register("aten", "narrow", returns="view", rounds="alike", equals_input=changes_nothing, lower=channels)
+register(
+    "aten", "narrow", returns="view", rounds="alike", keeps_channels=True, equals_input=changes_nothing, lower=channels
+)
 register("aten", "alias detach expand expand_as", returns="view", rounds="alike", equals_input=changes_nothing)
 register("aten", "contiguous", returns="view", rounds="alike", makes_rows=True, equals_input=changes_nothing)
-register("aten", "clone _to_copy", rounds="alike", equals_input=changes_nothing)
+register("aten", "clone _to_copy", rounds="alike", keeps_channels=True, equals_input=changes_nothing)
 register("aten", "chunk select split split_with_sizes unbind", returns="view", rounds="alike")
