@@ -209,7 +209,8 @@ def descend(target: Tensor, h: Tensor, blocks: Blocks, rounded: Rounded, bits: i
     half = 1 << (bits - 1)
     q, scale, shift = rounded
     q = q.clone()
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    # Those of less than the smallest normal number have none that is finite.
+    inverse = torch.where(scale.abs() < torch.finfo(scale.dtype).tiny, 0.0, 1 / scale)
     error = target - Rounded(q, scale, shift).weight(blocks)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     for _ in range(sweeps):

@@ -98,6 +98,7 @@ def from_onnx(path: str | os.PathLike[str]) -> ImportedNetwork:
         _check_operators(source)
         network = _built(source)
         patterns.join(network)
+        network.eval()  # with what the patterns made
         if (stated := source.metadata.get("dsconv.preprocess")) is not None:
             set_preprocess(network, Preprocess(**json.loads(stated)))
     except (DSConvError, OSError):
