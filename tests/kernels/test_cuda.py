@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -443,23 +443,24 @@ def test_sizes_used_last_are_kept_as_graphs_and_what_cannot_be_captured_runs(mon
     cuda_of_torch.is_current_stream_capturing.return_value = False
     monkeypatch.setattr(torch, "cuda", cuda_of_torch)
 
-    def run(x: Tensor) -> list[Any]:
+    def run(xs: Sequence[Tensor]) -> list[Any]:
+        (x,) = xs
         runs.append(len(x))
         return [x + 1, 7]
 
     graphs = Graphs(run, alone=True)
     sizes = [torch.zeros(n, 2).as_subclass(OfGpu) for n in range(12)]
     for n in (1, 2, 3, 4, 5, 6, 7, 8, 1, 9, 1):
-        assert graphs(sizes[n])[1] == 7
+        assert graphs([sizes[n]])[1] == 7
     assert runs == [n for n in range(1, 10) for _ in range(4)]  # each is captured once
-    graphs(sizes[2])
+    graphs([sizes[2]])
     assert runs[36:] == [2] * 4  # it was used the longest ago when there were 9
-    assert same(graphs(sizes[0])[0], torch.zeros(0, 2))  # no images are no graph
+    assert same(graphs([sizes[0]])[0], torch.zeros(0, 2))  # no images are no graph
     runs.clear()
     cuda_of_torch.graph.side_effect = RuntimeError("operation not permitted when stream is capturing\nmore")
     with pytest.warns(UserWarning, match=r"not captured as a CUDA graph for \(11, 2\).*stream is capturing$"):
-        assert same(graphs(sizes[11])[0], torch.ones(11, 2))
-    assert same(graphs(sizes[11])[0], torch.ones(11, 2)) and runs == [11] * 5  # it is not tried again
+        assert same(graphs([sizes[11]])[0], torch.ones(11, 2))
+    assert same(graphs([sizes[11]])[0], torch.ones(11, 2)) and runs == [11] * 5  # it is not tried again
 
 
 def test_programs_leave_memory_to_pytorch(network: Any, gpu: str) -> None:

@@ -100,7 +100,9 @@ def test_a_name_that_does_not_exist_suggests_those_that_do(name: str, suggestion
 
 @pytest.mark.parametrize("name", ["resnet18", "", "keras/resnet50", "/", "file.py", "C:resnet"])
 def test_something_else_than_a_name_says_what_is_expected(name: str) -> None:
-    assert "expected torchvision/NAME, timm/NAME, dsconv/NAME or path/to/file.py:factory" in fails(name)
+    assert "expected torchvision/NAME, timm/NAME, dsconv/NAME, path/to/file.py:factory or path/to/model.onnx" in fails(
+        name
+    )
 
 
 @pytest.mark.parametrize(

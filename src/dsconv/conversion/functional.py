@@ -77,7 +77,8 @@ def as_layers(
     (True, True)
     """
     model = unwrapped(model)
-    if not any(calls_functions(module) for module in model.modules()):
+    # What is no network is refused by those who ask for one.
+    if not isinstance(model, nn.Module) or not any(calls_functions(module) for module in model.modules()):
         return model, []
     shared = [*model.parameters(), *model.buffers(), *(m for m in model.modules() if isinstance(m, DSLayer))]
     result = copied(model, {id(part): part for part in shared})

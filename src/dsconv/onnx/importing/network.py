@@ -91,7 +91,7 @@ def build(described: dict[str, Any]) -> ImportedNetwork:
         for name, (kind, values) in described["modules"].items():
             add(root, _checked(name), made(kind, values))
         for name, (dtype, shape) in described["constants"].items():
-            add(root, _checked(name), torch.empty(shape, dtype=_DTYPES[dtype]))
+            add(root, _checked(name), torch.empty(shape, dtype=_DTYPES[dtype], device=torch.get_default_device()))
         for op, name, target, given, named in described["nodes"]:
             arguments = tuple(_values(value, known) for value in given)
             keywords = {_checked(key): _values(value, known) for key, value in named.items()}
