@@ -31,7 +31,7 @@ native: $(VENV)/dev.stamp  ## test the C++ kernels under AddressSanitizer and Un
 	$(BIN)/cmake -S . -B build/native -DDSCONV_NATIVE_TEST=ON -DCMAKE_BUILD_TYPE=None \
 		-DCMAKE_CXX_FLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 	$(BIN)/cmake --build build/native --parallel 2
-	build/native/kernels_test 300
+	build/native/kernels_test 150 1 & other=$$!; build/native/kernels_test 150 2 && wait $$other
 
 lint: $(VENV)/dev.stamp  ## check style, formatting and types
 	$(BIN)/ruff check

@@ -496,6 +496,7 @@ struct WinogradCase {
 
 int main(int count, char** arguments) {
   const int cases = count > 1 ? std::atoi(arguments[1]) : 300;
+  if (count > 2) random_bits.seed(std::atoi(arguments[2]));
   std::vector<const Kernels*> tested;
   // The tiles of AMX are emulated here, the rest needs the vectors of AVX-512.
   for (const Kernels* const kernels : kBuiltKernels)
