@@ -407,8 +407,10 @@ def _allow_torchvision() -> None:
 
 
 def _told(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
+    text = (str(error).strip().splitlines() or [""])[0]
+    for folder in sorted(filter(None, sys.path), key=len, reverse=True):  # wherever packages are installed
+        text = text.replace(f"{folder}/", "")
+    return f"{type(error).__name__}: {text}"[:300]
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -72,7 +72,7 @@ def _is_dataclass(tree: Any) -> bool:
 
 
 def _items(tree: Any) -> Mapping[Any, Any] | None:
-    """What a container holds by key, field or place; None of what is none."""
+    """Return the contents of a container by key, field or place; None where ``tree`` is no container."""
     if _is_dataclass(tree):
         return {field.name: getattr(tree, field.name) for field in fields(tree) if field.init}
     if isinstance(tree, Mapping):

@@ -62,7 +62,7 @@ class Candidate:
 
     @property
     def accuracy(self) -> float | None:
-        """What the front is by, larger is better, as :attr:`measure` names it.
+        """The figure of the front, larger is better, as :attr:`measure` names it.
 
         It is top-1, mean intersection over union or PSNR with labels, and without labels the agreement with the
         reference, or the SQNR of outputs that are no logits; with a user's metric it is its negative.

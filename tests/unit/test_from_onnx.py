@@ -402,7 +402,7 @@ def test_a_model_of_integer_operators_is_said_to_be_quantized(tmp_path: Path) ->
         imported(model_of(case), tmp_path)
 
 
-# What is refused.
+# Refusals.
 
 
 def test_all_operators_that_are_not_supported_are_named_at_once(tmp_path: Path) -> None:

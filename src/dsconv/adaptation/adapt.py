@@ -216,12 +216,12 @@ class _Training:
         return numbers[: len(found)], dict(zip(power, numbers[len(found) :], strict=True))
 
     def _taught(self, x: Batch) -> tuple[dict[str, Output], Kinds]:
-        """What the teacher returns for ``x``, and the kinds of that."""
+        """Return the teacher's outputs for ``x``, and their kinds."""
         outputs = outputs_of("teacher", self.teacher, x, torch.float32)
         return outputs, self.teller.kinds(outputs, len(x))
 
     def _distances(self, wanted: dict[str, Output], got: dict[str, Output], images: int) -> Tensor:
-        """Of the student from the teacher at each image, ``(N,)``."""
+        """Return the student's distance from the teacher at each image, ``(N,)``."""
         check_same(wanted, got, ("the teacher", "the student"))
         kinds = self.teller.kinds(wanted, images)
         return distances(wanted, got, images, kinds, self.power, self.recipe.temperature)

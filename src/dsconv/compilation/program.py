@@ -92,7 +92,7 @@ class Program:
         self._spare: deque[Tensor] = deque(maxlen=_SPARE)
 
     def __call__(self, xs: Sequence[Tensor], seconds: Tensor | None = None) -> Any:
-        """What the network returns for its inputs; adds what each step took to float64 ``seconds (steps,)``, if given.
+        """Run the network on its inputs; add the time of each step to float64 ``seconds (steps,)``, if given.
 
         A batch for which a GPU has not enough memory is run in parts, and so are later ones as large.
 

@@ -21,7 +21,7 @@ from dsconv.layers import DSLayer
 from dsconv.layers.kinds import KINDS, kind_of
 from dsconv.layers.stand_in import StandIn, arguments
 
-# What is read of a tensor besides its values.
+# Facts of a tensor besides its values.
 _FACTS = ("shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_floating_point", "requires_grad")
 _RANDOM = re.compile(r"(bernoulli|multinomial|normal|poisson)_?|.*dropout.*|rand.*")
 
@@ -77,7 +77,7 @@ def as_layers(
     (True, True)
     """
     model = unwrapped(model)
-    # What is no network is refused by those who ask for one.
+    # Callers refuse an argument that is no network.
     if not isinstance(model, nn.Module) or not any(calls_functions(module) for module in model.modules()):
         return model, []
     shared = [*model.parameters(), *model.buffers(), *(m for m in model.modules() if isinstance(m, DSLayer))]

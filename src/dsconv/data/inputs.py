@@ -1,4 +1,4 @@
-"""What a model is called with for a batch: one tensor, or the arguments of a call."""
+"""Inputs of a model for a batch: one tensor, or the arguments of a call."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence

@@ -76,7 +76,7 @@ class Kinds:
             name: told if _fits(shape, told, said=task is not None) else "other" for name, shape in shapes.items()
         }
         counted = tuple(name for name, kind in of.items() if kind == told or told != "classification")
-        # Where a user says that there are logits and none have the shape, something is to count all the same.
+        # A user may say that there are logits where none have the shape: something is to count all the same.
         return cls(told, main, of, counted or tuple(of))
 
     @property
@@ -121,12 +121,12 @@ class Teller:
 
     @property
     def task(self) -> Task:
-        """That of the batches so far."""
+        """Return the result of the batches so far."""
         return "other" if self._kinds is None else self._kinds.task
 
     @property
     def measure(self) -> MeasureName:
-        """That of the batches so far."""
+        """Return the result of the batches so far."""
         return "relative error" if self._kinds is None else self._kinds.measure
 
 
@@ -246,7 +246,7 @@ def _by_image(f: Output, q: Output, images: int, kind: Task, power: float, tempe
         errors(a[None], b[None], kind, temperature) if a.shape == b.shape else a.square().sum().reshape(1)
         for a, b in pairs
     ]
-    # What is no output of each image counts for all of them alike.
+    # An output that is not one of each image counts for all of them alike.
     return torch.cat(each).expand(images) / (scale * (1 if isinstance(f, list) else images))
 
 

@@ -197,7 +197,7 @@ def _sums(f: Tensor, q: Tensor, kind: Task, weight: int, data_range: float | Non
 
 
 def _share(equal: Tensor) -> float:
-    """Of the positions of each image, summed over images."""
+    """Return the mean over the positions of each image, summed over images."""
     values = rows(equal).double()
     return float(values.mean(1).sum()) if values.numel() else float(len(values))
 

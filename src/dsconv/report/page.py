@@ -27,7 +27,7 @@ _SIGNS = {
     "included": "two's complement",
 }
 
-# Of a network by itself: title, field and unit.
+# Figures of a network by itself: title, field and unit.
 _ACCURACIES = (("mIoU", "miou", "%"), ("PSNR", "psnr_db", "dB"), ("SSIM", "ssim", ""))
 _MEASURES = {
     "agreement": "agreement, %",

@@ -1,4 +1,4 @@
-"""What a graph computes from constants alone is computed once, when the graph is made."""
+"""Constant folding: computes once, when a graph is made, all that follows from constants alone."""
 
 import operator
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a front end makes of a model."""
+"""The result of a front end: a graph, and the structure of the model's output."""
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -11,7 +11,7 @@ from dsconv.errors import ModelError
 from dsconv.structures import PLAIN, leaves, mapped, paths_in
 
 RETURNED = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-"""What a graph returns of a model's output; the rest is the same for all inputs."""
+"""The types that a graph returns of a model's output; the rest of it is the same for all inputs."""
 
 _Structure = Callable[[Sequence[Any]], Any]
 

@@ -116,7 +116,7 @@ def _numbers(value: Any) -> bool:
 
 
 def _first_size(value: Any) -> int | None:
-    """Of a number itself, of what holds several numbers the first of them, of a tensor its length."""
+    """Return the first size that a value stands for: a number itself, the first of several, the length of a tensor."""
     if isinstance(value, int):
         return value
     if isinstance(value, Tensor):

@@ -139,7 +139,7 @@ class Builder:
         array = np.array(values, dtype=np.int64 if whole else np.float32)
         return array.reshape(()) if scalar else array.reshape(-1)
 
-    # What is known of tensors.
+    # Facts that are known of tensors.
 
     def dims(self, value: Value) -> list[int | None] | None:
         """Return the shape that the file has for a tensor; None where it is not known, or a size of it."""
