@@ -47,6 +47,9 @@ class Inputs:
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.args, self.kwargs = args, kwargs
+        if self._is_one_tensor() and args[0].dim():  # as most are, and each call of a compiled network makes one
+            self.tensors, self.batched, self.of_images, self._count = [args[0]], [True], False, len(args[0])
+            return
         self.tensors = tensors_in((args, kwargs))
         sizes = [len(x) for x in self.tensors if x.dim()]
         if not sizes:
@@ -99,7 +102,7 @@ class Inputs:
 
     def structure(self) -> str:
         """All but the tensors, in a text; the same for arguments of which a call differs in its tensors alone."""
-        return repr(mapped(lambda _: None, (self.args, self.kwargs)))
+        return "" if self._is_one_tensor() else repr(mapped(lambda _: None, (self.args, self.kwargs)))
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors by name: the parameter of ``model.forward``, and the way to a tensor within it.
@@ -115,6 +118,9 @@ class Inputs:
         names += [f"{rest}_{place}" for place in range(len(self.args) - len(names))]
         arguments = [*zip(names, self.args, strict=False), *self.kwargs.items()]
         return {"_".join([name, *map(str, way)]): x for name, value in arguments for way, x in paths_in(value)}
+
+    def _is_one_tensor(self) -> bool:
+        return len(self.args) == 1 and not self.kwargs and isinstance(self.args[0], Tensor)
 
     def _changed(self, change: Callable[[Tensor, bool], Tensor]) -> "Inputs":
         return self.filled(change(x, batched) for x, batched in zip(self.tensors, self.batched, strict=True))
