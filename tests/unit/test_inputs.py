@@ -165,6 +165,8 @@ def test_a_program_checks_all_of_its_inputs() -> None:
     fast = dsconv.compile(dsconv.quantize(TwoTensors().eval(), "w4a4"), (X[:1], Y[:1]))
     with pytest.raises(ValueError, match=r"expected float32 on the CPU, got torch\.float64"):
         fast(X, Y.double())
+    with pytest.raises(ValueError, match=r"expected a batch of at least one, got Inputs\(float32 \(0, 3, 8, 8\)"):
+        dsconv.compile(fast.model, (X[:0], Y[:0]))
     with pytest.raises(ModelError, match=r"cannot be captured .*missing 1 required positional argument: 'y'"):
         fast(X)
 

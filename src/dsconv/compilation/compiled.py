@@ -21,7 +21,7 @@ from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.quantized import check_inference
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cpu_info
-from dsconv.data.inputs import Inputs, as_inputs, call, describe
+from dsconv.data.inputs import Inputs, as_inputs, call
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ModelError
 from dsconv.threads import PyTorchOnOneThread
@@ -238,7 +238,7 @@ def compile(qmodel: nn.Module, example_input: Any) -> CompiledModel:
     inputs, device = as_inputs(example_input), _device_of(qmodel)
     _check("example_input", inputs, device)
     if not len(inputs):
-        raise ValueError(f"example_input: expected a batch of at least one, got {describe(example_input)}")
+        raise ValueError(f"example_input: expected a batch of at least one, got {inputs}")
     try:
         lowering(device)
     except RuntimeError:

@@ -35,8 +35,8 @@ def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
 class StandIn:
     """Stands for a parameter from which the weight or bias of a layer was computed, once.
 
-    What is computed from it stands for the weight again. The function of the layer, called with that as its weight,
-    is the layer.
+    Each result of a computation with it is a stand-in, too. The function of the layer calls the layer where its weight
+    is a stand-in.
 
     Args:
         layer: the layer.

@@ -38,7 +38,8 @@ def structure_of(output: Any) -> _Structure:
     Raises:
         ModelError: there is no tensor in it, or an object that may hold some out of sight.
 
-    >>> structure_of({"a": torch.zeros(1), "b": [torch.zeros(2), "c"]})([1, 2])
+    >>> x = torch.zeros(1, dtype=torch.float32)
+    >>> structure_of({"a": x, "b": [x, "c"]})([1, 2])
     {'a': 1, 'b': [2, 'c']}
     """
     if isinstance(output, RETURNED):
