@@ -1,6 +1,6 @@
 """Writes small compiled networks with steps of every kind, from which csrc/test/network_test.cpp makes damaged ones.
 
-    python scripts/compiled_corpus.py csrc/test/corpus
+python scripts/compiled_corpus.py csrc/test/corpus
 """
 
 import sys
