@@ -1,7 +1,9 @@
 """``dsconv.compile``: captures a quantized network and runs it as one graph."""
 
+import os
 import threading
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -16,14 +18,16 @@ from dsconv.compilation.lowering import lower
 from dsconv.compilation.parts import compile_parts, plan_of_parts
 from dsconv.compilation.plan import Plan, plan_of
 from dsconv.compilation.program import OtherLayout, Program
+from dsconv.compilation.saving.writing import Size, check_saved, write
 from dsconv.conversion.copying import copied
 from dsconv.conversion.preparation import preprocess_of
-from dsconv.conversion.quantized import check_inference
+from dsconv.conversion.quantized import check_inference, quantized_layers
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cpu_info
-from dsconv.data.inputs import Inputs, as_inputs, call
+from dsconv.data.inputs import Inputs, as_inputs, call, input_names
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ModelError
+from dsconv.files import as_path
 from dsconv.threads import PyTorchOnOneThread
 
 _SIZES_KEPT = 16
@@ -69,6 +73,7 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.model = model
         self._device = example.tensors[0].device
+        self._example = zeros_like(example, 1) if all(example.batched) else example
         self._captured: dict[tuple[Any, ...], _Captures] = {}
         self._lock = threading.Lock()
         self.parts: tuple[str, ...] = ()
@@ -181,6 +186,73 @@ class CompiledModel(nn.Module):
         graph.graph.eliminate_dead_code()
         program = Program(lower(graph, _batch_in(graph, inputs)), found.structure, any_batch)
         return Captured(program, plan_of(program), any_batch)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sizes: Sequence[Any] = (),
+        classes: Sequence[str] | None = None,
+    ) -> int:
+        """Write the network as a file that runs without PyTorch: by ``dsconv_runtime`` in Python, by libdsconv in C.
+
+        The file holds the steps of the plan, the weights at their width, the names of inputs and outputs as
+        :func:`dsconv.export_onnx` gives them, and how images are prepared where the model says so. The result has the
+        bits of this module for inputs that are contiguous, of any batch size, on any processor
+        (docs/compiled-files.md has the format).
+
+        Args:
+            path: is replaced when the file is complete.
+            sizes: further examples, as :func:`compile` takes them, of whose sizes inputs may be too; the file takes those
+                of the example that was compiled, and of these.
+            classes: names of the classes, for a classifier.
+
+        Returns:
+            The size of the file in bytes.
+
+        Raises:
+            ModelError: PyTorch computes steps of the network, or the network is captured for each batch size by itself,
+                or it is not on the CPU.
+            OSError: the file cannot be written.
+
+        >>> import dsconv, tempfile
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 10)).eval()
+        >>> fast = compile(dsconv.quantize(net), torch.zeros(1, 3, 8, 8, dtype=torch.float32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fast.save(f"{folder}/net.dsconv") > 1000
+        True
+        """
+        place = as_path(path)
+        if self.parts:
+            raise ModelError(f"the network cannot be saved: it is compiled in parts, {', '.join(self.parts)}")
+        if self._device.type != "cpu":
+            raise ModelError(f"the network cannot be saved: it is on {self._device}: compile it on the CPU")
+        made: list[Size] = []
+        names: tuple[list[str], list[str]] = [], []
+        for example in [self._example, *map(as_inputs, sizes)]:
+            one, several = (self._for_saving(example, count) for count in (1, 2))
+            taken = input_names(example, self.model)
+            names = taken, several.output_names(taken)
+            for program in (one, several):
+                check_saved(program, names[1])
+            made.append(Size(one, several))
+        preprocess = None if self.preprocess is None else self.preprocess.model_dump_json()
+        return write(place, made, quantized_layers(self.model).values(), names, preprocess, classes)
+
+    def _for_saving(self, example: Inputs, count: int) -> Program:
+        """What runs for so many samples of the sizes of ``example`` that are contiguous."""
+        both = list(zip(example.tensors, example.batched, strict=True))
+        for name, (x, batched) in zip(input_names(example, self.model), both, strict=True):
+            if not batched or x.dtype != torch.float32:
+                raise ModelError(
+                    f"the network cannot be saved: expected float32 inputs (N, ...), got {x.dtype} {tuple(x.shape)} for "
+                    f"{name!r}"
+                )
+        zeros = (torch.zeros((count, *x.shape[1:]), dtype=torch.float32, device="cpu") for x, _ in both)
+        captured = self.program_for(example.filled(zeros))
+        if not captured.any_batch:
+            raise ModelError("the network cannot be saved: it takes the batch size as a number")
+        return captured.program
 
     # Graphs hold what cannot be copied or pickled everywhere: a copy captures anew when it is called.
     def __getstate__(self) -> dict[str, object]:

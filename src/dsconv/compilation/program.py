@@ -17,8 +17,10 @@ from dsconv.compilation.operators import operator_of
 from dsconv.compilation.operators.convolution import join_steps
 from dsconv.compilation.operators.pytorch import Call
 from dsconv.compilation.values import Quantized, Value
+from dsconv.data.inputs import output_name
 from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.ops import use_threads
+from dsconv.structures import paths_in
 from dsconv.threads import PyTorchOnOneThread, threads
 
 _GAP = 16  # values, a line of cache
@@ -35,6 +37,25 @@ class _Segment(NamedTuple):
     first: int
     last: int
     call: Call | None
+
+
+class _Output:
+    """Stands for an output."""
+
+
+class Port(NamedTuple):
+    """An input or output ``(N, *shape)``: samples lie ``sample_stride`` values apart, those of one ``strides``.
+
+    The first one lies ``first`` values behind address number ``base`` of a run, plus ``offset`` bytes for each sample;
+    base -1 is an input that nothing reads.
+    """
+
+    base: int
+    offset: int
+    first: int
+    sample_stride: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 class Program:
@@ -242,15 +263,7 @@ class Program:
         if of is None:
             return -1
         if of not in self._ids:
-            root, first = of.place()
-            base = self._bases.get(root, 0)
-            offset = 0 if base else self._buffers[root].offset
-            channels, height, width = root.size
-            pixel = self._pixel(root)
-            strides = (pixel * height * width, 1, width * pixel, pixel)
-            if root in self._as_they_come:
-                strides = (channels * height * width, height * width, width, 1)
-            self._ids[of] = self._executable.values(base, offset, first * strides[1], of.size, strides)
+            self._ids[of] = self._executable.values(*self.place_of(of))
         return self._ids[of]
 
     def quantized(self, of: Quantized | None) -> int:
@@ -258,24 +271,76 @@ class Program:
         if of is None:
             return -1
         if of not in self._ids:
-            form = of.format
-            self._ids[of] = self._executable.quantized(
-                self._buffers[of].offset,
-                form.depth,
-                form.block_size,
-                form.groups,
-                (*of.size, *of.pad),
-                8 if form.wide else 4,
-                form.bits,
-                ACTIVATION_SIGNS.index(form.sign),
-                form.shift,
-                of.frames,
-            )
+            self._ids[of] = self._executable.quantized(*self.place_of_quantized(of))
         return self._ids[of]
+
+    def place_of(self, of: Value) -> tuple[int, int, int, tuple[int, int, int], tuple[int, int, int, int]]:
+        """Return the arguments of :meth:`~dsconv.backends.base.Executable.values` for a float32 tensor."""
+        root, first = of.place()
+        base = self._bases.get(root, 0)
+        offset = 0 if base else self._buffers[root].offset
+        channels, height, width = root.size
+        pixel = self._pixel(root)
+        strides = (pixel * height * width, 1, width * pixel, pixel)
+        if root in self._as_they_come:
+            strides = (channels * height * width, height * width, width, 1)
+        return base, offset, first * strides[1], of.size, strides
+
+    def place_of_quantized(self, of: Quantized) -> tuple[Any, ...]:
+        """Return the arguments of :meth:`~dsconv.backends.base.Executable.quantized` for a quantized tensor."""
+        form = of.format
+        sign, lane_bits = ACTIVATION_SIGNS.index(form.sign), 8 if form.wide else 4
+        sizes = form.depth, form.block_size, form.groups, (*of.size, *of.pad)
+        return self._buffers[of].offset, *sizes, lane_bits, form.bits, sign, form.shift, of.frames
 
     def constant(self, tensor: Tensor | None) -> Any:
         """Return a tensor as the executable takes it."""
         return self.backend.constant(tensor)
+
+    def output_names(self, taken: Sequence[str]) -> list[str]:
+        """Return the names that outputs have in a file, of which none is among those that are ``taken``."""
+        ways = paths_in(self._structure([_Output() for _ in self._outputs]), _Output)
+        return [output_name(way, taken) for way, _ in ways]
+
+    def ports(self) -> tuple[list[Port | None], list[Port | None]]:
+        """Return where its inputs and outputs lie; None for what is no tensor of samples in the memory of a run."""
+        images, env = 2, dict[fx.Node, Any](self.constants)
+        env.update(dict.fromkeys(self._counts, images))
+        memory = torch.empty(max(1, self._executable.bytes(images) // 4), dtype=torch.float32, device=self._device)
+        bases, offsets = {memory.untyped_storage().data_ptr(): 0}, dict[int, int]()
+        for node, batched in zip(self._inputs, self._batched, strict=True):
+            source, made = self._values.get(node), node.meta["val"]
+            if source is None or not batched:
+                continue
+            x = torch.empty((images, *made.shape[1:]), dtype=made.dtype, device=self._device)
+            env[node] = x if source in self._as_they_come else _pixels(x, source).movedim(-1, source.dim)
+            bases[env[node].untyped_storage().data_ptr()] = self._bases.get(source, -1)
+        inputs = [self._port(env.get(node), bases) for node in self._inputs]
+        for value, base in self._returns.items():
+            channels, height, width = value.size
+            y = torch.empty((images, height, width, channels), dtype=torch.float32, device=self._device)
+            env[value.node] = _of_node(y, value)
+            bases[y.untyped_storage().data_ptr()] = base
+        outputs = []
+        for node in self._outputs:
+            if not isinstance(node, fx.Node) or self._own(node) not in {**env, **self._values}:
+                outputs.append(None)
+                continue
+            own = self._own(node)
+            if own not in env:
+                env[own] = self._view(self._values[own], images, env, memory)
+            offset = self._buffers[root].offset if (root := self._values[own].root()) in self._buffers else 0
+            outputs.append(self._port(self._tensor(node, env), bases, offset))
+        return inputs, outputs
+
+    @staticmethod
+    def _port(made: Any, bases: dict[int, int], offset: int = 0) -> Port | None:
+        base = bases.get(made.untyped_storage().data_ptr()) if isinstance(made, Tensor) and made.dim() else None
+        if base is None:
+            return None
+        # Behind the address of a sample's memory, which two samples have twice as far from the beginning.
+        first = made.storage_offset() - 2 * offset // 4
+        return Port(base, offset, first, made.stride(0), tuple(made.shape[1:]), tuple(made.stride()[1:]))
 
     # Running
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv.errors import DataError
-from dsconv.structures import PLAIN, leaves, mapped, paths_in, tensors_in
+from dsconv.structures import PLAIN, Way, leaves, mapped, paths_in, tensors_in
 
 
 class _Shown:
@@ -124,6 +124,18 @@ class Inputs:
 
     def _changed(self, change: Callable[[Tensor, bool], Tensor]) -> "Inputs":
         return self.filled(change(x, batched) for x, batched in zip(self.tensors, self.batched, strict=True))
+
+
+def input_names(inputs: Inputs, model: nn.Module) -> list[str]:
+    """Return the names of the tensors of ``inputs`` in a file: ``x`` of one alone."""
+    return ["x"] if len(inputs.tensors) == 1 else list(inputs.named(model))
+
+
+def output_name(way: Way, taken: Sequence[str]) -> str:
+    """Return the name in a file of what a model returns in this place, which is none of those that are ``taken``."""
+    parts = way if way and isinstance(way[0], str) else ("y", *way)
+    name = "_".join(map(str, parts))
+    return f"{name}_out" if name in taken else name
 
 
 Batch: TypeAlias = Tensor | Inputs

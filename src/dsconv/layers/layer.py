@@ -284,6 +284,11 @@ class DSLayer(nn.Module):
         self._kernel_weights = self._packed()
         return self
 
+    @property
+    def packed(self) -> Any:
+        """The weights as the backend that executes the layer reads them; None where it is simulated."""
+        return None if self._kernel_weights is None else self._kernel_weights.packed
+
     def _buffers_and_config(self) -> tuple[Tensor | LayerConfig | None, ...]:
         return self.vqk, self.kds, self.kds_shift, self.config
 

@@ -22,7 +22,7 @@ from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.quantized import quantized_layers
 from dsconv.conversion.statistics import noise, normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
-from dsconv.data.inputs import Batch, Inputs, as_inputs
+from dsconv.data.inputs import Batch, Inputs, as_inputs, input_names, output_name
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, check_choice, import_extra
 from dsconv.files import as_path, replacing
 from dsconv.modes import check_evaluation_mode
@@ -251,7 +251,7 @@ def _captured(qmodel: nn.Module, inputs: Inputs, opset: int) -> tuple[Any, list[
                 captured.program,
                 dynamo=True,
                 input_names=names,
-                output_names=[_output_name(way, names) for way in outputs],
+                output_names=[output_name(way, names) for way in outputs],
                 opset_version=opset,
                 verbose=False,
             )
@@ -273,17 +273,6 @@ def _captured(qmodel: nn.Module, inputs: Inputs, opset: int) -> tuple[Any, list[
     for value in list(graph.initializers.values()):
         value.name = str(value.name).removeprefix("model.")
     return program.model, outputs
-
-
-def input_names(inputs: Inputs, model: nn.Module) -> list[str]:
-    """Return the names of the tensors of ``inputs`` in a file: ``x`` of one alone."""
-    return ["x"] if len(inputs.tensors) == 1 else list(inputs.named(model))
-
-
-def _output_name(way: Way, taken: Sequence[str]) -> str:
-    parts = way if way and isinstance(way[0], str) else ("y", *way)
-    name = "_".join(map(str, parts))
-    return f"{name}_out" if name in taken else name
 
 
 def _cause(error: BaseException) -> BaseException:

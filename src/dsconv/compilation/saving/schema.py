@@ -1,0 +1,289 @@
+"""The tables of csrc/network/network.fbs, which says what they mean."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+from dsconv.compilation.saving.flatbuffer import Scalar, Struct, Table
+
+Bool = Annotated[bool, Scalar("bool")]
+Byte = Annotated[int, Scalar("byte")]
+UByte = Annotated[int, Scalar("ubyte")]
+Int = Annotated[int, Scalar("int")]
+Long = Annotated[int, Scalar("long")]
+ULong = Annotated[int, Scalar("ulong")]
+Float = Annotated[float, Scalar("float")]
+
+IDENTIFIER = b"DSCN"
+PACKED, INTEGERS = range(2)
+
+
+@dataclass(frozen=True)
+class Bytes(Struct):
+    begin: ULong
+    size: ULong
+
+
+@dataclass
+class Weights(Table):
+    form: UByte
+    winograd: Bool
+    bits: UByte
+    block_size: Int
+    weight: Bytes
+    kds: Bytes
+    kds_shift: Bytes | None
+
+
+@dataclass
+class FloatTensor(Struct):
+    base: Int
+    offset: Long
+    first: Long
+    channels: Long
+    height: Long
+    width: Long
+    image_stride: Long
+    channel_stride: Long
+    y_stride: Long
+    x_stride: Long
+
+
+@dataclass
+class QuantizedTensor(Struct):
+    offset: Long
+    depth: Long
+    block_size: Long
+    groups: Long
+    frames: Long
+    height: Long
+    width: Long
+    pad_h: Long
+    pad_w: Long
+    weight_bits: Byte
+    bits: Byte
+    sign: Byte
+    shift: Bool
+
+
+@dataclass
+class ConvSizes(Struct):
+    channels: Long
+    depth: Long
+    height: Long
+    width: Long
+    outputs: Long
+    out_depth: Long
+    out_height: Long
+    out_width: Long
+    kernel_d: Long
+    kernel_h: Long
+    kernel_w: Long
+    stride_d: Long
+    stride_h: Long
+    stride_w: Long
+    pad_d: Long
+    pad_h: Long
+    pad_w: Long
+    dilation_d: Long
+    dilation_h: Long
+    dilation_w: Long
+    groups: Long
+    block_size: Long
+    flat: Bool
+    winograd: Bool
+    transposed: Bool
+    volume: Bool
+
+
+@dataclass
+class Target(Struct):
+    tensor: Int
+    first_channel: Long
+
+
+@dataclass
+class Uses(Table):
+    values: Int = -1
+    residual: Int = -1
+    targets: Sequence[Target] = ()
+    activation: UByte = 0
+    alpha: Float = 0.0
+    beta: Float = 0.0
+
+
+@dataclass
+class Convolve(Table):
+    sizes: ConvSizes
+    source: Int = -1
+    quantized: Int = -1
+    weights: Int = 0
+    bias: Int = -1
+    gain: Int = -1
+    offset: Int = -1
+    weight_bits: UByte = 0
+    activation_bits: UByte = 0
+    sign: UByte = 0
+
+
+@dataclass
+class MapOperation(Table):
+    operation: UByte = 0
+    activation: UByte = 0
+    alpha: Float = 0.0
+    beta: Float = 0.0
+    tensor: Int = -1
+    constants: Int = -1
+    offset: Int = -1
+
+
+@dataclass
+class Map(Table):
+    source: Int
+    operations: Sequence[MapOperation]
+
+
+@dataclass
+class Average(Table):
+    source: Int
+    lanes: Int
+    result: Int
+
+
+@dataclass
+class Moments(Table):
+    source: Int
+    groups: Long
+    weight: Int = -1
+    epsilon: Float = 0.0
+    mean: Int = 0
+    scale: Int = 0
+
+
+@dataclass
+class Flatten(Table):
+    source: Int
+    result: Int
+
+
+@dataclass
+class Loop(Struct):
+    size: Long
+    read_channels: Long
+    read_rows: Long
+    read_columns: Long
+    written_channels: Long
+    written_rows: Long
+    written_columns: Long
+
+
+@dataclass
+class Rearrange(Table):
+    source: Int
+    loops: Sequence[Loop]
+    result: Int
+
+
+@dataclass
+class Pick(Table):
+    source: Int
+    rows: Sequence[Int]
+    columns: Sequence[Int]
+    fill: Float
+
+
+@dataclass
+class PoolWindow(Struct):
+    kernel_h: Long
+    kernel_w: Long
+    stride_h: Long
+    stride_w: Long
+    pad_h: Long
+    pad_w: Long
+    dilation_h: Long
+    dilation_w: Long
+
+
+@dataclass
+class Pool(Table):
+    source: Int
+    window: PoolWindow
+    average: Bool
+    count_padding: Bool
+    divisor: Long
+    out_height: Long
+    out_width: Long
+
+
+@dataclass
+class Between(Struct):
+    one: Int
+    other: Int
+    weight: Float
+    other_weight: Float
+
+
+@dataclass
+class Interpolate(Table):
+    source: Int
+    rows: Sequence[Between]
+    columns: Sequence[Between]
+    split: Long
+    first: UByte
+    rest: UByte
+
+
+@dataclass
+class Span(Struct):
+    begin: Int
+    end: Int
+
+
+@dataclass
+class AverageWindows(Table):
+    source: Int
+    rows: Sequence[Span]
+    columns: Sequence[Span]
+    at_once: Bool
+
+
+@dataclass
+class Step(Table):
+    operation: Table
+    uses: Uses | None = None
+    joined: Bool = False
+    union: ClassVar = (Convolve, Map, Average, Moments, Flatten, Rearrange, Pick, Pool, Interpolate, AverageWindows)
+
+
+@dataclass
+class Port(Table):
+    base: Int
+    offset: Long
+    first: Long
+    sample_stride: Long
+    shape: Sequence[Long]
+    strides: Sequence[Long]
+
+
+@dataclass
+class Program(Table):
+    one_sample: Bool
+    several_samples: Bool
+    samples_at_once: Long
+    inputs: Sequence[Port]
+    outputs: Sequence[Port]
+    float_tensors: Sequence[FloatTensor] = field(default_factory=list)
+    quantized_tensors: Sequence[QuantizedTensor] = field(default_factory=list)
+    steps: Sequence[Step] = field(default_factory=list)
+
+
+@dataclass
+class Network(Table):
+    version: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    preprocess: str | None
+    classes: Sequence[str] | None
+    constants: Sequence[Bytes]
+    weights: Sequence[Weights]
+    programs: Sequence[Program]
