@@ -103,6 +103,7 @@ int main(int argc, char** argv) try {
   const Network network = open(argv[1]);
   run(network.get(), 0, 1);
   std::printf("dsconv %s (%s): first result after %.3f ms\n", dsconv_version(), dsconv_isa(), milliseconds_since(start));
+  std::fflush(stdout);
 
   std::vector<std::vector<double>> times(static_cast<std::size_t>(threads));
   std::vector<std::exception_ptr> errors(times.size());
