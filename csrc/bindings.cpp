@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "conv/conv.h"
+#include "isa/choice.h"
 #include "isa/detect.h"
 #include "isa/list.h"
 #include "parallel.h"
@@ -45,25 +46,17 @@ void count_run(const Kernels& kernels) {
     if (kBuiltKernels[i] == &kernels) run_counts[i].fetch_add(1, std::memory_order_relaxed);
 }
 
-bool has(std::string_view isa) {
-  static const std::vector<std::string_view> found = isa_found();
-  return std::find(found.begin(), found.end(), isa) != found.end();
-}
-
 const Kernels& kernels_of(std::string_view isa) {
-  for (const Kernels* const kernels : kBuiltKernels) {
-    if (kernels->isa != isa) continue;
-    if (!has(isa)) throw std::invalid_argument("isa: this processor has no " + std::string(isa));
-    return *kernels;
-  }
+  for (const Kernels* const kernels : usable_kernels())
+    if (kernels->isa == isa) return *kernels;
+  for (const Kernels* const kernels : kBuiltKernels)
+    if (kernels->isa == isa) throw std::invalid_argument("isa: this processor has no " + std::string(isa));
   throw std::invalid_argument("isa: there are no kernels for " + std::string(isa));
 }
 
 std::vector<std::string_view> isa_with_kernels() {
   std::vector<std::string_view> both;
-  for (const std::string_view found : isa_found())
-    for (const Kernels* const kernels : kBuiltKernels)
-      if (found == kernels->isa) both.push_back(found);
+  for (const Kernels* const kernels : usable_kernels()) both.push_back(kernels->isa);
   return both;
 }
 

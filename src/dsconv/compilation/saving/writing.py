@@ -25,6 +25,8 @@ MAGIC, FORMAT = b"\x89dsconv\n", 1
 PREFIX = struct.Struct("<8sIIQQQII16x")
 """Magic, version of the format, zero, bytes of the header, beginning and bytes of the data, CRC-32 of header and data."""
 ALIGNMENT = 64
+# Kernels may read so many bytes behind their constants.
+_READ_PAST_END = 64
 # Weights as the kernels read them are used where they lie in the file, if they are hardly larger than their integers.
 _LARGEST_PACKED = 1.1
 
@@ -144,16 +146,18 @@ def write(
     version = metadata.version("dsconv")
     tables = made.constants, made.weights, made.programs
     header = encoded(schema.Network(version, *names, preprocess, classes, *tables), schema.IDENTIFIER)
+    pieces = [*made.data.pieces, bytes(_READ_PAST_END)]
     begin = -(-(PREFIX.size + len(header)) // ALIGNMENT) * ALIGNMENT
     checksum = 0
-    for piece in made.data.pieces:
+    for piece in pieces:
         checksum = zlib.crc32(piece, checksum)
-    sizes_in_file = len(header), begin, made.data.size
+    size = made.data.size + _READ_PAST_END
+    sizes_in_file = len(header), begin, size
     prefix = PREFIX.pack(MAGIC, FORMAT, 0, *sizes_in_file, zlib.crc32(header), checksum)
     with replacing(path) as beside, beside.open("wb") as file:
         file.write(prefix + header + bytes(begin - PREFIX.size - len(header)))
-        file.writelines(made.data.pieces)
-    return begin + made.data.size
+        file.writelines(pieces)
+    return begin + size
 
 
 def check_saved(program: Program, names: Sequence[str]) -> None:

@@ -1,0 +1,576 @@
+#include "network.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "../parallel.h"
+#include "../rounding/winograd.h"
+#include "../scratch.h"
+#include "error.h"
+#include "network_generated.h"
+
+namespace dsconv {
+namespace {
+
+constexpr std::size_t kMaxRank = 8;
+constexpr std::size_t kSpare = 4;  // workspaces that are kept for the next runs
+constexpr std::int64_t kMaxValues = std::int64_t{1} << 40;
+constexpr flatbuffers::uoffset_t kMaxTables = 1 << 22;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw FileError(std::string("the file is damaged: ") + what);
+}
+
+template <class Enum>
+Enum one_of(const char* what, int value, int count) {
+  require(value >= 0 && value < count, what);
+  return static_cast<Enum>(value);
+}
+
+int checked_bits(int bits) {
+  require(bits >= 2 && bits <= 8, "bits are 2 to 8");
+  return bits;
+}
+
+template <class T>
+const T* needed(const T* field) {
+  require(field, "a field is missing");
+  return field;
+}
+
+std::vector<std::string> texts(const flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>* from) {
+  std::vector<std::string> all;
+  for (const flatbuffers::String* text : *needed(from)) all.push_back(text->str());
+  return all;
+}
+
+Shape numbers(const flatbuffers::Vector<std::int64_t>* from) {
+  require(needed(from)->size() <= kMaxRank, "a tensor has more than 8 dimensions");
+  return {from->begin(), from->end()};
+}
+
+ConvSizes sizes_of(const file::ConvSizes& s) {
+  ConvSizes g{};
+  g.images = 1, g.channels = s.channels(), g.height = s.height(), g.width = s.width();
+  g.outputs = s.outputs(), g.out_height = s.out_height(), g.out_width = s.out_width();
+  g.kernel_h = s.kernel_h(), g.kernel_w = s.kernel_w(), g.stride_h = s.stride_h(), g.stride_w = s.stride_w();
+  g.pad_h = s.pad_h(), g.pad_w = s.pad_w(), g.dilation_h = s.dilation_h(), g.dilation_w = s.dilation_w();
+  g.groups = s.groups(), g.block_size = s.block_size();
+  g.flat = s.flat(), g.winograd = s.winograd(), g.transposed = s.transposed(), g.volume = s.volume();
+  g.depth = s.depth(), g.out_depth = s.out_depth(), g.kernel_d = s.kernel_d();
+  g.stride_d = s.stride_d(), g.pad_d = s.pad_d(), g.dilation_d = s.dilation_d();
+  require(g.valid(), "the sizes of a convolution do not agree");
+  return g;
+}
+
+// Of the terms of a Winograd layer's KDS shift.
+ConvSizes centre_of(const ConvSizes& winograd) {
+  ConvSizes g = winograd;
+  g.winograd = false, g.kernel_h = g.kernel_w = 1;
+  return g;
+}
+
+ActivationSettings activation(int kind, float alpha, float beta) {
+  return {one_of<Activation>("no such activation", kind, kActivations), alpha, beta};
+}
+
+StepOutputs outputs_of(const file::Uses* uses) {
+  needed(uses);
+  StepOutputs to{uses->values(), uses->residual(), {}, activation(uses->activation(), uses->alpha(), uses->beta())};
+  if (uses->targets())
+    for (const file::Target* target : *uses->targets()) to.targets.emplace_back(target->tensor(), target->first_channel());
+  return to;
+}
+
+std::vector<std::int64_t> places(const flatbuffers::Vector<std::int32_t>* from) { return {needed(from)->begin(), from->end()}; }
+
+std::vector<Between> betweens(const flatbuffers::Vector<const file::Between*>* from) {
+  std::vector<Between> all;
+  for (const file::Between* b : *needed(from)) all.push_back({b->one(), b->other(), b->weight(), b->other_weight()});
+  return all;
+}
+
+std::vector<Span> spans(const flatbuffers::Vector<const file::Span*>* from) {
+  std::vector<Span> all;
+  for (const file::Span* s : *needed(from)) all.push_back({s->begin(), s->end()});
+  return all;
+}
+
+// Copies values of tensors of one shape.
+void copy_values(std::span<const std::int64_t> shape, const float* from, const std::int64_t* from_strides, float* to,
+                 const std::int64_t* to_strides) {
+  if (shape.empty()) return void(*to = *from);
+  const std::int64_t read = from_strides[0], written = to_strides[0];
+  if (shape.size() == 1) {
+    if (read == 1 && written == 1) std::copy_n(from, shape[0], to);
+    else
+      for (std::int64_t i = 0; i < shape[0]; ++i) to[i * written] = from[i * read];
+    return;
+  }
+  for (std::int64_t i = 0; i < shape[0]; ++i)
+    copy_values(shape.subspan(1), from + i * read, from_strides + 1, to + i * written, to_strides + 1);
+}
+
+void copy_samples(std::int64_t samples, const Shape& shape, const float* from, const Shape& from_strides, float* to,
+                  const Shape& to_strides) {
+  parallel(samples, [&](std::int64_t sample) {
+    copy_values(shape, from + sample * from_strides[0], from_strides.data() + 1, to + sample * to_strides[0],
+                to_strides.data() + 1);
+  });
+}
+
+// Whether tensors of a shape lie alike in memory.
+bool alike(std::int64_t samples, const Shape& shape, const Shape& strides, const Shape& other) {
+  if (samples > 1 && strides[0] != other[0]) return false;
+  for (std::size_t i = 0; i < shape.size(); ++i)
+    if (shape[i] > 1 && strides[i + 1] != other[i + 1]) return false;
+  return true;
+}
+
+}  // namespace
+
+std::string text_of(const Shape& shape) {
+  std::string text = "(";
+  for (std::size_t i = 0; i < shape.size(); ++i)
+    text += (i ? ", " : "") + (shape[i] < 0 ? std::string("N") : std::to_string(shape[i]));
+  return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+std::byte* Memory::of(std::int64_t bytes) {
+  if (bytes > bytes_) {
+    data_.reset(), bytes_ = 0;
+    data_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{64}, std::nothrow)));
+    if (!data_) throw NoMemory(bytes);
+    bytes_ = bytes;
+  }
+  return data_.get();
+}
+
+Network::Network(std::shared_ptr<const File> file, const Kernels& kernels) : file_(std::move(file)) {
+  const std::span<const std::byte> header = file_->header();
+  const auto* const bytes = reinterpret_cast<const std::uint8_t*>(header.data());
+  flatbuffers::Verifier::Options options;
+  options.max_depth = 16, options.max_tables = kMaxTables;
+  flatbuffers::Verifier verifier(bytes, header.size(), options);
+  require(file::VerifyNetworkBuffer(verifier), "its tables do not hold together");
+  tables_ = file::GetNetwork(bytes);
+  inputs_ = texts(tables_->inputs()), outputs_ = texts(tables_->outputs());
+  require(!inputs_.empty() && !outputs_.empty(), "expected inputs and outputs");
+  if (tables_->classes()) classes_ = texts(tables_->classes());
+  if (tables_->preprocess()) preprocess_ = tables_->preprocess()->str();
+  weights_.resize(needed(tables_->weights())->size());
+  for (const file::Program* of : *needed(tables_->programs())) {
+    std::shared_ptr<const Compiled> made;
+    try {
+      made = compiled(*of, kernels);
+    } catch (const std::invalid_argument& error) {
+      throw FileError(std::string("the file is damaged: ") + error.what());
+    }
+    Size size;
+    for (const Port& p : made->inputs) size.inputs.push_back(p.shape);
+    for (const Port& p : made->outputs) size.outputs.push_back(p.shape);
+    std::size_t at = 0;
+    while (at < sizes_.size() && sizes_[at].inputs != size.inputs) ++at;
+    if (at == sizes_.size()) sizes_.push_back(size), programs_.emplace_back();
+    require(sizes_[at].outputs == size.outputs, "two programs of one size have other outputs");
+    if (of->one_sample()) programs_[at].one = made;
+    if (of->several_samples()) programs_[at].several = made;
+  }
+  require(!programs_.empty() && std::all_of(programs_.begin(), programs_.end(), [](const Programs& p) { return p.one && p.several; }),
+          "expected programs for one sample and for several");
+}
+
+const std::byte* Network::bytes(std::uint64_t begin, std::uint64_t size) const {
+  const std::uint64_t end = file_->data().size() - File::kReadPastEnd;
+  require(begin % File::kAlignment == 0 && begin <= end && size <= end - begin, "data lie outside of it");
+  return file_->data().data() + begin;
+}
+
+const float* Network::constant(int number, std::int64_t count) const {
+  if (number == -1) return nullptr;
+  require(number >= 0 && static_cast<flatbuffers::uoffset_t>(number) < needed(tables_->constants())->size(), "no such constant");
+  const file::Bytes* const place = tables_->constants()->Get(number);
+  require(place->size() == static_cast<std::uint64_t>(count) * 4, "a constant has another size than expected");
+  return reinterpret_cast<const float*>(bytes(place->begin(), place->size()));
+}
+
+const Network::PackedWeights& Network::weights(int number, const ConvSizes& g, int bits, const Kernels& kernels) {
+  require(number >= 0 && number < static_cast<int>(weights_.size()), "no such weights");
+  const bool wide = bits > 4 || g.winograd;
+  const std::int64_t weight_bytes = g.packed_bytes(wide), kds_count = g.kds_count();
+  const std::int64_t shift_count = g.winograd ? centre_of(g).kds_count() : kds_count;
+  const auto fits = [&](const PackedWeights& w) {
+    return w.weight_bytes == weight_bytes && w.kds_count == kds_count && (!w.shift || w.shift_count == shift_count);
+  };
+  if (!weights_[number]) {
+    auto made = std::make_unique<PackedWeights>();
+    const file::Weights& of = *tables_->weights()->Get(number);
+    needed(of.weight()), needed(of.kds());
+    made->weight_bytes = weight_bytes, made->kds_count = kds_count, made->shift_count = shift_count;
+    if (of.form() == file::Form::packed) {
+      const auto scales = [&](const file::Bytes* place, std::int64_t count) {
+        require(place->size() == static_cast<std::uint64_t>(count) * 4, "packed scales have another size than expected");
+        return reinterpret_cast<const float*>(bytes(place->begin(), place->size()));
+      };
+      require(of.weight()->size() == static_cast<std::uint64_t>(weight_bytes), "packed weights have another size than expected");
+      made->weight = reinterpret_cast<const std::uint8_t*>(bytes(of.weight()->begin(), of.weight()->size()));
+      made->kds = scales(of.kds(), kds_count);
+      if (of.kds_shift()) made->shift = scales(of.kds_shift(), shift_count);
+    } else {
+      require(of.form() == file::Form::integers, "no such form of weights");
+      pack(of, g, bits, kernels, *made);
+    }
+    weight_bytes_ += made->memory.bytes();
+    weights_[number] = std::move(made);
+  }
+  require(fits(*weights_[number]), "weights have another size than expected");
+  require(!g.winograd || weights_[number]->shift, "a Winograd layer has no shift");
+  return *weights_[number];
+}
+
+// Packs the integers of a layer as dsconv/ops/packing.py does.
+void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const Kernels& kernels, PackedWeights& to) const {
+  const int width = checked_bits(of.bits());
+  require(of.winograd() == g.winograd && of.block_size() > 0, "weights of another algorithm");
+  const std::int64_t taps = g.winograd ? 9 : g.taps(), depth = g.layout().depth, block_size = std::min<std::int64_t>(depth, of.block_size());
+  const std::int64_t blocks = ceil_div(depth, block_size), count = g.outputs * depth * taps, scales = g.outputs * blocks * taps;
+  require(blocks == g.layout().blocks() && count < kMaxValues &&
+              of.weight()->size() == static_cast<std::uint64_t>(ceil_div(count * width, 8)) &&
+              of.kds()->size() == static_cast<std::uint64_t>(scales) * 4 &&
+              (!of.kds_shift() || of.kds_shift()->size() == static_cast<std::uint64_t>(scales) * 4),
+          "weights have another size than expected");
+  const std::byte* const packed = bytes(of.weight()->begin(), of.weight()->size());
+  const auto* const kds = reinterpret_cast<const float*>(bytes(of.kds()->begin(), of.kds()->size()));
+  const auto* const shift =
+      of.kds_shift() ? reinterpret_cast<const float*>(bytes(of.kds_shift()->begin(), of.kds_shift()->size())) : nullptr;
+  std::vector<std::int8_t> vqk(count);
+  // Eight integers take as many bytes as one has bits.
+  parallel(ceil_div(count, 8192), [&](std::int64_t task) {
+    for (std::int64_t i = task * 8192; i < std::min(count, (task + 1) * 8192); ++i) {
+      const std::int64_t bit = i * width;
+      unsigned two = std::to_integer<unsigned>(packed[bit / 8]);
+      if (bit % 8 + width > 8) two |= std::to_integer<unsigned>(packed[bit / 8 + 1]) << 8;
+      vqk[i] = static_cast<std::int8_t>(static_cast<int>(two >> bit % 8 & ((1u << width) - 1)) - (1 << (width - 1)));
+    }
+  });
+  const bool wide = bits > 4 || g.winograd;
+  const bool has_shift = g.winograd || shift;
+  const auto rounded = [](std::int64_t n) { return ceil_div(n, 64) * 64; };
+  const std::int64_t at_kds = rounded(to.weight_bytes), at_shift = at_kds + rounded(4 * to.kds_count);
+  std::byte* const memory = to.memory.of(at_shift + (has_shift ? rounded(4 * to.shift_count) : 0) + 64);
+  auto* const weight = reinterpret_cast<std::uint8_t*>(memory);
+  auto *const packed_kds = reinterpret_cast<float*>(memory + at_kds), *const packed_shift = reinterpret_cast<float*>(memory + at_shift);
+  to.weight = weight, to.kds = packed_kds, to.shift = has_shift ? packed_shift : nullptr;
+  if (!g.winograd) {
+    pack_weight(g, vqk.data(), wide ? 8 : bits, weight);
+    pack_kds(g, kds, packed_kds);
+    if (shift) pack_kds(g, shift, packed_shift);
+    return;
+  }
+  std::vector<float> w(count);
+  parallel(g.outputs, [&](std::int64_t output) {
+    for (std::int64_t c = 0; c < depth; ++c)
+      for (std::int64_t tap = 0; tap < taps; ++tap) {
+        const std::int64_t i = (output * depth + c) * taps + tap, s = (output * blocks + c / block_size) * taps + tap;
+        w[i] = static_cast<float>(vqk[i]) * kds[s];
+        if (shift) w[i] += shift[s];
+      }
+  });
+  std::vector<std::int8_t> q(kWinogradProducts * g.outputs * depth), by_output(q.size());
+  std::vector<float> scale(kWinogradProducts * g.outputs * blocks), scale_by_output(scale.size()), of_centre(g.outputs * blocks);
+  round_winograd(kernels, {w.data(), g.outputs, depth, block_size}, {q.data(), scale.data()});
+  parallel(g.outputs, [&](std::int64_t output) {
+    for (std::int64_t p = 0; p < kWinogradProducts; ++p) {
+      for (std::int64_t c = 0; c < depth; ++c)
+        by_output[(output * depth + c) * kWinogradProducts + p] = q[(p * g.outputs + output) * depth + c];
+      for (std::int64_t b = 0; b < blocks; ++b)
+        scale_by_output[(output * blocks + b) * kWinogradProducts + p] = scale[(p * g.outputs + output) * blocks + b];
+    }
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      const auto term = [&](int p) {
+        std::int32_t sum = 0;
+        for (std::int64_t c = b * block_size; c < std::min(depth, (b + 1) * block_size); ++c)
+          sum += q[(p * g.outputs + output) * depth + c];
+        return static_cast<float>(sum * kWinogradShift) * scale[(p * g.outputs + output) * blocks + b];
+      };
+      of_centre[output * blocks + b] = term(kWinogradCentre) + term(kWinogradPositions);
+    }
+  });
+  pack_weight(g, by_output.data(), 8, weight);
+  pack_kds(g, scale_by_output.data(), packed_kds);
+  pack_kds(centre_of(g), of_centre.data(), packed_shift);
+}
+
+Network::Port Network::port(const file::Port* of, const Compiled& made) const {
+  Port p{needed(of)->base(), of->offset(), of->first(), of->sample_stride(), numbers(of->shape()), numbers(of->strides())};
+  require(p.shape.size() == p.strides.size() && p.shape.size() < kMaxRank, "a tensor has another number of strides");
+  require(p.offset >= 0 && p.first >= 0 && p.sample_stride >= 0, "an input or output lies outside of its memory");
+  double last = static_cast<double>(p.first);
+  for (std::size_t i = 0; i < p.shape.size(); ++i) {
+    require(p.shape[i] > 0 && p.strides[i] >= 0, "an input or output has a size below 1");
+    last += static_cast<double>(p.shape[i] - 1) * static_cast<double>(p.strides[i]);
+  }
+  if (p.base == -1) return p;
+  require(p.base >= 0 && p.base < static_cast<int>(made.bases.size()) && last < static_cast<double>(p.sample_stride),
+          "an input or output lies outside of its memory");
+  if (p.base == 0)
+    require(p.offset + p.sample_stride * 4 <= made.program.bytes(1), "an input or output lies outside of its memory");
+  else require(p.offset == 0 && p.sample_stride == made.bases[p.base], "an input or output lies outside of its memory");
+  p.whole = p.base > 0 && p.first == 0 && last + 1 == static_cast<double>(p.sample_stride);
+  return p;
+}
+
+std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& of, const Kernels& kernels) {
+  const auto made = std::make_shared<Compiled>(kernels);
+  Program& program = made->program;
+  std::vector<std::int64_t> channels;
+  std::int64_t most = 0;  // bytes of all tensors in base 0
+  made->bases.assign(1, 0);
+  if (of.float_tensors())
+    for (const file::FloatTensor* t : *of.float_tensors()) {
+      program.add_float({t->base(), t->offset(), t->first(), t->channels(), t->height(), t->width(),
+                         {t->image_stride(), t->channel_stride(), t->y_stride(), t->x_stride()}});
+      channels.push_back(t->channels());
+      if (t->base() == 0) {
+        most += ceil_div(t->image_stride() * 4, 64) * 64;
+        require(most < kMaxValues, "a tensor is too large");
+        continue;
+      }
+      require(t->base() <= static_cast<int>(inputs_.size() + outputs_.size()) && t->offset() == 0, "an input or output is too many");
+      if (t->base() >= static_cast<int>(made->bases.size())) made->bases.resize(t->base() + 1, -1);
+      std::int64_t& values = made->bases[t->base()];
+      require(values == -1 || values == t->image_stride(), "tensors of one memory have other strides");
+      values = t->image_stride();
+    }
+  if (of.quantized_tensors())
+    for (const file::QuantizedTensor* t : *of.quantized_tensors()) {
+      const ActivationFormat format{{t->depth(), t->block_size()},
+                                    t->groups(),
+                                    checked_bits(t->bits()),
+                                    one_of<Sign>("no such sign", t->sign(), kSigns),
+                                    checked_bits(t->weight_bits()) > 4,
+                                    t->shift()};
+      const PaddedGrid grid{t->frames(), t->height(), t->width(), t->pad_h(), t->pad_w()};
+      program.add_quantized(format, grid, t->offset());
+      most += ceil_div(Program::quantized_bytes(format, grid), 64) * 64;
+      require(most < kMaxValues, "a tensor is too large");
+    }
+  require(program.bytes(1) <= most, "tensors lie further apart than they are large");
+  for (std::int64_t& values : made->bases) values = std::max<std::int64_t>(values, 0);
+  const auto channels_of = [&](int tensor) {
+    require(tensor >= 0 && tensor < static_cast<int>(channels.size()), "no such tensor");
+    return channels[tensor];
+  };
+  std::vector<bool> written(made->bases.size());
+  const auto writes = [&](int tensor) {
+    if (tensor >= 0) channels_of(tensor), written[of.float_tensors()->Get(tensor)->base()] = true;
+  };
+  for (const file::Step* step : *needed(of.steps())) {
+    if (step->uses()) writes(step->uses()->values());
+    switch (step->operation_type()) {
+      case file::Operation::Convolve: {
+        const file::Convolve& c = *step->operation_as_Convolve();
+        const ConvSizes g = sizes_of(*needed(c.sizes()));
+        const int bits = checked_bits(c.weight_bits());
+        const PackedWeights& w = weights(c.weights(), g, bits, kernels);
+        const auto term = [&](int number) { return constant(number, g.outputs); };
+        const PostOps post{term(c.bias()), term(c.gain()), term(c.offset()), {Activation::none, 0.0f, 0.0f}};
+        require(!post.gain == !post.offset, "a gain comes with an offset");
+        const bool floats = c.activation_bits() == kFloatBits && g.takes_floats();
+        program.convolve(g,
+                         {w.weight, w.kds, w.shift, post, bits > 4 || g.winograd, floats ? kFloatBits : checked_bits(c.activation_bits()),
+                          one_of<Sign>("no such sign", c.sign(), kSigns)},
+                         c.source(), c.quantized(), outputs_of(step->uses()));
+        break;
+      }
+      case file::Operation::Map: {
+        const file::Map& m = *step->operation_as_Map();
+        std::vector<MapOperation> operations;
+        if (m.operations())
+          for (const file::MapOperation* o : *m.operations())
+            operations.push_back({one_of<Operation>("no such operation", o->operation(), kOperations),
+                                  activation(o->activation(), o->alpha(), o->beta()), o->tensor(),
+                                  constant(o->constants(), channels_of(m.source())), constant(o->offset(), channels_of(m.source()))});
+        program.map(m.source(), operations, outputs_of(step->uses()));
+        break;
+      }
+      case file::Operation::Average: {
+        const file::Average& a = *step->operation_as_Average();
+        writes(a.result());
+        program.average(a.source(), a.lanes(), a.result());
+        break;
+      }
+      case file::Operation::Moments: {
+        const file::Moments& m = *step->operation_as_Moments();
+        writes(m.mean()), writes(m.scale());
+        program.moments(m.source(), m.groups(), constant(m.weight(), channels_of(m.source())), m.epsilon(), m.mean(), m.scale());
+        break;
+      }
+      case file::Operation::Flatten: {
+        const file::Flatten& f = *step->operation_as_Flatten();
+        writes(f.result());
+        program.flatten(f.source(), f.result());
+        break;
+      }
+      case file::Operation::Rearrange: {
+        const file::Rearrange& r = *step->operation_as_Rearrange();
+        std::vector<Loop> loops;
+        for (const file::Loop* l : *needed(r.loops()))
+          loops.push_back({l->size(),
+                           {l->read_channels(), l->read_rows(), l->read_columns()},
+                           {l->written_channels(), l->written_rows(), l->written_columns()}});
+        writes(r.result());
+        program.rearrange(r.source(), loops, r.result());
+        break;
+      }
+      case file::Operation::Pick: {
+        const file::Pick& p = *step->operation_as_Pick();
+        program.pick(p.source(), places(p.rows()), places(p.columns()), p.fill(), outputs_of(step->uses()));
+        break;
+      }
+      case file::Operation::Pool: {
+        const file::Pool& p = *step->operation_as_Pool();
+        const file::PoolWindow& w = *needed(p.window());
+        program.pool(p.source(),
+                     {w.kernel_h(), w.kernel_w(), w.stride_h(), w.stride_w(), w.pad_h(), w.pad_w(), w.dilation_h(), w.dilation_w(),
+                      p.average(), p.count_padding(), p.divisor()},
+                     p.out_height(), p.out_width(), outputs_of(step->uses()));
+        break;
+      }
+      case file::Operation::Interpolate: {
+        const file::Interpolate& i = *step->operation_as_Interpolate();
+        const auto order = [](int value) { return one_of<Interpolation>("no such order of sums", value, kInterpolations); };
+        program.interpolate(i.source(), betweens(i.rows()), betweens(i.columns()), i.split(), order(i.first()), order(i.rest()),
+                            outputs_of(step->uses()));
+        break;
+      }
+      case file::Operation::AverageWindows: {
+        const file::AverageWindows& a = *step->operation_as_AverageWindows();
+        program.average_windows(a.source(), spans(a.rows()), spans(a.columns()), a.at_once(), outputs_of(step->uses()));
+        break;
+      }
+      default: throw FileError("a step is not known: install a newer dsconv runtime", true);
+    }
+    if (step->joined()) program.join();
+    ++made->steps;
+  }
+  made->samples_at_once = of.samples_at_once();
+  require(made->samples_at_once >= 0, "samples at once are not negative");
+  for (const file::Port* p : *needed(of.inputs())) made->inputs.push_back(port(p, *made));
+  for (const file::Port* p : *needed(of.outputs())) made->outputs.push_back(port(p, *made));
+  require(made->inputs.size() == inputs_.size() && made->outputs.size() == outputs_.size(), "expected a place of every input and output");
+  for (const Port& p : made->outputs) require(p.base >= 0, "an output has no place");
+  // Inputs may be the user's memory, which no step writes to.
+  std::vector<bool> taken = written;
+  taken.resize(made->bases.size());
+  for (const Port& p : made->inputs) {
+    require(p.base != 0 && (p.base < 0 || !taken[p.base]), "an input has the memory of another tensor");
+    if (p.base > 0) taken[p.base] = true;
+  }
+  return made;
+}
+
+std::size_t Network::size_of(std::span<const Shape> given) const {
+  for (std::size_t i = 0; i < given.size(); ++i) {
+    if (given[i].empty() || given[i][0] != given[0][0] || given[i][0] < 0)
+      throw std::invalid_argument("input '" + inputs_[i] + "': expected the same number of samples in all inputs, got " + text_of(given[i]));
+  }
+  for (std::size_t size = 0; size < sizes_.size(); ++size) {
+    bool same = true;
+    for (std::size_t i = 0; i < given.size(); ++i) same &= std::equal(given[i].begin() + 1, given[i].end(), sizes_[size].inputs[i].begin(), sizes_[size].inputs[i].end());
+    if (same) return size;
+  }
+  std::string expected, got;
+  for (std::size_t i = 0; i < given.size(); ++i) got += (i ? " and " : "") + text_of(given[i]);
+  for (std::size_t size = 0; size < sizes_.size(); ++size) {
+    if (size == 8) {
+      expected += ", or one of " + std::to_string(sizes_.size() - size) + " more";
+      break;
+    }
+    expected += size ? ", or " : "";
+    for (std::size_t i = 0; i < given.size(); ++i) {
+      Shape shape{-1};
+      shape.insert(shape.end(), sizes_[size].inputs[i].begin(), sizes_[size].inputs[i].end());
+      expected += (i ? " and " : "") + text_of(shape);
+    }
+  }
+  throw std::invalid_argument("inputs: expected " + expected + ", got " + got + ": the network is compiled for no other size");
+}
+
+std::unique_ptr<Network::Workspace> Network::workspace() const {
+  const std::lock_guard lock(mutex_);
+  if (spare_.empty()) return std::make_unique<Workspace>();
+  std::unique_ptr<Workspace> taken = std::move(spare_.back());
+  spare_.pop_back();
+  return taken;
+}
+
+std::int64_t Network::Compiled::at_once(std::int64_t samples) const {
+  if (!samples_at_once || samples <= samples_at_once) return samples;
+  return std::min<std::int64_t>(samples, std::max<std::int64_t>(samples_at_once, expected_threads));
+}
+
+std::int64_t Network::run_bytes(std::size_t size, std::int64_t samples) const {
+  const Compiled& compiled = program_for(size, samples);
+  const std::int64_t count = compiled.at_once(samples);
+  std::int64_t values = 0;
+  for (const std::int64_t of_base : compiled.bases) values += of_base;
+  return compiled.program.bytes(count) + 4 * count * values;
+}
+
+void Network::run(std::size_t size, std::span<const UserTensor> inputs, std::span<const UserTensor> outputs) const {
+  const std::int64_t samples = inputs[0].shape[0];
+  const Compiled& compiled = program_for(size, samples);
+  const std::int64_t at_once = compiled.at_once(samples);
+  std::unique_ptr<Workspace> memory = workspace();
+  for (std::int64_t first = 0; first < samples; first += at_once)
+    run_part(compiled, *memory, first, std::min(at_once, samples - first), inputs, outputs);
+  const std::lock_guard lock(mutex_);
+  if (spare_.size() < kSpare) spare_.push_back(std::move(memory));
+}
+
+void Network::run_part(const Compiled& compiled, Workspace& memory, std::int64_t first, std::int64_t count,
+                       std::span<const UserTensor> inputs, std::span<const UserTensor> outputs) const {
+  if (memory.size() < compiled.bases.size()) memory.resize(compiled.bases.size());
+  std::vector<std::uintptr_t> bases(compiled.bases.size(), 0);
+  const auto own = [&](int base) {
+    const std::int64_t bytes = base ? 4 * count * compiled.bases[base] : compiled.program.bytes(count);
+    return reinterpret_cast<std::uintptr_t>(memory[base].of(std::max<std::int64_t>(bytes, 64)));
+  };
+  const auto strides_of = [](const Port& p) {
+    Shape all{p.sample_stride};
+    all.insert(all.end(), p.strides.begin(), p.strides.end());
+    return all;
+  };
+  // A tensor of the user's is read or written where it is, if it lies as steps have it.
+  const auto direct = [&](const Port& p, const UserTensor& of) {
+    return p.whole && !bases[p.base] && of.values && alike(count, p.shape, strides_of(p), of.strides);
+  };
+  const auto values_of = [&](const UserTensor& of) { return of.values + first * of.strides[0]; };
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const Port& p = compiled.inputs[i];
+    if (p.base < 0) continue;
+    if (direct(p, inputs[i])) {
+      bases[p.base] = reinterpret_cast<std::uintptr_t>(values_of(inputs[i]));
+      continue;
+    }
+    bases[p.base] = own(p.base);
+    float* const to = reinterpret_cast<float*>(bases[p.base] + p.offset * count) + p.first;
+    copy_samples(count, p.shape, values_of(inputs[i]), inputs[i].strides, to, strides_of(p));
+  }
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    const Port& p = compiled.outputs[i];
+    if (direct(p, outputs[i])) bases[p.base] = reinterpret_cast<std::uintptr_t>(values_of(outputs[i]));
+  }
+  for (std::size_t base = 0; base < bases.size(); ++base)
+    if (!bases[base]) bases[base] = own(static_cast<int>(base));
+  compiled.program.run(count, bases, 0, compiled.steps, nullptr);
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    const Port& p = compiled.outputs[i];
+    const float* const from = reinterpret_cast<const float*>(bases[p.base] + p.offset * count) + p.first;
+    if (outputs[i].values && from != values_of(outputs[i]))
+      copy_samples(count, p.shape, from, strides_of(p), values_of(outputs[i]), outputs[i].strides);
+  }
+}
+
+}  // namespace dsconv

@@ -1,0 +1,129 @@
+// A compiled network of a file, ready to run.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "../program/program.h"
+#include "file.h"
+
+namespace dsconv {
+
+namespace file {
+struct Network;
+struct Program;
+struct Port;
+struct Weights;
+}  // namespace file
+
+using Shape = std::vector<std::int64_t>;
+
+// Memory of float32 values.
+class Memory {
+ public:
+  // Returns memory of so many bytes, aligned to 64, whose contents are lost if there was too little.
+  std::byte* of(std::int64_t bytes);
+  std::int64_t bytes() const { return bytes_; }
+
+ private:
+  struct Free {
+    void operator()(std::byte* data) const { ::operator delete(data, std::align_val_t{64}); }
+  };
+  std::unique_ptr<std::byte, Free> data_;
+  std::int64_t bytes_ = 0;
+};
+
+// An input or output of the user's, (samples, ...): values that lie `strides` apart. An output may have none.
+struct UserTensor {
+  float* values;
+  Shape shape, strides;
+};
+
+class Network {
+ public:
+  // Throws FileError.
+  Network(std::shared_ptr<const File>, const Kernels&);
+
+  // Shapes of a sample.
+  struct Size {
+    std::vector<Shape> inputs, outputs;
+  };
+
+  const std::vector<std::string>& inputs() const { return inputs_; }
+  const std::vector<std::string>& outputs() const { return outputs_; }
+  const std::vector<std::string>& classes() const { return classes_; }
+  const std::optional<std::string>& preprocess() const { return preprocess_; }
+  const std::vector<Size>& sizes() const { return sizes_; }
+  std::int64_t weight_bytes() const { return weight_bytes_; }
+
+  // Returns the bytes of what lies between steps, and of inputs and outputs that are copied.
+  std::int64_t run_bytes(std::size_t size, std::int64_t samples) const;
+  // Returns the place in sizes() of inputs of these shapes, (samples, ...). Throws std::invalid_argument.
+  std::size_t size_of(std::span<const Shape> inputs) const;
+  // Runs on inputs of one of the sizes. Outputs have the shapes that belong to it. Throws std::invalid_argument, NoMemory.
+  void run(std::size_t size, std::span<const UserTensor> inputs, std::span<const UserTensor> outputs) const;
+
+ private:
+  // Where an input or output lies in a run: network.fbs.
+  struct Port {
+    int base;
+    std::int64_t offset, first, sample_stride;
+    Shape shape, strides;
+    bool whole = false;  // it is all that lies there, from the first value to the last
+  };
+  struct Compiled {
+    Compiled(const Kernels& kernels) : program(kernels) {}
+    Program program;
+    int steps = 0;
+    std::int64_t samples_at_once = 0;  // 0: all
+    std::int64_t at_once(std::int64_t samples) const;
+    std::vector<Port> inputs, outputs;
+    std::vector<std::int64_t> bases;  // values of a sample that lie there, but for base 0
+  };
+  // The programs of a size, for one sample and for several.
+  struct Programs {
+    std::shared_ptr<const Compiled> one, several;
+  };
+  // What a run needs besides: memory for each base.
+  using Workspace = std::vector<Memory>;
+  struct PackedWeights {
+    const std::uint8_t* weight = nullptr;
+    const float *kds = nullptr, *shift = nullptr;
+    std::int64_t weight_bytes = 0, kds_count = 0, shift_count = 0;
+    Memory memory;
+  };
+
+  std::shared_ptr<const Compiled> compiled(const file::Program&, const Kernels&);
+  Port port(const file::Port*, const Compiled&) const;
+  const PackedWeights& weights(int number, const ConvSizes&, int bits, const Kernels&);
+  void pack(const file::Weights&, const ConvSizes&, int bits, const Kernels&, PackedWeights& to) const;
+  const std::byte* bytes(std::uint64_t begin, std::uint64_t size) const;
+  const float* constant(int number, std::int64_t count) const;
+  void run_part(const Compiled&, Workspace&, std::int64_t first, std::int64_t count, std::span<const UserTensor> inputs,
+                std::span<const UserTensor> outputs) const;
+  std::unique_ptr<Workspace> workspace() const;
+  const Compiled& program_for(std::size_t size, std::int64_t samples) const {
+    return samples == 1 ? *programs_[size].one : *programs_[size].several;
+  }
+
+  std::shared_ptr<const File> file_;
+  const file::Network* tables_;
+  std::vector<std::string> inputs_, outputs_, classes_;
+  std::optional<std::string> preprocess_;
+  std::vector<Size> sizes_;
+  std::vector<Programs> programs_;
+  std::vector<std::unique_ptr<PackedWeights>> weights_;
+  std::int64_t weight_bytes_ = 0;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::unique_ptr<Workspace>> spare_;
+};
+
+// Returns a shape as "(2, 3)".
+std::string text_of(const Shape&);
+
+}  // namespace dsconv
