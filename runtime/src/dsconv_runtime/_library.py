@@ -6,7 +6,7 @@ from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void
 from enum import IntEnum
 from pathlib import Path
 
-from dsconv_runtime.errors import DataError, DSConvError, FileFormatError
+from dsconv_runtime.errors import DataError, DSConvError
 
 _ABI_VERSION = 1
 MAX_RANK = 8
@@ -93,8 +93,6 @@ def check(status: int) -> None:
 
 def _error_of(status: Status, message: str) -> Exception:
     match status:
-        case Status.INVALID_FILE:
-            return FileFormatError(message)
         case Status.INVALID_ARGUMENT | Status.UNSUPPORTED:
             return DataError(message)
         case Status.IO_ERROR:

@@ -81,8 +81,9 @@ class Network:
             raise ValueError(f"path: expected the path of a file, got {name!r}, in which is a null character")
         status = library.dsconv_open(os.fsencode(name), ctypes.byref(found))
         if status == Status.IO_ERROR:
-            with open(name, "rb"):  # says more precisely what is wrong
-                pass
+            with open(name, "rb") as file:  # says more precisely what is wrong
+                if not file.read(1):
+                    raise FileFormatError(f"{name}: expected a compiled network, got an empty file")
         self._begin(name, status, found, None)
 
     @classmethod
@@ -107,8 +108,9 @@ class Network:
         return net
 
     def _begin(self, name: str, status: int, found: ctypes.c_void_p, memory: object) -> None:
-        if status == Status.UNSUPPORTED:
-            raise FileFormatError(library.dsconv_error().decode())
+        if status in (Status.INVALID_FILE, Status.UNSUPPORTED):
+            message = library.dsconv_error().decode()
+            raise FileFormatError(message if name in message else f"{name}: {message}")
         check(status)
         assert found.value is not None
         self._name = name
@@ -249,7 +251,7 @@ def _checked(name: str, x: Any) -> NDArray[np.float32]:
         raise DataError(f"input {name!r}: expected at most {MAX_RANK} dimensions, got {_shown(x.shape)}")
     if x.flags.aligned and all(stride >= 0 and stride % x.itemsize == 0 for stride in x.strides):
         return x
-    return np.ascontiguousarray(x)
+    return x.copy()
 
 
 def _tensor(x: NDArray[np.float32]) -> Tensor:
