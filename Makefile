@@ -36,7 +36,7 @@ native: $(VENV)/dev.stamp  ## test the C++ kernels under AddressSanitizer and Un
 lint: $(VENV)/dev.stamp  ## check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp))
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp) examples/deploy/*.c examples/deploy/cpp/*.cpp)
 	$(BIN)/mypy
 
 bench: $(VENV)/dev.stamp  ## measure the accuracy of real networks; ARGS goes to the script
@@ -66,8 +66,11 @@ $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml CMakeLists.txt $(wildc
 	@touch $@
 
 # torchvision has to match the build of torch, so it comes from the same place.
-$(VENV)/dev.stamp: $(VENV)/package.stamp
+# dsconv-runtime is built in build/runtime, from which tests install the C library.
+$(VENV)/dev.stamp: $(VENV)/package.stamp $(wildcard cmake/* include/* runtime/*.* runtime/src/*/*.py)
 	@echo "installing the tools of development: downloads about 300 MB, once; dsconv is compiled again where csrc/ changed"
 	@$(INSTALL_CPU) torchvision
 	@$(INSTALL) --editable '.[dev,docs]'
+	@$(if $(DSCONV_NO_EXTENSION),true,CMAKE_BUILD_PARALLEL_LEVEL=2 $(PIP) install --no-deps --no-build-isolation \
+		--config-settings build-dir=$(CURDIR)/build/runtime ./runtime) || echo "dsconv-runtime is not installed: its tests are left out"
 	@touch $@
