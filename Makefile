@@ -27,11 +27,12 @@ demo: $(VENV)/package.stamp  ## quantize the embedded network and write a file a
 test: $(VENV)/dev.stamp  ## run all tests and examples, with coverage; or some: ARGS="-k packing"
 	$(BIN)/pytest -n 2 --dist worksteal $(or $(ARGS),--cov)
 
-native: $(VENV)/dev.stamp  ## test the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/cmake -S . -B build/native -DDSCONV_NATIVE_TEST=ON -DCMAKE_BUILD_TYPE=None \
+native: $(VENV)/dev.stamp  ## test the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/native -DDSCONV_NATIVE_TEST=ON -DCMAKE_BUILD_TYPE=None -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 		-DCMAKE_CXX_FLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 	$(BIN)/cmake --build build/native --parallel 2
 	build/native/kernels_test 150 1 & other=$$!; build/native/kernels_test 150 2 && wait $$other
+	build/native/network_test 1500 1 csrc/test/corpus/*.dsconv
 
 lint: $(VENV)/dev.stamp  ## check style, formatting and types
 	$(BIN)/ruff check

@@ -1,6 +1,6 @@
 // Damaged files of compiled networks: whatever they say, the library reads, writes and allocates nothing that is not there.
 // Built with sanitizers. By itself: network_test ITERATIONS SEED FILE..., which runs each file as it is by every instruction
-// set, and then so many damaged ones. With DSCONV_LIBFUZZER: a target of libFuzzer, whose corpus are files.
+// set and prints a checksum of its outputs, and then so many damaged ones. With DSCONV_LIBFUZZER: a target of libFuzzer, whose corpus are files.
 #include <dsconv.h>
 
 #include <algorithm>
@@ -174,6 +174,7 @@ bool check(const char* path, const Bytes& bytes) {
     std::fprintf(stderr, "%s: %s has other bits than the scalar kernels\n", path, kernels->isa);
     return false;
   }
+  std::printf("%s: outputs %08x\n", path, dsconv::crc32(std::as_bytes(std::span(expected))));
   return true;
 }
 

