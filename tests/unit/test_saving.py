@@ -148,7 +148,7 @@ def test_an_output_that_no_step_makes_is_refused(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Any:
             return {"logits": super().forward(x), "bias": self.last.bias * 1}
 
-    with pytest.raises(ModelError, match="'bias'|PyTorch"):
+    with pytest.raises(ModelError, match=r"'bias'|PyTorch"):
         compiled(WithConstant()).save(tmp_path / "net.dsconv")
 
 
