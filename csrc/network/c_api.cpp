@@ -127,14 +127,16 @@ Shape strides_of(const dsconv_tensor& tensor, const std::string& what) {
   require(static_cast<double>(tensor.bytes) >= needed, what + ": expected " + std::to_string(static_cast<std::size_t>(needed)) +
                                                            " bytes of memory, got " + std::to_string(tensor.bytes));
   require(needed == 0 || tensor.data, what + ": expected the address of its values, got NULL");
-  require(reinterpret_cast<std::uintptr_t>(tensor.data) % alignof(float) == 0, what + ": expected an address that is a multiple of 4");
+  require(reinterpret_cast<std::uintptr_t>(tensor.data) % alignof(float) == 0,
+          what + ": expected an address that is a multiple of 4");
   return strides;
 }
 
 void run(const Network& network, const dsconv_tensor* inputs, std::size_t input_count, dsconv_tensor* outputs,
          std::size_t output_count) {
   const auto counted = [](std::size_t wanted, std::size_t got, const char* what, const void* at) {
-    require(wanted == got && at, "run: expected " + std::to_string(wanted) + " " + what + ", got " + (at ? std::to_string(got) : "NULL"));
+    require(wanted == got && at,
+            "run: expected " + std::to_string(wanted) + " " + what + ", got " + (at ? std::to_string(got) : "NULL"));
   };
   counted(network.inputs().size(), input_count, "inputs", inputs);
   counted(network.outputs().size(), output_count, "outputs", outputs);
@@ -166,10 +168,12 @@ void run(const Network& network, const dsconv_tensor* inputs, std::size_t input_
   network.run(size, from, to);
 }
 
-const char* text(const std::vector<std::string>& all, std::size_t index) { return index < all.size() ? all[index].c_str() : nullptr; }
+const char* text(const std::vector<std::string>& all, std::size_t index) {
+  return index < all.size() ? all[index].c_str() : nullptr;
+}
 
-dsconv_status shape_of(const std::vector<Shape> Network::Size::*shapes, const dsconv_network* of, std::size_t size, std::size_t index,
-                       dsconv_tensor* tensor) {
+dsconv_status shape_of(const std::vector<Shape> Network::Size::* shapes, const dsconv_network* of, std::size_t size,
+                       std::size_t index, dsconv_tensor* tensor) {
   return guarded([&] {
     require(of && tensor, "expected a network and a tensor, got NULL");
     require(size < of->network.sizes().size(), "size: expected one below " + std::to_string(of->network.sizes().size()));

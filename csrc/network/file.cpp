@@ -17,7 +17,9 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "files are little-endian, and are read as they are");
 
-constexpr char kMagic[] = "\x89" "dsconv\n";
+constexpr char kMagic[] =
+    "\x89"
+    "dsconv\n";
 constexpr std::uint32_t kFormat = 1;
 
 struct Prefix {
@@ -64,7 +66,7 @@ File::File(const std::string& path) {
   const auto fail = [&](const char* what) { return SystemError(path + ": " + what + ": " + std::strerror(errno)); };
   const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (file < 0) throw fail("cannot be opened");
-  struct stat found {};
+  struct stat found{};
   const bool known = ::fstat(file, &found) == 0;
   if (!known || !S_ISREG(found.st_mode) || found.st_size <= 0) {
     const SystemError error = known ? SystemError(path + ": expected a file that is not empty") : fail("cannot be read");
@@ -100,10 +102,10 @@ void File::check() {
                     p.format > kFormat);
   if (p.header_size > bytes_.size() - sizeof p || p.data_begin % kAlignment || p.data_begin < sizeof p + p.header_size ||
       p.data_begin > bytes_.size() || p.data_size != bytes_.size() - p.data_begin || p.data_size < kReadPastEnd)
-    throw FileError("the file is damaged: it has " + std::to_string(bytes_.size()) + " bytes, which are not those that it tells of");
+    throw FileError("the file is damaged: it has " + std::to_string(bytes_.size()) +
+                    " bytes, which are not those that it tells of");
   header_ = bytes_.subspan(sizeof p, p.header_size), data_ = bytes_.subspan(p.data_begin);
-  if (crc32(header_) != p.header_crc || crc32(data_) != p.data_crc)
-    throw FileError("the file is damaged: its checksum is wrong");
+  if (crc32(header_) != p.header_crc || crc32(data_) != p.data_crc) throw FileError("the file is damaged: its checksum is wrong");
 }
 
 }  // namespace dsconv

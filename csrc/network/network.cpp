@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "../parallel.h"
 #include "../rounding/winograd.h"
@@ -38,14 +39,22 @@ const T* needed(const T* field) {
   return field;
 }
 
+// The verifier of FlatBuffers leaves open whether items of vectors are aligned.
+template <class T>
+const flatbuffers::Vector<T>& items(const flatbuffers::Vector<T>* vector) {
+  needed(vector);
+  require(reinterpret_cast<std::uintptr_t>(vector->Data()) % alignof(std::remove_pointer_t<T>) == 0, "a table is not aligned");
+  return *vector;
+}
+
 std::vector<std::string> texts(const flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>* from) {
   std::vector<std::string> all;
-  for (const flatbuffers::String* text : *needed(from)) all.push_back(text->str());
+  for (const flatbuffers::String* text : items(from)) all.push_back(text->str());
   return all;
 }
 
 Shape numbers(const flatbuffers::Vector<std::int64_t>* from) {
-  require(needed(from)->size() <= kMaxRank, "a tensor has more than 8 dimensions");
+  require(items(from).size() <= kMaxRank, "a tensor has more than 8 dimensions");
   return {from->begin(), from->end()};
 }
 
@@ -78,21 +87,21 @@ StepOutputs outputs_of(const file::Uses* uses) {
   needed(uses);
   StepOutputs to{uses->values(), uses->residual(), {}, activation(uses->activation(), uses->alpha(), uses->beta())};
   if (uses->targets())
-    for (const file::Target* target : *uses->targets()) to.targets.emplace_back(target->tensor(), target->first_channel());
+    for (const file::Target* target : items(uses->targets())) to.targets.emplace_back(target->tensor(), target->first_channel());
   return to;
 }
 
-std::vector<std::int64_t> places(const flatbuffers::Vector<std::int32_t>* from) { return {needed(from)->begin(), from->end()}; }
+std::vector<std::int64_t> places(const flatbuffers::Vector<std::int32_t>* from) { return {items(from).begin(), from->end()}; }
 
 std::vector<Between> betweens(const flatbuffers::Vector<const file::Between*>* from) {
   std::vector<Between> all;
-  for (const file::Between* b : *needed(from)) all.push_back({b->one(), b->other(), b->weight(), b->other_weight()});
+  for (const file::Between* b : items(from)) all.push_back({b->one(), b->other(), b->weight(), b->other_weight()});
   return all;
 }
 
 std::vector<Span> spans(const flatbuffers::Vector<const file::Span*>* from) {
   std::vector<Span> all;
-  for (const file::Span* s : *needed(from)) all.push_back({s->begin(), s->end()});
+  for (const file::Span* s : items(from)) all.push_back({s->begin(), s->end()});
   return all;
 }
 
@@ -158,8 +167,8 @@ Network::Network(std::shared_ptr<const File> file, const Kernels& kernels) : fil
   require(!inputs_.empty() && !outputs_.empty(), "expected inputs and outputs");
   if (tables_->classes()) classes_ = texts(tables_->classes());
   if (tables_->preprocess()) preprocess_ = tables_->preprocess()->str();
-  weights_.resize(needed(tables_->weights())->size());
-  for (const file::Program* of : *needed(tables_->programs())) {
+  weights_.resize(items(tables_->weights()).size());
+  for (const file::Program* of : items(tables_->programs())) {
     std::shared_ptr<const Compiled> made;
     try {
       made = compiled(*of, kernels);
@@ -176,8 +185,9 @@ Network::Network(std::shared_ptr<const File> file, const Kernels& kernels) : fil
     if (of->one_sample()) programs_[at].one = made;
     if (of->several_samples()) programs_[at].several = made;
   }
-  require(!programs_.empty() && std::all_of(programs_.begin(), programs_.end(), [](const Programs& p) { return p.one && p.several; }),
-          "expected programs for one sample and for several");
+  require(
+      !programs_.empty() && std::all_of(programs_.begin(), programs_.end(), [](const Programs& p) { return p.one && p.several; }),
+      "expected programs for one sample and for several");
 }
 
 const std::byte* Network::bytes(std::uint64_t begin, std::uint64_t size) const {
@@ -188,7 +198,7 @@ const std::byte* Network::bytes(std::uint64_t begin, std::uint64_t size) const {
 
 const float* Network::constant(int number, std::int64_t count) const {
   if (number == -1) return nullptr;
-  require(number >= 0 && static_cast<flatbuffers::uoffset_t>(number) < needed(tables_->constants())->size(), "no such constant");
+  require(number >= 0 && static_cast<flatbuffers::uoffset_t>(number) < items(tables_->constants()).size(), "no such constant");
   const file::Bytes* const place = tables_->constants()->Get(number);
   require(place->size() == static_cast<std::uint64_t>(count) * 4, "a constant has another size than expected");
   return reinterpret_cast<const float*>(bytes(place->begin(), place->size()));
@@ -232,7 +242,8 @@ const Network::PackedWeights& Network::weights(int number, const ConvSizes& g, i
 void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const Kernels& kernels, PackedWeights& to) const {
   const int width = checked_bits(of.bits());
   require(of.winograd() == g.winograd && of.block_size() > 0, "weights of another algorithm");
-  const std::int64_t taps = g.winograd ? 9 : g.taps(), depth = g.layout().depth, block_size = std::min<std::int64_t>(depth, of.block_size());
+  const std::int64_t taps = g.winograd ? 9 : g.taps(), depth = g.layout().depth,
+                     block_size = std::min<std::int64_t>(depth, of.block_size());
   const std::int64_t blocks = ceil_div(depth, block_size), count = g.outputs * depth * taps, scales = g.outputs * blocks * taps;
   require(blocks == g.layout().blocks() && count < kMaxValues &&
               of.weight()->size() == static_cast<std::uint64_t>(ceil_div(count * width, 8)) &&
@@ -259,7 +270,8 @@ void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const 
   const std::int64_t at_kds = rounded(to.weight_bytes), at_shift = at_kds + rounded(4 * to.kds_count);
   std::byte* const memory = to.memory.of(at_shift + (has_shift ? rounded(4 * to.shift_count) : 0) + 64);
   auto* const weight = reinterpret_cast<std::uint8_t*>(memory);
-  auto *const packed_kds = reinterpret_cast<float*>(memory + at_kds), *const packed_shift = reinterpret_cast<float*>(memory + at_shift);
+  auto *const packed_kds = reinterpret_cast<float*>(memory + at_kds), *const packed_shift =
+                                                                          reinterpret_cast<float*>(memory + at_shift);
   to.weight = weight, to.kds = packed_kds, to.shift = has_shift ? packed_shift : nullptr;
   if (!g.winograd) {
     pack_weight(g, vqk.data(), wide ? 8 : bits, weight);
@@ -327,8 +339,13 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
   std::int64_t most = 0;  // bytes of all tensors in base 0
   made->bases.assign(1, 0);
   if (of.float_tensors())
-    for (const file::FloatTensor* t : *of.float_tensors()) {
-      program.add_float({t->base(), t->offset(), t->first(), t->channels(), t->height(), t->width(),
+    for (const file::FloatTensor* t : items(of.float_tensors())) {
+      program.add_float({t->base(),
+                         t->offset(),
+                         t->first(),
+                         t->channels(),
+                         t->height(),
+                         t->width(),
                          {t->image_stride(), t->channel_stride(), t->y_stride(), t->x_stride()}});
       channels.push_back(t->channels());
       if (t->base() == 0) {
@@ -336,20 +353,18 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
         require(most < kMaxValues, "a tensor is too large");
         continue;
       }
-      require(t->base() <= static_cast<int>(inputs_.size() + outputs_.size()) && t->offset() == 0, "an input or output is too many");
+      require(t->base() <= static_cast<int>(inputs_.size() + outputs_.size()) && t->offset() == 0,
+              "an input or output is too many");
       if (t->base() >= static_cast<int>(made->bases.size())) made->bases.resize(t->base() + 1, -1);
       std::int64_t& values = made->bases[t->base()];
       require(values == -1 || values == t->image_stride(), "tensors of one memory have other strides");
       values = t->image_stride();
     }
   if (of.quantized_tensors())
-    for (const file::QuantizedTensor* t : *of.quantized_tensors()) {
-      const ActivationFormat format{{t->depth(), t->block_size()},
-                                    t->groups(),
-                                    checked_bits(t->bits()),
-                                    one_of<Sign>("no such sign", t->sign(), kSigns),
-                                    checked_bits(t->weight_bits()) > 4,
-                                    t->shift()};
+    for (const file::QuantizedTensor* t : items(of.quantized_tensors())) {
+      const ActivationFormat format{
+          {t->depth(), t->block_size()},      t->groups(), checked_bits(t->bits()), one_of<Sign>("no such sign", t->sign(), kSigns),
+          checked_bits(t->weight_bits()) > 4, t->shift()};
       const PaddedGrid grid{t->frames(), t->height(), t->width(), t->pad_h(), t->pad_w()};
       program.add_quantized(format, grid, t->offset());
       most += ceil_div(Program::quantized_bytes(format, grid), 64) * 64;
@@ -365,7 +380,8 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
   const auto writes = [&](int tensor) {
     if (tensor >= 0) channels_of(tensor), written[of.float_tensors()->Get(tensor)->base()] = true;
   };
-  for (const file::Step* step : *needed(of.steps())) {
+  for (const file::Step* step : items(of.steps())) {
+    needed(step->operation());
     if (step->uses()) writes(step->uses()->values());
     switch (step->operation_type()) {
       case file::Operation::Convolve: {
@@ -378,8 +394,8 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
         require(!post.gain == !post.offset, "a gain comes with an offset");
         const bool floats = c.activation_bits() == kFloatBits && g.takes_floats();
         program.convolve(g,
-                         {w.weight, w.kds, w.shift, post, bits > 4 || g.winograd, floats ? kFloatBits : checked_bits(c.activation_bits()),
-                          one_of<Sign>("no such sign", c.sign(), kSigns)},
+                         {w.weight, w.kds, w.shift, post, bits > 4 || g.winograd,
+                          floats ? kFloatBits : checked_bits(c.activation_bits()), one_of<Sign>("no such sign", c.sign(), kSigns)},
                          c.source(), c.quantized(), outputs_of(step->uses()));
         break;
       }
@@ -387,10 +403,11 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
         const file::Map& m = *step->operation_as_Map();
         std::vector<MapOperation> operations;
         if (m.operations())
-          for (const file::MapOperation* o : *m.operations())
+          for (const file::MapOperation* o : items(m.operations()))
             operations.push_back({one_of<Operation>("no such operation", o->operation(), kOperations),
                                   activation(o->activation(), o->alpha(), o->beta()), o->tensor(),
-                                  constant(o->constants(), channels_of(m.source())), constant(o->offset(), channels_of(m.source()))});
+                                  constant(o->constants(), channels_of(m.source())),
+                                  constant(o->offset(), channels_of(m.source()))});
         program.map(m.source(), operations, outputs_of(step->uses()));
         break;
       }
@@ -415,7 +432,7 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
       case file::Operation::Rearrange: {
         const file::Rearrange& r = *step->operation_as_Rearrange();
         std::vector<Loop> loops;
-        for (const file::Loop* l : *needed(r.loops()))
+        for (const file::Loop* l : items(r.loops()))
           loops.push_back({l->size(),
                            {l->read_channels(), l->read_rows(), l->read_columns()},
                            {l->written_channels(), l->written_rows(), l->written_columns()}});
@@ -456,9 +473,10 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
   }
   made->samples_at_once = of.samples_at_once();
   require(made->samples_at_once >= 0, "samples at once are not negative");
-  for (const file::Port* p : *needed(of.inputs())) made->inputs.push_back(port(p, *made));
-  for (const file::Port* p : *needed(of.outputs())) made->outputs.push_back(port(p, *made));
-  require(made->inputs.size() == inputs_.size() && made->outputs.size() == outputs_.size(), "expected a place of every input and output");
+  for (const file::Port* p : items(of.inputs())) made->inputs.push_back(port(p, *made));
+  for (const file::Port* p : items(of.outputs())) made->outputs.push_back(port(p, *made));
+  require(made->inputs.size() == inputs_.size() && made->outputs.size() == outputs_.size(),
+          "expected a place of every input and output");
   for (const Port& p : made->outputs) require(p.base >= 0, "an output has no place");
   // Inputs may be the user's memory, which no step writes to.
   std::vector<bool> taken = written;
@@ -473,11 +491,13 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
 std::size_t Network::size_of(std::span<const Shape> given) const {
   for (std::size_t i = 0; i < given.size(); ++i) {
     if (given[i].empty() || given[i][0] != given[0][0] || given[i][0] < 0)
-      throw std::invalid_argument("input '" + inputs_[i] + "': expected the same number of samples in all inputs, got " + text_of(given[i]));
+      throw std::invalid_argument("input '" + inputs_[i] + "': expected the same number of samples in all inputs, got " +
+                                  text_of(given[i]));
   }
   for (std::size_t size = 0; size < sizes_.size(); ++size) {
     bool same = true;
-    for (std::size_t i = 0; i < given.size(); ++i) same &= std::equal(given[i].begin() + 1, given[i].end(), sizes_[size].inputs[i].begin(), sizes_[size].inputs[i].end());
+    for (std::size_t i = 0; i < given.size(); ++i)
+      same &= std::equal(given[i].begin() + 1, given[i].end(), sizes_[size].inputs[i].begin(), sizes_[size].inputs[i].end());
     if (same) return size;
   }
   std::string expected, got;

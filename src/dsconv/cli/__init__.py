@@ -14,6 +14,7 @@ from dsconv import __version__, stopping
 from dsconv.cli.adapt import adapt
 from dsconv.cli.bench import bench
 from dsconv.cli.calibrate import calibrate
+from dsconv.cli.compile import compile
 from dsconv.cli.demo import demo
 from dsconv.cli.evaluate import evaluate
 from dsconv.cli.export import export
@@ -55,6 +56,9 @@ dsconv bench resnet50.safetensors --batch-size 1,8 --threads 1,2 --out bench.jso
 
 dsconv bench torchvision/resnet18 torchvision/vgg16 --weights random --preset w4a4 --against onnxruntime,openvino""",
     profile: "dsconv profile resnet50.safetensors --batch-size 8 --threads 2",
+    compile: """dsconv compile resnet50.safetensors --out resnet50.dsconv
+
+dsconv compile torchvision/fcn_resnet50 --size 320x480 --size 480x320 --out fcn.dsconv""",
     export: """dsconv export resnet50.safetensors --out resnet50.onnx
 
 dsconv export resnet50.safetensors --style int8 --data photos --out resnet50.int8.onnx""",

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dsconv
+from dsconv.cli.checks import is_quantized_file
 from dsconv.cli.output import say
+from dsconv.config import QuantConfig
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, MissingExtraError, ModelError, usable_device
 from dsconv.names import is_onnx
@@ -54,6 +56,16 @@ def build(name: str, weights: str) -> "nn.Module":
 
     say(f"building {name} with weights {weights}")
     return zoo.build(name, weights=weights)
+
+
+def load_or_quantize(name: str, config: QuantConfig, *, weights: str, model: str | None) -> "nn.Module":
+    """Return the quantized network of a file, or a float model of that name, quantized; and say so."""
+    if is_quantized_file(name):
+        say(f"loading {name}")
+        return load_file(Path(name), model)
+    made = build(name, weights)
+    say("quantizing")
+    return dsconv.quantize(made, config)
 
 
 def metric_of(name: str | None) -> "Metric | None":

@@ -1,6 +1,5 @@
 """``dsconv profile``: where the time of a compiled network goes."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +8,7 @@ import dsconv
 from dsconv.cli import options as opt
 from dsconv.cli.checks import check_own_settings, check_source, is_quantized_file, read_config
 from dsconv.cli.mistakes import Mistakes
-from dsconv.cli.networks import begin, load_file
+from dsconv.cli.networks import begin, load_or_quantize
 from dsconv.cli.output import print_json, print_table, say
 from dsconv.cli.preparation import check_size, image_shape, read_size
 from dsconv.names import check_weights
@@ -43,12 +42,7 @@ def profile(
 
     from dsconv import zoo
 
-    if is_file:
-        say(f"loading {model_or_file}")
-        qmodel = load_file(Path(model_or_file), model)
-    else:
-        say(f"building {model_or_file} with weights {weights}, quantizing")
-        qmodel = dsconv.quantize(zoo.build(model_or_file, weights=weights), settings)
+    qmodel = load_or_quantize(model_or_file, settings, weights=weights, model=model)
     image = image_shape(zoo.preprocess_of(qmodel), model_or_file, shape)
     x = torch.randn(batch_size, *image, dtype=torch.float32, device="cpu")
     say("compiling")

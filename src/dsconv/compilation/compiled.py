@@ -203,8 +203,8 @@ class CompiledModel(nn.Module):
 
         Args:
             path: is replaced when the file is complete.
-            sizes: further examples, as :func:`compile` takes them, of whose sizes inputs may be too; the file takes those
-                of the example that was compiled, and of these.
+            sizes: further examples, as :func:`compile` takes them: the file takes inputs of their sizes, and of that of
+                the example that was compiled.
             classes: names of the classes, for a classifier.
 
         Returns:
@@ -245,8 +245,8 @@ class CompiledModel(nn.Module):
         for name, (x, batched) in zip(input_names(example, self.model), both, strict=True):
             if not batched or x.dtype != torch.float32:
                 raise ModelError(
-                    f"the network cannot be saved: expected float32 inputs (N, ...), got {x.dtype} {tuple(x.shape)} for "
-                    f"{name!r}"
+                    f"the network cannot be saved: input {name!r} is {x.dtype} {tuple(x.shape)}, expected float32 "
+                    "(N, ...)"
                 )
         zeros = (torch.zeros((count, *x.shape[1:]), dtype=torch.float32, device="cpu") for x, _ in both)
         captured = self.program_for(example.filled(zeros))

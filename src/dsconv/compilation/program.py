@@ -307,7 +307,7 @@ class Program:
         images, env = 2, dict[fx.Node, Any](self.constants)
         env.update(dict.fromkeys(self._counts, images))
         memory = torch.empty(max(1, self._executable.bytes(images) // 4), dtype=torch.float32, device=self._device)
-        bases, offsets = {memory.untyped_storage().data_ptr(): 0}, dict[int, int]()
+        bases = {memory.untyped_storage().data_ptr(): 0}
         for node, batched in zip(self._inputs, self._batched, strict=True):
             source, made = self._values.get(node), node.meta["val"]
             if source is None or not batched:
@@ -321,7 +321,7 @@ class Program:
             y = torch.empty((images, height, width, channels), dtype=torch.float32, device=self._device)
             env[value.node] = _of_node(y, value)
             bases[y.untyped_storage().data_ptr()] = base
-        outputs = []
+        outputs: list[Port | None] = []
         for node in self._outputs:
             if not isinstance(node, fx.Node) or self._own(node) not in {**env, **self._values}:
                 outputs.append(None)

@@ -5,7 +5,6 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any

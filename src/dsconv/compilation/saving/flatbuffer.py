@@ -34,11 +34,13 @@ class Struct:
     @classmethod
     def layout(cls) -> tuple[struct.Struct, int]:
         """Return the packing of an instance, little-endian, and its alignment."""
-        return _layout(cls)
+        of: Any = cls
+        return _layout(of)
 
     def packed(self) -> bytes:
         """Return an instance as bytes."""
-        return self.layout()[0].pack(*(getattr(self, field.name) for field in fields(self)))  # type: ignore[arg-type]
+        of: Any = type(self)
+        return self.layout()[0].pack(*(getattr(self, name) for name in _kinds(of)))
 
 
 class Table:
@@ -49,7 +51,8 @@ class Table:
 
     def written(self, builder: flatbuffers.Builder) -> int:
         """Write the table, and return where it lies."""
-        kinds = _kinds(type(self))
+        of: Any = type(self)
+        kinds = _kinds(of)
         given = {name: getattr(self, name) for name in kinds}
         # What a table only points to lies before it.
         behind = {
@@ -68,7 +71,7 @@ class Table:
             if isinstance(value, Struct):
                 builder.PrependStructSlot(slot, _inline(builder, value), 0)
             elif isinstance(kind, Scalar):
-                builder.PrependSlot(_SCALARS[kind.name], slot, value, _default(type(self), name))
+                builder.PrependSlot(_SCALARS[kind.name], slot, value, _default(of, name))
             elif value is not None:
                 builder.PrependUOffsetTRelativeSlot(slot, behind[name], 0)
             slot += 1
@@ -83,7 +86,7 @@ def encoded(table: Table, identifier: bytes) -> bytes:
 
 
 @cache
-def _kinds(of: type) -> dict[str, Any]:
+def _kinds(of: Any) -> dict[str, Any]:
     """Return the types of the fields: a Scalar, or a class, or ``[Scalar]`` or ``[class]`` of sequences."""
     hints, found = get_type_hints(of, include_extras=True), {}
     for field in fields(of):
@@ -102,7 +105,7 @@ def _kind(hint: Any) -> Any:
 
 
 @cache
-def _layout(of: type) -> tuple[struct.Struct, int]:
+def _layout(of: Any) -> tuple[struct.Struct, int]:
     text, size, widest = "<", 0, 1
     for kind in _kinds(of).values():
         flags = _SCALARS[kind.name]

@@ -10,6 +10,7 @@ from dsconv.backends.base import MapOperation, Uses
 from dsconv.compilation.operators.operator import Step
 from dsconv.compilation.program import Program
 from dsconv.compilation.saving import schema
+from dsconv.compilation.saving.flatbuffer import Table
 from dsconv.compilation.values import Quantized, Value
 
 Layer = tuple[Tensor, Tensor, Tensor | None]
@@ -29,7 +30,10 @@ class Recording:
     """
 
     def __init__(
-        self, program: Program, constant: Callable[[Tensor], int], weights: Callable[[Layer, schema.ConvSizes, int], int]
+        self,
+        program: Program,
+        constant: Callable[[Tensor], int],
+        weights: Callable[[Layer, schema.ConvSizes, int], int],
     ):
         self._program, self._constant, self._weights = program, constant, weights
         self._ids: dict[Value | Quantized, int] = {}
@@ -73,11 +77,12 @@ class Recording:
 
     # Steps
 
-    def _append(self, operation: schema.Table, uses: Uses | None = None) -> None:
+    def _append(self, operation: Table, uses: Uses | None = None) -> None:
         made = None
         if uses is not None:
-            values, residual, targets, *activation = uses
-            made = schema.Uses(values, residual, [schema.Target(*target) for target in targets], *activation)
+            values, residual, targets, activation, alpha, beta = uses
+            all_targets = [schema.Target(*target) for target in targets]
+            made = schema.Uses(values, residual, all_targets, activation, alpha, beta)
         self.steps.append(schema.Step(operation, made))
 
     def convolve(
@@ -98,14 +103,14 @@ class Recording:
     ) -> None:
         made = schema.ConvSizes(**{field.name: getattr(sizes, field.name) for field in fields(schema.ConvSizes)})
         weights = self._weights((weight, kds, kds_shift), made, weight_bits)
-        terms = map(self._number, (bias, gain, offset))
+        constants = self._number(bias), self._number(gain), self._number(offset)
         settings = weight_bits, activation_bits, sign
-        self._append(schema.Convolve(made, source, quantized, weights, *terms, *settings), uses)
+        self._append(schema.Convolve(made, source, quantized, weights, *constants, *settings), uses)
 
     def map(self, source: int, operations: Sequence[MapOperation], uses: Uses) -> None:
         made = [
-            schema.MapOperation(*settings, self._number(constants), self._number(offset))
-            for *settings, constants, offset in operations
+            schema.MapOperation(kind, activation, alpha, beta, tensor, self._number(constants), self._number(offset))
+            for kind, activation, alpha, beta, tensor, constants, offset in operations
         ]
         self._append(schema.Map(source, made), uses)
 

@@ -23,7 +23,7 @@ from dsconv.layers import DSLayer
 
 MAGIC, FORMAT = b"\x89dsconv\n", 1
 PREFIX = struct.Struct("<8sIIQQQII16x")
-"""Magic, version of the format, zero, bytes of the header, beginning and bytes of the data, CRC-32 of header and data."""
+"""Magic, version of the format, zero; bytes of the header, beginning and bytes of the data; CRC-32 of both."""
 ALIGNMENT = 64
 # Kernels may read so many bytes behind their constants.
 _READ_PAST_END = 64
@@ -144,20 +144,20 @@ def write(
     for size in sizes:
         made.add(size)
     version = metadata.version("dsconv")
-    tables = made.constants, made.weights, made.programs
-    header = encoded(schema.Network(version, *names, preprocess, classes, *tables), schema.IDENTIFIER)
+    inputs, outputs = names
+    network = schema.Network(version, inputs, outputs, preprocess, classes, made.constants, made.weights, made.programs)
+    header = encoded(network, schema.IDENTIFIER)
     pieces = [*made.data.pieces, bytes(_READ_PAST_END)]
     begin = -(-(PREFIX.size + len(header)) // ALIGNMENT) * ALIGNMENT
     checksum = 0
     for piece in pieces:
         checksum = zlib.crc32(piece, checksum)
-    size = made.data.size + _READ_PAST_END
-    sizes_in_file = len(header), begin, size
-    prefix = PREFIX.pack(MAGIC, FORMAT, 0, *sizes_in_file, zlib.crc32(header), checksum)
+    data_size = made.data.size + _READ_PAST_END
+    prefix = PREFIX.pack(MAGIC, FORMAT, 0, len(header), begin, data_size, zlib.crc32(header), checksum)
     with replacing(path) as beside, beside.open("wb") as file:
         file.write(prefix + header + bytes(begin - PREFIX.size - len(header)))
         file.writelines(pieces)
-    return begin + size
+    return begin + data_size
 
 
 def check_saved(program: Program, names: Sequence[str]) -> None:

@@ -1,0 +1,72 @@
+"""``dsconv compile``: a quantized network as a file that runs without PyTorch."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import dsconv
+from dsconv.cli import options as opt
+from dsconv.cli.checks import check_out, check_own_settings, check_source, is_quantized_file, read_classes, read_config
+from dsconv.cli.mistakes import Mistakes
+from dsconv.cli.networks import begin, load_or_quantize
+from dsconv.cli.output import print_json, print_table, say
+from dsconv.cli.preparation import check_size, image_shape, read_size
+from dsconv.names import check_weights
+
+_SIZES_HELP = (
+    "Size of images that the file takes; give it several times for several sizes. Without it, that of the network's "
+    "preparation of images."
+)
+
+
+def compile(
+    model_or_file: Annotated[str, typer.Argument(metavar="MODEL_OR_FILE", help=opt.FILE_HELP, show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write.", show_default=False)],
+    size: Annotated[
+        list[str] | None, typer.Option(metavar="PIXELS|[CHANNELSx]HEIGHTxWIDTH", help=_SIZES_HELP, show_default=False)
+    ] = None,
+    classes: opt.Classes = None,
+    weights: opt.Weights = "default",
+    preset: opt.Preset = "default",
+    config: opt.Config = None,
+    model: opt.ModelOrReference = None,
+    threads: opt.Threads = None,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Write a network as a file that runs without PyTorch: by dsconv_runtime in Python, by libdsconv in C."""
+    mistakes = Mistakes()
+    is_file = is_quantized_file(model_or_file)
+    given: list[str | None] = [*size] if size else [None]
+    shapes = [mistakes.check(read_size, text) for text in given]
+    settings = mistakes.check(read_config, preset, config)
+    names = mistakes.check(read_classes, classes)
+    mistakes.check(check_own_settings, [model_or_file], preset, config, weights)
+    mistakes.check(check_source, model_or_file, model if is_file else None)
+    for shape in shapes:
+        mistakes.check(check_size, {}, model_or_file, shape)
+    mistakes.check(check_weights, weights)
+    mistakes.check(check_out, force, out=out)
+    mistakes.end()
+
+    begin(threads)
+    import torch
+
+    from dsconv import zoo
+
+    qmodel = load_or_quantize(model_or_file, settings, weights=weights, model=model)
+    preprocess = zoo.preprocess_of(qmodel)
+    images = [image_shape(preprocess, model_or_file, shape) for shape in shapes]
+    examples = [torch.zeros(1, *image, dtype=torch.float32, device="cpu") for image in images]
+    say("compiling")
+    fast = dsconv.compile(qmodel, examples[0])
+    file_bytes = fast.save(out, sizes=examples[1:], classes=names)
+    if as_json:
+        plan = {"steps": len(fast.plan.steps), "memory_bytes": fast.plan.memory_bytes}
+        prepared = None if preprocess is None else preprocess.model_dump(mode="json")
+        print_json({"file": str(out), "file_bytes": file_bytes, "sizes": images, "preprocess": prepared, **plan})
+        return
+    print_table(fast.plan)
+    sizes = ", ".join("x".join(map(str, image)) for image in images)
+    print(f"Wrote {out}: {file_bytes:,} bytes, for images of {sizes} and batches of any size.")
