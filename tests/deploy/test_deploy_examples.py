@@ -136,7 +136,7 @@ def test_under_load_no_answer_of_the_service_is_lost_or_wrong(service: Start, di
 
 
 def test_the_service_refuses_what_is_no_image_or_too_much(service: Start, tmp_path: Path) -> None:
-    with service("--queue", 2, "--batch", 3, "--wait", 60_000) as running:
+    with service("--queue", 2, "--batch", 3, "--wait", 3000) as running:
         for body in (b"", b"no image", png(tmp_path)[:60]):
             status, text = running.get("/classify", body)
             assert status == 400 and text.startswith("expected an image")
