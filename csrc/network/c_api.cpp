@@ -15,6 +15,9 @@
 #if defined(__linux__)
 #include <sched.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 #include <thread>
 
 #include "../isa/choice.h"
@@ -101,7 +104,12 @@ dsconv_status open_file(std::shared_ptr<const File> (*file_of)(const void*, std:
     require(network && of, "open: expected a file and a place for the network, got NULL");
     *network = nullptr;
     begin();
-    *network = new dsconv_network{Network(file_of(of, size), kernels())};
+    const std::shared_ptr<const File> file = file_of(of, size);
+    *network = new dsconv_network{Network(file, kernels())};
+    file->forget();
+#if defined(__GLIBC__)
+    malloc_trim(0);  // what was needed to pack weights
+#endif
   });
 }
 

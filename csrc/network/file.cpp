@@ -91,6 +91,10 @@ File::~File() {
   if (mapped_) ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
 }
 
+void File::forget() const {
+  if (mapped_) ::madvise(const_cast<std::byte*>(bytes_.data()), bytes_.size(), MADV_DONTNEED);
+}
+
 void File::check() {
   Prefix p;
   if (bytes_.size() < sizeof p || std::memcmp(bytes_.data(), kMagic, sizeof p.magic) != 0)

@@ -23,6 +23,8 @@ class File {
   File(const File&) = delete;
   File& operator=(const File&) = delete;
 
+  // Gives mapped memory back, of which most was read just once. What is used comes back from the file.
+  void forget() const;
   std::span<const std::byte> header() const { return header_; }
   std::span<const std::byte> data() const { return data_; }
 

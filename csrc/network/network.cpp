@@ -1,6 +1,7 @@
 #include "network.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <type_traits>
 
@@ -102,6 +103,30 @@ std::vector<Between> betweens(const flatbuffers::Vector<const file::Between*>* f
 std::vector<Span> spans(const flatbuffers::Vector<const file::Span*>* from) {
   std::vector<Span> all;
   for (const file::Span* s : items(from)) all.push_back({s->begin(), s->end()});
+  return all;
+}
+
+// Returns the float32 of the bits of a float16.
+float of_half(std::uint16_t half) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000) << 16, rest = half & 0x7fff;
+  if (rest >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // infinity and NaN
+  // The exponent of a float16 counts from 112 less. A product with 2^112, which is exact, also reaches numbers below the
+  // normal ones.
+  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(std::bit_cast<float>(rest << 13) * 0x1p112f));
+}
+
+// Returns integers of so many bits that lie side by side, the lowest bits first, less the smallest one.
+std::vector<std::int8_t> integers_of(const std::byte* stored, std::int64_t count, int width) {
+  constexpr std::int64_t kTogether = 8192;
+  std::vector<std::int8_t> all(count);
+  parallel(ceil_div(count, kTogether), [&](std::int64_t task) {
+    for (std::int64_t i = task * kTogether; i < std::min(count, (task + 1) * kTogether); ++i) {
+      const std::int64_t bit = i * width;
+      unsigned two = std::to_integer<unsigned>(stored[bit / 8]);
+      if (bit % 8 + width > 8) two |= std::to_integer<unsigned>(stored[bit / 8 + 1]) << 8;
+      all[i] = static_cast<std::int8_t>(static_cast<int>(two >> bit % 8 & ((1u << width) - 1)) - (1 << (width - 1)));
+    }
+  });
   return all;
 }
 
@@ -217,19 +242,7 @@ const Network::PackedWeights& Network::weights(int number, const ConvSizes& g, i
     const file::Weights& of = *tables_->weights()->Get(number);
     needed(of.weight()), needed(of.kds());
     made->weight_bytes = weight_bytes, made->kds_count = kds_count, made->shift_count = shift_count;
-    if (of.form() == file::Form::packed) {
-      const auto scales = [&](const file::Bytes* place, std::int64_t count) {
-        require(place->size() == static_cast<std::uint64_t>(count) * 4, "packed scales have another size than expected");
-        return reinterpret_cast<const float*>(bytes(place->begin(), place->size()));
-      };
-      require(of.weight()->size() == static_cast<std::uint64_t>(weight_bytes), "packed weights have another size than expected");
-      made->weight = reinterpret_cast<const std::uint8_t*>(bytes(of.weight()->begin(), of.weight()->size()));
-      made->kds = scales(of.kds(), kds_count);
-      if (of.kds_shift()) made->shift = scales(of.kds_shift(), shift_count);
-    } else {
-      require(of.form() == file::Form::integers, "no such form of weights");
-      pack(of, g, bits, kernels, *made);
-    }
+    pack(of, g, bits, kernels, *made);
     weight_bytes_ += made->memory.bytes();
     weights_[number] = std::move(made);
   }
@@ -238,56 +251,62 @@ const Network::PackedWeights& Network::weights(int number, const ConvSizes& g, i
   return *weights_[number];
 }
 
-// Packs the integers of a layer as dsconv/ops/packing.py does.
+std::vector<float> Network::scales(const file::Bytes* place, std::int64_t count, bool half) const {
+  if (!place) return {};
+  require(place->size() == static_cast<std::uint64_t>(count) * (half ? 2 : 4), "scales have another size than expected");
+  const std::byte* const from = bytes(place->begin(), place->size());
+  std::vector<float> all(count);
+  if (!half) std::memcpy(all.data(), from, place->size());
+  else
+    for (std::int64_t i = 0; i < count; ++i) {
+      std::uint16_t value;
+      std::memcpy(&value, from + 2 * i, sizeof value);
+      all[i] = of_half(value);
+    }
+  return all;
+}
+
+// Packs a layer as dsconv/ops/packing.py does.
 void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const Kernels& kernels, PackedWeights& to) const {
   const int width = checked_bits(of.bits());
-  require(of.winograd() == g.winograd && of.block_size() > 0, "weights of another algorithm");
-  const std::int64_t taps = g.winograd ? 9 : g.taps(), depth = g.layout().depth,
-                     block_size = std::min<std::int64_t>(depth, of.block_size());
-  const std::int64_t blocks = ceil_div(depth, block_size), count = g.outputs * depth * taps, scales = g.outputs * blocks * taps;
+  require(of.winograd() == g.winograd && of.block_size() > 0 && (g.winograd || width == bits), "weights of another layer");
+  const std::int64_t taps = g.winograd ? 9 : g.taps(), depth = g.layout().depth;
+  const std::int64_t block_size = std::min<std::int64_t>(depth, of.block_size()), blocks = ceil_div(depth, block_size);
+  const std::int64_t count = g.outputs * depth * taps, scale_count = g.outputs * blocks * taps;
+  const bool packed = of.form() == file::Form::packed, wide = bits > 4 || g.winograd;
+  require((packed && !g.winograd) || of.form() == file::Form::integers, "no such form of weights");
   require(blocks == g.layout().blocks() && count < kMaxValues &&
-              of.weight()->size() == static_cast<std::uint64_t>(ceil_div(count * width, 8)) &&
-              of.kds()->size() == static_cast<std::uint64_t>(scales) * 4 &&
-              (!of.kds_shift() || of.kds_shift()->size() == static_cast<std::uint64_t>(scales) * 4),
+              of.weight()->size() == static_cast<std::uint64_t>(packed ? to.weight_bytes : ceil_div(count * width, 8)),
           "weights have another size than expected");
-  const std::byte* const packed = bytes(of.weight()->begin(), of.weight()->size());
-  const auto* const kds = reinterpret_cast<const float*>(bytes(of.kds()->begin(), of.kds()->size()));
-  const auto* const shift =
-      of.kds_shift() ? reinterpret_cast<const float*>(bytes(of.kds_shift()->begin(), of.kds_shift()->size())) : nullptr;
-  std::vector<std::int8_t> vqk(count);
-  // Eight integers take as many bytes as one has bits.
-  parallel(ceil_div(count, 8192), [&](std::int64_t task) {
-    for (std::int64_t i = task * 8192; i < std::min(count, (task + 1) * 8192); ++i) {
-      const std::int64_t bit = i * width;
-      unsigned two = std::to_integer<unsigned>(packed[bit / 8]);
-      if (bit % 8 + width > 8) two |= std::to_integer<unsigned>(packed[bit / 8 + 1]) << 8;
-      vqk[i] = static_cast<std::int8_t>(static_cast<int>(two >> bit % 8 & ((1u << width) - 1)) - (1 << (width - 1)));
-    }
-  });
-  const bool wide = bits > 4 || g.winograd;
-  const bool has_shift = g.winograd || shift;
+  const std::byte* const stored = bytes(of.weight()->begin(), of.weight()->size());
+  const std::vector<float> kds = scales(of.kds(), scale_count, of.half()), shift = scales(of.kds_shift(), scale_count, of.half());
+  const bool has_shift = g.winograd || !shift.empty();
   const auto rounded = [](std::int64_t n) { return ceil_div(n, 64) * 64; };
-  const std::int64_t at_kds = rounded(to.weight_bytes), at_shift = at_kds + rounded(4 * to.kds_count);
+  const std::int64_t at_kds = packed ? 0 : rounded(to.weight_bytes), at_shift = at_kds + rounded(4 * to.kds_count);
   std::byte* const memory = to.memory.of(at_shift + (has_shift ? rounded(4 * to.shift_count) : 0) + 64);
-  auto* const weight = reinterpret_cast<std::uint8_t*>(memory);
   auto *const packed_kds = reinterpret_cast<float*>(memory + at_kds), *const packed_shift =
                                                                           reinterpret_cast<float*>(memory + at_shift);
-  to.weight = weight, to.kds = packed_kds, to.shift = has_shift ? packed_shift : nullptr;
+  auto* const weight = reinterpret_cast<std::uint8_t*>(memory);
+  to.weight = packed ? reinterpret_cast<const std::uint8_t*>(stored) : weight;
+  to.kds = packed_kds, to.shift = has_shift ? packed_shift : nullptr;
   if (!g.winograd) {
-    pack_weight(g, vqk.data(), wide ? 8 : bits, weight);
-    pack_kds(g, kds, packed_kds);
-    if (shift) pack_kds(g, shift, packed_shift);
+    pack_kds(g, kds.data(), packed_kds);
+    if (has_shift) pack_kds(g, shift.data(), packed_shift);
+    if (!packed) pack_weight(g, integers_of(stored, count, width).data(), wide ? 8 : bits, weight);
     return;
   }
   std::vector<float> w(count);
-  parallel(g.outputs, [&](std::int64_t output) {
-    for (std::int64_t c = 0; c < depth; ++c)
-      for (std::int64_t tap = 0; tap < taps; ++tap) {
-        const std::int64_t i = (output * depth + c) * taps + tap, s = (output * blocks + c / block_size) * taps + tap;
-        w[i] = static_cast<float>(vqk[i]) * kds[s];
-        if (shift) w[i] += shift[s];
-      }
-  });
+  {
+    const std::vector<std::int8_t> vqk = integers_of(stored, count, width);
+    parallel(g.outputs, [&](std::int64_t output) {
+      for (std::int64_t c = 0; c < depth; ++c)
+        for (std::int64_t tap = 0; tap < taps; ++tap) {
+          const std::int64_t i = (output * depth + c) * taps + tap, s = (output * blocks + c / block_size) * taps + tap;
+          w[i] = static_cast<float>(vqk[i]) * kds[s];
+          if (!shift.empty()) w[i] += shift[s];
+        }
+    });
+  }
   std::vector<std::int8_t> q(kWinogradProducts * g.outputs * depth), by_output(q.size());
   std::vector<float> scale(kWinogradProducts * g.outputs * blocks), scale_by_output(scale.size()), of_centre(g.outputs * blocks);
   round_winograd(kernels, {w.data(), g.outputs, depth, block_size}, {q.data(), scale.data()});

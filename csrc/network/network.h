@@ -16,6 +16,7 @@ namespace dsconv {
 
 namespace file {
 struct Network;
+struct Bytes;
 struct Program;
 struct Port;
 struct Weights;
@@ -102,6 +103,7 @@ class Network {
   Port port(const file::Port*, const Compiled&) const;
   const PackedWeights& weights(int number, const ConvSizes&, int bits, const Kernels&);
   void pack(const file::Weights&, const ConvSizes&, int bits, const Kernels&, PackedWeights& to) const;
+  std::vector<float> scales(const file::Bytes*, std::int64_t count, bool half) const;
   const std::byte* bytes(std::uint64_t begin, std::uint64_t size) const;
   const float* constant(int number, std::int64_t count) const;
   void run_part(const Compiled&, Workspace&, std::int64_t first, std::int64_t count, std::span<const UserTensor> inputs,

@@ -30,6 +30,7 @@ class Weights(Table):
     winograd: Bool
     bits: UByte
     block_size: Int
+    half: Bool
     weight: Bytes
     kds: Bytes
     kds_shift: Bytes | None

@@ -102,24 +102,23 @@ class _Network:
         number = self._numbers.get(digest)
         if number is None:
             number = self._numbers[digest] = len(self.weights)
-            self.weights.append(self._weights(packed, self._layers.get(digest), sizes, weight_bits))
+            self.weights.append(self._weights(packed[0], self._layers[digest], sizes))
         return number
 
-    def _weights(
-        self, packed: Layer, layer: DSLayer | None, sizes: schema.ConvSizes, weight_bits: int
-    ) -> schema.Weights:
-        if layer is not None:
-            integers = _bits(layer.vqk, layer.config.weight_bits)
-            own = integers.nbytes + sum(t.nbytes for t in (layer.kds, layer.kds_shift) if t is not None)
-            if sizes.winograd or sum(t.nbytes for t in packed if t is not None) > _LARGEST_PACKED * own:
-                scales = layer.kds.float(), None if layer.kds_shift is None else layer.kds_shift.float()
-                kds, shift = (None if scale is None else self.data.add(scale) for scale in scales)
-                assert kds is not None
-                form = schema.INTEGERS, sizes.winograd, layer.config.weight_bits, layer.config.block_size
-                return schema.Weights(*form, self.data.add(integers), kds, shift)
-        weight, kds, shift = (None if tensor is None else self.data.add(tensor) for tensor in packed)
-        assert weight is not None and kds is not None
-        return schema.Weights(schema.PACKED, sizes.winograd, weight_bits, sizes.block_size, weight, kds, shift)
+    def _weights(self, packed: Tensor, layer: DSLayer, sizes: schema.ConvSizes) -> schema.Weights:
+        integers, config = _bits(layer.vqk, layer.config.weight_bits), layer.config
+        half = layer.kds.dtype == torch.float16
+        scales = (layer.kds, layer.kds_shift) if half else (layer.kds.float(), _as_float(layer.kds_shift))
+        kds, shift = (None if scale is None else self.data.add(scale) for scale in scales)
+        assert kds is not None
+        in_place = not sizes.winograd and packed.nbytes <= _LARGEST_PACKED * integers.nbytes
+        form, weight = (schema.PACKED, packed) if in_place else (schema.INTEGERS, integers)
+        settings = sizes.winograd, config.weight_bits, config.block_size, half
+        return schema.Weights(form, *settings, self.data.add(weight), kds, shift)
+
+
+def _as_float(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.float()
 
 
 def write(
