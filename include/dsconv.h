@@ -26,7 +26,7 @@ typedef enum dsconv_status {
   DSCONV_OK = 0,
   DSCONV_INVALID_ARGUMENT = 1, /* a wrong shape, type, number or null pointer */
   DSCONV_INVALID_FILE = 2,     /* damaged, or no compiled network */
-  DSCONV_UNSUPPORTED = 3,      /* written for a newer library, or for another size of images */
+  DSCONV_UNSUPPORTED = 3,      /* written for a newer library */
   DSCONV_IO_ERROR = 4,         /* the file cannot be opened or read */
   DSCONV_NO_MEMORY = 5,
   DSCONV_INTERNAL_ERROR = 6

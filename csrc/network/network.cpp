@@ -335,7 +335,8 @@ void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const 
 Network::Port Network::port(const file::Port* of, const Compiled& made) const {
   Port p{needed(of)->base(), of->offset(), of->first(), of->sample_stride(), numbers(of->shape()), numbers(of->strides())};
   require(p.shape.size() == p.strides.size() && p.shape.size() < kMaxRank, "a tensor has another number of strides");
-  require(p.offset >= 0 && p.first >= 0 && p.sample_stride >= 0, "an input or output lies outside of its memory");
+  require(p.offset >= 0 && p.offset % 64 == 0 && p.first >= 0 && p.sample_stride >= 0,
+          "an input or output lies outside of its memory");
   double last = static_cast<double>(p.first);
   for (std::size_t i = 0; i < p.shape.size(); ++i) {
     require(p.shape[i] > 0 && p.strides[i] >= 0, "an input or output has a size below 1");
@@ -411,7 +412,7 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
         const auto term = [&](int number) { return constant(number, g.outputs); };
         const PostOps post{term(c.bias()), term(c.gain()), term(c.offset()), {Activation::none, 0.0f, 0.0f}};
         require(!post.gain == !post.offset, "a gain comes with an offset");
-        const bool floats = c.activation_bits() == kFloatBits && g.takes_floats();
+        const bool floats = c.activation_bits() == kFloatBits && g.takes_floats() && !w.shift;
         program.convolve(g,
                          {w.weight, w.kds, w.shift, post, bits > 4 || g.winograd,
                           floats ? kFloatBits : checked_bits(c.activation_bits()), one_of<Sign>("no such sign", c.sign(), kSigns)},

@@ -1,6 +1,7 @@
 // Damaged files of compiled networks: whatever they say, the library reads, writes and allocates nothing that is not there.
 // Built with sanitizers. By itself: network_test ITERATIONS SEED FILE..., which runs each file as it is by every instruction
-// set and prints a checksum of its outputs, and then so many damaged ones. With DSCONV_LIBFUZZER: a target of libFuzzer, whose corpus are files.
+// set and prints a checksum of its outputs, and then so many damaged ones. With DSCONV_LIBFUZZER: a target of libFuzzer, whose
+// corpus are files.
 #include <dsconv.h>
 
 #include <algorithm>
@@ -24,7 +25,7 @@ namespace {
 using Bytes = std::vector<std::uint8_t>;
 
 constexpr std::size_t kPrefix = 64;
-constexpr double kMaxValues = 1 << 16;     // of an input or output that is tried
+constexpr double kMaxValues = 1 << 16;    // of an input or output that is tried
 constexpr std::size_t kMaxRun = 1 << 20;  // bytes of a run that is tried
 
 template <class T>

@@ -152,6 +152,19 @@ def test_an_output_that_no_step_makes_is_refused(tmp_path: Path) -> None:
         compiled(WithConstant()).save(tmp_path / "net.dsconv")
 
 
+def test_inputs_that_nothing_reads_and_views_are_saved(tmp_path: Path) -> None:
+    class Views(Network):
+        def forward(self, x: Tensor, unread: Tensor) -> Any:  # type: ignore[override]
+            y = torch.relu(self.first(x))
+            return y, y[:, 4:12], torch.cat([y, self.deep(y)], 1).flatten(1)
+
+    inputs = dsconv.Inputs(images(), torch.zeros(1, dtype=torch.float32))
+    compiled(Views(), x=inputs).save(tmp_path / "net.dsconv")
+    (program,) = tables(tmp_path / "net.dsconv", tmp_path)["programs"]
+    assert [port["base"] for port in program["inputs"]] == [1, -1]
+    assert [port["shape"] for port in program["outputs"]] == [[32, 12, 12], [8, 12, 12], [64 * 12 * 12]]
+
+
 def test_models_for_one_batch_and_of_other_inputs_are_refused(tmp_path: Path) -> None:
     class Counted(Network):
         def forward(self, x: Tensor) -> Tensor:

@@ -58,6 +58,15 @@ class Port(NamedTuple):
     strides: tuple[int, ...]
 
 
+_PORT_SAMPLES = 2  # so many tell how far samples lie apart
+
+
+def _port(made: Tensor, base: int, offset: int = 0) -> Port:
+    # Behind the address of a sample's memory, which several samples have as many times as far from the beginning.
+    first = int(made.storage_offset()) - _PORT_SAMPLES * offset // 4
+    return Port(base, offset, first, made.stride(0), tuple(made.shape[1:]), tuple(made.stride()[1:]))
+
+
 class Program:
     """The steps of a captured network, ready to run over batches of images.
 
@@ -302,45 +311,42 @@ class Program:
         ways = paths_in(self._structure([_Output() for _ in self._outputs]), _Output)
         return [output_name(way, taken) for way, _ in ways]
 
-    def ports(self) -> tuple[list[Port | None], list[Port | None]]:
-        """Return where its inputs and outputs lie; None for what is no tensor of samples in the memory of a run."""
-        images, env = 2, dict[fx.Node, Any](self.constants)
+    def ports(self) -> tuple[list[Port], list[Port | None]]:
+        """Return where its inputs and outputs lie; None for an output that no step makes of each sample."""
+        images, env = _PORT_SAMPLES, dict[fx.Node, Any](self.constants)
         env.update(dict.fromkeys(self._counts, images))
         memory = torch.empty(max(1, self._executable.bytes(images) // 4), dtype=torch.float32, device=self._device)
         bases = {memory.untyped_storage().data_ptr(): 0}
-        for node, batched in zip(self._inputs, self._batched, strict=True):
+        inputs = []
+        for node in self._inputs:
             source, made = self._values.get(node), node.meta["val"]
-            if source is None or not batched:
+            if source is None or source not in self._bases:
+                shape = tuple(made.shape[1:])
+                inputs.append(Port(-1, 0, 0, 0, shape, (0,) * len(shape)))
                 continue
-            x = torch.empty((images, *made.shape[1:]), dtype=made.dtype, device=self._device)
+            x = torch.empty((images, *made.shape[1:]), dtype=torch.float32, device=self._device)
             env[node] = x if source in self._as_they_come else _pixels(x, source).movedim(-1, source.dim)
-            bases[env[node].untyped_storage().data_ptr()] = self._bases.get(source, -1)
-        inputs = [self._port(env.get(node), bases) for node in self._inputs]
+            bases[env[node].untyped_storage().data_ptr()] = self._bases[source]
+            inputs.append(_port(env[node], self._bases[source]))
         for value, base in self._returns.items():
             channels, height, width = value.size
             y = torch.empty((images, height, width, channels), dtype=torch.float32, device=self._device)
             env[value.node] = _of_node(y, value)
             bases[y.untyped_storage().data_ptr()] = base
-        outputs: list[Port | None] = []
-        for node in self._outputs:
-            if not isinstance(node, fx.Node) or self._own(node) not in {**env, **self._values}:
-                outputs.append(None)
-                continue
-            own = self._own(node)
-            if own not in env:
-                env[own] = self._view(self._values[own], images, env, memory)
-            offset = self._buffers[root].offset if (root := self._values[own].root()) in self._buffers else 0
-            outputs.append(self._port(self._tensor(node, env), bases, offset))
-        return inputs, outputs
+        return inputs, [self._port_of_output(node, env, memory, bases) for node in self._outputs]
 
-    @staticmethod
-    def _port(made: Any, bases: dict[int, int], offset: int = 0) -> Port | None:
-        base = bases.get(made.untyped_storage().data_ptr()) if isinstance(made, Tensor) and made.dim() else None
-        if base is None:
+    def _port_of_output(self, node: Any, env: dict[fx.Node, Any], memory: Tensor, bases: dict[int, int]) -> Port | None:
+        own = self._own(node) if isinstance(node, fx.Node) else None
+        if own is None or (own not in env and own not in self._values):
             return None
-        # Behind the address of a sample's memory, which two samples have twice as far from the beginning.
-        first = made.storage_offset() - 2 * offset // 4
-        return Port(base, offset, first, made.stride(0), tuple(made.shape[1:]), tuple(made.stride()[1:]))
+        if own not in env:
+            env[own] = self._view(self._values[own], _PORT_SAMPLES, env, memory)
+        made = self._tensor(node, env)
+        if not isinstance(made, Tensor) or made.dim() < 1 or len(made) != _PORT_SAMPLES:
+            return None
+        base = bases.get(made.untyped_storage().data_ptr())
+        root = self._values[own].root() if own in self._values else None
+        return None if base is None else _port(made, base, self._buffers[root].offset if root in self._buffers else 0)
 
     # Running
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsconv.compilation.plan import plan_of
-from dsconv.compilation.program import Port, Program
+from dsconv.compilation.program import Program
 from dsconv.compilation.saving import schema
 from dsconv.compilation.saving.flatbuffer import encoded
 from dsconv.compilation.saving.recording import Layer, Recording
@@ -86,7 +86,7 @@ class _Network:
 
     def _program(self, program: Program) -> schema.Program:
         recording = Recording(program, self._constant, self._layer)
-        inputs, outputs = ([_port(port) for port in ports] for ports in program.ports())
+        inputs, outputs = ([schema.Port(*port) for port in ports if port is not None] for ports in program.ports())
         at_once = 0 if program.images_at_once is None else max(1, program.images_at_once)
         steps = recording.floats, recording.quantizeds, recording.steps
         return schema.Program(False, False, at_once, inputs, outputs, *steps)
@@ -185,11 +185,6 @@ def _digest(packed: Layer) -> bytes:
     for tensor in packed:
         made.update(b"" if tensor is None else tensor.numpy().tobytes())
     return made.digest()
-
-
-def _port(port: Port | None) -> schema.Port:
-    assert port is not None
-    return schema.Port(*port)
 
 
 def _bits(vqk: Tensor, bits: int) -> np.ndarray[Any, Any]:
