@@ -1,5 +1,5 @@
 # Every target makes the virtual environment that it needs; a second run finds it ready.
-# Wanted on the machine: Python 3.11 or newer with pip. With g++ or clang++ the C++ extension is built too.
+# Wanted on the machine: Python 3.11 or newer with pip. With g++ 12, clang++ 16 or newer the C++ extension is built too.
 
 VENV := .venv
 BIN := $(VENV)/bin
