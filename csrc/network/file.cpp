@@ -110,6 +110,7 @@ void File::check() {
                     " bytes, which are not those that it tells of");
   header_ = bytes_.subspan(sizeof p, p.header_size), data_ = bytes_.subspan(p.data_begin);
   if (crc32(header_) != p.header_crc || crc32(data_) != p.data_crc) throw FileError("the file is damaged: its checksum is wrong");
+  forget();
 }
 
 }  // namespace dsconv

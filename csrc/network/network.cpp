@@ -115,19 +115,61 @@ float of_half(std::uint16_t half) {
   return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(std::bit_cast<float>(rest << 13) * 0x1p112f));
 }
 
-// Returns integers of so many bits that lie side by side, the lowest bits first, less the smallest one.
-std::vector<std::int8_t> integers_of(const std::byte* stored, std::int64_t count, int width) {
+// Returns integers from the one at `first` on, of so many bits that lie side by side, the lowest bits first, less the smallest.
+std::vector<std::int8_t> integers_of(const std::byte* stored, std::int64_t first, std::int64_t count, int width) {
   constexpr std::int64_t kTogether = 8192;
   std::vector<std::int8_t> all(count);
   parallel(ceil_div(count, kTogether), [&](std::int64_t task) {
     for (std::int64_t i = task * kTogether; i < std::min(count, (task + 1) * kTogether); ++i) {
-      const std::int64_t bit = i * width;
+      const std::int64_t bit = (first + i) * width;
       unsigned two = std::to_integer<unsigned>(stored[bit / 8]);
       if (bit % 8 + width > 8) two |= std::to_integer<unsigned>(stored[bit / 8 + 1]) << 8;
       all[i] = static_cast<std::int8_t>(static_cast<int>(two >> bit % 8 & ((1u << width) - 1)) - (1 << (width - 1)));
     }
   });
   return all;
+}
+
+// The transformed weights of some outputs, as dsconv/numerics/winograd.py defines them.
+struct WinogradPart {
+  std::vector<std::int8_t> q;  // (outputs, channels, products)
+  std::vector<float> scale;    // (outputs, blocks, products)
+  std::vector<float> shift;    // (outputs, blocks), of the centre
+};
+
+// Takes vqk (outputs, channels, 9), kds and perhaps a shift (outputs, blocks, 9).
+WinogradPart winograd_part(const ConvSizes& g, const std::vector<std::int8_t>& vqk, const float* kds, const float* shift,
+                           std::int64_t block_size, const Kernels& kernels) {
+  constexpr std::int64_t kTaps = 9, kProducts = kWinogradProducts;
+  const std::int64_t depth = g.channels, blocks = ceil_div(depth, block_size), outputs = g.outputs;
+  std::vector<float> w(vqk.size()), scale(kProducts * outputs * blocks);
+  std::vector<std::int8_t> q(kProducts * outputs * depth);
+  parallel(outputs, [&](std::int64_t output) {
+    for (std::int64_t c = 0; c < depth; ++c)
+      for (std::int64_t tap = 0; tap < kTaps; ++tap) {
+        const std::int64_t i = (output * depth + c) * kTaps + tap, s = (output * blocks + c / block_size) * kTaps + tap;
+        w[i] = static_cast<float>(vqk[i]) * kds[s];
+        if (shift) w[i] += shift[s];
+      }
+  });
+  round_winograd(kernels, {w.data(), outputs, depth, block_size}, {q.data(), scale.data()});
+  WinogradPart made{std::vector<std::int8_t>(q.size()), std::vector<float>(scale.size()), std::vector<float>(outputs * blocks)};
+  parallel(outputs, [&](std::int64_t output) {
+    const auto at_q = [&](std::int64_t product, std::int64_t c) { return q[(product * outputs + output) * depth + c]; };
+    const auto at_scale = [&](std::int64_t product, std::int64_t b) { return scale[(product * outputs + output) * blocks + b]; };
+    for (std::int64_t c = 0; c < depth; ++c)
+      for (std::int64_t p = 0; p < kProducts; ++p) made.q[(output * depth + c) * kProducts + p] = at_q(p, c);
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      for (std::int64_t p = 0; p < kProducts; ++p) made.scale[(output * blocks + b) * kProducts + p] = at_scale(p, b);
+      const auto term = [&](std::int64_t product) {
+        std::int32_t sum = 0;
+        for (std::int64_t c = b * block_size; c < std::min(depth, (b + 1) * block_size); ++c) sum += at_q(product, c);
+        return static_cast<float>(sum * kWinogradShift) * at_scale(product, b);
+      };
+      made.shift[output * blocks + b] = term(kWinogradCentre) + term(kWinogradPositions);
+    }
+  });
+  return made;
 }
 
 // Copies values of tensors of one shape.
@@ -292,44 +334,26 @@ void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const 
   if (!g.winograd) {
     pack_kds(g, kds.data(), packed_kds);
     if (has_shift) pack_kds(g, shift.data(), packed_shift);
-    if (!packed) pack_weight(g, integers_of(stored, count, width).data(), wide ? 8 : bits, weight);
+    if (!packed) pack_weight(g, integers_of(stored, 0, count, width).data(), wide ? 8 : bits, weight);
     return;
   }
-  std::vector<float> w(count);
-  {
-    const std::vector<std::int8_t> vqk = integers_of(stored, count, width);
-    parallel(g.outputs, [&](std::int64_t output) {
-      for (std::int64_t c = 0; c < depth; ++c)
-        for (std::int64_t tap = 0; tap < taps; ++tap) {
-          const std::int64_t i = (output * depth + c) * taps + tap, s = (output * blocks + c / block_size) * taps + tap;
-          w[i] = static_cast<float>(vqk[i]) * kds[s];
-          if (!shift.empty()) w[i] += shift[s];
-        }
-    });
+  // Pairs of panels one after another: all at once, the floats would be larger than anything that is kept.
+  const std::int64_t pair_scales = g.taps() * blocks * kNR;
+  for (std::int64_t pair = 0; pair < g.panel_pairs(); ++pair) {
+    ConvSizes part = g;
+    part.outputs = std::min<std::int64_t>(kNR, g.outputs - pair * kNR);
+    const std::int64_t first = pair * kNR * taps;
+    const std::vector<std::int8_t> vqk = integers_of(stored, first * depth, part.outputs * depth * taps, width);
+    const float* const part_shift = shift.empty() ? nullptr : shift.data() + first * blocks;
+    const WinogradPart made = winograd_part(part, vqk, kds.data() + first * blocks, part_shift, block_size, kernels);
+    std::vector<std::uint8_t> panels(part.packed_bytes(true));
+    pack_weight(part, made.q.data(), 8, panels.data());
+    const auto end_of_panels = panels.begin() + part.panels_bytes(true);
+    std::copy(panels.begin(), end_of_panels, weight + pair * part.panels_bytes(true));
+    std::copy(end_of_panels, panels.end(), weight + g.panels_bytes(true) + pair * pair_scales * 4);
+    pack_kds(part, made.scale.data(), packed_kds + pair * pair_scales);
+    pack_kds(centre_of(part), made.shift.data(), packed_shift + pair * blocks * kNR);
   }
-  std::vector<std::int8_t> q(kWinogradProducts * g.outputs * depth), by_output(q.size());
-  std::vector<float> scale(kWinogradProducts * g.outputs * blocks), scale_by_output(scale.size()), of_centre(g.outputs * blocks);
-  round_winograd(kernels, {w.data(), g.outputs, depth, block_size}, {q.data(), scale.data()});
-  parallel(g.outputs, [&](std::int64_t output) {
-    for (std::int64_t p = 0; p < kWinogradProducts; ++p) {
-      for (std::int64_t c = 0; c < depth; ++c)
-        by_output[(output * depth + c) * kWinogradProducts + p] = q[(p * g.outputs + output) * depth + c];
-      for (std::int64_t b = 0; b < blocks; ++b)
-        scale_by_output[(output * blocks + b) * kWinogradProducts + p] = scale[(p * g.outputs + output) * blocks + b];
-    }
-    for (std::int64_t b = 0; b < blocks; ++b) {
-      const auto term = [&](int p) {
-        std::int32_t sum = 0;
-        for (std::int64_t c = b * block_size; c < std::min(depth, (b + 1) * block_size); ++c)
-          sum += q[(p * g.outputs + output) * depth + c];
-        return static_cast<float>(sum * kWinogradShift) * scale[(p * g.outputs + output) * blocks + b];
-      };
-      of_centre[output * blocks + b] = term(kWinogradCentre) + term(kWinogradPositions);
-    }
-  });
-  pack_weight(g, by_output.data(), 8, weight);
-  pack_kds(g, scale_by_output.data(), packed_kds);
-  pack_kds(centre_of(g), of_centre.data(), packed_shift);
 }
 
 Network::Port Network::port(const file::Port* of, const Compiled& made) const {
