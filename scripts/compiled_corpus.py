@@ -68,20 +68,22 @@ class Dense(nn.Module):
         }
 
 
-NETWORKS: dict[str, tuple[type[nn.Module], Sequence[Tensor], str]] = {
-    "residual": (Residual, [image(3, 16)], "default"),
-    "direct": (Residual, [image(3, 12)], "w8a8"),
-    "mobile": (Mobile, [image(4)], "default"),
-    "dense": (Dense, [image(8), image(8)], "default"),
+NETWORKS: dict[str, tuple[type[nn.Module], Sequence[Tensor], str, bool]] = {
+    "residual": (Residual, [image(3, 16)], "default", False),
+    "whole": (Residual, [image(3, 12)], "default", True),
+    "direct": (Residual, [image(3, 12)], "w8a8", False),
+    "mobile": (Mobile, [image(4)], "default", False),
+    "dense": (Dense, [image(8), image(8)], "default", False),
 }
 
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (network, inputs, preset) in NETWORKS.items():
+    for name, (network, inputs, preset, fast_start) in NETWORKS.items():
         torch.manual_seed(0)
         fast = dsconv.compile(dsconv.quantize(network().eval(), preset), tuple(inputs))
-        print(f"{name}: {fast.save(folder / f'{name}.dsconv'):,} bytes, {len(fast.plan.steps)} steps")
+        size = fast.save(folder / f"{name}.dsconv", fast_start=fast_start)
+        print(f"{name}: {size:,} bytes, {len(fast.plan.steps)} steps")
 
 
 if __name__ == "__main__":

@@ -312,16 +312,18 @@ std::vector<float> Network::scales(const file::Bytes* place, std::int64_t count,
 void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const Kernels& kernels, PackedWeights& to) const {
   const int width = checked_bits(of.bits());
   require(of.winograd() == g.winograd && of.block_size() > 0 && (g.winograd || width == bits), "weights of another layer");
-  const std::int64_t taps = g.winograd ? 9 : g.taps(), depth = g.layout().depth;
+  const bool packed = of.form() == file::Form::packed, wide = bits > 4 || g.winograd;
+  const std::int64_t taps = g.winograd && !packed ? 9 : g.taps(), depth = g.layout().depth;
   const std::int64_t block_size = std::min<std::int64_t>(depth, of.block_size()), blocks = ceil_div(depth, block_size);
   const std::int64_t count = g.outputs * depth * taps, scale_count = g.outputs * blocks * taps;
-  const bool packed = of.form() == file::Form::packed, wide = bits > 4 || g.winograd;
-  require((packed && !g.winograd) || of.form() == file::Form::integers, "no such form of weights");
+  require(packed || of.form() == file::Form::integers, "no such form of weights");
   require(blocks == g.layout().blocks() && count < kMaxValues &&
               of.weight()->size() == static_cast<std::uint64_t>(packed ? to.weight_bytes : ceil_div(count * width, 8)),
           "weights have another size than expected");
   const std::byte* const stored = bytes(of.weight()->begin(), of.weight()->size());
-  const std::vector<float> kds = scales(of.kds(), scale_count, of.half()), shift = scales(of.kds_shift(), scale_count, of.half());
+  const std::int64_t shifts = g.winograd && packed ? g.outputs * blocks : scale_count;
+  const std::vector<float> kds = scales(of.kds(), scale_count, of.half()), shift = scales(of.kds_shift(), shifts, of.half());
+  require(!g.winograd || !packed || !shift.empty(), "a Winograd layer has no shift");
   const bool has_shift = g.winograd || !shift.empty();
   const auto rounded = [](std::int64_t n) { return ceil_div(n, 64) * 64; };
   const std::int64_t at_kds = packed ? 0 : rounded(to.weight_bytes), at_shift = at_kds + rounded(4 * to.kds_count);
@@ -331,9 +333,9 @@ void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const 
   auto* const weight = reinterpret_cast<std::uint8_t*>(memory);
   to.weight = packed ? reinterpret_cast<const std::uint8_t*>(stored) : weight;
   to.kds = packed_kds, to.shift = has_shift ? packed_shift : nullptr;
-  if (!g.winograd) {
+  if (!g.winograd || packed) {
     pack_kds(g, kds.data(), packed_kds);
-    if (has_shift) pack_kds(g, shift.data(), packed_shift);
+    if (has_shift) pack_kds(g.winograd ? centre_of(g) : g, shift.data(), packed_shift);
     if (!packed) pack_weight(g, integers_of(stored, 0, count, width).data(), wide ? 8 : bits, weight);
     return;
   }

@@ -98,10 +98,11 @@ def compiled(name: str, config: Any = None) -> tuple[Any, list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("config", ["default", "w4a4", "w8a8"])
+@pytest.mark.parametrize("config", ["default", "w4a4", "w8a8", "fast start"])
 def test_the_bits_are_those_of_the_compiled_network(name: str, config: str, tmp_path: Path) -> None:
-    fast, inputs = compiled(name, config)
-    fast.save(tmp_path / "net.dsconv")
+    fast_start = config == "fast start"
+    fast, inputs = compiled(name, None if fast_start else config)
+    fast.save(tmp_path / "net.dsconv", fast_start=fast_start)
     net = runtime.Network(tmp_path / "net.dsconv")
     for samples in (1, 2, 5, 0):
         given = [x[:samples] for x in inputs]

@@ -124,6 +124,17 @@ def test_any_width_is_packed(bits: int, tmp_path: Path) -> None:
     )
 
 
+def test_for_a_fast_start_weights_are_as_kernels_read_them(tmp_path: Path) -> None:
+    fast = compiled(Network())
+    small = fast.save(tmp_path / "small.dsconv")
+    large = fast.save(tmp_path / "large.dsconv", fast_start=True)
+    found = tables(tmp_path / "large.dsconv", tmp_path)["weights"]
+    layers = [module for module in fast.model.modules() if hasattr(module, "packed")]
+    assert {of["form"] for of in found} == {"packed"}
+    assert [of["weight"]["size"] for of in found] == [layer.packed[0].weight.nbytes for layer in layers]
+    assert large > small
+
+
 def test_programs_of_several_sizes_share_weights(tmp_path: Path) -> None:
     fast = compiled(Network())
     one = fast.save(tmp_path / "one.dsconv")

@@ -18,6 +18,7 @@ _SIZES_HELP = (
     "Size of images that the file takes; give it several times for several sizes. Without it, that of the network's "
     "preparation of images."
 )
+_FAST_START_HELP = "Write weights as the kernels read them: a larger file, which is opened several times faster and shared by processes."
 
 
 def compile(
@@ -27,6 +28,7 @@ def compile(
         list[str] | None, typer.Option(metavar="PIXELS|[CHANNELSx]HEIGHTxWIDTH", help=_SIZES_HELP, show_default=False)
     ] = None,
     classes: opt.Classes = None,
+    fast_start: Annotated[bool, typer.Option("--fast-start", help=_FAST_START_HELP)] = False,
     weights: opt.Weights = "default",
     preset: opt.Preset = "default",
     config: opt.Config = None,
@@ -61,7 +63,7 @@ def compile(
     examples = [torch.zeros(1, *image, dtype=torch.float32, device="cpu") for image in images]
     say("compiling")
     fast = dsconv.compile(qmodel, examples[0])
-    file_bytes = fast.save(out, sizes=examples[1:], classes=names)
+    file_bytes = fast.save(out, sizes=examples[1:], classes=names, fast_start=fast_start)
     if as_json:
         plan = {"steps": len(fast.plan.steps), "memory_bytes": fast.plan.memory_bytes}
         prepared = None if preprocess is None else preprocess.model_dump(mode="json")

@@ -193,6 +193,7 @@ class CompiledModel(nn.Module):
         *,
         sizes: Sequence[Any] = (),
         classes: Sequence[str] | None = None,
+        fast_start: bool = False,
     ) -> int:
         """Write the network as a file that runs without PyTorch: by ``dsconv_runtime`` in Python, by libdsconv in C.
 
@@ -206,6 +207,8 @@ class CompiledModel(nn.Module):
             sizes: further examples, as :func:`compile` takes them: the file takes inputs of their sizes, and of that of
                 the example that was compiled.
             classes: names of the classes, for a classifier.
+            fast_start: write the weights of all layers as the kernels read them. Layers by Winograd then take four
+                times as much of the file, which is opened several times faster, and whose memory processes share.
 
         Returns:
             The size of the file in bytes.
@@ -237,7 +240,7 @@ class CompiledModel(nn.Module):
                 check_saved(program, names[1])
             made.append(Size(one, several))
         preprocess = None if self.preprocess is None else self.preprocess.model_dump_json()
-        return write(place, made, quantized_layers(self.model).values(), names, preprocess, classes)
+        return write(place, made, quantized_layers(self.model).values(), names, preprocess, classes, fast_start)
 
     def _for_saving(self, example: Inputs, count: int) -> Program:
         """What runs for so many samples of the sizes of ``example`` that are contiguous."""

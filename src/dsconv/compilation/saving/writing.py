@@ -20,6 +20,8 @@ from dsconv.compilation.saving.recording import Layer, Recording
 from dsconv.errors import ModelError
 from dsconv.files import replacing
 from dsconv.layers import DSLayer
+from dsconv.numerics import dequantize_weight, winograd_shift
+from dsconv.ops.rounding import round_winograd
 
 MAGIC, FORMAT = b"\x89dsconv\n", 1
 PREFIX = struct.Struct("<8sIIQQQII16x")
@@ -60,8 +62,8 @@ class _Data:
 class _Network:
     """The tables of a file, and its data."""
 
-    def __init__(self, layers: Iterable[DSLayer]):
-        self.data = _Data()
+    def __init__(self, layers: Iterable[DSLayer], fast_start: bool):
+        self.data, self._fast_start = _Data(), fast_start
         self.constants: list[schema.Bytes] = []
         self.weights: list[schema.Weights] = []
         self.programs: list[schema.Program] = []
@@ -107,18 +109,24 @@ class _Network:
 
     def _weights(self, packed: Tensor, layer: DSLayer, sizes: schema.ConvSizes) -> schema.Weights:
         integers, config = _bits(layer.vqk, layer.config.weight_bits), layer.config
-        half = layer.kds.dtype == torch.float16
-        scales = (layer.kds, layer.kds_shift) if half else (layer.kds.float(), _as_float(layer.kds_shift))
-        kds, shift = (None if scale is None else self.data.add(scale) for scale in scales)
+        scales: tuple[Tensor, Tensor | None] = layer.kds, layer.kds_shift
+        in_place = self._fast_start or packed.nbytes <= _LARGEST_PACKED * integers.nbytes
+        if in_place and sizes.winograd:
+            scales = _winograd_scales(layer)
+        half = scales[0].dtype == torch.float16
+        kds, shift = (None if scale is None else self.data.add(scale if half else scale.float()) for scale in scales)
         assert kds is not None
-        in_place = not sizes.winograd and packed.nbytes <= _LARGEST_PACKED * integers.nbytes
         form, weight = (schema.PACKED, packed) if in_place else (schema.INTEGERS, integers)
         settings = sizes.winograd, config.weight_bits, config.block_size, half
         return schema.Weights(form, *settings, self.data.add(weight), kds, shift)
 
 
-def _as_float(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else scale.float()
+def _winograd_scales(layer: DSLayer) -> tuple[Tensor, Tensor]:
+    """Return the scales ``(O, CB, products)`` and the shift ``(O, CB)`` of a layer's transformed weights."""
+    block_size = layer.config.block_size
+    w = dequantize_weight(layer.vqk, layer.kds.float(), block_size, layer.kds_shift)
+    weight = round_winograd(w, block_size)
+    return weight.scale.permute(1, 2, 0), winograd_shift(weight, block_size)
 
 
 def write(
@@ -128,6 +136,7 @@ def write(
     names: tuple[Sequence[str], Sequence[str]],
     preprocess: str | None,
     classes: Sequence[str] | None,
+    fast_start: bool,
 ) -> int:
     """Write the programs of a network for several sizes of its inputs; returns the size of the file in bytes.
 
@@ -138,8 +147,9 @@ def write(
         names: of inputs and outputs.
         preprocess: how images are prepared, in JSON.
         classes: their names.
+        fast_start: all weights are as the kernels read them.
     """
-    made = _Network(layers)
+    made = _Network(layers, fast_start)
     for size in sizes:
         made.add(size)
     version = metadata.version("dsconv")
