@@ -30,6 +30,7 @@ COMMANDS = (
     "tradeoff",
     "bench",
     "profile",
+    "compile",
     "report",
     "export",
     "inspect",

@@ -238,7 +238,7 @@ def test_the_reference_serves_as_the_model(cli: Cli, tmp_path: Path, digits: Pat
 THREADS, DEVICE, LIMIT = (
     {*names.split()}
     for names in (
-        "quantize evaluate tradeoff bench profile report export sensitivity search calibrate adapt demo",
+        "quantize evaluate tradeoff bench profile compile report export sensitivity search calibrate adapt demo",
         "evaluate tradeoff sensitivity search calibrate adapt",
         "evaluate tradeoff bench report export sensitivity search calibrate adapt",
     )

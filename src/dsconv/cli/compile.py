@@ -18,7 +18,9 @@ _SIZES_HELP = (
     "Size of images that the file takes; give it several times for several sizes. Without it, that of the network's "
     "preparation of images."
 )
-_FAST_START_HELP = "Write weights as the kernels read them: a larger file, which is opened several times faster and shared by processes."
+_FAST_START_HELP = (
+    "Write weights as the kernels read them: the file is larger, opened several times faster, and shared by processes."
+)
 
 
 def compile(
