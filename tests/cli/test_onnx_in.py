@@ -99,8 +99,9 @@ def test_an_onnx_file_says_what_bench_runs_it_on(cli: Callable[..., Any], severa
     free = tmp_path / "free.onnx"
     onnx.save(model, free)
     done = cli("bench", free, *options)
-    assert done.code == 1 and "dimension 2 of its input 'image' is free: give --size" in done.stderr
+    assert done.code == 1 and "dimension 3 of its input 'image' is free: give --size" in done.stderr
     done = cli("bench", free, *options, "--size", "9x6")
+    assert done.code == 0, done.stderr
     (found,) = json.loads(done.stdout)["networks"]
     assert found["input_shapes"] == {**sizes, "image": [3, 9, 6]}, done.stderr
 

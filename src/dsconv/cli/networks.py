@@ -113,14 +113,15 @@ def random_inputs(path: Path, size: list[int], count: int) -> "Inputs":
     def tensor(name: str) -> torch.Tensor:
         dtype, shape = types[name]
         own = bool(shape) and shape[0] in ("", batch)  # a row for each sample
+        remaining = list(size)
         sizes: list[int] = []
-        for place, number in enumerate(shape[own:], own - len(shape)):
-            if isinstance(number, str) and -place > len(size):
+        for place, number in reversed(list(enumerate(shape))[own:]):
+            if isinstance(number, str) and not remaining:
                 raise DataError(
-                    f"{path}: dimension {place + len(shape)} of its input {name!r} is free: give --size, or, where "
-                    "that cannot say it, call dsconv.bench in Python on dsconv.Inputs"
+                    f"{path}: dimension {place} of its input {name!r} is free: give --size, or, where that cannot say "
+                    "it, call dsconv.bench in Python on dsconv.Inputs"
                 )
-            sizes.append(size[place] if isinstance(number, str) else number)
+            sizes.insert(0, remaining.pop() if isinstance(number, str) else number)
         made = torch.randn([count] * own + sizes, generator=generator, dtype=torch.float32, device="cpu")
         kind = torch.from_numpy(np.empty(0, dtype)).dtype
         return made if kind.is_floating_point else torch.ones_like(made, dtype=kind)
