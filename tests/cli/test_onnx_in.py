@@ -91,6 +91,11 @@ def test_an_onnx_file_says_what_bench_runs_it_on(cli: Callable[..., Any], severa
         (found,) = json.loads(done.stdout)["networks"]
         assert found["input_shapes"] == sizes and found["calibration"] == "8 random samples", done.stderr
         assert not [why for name, why in found["not_run"].items() if "ONNX Runtime" in name], found["not_run"]
+    model = onnx.load(several)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("text", onnx.TensorProto.STRING, [1]))
+    onnx.save(model, tmp_path / "text.onnx")
+    done = cli("bench", tmp_path / "text.onnx", *options)
+    assert done.code == 1 and "its input 'text' is of object, which PyTorch does not have" in done.stderr
     # Free sizes are told.
     model = onnx.load(several)
     for given, places in zip(model.graph.input, ((2, 3), (1,), (0,)), strict=True):

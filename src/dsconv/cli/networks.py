@@ -99,7 +99,7 @@ def random_inputs(path: Path, size: list[int], count: int) -> "Inputs":
     The last free sizes of each tensor are the last ones of ``size``, that of :func:`read_size`.
 
     Raises:
-        DataError: a size is free, and ``size`` does not tell it.
+        DataError: a size is free, and ``size`` does not tell it; or PyTorch has no numbers of the type of a tensor.
     """
     import torch
 
@@ -123,7 +123,10 @@ def random_inputs(path: Path, size: list[int], count: int) -> "Inputs":
                 )
             sizes.insert(0, remaining.pop() if isinstance(number, str) else number)
         made = torch.randn([count] * own + sizes, generator=generator, dtype=torch.float32, device="cpu")
-        kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        try:
+            kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        except TypeError:
+            raise DataError(f"{path}: its input {name!r} is of {dtype}, which PyTorch does not have") from None
         return made if kind.is_floating_point else torch.ones_like(made, dtype=kind)
 
     return Inputs(*map(tensor, types))
