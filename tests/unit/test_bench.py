@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor
 from torch import nn as tnn
 
 import dsconv
-from dsconv import report
+from dsconv import Inputs, report
 from dsconv.benchmarking import Bench, Timing, machine, measure, peers
 from dsconv.benchmarking.mnn import quiet
+from dsconv.data.inputs import call
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, import_extra
 
 SHAPE = (3, 12, 12)
@@ -249,11 +250,11 @@ def test_a_network_whose_layers_have_two_algorithms_is_timed_by_both(algorithm: 
     net = tnn.Sequential(tnn.Conv2d(3, 16, 3, 2), tnn.ReLU(), tnn.Conv2d(16, 16, 3, padding=1)).eval()
     made = {a: dsconv.quantize(net, {"overrides": {"2": {"algorithm": a}}}) for a in (algorithm, other)}
     x = torch.randn(2, *SHAPE)
-    ours = peers.ours(made[algorithm], x)
+    ours = peers.ours(made[algorithm], Inputs(x))
     assert [contestant.name for contestant in ours] == [*OURS, f"dsconv, {other}"]
     with torch.inference_mode():
         for contestant, name in ((ours[0], algorithm), (ours[2], other)):
-            assert torch.equal(contestant.output(), dsconv.compile(made[name], x)(x))
+            assert torch.equal(contestant.outputs()[0], dsconv.compile(made[name], x)(x))
     layers: list[Any] = [made[algorithm].get_submodule(name) for name in "02"]
     assert [layer.config.algorithm for layer in layers] == ["direct", algorithm]
 
@@ -302,17 +303,17 @@ def test_networks_that_cannot_be_run(net: tnn.Sequential, qnet: tnn.Module) -> N
         dsconv.bench(network().train(), qnet, SHAPE)
     with pytest.raises(ModelError, match=r"is in torch\.float16, .*call float\(\)"):
         dsconv.bench(network().eval().half(), qnet, SHAPE)
-    with pytest.raises(ModelError, match="one float32 tensor, got tuple"):
-        dsconv.bench(tnn.Sequential(net, Twice()).eval(), qnet, SHAPE)
+    with pytest.raises(ModelError, match="as output, got str"):
+        dsconv.bench(tnn.Sequential(net, Says()).eval(), qnet, SHAPE)
 
 
-class Twice(tnn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
+class Says(tnn.Module):
+    def forward(self, x: Tensor) -> str:
+        return "nothing"
 
 
 def contestant(name: str, output: Callable[[], Tensor], call: Callable[[], object] = lambda: None) -> Any:
-    return lambda case: peers.Contestant(name, "as told", 1, call, output)
+    return lambda case: peers.Contestant(name, "as told", 1, call, lambda: [output()])
 
 
 def test_who_fails_is_told_and_the_others_go_on(
@@ -359,7 +360,7 @@ def test_ctrl_c_leaves_the_times_so_far(
             if next(left, None) is None:
                 raise KeyboardInterrupt
 
-        return peers.Contestant("other", "as told", 1, call, lambda: torch.zeros(case.output_shape))
+        return peers.Contestant("other", "as told", 1, call, lambda: [torch.zeros_like(y) for y in case.outputs])
 
     monkeypatch.setitem(peers.CONTESTANTS, "torch", {"other": make})
     before = torch.get_num_threads()
@@ -410,14 +411,21 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> peers.Case:
     pytest.importorskip("onnx", reason="needs the extra 'bench'")
     pytest.importorskip("onnxruntime", reason="needs the extra 'bench'")
     images = torch.randn((6, *SHAPE), generator=torch.Generator().manual_seed(0))
-    models = peers.OnnxModels(network(), images, tmp_path_factory.mktemp("onnx"))
-    return peers.Case(models.network, models, images[:5], torch.Size([5, 10]), threads=1)
+    models = peers.OnnxModels(network(), Inputs(images), tmp_path_factory.mktemp("onnx"))
+    return made_case(models, Inputs(images[:5]))
+
+
+def made_case(models: peers.OnnxModels, x: Inputs, threads: int = 1) -> peers.Case:
+    with torch.inference_mode():
+        return peers.Case(models.network, models, x, peers.tensors_of_output(call(models.network, x)), threads)
 
 
 def relative_error(case: peers.Case, contestant: peers.Contestant) -> float:
+    """The largest of its outputs of floats."""
     with torch.inference_mode():
-        y, found = case.network(case.x), contestant.output()
-    return float((found - y).norm() / y.norm())
+        pairs = list(zip(contestant.outputs(), case.outputs, strict=True))
+    assert all(found.shape == y.shape and found.dtype == y.dtype for found, y in pairs)
+    return max(float((found - y).norm() / y.norm()) for found, y in pairs if y.is_floating_point())
 
 
 @pytest.mark.parametrize(
@@ -474,7 +482,7 @@ def test_layers_that_a_runtime_leaves_out_are_told(case: peers.Case, monkeypatch
 def test_a_network_without_layers_to_look_at_does_not_run(case: peers.Case, tmp_path: Path) -> None:
     plain = tnn.Sequential(tnn.ReLU(), tnn.Flatten()).eval()
     models = peers.OnnxModels(plain, case.x, tmp_path)
-    empty = peers.Case(plain, models, case.x, torch.Size([5, 432]), threads=1)
+    empty = made_case(models, case.x)
     with pytest.raises(peers.NotRun, match="no convolution or product"):
         peers.CONTESTANTS["onnxruntime"]["ONNX Runtime float32"](empty)
 
@@ -490,7 +498,7 @@ def test_a_compiler_that_crashes_does_so_elsewhere(
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     models = peers.OnnxModels(case.network, case.onnx.images, tmp_path)
-    asked = peers.Case(case.network, models, case.x, case.output_shape, threads=1)
+    asked = made_case(models, case.x)
     make = peers.CONTESTANTS["openvino"]["OpenVINO int8"]
     if runs:
         contestant = make(asked)
@@ -502,9 +510,131 @@ def test_a_compiler_that_crashes_does_so_elsewhere(
 
 
 def test_another_size_of_the_batch_is_of_the_same_file(case: peers.Case) -> None:
-    one = peers.Case(case.network, case.onnx, case.x[:1].contiguous(), torch.Size([1, 10]), threads=1)
+    one = made_case(case.onnx, case.x[:1])
     contestant = peers.CONTESTANTS["onnxruntime"]["ONNX Runtime float32"](one)
-    assert contestant.output().shape == (1, 10) and relative_error(one, contestant) < 1e-5
+    assert contestant.outputs()[0].shape == (1, 10) and relative_error(one, contestant) < 1e-5
+
+
+# Any inputs and outputs
+
+
+@dataclass
+class Found:
+    logits: Tensor
+    parts: list[Tensor]
+    kind: str
+
+
+class Captioned(tnn.Module):
+    """Looks at an image and at tokens beside it, by a table that belongs to all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.classes = tnn.Conv2d(3, 64, 3, padding=1), tnn.Linear(64, 10)
+        self.words = tnn.Embedding(20, 64)
+
+    def forward(self, image: Tensor, extra: dict[str, Any], scale: float = 1.0) -> Found:
+        seen = self.body(image).relu().mean((2, 3))
+        read = (self.words(extra["tokens"]) + extra["places"]).mean(1)
+        logits = self.classes(seen + scale * read)
+        return Found(logits, [seen, logits.argmax(1)], "caption")
+
+
+def captioned(count: int) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 20, (count, 6), generator=generator)
+    extra = {"tokens": tokens, "places": torch.randn(6, 64, generator=generator), "language": "en"}
+    return Inputs(torch.randn(count, *SHAPE, generator=generator), extra, scale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "name", "most_error"),
+    [
+        ("torch", "PyTorch float32", 0.0),
+        ("torch", "PyTorch bf16", 0.03),
+        ("onnxruntime", "ONNX Runtime float32", 1e-5),
+        ("onnxruntime", "ONNX Runtime int8", 0.05),
+        ("openvino", "OpenVINO float32", 1e-5),
+        ("openvino", "OpenVINO bf16", 0.03),
+        ("openvino", "OpenVINO int8", 0.05),
+    ],
+)
+def test_a_runtime_takes_any_arguments_and_returns_all_tensors(
+    runtime: str, name: str, most_error: float, tmp_path: Path
+) -> None:
+    pytest.importorskip(runtime, reason="needs the extra 'bench'")
+    pytest.importorskip("onnx", reason="needs the extra 'bench'")
+    if "bf16" in name and machine.why_no_bf16():
+        pytest.skip(machine.why_no_bf16())
+    models = peers.OnnxModels(Captioned().eval(), captioned(4), tmp_path)
+    assert models.inputs == ["image", "extra_tokens", "extra_places"]
+    for count in (1, 3):
+        asked = made_case(models, captioned(4)[:count])
+        contestant = peers.CONTESTANTS[runtime][name](asked)
+        assert contestant.name.startswith(name)
+        assert relative_error(asked, contestant) <= most_error
+        assert [y.shape for y in contestant.outputs()] == [(count, 10), (count, 64), (count,)]
+
+
+def test_a_network_of_several_inputs_and_outputs_is_timed() -> None:
+    net = Captioned().eval()
+    found = dsconv.bench(net, dsconv.quantize(net), captioned(3), batch_sizes=[2, 4], turns=2)
+    assert {timing.contestant for timing in found.timings} >= {*OURS, "PyTorch float32"}
+    assert {timing.batch_size for timing in found.timings} == {2, 4}
+    assert found.calibration == "3 given samples" and found.input_shape == SHAPE
+    assert found.input_shapes == {"image": SHAPE, "extra_tokens": (6,), "extra_places": (6, 64)}
+    assert str(found).startswith("Captioned, image 3x12x12, extra_tokens 6, extra_places 6x64")
+    assert json.loads(found.to_json())["input_shapes"]["extra_tokens"] == [6]
+    for name, reason in found.not_run.items():
+        if name.startswith("MNN") and "not installed" not in reason:
+            assert reason == "it is run with one float32 tensor as input, and one as output"
+        else:
+            assert "not installed" in reason or "bf16" in reason, (name, reason)
+
+
+class Detector(tnn.Module):
+    """Takes a list of images, and returns a dictionary for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tnn.Conv2d(3, 64, 3)
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        return [{"boxes": self.body(image[None]).mean((2, 3))} for image in images]
+
+
+def test_a_list_of_images_is_no_onnx_file() -> None:
+    pytest.importorskip("onnx", reason="needs the extra 'bench'")
+    pytest.importorskip("onnxruntime", reason="needs the extra 'bench'")
+    net = Detector().eval()
+    images = Inputs([torch.randn(3, 8, 8), torch.randn(3, 9, 10)])
+    found = dsconv.bench(net, dsconv.quantize(net), images, against=["torch", "onnxruntime"], batch_sizes=[3], turns=2)
+    assert [timing.contestant for timing in found.timings][:2] == OURS
+    assert "PyTorch float32" in {timing.contestant for timing in found.timings}
+    reason = "an ONNX file has a fixed number of inputs, and the network takes a list of images"
+    assert found.not_run["ONNX Runtime float32"] == found.not_run["ONNX Runtime int8"] == reason
+
+
+class Unread(tnn.Module):
+    """Does not look at its second tensor, and returns one that no sample is in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tnn.Conv2d(3, 64, 3)
+
+    def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        made = self.body(image)
+        return made, made[:, :0], torch.zeros(3)
+
+
+def test_what_changes_nothing_and_what_is_empty_is_no_trouble() -> None:
+    pytest.importorskip("onnx", reason="needs the extra 'bench'")
+    pytest.importorskip("onnxruntime", reason="needs the extra 'bench'")
+    net = Unread().eval()
+    x = (torch.randn(2, *SHAPE).to(memory_format=torch.channels_last), torch.ones(2, 4) > 0)
+    found = dsconv.bench(net, dsconv.quantize(net), x, against=["torch", "onnxruntime"], turns=2)
+    assert not {name: why for name, why in found.not_run.items() if "bf16" not in name}
 
 
 # MNN
@@ -553,10 +683,9 @@ def test_mnn_takes_the_batch_size_and_the_number_of_threads(
         peers, "import_extra", lambda extra, module: Runtime() if module == "MNN" else import_extra(extra, module)
     )
     for images, threads in ((1, 1), (3, 2)):
-        x, shape = case.x[:images].contiguous(), torch.Size([images, 10])
-        asked = peers.Case(case.network, case.onnx, x, shape, threads)
+        asked = made_case(case.onnx, case.x[:images], threads)
         contestant = peers.CONTESTANTS["mnn"]["MNN int8"](asked)
-        assert contestant.output().shape == shape and relative_error(asked, contestant) < 0.05
+        assert contestant.outputs()[0].shape == (images, 10) and relative_error(asked, contestant) < 0.05
     assert [given["numThread"] for given in settings] == [1, 2]
 
 
@@ -567,7 +696,7 @@ def test_what_mnn_cannot_convert_does_not_run(case: peers.Case, mnn: Any, tmp_pa
     models = peers.OnnxModels(case.network, case.onnx.images, tmp_path)
     models.float32 = tmp_path / "unknown.onnx"
     onnx.save(network, models.float32)
-    unknown = peers.Case(case.network, models, case.x, case.output_shape, threads=1)
+    unknown = made_case(models, case.x)
     for make in peers.CONTESTANTS["mnn"].values():
         with pytest.raises(peers.NotRun, match=r"^MNN fails to convert the network .*NoSuchOperator"):
             make(unknown)
@@ -583,7 +712,7 @@ def test_mnn_crashes_elsewhere(
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     models = peers.OnnxModels(case.network, case.onnx.images, tmp_path)
-    asked = peers.Case(case.network, models, case.x, case.output_shape, threads=1)
+    asked = made_case(models, case.x)
     with pytest.raises(peers.NotRun, match=rf"^MNN fails to {function} the network \(exit code -11\)$"):
         peers.CONTESTANTS["mnn"]["MNN int8"](asked)
 

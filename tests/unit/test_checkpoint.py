@@ -22,9 +22,10 @@ from torch import nn as tnn
 
 import dsconv
 from dsconv import nn, zoo
-from dsconv.conversion import model_info
+from dsconv.conversion import Summary, model_info
 from dsconv.errors import DSConvError, FileFormatError, ModelError
 from dsconv.io import checkpoint, describe, read_header
+from dsconv.ops import native
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -255,6 +256,66 @@ def test_a_file_of_version_1_is_read(tmp_path: Path) -> None:
     assert_same_state(again, loaded)
 
 
+class Depthwise(tnn.Module):
+    def __init__(self, groups: int = 8) -> None:
+        super().__init__()
+        self.first, self.body = tnn.Conv2d(1, 8, 3), tnn.Conv2d(groups, 8, 3, groups=groups)
+
+
+IN_FLOAT = {"first_layer": {"activation_bits": None, "blocks": "flat"}}
+
+
+def by_layer(summary: Summary) -> dict[str, tuple[str, str | None]]:
+    return {row.name: (row.backend, row.backend_reason) for row in summary.layers}
+
+
+def test_a_file_says_what_executes_depthwise_layers_in_float(tmp_path: Path) -> None:
+    model = dsconv.quantize(Depthwise(), IN_FLOAT)
+    path = dsconv.save(model, tmp_path / "net.safetensors")
+    with safe_open(path, "pt") as file:
+        entries = file.metadata()
+    assert entries["format_version"] == "5"
+    assert {name: r["groups"] for name, r in json.loads(entries["layers"]).items()} == {"first": 1, "body": 8}
+    found = by_layer(describe(path)[1])
+    assert found == by_layer(dsconv.summary(model))
+    assert_same_state(dsconv.load(path, Depthwise()), model)
+    if native.extension() is not None:
+        assert found["body"][0].startswith("float32") and found["first"][0] == "float simulation"
+
+    def older(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for record in header["layers"].values():
+            del record["groups"]
+
+    craft(path, older, {"format_version": "4"})
+    assert_same_state(dsconv.load(path, Depthwise()), model)
+    old = by_layer(describe(path)[1])
+    if native.extension() is None:
+        assert old == found  # no number of groups would change it
+    else:
+        assert {backend for backend, _ in old.values()} == {"unknown backend"}
+        text = " ".join(str(describe(path)[1]).split())
+        assert "By unknown backend, the file is of an older version, which did not record the groups of layers" in text
+
+
+def test_files_without_such_layers_are_those_that_older_versions_read(tmp_path: Path) -> None:
+    path = dsconv.save(dsconv.quantize(Depthwise(), {"depthwise": None}), tmp_path / "net.safetensors")
+    with safe_open(path, "pt") as file:
+        entries = file.metadata()
+    assert entries["format_version"] == "2" and "groups" not in entries["layers"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [(4, "layer 'body': groups: 4 in the file, 8 in the model"), (0, "header is not valid"), ("8", "header is not")],
+)
+def test_groups_of_another_layer_are_refused(groups: Any, message: str, tmp_path: Path) -> None:
+    model = dsconv.quantize(Depthwise(), IN_FLOAT)
+    path = dsconv.save(model, tmp_path / "net.safetensors")
+    craft(path, set_in("layers", "body", "groups", groups))
+    with pytest.raises(FileFormatError, match=message):
+        dsconv.load(path, Depthwise())
+
+
 def test_a_folder_is_the_file_in_it(saved: Path) -> None:
     saved.rename(saved.with_name("model.safetensors"))
     assert torch.equal(
@@ -417,7 +478,7 @@ def test_crafting_without_a_change_loads(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("5", "format version '5', this dsconv reads up to 4: update dsconv"),
+        ("6", "format version '6', this dsconv reads up to 5: update dsconv"),
         ("999", "999"),
         ("x", "'x'"),
         ("", "''"),

@@ -96,7 +96,8 @@ def test_first_last_depthwise_and_linear_layers_follow_their_settings() -> None:
 
 def test_files_whose_config_has_small_layers_are_not_for_older_versions(tmp_path: Path) -> None:
     for settings, version in ((None, "2"), ({"weight_bits": 8}, "4")):
-        path = dsconv.save(dsconv.quantize(net(), {"small_layers": settings}), tmp_path / "net.safetensors")
+        config = {"small_layers": settings, "depthwise": None}
+        path = dsconv.save(dsconv.quantize(net(), config), tmp_path / "net.safetensors")
         entries, _ = read_tensors(path, "dsconv", "file", "write it again")
         assert entries["format_version"] == version and ("small_layers" in entries["config"]) == (version == "4")
         assert model_info(dsconv.load(path, net())).config.small_layers == settings

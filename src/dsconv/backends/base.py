@@ -16,7 +16,8 @@ class Operation(NamedTuple):
         config: the settings of the layer.
         transposed: whether it is a transposed convolution.
         groups, stride, padding, dilation, output_padding: those of a convolution, with ``padding`` zeros on both sides
-            of each dimension. Whether a backend covers a layer does not depend on them.
+            of each dimension. Whether a backend covers a layer depends on none of them but ``groups``, and on these
+            where its input stays float and ``shape[1]`` is 1: depthwise layers have several.
     """
 
     shape: tuple[int, ...]

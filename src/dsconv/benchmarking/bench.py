@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from dsconv.benchmarking import peers
 from dsconv.benchmarking.machine import machine
 from dsconv.benchmarking.measure import Race, quartiles
-from dsconv.benchmarking.peers import Case, Contestant, NotRun, OnnxModels
+from dsconv.benchmarking.peers import Case, Contestant, NotRun, OnnxModels, tensors_of_output
 from dsconv.benchmarking.results import Bench, Timing, plural
 from dsconv.conversion import model_info
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cores
+from dsconv.data.inputs import Batch, Inputs, as_inputs, describe, joined
 from dsconv.errors import ConfigError, MissingExtraError, ModelError, check_choice
+from dsconv.evaluation.outputs import check_outputs, named_outputs
 from dsconv.evaluation.running import forward
 from dsconv.layers.inputs import dtype_of
 from dsconv.modes import check_evaluation_mode, check_module
@@ -35,7 +38,7 @@ _TOLD_ERROR = 0.5
 def bench(
     reference: nn.Module,
     qmodel: nn.Module,
-    images: Tensor | Sequence[int],
+    images: Batch | Sequence[Any],
     *,
     against: Iterable[str] = PEERS,
     batch_sizes: Sequence[int] = (1,),
@@ -55,19 +58,20 @@ def bench(
     int8) and MNN (float32, and int8 with and without Winograd); bf16 where the processor has it. int8 is a Q/DQ model
     that ``onnxruntime.quantization`` makes of the float network, or what MNN's own tool makes of it: weights with a
     scale per output, activations of 8 bits with a scale per tensor. What a runtime really computed in is read out of
-    it, and a contestant is named after that. Each takes float32 ``(N, C, H, W)`` and returns float32, and each is
-    warmed up; then they take turns in random order (:class:`dsconv.benchmarking.measure.Race`). A float32 runtime whose
-    output is more than 1 % off PyTorch's does not take part; of another one that is more than 50 % off this is told.
+    it, and a contestant is named after that. Each takes and returns what the network does, in float32 where it is
+    floating, and each is warmed up; then they take turns in random order (:class:`dsconv.benchmarking.measure.Race`). A
+    float32 runtime with an output of floats that is more than 1 % off PyTorch's does not take part; of another one that
+    is more than 50 % off this is told. MNN takes part where the network takes and returns one float32 tensor.
 
     Args:
-        reference: the float network, in eval mode, on the CPU; it returns one tensor. Its weights do not matter to the
-            times.
+        reference: the float network, in eval mode, on the CPU. Its weights do not matter to the times.
         qmodel: the quantized network.
         images: float32 ``(N, C, H, W)``, what the networks are run on, repeated to fill a batch, and what int8 models
-            are calibrated on; or the shape ``(C, H, W)`` of 8 random ones, of a standard normal distribution.
+            are calibrated on; or the shape ``(C, H, W)`` of 8 random ones, of a standard normal distribution. Other
+            arguments are a :class:`dsconv.Inputs`, or a tuple of them, as :func:`dsconv.compile` takes them.
         against: some of ``torch``, ``onnxruntime``, ``openvino`` and ``mnn``. One that is not installed, or cannot run
             the network, is noted in the result.
-        batch_sizes: images a call; each is measured with each number of threads.
+        batch_sizes: samples a call; each is measured with each number of threads.
         threads: of each contestant.
         turns: of each contestant, at least 2; None is as many as fit into ``seconds``, and at least 5.
         seconds: for all contestants together, for each batch size and number of threads, once they are warm.
@@ -78,6 +82,7 @@ def bench(
 
     Raises:
         ConfigError: an argument out of range.
+        DataError: there is no tensor in ``images``.
         ModelError: a network is in training mode, cannot run on the images or cannot be compiled.
 
     >>> import dsconv
@@ -93,6 +98,7 @@ def bench(
     x, calibration = _images(images)
     info, threads_before, where = model_info(qmodel), torch.get_num_threads(), machine()
     name = name or str(getattr(reference, "dsconv_architecture", type(reference).__name__))
+    shapes = [tuple(tensor.shape[own:]) for tensor, own in zip(x.tensors, x.batched, strict=True)]
     interrupted = False
     settings = len(batch_sizes) * len(threads)
     # A thread that refreshed the bar would take its time from a contestant.
@@ -112,7 +118,8 @@ def bench(
             torch.set_num_threads(threads_before)
     return Bench(
         network=name,
-        input_shape=tuple(x.shape[1:]),
+        input_shape=shapes[0],
+        input_shapes=dict(zip(made.inputs, shapes, strict=True)) if len(shapes) > 1 and not x.of_images else {},
         config=info.config.to_dict() if info is not None else None,
         calibration=calibration,
         timings=tuple(run.timings),
@@ -149,19 +156,24 @@ def _check(
         )
 
 
-def _images(images: Tensor | Sequence[int]) -> tuple[Tensor, str]:
-    """Images, and what they are in words."""
-    if not isinstance(images, Tensor):
-        if not isinstance(images, Sequence) or not all(isinstance(n, int) and n > 0 for n in images):
-            got = type(images).__name__
-            raise ConfigError(f"images: expected float32 (N, C, H, W), or the numbers (C, H, W), got {got}")
+def _images(images: Batch | Sequence[Any]) -> tuple[Inputs, str]:
+    """Arguments of the networks, and what they are in words."""
+    if isinstance(images, Sequence) and images and all(isinstance(n, int) and n > 0 for n in images):
         generator = torch.Generator().manual_seed(0)
         x = torch.randn((_RANDOM_IMAGES, *images), generator=generator, dtype=torch.float32, device="cpu")
-        return x, f"{_RANDOM_IMAGES} random images"
-    if images.dim() < 2 or not len(images) or images.dtype != torch.float32 or images.device.type != "cpu":
-        got = f"{tuple(images.shape)} of {images.dtype} on {images.device}"
-        raise ConfigError(f"images: expected float32 (N, C, H, W) on the CPU, N at least 1, or (C, H, W), got {got}")
-    return images, f"{len(images)} given images"
+        return Inputs(x), f"{_RANDOM_IMAGES} random images"
+    if not isinstance(images, Tensor | Inputs | list | tuple | dict):
+        got = type(images).__name__
+        raise ConfigError(f"images: expected a tensor (N, C, H, W), dsconv.Inputs or numbers (C, H, W), got {got}")
+    inputs = as_inputs(images)
+    of_others = ((x.is_floating_point() and x.dtype != torch.float32) or x.device.type != "cpu" for x in inputs.tensors)
+    alone = isinstance(images, Tensor) and (images.dim() < 2 or images.dtype == torch.uint8)
+    if any(of_others) or alone or not len(inputs):
+        raise ConfigError(
+            "images: expected at least one sample on the CPU, floating-point tensors in float32 and no image in uint8, "
+            f"as (N, C, H, W), got {describe(inputs)}"
+        )
+    return inputs, f"{len(inputs)} given {'images' if isinstance(images, Tensor) else 'samples'}"
 
 
 class _Run:
@@ -170,9 +182,9 @@ class _Run:
     def __init__(
         self,
         reference: nn.Module,
-        ours: Callable[[Tensor], list[Contestant]],
+        ours: Callable[[Inputs], list[Contestant]],
         onnx: OnnxModels,
-        images: Tensor,
+        images: Inputs,
         against: Sequence[str],
         advance: Advance,
     ):
@@ -191,19 +203,21 @@ class _Run:
 
     def batch(self, batch_size: int, threads: Sequence[int], turns: int | None, seconds: float) -> None:
         copies = math.ceil(batch_size / len(self.images))
-        x = self.images.repeat(copies, *[1] * (self.images.dim() - 1))[:batch_size].contiguous()
-        y = _output(self.reference, x)
+        repeated = joined([self.images] * copies)[:batch_size]
+        assert isinstance(repeated, Inputs)
+        x = repeated.filled(tensor.contiguous() for tensor in repeated.tensors)
+        expected = _outputs(self.reference, x)
         self.show(f"batch {batch_size}: compiling", self.settings_done)
         ours = self.ours(x)
         for count in threads:
             torch.set_num_threads(count)
             what = f"batch {batch_size}, {plural(count)}"
-            contestants, case = list(ours), Case(self.reference, self.onnx, x, y.shape, count)
+            contestants, case = list(ours), Case(self.reference, self.onnx, x, expected, count)
             for name, make in self.makers.items():
                 if name not in self.not_run:
                     self.show(f"{what}: preparing {name}", self.settings_done)
                     try:
-                        contestants.append(_checked(make(case), y))
+                        contestants.append(_checked(make(case), expected))
                     except (NotRun, MissingExtraError) as error:
                         self.not_run[name] = str(error)
                     except Exception as error:  # whatever a runtime raises for a network that it does not know
@@ -242,23 +256,27 @@ def _timing(case: Case, contestant: Contestant, times: Sequence[float]) -> Timin
     )
 
 
-def _output(reference: nn.Module, x: Tensor) -> Tensor:
+def _outputs(reference: nn.Module, x: Inputs) -> list[Tensor]:
     with torch.inference_mode():
-        y = forward("reference", reference, x)
-    if not isinstance(y, Tensor) or y.dtype != torch.float32:
-        got = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
-        raise ModelError(f"the network must return one float32 tensor, got {got}")
-    return y
+        output = forward("reference", reference, x)
+    check_outputs("reference", output, named_outputs(output))
+    return tensors_of_output(output)
 
 
-def _checked(contestant: Contestant, y: Tensor) -> Contestant:
-    """The contestant, if what it returns can be the output ``y`` of the network."""
+def _checked(contestant: Contestant, expected: Sequence[Tensor]) -> Contestant:
+    """The contestant, if what it returns can be what the network does."""
     with torch.inference_mode():
-        found = contestant.output()
-    if found.shape != y.shape:
-        raise NotRun(f"returns {tuple(found.shape)} instead of {tuple(y.shape)}")
-    error = float((found - y).norm() / y.norm())
-    told = f"its output is {100 * error:.1f} % off PyTorch's"
+        found = contestant.outputs()
+    shapes, wanted = (", ".join(str(tuple(y.shape)) for y in ys) for ys in (found, expected))
+    if shapes != wanted:
+        raise NotRun(f"returns {shapes} instead of {wanted}")
+    # Integers, as of the largest class, differ by any amount where floats differ by little.
+    floats = [(a, b) for a, b in zip(found, expected, strict=True) if b.is_floating_point()]
+    errors = [float((a - b).norm() / b.norm()) for a, b in floats if not torch.equal(a, b)]
+    # One that is not a number is the largest.
+    error = max(errors, key=lambda value: math.inf if math.isnan(value) else value, default=0.0)
+    of = "its output is" if len(expected) == 1 else "one of its outputs is"
+    told = f"{of} {100 * error:.1f} % off PyTorch's"
     if contestant.name.endswith("float32") and not error <= _MOST_ERROR:
         raise NotRun(told)
     return contestant if error <= _TOLD_ERROR else replace(contestant, executed=f"{contestant.executed}; {told}")

@@ -1,6 +1,7 @@
 """What a network is timed in: dsconv and other runtimes, each asked in which precision it really computes.
 
-All take float32 ``(N, C, H, W)`` and return float32, and quantize and convert within the time that is measured.
+All take and return what the network does, in float32 where it is floating, and quantize and convert within the time
+that is measured.
 """
 
 import json
@@ -8,9 +9,9 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,17 @@ from dsconv.benchmarking import mnn
 from dsconv.benchmarking.machine import why_no_bf16
 from dsconv.benchmarking.results import OURS
 from dsconv.compilation import compile
+from dsconv.compilation.frontends.pytorch import Flat
 from dsconv.conversion import model_info, summary
 from dsconv.conversion.copying import copied
+from dsconv.data.inputs import Inputs, call, joined
 from dsconv.errors import import_extra
+from dsconv.evaluation.outputs import named_outputs
 from dsconv.layers import DSLayer
 from dsconv.names import Algorithm
 from dsconv.onnx import int8
+from dsconv.onnx.export import input_names
+from dsconv.structures import mapped
 
 _OPSET = 17
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -45,14 +51,19 @@ class Contestant:
         executed: what computes the layers, in the words of the runtime.
         weight_bytes: of the weights and all other constants that it was given.
         call: runs the network once.
-        output: the output of such a run.
+        outputs: the tensors that such a run returns.
     """
 
     name: str
     executed: str
     weight_bytes: int
     call: Callable[[], object]
-    output: Callable[[], Tensor]
+    outputs: Callable[[], Sequence[Tensor]]
+
+
+def tensors_of_output(output: Any) -> list[Tensor]:
+    """Return the tensors in what a network returned, in the order in which runtimes return them."""
+    return list(named_outputs(output).values())
 
 
 class OnnxModels:
@@ -60,11 +71,13 @@ class OnnxModels:
 
     Each is made when it is first asked for.
 
-    ``images`` are run through the network to find the ranges of activations for int8.
+    ``images`` are run through the network to find the ranges of activations for int8. ``inputs`` are the names of their
+    tensors in the files.
     """
 
-    def __init__(self, network: nn.Module, images: Tensor, folder: Path):
+    def __init__(self, network: nn.Module, images: Inputs, folder: Path):
         self.network, self.images, self.folder = network, images, folder
+        self.inputs = input_names(images, network)
         # These read or write whole models, and settings share them.
         self.weight_bytes = cache(_weight_bytes)
         self.layers = cache(_layers)
@@ -77,16 +90,24 @@ class OnnxModels:
     def float32(self) -> Path:
         """As PyTorch exports it."""
         import_extra("bench", "onnx")
+        if self.images.of_images:
+            raise NotRun("an ONNX file has a fixed number of inputs, and the network takes a list of images")
         path = self.folder / "float32.onnx"
-        two = self.images[:1].repeat(2, *[1] * (self.images.dim() - 1))  # one would be taken for a constant
-        batch = {"x": {0: "batch"}, "y": {0: "batch"}}
-        names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": batch}
+        two = joined([self.images[:1]] * 2)  # one would be taken for a constant
+        assert isinstance(two, Inputs)
+        flat = Flat(self.network, two)
+        with torch.no_grad():
+            made = flat(*two.tensors)
+        outputs = ["y"] if len(made) == 1 else [f"y_{place}" for place in range(len(made))]
+        batched = [*two.batched, *(y.dim() > 0 and len(y) == 2 for y in made)]
+        batch = {name: {0: "batch"} for name, own in zip((*self.inputs, *outputs), batched, strict=True) if own}
+        names: dict[str, Any] = {"input_names": self.inputs, "output_names": outputs, "dynamic_axes": batch}
         with warnings.catch_warnings(), torch.no_grad():
             # The newer exporter needs one more package and several times as long, for the same graph.
             warnings.simplefilter("ignore", DeprecationWarning)
             # What a trace does not see shows in its output, which is compared.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-            torch.onnx.export(self.network, (two,), str(path), **names, opset_version=_OPSET, dynamo=False)
+            torch.onnx.export(flat, tuple(two.tensors), str(path), **names, opset_version=_OPSET, dynamo=False)
         return path
 
     @cached_property
@@ -103,7 +124,7 @@ class OnnxModels:
         import_extra("bench", "onnx")
         import_extra("bench", "onnxruntime")
         path = self.folder / name
-        int8.quantize(self.float32, path, self.images, operators=operators)
+        int8.quantize(self.float32, path, self.images, inputs=self.inputs, operators=operators)
         return path
 
     def _mnn(self, kind: str) -> Path:
@@ -113,8 +134,9 @@ class OnnxModels:
             _make(path, "convert", self.float32, path)
             return path
         images, settings = self.folder / "images", path.with_suffix(".settings")
-        shape = [1, *self.images.shape[1:]]
-        for i, image in enumerate(self.images):
+        (whole,) = self.images.tensors
+        shape = [1, *whole.shape[1:]]
+        for i, image in enumerate(whole):
             (images / f"{i}").mkdir(parents=True, exist_ok=True)
             image.numpy().tofile(images / f"{i}" / "x.txt", sep=" ", format="%.7g")
             (images / f"{i}" / "input.json").write_text(json.dumps({"inputs": [{"name": "x", "shape": shape}]}))
@@ -168,36 +190,52 @@ def _mnn_operators(path: Path, shape: torch.Size) -> list[str]:
     return list(json.loads(found.read_text()))
 
 
-def _crash(path: Path, shape: torch.Size) -> str:
-    """How a process ends in which OpenVINO compiles a file, if it does not survive that; empty otherwise."""
+def _crash(path: Path, shapes: str) -> str:
+    """How a process ends in which OpenVINO compiles a file, if it does not survive that; empty otherwise.
+
+    ``shapes`` of inputs by name, as Python prints them.
+    """
     code = (
         "import ast, sys, openvino; core = openvino.Core(); model = core.read_model(sys.argv[1]); "
         "model.reshape(ast.literal_eval(sys.argv[2])); core.compile_model(model, 'CPU')"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path), str(list(shape))], capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code, str(path), shapes], capture_output=True)
     # An error has the exit code 1, and shows itself again here.
     return "" if done.returncode in (0, 1) else f"its compiler crashes (exit code {done.returncode})"
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a contestant is made for: a network, an input ``(N, ...)``, the shape of its output, a number of threads."""
+    """What a contestant is made for: a network, its arguments and what it returns for them, a number of threads."""
 
     network: nn.Module
     onnx: OnnxModels
-    x: Tensor
-    output_shape: torch.Size
+    x: Inputs
+    outputs: Sequence[Tensor]
     threads: int
 
+    def named(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors of the arguments by the ``names`` of a file's inputs: it lacks those that change nothing."""
+        tensors = dict(zip(self.onnx.inputs, self.x.tensors, strict=True))
+        return {name: tensors[name] for name in names}
 
-def ours(qmodel: nn.Module, x: Tensor) -> list[Contestant]:
+    def room(self) -> list[Tensor | None]:
+        """Memory for each output with a row for each sample; the others may be of any size, or of none."""
+        count = len(self.x)
+        own = [y.numel() > 0 and y.dim() > 0 and len(y) == count for y in self.outputs]
+        made = zip(self.outputs, own, strict=True)
+        return [torch.empty(y.shape, dtype=y.dtype, device="cpu") if given else None for y, given in made]
+
+
+def ours(qmodel: nn.Module, x: Inputs) -> list[Contestant]:
     """A quantized network compiled, as it is, and compiled with the other algorithm where layers have two."""
     found, info = summary(qmodel), model_info(qmodel)
     bits = f"W{info.config.weight_bits}A{info.config.activation_bits or 'float'}, " if info is not None else ""
     executed = f"{bits}{', '.join(found.backends)}"
 
     def contestant(name: str, network: nn.Module) -> Contestant:
-        return Contestant(name, executed, found.bytes_after, lambda: network(x), lambda: network(x))
+        run = partial(network, *x.args, **x.kwargs)
+        return Contestant(name, executed, found.bytes_after, run, lambda: tensors_of_output(run()))
 
     def compiled(name: str, network: nn.Module) -> Contestant:
         return contestant(name, compile(network, x))
@@ -222,19 +260,17 @@ def _with_algorithm(qmodel: nn.Module, algorithm: Algorithm) -> nn.Module:
 def _torch(case: Case, dtype: torch.dtype) -> Contestant:
     if dtype == torch.float32:
         name, network, x = "PyTorch float32", case.network, case.x
-
-        def call() -> Any:
-            return network(x)
+        run: Callable[[], Any] = partial(network, *x.args, **x.kwargs)
     else:
         if reason := why_no_bf16():
             raise NotRun(reason)
         name, network, x = "PyTorch bf16", copied(case.network).to(dtype), case.x
 
-        def call() -> Any:
-            return network(x.to(dtype)).float()
+        def run() -> Any:
+            return mapped(lambda y: y.float() if y.is_floating_point() else y, call(network, x.to(None, dtype)))
 
     weights = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
-    return Contestant(name, "eager", weights, call, call)
+    return Contestant(name, "eager", weights, run, lambda: tensors_of_output(run()))
 
 
 _INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
@@ -253,20 +289,28 @@ def _onnxruntime(case: Case, kind: str) -> Contestant:
     computed: Counter[str] = Counter()
     for name, count in layers.items():
         computed["int8" if name in _INTEGER else "float32"] += count
-    y = torch.empty(case.output_shape, dtype=torch.float32, device="cpu")
+    made = case.room()
     binding = session.io_binding()
-    for bind, name, tensor in ((binding.bind_input, "x", case.x), (binding.bind_output, "y", y)):
-        bind(name, "cpu", 0, "float32", tuple(tensor.shape), tensor.data_ptr())
 
-    def call() -> None:
+    def bind(to: Callable[..., None], name: str, tensor: Tensor) -> None:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        to(name, "cpu", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
+
+    for name, tensor in case.named([given.name for given in session.get_inputs()]).items():
+        bind(binding.bind_input, name, tensor)
+    for returned, room in zip(session.get_outputs(), made, strict=True):
+        bind(binding.bind_output, returned.name, room) if room is not None else binding.bind_output(returned.name)
+
+    def run() -> None:
         session.run_with_iobinding(binding)
 
-    def output() -> Tensor:
-        call()
-        return y
+    def outputs() -> list[Tensor]:
+        run()
+        values = zip(made, binding.copy_outputs_to_cpu(), strict=True)
+        return [torch.as_tensor(value) if room is None else room for room, value in values]
 
     executed = _executed(layers, case.onnx.layers(path))
-    return Contestant(_named("ONNX Runtime", kind, computed), executed, case.onnx.weight_bytes(path), call, output)
+    return Contestant(_named("ONNX Runtime", kind, computed), executed, case.onnx.weight_bytes(path), run, outputs)
 
 
 _PRECISIONS = {"f32": "float32", "bf16": "bf16", "f16": "float16", "u8": "int8", "i8": "int8"}
@@ -284,19 +328,24 @@ def _openvino(case: Case, kind: str) -> Contestant:
         "INFERENCE_PRECISION_HINT": "bf16" if kind == "bf16" else "f32",
     }
     model = core.read_model(path)
-    model.reshape(list(case.x.shape))
+    given = case.named([given.any_name for given in model.inputs])
+    model.reshape({name: list(tensor.shape) for name, tensor in given.items()})
     compiled = core.compile_model(model, "CPU", settings)
-    y = torch.empty(case.output_shape, dtype=torch.float32, device="cpu")
+    made = case.room()
     request = compiled.create_infer_request()
-    request.set_input_tensor(openvino.Tensor(case.x.numpy(), shared_memory=True))
-    request.set_output_tensor(openvino.Tensor(y.numpy(), shared_memory=True))
+    for name, tensor in given.items():
+        request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=True))
+    for place, room in enumerate(made):
+        if room is not None:
+            request.set_output_tensor(place, openvino.Tensor(room.numpy(), shared_memory=True))
 
-    def call() -> None:
-        request.infer(share_outputs=True)  # otherwise it copies the output for its caller
+    def run() -> None:
+        request.infer(share_outputs=True)  # otherwise it copies the outputs for its caller
 
-    def output() -> Tensor:
-        call()
-        return y
+    def outputs() -> list[Tensor]:
+        run()
+        values = [request.get_output_tensor(place).data.copy() for place in range(len(made))]
+        return [torch.as_tensor(v) if room is None else room for room, v in zip(made, values, strict=True)]
 
     layers, computed = Counter[str](), Counter[str]()
     for node in compiled.get_runtime_model().get_ordered_ops():
@@ -309,16 +358,19 @@ def _openvino(case: Case, kind: str) -> Contestant:
             computed[_PRECISIONS.get(precision, precision)] += 1
     weights = case.onnx.weight_bytes(path) // (2 if kind == "bf16" else 1)
     executed = _executed(layers, case.onnx.layers(path)) + remark
-    return Contestant(_named("OpenVINO", kind, computed), executed, weights, call, output)
+    return Contestant(_named("OpenVINO", kind, computed), executed, weights, run, outputs)
 
 
 def _for_openvino(case: Case, kind: str) -> tuple[Path, str]:
     """The file that OpenVINO is to compile, and what is to be said about it."""
     path = case.onnx.int8 if kind == "int8" else case.onnx.float32
-    crash = case.onnx.crash(path, case.x.shape)
+    onnx = import_extra("bench", "onnx")
+    names = [given.name for given in onnx.load(path, load_external_data=False).graph.input]
+    shapes = str({name: list(tensor.shape) for name, tensor in case.named(names).items()})
+    crash = case.onnx.crash(path, shapes)
     if not crash:
         return path, ""
-    if kind == "int8" and not case.onnx.crash(case.onnx.int8_layers, case.x.shape):
+    if kind == "int8" and not case.onnx.crash(case.onnx.int8_layers, shapes):
         return case.onnx.int8_layers, f"; of a model that is quantized around its layers alone, since otherwise {crash}"
     raise NotRun(crash)
 
@@ -326,9 +378,13 @@ def _for_openvino(case: Case, kind: str) -> tuple[Path, str]:
 def _mnn(case: Case, kind: str) -> Contestant:
     with mnn.quiet():
         runtime = import_extra("mnn", "MNN")
+    taken, returned = case.x.tensors, list(case.outputs)
+    if case.x.of_images or any([tensor.dtype for tensor in found] != [torch.float32] for found in (taken, returned)):
+        raise NotRun("it is run with one float32 tensor as input, and one as output")
+    (given,) = taken
     path, (precision, *how) = case.onnx.mnn(kind), kind.split()
     layers, computed = Counter[str](), Counter[str]()
-    for operator in case.onnx.mnn_operators(path, case.x.shape):
+    for operator in case.onnx.mnn_operators(path, given.shape):
         if operator.split()[0] in ("Convolution", "ConvolutionDepthwise", "Deconvolution", "MatMul"):
             layers[operator] += 1
             computed["int8" if "DT_INT8" in operator else "float32"] += 1
@@ -336,7 +392,7 @@ def _mnn(case: Case, kind: str) -> Contestant:
         network = runtime.Interpreter(str(path))
         session = network.createSession({"numThread": case.threads, "backend": "CPU"})
         input_ = network.getSessionInput(session)
-        network.resizeTensor(input_, tuple(case.x.shape))
+        network.resizeTensor(input_, tuple(given.shape))
         network.resizeSession(session)
         output_ = network.getSessionOutput(session)
 
@@ -344,20 +400,20 @@ def _mnn(case: Case, kind: str) -> Contestant:
         data = (runtime.Halide_Type_Float, values.numpy(), runtime.Tensor_DimensionType_Caffe)
         return runtime.Tensor(tuple(values.shape), *data)
 
-    x, y = on_host(case.x), on_host(torch.empty(output_.getShape(), dtype=torch.float32, device="cpu"))
+    x, y = on_host(given), on_host(torch.empty(output_.getShape(), dtype=torch.float32, device="cpu"))
 
-    def call() -> None:
+    def run() -> None:
         input_.copyFrom(x)
         network.runSession(session)
         output_.copyToHostTensor(y)
 
-    def output() -> Tensor:
-        call()
-        return torch.from_numpy(y.getNumpyData().copy())  # which looks into y, and does not keep it
+    def outputs() -> list[Tensor]:
+        run()
+        return [torch.from_numpy(y.getNumpyData().copy())]  # which looks into y, and does not keep it
 
     executed = _executed(layers, case.onnx.layers(case.onnx.float32))
     name = " ".join([_named("MNN", precision, computed), *how])
-    return Contestant(name, executed, path.stat().st_size, call, output)
+    return Contestant(name, executed, path.stat().st_size, run, outputs)
 
 
 def _executed(layers: Mapping[str, int], wanted: int) -> str:

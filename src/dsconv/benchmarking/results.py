@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ class Timing:
         executed: what computed the layers, in the words of the runtime.
         weight_bytes: of the weights and all other constants that the runtime was given; of dsconv what they take in a
             file, packed, and of MNN the whole file.
-        batch_size: images a call.
+        batch_size: samples a call.
         threads: that the contestant was told to use.
         turns: that were timed.
         first_quartile_ms, median_ms, third_quartile_ms: of the time of one call, over the turns.
@@ -61,7 +61,8 @@ class Bench:
 
     Attributes:
         network: its name.
-        input_shape: of one image, ``(C, H, W)``.
+        input_shape: of one image, ``(C, H, W)``; of several tensors, a sample of the first.
+        input_shapes: where the network takes several tensors, those of a sample by name; empty for one.
         config: settings of the quantized network as plain data, None where it does not know them.
         calibration: on what the ranges of activations of int8 models were found.
         timings: by batch size, number of threads and contestant; dsconv comes first.
@@ -80,6 +81,14 @@ class Bench:
     unsettled_turns: int
     machine: dict[str, Any]
     interrupted: bool = False
+    input_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Its network, and the size of a sample."""
+        shapes = self.input_shapes or {"": self.input_shape}
+        sizes = [f"{name} {'x'.join(map(str, shape))}".strip() for name, shape in shapes.items()]
+        return ", ".join([self.network, *sizes])
 
     def ratio(self, timing: Timing) -> float | None:
         """Compiled dsconv's median time over that of ``timing``: below 1 dsconv is faster. None where it has none."""
@@ -118,8 +127,7 @@ class Bench:
         from rich.table import Table
         from rich.text import Text
 
-        title = f"{self.network}, {'x'.join(map(str, self.input_shape))}"
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=Text(title), title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=Text(self.title), title_justify="left")
         columns: dict[str, Callable[[Timing], str]] = {
             "ms": lambda timing: digits(timing.median_ms),
             "quartiles": lambda timing: f"{digits(timing.first_quartile_ms)} .. {digits(timing.third_quartile_ms)}",

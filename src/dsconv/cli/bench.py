@@ -1,5 +1,7 @@
 """``dsconv bench``: quantized networks beside other runtimes, whole, in turns in one process."""
 
+import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +15,12 @@ from dsconv.cli.checks import (
     check_own_settings,
     check_plot,
     check_source,
+    header_of,
     is_quantized_file,
     read_config,
 )
 from dsconv.cli.mistakes import Mistakes
-from dsconv.cli.networks import begin, build, load_file, original_of, read_images
+from dsconv.cli.networks import begin, build, load_file, original_of, random_inputs, read_images
 from dsconv.cli.output import json_text, print_json, print_table, say
 from dsconv.cli.preparation import (
     check_one_size,
@@ -30,13 +33,17 @@ from dsconv.cli.preparation import (
 )
 from dsconv.config import QuantConfig
 from dsconv.cpu import cores
+from dsconv.errors import DataError
 from dsconv.files import replacing
-from dsconv.names import PEERS, check_weights
+from dsconv.names import PEERS, check_weights, is_onnx
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dsconv.benchmarking import Bench
+    from dsconv.data.inputs import Inputs
+
+_RANDOM = 8
 
 _DATA_HELP = "Images to run, and to calibrate the int8 models of other runtimes on, in place of random ones."
 _SECONDS_HELP = "Seconds for each network, batch size and number of threads, once all are warm (10); at least 5 turns."
@@ -81,7 +88,8 @@ def bench(
     """Time quantized networks beside PyTorch, ONNX Runtime, OpenVINO and MNN.
 
     All run in this process, in turns; other runtimes run a FILE as the float network that it stands for. Ctrl-C ends it
-    with the figures so far.
+    with the figures so far. An ONNX file says what it takes, several tensors too, of which --size gives the last free
+    sizes; other networks that take more than images are for dsconv.bench in Python.
     """
     options = locals()
     mistakes = Mistakes()
@@ -99,7 +107,8 @@ def bench(
     for name in models_or_files:
         given = mistakes.check(read_preparation, options, name, model, needed=data is not None)
         mistakes.check(check_source, name, model if is_quantized_file(name) else None)
-        mistakes.check(check_size, options, name, shape)
+        if not is_onnx(_original(name, model) or ""):  # which says it
+            mistakes.check(check_size, options, name, shape)
     mistakes.check(check_weights, weights)
     mistakes.check(check_data, data)
     mistakes.check(check_out, force, out=out, plot=plot)
@@ -113,11 +122,12 @@ def bench(
     interrupted = False
     try:
         for name in models_or_files:
-            reference, qmodel = _networks(name, weights, settings, model)
+            float_name, reference, qmodel = _networks(name, weights, settings, model)
+            inputs = _inputs(float_name, reference, qmodel, name, shape, given, data, limit)
             result = dsconv.bench(
                 reference,
                 qmodel,
-                _images(qmodel, name, shape, given, data, limit),
+                inputs,
                 against=peers,
                 batch_sizes=batch_sizes,
                 threads=counts,
@@ -127,6 +137,8 @@ def bench(
                 progress=True,
                 on_interrupt="partial",
             )
+            if isinstance(inputs, dsconv.Inputs):
+                result = replace(result, calibration=f"{_RANDOM} random samples")
             found.append(result)
             # Errors in a later network leave what was measured.
             if out:
@@ -148,41 +160,74 @@ def bench(
         raise typer.Exit(130)
 
 
+def _original(name: str, model: str | None) -> str | None:
+    """Return the name of the float network, as far as it is known without building one."""
+    if not is_quantized_file(name):
+        return name
+    return model or header_of(Path(name)).get("architecture")
+
+
 def _as_dict(found: "list[Bench]") -> dict[str, Any]:
     return {"networks": [result.to_dict() for result in found]}
 
 
-def _networks(name: str, weights: str, settings: QuantConfig, model: str | None) -> "tuple[nn.Module, nn.Module]":
-    """Return the float network and the quantized one."""
+def _networks(name: str, weights: str, settings: QuantConfig, model: str | None) -> "tuple[str, nn.Module, nn.Module]":
+    """Return the name of the float network, that network and the quantized one."""
     from dsconv import zoo
     from dsconv.layers import DSLayer
 
     if is_quantized_file(name):
         say(f"loading {name}")
         qmodel = load_file(Path(name), model)
-        reference = zoo.build(model or original_of(qmodel, name), weights="random")
+        original = model or original_of(qmodel, name)
+        reference = zoo.build(original, weights="random")
         layers = {name: layer for name, layer in qmodel.named_modules() if isinstance(layer, DSLayer)}
         weights_of = {f"{name}.weight": layer.dequantized_weight() for name, layer in layers.items()}
         reference.load_state_dict(qmodel.state_dict() | weights_of, strict=False)
-        return reference, qmodel
+        return original, reference, qmodel
     reference = build(name, weights)
     say("quantizing")
-    return reference, dsconv.quantize(reference, settings)
+    return name, reference, dsconv.quantize(reference, settings)
 
 
-def _images(
-    qmodel: "nn.Module", name: str, size: list[int], given: dict[str, Any], data: Path | None, limit: int
-) -> "Tensor | tuple[int, ...]":
-    """Return ``limit`` images of a folder, or the shape of random ones."""
+def _inputs(
+    float_name: str,
+    reference: "nn.Module",
+    qmodel: "nn.Module",
+    name: str,
+    size: list[int],
+    given: dict[str, Any],
+    data: Path | None,
+    limit: int,
+) -> "Tensor | Inputs | tuple[int, ...]":
+    """Return ``limit`` images of a folder, or the shape of random ones, or what an ONNX file takes."""
     from dsconv import zoo
 
-    if data is None and not given and zoo.preprocess_of(qmodel) is None:
+    unstated = data is None and not given
+    several = _several(reference)
+    if is_onnx(float_name) and unstated and (several or (not size and zoo.preprocess_of(qmodel) is None)):
+        return random_inputs(Path(float_name), size, _RANDOM)
+    if several:
+        todo = "leave out --data and what prepares it" if is_onnx(float_name) else "an ONNX file says what they are"
+        raise DataError(
+            f"{name} takes more than images, {', '.join(several)}: {todo}, or call dsconv.bench in Python on "
+            f"dsconv.Inputs({', '.join(several)})"
+        )
+    if unstated and zoo.preprocess_of(qmodel) is None:
         return image_shape(None, name, size)
     preprocess = preparation_of(given, name, qmodel, size=size)
     if data is None:
         return image_shape(preprocess, name, size)
     say_preparation(preprocess, data)
     return read_images(data, preprocess, limit)
+
+
+def _several(network: "nn.Module") -> list[str]:
+    """Return the names of the arguments that a network must be called with, where these are more than one."""
+    parameters = inspect.signature(network.forward).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+    return names if len(names) > 1 else []
 
 
 def _numbers(option: str, text: str, most: int | None = None) -> list[int]:

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import dsconv
 from dsconv.cli.checks import is_quantized_file
 from dsconv.cli.output import say
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dsconv.data import ImageFolder
+    from dsconv.data.inputs import Inputs
     from dsconv.evaluation.metric import Metric
 
 
@@ -100,6 +103,45 @@ def read_images(data: Path, preprocess: Preprocess, limit: int) -> "Tensor":
     if not images:
         raise DataError(f"none of the first images of {data} can be read")
     return torch.cat(images)
+
+
+def random_inputs(path: Path, size: list[int], count: int) -> "Inputs":
+    """Return ``count`` samples of what an ONNX file takes: floats of a normal distribution, integers of 1.
+
+    The last free sizes of each tensor are the last ones of ``size``, that of :func:`read_size`.
+
+    Raises:
+        DataError: a size is free, and ``size`` does not tell it; or PyTorch has no numbers of the type of a tensor.
+    """
+    import torch
+
+    from dsconv.data.inputs import Inputs
+    from dsconv.onnx.importing.reading import input_types
+
+    generator = torch.Generator().manual_seed(0)
+    types = input_types(path)
+    batch = next((shape[0] for _, shape in types.values() if shape), None)
+
+    def tensor(name: str) -> torch.Tensor:
+        dtype, shape = types[name]
+        own = bool(shape) and shape[0] in ("", batch)  # a row for each sample
+        remaining = list(size)
+        sizes: list[int] = []
+        for place, number in reversed(list(enumerate(shape))[own:]):
+            if isinstance(number, str) and not remaining:
+                raise DataError(
+                    f"{path}: dimension {place} of its input {name!r} is free: give --size, or, where that cannot say "
+                    "it, call dsconv.bench in Python on dsconv.Inputs"
+                )
+            sizes.insert(0, remaining.pop() if isinstance(number, str) else number)
+        made = torch.randn([count] * own + sizes, generator=generator, dtype=torch.float32, device="cpu")
+        try:
+            kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        except TypeError:
+            raise DataError(f"{path}: its input {name!r} is of {dtype}, which PyTorch does not have") from None
+        return made if kind.is_floating_point else torch.ones_like(made, dtype=kind)
+
+    return Inputs(*map(tensor, types))
 
 
 def image_folder(data: Path, preprocess: Preprocess, classes: list[str] | None) -> "ImageFolder":

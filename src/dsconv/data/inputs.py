@@ -230,4 +230,7 @@ def describe(x: Batch) -> str:
     >>> describe(torch.zeros(2, 3)), describe(Inputs(torch.zeros(2, 3), flag=True))
     ('images of shape (2, 3), torch.float32, cpu', 'Inputs(float32 (2, 3), flag=True)')
     """
-    return repr(x) if isinstance(x, Inputs) else f"images of shape {tuple(x.shape)}, {x.dtype}, {x.device}"
+    if isinstance(x, Inputs) and x.structure():
+        return repr(x)
+    (tensor,) = tensors_of(x)
+    return f"images of shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"

@@ -6,6 +6,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -42,13 +43,14 @@ from dsconv.modes import check_module
 from dsconv.numerics import pack, unpack
 from dsconv.numerics.packing import packed_bytes
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 FILE_NAME = "model.safetensors"
 _MAGIC = "dsconv"
 # The state of a quantized layer, and what it is called in a file: as in the field's other quantized checkpoints.
 _FILE_NAMES = {"vqk": "weight_packed", "kds": "weight_scale", "kds_shift": "weight_shift"}
 _SHAPE = "weight_shape"
 _SHOWN = 5
+_OLDER = "the file is of an older version, which did not record the groups of layers: load and save it to know"
 _MOST_DIMENSIONS = 5
 # The largest that safetensors reads.
 _LONGEST_HEADER = 100_000_000
@@ -62,8 +64,9 @@ _Pad = Annotated[list[Annotated[int, Field(ge=0, lt=2**16)]], Field(min_length=2
 class LayerRecord(BaseModel):
     """A quantized layer as the header describes it: class, which of the settings, and its SQNR; and the shape of VQK.
 
-    The padding is stated where it is not that of the float layer's attribute. The shape is a tensor of the file; in
-    files of version 1 it is in the header.
+    The padding is stated where it is not that of the float layer's attribute, and the groups where it depends on them
+    what executes the layer (:func:`_depends_on_groups`). The shape is a tensor of the file; in files of version 1 it is
+    in the header.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -74,12 +77,13 @@ class LayerRecord(BaseModel):
     settings: int
     sqnr_db: float | None = None
     padding: Literal["same_upper"] | Annotated[list[_Pad], Field(min_length=1, max_length=3)] | None = None
+    groups: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: Any) -> dict[str, Any]:
         """Leave out what older versions do not know, where they do the same without it."""
         data: dict[str, Any] = serialize(self)
-        return {name: value for name, value in data.items() if (name, value) != ("padding", None)}
+        return {name: value for name, value in data.items() if value is not None or name not in ("padding", "groups")}
 
 
 class Header(BaseModel):
@@ -156,9 +160,11 @@ def _left_out(header: Header) -> set[str]:
 def _version(header: Header) -> int:
     """Return the version of a file.
 
-    It is 4 where layers state their padding, or the config has settings of small layers; else 3 where settings, or
-    those of some layers in the config, name an algorithm.
+    It is 5 where layers state their groups; else 4 where layers state their padding, or the config has settings of
+    small layers; else 3 where settings, or those of some layers in the config, name an algorithm.
     """
+    if any(record.groups is not None for record in header.layers.values()):
+        return 5
     if "small_layers" in header.config or any(record.padding is not None for record in header.layers.values()):
         return 4
     config = header.config
@@ -240,6 +246,10 @@ def _loaded(
             shapes = f"{record.shape}, the model {list(quantized.vqk.shape)}"
             wrong.append(f"layer {name!r}: the file has weights of shape {shapes}")
             continue
+        groups = quantized.operation.groups
+        if record.groups not in (None, groups):
+            wrong.append(f"layer {name!r}: groups: {record.groups} in the file, {groups} in the model")
+            continue
         quantized.weight_sqnr_db = record.sqnr_db
         if name in biases:
             add_bias(quantized, layer.weight)
@@ -284,7 +294,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
     """What a file says about itself, and the summary of its layers: from the file alone, without the model.
 
-    Layers in float come last, since only the model knows their place.
+    Layers in float come last, since only the model knows their place. What executes a layer is not known where that
+    depends on its groups, and the file is older than their statement: of version 4 or before.
 
     Raises:
         FileFormatError, OSError: as :func:`load`.
@@ -299,7 +310,15 @@ def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
         parts = [f"{name}.{part}".lstrip(".") for part in ("vqk", "kds", "kds_shift")]
         size = sum(tensors.pop(part).nbytes for part in parts if part in tensors)
         operation = backends.Operation(tuple(record.shape), settings, KINDS.get(record.type, DSLayer).transposed)
-        rows.append(quantized_row(name, record.type, operation, size, record.sqnr_db, torch.device("cpu")))
+        known = record.groups is not None or not _depends_on_groups(operation)
+        counts = [record.groups or 1] if known else [1, operation.shape[0]]
+        row, *others = (
+            quantized_row(name, record.type, operation._replace(groups=n), size, record.sqnr_db, torch.device("cpu"))
+            for n in counts
+        )
+        if any(row != other for other in others):
+            row = replace(row, backend="unknown backend", backend_reason=_OLDER)
+        rows.append(row)
     for name, tensor in tensors.items():
         if tensor.dim() >= 2 and tensor.is_floating_point():
             layer = name.removesuffix(".weight")
@@ -313,6 +332,11 @@ def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
     in_float = sum(row.bytes_after for row in rows + parameters if not row.quantized)
     other = sum(tensor.nbytes for tensor in tensors.values()) - in_float
     return header, Summary(tuple(rows), other, tuple(parameters))
+
+
+def _depends_on_groups(operation: backends.Operation) -> bool:
+    """Whether backends may cover a layer or not by its number of groups, which its shape does not tell."""
+    return operation.config.activation_bits is None and len(operation.shape) > 2 and operation.shape[1] == 1
 
 
 def _as_json(padding: Pads | str | None) -> Any:
@@ -387,6 +411,7 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
             # JSON has no infinity; three digits are all that a report shows.
             sqnr_db=round(sqnr, 3) if sqnr is not None and abs(sqnr) < 1e3 else None,
             padding=_as_json(layer.given_padding),
+            groups=layer.operation.groups if _depends_on_groups(layer.operation) else None,
         )
     info, preprocess = info_of(qmodel), preprocess_of(qmodel)
     found = {

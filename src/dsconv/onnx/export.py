@@ -155,7 +155,9 @@ def _check(qmodel: nn.Module, inputs: Inputs, style: str, images: Batch | None, 
     if full_range and style != "int8":
         raise ConfigError(f"full_range: weights are rounded to int8 for style 'int8' alone, got style {style!r}")
     if images is not None and (not len(images) or _kinds(as_inputs(images)) != _kinds(inputs)):
-        raise ConfigError(f"images: expected at least one of the shape of the example_input, {inputs}, got {images!r}")
+        raise ConfigError(
+            f"images: expected at least one of the shape of the example_input, {inputs}, got {as_inputs(images)}"
+        )
 
 
 def _kinds(inputs: Inputs) -> list[Any]:

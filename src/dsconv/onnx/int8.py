@@ -30,6 +30,7 @@ def quantize(
     path: Path,
     images: Batch,
     *,
+    inputs: Sequence[str] | None = None,
     like: Path | None = None,
     operators: Sequence[str] | None = None,
     full_range: bool = False,
@@ -43,6 +44,7 @@ def quantize(
         network: the float file.
         path: of the file to write.
         images: inputs that are run, one by one, to find the ranges of activations.
+        inputs: names of their tensors, of which a file lacks those that change nothing; None: those of the file.
         like: file of a network with the same tensors, to run on noise in the place of ``network`` on images.
         operators: types of the nodes to quantize; None: all that ONNX Runtime can.
         full_range: let weights take all of int8. Otherwise their scales are such that no two products of a filter's
@@ -56,7 +58,8 @@ def quantize(
     bar = progress_bar(progress, "ranges for int8", len(images), "img")
     with tempfile.TemporaryDirectory() as folder, _quiet(), bar as advance:
         onnx = import_extra("onnx", "onnx")
-        names = [given.name for given in onnx.load(network, load_external_data=False).graph.input]
+        read = [given.name for given in onnx.load(network, load_external_data=False).graph.input]
+        names = [name if name in read else None for name in inputs or read]
         overrides = {} if like is None else _ranges(_prepared(like, folder), _OneByOne(names, images, advance), folder)
         prepared = _prepared(network, folder)
         if not full_range:
@@ -74,15 +77,15 @@ def quantize(
         )
 
 
-def feed(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """Return what ONNX Runtime takes for inputs of these ``names``."""
-    return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+def feed(names: Sequence[str | None], tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """Return what ONNX Runtime takes for inputs of these ``names``, None being those that a file lacks."""
+    return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True) if name is not None}
 
 
 class _OneByOne:
     """Images as ``onnxruntime.quantization`` asks for them, by the ``names`` of their tensors."""
 
-    def __init__(self, names: Sequence[str], images: Batch, advance: Advance | None = None):
+    def __init__(self, names: Sequence[str | None], images: Batch, advance: Advance | None = None):
         self.names, self.advance, self.given = list(names), advance, False
         self.rest: Iterator[Batch] = iter(in_batches(images, 1))
 

@@ -82,7 +82,7 @@ def _panel(axis: Any, bench: Bench, names: Sequence[str]) -> None:
     axis.tick_params(axis="y", labelsize=8)
     axis.margins(x=0.02, y=0.15)
     axis.set_ylabel("ms per image (lower is better)", fontsize=8)
-    axis.set_title(f"{bench.network}, {'x'.join(map(str, bench.input_shape))}", fontsize=10)
+    axis.set_title(bench.title, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -3,7 +3,9 @@
 import operator
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -35,7 +37,9 @@ def graph(model: nn.Module, inputs: Inputs, any_batch: bool) -> Graph:
         ModelError: :mod:`torch.export` cannot capture it.
     """
     try:
-        with torch.no_grad(), simulated_whole():
+        with torch.no_grad(), simulated_whole(), warnings.catch_warnings():
+            # PyTorch warns of its own use of what it deprecated.
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
             captured = exported(model, inputs, any_batch)
             module = captured.program.module(check_guards=False)
             # PyTorch's own way to functional operators takes three times as long as the capture.
@@ -84,7 +88,9 @@ def exported(model: nn.Module, inputs: Inputs, any_batch: bool = True) -> Export
     batch = {0: torch.export.Dim("batch", min=1, max=1 << 16)} if any_batch else None
     shapes = tuple(batch if batched else None for batched in inputs.batched)
     with torch.no_grad():
-        flat = _Flat(Capturable(model, inputs), example)
+        capturable = Capturable(model, inputs)
+        # Not by hooks of the model: those behind a forward that fails do not run within a capture.
+        flat = Flat(capturable.model, example, capturable.traced)
         # ``forward(*tensors)`` has its inputs as one tuple.
         program = torch.export.export(flat, tuple(example.tensors), dynamic_shapes=(shapes,), strict=False)
     for node in program.graph.nodes:
@@ -94,22 +100,29 @@ def exported(model: nn.Module, inputs: Inputs, any_batch: bool = True) -> Export
     return Exported(program, structure_of(flat.latest.output), flat.latest.output)
 
 
-class _Flat(nn.Module):
+class Flat(nn.Module):
     """A model as one that takes tensors and returns a tuple, whatever classes its arguments and outputs are of.
+
+    Args:
+        model: whose parameters have names that begin with ``model.``.
+        inputs: whose arguments other than tensors it is called with.
+        around: what each call is within.
 
     Attributes:
         latest: holds the output of the latest call, where no capture sets it back.
     """
 
-    def __init__(self, capturable: Capturable, inputs: Inputs):
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, around: Callable[[], AbstractContextManager[None]] = nullcontext
+    ):
         super().__init__()
-        self.model, self.capturable, self.inputs = capturable.model, capturable, inputs
+        self.model, self.inputs, self.around = model, inputs, around
+        self.training = model.training  # which exporters set back, in the model too
         self.latest = SimpleNamespace(output=None)
 
     def forward(self, *tensors: Tensor) -> tuple[Any, ...]:
         args, kwargs = self.inputs.arguments(tensors)
-        # Not by hooks of the model: those behind a forward that fails do not run within a capture.
-        with self.capturable.traced():
+        with self.around():
             self.latest.output = self.model(*args, **kwargs)
         return tuple(returned_in(self.latest.output))
 

@@ -131,6 +131,23 @@ def read(path: Path) -> Source:
     return Source(path, light.graph, tensors, inputs, opset, _shapes(onnx, light), metadata)
 
 
+def input_types(path: Path) -> dict[str, tuple[np.dtype[Any], list[int | str]]]:
+    """Return dtype and shape of each input of an ONNX file, by name; a size that is free is its name, or empty.
+
+    Raises:
+        FileFormatError, ModelError, OSError: as :func:`read`, or a shape is not there.
+    """
+    onnx, source = import_extra("onnx", "onnx"), read(path)
+    types: dict[str, tuple[np.dtype[Any], list[int | str]]] = {}
+    for given in source.inputs:
+        kind = given.type.tensor_type
+        if not kind.HasField("shape"):
+            raise ModelError(f"{path}: it does not say of which shape its input {given.name!r} is")
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        types[given.name] = dtype, [d.dim_value if d.dim_value > 0 else d.dim_param for d in kind.shape.dim]
+    return types
+
+
 def _opset(path: Path, model: Any, newest: int) -> int:
     versions = [entry.version for entry in model.opset_import if entry.domain in _DOMAINS]
     if not versions:
