@@ -15,8 +15,8 @@ from dsconv.cli.preparation import check_size, image_shape, read_size
 from dsconv.names import check_weights
 
 _SIZES_HELP = (
-    "Size of images that the file takes; give it several times for several sizes. Without it, that of the network's "
-    "preparation of images."
+    "Height and width of images that the file takes, in pixels; give it several times for several sizes. Without it, "
+    "those of the network's preparation of images."
 )
 _FAST_START_HELP = (
     "Write weights as the kernels read them: the file is larger, opened several times faster, and shared by processes."
