@@ -73,6 +73,26 @@ def test_several_inputs_and_outputs_go_by_position_or_by_name(fork: Path, fast_f
     assert net.preprocess is None and net.classes == ()
 
 
+def test_a_file_of_several_sizes_says_which_and_takes_all(fast_fork: CompiledModel, tmp_path: Path) -> None:
+    larger = dsconv.Inputs(*(torch.zeros(1, channels, 9, 5, dtype=torch.float32) for channels in (3, 2)))
+    fast_fork.save(tmp_path / "fork.dsconv", sizes=[larger])
+    net = Network(tmp_path / "fork.dsconv")
+    assert [[x.shape for x in size.inputs] for size in net.sizes] == [
+        [(None, 3, 6, 7), (None, 2, 6, 7)],
+        [(None, 3, 9, 5), (None, 2, 9, 5)],
+    ]
+    assert [size.outputs[0].shape for size in net.sizes] == [(None, 4, 6, 7), (None, 4, 9, 5)]
+    assert net.run_bytes(1, 1) > 0
+    random = np.random.default_rng(0)
+    for size in net.sizes:
+        given = [random.standard_normal((2, *x.shape[1:]), np.float32) for x in size.inputs]
+        expected = fast_fork(*map(torch.from_numpy, given))
+        for got, wanted in zip(net(*given).values(), expected.values(), strict=True):
+            np.testing.assert_array_equal(got, wanted.numpy())
+    with pytest.raises(DataError, match=r"expected .*6, 7.*, or .*9, 5.*, got .*\(2, 3, 6, 5\)"):
+        net(np.zeros((2, 3, 6, 5), np.float32), np.zeros((2, 2, 6, 5), np.float32))
+
+
 def test_arrays_are_read_whatever_their_strides(digits: Path) -> None:
     net, x = Network(digits), images(6)
     expected = net(x)
