@@ -25,13 +25,12 @@ from dsconv.compilation import compile
 from dsconv.compilation.frontends.pytorch import Flat
 from dsconv.conversion import model_info, summary
 from dsconv.conversion.copying import copied
-from dsconv.data.inputs import Inputs, call, joined
+from dsconv.data.inputs import Inputs, call, input_names, joined
 from dsconv.errors import import_extra
 from dsconv.evaluation.outputs import named_outputs
 from dsconv.layers import DSLayer
 from dsconv.names import Algorithm
 from dsconv.onnx import int8
-from dsconv.onnx.export import input_names
 from dsconv.structures import mapped
 
 _OPSET = 17
