@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dsconv.ops import cpu
 from dsconv.ops.arguments import ACTIVATIONS, FLOAT_BITS, OPERATIONS, WEIGHTS, arguments_of, checked_sizes
 from dsconv.ops.native import isa, peak_rate, use_threads
+from dsconv.ops.packing import winograd_weights
 from dsconv.ops.rounding import round_winograd, solve_balanced
 from dsconv.ops.views import patches, pixels_format, transposed_layout, windows
 
@@ -84,4 +85,5 @@ __all__ = [
     "transposed_layout",
     "use_threads",
     "windows",
+    "winograd_weights",
 ]

@@ -81,18 +81,31 @@ def two_or_more(sizes: Sequence[int], fill: int) -> tuple[int, ...]:
     return (fill,) * (2 - len(sizes)) + tuple(sizes)
 
 
-def _pack_winograd(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig) -> Packed:
+def winograd_weights(
+    vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights of a layer by Winograd as they are packed, and their scales and shift before that.
+
+    Returns:
+        Integers ``(O, C, products)``, scales ``(O, CB, products)``, and the shift of the centre ``(O, CB)``, float32.
+    """
     w = dequantize_weight(vqk, kds.float(), config.block_size, kds_shift)
     weight = round_winograd(w, config.block_size)
+    of_centre = winograd_shift(weight, config.block_size)
+    return weight.integers.permute(1, 2, 0), weight.scale.permute(1, 2, 0), of_centre
+
+
+def _pack_winograd(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig) -> Packed:
+    integers, scale, shift = winograd_weights(vqk, kds, kds_shift, config)
     block_size, (outputs, channels) = kernel_block_size(vqk.shape, config), vqk.shape[:2]
     assert block_size is not None
     x, kernel = (1, channels, 3, 3), Geometry((3, 3))
     sizes = sizes_of(x, outputs, kernel, block_size, flat=False, algorithm="winograd")
     of_centre = sizes_of((1, channels, 1, 1), outputs, PIXEL, block_size, flat=False)
     return Packed(
-        _packed_weight(sizes, weight.integers.permute(1, 2, 0), 8),
-        _packed_kds(sizes, weight.scale.permute(1, 2, 0)),
-        _packed_kds(of_centre, winograd_shift(weight, config.block_size)),
+        _packed_weight(sizes, integers, 8),
+        _packed_kds(sizes, scale),
+        _packed_kds(of_centre, shift),
     )
 
 

@@ -20,8 +20,7 @@ from dsconv.compilation.saving.recording import Layer, Recording
 from dsconv.errors import ModelError
 from dsconv.files import replacing
 from dsconv.layers import DSLayer
-from dsconv.numerics import dequantize_weight, winograd_shift
-from dsconv.ops.rounding import round_winograd
+from dsconv.ops import winograd_weights
 
 MAGIC, FORMAT = b"\x89dsconv\n", 1
 PREFIX = struct.Struct("<8sIIQQQII16x")
@@ -109,24 +108,20 @@ class _Network:
 
     def _weights(self, packed: Tensor, layer: DSLayer, sizes: schema.ConvSizes) -> schema.Weights:
         integers, config = _bits(layer.vqk, layer.config.weight_bits), layer.config
-        scales: tuple[Tensor, Tensor | None] = layer.kds, layer.kds_shift
+        kds, shift = layer.kds, layer.kds_shift
         in_place = self._fast_start or packed.nbytes <= _LARGEST_PACKED * integers.nbytes
         if in_place and sizes.winograd:
-            scales = _winograd_scales(layer)
-        half = scales[0].dtype == torch.float16
-        kds, shift = (None if scale is None else self.data.add(scale if half else scale.float()) for scale in scales)
-        assert kds is not None
+            _, kds, shift = winograd_weights(layer.vqk, kds, shift, config)
+        half = kds.dtype == torch.float16
+
+        def stored(scale: Tensor | None) -> Any:
+            return None if scale is None else self.data.add(scale if half else scale.float())
+
         form, weight = (schema.PACKED, packed) if in_place else (schema.INTEGERS, integers)
         settings = sizes.winograd, config.weight_bits, config.block_size, half
-        return schema.Weights(form, *settings, self.data.add(weight), kds, shift)
-
-
-def _winograd_scales(layer: DSLayer) -> tuple[Tensor, Tensor]:
-    """Return the scales ``(O, CB, products)`` and the shift ``(O, CB)`` of a layer's transformed weights."""
-    block_size = layer.config.block_size
-    w = dequantize_weight(layer.vqk, layer.kds.float(), block_size, layer.kds_shift)
-    weight = round_winograd(w, block_size)
-    return weight.scale.permute(1, 2, 0), winograd_shift(weight, block_size)
+        return schema.Weights(
+            form, *settings, self.data.add(weight), stored(kds), None if shift is None else stored(shift)
+        )
 
 
 def write(
