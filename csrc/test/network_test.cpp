@@ -124,6 +124,7 @@ std::vector<float> open_and_run(const Bytes& bytes) {
 #ifdef DSCONV_LIBFUZZER
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  if (!size) return 0;
   Bytes bytes(data, data + size);
   repair(bytes);
   open_and_run(bytes);
