@@ -353,6 +353,13 @@ void Program::pool(int from, const PoolWindow& w, std::int64_t out_height, std::
               (out_width - 1) * w.stride_w < v.width + w.pad_w && w.divisor >= 0 && to.residual < 0 &&
               to.activation.kind == Activation::none,
           "pool: expected a padding smaller than the kernel, windows that begin within the image, and nothing else to do");
+  // Rounding up leaves less than a stride of the last window outside.
+  const auto fits = [](std::int64_t size, std::int64_t kernel, std::int64_t dilation, std::int64_t pad, std::int64_t stride) {
+    return static_cast<double>(kernel - 1) * static_cast<double>(dilation) < static_cast<double>(size + 2 * pad + stride - 1);
+  };
+  require(
+      fits(v.height, w.kernel_h, w.dilation_h, w.pad_h, w.stride_h) && fits(v.width, w.kernel_w, w.dilation_w, w.pad_w, w.stride_w),
+      "pool: expected windows no larger than the padded image");
   check(to, v.channels, out_height, out_width, true);
   // A line of outputs, of the image whose lines begin where line_at(y) says.
   const auto line_of = [=, this](const FloatTensor& v, const Input& output, std::span<const QuantizedTarget> into,
