@@ -291,6 +291,12 @@ void Program::map(int from, const std::vector<MapOperation>& given, const StepOu
 
 namespace {
 
+// Returns which taps of a window that begins at `start` are inside the image: those from `begin` to before `end`.
+Span inside(std::int64_t start, std::int64_t kernel, std::int64_t dilation, std::int64_t size) {
+  const std::int64_t begin = start < 0 ? ceil_div(-start, dilation) : 0;
+  return {begin, start < size ? std::min(kernel, (size - 1 - start) / dilation + 1) : begin};
+}
+
 // Pools one line of outputs. Windows that overlap share the maxima over the lines that they cover (`by_line`).
 class PoolLine {
  public:
@@ -301,25 +307,20 @@ class PoolLine {
   template <class LineAt>
   void run(LineAt line_at, std::int64_t y, std::int64_t out_width, float* to, std::int64_t stride) const {
     const std::int64_t top = y * w_.stride_h - w_.pad_h;
-    const auto line_of = [&](std::int64_t ky) -> const float* {
-      const std::int64_t in_y = top + ky * w_.dilation_h;
-      return in_y >= 0 && in_y < v_.height ? line_at(in_y) : nullptr;
-    };
+    const Span rows = inside(top, w_.kernel_h, w_.dilation_h, v_.height);
     if (by_line_) {
       int lines = 0;
-      for (std::int64_t ky = 0; ky < w_.kernel_h; ++ky)
-        if (const float* from = line_of(ky)) tap_[lines++] = from;
+      for (std::int64_t ky = rows.begin; ky < rows.end; ++ky) tap_[lines++] = line_at(top + ky * w_.dilation_h);
       pool_({tap_, lines, v_.width * v_.channels, 0.0f, maxima_});
     }
     for (std::int64_t x = 0; x < out_width; ++x) {
       int taps = 0;
       const std::int64_t left = x * w_.stride_w - w_.pad_w;
-      for (std::int64_t ky = 0; ky < (by_line_ ? 1 : w_.kernel_h); ++ky) {
-        const float* from = by_line_ ? maxima_ : line_of(ky);
-        for (std::int64_t kx = 0; from && kx < w_.kernel_w; ++kx) {
-          const std::int64_t in_x = left + kx * w_.dilation_w;
-          if (in_x >= 0 && in_x < v_.width) tap_[taps++] = from + in_x * v_.strides.x;
-        }
+      const Span columns = inside(left, w_.kernel_w, w_.dilation_w, v_.width);
+      for (std::int64_t ky = by_line_ ? 0 : rows.begin; ky < (by_line_ ? 1 : rows.end); ++ky) {
+        const float* from = by_line_ ? maxima_ : line_at(top + ky * w_.dilation_h);
+        for (std::int64_t kx = columns.begin; kx < columns.end; ++kx)
+          tap_[taps++] = from + (left + kx * w_.dilation_w) * v_.strides.x;
       }
       pool_({tap_, taps, v_.channels, w_.average ? divisor(top, left, taps) : 0.0f, to + x * stride});
     }
@@ -353,13 +354,6 @@ void Program::pool(int from, const PoolWindow& w, std::int64_t out_height, std::
               (out_width - 1) * w.stride_w < v.width + w.pad_w && w.divisor >= 0 && to.residual < 0 &&
               to.activation.kind == Activation::none,
           "pool: expected a padding smaller than the kernel, windows that begin within the image, and nothing else to do");
-  // Rounding up leaves less than a stride of the last window outside.
-  const auto fits = [](std::int64_t size, std::int64_t kernel, std::int64_t dilation, std::int64_t pad, std::int64_t stride) {
-    return static_cast<double>(kernel - 1) * static_cast<double>(dilation) < static_cast<double>(size + 2 * pad + stride - 1);
-  };
-  require(
-      fits(v.height, w.kernel_h, w.dilation_h, w.pad_h, w.stride_h) && fits(v.width, w.kernel_w, w.dilation_w, w.pad_w, w.stride_w),
-      "pool: expected windows no larger than the padded image");
   check(to, v.channels, out_height, out_width, true);
   // A line of outputs, of the image whose lines begin where line_at(y) says.
   const auto line_of = [=, this](const FloatTensor& v, const Input& output, std::span<const QuantizedTarget> into,
@@ -368,9 +362,9 @@ void Program::pool(int from, const PoolWindow& w, std::int64_t out_height, std::
     struct User;
     using Mine = Scratch<User>;
     const std::int64_t kept = output.values ? 0 : out_width * v.channels, maxima = by_line ? v.width * v.channels : 0;
-    Mine scratch(Mine::template size<const float*>(w.kernel_h * w.kernel_w) + Mine::template size<float>(kept) +
-                 Mine::template size<float>(maxima));
-    const float** const tap = scratch.template take<const float*>(w.kernel_h * w.kernel_w);
+    const std::int64_t taps = std::min(w.kernel_h, v.height) * std::min(w.kernel_w, v.width);
+    Mine scratch(Mine::template size<const float*>(taps) + Mine::template size<float>(kept) + Mine::template size<float>(maxima));
+    const float** const tap = scratch.template take<const float*>(taps);
     float* made = scratch.template take<float>(kept);
     if (output.values) made = const_cast<float*>(output.values) + line * out_width * output.strides.x;
     const std::int64_t stride = output.values ? output.strides.x : v.channels;
