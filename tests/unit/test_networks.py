@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import dsconv
 from dsconv.ops import native
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -55,7 +56,7 @@ def test_each_thing_that_a_network_does_is_told(results: dict[str, dict]) -> Non
     assert set(fails["failed"]) == {"compile", "onnx"} and fails["layers"] == 1
     assert "no input of the sizes tried" in lines["unusable"] and "dsconv_no_such_package" in absent["absent"]
     if importlib.util.find_spec("onnxruntime"):
-        assert alone["onnx_db"] > 100 and left["onnx_db"] > 100
+        assert all(made[key] > 100 for made in (alone, left) for key in ("onnx_db", "onnx_by_layer_db"))
 
 
 def test_the_page_has_a_row_for_each_network_and_totals_of_those_that_could_run(results: dict[str, dict]) -> None:
@@ -70,6 +71,26 @@ def test_the_page_has_a_row_for_each_network_and_totals_of_those_that_could_run(
     assert "| celu | 2 | 1 |" in lines
     (row,) = (line for line in lines if line.startswith("| fails |"))
     assert row.count("**no**") == 2 and "in two" in row
+
+
+@pytest.mark.parametrize(("of_file", "instead"), [("Relu", "Abs"), ("Conv", "")])
+def test_what_goes_wrong_in_a_file_lowers_its_agreement_by_layer(of_file: str, instead: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="needs the extra 'onnx'")
+    pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Tanh()).eval(), torch.randn(2, 3, 8, 8)
+    qnet = dsconv.quantize(net, dsconv.QuantConfig.preset("w8a8"))
+    with networks.exported_layers() as exported:
+        path = dsconv.export_onnx(qnet, x, tmp_path / "net.onnx")
+    with torch.inference_mode():
+        assert networks.by_layer(qnet, path, exported, x) > 100
+        file = onnx.load(path)
+        node = next(node for node in file.graph.node if node.op_type == of_file and len(node.input) != 2)
+        if instead:
+            node.op_type = instead
+        else:
+            del node.input[2]  # the bias
+        onnx.save(file, path)
+        assert networks.by_layer(qnet, path, exported, x) < 60
 
 
 def test_a_network_that_takes_too_long_has_a_result() -> None:

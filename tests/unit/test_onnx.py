@@ -536,6 +536,20 @@ def test_a_compiled_model_is_exported_as_what_it_was_made_of(digits: Tensor, tmp
         assert torch.allclose(again(digits[:4]), compiled(digits[:4]), atol=1e-4)
 
 
+@pytest.mark.parametrize("run", RUNTIMES)
+@pytest.mark.parametrize("style", ["qdq", "int8", "float"])
+def test_a_maximum_over_padding_by_zeros_is_zero_at_least(style: Any, run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = tnn.Conv2d(8, 32, 3), tnn.ZeroPad2d((0, 1, 0, 1)), tnn.MaxPool2d(2, 1), tnn.Conv2d(32, 4, 1)
+    tnn.init.constant_(layers[0].bias, -10.0)
+    qnet, x = dsconv.quantize(tnn.Sequential(*layers).eval()), torch.randn(4, 8, 6, 6)
+    images = {"images": x} if style == "int8" else {}
+    model = onnx.load(dsconv.export_onnx(qnet, x[:1], tmp_path / "net.onnx", style, **images))
+    with torch.inference_mode():
+        expected = qnet(x)
+    assert float((run(model, x) - expected).norm() / expected.norm()) < 0.03
+
+
 class Noted(tnn.Module):
     """Layers of a list, each with a note of which output it reads."""
 

@@ -27,6 +27,7 @@ from dsconv.files import as_path, replacing
 from dsconv.modes import check_evaluation_mode
 from dsconv.names import OPSET, STYLES, Style
 from dsconv.onnx import int8
+from dsconv.onnx.graph import Nodes
 from dsconv.onnx.layers import DOMAIN, Floats, Functions, Integers, StandIn
 from dsconv.ops import arguments_of
 from dsconv.structures import Way, paths_in
@@ -216,7 +217,9 @@ def _write_int8(
 def _exported(qmodel: nn.Module, inputs: Inputs, style: str, opset: int) -> Any:
     """The network as an ``onnx.ModelProto``."""
     model, outputs = _captured(qmodel, inputs, opset)
-    _lower(model, _LOWERINGS[style](quantized_layers(qmodel)))
+    lowering = _LOWERINGS[style](quantized_layers(qmodel))
+    _keep_pads(model.graph, lowering.op)
+    _lower(model, lowering)
     _simplify_pools(model.graph)
     model.metadata_props.clear()
     model.metadata_props["dsconv.outputs"] = json.dumps(outputs)
@@ -322,6 +325,18 @@ def _lower(model: Any, lowering: Integers) -> None:
         model.functions[function.identifier()] = function
     if not model.functions:
         model.opset_imports.pop(DOMAIN, None)
+
+
+def _keep_pads(graph: Any, op: Nodes) -> None:
+    """Name the axes of what a maximum reads padded: ONNX Runtime makes such padding the pool's own only without them.
+
+    It does so for padding by zeros, too, though a pool's own padding is below all values, as zeros are not.
+    """
+    for pool in graph:
+        pad = pool.inputs[0].producer() if pool.op_type == "MaxPool" else None
+        if pad is not None and pad.op_type == "Pad" and (len(pad.inputs) < 4 or pad.inputs[3] is None):
+            pad.resize_inputs(4)
+            pad.replace_input_with(3, op.shape(*range(len(pool.inputs[0].shape))))
 
 
 def _simplify_pools(graph: Any) -> None:
