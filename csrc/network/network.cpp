@@ -73,7 +73,7 @@ ConvSizes sizes_of(const file::ConvSizes& s) {
   return g;
 }
 
-// Of the terms of a Winograd layer's KDS shift.
+// Returns the sizes of the terms of a Winograd layer's KDS shift.
 ConvSizes centre_of(const ConvSizes& winograd) {
   ConvSizes g = winograd;
   g.winograd = false, g.kernel_h = g.kernel_w = 1;

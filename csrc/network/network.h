@@ -90,7 +90,7 @@ class Network {
   struct Programs {
     std::shared_ptr<const Compiled> one, several;
   };
-  // What a run needs besides: memory for each base.
+  // Memory of a run, for each base.
   using Workspace = std::vector<Memory>;
   struct PackedWeights {
     const std::uint8_t* weight = nullptr;

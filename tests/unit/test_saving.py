@@ -87,14 +87,8 @@ def test_the_schema_reads_what_is_written(tmp_path: Path) -> None:
     kinds = [step["operation_type"] for step in program["steps"]]
     assert kinds == ["Convolve", "Pool", "Convolve", "Average", "Map", "Convolve"]
     sizes = program["steps"][0]["operation"]["sizes"]
-    assert [sizes[key] for key in ("channels", "height", "outputs", "kernel_h", "pad_w", "flat")] == [
-        3,
-        12,
-        32,
-        3,
-        1,
-        True,
-    ]
+    expected = {"channels": 3, "height": 12, "outputs": 32, "kernel_h": 3, "pad_w": 1, "flat": True}
+    assert {key: sizes[key] for key in expected} == expected
 
 
 def test_weights_have_their_width(tmp_path: Path) -> None:
