@@ -205,7 +205,7 @@ def _crash(path: Path, shapes: str) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """The case that a contestant is made for: a network, its arguments and what it returns for them, a number of threads."""
+    """The case of a contestant: a network, its arguments and what it returns for them, a number of threads."""
 
     network: nn.Module
     onnx: OnnxModels
