@@ -103,9 +103,11 @@ def written(
     qnet: torch.nn.Module, x: torch.Tensor, folder: Path, given: argparse.Namespace
 ) -> dict[str, tuple[list[str], int, Path]]:
     """Return command, bytes that are installed, and file of each way."""
-    saved, compiled = folder / "net.safetensors", folder / "net.dsconv"
+    saved, compiled, fast = (folder / name for name in ("net.safetensors", "net.dsconv", "fast.dsconv"))
     dsconv.save(qnet, saved)
-    dsconv.compile(qnet, x).save(compiled)
+    network = dsconv.compile(qnet, x)
+    network.save(compiled)
+    network.save(fast, fast_start=True)
     onnx = {style: folder / f"{style}.onnx" for style in ("qdq", "int8")}
     for style, path in onnx.items():
         images = torch.randn(8, *x.shape[1:], dtype=torch.float32) if style == "int8" else None
@@ -120,15 +122,16 @@ def written(
         "Python with NumPy alone": (python("run = lambda: x", folder), 0, folder),
         "PyTorch, `dsconv.compile`": (python(PYTORCH, saved), installed_bytes("dsconv"), saved),
         "`dsconv_runtime`": (python(RUNTIME, compiled), runtime, compiled),
+        "`dsconv_runtime`, fast start": (python(RUNTIME, fast), runtime, fast),
     }
     program, library = c_program(folder)
     # The program gives each of its threads a run: one of them, which has the threads of the library.
-    ways["`libdsconv`, C++ program"] = ([str(program), str(compiled), "1", str(given.runs)], library, compiled)
+    if given.threads == 1:
+        for name, file in {"C++ program": compiled, "C++ program, fast start": fast}.items():
+            ways[f"`libdsconv`, {name}"] = ([str(program), str(file), "1", str(given.runs)], library, file)
     for style, path in onnx.items():
         call = python(ONNX.format(disable=int(style == "qdq")), path)
         ways[f"ONNX Runtime, `{style}`"] = call, installed_bytes("onnxruntime"), path
-    if given.threads != 1:
-        del ways["`libdsconv`, C++ program"]
     return ways
 
 
