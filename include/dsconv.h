@@ -8,11 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define DSCONV_API __declspec(dllexport)
-#else
 #define DSCONV_API __attribute__((visibility("default")))
-#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -38,7 +34,7 @@ typedef enum dsconv_type { DSCONV_FLOAT32 = 1 } dsconv_type;
 typedef struct dsconv_tensor {
   void* data;             /* values of the caller's, aligned as their type is; ignored where only shapes are asked for */
   size_t bytes;           /* of memory at `data` */
-  const int64_t* strides; /* rank of them, in values and not negative; NULL: one value after another, the last dimension fastest */
+  const int64_t* strides; /* of each dimension, in values, none below 0; NULL where values lie one after another */
   dsconv_type type;
   size_t rank;
   int64_t shape[DSCONV_MAX_RANK];
@@ -60,7 +56,8 @@ DSCONV_API const char* dsconv_error(void);
 DSCONV_API dsconv_status dsconv_set_threads(int threads);
 DSCONV_API int dsconv_threads(void);
 
-/* Opens a file, and maps it: it must not be changed until the network is closed. */
+/* Opens a file, and maps it: it must not be changed until the network is closed, though it may be deleted or replaced. Where
+   that fails, *network is NULL. DSCONV_INVALID_ARGUMENT also where DSCONV_MAX_ISA names no instruction set. */
 DSCONV_API dsconv_status dsconv_open(const char* path, dsconv_network** network);
 /* Opens `size` bytes, aligned to 64, that stay as they are until the network is closed. */
 DSCONV_API dsconv_status dsconv_open_memory(const void* data, size_t size, dsconv_network** network);
@@ -83,13 +80,14 @@ DSCONV_API const char* dsconv_preprocess(const dsconv_network* network);
 /* Names of the classes, where the file has them: 0 and NULL otherwise. */
 DSCONV_API size_t dsconv_class_count(const dsconv_network* network);
 DSCONV_API const char* dsconv_class_name(const dsconv_network* network, size_t index);
-/* Bytes of memory that the network holds besides the mapped file, and that a run of so many samples of a size takes. */
+/* Bytes of memory that the network holds besides the mapped file, and that a run of so many samples of a size takes: SIZE_MAX
+   where that is more than any memory. The network keeps the memory of up to 4 runs for the next ones, until it is closed. */
 DSCONV_API size_t dsconv_weight_bytes(const dsconv_network* network);
 DSCONV_API size_t dsconv_run_bytes(const dsconv_network* network, size_t size, int64_t samples);
 
 /* Runs the network on all inputs, float32 of the same number of samples. The call sets type, rank and shape of every output, and
    writes its values to `data`, one after another or as its `strides` say. Outputs without `data` are left out; where all
-   are, nothing is computed, and the shapes tell how much memory they need. */
+   are, nothing is computed, and the shapes tell how much memory they need. Outputs overlap neither inputs nor one another. */
 DSCONV_API dsconv_status dsconv_run(const dsconv_network* network, const dsconv_tensor* inputs, size_t input_count,
                                     dsconv_tensor* outputs, size_t output_count);
 

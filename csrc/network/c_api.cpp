@@ -101,8 +101,8 @@ const Kernels& kernels() {
 dsconv_status open_file(std::shared_ptr<const File> (*file_of)(const void*, std::size_t), const void* of, std::size_t size,
                         dsconv_network** network) {
   return guarded([&] {
+    if (network) *network = nullptr;
     require(network && of, "open: expected a file and a place for the network, got NULL");
-    *network = nullptr;
     begin();
     const std::shared_ptr<const File> file = file_of(of, size);
     *network = new dsconv_network{Network(file, kernels())};
@@ -256,7 +256,8 @@ const char* dsconv_class_name(const dsconv_network* of, size_t index) { return o
 size_t dsconv_weight_bytes(const dsconv_network* of) { return of ? static_cast<size_t>(of->network.weight_bytes()) : 0; }
 size_t dsconv_run_bytes(const dsconv_network* of, size_t size, int64_t samples) {
   if (!of || size >= of->network.sizes().size() || samples < 1) return 0;
-  return static_cast<size_t>(of->network.run_bytes(size, samples));
+  const double bytes = of->network.run_bytes(size, samples);
+  return bytes < 1e18 ? static_cast<size_t>(bytes) : SIZE_MAX;
 }
 
 dsconv_status dsconv_run(const dsconv_network* of, const dsconv_tensor* inputs, size_t input_count, dsconv_tensor* outputs,

@@ -5,10 +5,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
 
 #include "error.h"
 
@@ -100,10 +102,13 @@ void File::check() {
   if (bytes_.size() < sizeof p || std::memcmp(bytes_.data(), kMagic, sizeof p.magic) != 0)
     throw FileError("expected a compiled network, as dsconv compile writes it");
   std::memcpy(&p, bytes_.data(), sizeof p);
-  if (p.format != kFormat)
+  if (p.format > kFormat)
     throw FileError("expected version " + std::to_string(kFormat) + " of the format, got " + std::to_string(p.format) +
                         ": install a newer dsconv runtime",
-                    p.format > kFormat);
+                    true);
+  const auto is_zero = [](std::uint8_t byte) { return byte == 0; };
+  if (p.format < 1 || p.zero || !std::all_of(std::begin(p.zeros), std::end(p.zeros), is_zero))
+    throw FileError("the file is damaged: its first 64 bytes are not those of a compiled network");
   if (p.header_size > bytes_.size() - sizeof p || p.data_begin % kAlignment || p.data_begin < sizeof p + p.header_size ||
       p.data_begin > bytes_.size() || p.data_size != bytes_.size() - p.data_begin || p.data_size < kReadPastEnd)
     throw FileError("the file is damaged: it has " + std::to_string(bytes_.size()) +

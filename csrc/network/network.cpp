@@ -363,6 +363,8 @@ Network::Port Network::port(const file::Port* of, const Compiled& made) const {
   require(p.shape.size() == p.strides.size() && p.shape.size() < kMaxRank, "a tensor has another number of strides");
   require(p.offset >= 0 && p.offset % 64 == 0 && p.first >= 0 && p.sample_stride >= 0,
           "an input or output lies outside of its memory");
+  // Before any arithmetic, as of tensors in Program::add_float.
+  require(p.offset < kMaxValues && p.first < kMaxValues && p.sample_stride < kMaxValues / 4, "an input or output is too large");
   double last = static_cast<double>(p.first);
   for (std::size_t i = 0; i < p.shape.size(); ++i) {
     require(p.shape[i] > 0 && p.strides[i] >= 0, "an input or output has a size below 1");
@@ -576,12 +578,11 @@ std::int64_t Network::Compiled::at_once(std::int64_t samples) const {
   return std::min<std::int64_t>(samples, std::max<std::int64_t>(samples_at_once, expected_threads));
 }
 
-std::int64_t Network::run_bytes(std::size_t size, std::int64_t samples) const {
+double Network::run_bytes(std::size_t size, std::int64_t samples) const {
   const Compiled& compiled = program_for(size, samples);
-  const std::int64_t count = compiled.at_once(samples);
-  std::int64_t values = 0;
-  for (const std::int64_t of_base : compiled.bases) values += of_base;
-  return compiled.program.bytes(count) + 4 * count * values;
+  double of_sample = static_cast<double>(compiled.program.bytes(1));
+  for (const std::int64_t values : compiled.bases) of_sample += 4 * static_cast<double>(values);
+  return static_cast<double>(compiled.at_once(samples)) * of_sample;
 }
 
 void Network::run(std::size_t size, std::span<const UserTensor> inputs, std::span<const UserTensor> outputs) const {

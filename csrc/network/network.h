@@ -63,7 +63,7 @@ class Network {
   std::int64_t weight_bytes() const { return weight_bytes_; }
 
   // Returns the bytes of what lies between steps, and of inputs and outputs that are copied.
-  std::int64_t run_bytes(std::size_t size, std::int64_t samples) const;
+  double run_bytes(std::size_t size, std::int64_t samples) const;
   // Returns the place in sizes() of inputs of these shapes, (samples, ...). Throws std::invalid_argument.
   std::size_t size_of(std::span<const Shape> inputs) const;
   // Runs on inputs of one of the sizes. Outputs have the shapes that belong to it. Throws std::invalid_argument, NoMemory.

@@ -143,8 +143,8 @@ class Damage {
     const std::size_t header = std::min<std::size_t>(read<std::uint64_t>(bytes, 16), bytes.size() - kPrefix - 8);
     for (std::uint64_t edits = 1 + below(6); edits; --edits) {
       const std::size_t at = kPrefix + below(below(4) ? header : bytes.size() - kPrefix - 8);
-      static constexpr std::int64_t kOdd[] = {0,    1,         2,         3,         8,         64,        -1,
-                                              -128, INT32_MAX, INT32_MIN, 1LL << 31, 1LL << 40, INT64_MAX, INT64_MIN};
+      static constexpr std::int64_t kOdd[] = {
+          0, 1, 2, 3, 8, 64, -1, -128, INT32_MAX, INT32_MIN, 1LL << 31, 1LL << 40, 1LL << 60, 1LL << 62, INT64_MAX, INT64_MIN};
       const std::int64_t odd = below(2) ? kOdd[below(std::size(kOdd))] : static_cast<std::int64_t>(below(300));
       switch (below(5)) {
         case 0: bytes[at] ^= static_cast<std::uint8_t>(1u << below(8)); break;

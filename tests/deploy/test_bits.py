@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dsconv
+from dsconv.compilation.program import Port, Program
 from dsconv.ops import native
 from dsconv.structures import tensors_in
 
@@ -134,6 +135,23 @@ def test_any_strides_of_an_input_are_read(tmp_path: Path) -> None:
     wide[::2, :, :, ::2] = array
     for other in (pixels, wide[::2, :, :, ::2], np.flip(np.flip(array, 2).copy(), 2)):
         assert all(np.array_equal(net(other)[name], output) for name, output in expected.items())
+
+
+@pytest.mark.parametrize("port", [(0, 0, 0, 2**62, (10000,)), (0, 0, 2**61, 2**62, (1,)), (0, 2**62, 0, 64, (1,))])
+def test_places_outside_of_the_memory_are_refused(
+    port: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, _ = compiled("rows")
+    *where, strides = port
+    right = Program.ports
+
+    def wrong(program: Program) -> Any:
+        return right(program)[0], [Port(*where, (3,), strides)]
+
+    monkeypatch.setattr(Program, "ports", wrong)
+    fast.save(tmp_path / "net.dsconv")
+    with pytest.raises(runtime.FileFormatError, match=r"too large|outside of its memory"):
+        runtime.Network(tmp_path / "net.dsconv")
 
 
 def test_a_large_batch_is_computed_in_parts(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import dsconv
 from dsconv.compilation.compiled import CompiledModel
 from dsconv.compilation.saving import schema
 from dsconv.compilation.saving.writing import FORMAT, MAGIC, PREFIX
-from dsconv.errors import ModelError
+from dsconv.errors import ConfigError, ModelError
 from dsconv.ops import native
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
@@ -185,6 +185,36 @@ def test_models_for_one_batch_and_of_other_inputs_are_refused(tmp_path: Path) ->
     both = dsconv.Inputs(images(), torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(ModelError, match=r"input 'token' is torch.int64 \(1, 4\)"):
         compiled(OfTokens(), x=both).save(tmp_path / "net.dsconv")
+
+
+def test_an_input_that_is_only_returned_is_refused(tmp_path: Path) -> None:
+    class Returned(Network):
+        def forward(self, x: Tensor, other: Tensor) -> Any:  # type: ignore[override]
+            return super().forward(x), other
+
+    fast = compiled(Returned(), x=dsconv.Inputs(images(), torch.zeros(1, 7, dtype=torch.float32)))
+    with pytest.raises(ModelError, match="output 'y_1' is no tensor that the network's steps make"):
+        fast.save(tmp_path / "net.dsconv")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"classes": "abcde"}, "classes: expected a list of names, got 'abcde'"),
+        ({"classes": []}, "classes: expected a list of names"),
+        ({"classes": [0, 1, 2, 3, 4]}, "classes: expected names of printable characters, got 0"),
+        ({"classes": ["a", "b", "c", "d", "\ud800"]}, "classes: expected names of printable"),
+        ({"classes": ["a", "b", "c", "d", "e\0f"]}, "classes: expected names of printable"),
+        ({"classes": ["a", "b"]}, "classes: expected 5 names, one of each output, got 2"),
+        ({"sizes": [224]}, "sizes: expected a list of examples, .* got 224 in it"),
+        ({"sizes": torch.zeros(1, 3, 8, 8, dtype=torch.float32)}, "sizes: expected a list of examples, .* got Tensor"),
+        ({"sizes": [torch.zeros(1, 3, 0, 4, dtype=torch.float32)]}, "got one without values"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_written(settings: Any, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=told):
+        compiled(Network()).save(tmp_path / "net.dsconv", **settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:

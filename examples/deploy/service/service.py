@@ -168,7 +168,7 @@ class Service:
             mode = "L" if self.network.preprocess["channels"] == "gray" else "RGB"
             pixels = np.asarray(ImageOps.exif_transpose(image).convert(mode))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise HTTPException(400, f"expected an image, got {len(body)} bytes that are none: {error}") from error
+            raise HTTPException(400, f"expected an image, got {len(body)} bytes of no format that is known") from error
         return dsconv_runtime.prepare(pixels, self.network.preprocess)
 
     def best(self, logits: np.ndarray) -> list[dict[str, Any]]:

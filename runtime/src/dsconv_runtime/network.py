@@ -76,7 +76,7 @@ class Network:
 
     def __init__(self, path: str | os.PathLike[str]):
         found = ctypes.c_void_p()
-        name = os.fspath(path)
+        name = os.fsdecode(path)
         if "\0" in name:
             raise ValueError(f"path: expected the path of a file, got {name!r}, in which is a null character")
         status = library.dsconv_open(os.fsencode(name), ctypes.byref(found))
@@ -181,14 +181,16 @@ class Network:
         names = [info.name for info in self.inputs]
         if len(arrays) > len(names):
             raise TypeError(f"inputs: expected {len(names)} ({', '.join(names)}), got {len(arrays)}")
+        for name in named:
+            if name not in names:
+                raise TypeError(f"input {name!r} is unknown; the inputs are {', '.join(names)}")
         yield from arrays
         for name in names[len(arrays) :]:
             if name not in named:
                 raise TypeError(f"input {name!r}: expected an array, got none; the inputs are {', '.join(names)}")
             yield named.pop(name)
         for name in named:
-            what = "given by position and by name" if name in names else f"unknown; the inputs are {', '.join(names)}"
-            raise TypeError(f"input {name!r} is {what}")
+            raise TypeError(f"input {name!r} is given by position and by name")
 
     @property
     def weight_bytes(self) -> int:
@@ -199,8 +201,8 @@ class Network:
         """Return the bytes of memory that a run takes, of so many samples of a size: an index of :attr:`sizes`."""
         if not 0 <= size < len(self.sizes):
             raise DataError(f"size: expected 0 to {len(self.sizes) - 1}, got {size}")
-        if samples < 1:
-            raise DataError(f"samples: expected a number from 1, got {samples}")
+        if samples < 1 or samples >= 1 << 63:
+            raise DataError(f"samples: expected a number from 1 to 2^63 - 1, got {samples}")
         return int(library.dsconv_run_bytes(self._open().pointer, size, samples))
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ _SIZES_HELP = (
     "Height and width of images that the file takes, in pixels; give it several times for several sizes. Without it, "
     "those of the network's preparation of images."
 )
+_CLASSES_HELP = "Names of the classes, one a line, in the order of the network's outputs: they are written to the file."
 _FAST_START_HELP = (
     "Write weights as the kernels read them: the file is larger, opened several times faster, and shared by processes."
 )
@@ -29,7 +30,7 @@ def compile(
     size: Annotated[
         list[str] | None, typer.Option(metavar="PIXELS|[CHANNELSx]HEIGHTxWIDTH", help=_SIZES_HELP, show_default=False)
     ] = None,
-    classes: opt.Classes = None,
+    classes: Annotated[Path | None, typer.Option(metavar="FILE.txt", help=_CLASSES_HELP)] = None,
     fast_start: Annotated[bool, typer.Option("--fast-start", help=_FAST_START_HELP)] = False,
     weights: opt.Weights = "default",
     preset: opt.Preset = "default",

@@ -26,7 +26,7 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cpu_info
 from dsconv.data.inputs import Inputs, as_inputs, call, input_names
 from dsconv.data.preprocess import Preprocess
-from dsconv.errors import ModelError
+from dsconv.errors import ConfigError, DataError, ModelError, one_line
 from dsconv.files import as_path
 from dsconv.threads import PyTorchOnOneThread
 
@@ -214,6 +214,7 @@ class CompiledModel(nn.Module):
             The size of the file in bytes.
 
         Raises:
+            ConfigError: ``sizes`` or ``classes`` are not such.
             ModelError: PyTorch computes steps of the network, or the network is captured for each batch size by itself,
                 or it is not on the CPU.
             OSError: the file cannot be written.
@@ -225,20 +226,25 @@ class CompiledModel(nn.Module):
         ...     fast.save(f"{folder}/net.dsconv") > 1000
         True
         """
-        place = as_path(path)
+        place, examples = as_path(path), _examples(sizes)
+        if classes is not None:
+            _check_classes(classes)
         if self.parts:
             raise ModelError(f"the network cannot be saved: it is compiled in parts, {', '.join(self.parts)}")
         if self._device.type != "cpu":
             raise ModelError(f"the network cannot be saved: it is on {self._device}: compile it on the CPU")
         made: list[Size] = []
         names: tuple[list[str], list[str]] = [], []
-        for example in [self._example, *map(as_inputs, sizes)]:
+        for example in [self._example, *examples]:
             one, several = (self._for_saving(example, count) for count in (1, 2))
             taken = input_names(example, self.model)
             names = taken, several.output_names(taken)
             for program in (one, several):
                 check_saved(program, names[1])
             made.append(Size(one, several))
+            shapes = [port.shape for port in several.ports()[1] if port is not None]
+            if classes is not None and len(shapes) == 1 and len(shapes[0]) == 1 and len(classes) != shapes[0][0]:
+                raise ConfigError(f"classes: expected {shapes[0][0]} names, one of each output, got {len(classes)}")
         preprocess = None if self.preprocess is None else self.preprocess.model_dump_json()
         return write(place, made, quantized_layers(self.model).values(), names, preprocess, classes, fast_start)
 
@@ -322,6 +328,34 @@ def compile(qmodel: nn.Module, example_input: Any) -> CompiledModel:
     qmodel = unwrapped(qmodel)
     check_inference(qmodel, "compiling")
     return CompiledModel(copied(qmodel), inputs)
+
+
+def _examples(sizes: Any) -> list[Inputs]:
+    """Return the examples of further sizes.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    told = "sizes: expected a list of examples, as torch.zeros(1, 3, 320, 480, dtype=torch.float32), got "
+    if not isinstance(sizes, list | tuple):
+        raise ConfigError(f"{told}{type(sizes).__name__}")
+    examples = []
+    for size in sizes:
+        try:
+            examples.append(as_inputs(size))
+        except DataError:
+            raise ConfigError(f"{told}{one_line(repr(size), 100)} in it") from None
+        if not all(x.numel() for x in examples[-1].tensors):
+            raise ConfigError(f"{told}one without values: {examples[-1]}")
+    return examples
+
+
+def _check_classes(classes: Sequence[str]) -> None:
+    if isinstance(classes, str) or not isinstance(classes, Sequence) or not classes:
+        raise ConfigError(f"classes: expected a list of names, got {one_line(repr(classes), 100)}")
+    for name in classes:
+        if not isinstance(name, str) or not name or "\0" in name or not name.isprintable():
+            raise ConfigError(f"classes: expected names of printable characters, got {one_line(repr(name), 100)}")
 
 
 def _check_dtype(model: nn.Module) -> None:

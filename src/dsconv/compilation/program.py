@@ -339,6 +339,8 @@ class Program:
         own = self._own(node) if isinstance(node, fx.Node) else None
         if own is None or (own not in env and own not in self._values):
             return None
+        if own not in env and self._values[own].root().outside and self._values[own].root().node not in env:
+            return None  # an input that no step reads
         if own not in env:
             env[own] = self._view(self._values[own], _PORT_SAMPLES, env, memory)
         made = self._tensor(node, env)
