@@ -625,14 +625,15 @@ class Unread(tnn.Module):
 
     def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         made = self.body(image)
-        return made, made[:, :0], torch.zeros(3)
+        return made, made[:, :0], torch.zeros(3, dtype=torch.float32)
 
 
 def test_what_changes_nothing_and_what_is_empty_is_no_trouble() -> None:
     pytest.importorskip("onnx", reason="needs the extra 'bench'")
     pytest.importorskip("onnxruntime", reason="needs the extra 'bench'")
     net = Unread().eval()
-    x = (torch.randn(2, *SHAPE).to(memory_format=torch.channels_last), torch.ones(2, 4) > 0)
+    images = torch.randn(2, *SHAPE, dtype=torch.float32).to(memory_format=torch.channels_last)
+    x = (images, torch.ones(2, 4, dtype=torch.bool))
     found = dsconv.bench(net, dsconv.quantize(net), x, against=["torch", "onnxruntime"], turns=2)
     assert not {name: why for name, why in found.not_run.items() if "bf16" not in name}
 

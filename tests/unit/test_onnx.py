@@ -450,7 +450,7 @@ def test_layers_of_other_kinds_are_right_in_int8_too(tmp_path: Path) -> None:
         ({"full_range": True}, "full_range: weights are rounded to int8 for style 'int8' alone, got style 'qdq'"),
         ({"style": "int8", "full_range": 1}, "full_range: expected True or False, got 1"),
         (
-            {"style": "int8", "images": torch.zeros(2, 3, 8, 8)},
+            {"style": "int8", "images": torch.zeros(2, 3, 8, 8, dtype=torch.float32)},
             r"images: expected .*, got Inputs\(float32 \(2, 3, 8, 8\)",
         ),
         ({"style": "int8", "images": torch.zeros(0, 1, 8, 8)}, "images: expected at least one of the shape"),

@@ -47,14 +47,14 @@ class Table:
     """Base of dataclasses whose fields are numbers, texts, structs, tables, or sequences of these; None is left out."""
 
     union: ClassVar[tuple[type["Table"], ...]] = ()
-    """Of a field of the type ``Table``: the tables that it may be, in the order of the schema."""
+    """The tables that a field of the type ``Table`` may be, in the order of the schema."""
 
     def written(self, builder: flatbuffers.Builder) -> int:
         """Write the table, and return where it lies."""
         of: Any = type(self)
         kinds = _kinds(of)
         given = {name: getattr(self, name) for name in kinds}
-        # What a table only points to lies before it.
+        # A table lies behind everything that it only points to.
         behind = {
             name: _behind(builder, kinds[name], value)
             for name, value in given.items()
