@@ -306,7 +306,7 @@ def _onnxruntime(case: Case, kind: str) -> Contestant:
     def outputs() -> list[Tensor]:
         run()
         values = zip(made, binding.copy_outputs_to_cpu(), strict=True)
-        return [torch.as_tensor(value) if room is None else room for room, value in values]
+        return [torch.from_numpy(value) if room is None else room for room, value in values]
 
     executed = _executed(layers, case.onnx.layers(path))
     return Contestant(_named("ONNX Runtime", kind, computed), executed, case.onnx.weight_bytes(path), run, outputs)
@@ -344,7 +344,7 @@ def _openvino(case: Case, kind: str) -> Contestant:
     def outputs() -> list[Tensor]:
         run()
         values = [request.get_output_tensor(place).data.copy() for place in range(len(made))]
-        return [torch.as_tensor(v) if room is None else room for room, v in zip(made, values, strict=True)]
+        return [torch.from_numpy(v) if room is None else room for room, v in zip(made, values, strict=True)]
 
     layers, computed = Counter[str](), Counter[str]()
     for node in compiled.get_runtime_model().get_ordered_ops():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsconv.errors import DataError
+from dsconv.errors import DataError, one_line
 from dsconv.structures import PLAIN, Way, leaves, mapped, paths_in, tensors_in
 
 
@@ -53,7 +53,8 @@ class Inputs:
         self.tensors = tensors_in((args, kwargs))
         sizes = [len(x) for x in self.tensors if x.dim()]
         if not sizes:
-            raise DataError(f"inputs: expected a tensor (N, ...) among the arguments, got none in {self}")
+            got = one_line(repr(self), 300)
+            raise DataError(f"inputs: expected a tensor (N, ...) among the arguments, got none in {got}")
         others = [value for _, value in leaves((args, kwargs)) if not isinstance(value, (Tensor, *PLAIN))]
         if others:
             array = isinstance(others[0], np.ndarray)
