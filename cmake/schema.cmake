@@ -23,7 +23,7 @@ set(generated ${CMAKE_CURRENT_BINARY_DIR}/generated)
 add_custom_command(OUTPUT ${generated}/network_generated.h
   COMMAND ${FLATC} --cpp --scoped-enums -o ${generated} ${schema} DEPENDS ${schema} VERBATIM)
 
-set(network_sources csrc/network/c_api.cpp csrc/network/file.cpp csrc/network/network.cpp ${generated}/network_generated.h)
+set(network_sources csrc/network/c_api.cpp csrc/network/file.cpp csrc/network/geometry.cpp csrc/network/network.cpp ${generated}/network_generated.h)
 
 function(use_schema target)
   target_compile_definitions(${target} PRIVATE DSCONV_VERSION="${DSCONV_VERSION}")

@@ -46,7 +46,8 @@ typedef struct dsconv_network dsconv_network;
 DSCONV_API uint32_t dsconv_abi_version(void);
 /* Version of the library, "1.2.3". */
 DSCONV_API const char* dsconv_version(void);
-/* Instruction set of the kernels: the best of this processor, at most what the environment's DSCONV_MAX_ISA names. */
+/* Instruction set of the kernels of networks that are opened now: the best of this processor, at most what the environment's
+   DSCONV_MAX_ISA names. An open network keeps its own. */
 DSCONV_API const char* dsconv_isa(void);
 /* What went wrong in the last call of this thread that did not return DSCONV_OK. */
 DSCONV_API const char* dsconv_error(void);
@@ -74,16 +75,22 @@ DSCONV_API const char* dsconv_output_name(const dsconv_network* network, size_t 
 DSCONV_API size_t dsconv_size_count(const dsconv_network* network);
 DSCONV_API dsconv_status dsconv_input_shape(const dsconv_network* network, size_t size, size_t index, dsconv_tensor* tensor);
 DSCONV_API dsconv_status dsconv_output_shape(const dsconv_network* network, size_t size, size_t index, dsconv_tensor* tensor);
+/* Further sizes that it takes: heights and widths, of all inputs alike, that differ from those of size 0 by multiples of this
+   number. 1 is any size that is large enough for the network; 0: it takes no others. dsconv_run() without `data` of outputs
+   tells their shapes. The first run of a size prepares it, and the last 16 are remembered. */
+DSCONV_API int64_t dsconv_size_step(const dsconv_network* network);
 
 /* How images are prepared, as JSON: the settings of dsconv.Preprocess. NULL where the file does not say. */
 DSCONV_API const char* dsconv_preprocess(const dsconv_network* network);
 /* Names of the classes, where the file has them: 0 and NULL otherwise. */
 DSCONV_API size_t dsconv_class_count(const dsconv_network* network);
 DSCONV_API const char* dsconv_class_name(const dsconv_network* network, size_t index);
-/* Bytes of memory that the network holds besides the mapped file, and that a run of so many samples of a size takes: SIZE_MAX
-   where that is more than any memory. The network keeps the memory of up to 4 runs for the next ones, until it is closed. */
+/* Bytes of memory that the network holds besides the mapped file. */
 DSCONV_API size_t dsconv_weight_bytes(const dsconv_network* network);
-DSCONV_API size_t dsconv_run_bytes(const dsconv_network* network, size_t size, int64_t samples);
+/* Bytes of memory that a run on inputs of these types, ranks and shapes takes: SIZE_MAX where that is more than any memory. The
+   network keeps the memory of up to 4 runs for the next ones, until it is closed. */
+DSCONV_API dsconv_status dsconv_run_bytes(const dsconv_network* network, const dsconv_tensor* inputs, size_t input_count,
+                                          size_t* bytes);
 
 /* Runs the network on all inputs, float32 of the same number of samples. The call sets type, rank and shape of every output, and
    writes its values to `data`, one after another or as its `strides` say. Outputs without `data` are left out; where all

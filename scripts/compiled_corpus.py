@@ -68,12 +68,29 @@ class Dense(nn.Module):
         }
 
 
+class Scales(nn.Module):
+    """Windows beyond the end, strides, pads, crops, interpolation, transposed layers, for images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up = nn.Conv2d(3, 8, 5, 2, 2), nn.ConvTranspose2d(8, 4, 3, 2, 1, output_padding=1)
+        self.last = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = F.max_pool2d(torch.relu(self.first(x)), 3, 2, ceil_mode=True)
+        pads = F.pad(y, (2, 1, 0, 3), mode="replicate") + F.pad(y, (1, 2, 2, 1), value=0.5)
+        near = F.interpolate(pads[:, :, ::2, 1::2], scale_factor=3.0, mode="nearest")
+        between = F.interpolate(self.last(y[:, :, 1:-1, 2:]), scale_factor=2.0, mode="bilinear")
+        return self.up(y), near, between, F.adaptive_avg_pool2d(pads, (3, 2))
+
+
 NETWORKS: dict[str, tuple[type[nn.Module], Sequence[Tensor], str, bool]] = {
     "residual": (Residual, [image(3, 16)], "default", False),
     "whole": (Residual, [image(3, 12)], "default", True),
     "direct": (Residual, [image(3, 12)], "w8a8", False),
     "mobile": (Mobile, [image(4)], "default", False),
     "dense": (Dense, [image(8), image(8)], "default", False),
+    "scales": (Scales, [image(3, 20)], "default", False),
 }
 
 
@@ -82,8 +99,8 @@ def main(folder: Path) -> None:
     for name, (network, inputs, preset, fast_start) in NETWORKS.items():
         torch.manual_seed(0)
         fast = dsconv.compile(dsconv.quantize(network().eval(), preset), tuple(inputs))
-        size = fast.save(folder / f"{name}.dsconv", fast_start=fast_start)
-        print(f"{name}: {size:,} bytes, {len(fast.plan.steps)} steps")
+        saved = fast.save(folder / f"{name}.dsconv", fast_start=fast_start)
+        print(f"{name}: {saved.bytes:,} bytes, {len(fast.plan.steps)} steps, sizes by {saved.size_step}")
 
 
 if __name__ == "__main__":

@@ -140,16 +140,16 @@ Shape strides_of(const dsconv_tensor& tensor, const std::string& what) {
   return strides;
 }
 
-void run(const Network& network, const dsconv_tensor* inputs, std::size_t input_count, dsconv_tensor* outputs,
-         std::size_t output_count) {
-  const auto counted = [](std::size_t wanted, std::size_t got, const char* what, const void* at) {
-    require(wanted == got && at,
-            "run: expected " + std::to_string(wanted) + " " + what + ", got " + (at ? std::to_string(got) : "NULL"));
-  };
-  counted(network.inputs().size(), input_count, "inputs", inputs);
-  counted(network.outputs().size(), output_count, "outputs", outputs);
+void require_count(std::size_t wanted, std::size_t got, const std::string& what, const void* at) {
+  require(wanted == got && at, "expected " + std::to_string(wanted) + " " + what + (wanted == 1 ? "" : "s") + ", got " +
+                                   (at ? std::to_string(got) : "NULL"));
+}
+
+std::string name(const char* kind, const std::string& of) { return std::string(kind) + " '" + of + "'"; }
+
+std::vector<Shape> shapes_of(const Network& network, const dsconv_tensor* inputs, std::size_t input_count) {
+  require_count(network.inputs().size(), input_count, "input", inputs);
   std::vector<Shape> shapes;
-  const auto name = [](const char* kind, const std::string& of) { return std::string(kind) + " '" + of + "'"; };
   for (std::size_t i = 0; i < input_count; ++i) {
     const std::string what = name("input", network.inputs()[i]);
     require(inputs[i].type == DSCONV_FLOAT32, what + ": expected type DSCONV_FLOAT32 (1), got " + std::to_string(inputs[i].type));
@@ -157,10 +157,17 @@ void run(const Network& network, const dsconv_tensor* inputs, std::size_t input_
             what + ": expected 1 to 8 dimensions, got " + std::to_string(inputs[i].rank));
     shapes.emplace_back(inputs[i].shape, inputs[i].shape + inputs[i].rank);
   }
-  const std::size_t size = network.size_of(shapes);
+  return shapes;
+}
+
+void run(const Network& network, const dsconv_tensor* inputs, std::size_t input_count, dsconv_tensor* outputs,
+         std::size_t output_count) {
+  const std::vector<Shape> shapes = shapes_of(network, inputs, input_count);
+  require_count(network.outputs().size(), output_count, "output", outputs);
+  const std::shared_ptr<const Network::Compiled> compiled = network.compiled_for(shapes);
   bool wanted = false;
   for (std::size_t i = 0; i < output_count; ++i) {
-    set_shape(&outputs[i], shapes[0][0], network.sizes()[size].outputs[i]);
+    set_shape(&outputs[i], shapes[0][0], compiled->outputs[i].shape);
     wanted |= outputs[i].data != nullptr;
   }
   if (!wanted || !shapes[0][0]) return;
@@ -173,7 +180,7 @@ void run(const Network& network, const dsconv_tensor* inputs, std::size_t input_
     to.back().strides = t.data ? strides_of(t, name("output", network.outputs()[i])) : Shape(t.rank);
   }
   begin();
-  network.run(size, from, to);
+  network.run(*compiled, from, to);
 }
 
 const char* text(const std::vector<std::string>& all, std::size_t index) {
@@ -247,6 +254,8 @@ dsconv_status dsconv_output_shape(const dsconv_network* of, size_t size, size_t 
   return shape_of(&Network::Size::outputs, of, size, index, tensor);
 }
 
+int64_t dsconv_size_step(const dsconv_network* of) { return of ? of->network.size_step() : 0; }
+
 const char* dsconv_preprocess(const dsconv_network* of) {
   return of && of->network.preprocess() ? of->network.preprocess()->c_str() : nullptr;
 }
@@ -254,10 +263,13 @@ size_t dsconv_class_count(const dsconv_network* of) { return of ? of->network.cl
 const char* dsconv_class_name(const dsconv_network* of, size_t index) { return of ? text(of->network.classes(), index) : nullptr; }
 
 size_t dsconv_weight_bytes(const dsconv_network* of) { return of ? static_cast<size_t>(of->network.weight_bytes()) : 0; }
-size_t dsconv_run_bytes(const dsconv_network* of, size_t size, int64_t samples) {
-  if (!of || size >= of->network.sizes().size() || samples < 1) return 0;
-  const double bytes = of->network.run_bytes(size, samples);
-  return bytes < 1e18 ? static_cast<size_t>(bytes) : SIZE_MAX;
+dsconv_status dsconv_run_bytes(const dsconv_network* of, const dsconv_tensor* inputs, size_t input_count, size_t* bytes) {
+  return guarded([&] {
+    require(of && bytes, "expected a network and a place for the number, got NULL");
+    const std::vector<Shape> shapes = shapes_of(of->network, inputs, input_count);
+    const double needed = of->network.compiled_for(shapes)->run_bytes(shapes[0][0]);
+    *bytes = needed < 1e18 ? static_cast<size_t>(needed) : SIZE_MAX;
+  });
 }
 
 dsconv_status dsconv_run(const dsconv_network* of, const dsconv_tensor* inputs, size_t input_count, dsconv_tensor* outputs,

@@ -3,74 +3,31 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <type_traits>
 
 #include "../parallel.h"
 #include "../rounding/winograd.h"
 #include "../scratch.h"
-#include "error.h"
-#include "network_generated.h"
+#include "geometry.h"
+#include "tables.h"
 
 namespace dsconv {
 namespace {
 
 constexpr std::size_t kMaxRank = 8;
 constexpr std::size_t kSpare = 4;  // workspaces that are kept for the next runs
-constexpr std::int64_t kMaxValues = std::int64_t{1} << 40;
+constexpr std::size_t kSizesKept = 16;
+constexpr std::int64_t kMaxValues = std::int64_t{1} << 40, kMaxSide = std::int64_t{1} << 31;
 constexpr flatbuffers::uoffset_t kMaxTables = 1 << 22;
-
-void require(bool holds, const char* what) {
-  if (!holds) throw FileError(std::string("the file is damaged: ") + what);
-}
-
-template <class Enum>
-Enum one_of(const char* what, int value, int count) {
-  require(value >= 0 && value < count, what);
-  return static_cast<Enum>(value);
-}
 
 int checked_bits(int bits) {
   require(bits >= 2 && bits <= 8, "bits are 2 to 8");
   return bits;
 }
 
-template <class T>
-const T* needed(const T* field) {
-  require(field, "a field is missing");
-  return field;
-}
-
-// The verifier of FlatBuffers leaves open whether items of vectors are aligned.
-template <class T>
-const flatbuffers::Vector<T>& items(const flatbuffers::Vector<T>* vector) {
-  needed(vector);
-  require(reinterpret_cast<std::uintptr_t>(vector->Data()) % alignof(std::remove_pointer_t<T>) == 0, "a table is not aligned");
-  return *vector;
-}
-
 std::vector<std::string> texts(const flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>* from) {
   std::vector<std::string> all;
   for (const flatbuffers::String* text : items(from)) all.push_back(text->str());
   return all;
-}
-
-Shape numbers(const flatbuffers::Vector<std::int64_t>* from) {
-  require(items(from).size() <= kMaxRank, "a tensor has more than 8 dimensions");
-  return {from->begin(), from->end()};
-}
-
-ConvSizes sizes_of(const file::ConvSizes& s) {
-  ConvSizes g{};
-  g.images = 1, g.channels = s.channels(), g.height = s.height(), g.width = s.width();
-  g.outputs = s.outputs(), g.out_height = s.out_height(), g.out_width = s.out_width();
-  g.kernel_h = s.kernel_h(), g.kernel_w = s.kernel_w(), g.stride_h = s.stride_h(), g.stride_w = s.stride_w();
-  g.pad_h = s.pad_h(), g.pad_w = s.pad_w(), g.dilation_h = s.dilation_h(), g.dilation_w = s.dilation_w();
-  g.groups = s.groups(), g.block_size = s.block_size();
-  g.flat = s.flat(), g.winograd = s.winograd(), g.transposed = s.transposed(), g.volume = s.volume();
-  g.depth = s.depth(), g.out_depth = s.out_depth(), g.kernel_d = s.kernel_d();
-  g.stride_d = s.stride_d(), g.pad_d = s.pad_d(), g.dilation_d = s.dilation_d();
-  require(g.valid(), "the sizes of a convolution do not agree");
-  return g;
 }
 
 // Returns the sizes of the terms of a Winograd layer's KDS shift.
@@ -90,20 +47,6 @@ StepOutputs outputs_of(const file::Uses* uses) {
   if (uses->targets())
     for (const file::Target* target : items(uses->targets())) to.targets.emplace_back(target->tensor(), target->first_channel());
   return to;
-}
-
-std::vector<std::int64_t> places(const flatbuffers::Vector<std::int32_t>* from) { return {items(from).begin(), from->end()}; }
-
-std::vector<Between> betweens(const flatbuffers::Vector<const file::Between*>* from) {
-  std::vector<Between> all;
-  for (const file::Between* b : items(from)) all.push_back({b->one(), b->other(), b->weight(), b->other_weight()});
-  return all;
-}
-
-std::vector<Span> spans(const flatbuffers::Vector<const file::Span*>* from) {
-  std::vector<Span> all;
-  for (const file::Span* s : items(from)) all.push_back({s->begin(), s->end()});
-  return all;
 }
 
 // Returns the float32 of the bits of a float16.
@@ -222,7 +165,7 @@ std::byte* Memory::of(std::int64_t bytes) {
   return data_.get();
 }
 
-Network::Network(std::shared_ptr<const File> file, const Kernels& kernels) : file_(std::move(file)) {
+Network::Network(std::shared_ptr<const File> file, const Kernels& kernels) : file_(std::move(file)), kernels_(kernels) {
   const std::span<const std::byte> header = file_->header();
   const auto* const bytes = reinterpret_cast<const std::uint8_t*>(header.data());
   flatbuffers::Verifier::Options options;
@@ -236,25 +179,47 @@ Network::Network(std::shared_ptr<const File> file, const Kernels& kernels) : fil
   if (tables_->preprocess()) preprocess_ = tables_->preprocess()->str();
   weights_.resize(items(tables_->weights()).size());
   for (const file::Program* of : items(tables_->programs())) {
-    std::shared_ptr<const Compiled> made;
-    try {
-      made = compiled(*of, kernels);
-    } catch (const std::invalid_argument& error) {
-      throw FileError(std::string("the file is damaged: ") + error.what());
-    }
-    Size size;
-    for (const Port& p : made->inputs) size.inputs.push_back(p.shape);
-    for (const Port& p : made->outputs) size.outputs.push_back(p.shape);
-    std::size_t at = 0;
-    while (at < sizes_.size() && sizes_[at].inputs != size.inputs) ++at;
-    if (at == sizes_.size()) sizes_.push_back(size), programs_.emplace_back();
-    require(sizes_[at].outputs == size.outputs, "two programs of one size have other outputs");
-    if (of->one_sample()) programs_[at].one = made;
-    if (of->several_samples()) programs_[at].several = made;
+    require(of->size_step() >= 0 && items(of->sizes()).size() > 0, "a program without sizes");
+    for (const file::Size* size : *of->sizes()) add(*of, shapes_of(*size), kernels);
+    const file::Program** const free[] = {of->one_sample() ? &free_one_ : nullptr,
+                                          of->several_samples() ? &free_several_ : nullptr};
+    for (const file::Program** of_free : free)
+      if (of_free && of->size_step()) require(!*of_free, "two programs for any size"), *of_free = of;
   }
   require(
       !programs_.empty() && std::all_of(programs_.begin(), programs_.end(), [](const Programs& p) { return p.one && p.several; }),
       "expected programs for one sample and for several");
+  require(!free_one_ == !free_several_, "expected programs for one sample and for several");
+}
+
+// The shapes of all inputs that a program was recorded for.
+std::vector<Shape> Network::shapes_of(const file::Size& size) const {
+  std::vector<Shape> shapes;
+  for (const file::Shape* shape : items(size.inputs())) {
+    require(items(shape->sizes()).size() < kMaxRank, "a tensor has more than 8 dimensions");
+    shapes.emplace_back(shape->sizes()->begin(), shape->sizes()->end());
+    for (const std::int64_t n : shapes.back()) require(n > 0, "an input has a size below 1");
+  }
+  require(shapes.size() == inputs_.size(), "expected a shape of every input");
+  return shapes;
+}
+
+// Adds a size for which a program was recorded.
+void Network::add(const file::Program& of, const std::vector<Shape>& shapes, const Kernels& kernels) {
+  std::shared_ptr<const Compiled> made;
+  try {
+    made = compiled(of, shapes, kernels);
+  } catch (const std::invalid_argument& error) {
+    throw FileError(std::string("the file is damaged: ") + error.what());
+  }
+  Size size{shapes, {}};
+  for (const Port& p : made->outputs) size.outputs.push_back(p.shape);
+  std::size_t at = 0;
+  while (at < sizes_.size() && sizes_[at].inputs != size.inputs) ++at;
+  if (at == sizes_.size()) sizes_.push_back(size), programs_.emplace_back();
+  require(sizes_[at].outputs == size.outputs, "two programs of one size have other outputs");
+  if (of.one_sample()) programs_[at].one = made;
+  if (of.several_samples()) programs_[at].several = made;
 }
 
 const std::byte* Network::bytes(std::uint64_t begin, std::uint64_t size) const {
@@ -271,7 +236,7 @@ const float* Network::constant(int number, std::int64_t count) const {
   return reinterpret_cast<const float*>(bytes(place->begin(), place->size()));
 }
 
-const Network::PackedWeights& Network::weights(int number, const ConvSizes& g, int bits, const Kernels& kernels) {
+const Network::PackedWeights& Network::weights(int number, const ConvSizes& g, int bits, const Kernels& kernels) const {
   require(number >= 0 && number < static_cast<int>(weights_.size()), "no such weights");
   const bool wide = bits > 4 || g.winograd;
   const std::int64_t weight_bytes = g.packed_bytes(wide), kds_count = g.kds_count();
@@ -358,83 +323,99 @@ void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const 
   }
 }
 
-Network::Port Network::port(const file::Port* of, const Compiled& made) const {
-  Port p{needed(of)->base(), of->offset(), of->first(), of->sample_stride(), numbers(of->shape()), numbers(of->strides())};
-  require(p.shape.size() == p.strides.size() && p.shape.size() < kMaxRank, "a tensor has another number of strides");
-  require(p.offset >= 0 && p.offset % 64 == 0 && p.first >= 0 && p.sample_stride >= 0,
-          "an input or output lies outside of its memory");
-  // Before any arithmetic, as of tensors in Program::add_float.
-  require(p.offset < kMaxValues && p.first < kMaxValues && p.sample_stride < kMaxValues / 4, "an input or output is too large");
-  double last = static_cast<double>(p.first);
-  for (std::size_t i = 0; i < p.shape.size(); ++i) {
-    require(p.shape[i] > 0 && p.strides[i] >= 0, "an input or output has a size below 1");
-    last += static_cast<double>(p.shape[i] - 1) * static_cast<double>(p.strides[i]);
+// Returns the pixels of an input of a shape, and checks it.
+Grid Network::grid_of(const file::Program& of, std::size_t input, const Shape& shape) const {
+  const file::Port& port = *needed(items(of.inputs()).Get(static_cast<flatbuffers::uoffset_t>(input)));
+  const auto& axes = items(port.axes());
+  const auto fits = [&](bool holds) {
+    if (!holds) throw std::invalid_argument("the number of channels or of dimensions is another one");
+  };
+  fits(axes.size() == shape.size());
+  Grid grid{1, 1, 1};
+  if (port.tensor() == -1) return grid;
+  require(of.float_tensors() && port.tensor() >= 0 &&
+              static_cast<flatbuffers::uoffset_t>(port.tensor()) < items(of.float_tensors()).size(),
+          "no such tensor");
+  std::int64_t channels = 1;
+  for (std::size_t i = 0; i < shape.size(); ++i) {
+    require(shape[i] > 0 && shape[i] < kMaxSide, "an input is too large");
+    switch (axes.Get(static_cast<flatbuffers::uoffset_t>(i))) {
+      case file::Axis::one: fits(shape[i] == 1); break;
+      case file::Axis::channels: channels = shape[i]; break;
+      case file::Axis::frames: grid.frames = shape[i]; break;
+      case file::Axis::rows: grid.height = shape[i]; break;
+      case file::Axis::columns: grid.width = shape[i]; break;
+      default: require(false, "an input has an unknown dimension");
+    }
   }
-  if (p.base == -1) return p;
-  require(p.base >= 0 && p.base < static_cast<int>(made.bases.size()) && last < static_cast<double>(p.sample_stride),
-          "an input or output lies outside of its memory");
-  if (p.base == 0)
-    require(p.offset + p.sample_stride * 4 <= made.program.bytes(1), "an input or output lies outside of its memory");
-  else require(p.offset == 0 && p.sample_stride == made.bases[p.base], "an input or output lies outside of its memory");
-  p.whole = p.base > 0 && p.first == 0 && last + 1 == static_cast<double>(p.sample_stride);
+  fits(channels == of.float_tensors()->Get(port.tensor())->channels());
+  return grid;
+}
+
+Network::Port Network::port(const file::Port& of, const Geometry& geometry, const Compiled& made) const {
+  const auto& axes = items(of.axes());
+  require(axes.size() < kMaxRank, "a tensor has more than 8 dimensions");
+  if (of.tensor() == -1) return {-1, 0, 0, 0, {}, {}};
+  const FloatTensor t = geometry.float_tensor(of.tensor());
+  const Grid grid = geometry.grid(of.tensor());
+  Port p{t.base, t.offset, t.first, t.strides.image, {}, {}};
+  std::int64_t values = 1;
+  for (flatbuffers::uoffset_t i = 0; i < axes.size(); ++i) {
+    std::int64_t size = 1, stride = 0;
+    switch (axes.Get(i)) {
+      case file::Axis::one: break;
+      case file::Axis::channels: size = t.channels, stride = t.strides.channel; break;
+      case file::Axis::frames: size = grid.frames, stride = grid.height * t.strides.y; break;
+      case file::Axis::rows: size = grid.height, stride = t.strides.y; break;
+      case file::Axis::columns: size = grid.width, stride = t.strides.x; break;
+      default: require(false, "an input or output has an unknown dimension");
+    }
+    p.shape.push_back(size), p.strides.push_back(stride);
+    require(size <= kMaxValues / values, "an input or output is too large");
+    values *= size;
+  }
+  require(values == t.channels * t.pixels(), "an input or output has other values than its tensor");
+  p.whole = p.base > 0 && p.first == 0 && values == made.bases[p.base];
   return p;
 }
 
-std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& of, const Kernels& kernels) {
+std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& of, const std::vector<Shape>& shapes,
+                                                           const Kernels& kernels) const {
+  require(items(of.inputs()).size() == inputs_.size() && items(of.outputs()).size() == outputs_.size(),
+          "expected a place of every input and output");
+  std::vector<Grid> grids;
+  for (std::size_t i = 0; i < shapes.size(); ++i) grids.push_back(grid_of(of, i, shapes[i]));
+  const Geometry geometry(of, grids);
   const auto made = std::make_shared<Compiled>(kernels);
   Program& program = made->program;
+  made->bases = geometry.bases();
   std::vector<std::int64_t> channels;
-  std::int64_t most = 0;  // bytes of all tensors in base 0
-  made->bases.assign(1, 0);
-  if (of.float_tensors())
-    for (const file::FloatTensor* t : items(of.float_tensors())) {
-      program.add_float({t->base(),
-                         t->offset(),
-                         t->first(),
-                         t->channels(),
-                         t->height(),
-                         t->width(),
-                         {t->image_stride(), t->channel_stride(), t->y_stride(), t->x_stride()}});
-      channels.push_back(t->channels());
-      if (t->base() == 0) {
-        most += ceil_div(t->image_stride() * 4, 64) * 64;
-        require(most < kMaxValues, "a tensor is too large");
-        continue;
-      }
-      require(t->base() <= static_cast<int>(inputs_.size() + outputs_.size()) && t->offset() == 0,
-              "an input or output is too many");
-      if (t->base() >= static_cast<int>(made->bases.size())) made->bases.resize(t->base() + 1, -1);
-      std::int64_t& values = made->bases[t->base()];
-      require(values == -1 || values == t->image_stride(), "tensors of one memory have other strides");
-      values = t->image_stride();
-    }
-  if (of.quantized_tensors())
-    for (const file::QuantizedTensor* t : items(of.quantized_tensors())) {
-      const ActivationFormat format{
-          {t->depth(), t->block_size()},      t->groups(), checked_bits(t->bits()), one_of<Sign>("no such sign", t->sign(), kSigns),
-          checked_bits(t->weight_bits()) > 4, t->shift()};
-      const PaddedGrid grid{t->frames(), t->height(), t->width(), t->pad_h(), t->pad_w()};
-      program.add_quantized(format, grid, t->offset());
-      most += ceil_div(Program::quantized_bytes(format, grid), 64) * 64;
-      require(most < kMaxValues, "a tensor is too large");
-    }
-  require(program.bytes(1) <= most, "tensors lie further apart than they are large");
-  for (std::int64_t& values : made->bases) values = std::max<std::int64_t>(values, 0);
+  const int floats = of.float_tensors() ? static_cast<int>(of.float_tensors()->size()) : 0;
+  const int quantized = of.quantized_tensors() ? static_cast<int>(of.quantized_tensors()->size()) : 0;
+  for (int id = 0; id < floats; ++id) {
+    const FloatTensor t = geometry.float_tensor(id);
+    require(t.base < static_cast<int>(made->bases.size()), "no such memory");
+    program.add_float(t);
+    channels.push_back(t.channels);
+  }
+  for (int id = 0; id < quantized; ++id)
+    program.add_quantized(geometry.format(id), geometry.quantized_grid(id), geometry.quantized_offset(id));
   const auto channels_of = [&](int tensor) {
     require(tensor >= 0 && tensor < static_cast<int>(channels.size()), "no such tensor");
     return channels[tensor];
   };
   std::vector<bool> written(made->bases.size());
   const auto writes = [&](int tensor) {
-    if (tensor >= 0) channels_of(tensor), written[of.float_tensors()->Get(tensor)->base()] = true;
+    if (tensor >= 0) channels_of(tensor), written[of.memory()->Get(of.float_tensors()->Get(tensor)->memory())->base()] = true;
   };
+  const file::Step* before = nullptr;
   for (const file::Step* step : items(of.steps())) {
     needed(step->operation());
     if (step->uses()) writes(step->uses()->values());
     switch (step->operation_type()) {
       case file::Operation::Convolve: {
         const file::Convolve& c = *step->operation_as_Convolve();
-        const ConvSizes g = sizes_of(*needed(c.sizes()));
+        const ConvSizes g = geometry.conv_sizes(c);
         const int bits = checked_bits(c.weight_bits());
         const PackedWeights& w = weights(c.weights(), g, bits, kernels);
         const auto term = [&](int number) { return constant(number, g.outputs); };
@@ -479,52 +460,49 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
       }
       case file::Operation::Rearrange: {
         const file::Rearrange& r = *step->operation_as_Rearrange();
-        std::vector<Loop> loops;
-        for (const file::Loop* l : items(r.loops()))
-          loops.push_back({l->size(),
-                           {l->read_channels(), l->read_rows(), l->read_columns()},
-                           {l->written_channels(), l->written_rows(), l->written_columns()}});
         writes(r.result());
-        program.rearrange(r.source(), loops, r.result());
+        program.rearrange(r.source(), geometry.loops(r), r.result());
         break;
       }
       case file::Operation::Pick: {
         const file::Pick& p = *step->operation_as_Pick();
-        program.pick(p.source(), places(p.rows()), places(p.columns()), p.fill(), outputs_of(step->uses()));
+        program.pick(p.source(), geometry.rows(p), geometry.columns(p), p.fill(), outputs_of(step->uses()));
         break;
       }
       case file::Operation::Pool: {
         const file::Pool& p = *step->operation_as_Pool();
         const file::PoolWindow& w = *needed(p.window());
+        const Grid out = geometry.pooled(p);
         program.pool(p.source(),
                      {w.kernel_h(), w.kernel_w(), w.stride_h(), w.stride_w(), w.pad_h(), w.pad_w(), w.dilation_h(), w.dilation_w(),
                       p.average(), p.count_padding(), p.divisor()},
-                     p.out_height(), p.out_width(), outputs_of(step->uses()));
+                     out.height, out.width, outputs_of(step->uses()));
         break;
       }
       case file::Operation::Interpolate: {
         const file::Interpolate& i = *step->operation_as_Interpolate();
         const auto order = [](int value) { return one_of<Interpolation>("no such order of sums", value, kInterpolations); };
-        program.interpolate(i.source(), betweens(i.rows()), betweens(i.columns()), i.split(), order(i.first()), order(i.rest()),
-                            outputs_of(step->uses()));
+        const file::Order& sums = geometry.order(i);
+        program.interpolate(i.source(), geometry.rows(i), geometry.columns(i), sums.split(), order(sums.first()),
+                            order(sums.rest()), outputs_of(step->uses()));
         break;
       }
       case file::Operation::AverageWindows: {
         const file::AverageWindows& a = *step->operation_as_AverageWindows();
-        program.average_windows(a.source(), spans(a.rows()), spans(a.columns()), a.at_once(), outputs_of(step->uses()));
+        program.average_windows(a.source(), geometry.rows(a), geometry.columns(a), a.at_once(), outputs_of(step->uses()));
         break;
       }
       default: throw FileError("a step is not known: install a newer dsconv runtime", true);
     }
-    if (step->joined()) program.join();
+    if (step->joined() && before && geometry.joined(*before)) program.join();
+    before = step;
     ++made->steps;
   }
-  made->samples_at_once = of.samples_at_once();
-  require(made->samples_at_once >= 0, "samples at once are not negative");
-  for (const file::Port* p : items(of.inputs())) made->inputs.push_back(port(p, *made));
-  for (const file::Port* p : items(of.outputs())) made->outputs.push_back(port(p, *made));
-  require(made->inputs.size() == inputs_.size() && made->outputs.size() == outputs_.size(),
-          "expected a place of every input and output");
+  require(of.cached_bytes() >= 0, "no such number of bytes");
+  if (of.cached_bytes())
+    made->samples_at_once = std::max<std::int64_t>(1, of.cached_bytes() / std::max<std::int64_t>(1, program.bytes(1)));
+  for (const file::Port* p : *of.inputs()) made->inputs.push_back(port(*p, geometry, *made));
+  for (const file::Port* p : *of.outputs()) made->outputs.push_back(port(*p, geometry, *made));
   for (const Port& p : made->outputs) require(p.base >= 0, "an output has no place");
   // Inputs may be the user's memory, which no step writes to.
   std::vector<bool> taken = written;
@@ -536,18 +514,55 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
   return made;
 }
 
-std::size_t Network::size_of(std::span<const Shape> given) const {
+// Returns the shapes of samples of inputs (samples, ...), which all have as many samples.
+std::vector<Shape> Network::samples_of(std::span<const Shape> given) const {
+  std::vector<Shape> shapes;
   for (std::size_t i = 0; i < given.size(); ++i) {
+    const std::string expected = given.size() > 1 ? "expected the same number of samples in all inputs" : "expected (N, ...)";
     if (given[i].empty() || given[i][0] != given[0][0] || given[i][0] < 0)
-      throw std::invalid_argument("input '" + inputs_[i] + "': expected the same number of samples in all inputs, got " +
-                                  text_of(given[i]));
+      throw std::invalid_argument("input '" + inputs_[i] + "': " + expected + ", got " + text_of(given[i]));
+    shapes.emplace_back(given[i].begin() + 1, given[i].end());
   }
-  for (std::size_t size = 0; size < sizes_.size(); ++size) {
-    bool same = true;
-    for (std::size_t i = 0; i < given.size(); ++i)
-      same &= std::equal(given[i].begin() + 1, given[i].end(), sizes_[size].inputs[i].begin(), sizes_[size].inputs[i].end());
-    if (same) return size;
+  return shapes;
+}
+
+std::shared_ptr<const Network::Compiled> Network::compiled_for(std::span<const Shape> given) const {
+  const std::vector<Shape> shapes = samples_of(given);
+  const bool one = given[0][0] == 1;
+  for (std::size_t size = 0; size < sizes_.size(); ++size)
+    if (sizes_[size].inputs == shapes) return one ? programs_[size].one : programs_[size].several;
+  if (!may_be(shapes)) throw std::invalid_argument(expected_for(given));
+  const std::lock_guard lock(mutex_);
+  for (const Free& kept : free_)
+    if (kept.one == one && kept.inputs == shapes) return kept.compiled;
+  std::shared_ptr<const Compiled> made;
+  try {
+    made = compiled(one ? *free_one_ : *free_several_, shapes, kernels_);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(expected_for(given) + ": " + error.what());
   }
+  if (free_.size() == kSizesKept) free_.erase(free_.begin());
+  free_.push_back({one, shapes, made});
+  return made;
+}
+
+// Whether inputs of these shapes differ from one that is listed by whole steps only.
+bool Network::may_be(const std::vector<Shape>& shapes) const {
+  if (!free_one_) return false;
+  const std::int64_t step = size_step();
+  const auto& recorded = shapes_of(*free_one_->sizes()->Get(0));
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    if (shapes[i].size() != recorded[i].size()) return false;
+    for (std::size_t d = 0; d < shapes[i].size(); ++d)
+      if (shapes[i][d] < 1 || (shapes[i][d] - recorded[i][d]) % step) return false;
+  }
+  return true;
+}
+
+std::int64_t Network::size_step() const { return free_one_ ? std::max(free_one_->size_step(), free_several_->size_step()) : 0; }
+
+// What is said of inputs of a size that the network does not take.
+std::string Network::expected_for(std::span<const Shape> given) const {
   std::string expected, got;
   for (std::size_t i = 0; i < given.size(); ++i) got += (i ? " and " : "") + text_of(given[i]);
   for (std::size_t size = 0; size < sizes_.size(); ++size) {
@@ -562,7 +577,11 @@ std::size_t Network::size_of(std::span<const Shape> given) const {
       expected += (i ? " and " : "") + text_of(shape);
     }
   }
-  throw std::invalid_argument("inputs: expected " + expected + ", got " + got + ": the network is compiled for no other size");
+  const std::int64_t step = size_step();
+  const std::string others = step > 1 ? ", or heights and widths that differ from the first by multiples of " + std::to_string(step)
+                             : step == 1 ? ", or other heights and widths"
+                                         : "";
+  return "inputs: expected " + expected + others + ", got " + got + (step ? "" : ": the network is compiled for no other size");
 }
 
 std::unique_ptr<Network::Workspace> Network::workspace() const {
@@ -578,16 +597,14 @@ std::int64_t Network::Compiled::at_once(std::int64_t samples) const {
   return std::min<std::int64_t>(samples, std::max<std::int64_t>(samples_at_once, expected_threads));
 }
 
-double Network::run_bytes(std::size_t size, std::int64_t samples) const {
-  const Compiled& compiled = program_for(size, samples);
-  double of_sample = static_cast<double>(compiled.program.bytes(1));
-  for (const std::int64_t values : compiled.bases) of_sample += 4 * static_cast<double>(values);
-  return static_cast<double>(compiled.at_once(samples)) * of_sample;
+double Network::Compiled::run_bytes(std::int64_t samples) const {
+  double of_sample = static_cast<double>(program.bytes(1));
+  for (const std::int64_t values : bases) of_sample += 4 * static_cast<double>(values);
+  return static_cast<double>(at_once(samples)) * of_sample;
 }
 
-void Network::run(std::size_t size, std::span<const UserTensor> inputs, std::span<const UserTensor> outputs) const {
+void Network::run(const Compiled& compiled, std::span<const UserTensor> inputs, std::span<const UserTensor> outputs) const {
   const std::int64_t samples = inputs[0].shape[0];
-  const Compiled& compiled = program_for(size, samples);
   const std::int64_t at_once = compiled.at_once(samples);
   std::unique_ptr<Workspace> memory = workspace();
   for (std::int64_t first = 0; first < samples; first += at_once)

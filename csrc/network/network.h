@@ -19,8 +19,12 @@ struct Network;
 struct Bytes;
 struct Program;
 struct Port;
+struct Size;
 struct Weights;
 }  // namespace file
+
+class Geometry;
+struct Grid;
 
 using Shape = std::vector<std::int64_t>;
 
@@ -62,30 +66,36 @@ class Network {
   const std::vector<Size>& sizes() const { return sizes_; }
   std::int64_t weight_bytes() const { return weight_bytes_; }
 
-  // Returns the bytes of what lies between steps, and of inputs and outputs that are copied.
-  double run_bytes(std::size_t size, std::int64_t samples) const;
-  // Returns the place in sizes() of inputs of these shapes, (samples, ...). Throws std::invalid_argument.
-  std::size_t size_of(std::span<const Shape> inputs) const;
-  // Runs on inputs of one of the sizes. Outputs have the shapes that belong to it. Throws std::invalid_argument, NoMemory.
-  void run(std::size_t size, std::span<const UserTensor> inputs, std::span<const UserTensor> outputs) const;
+  // Returns the multiples by which heights and widths of further sizes may differ from those that are listed; 0: there are none.
+  std::int64_t size_step() const;
 
- private:
-  // Where an input or output lies in a run: network.fbs.
+  // Where an input or output lies in a run, in values but for the offset, which is in bytes.
   struct Port {
     int base;
     std::int64_t offset, first, sample_stride;
     Shape shape, strides;
     bool whole = false;  // it is all that lies there, from the first value to the last
   };
+  // A program for inputs of one size.
   struct Compiled {
-    Compiled(const Kernels& kernels) : program(kernels) {}
+    explicit Compiled(const Kernels& kernels) : program(kernels) {}
     Program program;
     int steps = 0;
     std::int64_t samples_at_once = 0;  // 0: all
     std::int64_t at_once(std::int64_t samples) const;
+    // Returns the bytes of what lies between steps, and of inputs and outputs that are copied.
+    double run_bytes(std::int64_t samples) const;
     std::vector<Port> inputs, outputs;
     std::vector<std::int64_t> bases;  // values of a sample that lie there, but for base 0
   };
+
+  // Returns the program for inputs of these shapes, (samples, ...), of which the last 16 are kept. Throws
+  // std::invalid_argument.
+  std::shared_ptr<const Compiled> compiled_for(std::span<const Shape> inputs) const;
+  // Runs a program on inputs of its size. Throws std::invalid_argument, NoMemory.
+  void run(const Compiled&, std::span<const UserTensor> inputs, std::span<const UserTensor> outputs) const;
+
+ private:
   // The programs of a size, for one sample and for several.
   struct Programs {
     std::shared_ptr<const Compiled> one, several;
@@ -99,9 +109,15 @@ class Network {
     Memory memory;
   };
 
-  std::shared_ptr<const Compiled> compiled(const file::Program&, const Kernels&);
-  Port port(const file::Port*, const Compiled&) const;
-  const PackedWeights& weights(int number, const ConvSizes&, int bits, const Kernels&);
+  std::vector<Shape> shapes_of(const file::Size&) const;
+  void add(const file::Program&, const std::vector<Shape>& inputs, const Kernels&);
+  std::shared_ptr<const Compiled> compiled(const file::Program&, const std::vector<Shape>& inputs, const Kernels&) const;
+  Grid grid_of(const file::Program&, std::size_t input, const Shape&) const;
+  Port port(const file::Port&, const Geometry&, const Compiled&) const;
+  std::vector<Shape> samples_of(std::span<const Shape> inputs) const;
+  bool may_be(const std::vector<Shape>& inputs) const;
+  std::string expected_for(std::span<const Shape> inputs) const;
+  const PackedWeights& weights(int number, const ConvSizes&, int bits, const Kernels&) const;
   void pack(const file::Weights&, const ConvSizes&, int bits, const Kernels&, PackedWeights& to) const;
   std::vector<float> scales(const file::Bytes*, std::int64_t count, bool half) const;
   const std::byte* bytes(std::uint64_t begin, std::uint64_t size) const;
@@ -109,19 +125,27 @@ class Network {
   void run_part(const Compiled&, Workspace&, std::int64_t first, std::int64_t count, std::span<const UserTensor> inputs,
                 std::span<const UserTensor> outputs) const;
   std::unique_ptr<Workspace> workspace() const;
-  const Compiled& program_for(std::size_t size, std::int64_t samples) const {
-    return samples == 1 ? *programs_[size].one : *programs_[size].several;
-  }
+
+  // A program that was made when inputs of a size came that the file does not list.
+  struct Free {
+    bool one;
+    std::vector<Shape> inputs;
+    std::shared_ptr<const Compiled> compiled;
+  };
 
   std::shared_ptr<const File> file_;
+  const Kernels& kernels_;
   const file::Network* tables_;
   std::vector<std::string> inputs_, outputs_, classes_;
   std::optional<std::string> preprocess_;
   std::vector<Size> sizes_;
   std::vector<Programs> programs_;
-  std::vector<std::unique_ptr<PackedWeights>> weights_;
-  std::int64_t weight_bytes_ = 0;
+  const file::Program *free_one_ = nullptr, *free_several_ = nullptr;  // for sizes that are not listed
+  // Packed for the first program that reads them, when the file is opened.
+  mutable std::vector<std::unique_ptr<PackedWeights>> weights_;
+  mutable std::int64_t weight_bytes_ = 0;
   mutable std::mutex mutex_;
+  mutable std::vector<Free> free_;
   mutable std::vector<std::unique_ptr<Workspace>> spare_;
 };
 

@@ -73,19 +73,21 @@ std::size_t values_of(const dsconv_tensor& tensor) {
   return values <= kMaxValues ? static_cast<std::size_t>(values) : 0;
 }
 
-// Runs so many samples of a size; returns the values of all outputs, none where it is too large or fails.
-std::vector<float> run(const dsconv_network* network, std::size_t size, std::int64_t samples) {
-  if (dsconv_run_bytes(network, size, samples) > kMaxRun) return {};
+// Runs so many samples of a size with `more` rows and columns; returns the values of all outputs, none where it is too large
+// or fails.
+std::vector<float> run(const dsconv_network* network, std::size_t size, std::int64_t samples, std::int64_t more) {
   std::vector<dsconv_tensor> inputs(dsconv_input_count(network)), outputs(dsconv_output_count(network));
   std::vector<std::vector<float>> memory;
   const auto prepare = [&](dsconv_tensor& tensor, std::vector<float> (*filled)(std::size_t)) {
-    tensor.shape[0] = samples, tensor.strides = nullptr;
+    tensor.strides = nullptr;
     const std::size_t values = values_of(tensor);
     if (values) memory.push_back(filled(values)), tensor.data = memory.back().data(), tensor.bytes = values * sizeof(float);
     return values != 0;
   };
   for (std::size_t i = 0; i < inputs.size(); ++i) {
-    dsconv_input_shape(network, size, i, &inputs[i]);
+    if (dsconv_input_shape(network, size, i, &inputs[i]) != DSCONV_OK) return {};
+    inputs[i].shape[0] = samples;
+    for (std::size_t d = 2; d < inputs[i].rank; ++d) inputs[i].shape[d] += more;
     const auto waves = [](std::size_t count) {
       std::vector<float> values(count);
       for (std::size_t v = 0; v < count; ++v) values[v] = std::sin(0.7f * static_cast<float>(v));
@@ -93,11 +95,12 @@ std::vector<float> run(const dsconv_network* network, std::size_t size, std::int
     };
     if (!prepare(inputs[i], waves)) return {};
   }
+  std::size_t bytes = 0;
+  if (dsconv_run_bytes(network, inputs.data(), inputs.size(), &bytes) != DSCONV_OK || bytes > kMaxRun) return {};
+  if (dsconv_run(network, inputs.data(), inputs.size(), outputs.data(), outputs.size()) != DSCONV_OK) return {};
   const std::size_t first = memory.size();
-  for (std::size_t i = 0; i < outputs.size(); ++i) {
-    dsconv_output_shape(network, size, i, &outputs[i]);
-    if (!prepare(outputs[i], [](std::size_t count) { return std::vector<float>(count); })) return {};
-  }
+  for (dsconv_tensor& output : outputs)
+    if (!prepare(output, [](std::size_t count) { return std::vector<float>(count); })) return {};
   if (dsconv_run(network, inputs.data(), inputs.size(), outputs.data(), outputs.size()) != DSCONV_OK) return {};
   std::vector<float> all;
   for (std::size_t i = first; i < memory.size(); ++i) all.insert(all.end(), memory[i].begin(), memory[i].end());
@@ -112,8 +115,12 @@ std::vector<float> open_and_run(const Bytes& bytes) {
   std::vector<float> all;
   for (std::size_t size = 0; size < std::min<std::size_t>(2, dsconv_size_count(network)); ++size)
     for (const std::int64_t samples : {1, 3}) {
-      const std::vector<float> made = run(network, size, samples);
-      all.insert(all.end(), made.begin(), made.end());
+      const std::int64_t step = dsconv_size_step(network);
+      for (const std::int64_t more : {std::int64_t{0}, std::clamp<std::int64_t>(step, 0, 64)}) {
+        const std::vector<float> made = run(network, size, samples, more);
+        all.insert(all.end(), made.begin(), made.end());
+        if (!step) break;
+      }
     }
   dsconv_close(network);
   return all;

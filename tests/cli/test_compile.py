@@ -23,7 +23,8 @@ def test_a_file_and_the_steps_in_it(cli: Cli, tmp_path: Path) -> None:
     names.write_text("\n".join(f"digit {i}" for i in range(10)))
     done = cli("compile", "dsconv/digits_resnet", "--out", out, "--classes", names)
     assert done.code == 0, done.stderr
-    last = f"Wrote {out}: {out.stat().st_size:,} bytes, for images of 1x8x8 and batches of any size."
+    sizes = "for batches of any size and images of 1x8x8; and of other heights and widths."
+    last = f"Wrote {out}: {out.stat().st_size:,} bytes, {sizes}"
     assert done.stdout.splitlines()[-1] == last and "integers (" in done.stdout
     assert done.stderr.splitlines()[-1] == "compiling"
 

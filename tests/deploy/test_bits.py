@@ -1,6 +1,6 @@
 """Networks without PyTorch have the bits of ``dsconv.compile``: steps of all kinds, tensors of all shapes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dsconv
-from dsconv.compilation.program import Port, Program
 from dsconv.ops import native
 from dsconv.structures import tensors_in
 
@@ -40,6 +39,11 @@ def views(m: Any, x: Tensor) -> Any:
     }
 
 
+def plain(m: Any, x: Tensor) -> Any:
+    y = torch.relu(m["a"](x))
+    return y.permute(0, 2, 3, 1), y[:, 4:12], torch.cat([y, m["b"](y)], 1), y.mean((2, 3))
+
+
 def compact(m: Any, x: Tensor) -> Tensor:
     x = F.hardswish(m["deep"](F.silu(m["grow"](x))))
     return F.gelu(m["project"](x * torch.sigmoid(m["squeeze"](F.adaptive_avg_pool2d(x, 1)))))  # type: ignore[no-any-return]
@@ -54,9 +58,25 @@ def spatial(m: Any, x: Tensor, other: Tensor) -> Any:
     return near, F.pixel_shuffle(m["up"](small), 2), F.adaptive_avg_pool2d(whole, (3, 5)), torch.softmax(made, 1)
 
 
+def rooms(m: Any, x: Tensor) -> Any:
+    """What has sizes of its own: windows beyond the end, strides, pads, crops, scales, transposed layers."""
+    y = F.max_pool2d(torch.relu(m["first"](x)), 3, 2, ceil_mode=True)
+    pads = F.pad(y, (2, 1, 0, 3), mode="replicate") + F.pad(y, (1, 2, 2, 1), value=0.5)
+    parts = pads[:, :, ::2, 1::2]
+    return {
+        "up": m["up"](y),
+        "near": F.interpolate(parts, scale_factor=3.0, mode="nearest"),
+        "between": F.interpolate(m["last"](y[:, :, 1:-1, 2:]), scale_factor=2.0, mode="bilinear"),
+        "corners": F.interpolate(y, scale_factor=2.0, mode="bilinear", align_corners=True),
+        "squeezed": F.avg_pool2d(m["deep"](y), 2, count_include_pad=False),
+        "windows": F.adaptive_avg_pool2d(pads, (3, 2)),
+    }
+
+
 conv = nn.Conv2d
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "views": (lambda: Of(views, a=conv(3, 16, 3, padding=1), b=conv(16, 16, 3, padding=1)), ((3, 9, 7),)),
+    "plain": (lambda: Of(plain, a=conv(3, 16, 3, padding=1), b=conv(16, 16, 3, padding=1)), ((3, 9, 7),)),
     "compact": (
         lambda: Of(
             compact,
@@ -77,6 +97,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = 
             up=nn.ConvTranspose2d(8, 4, 2, stride=2),
         ),
         ((8, 8, 12), (8, 8, 12)),
+    ),
+    "rooms": (
+        lambda: Of(
+            rooms,
+            first=conv(3, 8, 5, padding=2, stride=2),
+            up=nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1, output_padding=1),
+            last=conv(8, 8, 1),
+            deep=conv(8, 8, 3, padding=2, dilation=2),
+        ),
+        ((3, 20, 20),),
     ),
     "sound": (
         lambda: nn.Sequential(nn.Conv1d(2, 16, 5, padding=2), nn.ReLU(), nn.Conv1d(16, 4, 3, stride=2)),
@@ -137,21 +167,67 @@ def test_any_strides_of_an_input_are_read(tmp_path: Path) -> None:
         assert all(np.array_equal(net(other)[name], output) for name, output in expected.items())
 
 
-@pytest.mark.parametrize("port", [(0, 0, 0, 2**62, (10000,)), (0, 0, 2**61, 2**62, (1,)), (0, 2**62, 0, 64, (1,))])
-def test_places_outside_of_the_memory_are_refused(
-    port: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fast, _ = compiled("rows")
-    *where, strides = port
-    right = Program.ports
+def check_sizes(fast: Any, net: Any, shapes: Sequence[Sequence[tuple[int, ...]]]) -> None:
+    """Compare the bits for inputs of several sizes, of one sample and of three."""
+    for size in shapes:
+        for samples in (1, 3):
+            given = [torch.randn(samples, *shape, dtype=torch.float32) for shape in size]
+            made = net(*(x.numpy() for x in given))
+            outputs = [*made.values()] if isinstance(made, dict) else [made]
+            for output, expected in zip(outputs, tensors_in(fast(*given)), strict=True):
+                assert output.shape == expected.shape, size
+                assert np.array_equal(output, expected.numpy(), equal_nan=True), size
 
-    def wrong(program: Program) -> Any:
-        return right(program)[0], [Port(*where, (3,), strides)]
 
-    monkeypatch.setattr(Program, "ports", wrong)
+SIZES: dict[str, list[tuple[int, ...]]] = {
+    "plain": [(3, 9, 7), (3, 10, 8), (3, 41, 5), (3, 1, 1)],
+    "compact": [(4, 11, 6), (4, 3, 30), (4, 64, 65)],
+    "spatial": [(8, 40, 76), (8, 8, 44), (8, 72, 12)],
+    "sound": [(2, 32), (2, 100), (2, 7)],
+    "rooms": [(3, 20, 20), (3, 33, 18), (3, 21, 47)],
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("config", ["default", "w4a4"])
+def test_sizes_that_were_not_compiled_have_the_bits_too(name: str, config: str, tmp_path: Path) -> None:
+    fast, inputs = compiled(name, config)
+    saved = fast.save(tmp_path / "net.dsconv")
+    assert saved.size_step == (32 if name == "spatial" else 1), saved.why_fixed
+    net = runtime.Network(tmp_path / "net.dsconv")
+    assert net.size_step == saved.size_step
+    with torch.no_grad():
+        check_sizes(fast, net, [[shape] * len(inputs) for shape in SIZES[name]])
+
+
+def test_more_sizes_than_are_remembered(tmp_path: Path) -> None:
+    fast, _ = compiled("plain")
     fast.save(tmp_path / "net.dsconv")
-    with pytest.raises(runtime.FileFormatError, match=r"too large|outside of its memory"):
-        runtime.Network(tmp_path / "net.dsconv")
+    net = runtime.Network(tmp_path / "net.dsconv")
+    sizes = [[(3, 5, width)] for width in range(4, 24)]
+    check_sizes(fast, net, sizes + sizes[:2])
+
+
+def test_sizes_that_the_steps_cannot_take_are_refused(tmp_path: Path) -> None:
+    fast, _ = compiled("rooms")
+    fast.save(tmp_path / "net.dsconv")
+    net = runtime.Network(tmp_path / "net.dsconv")
+    with pytest.raises(
+        runtime.DataError, match=r"expected \(N, 3, 20, 20\), or other .* got \(1, 3, 2, 20\): .* smaller"
+    ):
+        net(np.zeros((1, 3, 2, 20), np.float32))
+    with pytest.raises(runtime.DataError, match=r"got \(1, 4, 20, 20\): the number of channels"):
+        net(np.zeros((1, 4, 20, 20), np.float32))
+    with pytest.raises(runtime.DataError, match="other heights and widths, got"):
+        net(np.zeros((1, 3, 20), np.float32))
+    fast, _ = compiled("spatial")
+    fast.save(tmp_path / "net.dsconv")
+    net = runtime.Network(tmp_path / "net.dsconv")
+    given = np.zeros((1, 8, 9, 12), np.float32)
+    with pytest.raises(runtime.DataError, match="heights and widths that differ from the first by multiples of 32"):
+        net(given, given)
+    with pytest.raises(runtime.DataError, match="do not agree"):
+        net(np.zeros((1, 8, 40, 12), np.float32), np.zeros((1, 8, 8, 12), np.float32))
 
 
 def test_a_large_batch_is_computed_in_parts(tmp_path: Path) -> None:
@@ -161,5 +237,5 @@ def test_a_large_batch_is_computed_in_parts(tmp_path: Path) -> None:
     fast = dsconv.compile(dsconv.quantize(model), x[:1])
     fast.save(tmp_path / "net.dsconv")
     net = runtime.Network(tmp_path / "net.dsconv")
-    assert net.run_bytes(9) < 9 * net.run_bytes(1)
+    assert net.run_bytes((9, 3, 160, 160)) < 9 * net.run_bytes((1, 3, 160, 160))
     assert np.array_equal(net(x.numpy()), fast(x).numpy())

@@ -55,7 +55,7 @@ def test_what_the_file_says_of_the_network_is_there(digits: Path, fast_digits: C
     assert [size.inputs for size in net.sizes] == [net.inputs]
     assert Preprocess(**net.preprocess) == fast_digits.preprocess
     assert net.classes[3] == "digit 3" and len(net.classes) == 10
-    assert net.weight_bytes > 0 and net.run_bytes(8) >= net.run_bytes(1) > 0
+    assert net.weight_bytes > 0 and net.run_bytes((8, 1, 8, 8)) >= net.run_bytes((1, 1, 8, 8)) > 0
     assert dsconv_runtime.__version__ == dsconv.__version__
     assert dsconv_runtime.isa() == dsconv.cpu_info().isa_used
 
@@ -82,15 +82,15 @@ def test_a_file_of_several_sizes_says_which_and_takes_all(fast_fork: CompiledMod
         [(None, 3, 9, 5), (None, 2, 9, 5)],
     ]
     assert [size.outputs[0].shape for size in net.sizes] == [(None, 4, 6, 7), (None, 4, 9, 5)]
-    assert net.run_bytes(1, 1) > 0
+    assert net.run_bytes((1, 3, 9, 5), (1, 2, 9, 5)) > 0
     random = np.random.default_rng(0)
     for size in net.sizes:
         given = [random.standard_normal((2, *x.shape[1:]), np.float32) for x in size.inputs]
         expected = fast_fork(*map(torch.from_numpy, given))
         for got, wanted in zip(net(*given).values(), expected.values(), strict=True):
             np.testing.assert_array_equal(got, wanted.numpy())
-    with pytest.raises(DataError, match=r"expected .*6, 7.*, or .*9, 5.*, got .*\(2, 3, 6, 5\)"):
-        net(np.zeros((2, 3, 6, 5), np.float32), np.zeros((2, 2, 6, 5), np.float32))
+    with pytest.raises(DataError, match=r"expected .*6, 7.*, or .*9, 5.*, got .*\(2, 3, 6\)"):
+        net(np.zeros((2, 3, 6), np.float32), np.zeros((2, 2, 6), np.float32))
 
 
 def test_arrays_are_read_whatever_their_strides(digits: Path) -> None:
@@ -119,12 +119,14 @@ def test_arrays_are_read_whatever_their_strides(digits: Path) -> None:
         (lambda net, x: net(torch.from_numpy(x)), TypeError, "got Tensor"),
         (lambda net, x: net(x.astype(np.float64)), TypeError, "'x': expected float32, got float64"),
         (lambda net, x: net(x.astype(">f4")), TypeError, "'x': expected float32, got >f4"),
-        (lambda net, x: net(x[0]), DataError, r"expected \(N, 1, 8, 8\), got \(1, 8, 8\)"),
-        (lambda net, x: net(x[:, :, :7]), DataError, r"expected \(N, 1, 8, 8\), got \(2, 1, 7, 8\)"),
+        (lambda net, x: net(x[0]), DataError, r"expected \(N, 1, 8, 8\), or other heights and widths, got \(1, 8, 8\)"),
+        (lambda net, x: net(x[:, :, :0]), DataError, r"expected \(N, 1, 8, 8\), or other .*, got \(2, 1, 0, 8\)"),
         (lambda net, x: net(np.zeros((), np.float32)), DataError, "'x': expected"),
         (lambda net, x: net(x.reshape(2, 1, 8, 8, *[1] * 5)), DataError, "'x': expected at most 8 dimensions"),
-        (lambda net, x: net.run_bytes(0), DataError, "samples: expected a number from 1 to 2\\^63 - 1, got 0"),
-        (lambda net, x: net.run_bytes(1, 1), DataError, "size: expected 0 to 0, got 1"),
+        (lambda net, x: net.run_bytes(), DataError, "shapes: expected one of input 'x', of at most 8 sizes, got None"),
+        (lambda net, x: net.run_bytes((1 << 63, 1, 8, 8)), DataError, "shapes: expected one of input 'x'"),
+        (lambda net, x: net.run_bytes((1, 2, 8, 8)), DataError, r"expected \(N, 1, 8, 8\), .* got \(1, 2, 8, 8\)"),
+        (lambda net, x: net.run_bytes((1, 1, 8, 8), (1, 1, 8, 8)), DataError, "expected 1 input, got 2"),
         (lambda net, x: pickle.dumps(net), TypeError, "cannot be pickled"),
         (lambda net, x: copy.copy(net), TypeError, "cannot be pickled or copied"),
     ],

@@ -1,6 +1,7 @@
 """Files of compiled networks: their tables, their data, and what cannot be saved."""
 
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -75,19 +76,22 @@ def tables(path: Path, tmp_path: Path) -> dict[str, Any]:
 
 def test_the_schema_reads_what_is_written(tmp_path: Path) -> None:
     fast = compiled(Network())
-    size = fast.save(tmp_path / "net.dsconv", classes=list("abcde"))
-    assert size == (tmp_path / "net.dsconv").stat().st_size
+    saved = fast.save(tmp_path / "net.dsconv", classes=list("abcde"))
+    assert saved.bytes == (tmp_path / "net.dsconv").stat().st_size
     found = tables(tmp_path / "net.dsconv", tmp_path)
     assert (found["version"], found["inputs"], found["outputs"]) == (dsconv.__version__, ["x"], ["y"])
     assert found["classes"] == list("abcde")
     (program,) = found["programs"]
     assert program["one_sample"] and program["several_samples"]
-    assert [port["shape"] for key in ("inputs", "outputs") for port in program[key]] == [[3, 12, 12], [5]]
+    assert program["sizes"] == [{"inputs": [{"sizes": [3, 12, 12]}]}]
+    axes = [port["axes"] for key in ("inputs", "outputs") for port in program[key]]
+    assert axes == [["channels", "rows", "columns"], ["channels"]]
+    assert program["size_step"] == saved.size_step == 1 and not saved.why_fixed
     assert len(program["steps"]) == len(fast.plan.steps)
     kinds = [step["operation_type"] for step in program["steps"]]
     assert kinds == ["Convolve", "Pool", "Convolve", "Average", "Map", "Convolve"]
     sizes = program["steps"][0]["operation"]["sizes"]
-    expected = {"channels": 3, "height": 12, "outputs": 32, "kernel_h": 3, "pad_w": 1, "flat": True}
+    expected = {"channels": 3, "outputs": 32, "kernel_h": 3, "pad_w": 1, "flat": True}
     assert {key: sizes[key] for key in expected} == expected
 
 
@@ -111,7 +115,7 @@ def test_weights_have_their_width(tmp_path: Path) -> None:
 def test_any_width_is_packed(bits: int, tmp_path: Path) -> None:
     config = {"weight_bits": bits, "algorithm": "direct", "weight_shift": False, "small_layers": None}
     fast = compiled(nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 32, 1)), config, images(1, 6, 64))
-    assert fast.save(tmp_path / "net.dsconv") < sum(
+    assert fast.save(tmp_path / "net.dsconv").bytes < sum(
         layer.vqk.numel() * layer.config.weight_bits / 8 * 1.1 + layer.kds.nbytes * 1.1 + 4096
         for layer in fast.model.modules()
         if hasattr(layer, "vqk")
@@ -120,8 +124,8 @@ def test_any_width_is_packed(bits: int, tmp_path: Path) -> None:
 
 def test_for_a_fast_start_weights_are_as_kernels_read_them(tmp_path: Path) -> None:
     fast = compiled(Network())
-    small = fast.save(tmp_path / "small.dsconv")
-    large = fast.save(tmp_path / "large.dsconv", fast_start=True)
+    small = fast.save(tmp_path / "small.dsconv").bytes
+    large = fast.save(tmp_path / "large.dsconv", fast_start=True).bytes
     found = tables(tmp_path / "large.dsconv", tmp_path)["weights"]
     layers = [module for module in fast.model.modules() if hasattr(module, "packed")]
     assert {of["form"] for of in found} == {"packed"}
@@ -129,13 +133,54 @@ def test_for_a_fast_start_weights_are_as_kernels_read_them(tmp_path: Path) -> No
     assert large > small
 
 
-def test_programs_of_several_sizes_share_weights(tmp_path: Path) -> None:
+def sizes_of(program: dict[str, Any]) -> list[list[int]]:
+    return [size["inputs"][0]["sizes"] for size in program["sizes"]]
+
+
+def test_sizes_share_their_steps_where_these_are_the_same(tmp_path: Path) -> None:
     fast = compiled(Network())
     one = fast.save(tmp_path / "one.dsconv")
     both = fast.save(tmp_path / "both.dsconv", sizes=[images(1, 16), torch.zeros(1, 3, 8, 20, dtype=torch.float32)])
-    assert both - one < 8192
-    shapes = [program["inputs"][0]["shape"] for program in tables(tmp_path / "both.dsconv", tmp_path)["programs"]]
-    assert shapes == [[3, 12, 12], [3, 16, 16], [3, 8, 20]]
+    assert both.bytes - one.bytes < 256
+    (program,) = tables(tmp_path / "both.dsconv", tmp_path)["programs"]
+    assert sizes_of(program) == [[3, 12, 12], [3, 16, 16], [3, 8, 20]]
+
+
+def test_a_size_with_other_steps_has_a_program_of_its_own(tmp_path: Path) -> None:
+    class Pooled(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.adaptive_avg_pool2d(self.first(x), (12, 12)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    saved = compiled(Pooled()).save(tmp_path / "net.dsconv")
+    assert saved.size_step == 1
+    own, others = tables(tmp_path / "net.dsconv", tmp_path)["programs"]
+    assert (own["size_step"], sizes_of(own)) == (0, [[3, 12, 12]]) and others["size_step"] == 1
+    assert len(others["steps"]) == len(own["steps"]) + 1
+
+
+def test_sizes_are_free_by_steps_where_a_scale_holds_for_these_alone(tmp_path: Path) -> None:
+    class ToSize(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.interpolate(F.max_pool2d(self.first(x), 2), size=x.shape[-2:])
+
+    saved = compiled(ToSize()).save(tmp_path / "net.dsconv")
+    assert (saved.size_step, saved.why_fixed) == (32, "")
+
+
+@pytest.mark.parametrize(
+    ("forward", "x", "why"),
+    [
+        (lambda m, x: m.last(m.first(x).flatten(1)[:, :32]), images(), "do(es)? not take|cannot|steps for other sizes"),
+        (lambda m, x: m.last(x), torch.zeros(1, 32, dtype=torch.float32), "no input has rows and columns"),
+    ],
+)
+def test_why_sizes_are_fixed_is_told(forward: Any, x: Tensor, why: str, tmp_path: Path) -> None:
+    class Fixed(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self, x)  # type: ignore[no-any-return]
+
+    saved = compiled(Fixed(), x=x).save(tmp_path / "net.dsconv")
+    assert saved.size_step == 0 and re.search(why, saved.why_fixed)
 
 
 def test_what_pytorch_computes_is_refused_and_listed(tmp_path: Path) -> None:
@@ -166,8 +211,8 @@ def test_inputs_that_nothing_reads_and_views_are_saved(tmp_path: Path) -> None:
     inputs = dsconv.Inputs(images(), torch.zeros(1, dtype=torch.float32))
     compiled(Views(), x=inputs).save(tmp_path / "net.dsconv")
     (program,) = tables(tmp_path / "net.dsconv", tmp_path)["programs"]
-    assert [port["base"] for port in program["inputs"]] == [1, -1]
-    assert [port["shape"] for port in program["outputs"]] == [[32, 12, 12], [8, 12, 12], [64 * 12 * 12]]
+    assert [port["tensor"] for port in program["inputs"]] == [0, -1]
+    assert [port["axes"] for port in program["outputs"]] == [["channels", "rows", "columns"]] * 2 + [["channels"]]
 
 
 def test_models_for_one_batch_and_of_other_inputs_are_refused(tmp_path: Path) -> None:
@@ -231,5 +276,5 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_structs_lie_as_in_c() -> None:
-    packed = schema.QuantizedTensor(64, 3, 8, 1, 1, 4, 5, 1, 2, 8, 7, 2, True).packed()
-    assert packed == struct.pack("<9q3b?4x", 64, 3, 8, 1, 1, 4, 5, 1, 2, 8, 7, 2, True)
+    packed = schema.QuantizedTensor(3, 8, 1, 1, 2, 8, 7, 2, True).packed()
+    assert packed == struct.pack("<5q3b?4x", 3, 8, 1, 1, 2, 8, 7, 2, True)

@@ -54,11 +54,12 @@ _FUNCTIONS = {
     "dsconv_size_count": (c_size_t, (c_void_p,)),
     "dsconv_input_shape": (c_int, (c_void_p, c_size_t, c_size_t, POINTER(Tensor))),
     "dsconv_output_shape": (c_int, (c_void_p, c_size_t, c_size_t, POINTER(Tensor))),
+    "dsconv_size_step": (c_int64, (c_void_p,)),
     "dsconv_preprocess": (c_char_p, (c_void_p,)),
     "dsconv_class_count": (c_size_t, (c_void_p,)),
     "dsconv_class_name": (c_char_p, (c_void_p, c_size_t)),
     "dsconv_weight_bytes": (c_size_t, (c_void_p,)),
-    "dsconv_run_bytes": (c_size_t, (c_void_p, c_size_t, c_int64)),
+    "dsconv_run_bytes": (c_int, (c_void_p, POINTER(Tensor), c_size_t, POINTER(c_size_t))),
     "dsconv_run": (c_int, (c_void_p, POINTER(Tensor), c_size_t, POINTER(Tensor), c_size_t)),
 }
 

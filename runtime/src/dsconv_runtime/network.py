@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NoReturn, Self
 
 import numpy as np
@@ -63,6 +64,15 @@ class Network:
 
     Args:
         path: a file that ``dsconv compile`` or ``dsconv.compile(...).save`` wrote.
+
+    Attributes:
+        inputs, outputs: name, dtype and shape of each, of the first of the ``sizes``.
+        sizes: for which the network was compiled.
+        size_step: heights and widths may differ from those of ``inputs`` by multiples of so many: 1 is any size that is
+            large enough for the network, 0 no other size than ``sizes``. The first run of a size prepares it, which
+            takes a few milliseconds, and the last 16 are remembered.
+        preprocess: how images are prepared (:func:`dsconv_runtime.prepare`); None where the file does not say.
+        classes: names of the classes, where the file has them.
 
     Raises:
         FileNotFoundError, OSError: the file cannot be opened or read.
@@ -130,6 +140,7 @@ class Network:
             )
             for size in range(library.dsconv_size_count(handle))
         )
+        self.size_step: int = library.dsconv_size_step(handle)
         self.inputs, self.outputs = self.sizes[0].inputs, self.sizes[0].outputs
         preprocess = library.dsconv_preprocess(handle)
         self.preprocess: dict[str, Any] | None = None if preprocess is None else json.loads(preprocess)
@@ -142,7 +153,8 @@ class Network:
         """Run the network on inputs by position, by name, or first by position and then by name.
 
         Args:
-            arrays, named: float32 of the shapes of :attr:`inputs`, or those of one of :attr:`sizes`, and all of the
+            arrays, named: float32 of the shapes of :attr:`inputs`, of those of one of :attr:`sizes`, or of heights and
+                widths that differ from these by multiples of :attr:`size_step`, where that is not 0; and all of the
                 same number of samples. They are read where they lie, whatever their strides; they are copied where
                 a stride is negative or no multiple of 4 bytes.
 
@@ -197,13 +209,24 @@ class Network:
         """Bytes of memory that the network holds besides the mapped file."""
         return int(library.dsconv_weight_bytes(self._open().pointer))
 
-    def run_bytes(self, samples: int = 1, size: int = 0) -> int:
-        """Return the bytes of memory that a run takes, of so many samples of a size: an index of :attr:`sizes`."""
-        if not 0 <= size < len(self.sizes):
-            raise DataError(f"size: expected 0 to {len(self.sizes) - 1}, got {size}")
-        if samples < 1 or samples >= 1 << 63:
-            raise DataError(f"samples: expected a number from 1 to 2^63 - 1, got {samples}")
-        return int(library.dsconv_run_bytes(self._open().pointer, size, samples))
+    def run_bytes(self, *shapes: tuple[int, ...]) -> int:
+        """Return the bytes of memory that a run on inputs of these shapes takes, ``(samples, ...)`` each.
+
+        Raises:
+            DataError: the network does not take them.
+
+        >>> net = Network("digits.dsconv")
+        >>> net.run_bytes((1, 1, 8, 8)) < net.run_bytes((1, 1, 32, 32))
+        True
+        """
+        inputs = (Tensor * max(1, len(shapes)))()
+        for tensor, (name, shape) in zip(inputs, zip_longest((i.name for i in self.inputs), shapes), strict=False):
+            if shape is None or len(shape) > MAX_RANK or not all(0 <= n < 1 << 63 for n in shape):
+                raise DataError(f"shapes: expected one of input {name!r}, of at most {MAX_RANK} sizes, got {shape}")
+            tensor.type, tensor.rank, tensor.shape[: len(shape)] = FLOAT32, len(shape), list(shape)
+        found = ctypes.c_size_t()
+        check(library.dsconv_run_bytes(self._open().pointer, inputs, len(shapes), ctypes.byref(found)))
+        return found.value
 
     def close(self) -> None:
         """Close the network. Runs of other threads go on to their end; the memory is given back after the last one."""

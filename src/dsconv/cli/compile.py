@@ -1,7 +1,7 @@
 """``dsconv compile``: a quantized network as a file that runs without PyTorch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,9 +14,12 @@ from dsconv.cli.output import print_json, print_table, say
 from dsconv.cli.preparation import check_size, image_shape, read_size
 from dsconv.names import check_weights
 
+if TYPE_CHECKING:
+    from dsconv.compilation.saving.writing import Saved
+
 _SIZES_HELP = (
-    "Height and width of images that the file takes, in pixels; give it several times for several sizes. Without it, "
-    "those of the network's preparation of images."
+    "Height and width of images, in pixels: the file takes them, and all others whose steps follow from these. Give it "
+    "several times where the steps depend on the size. Without it, those of the network's preparation of images."
 )
 _CLASSES_HELP = "Names of the classes, one a line, in the order of the network's outputs: they are written to the file."
 _FAST_START_HELP = (
@@ -66,12 +69,24 @@ def compile(
     examples = [torch.zeros(1, *image, dtype=torch.float32, device="cpu") for image in images]
     say("compiling")
     fast = dsconv.compile(qmodel, examples[0])
-    file_bytes = fast.save(out, sizes=examples[1:], classes=names, fast_start=fast_start)
+    saved = fast.save(out, sizes=examples[1:], classes=names, fast_start=fast_start)
     if as_json:
         plan = {"steps": len(fast.plan.steps), "memory_bytes": fast.plan.memory_bytes}
         prepared = None if preprocess is None else preprocess.model_dump(mode="json")
-        print_json({"file": str(out), "file_bytes": file_bytes, "sizes": images, "preprocess": prepared, **plan})
+        taken = {"sizes": images, "size_step": saved.size_step}
+        print_json({"file": str(out), "file_bytes": saved.bytes, **taken, "preprocess": prepared, **plan})
         return
     print_table(fast.plan)
     sizes = ", ".join("x".join(map(str, image)) for image in images)
-    print(f"Wrote {out}: {file_bytes:,} bytes, for images of {sizes} and batches of any size.")
+    print(f"Wrote {out}: {saved.bytes:,} bytes, for batches of any size and images of {sizes}; {_others(saved)}.")
+
+
+def _others(saved: "Saved") -> str:
+    """What other sizes of images a file takes."""
+    match saved.size_step:
+        case 0:
+            return f"no other size, since {saved.why_fixed}"
+        case 1:
+            return "and of other heights and widths"
+        case step:
+            return f"and of heights and widths that differ from these by multiples of {step}"

@@ -17,8 +17,8 @@ from dsconv.compilation.layouts import hold_for_batches, order_in_memory, record
 from dsconv.compilation.lowering import lower
 from dsconv.compilation.parts import compile_parts, plan_of_parts
 from dsconv.compilation.plan import Plan, plan_of
-from dsconv.compilation.program import OtherLayout, Program
-from dsconv.compilation.saving.writing import Size, check_saved, write
+from dsconv.compilation.program import Axis, OtherLayout, Program
+from dsconv.compilation.saving.writing import Saved, Size, check_saved, write
 from dsconv.conversion.copying import copied
 from dsconv.conversion.preparation import preprocess_of
 from dsconv.conversion.quantized import check_inference, quantized_layers
@@ -194,24 +194,25 @@ class CompiledModel(nn.Module):
         sizes: Sequence[Any] = (),
         classes: Sequence[str] | None = None,
         fast_start: bool = False,
-    ) -> int:
+    ) -> Saved:
         """Write the network as a file that runs without PyTorch: by ``dsconv_runtime`` in Python, by libdsconv in C.
 
         The file holds the steps of the plan, the weights at their width, the names of inputs and outputs as
         :func:`dsconv.export_onnx` gives them, and how images are prepared where the model says so. The result has the
         bits of this module for inputs that are contiguous, of any batch size, on any processor
-        (docs/compiled-files.md has the format).
+        (docs/compiled-files.md has the format). Image sizes are as free as the steps of the network are: it is captured
+        for some larger sizes, and where these have the same steps, they are those of all sizes.
 
         Args:
             path: is replaced when the file is complete.
             sizes: further examples, as :func:`compile` takes them: the file takes inputs of their sizes, and of that of
-                the example that was compiled.
+                the example that was compiled, whatever its steps are.
             classes: names of the classes, for a classifier.
             fast_start: write the weights of all layers as the kernels read them. Layers by Winograd then take four
                 times as much of the file, which is opened several times faster, and whose memory processes share.
 
         Returns:
-            The size of the file in bytes.
+            The size of the file in bytes, and the image sizes that it takes besides those given.
 
         Raises:
             ConfigError: ``sizes`` or ``classes`` are not such.
@@ -223,8 +224,9 @@ class CompiledModel(nn.Module):
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 10)).eval()
         >>> fast = compile(dsconv.quantize(net), torch.zeros(1, 3, 8, 8, dtype=torch.float32))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     fast.save(f"{folder}/net.dsconv") > 1000
-        True
+        ...     saved = fast.save(f"{folder}/net.dsconv")
+        >>> saved.bytes > 1000, saved.size_step
+        (True, 0)
         """
         place, examples = as_path(path), _examples(sizes)
         if classes is not None:
@@ -233,20 +235,53 @@ class CompiledModel(nn.Module):
             raise ModelError(f"the network cannot be saved: it is compiled in parts, {', '.join(self.parts)}")
         if self._device.type != "cpu":
             raise ModelError(f"the network cannot be saved: it is on {self._device}: compile it on the CPU")
-        made: list[Size] = []
-        names: tuple[list[str], list[str]] = [], []
-        for example in [self._example, *examples]:
-            one, several = (self._for_saving(example, count) for count in (1, 2))
-            taken = input_names(example, self.model)
-            names = taken, several.output_names(taken)
-            for program in (one, several):
-                check_saved(program, names[1])
-            made.append(Size(one, several))
-            shapes = [port.shape for port in several.ports()[1] if port is not None]
-            if classes is not None and len(shapes) == 1 and len(shapes[0]) == 1 and len(classes) != shapes[0][0]:
-                raise ConfigError(f"classes: expected {shapes[0][0]} names, one of each output, got {len(classes)}")
-        preprocess = None if self.preprocess is None else self.preprocess.model_dump_json()
-        return write(place, made, quantized_layers(self.model).values(), names, preprocess, classes, fast_start)
+        before = dict(self._captured)
+        try:
+            made = [self._size_for_saving(example) for example in [self._example, *examples]]
+            taken = input_names(self._example, self.model)
+            names = taken, made[0].several.output_names(taken)
+            for size in made:
+                for program in size:
+                    check_saved(program, names[1])
+                shapes = [port.shape for port in size.several.ports()[1] if port is not None]
+                if classes is not None and len(shapes) == 1 and len(shapes[0]) == 1 and len(classes) != shapes[0][0]:
+                    raise ConfigError(f"classes: expected {shapes[0][0]} names, one of each output, got {len(classes)}")
+            preprocess = None if self.preprocess is None else self.preprocess.model_dump_json()
+            layers = quantized_layers(self.model).values()
+            probe = partial(self._larger, made[0], names[1])
+            return write(place, made, probe, layers, names, preprocess, classes, fast_start)
+        finally:
+            self._captured = before
+
+    def _size_for_saving(self, example: Inputs) -> Size:
+        return Size(self._for_saving(example, 1), self._for_saving(example, 2))
+
+    def _larger(self, size: Size, outputs: Sequence[str], rows: int, columns: int, alone: bool) -> Size:
+        """What runs for so many more rows and columns than those of ``size``, the size of the example.
+
+        ``alone``: one sample has the steps of several.
+
+        Raises:
+            ModelError: the inputs have no rows and columns, or the network does not take so many, or not in its steps.
+        """
+        more = {Axis.ROWS: rows, Axis.COLUMNS: columns}
+        ports = size.several.ports()[0]
+        if not any(axis in more for port in ports for axis in port.axes):
+            raise ModelError("no input has rows and columns")
+        shapes = [[n + more.get(axis, 0) for n, axis in zip(port.shape, port.axes, strict=True)] for port in ports]
+        larger = self._example.filled(torch.zeros(1, *shape, dtype=torch.float32, device="cpu") for shape in shapes)
+        try:  # before a capture, which would log where it fails
+            call(self.model, larger)
+        except Exception as error:
+            sizes = " and ".join("x".join(map(str, shape)) for shape in shapes)
+            raise ModelError(f"the model does not take {sizes}: {one_line(str(error), 200)}") from None
+        several = self._for_saving(larger, 2)
+        check_saved(several, outputs)
+        if alone:
+            return Size(several, several)
+        one = self._for_saving(larger, 1)
+        check_saved(one, outputs)
+        return Size(one, several)
 
     def _for_saving(self, example: Inputs, count: int) -> Program:
         """What runs for so many samples of the sizes of ``example`` that are contiguous."""

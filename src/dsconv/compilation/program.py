@@ -4,6 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -43,28 +44,43 @@ class _Output:
     """Stands for an output."""
 
 
-class Port(NamedTuple):
-    """An input or output ``(N, *shape)``: samples lie ``sample_stride`` values apart, those of one ``strides``.
+class Axis(IntEnum):
+    """What a dimension of an input or output runs over; ONE is of one value."""
 
-    The first one lies ``first`` values behind address number ``base`` of a run, plus ``offset`` bytes for each sample;
-    base -1 is an input that nothing reads.
+    ONE = 0
+    CHANNELS = 1
+    FRAMES = 2
+    ROWS = 3
+    COLUMNS = 4
+
+
+class Port(NamedTuple):
+    """An input or output ``(N, *shape)``: the tensor that it is; None is an input that nothing reads."""
+
+    value: Value | None
+    shape: tuple[int, ...]
+    axes: tuple[Axis, ...]
+
+
+class Memory(NamedTuple):
+    """Where a tensor lies in the memory of a sample.
+
+    Attributes:
+        key: tensors of the same one lie in the same memory.
+        base: number of its address; 0 is that of all that lies between steps.
+        pixel: values for each pixel.
+        lines: whether a channel has its pixels side by side, else a pixel its channels.
+        first: the first channel of the tensor there.
     """
 
+    key: object
     base: int
-    offset: int
+    pixel: int
+    lines: bool
     first: int
-    sample_stride: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 _PORT_SAMPLES = 2  # so many tell how far samples lie apart
-
-
-def _port(made: Tensor, base: int, offset: int = 0) -> Port:
-    # Behind the address of a sample's memory, which several samples have as many times as far from the beginning.
-    first = int(made.storage_offset()) - _PORT_SAMPLES * offset // 4
-    return Port(base, offset, first, made.stride(0), tuple(made.shape[1:]), tuple(made.stride()[1:]))
 
 
 class Program:
@@ -76,6 +92,8 @@ class Program:
         memory_bytes: of what lies between steps, for one image.
         images_at_once: a larger batch is run in parts of so many, or as many as there are threads; None where it is
             not, for PyTorch computes something that may depend on other images.
+        cached_bytes: what lies between steps is to have room in so many, where a batch is run in parts.
+        joins: whether steps may be computed together.
     """
 
     def __init__(self, lowered: Lowered, structure: Callable[[Sequence[Any]], Any], any_batch: bool = True):
@@ -87,7 +105,8 @@ class Program:
         self._device = given[0].device
         self.backend, self._executable = lowering(self._device)
         self.steps, self.constants, self._values = lowered.steps, lowered.constants, lowered.values
-        if self.backend.cached_bytes is not None:  # there are caches to compute in
+        self.joins = self.backend.cached_bytes is not None  # there are caches to compute in
+        if self.joins:
             join_steps(self.steps)
         self._renamed, self._counts = lowered.renamed, lowered.counts
         self._bases: dict[Value, int] = {}
@@ -115,8 +134,8 @@ class Program:
         self._strides = {node: s for node in nodes if (s := _strides(node, lowered.batch)) is not None}
         self.memory_bytes: int = self._executable.bytes(1)
         self._alone = any_batch and self._treats_images_alone()
-        cached = self.backend.cached_bytes if self._alone else None
-        self.images_at_once = None if cached is None else cached // max(1, self.memory_bytes)
+        self.cached_bytes = self.backend.cached_bytes if self._alone else None
+        self.images_at_once = None if self.cached_bytes is None else self.cached_bytes // max(1, self.memory_bytes)
         self._most_images: int | None = None  # for which there was memory
         self._repeated = self.backend.repeated(self._run, not any(step.in_pytorch for step in self.steps))
         self._spare: deque[Tensor] = deque(maxlen=_SPARE)
@@ -283,17 +302,24 @@ class Program:
             self._ids[of] = self._executable.quantized(*self.place_of_quantized(of))
         return self._ids[of]
 
+    def memory_of(self, of: Value) -> Memory:
+        """Return where a float32 tensor lies."""
+        root, first = of.place()
+        lines = root in self._as_they_come
+        pixel = root.size[0] if lines else self._pixel(root)
+        base = self._bases.get(root, 0)
+        return Memory(root if base else self._buffers[root], base, pixel, lines, first)
+
     def place_of(self, of: Value) -> tuple[int, int, int, tuple[int, int, int], tuple[int, int, int, int]]:
         """Return the arguments of :meth:`~dsconv.backends.base.Executable.values` for a float32 tensor."""
-        root, first = of.place()
-        base = self._bases.get(root, 0)
-        offset = 0 if base else self._buffers[root].offset
-        channels, height, width = root.size
-        pixel = self._pixel(root)
-        strides = (pixel * height * width, 1, width * pixel, pixel)
-        if root in self._as_they_come:
-            strides = (channels * height * width, height * width, width, 1)
-        return base, offset, first * strides[1], of.size, strides
+        root, _ = of.place()
+        memory = self.memory_of(of)
+        offset = 0 if memory.base else self._buffers[root].offset
+        _, height, width = root.size
+        strides = (memory.pixel * height * width, 1, width * memory.pixel, memory.pixel)
+        if memory.lines:
+            strides = (memory.pixel * height * width, height * width, width, 1)
+        return memory.base, offset, memory.first * strides[1], of.size, strides
 
     def place_of_quantized(self, of: Quantized) -> tuple[Any, ...]:
         """Return the arguments of :meth:`~dsconv.backends.base.Executable.quantized` for a quantized tensor."""
@@ -312,43 +338,60 @@ class Program:
         return [output_name(way, taken) for way, _ in ways]
 
     def ports(self) -> tuple[list[Port], list[Port | None]]:
-        """Return where its inputs and outputs lie; None for an output that no step makes of each sample."""
+        """Return which tensors its inputs and outputs are; None for an output that no step makes of each sample."""
         images, env = _PORT_SAMPLES, dict[fx.Node, Any](self.constants)
         env.update(dict.fromkeys(self._counts, images))
         memory = torch.empty(max(1, self._executable.bytes(images) // 4), dtype=torch.float32, device=self._device)
-        bases = {memory.untyped_storage().data_ptr(): 0}
         inputs = []
         for node in self._inputs:
             source, made = self._values.get(node), node.meta["val"]
             if source is None or source not in self._bases:
                 shape = tuple(made.shape[1:])
-                inputs.append(Port(-1, 0, 0, 0, shape, (0,) * len(shape)))
+                inputs.append(Port(None, shape, (Axis.ONE,) * len(shape)))
                 continue
             x = torch.empty((images, *made.shape[1:]), dtype=torch.float32, device=self._device)
             env[node] = x if source in self._as_they_come else _pixels(x, source).movedim(-1, source.dim)
-            bases[env[node].untyped_storage().data_ptr()] = self._bases[source]
-            inputs.append(_port(env[node], self._bases[source]))
-        for value, base in self._returns.items():
+            port = self._port(source, env[node])
+            assert port is not None
+            inputs.append(port)
+        for value in self._returns:
             channels, height, width = value.size
             y = torch.empty((images, height, width, channels), dtype=torch.float32, device=self._device)
             env[value.node] = _of_node(y, value)
-            bases[y.untyped_storage().data_ptr()] = base
-        return inputs, [self._port_of_output(node, env, memory, bases) for node in self._outputs]
+        return inputs, [self._port_of_output(node, env, memory) for node in self._outputs]
 
-    def _port_of_output(self, node: Any, env: dict[fx.Node, Any], memory: Tensor, bases: dict[int, int]) -> Port | None:
+    def _port_of_output(self, node: Any, env: dict[fx.Node, Any], memory: Tensor) -> Port | None:
         own = self._own(node) if isinstance(node, fx.Node) else None
-        if own is None or (own not in env and own not in self._values):
+        if own is None or own not in self._values:
             return None
-        if own not in env and self._values[own].root().outside and self._values[own].root().node not in env:
-            return None  # an input that no step reads
+        value = self._values[own]
         if own not in env:
-            env[own] = self._view(self._values[own], _PORT_SAMPLES, env, memory)
+            if value.root().outside and value.root().node not in env:
+                return None  # an input that no step reads
+            env[own] = self._view(value, _PORT_SAMPLES, env, memory)
         made = self._tensor(node, env)
         if not isinstance(made, Tensor) or made.dim() < 1 or len(made) != _PORT_SAMPLES:
             return None
-        base = bases.get(made.untyped_storage().data_ptr())
-        root = self._values[own].root() if own in self._values else None
-        return None if base is None else _port(made, base, self._buffers[root].offset if root in self._buffers else 0)
+        return self._port(value, made)
+
+    def _port(self, value: Value, made: Tensor) -> Port | None:
+        """An input or output that is ``made`` of all of a value, whose dimensions run over something each."""
+        _, _, _, (channels, height, width), (image, channel, y, x) = self.place_of(value)
+        frame = height // value.frames
+        over = {
+            Axis.CHANNELS: (channels, channel),
+            Axis.FRAMES: (value.frames, frame * y),
+            Axis.ROWS: (frame, y),
+            Axis.COLUMNS: (width, x),
+        }
+        axes = []
+        for size, stride in zip(made.shape[1:], made.stride()[1:], strict=True):
+            found = (axis for axis, runs in over.items() if size == 1 or runs == (size, stride))
+            axes.append(Axis.ONE if size == 1 else next(found, None))
+        values = math.prod(made.shape[1:])
+        if None in axes or values != channels * height * width or made.stride(0) != image:
+            return None
+        return Port(value, tuple(made.shape[1:]), tuple(axis for axis in axes if axis is not None))
 
     # Running
 

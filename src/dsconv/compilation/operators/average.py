@@ -16,6 +16,7 @@ from dsconv.ops import arguments_of
 # The last bits of a sum follow from its order, and that of PyTorch from the lanes of the vectors that it was built for.
 _LANES = (8, 16, 4)
 _TRIED = 16  # channels: enough that no other order rounds all of them alike, and few even of large images
+_LARGE = (_TRIED, 64, 64)
 OWN_LANES = 8  # on every processor
 
 
@@ -52,7 +53,11 @@ def _lanes_of_pytorch(size: tuple[int, int, int], _: str) -> int | None:
         return made(x, (1, 1), lambda to, source, result: to.average(source, lanes, result))
 
     expected = x.mean((2, 3), keepdim=True)
-    return next((lanes for lanes in _LANES if torch.equal(averages(lanes), expected)), None)
+    found = [lanes for lanes in _LANES if torch.equal(averages(lanes), expected)]
+    if len(found) > 1 and size != _LARGE:  # of small images: the same as of all others
+        usual = _lanes_of_pytorch(_LARGE, _)
+        return usual if usual in found else found[0]
+    return next(iter(found), None)
 
 
 def average_of_image(lowering: Lowering, node: fx.Node) -> Step | None:

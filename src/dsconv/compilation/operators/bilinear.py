@@ -22,19 +22,45 @@ Order = tuple[int, int, int]
 
 _LINES, _ABOVE_FIRST, _BELOW_FIRST = range(3)
 _OWN_ORDER: Order = (0, _LINES, _LINES)
+MOST_OF_SMALL = 128
 
 
 @dataclass(eq=False, kw_only=True)
 class Bilinear(OfOne):
-    """Pixels between ``rows`` and ``columns`` of the source."""
+    """Pixels between rows and columns of the source.
 
-    rows: list[Between]
-    columns: list[Between]
+    Attributes:
+        corners: whether those of both images are one upon the other.
+        scales: how many times as many rows and columns there are, where the operator is told so.
+        order: of its sums.
+        pixels: whether the channels of a pixel lie side by side in the source, as the model has it.
+    """
+
+    corners: bool
+    scales: tuple[float | None, ...]
     order: Order
+    pixels: bool
     name: ClassVar[str | None] = "dsconv.upsample_bilinear2d"
 
     def add(self, to: Executable, ids: Ids) -> None:
-        to.interpolate(ids.value(self.source), self.rows, self.columns, *self.order, self.uses(ids))
+        assert self.result is not None
+        rows, columns = _places(self.source.size, self.result.size[1:], self.corners, self.scales)
+        to.interpolate(ids.value(self.source), rows, columns, *self.order, self.uses(ids))
+
+    def orders(self) -> tuple[Order | None, Order | None]:
+        """Return the order for images of at most ``MOST_OF_SMALL`` rows and columns together, and for larger ones.
+
+        PyTorch has a kernel of its own for the former. None: no order has its bits.
+        """
+        assert self.result is not None
+        times = [made / have for made, have in zip(self.result.size[1:], self.source.size[1:], strict=True)]
+        small = sum(self.result.size[1:]) <= MOST_OF_SMALL
+        other = (self.source.size[0], 48, 48) if small else (self.source.size[0], 5, 5)
+        out = [int(size * by) for size, by in zip(other[1:], times, strict=True)]
+        if (sum(out) <= MOST_OF_SMALL) == small or any(by % 1 for by in times):
+            return self.order, self.order
+        there = _order(other, (out[0], out[1]), self.corners, self.scales, self.pixels, backend())
+        return (self.order, there) if small else (there, self.order)
 
 
 def places(size: int, result: int, corners: bool, scale: float | None) -> list[Between]:
@@ -70,15 +96,19 @@ def _bilinear(lowering: Lowering, node: fx.Node) -> Step | None:
     if len(node.all_input_nodes) > 1 or not (pixels or lies_in_lines(read)):
         return None
     given: dict[str, Any] = arguments_of(node.target, node.args, node.kwargs)
-    scales = given.get("scale_factors") or (given.get("scales_h"), given.get("scales_w"))
-    how = source.size, result.size[1:], given["align_corners"], tuple(scales)
+    corners, scales = (
+        given["align_corners"],
+        tuple(given.get("scale_factors") or (given.get("scales_h"), given.get("scales_w"))),
+    )
     # On other devices PyTorch's order is not followed.
-    order = _order(*how, pixels, backend()) if read.meta["val"].is_cpu else _OWN_ORDER
+    order: Order | None = _OWN_ORDER
+    if read.meta["val"].is_cpu:
+        order = _order(source.size, result.size[1:], corners, scales, pixels, backend())
     if order is None:
         return None
-    rows, columns = _places(*how)
     source.in_float = result.direct = True
-    return Bilinear(node=node, result=result, source=source, rows=rows, columns=columns, order=order)
+    how = {"corners": corners, "scales": scales, "order": order, "pixels": pixels}
+    return Bilinear(node=node, result=result, source=source, **how)
 
 
 def _places(

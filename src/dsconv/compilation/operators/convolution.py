@@ -16,7 +16,7 @@ from dsconv.numerics.winograd import PRODUCTS, TILE
 from dsconv.ops import FLOAT_BITS, WEIGHTS, arguments_of, checked_sizes
 
 # What two layers pass on; less stays in the second cache anyway.
-_LEAST_BYTES = 1 << 19
+LEAST_JOINED_BYTES = 1 << 19
 
 
 @dataclass(eq=False, kw_only=True)
@@ -106,16 +106,23 @@ def join_steps(steps: Sequence[Step]) -> None:
 
     What lies between them then stays in the caches, which is worth it where it is large.
     """
+    for before, between, step in joinable(steps):
+        if 4 * math.prod(between.size) >= LEAST_JOINED_BYTES:
+            step.joined = before
+            before.fused.append("in the next step")
+
+
+def joinable(steps: Sequence[Step]) -> Iterator[tuple[Convolution, Value, Step]]:
+    """Yield convolutions, what lies between, and steps that may be computed together with them, however large it is."""
     for before, step in pairwise(steps):
         between = before.result
         if not isinstance(before, Convolution) or not before.makes_lines() or not step.reads_lines() or between is None:
             continue
-        if between.outside or between.home is not None or 4 * math.prod(between.size) < _LEAST_BYTES:
+        if between.outside or between.home is not None:
             continue
         users = [other for other in steps if any(value.root() is between for value in other.float_values())]
         if users == [before, step] and list(step.sources()) == [between] and step.residual is not between:
-            step.joined = before
-            before.fused.append("in the next step")
+            yield before, between, step
 
 
 def sums_integers(given: dict[str, Any]) -> bool:

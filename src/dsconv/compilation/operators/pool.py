@@ -12,12 +12,17 @@ from dsconv.ops import arguments_of
 
 @dataclass(eq=False, kw_only=True)
 class Pool(OfOne):
-    """A maximum or an average over windows: (kernel, stride, padding, dilation), each of height and width."""
+    """A maximum or an average over windows: (kernel, stride, padding, dilation), each of height and width.
+
+    Attributes:
+        ceil: whether a last window may go beyond the end.
+    """
 
     window: tuple[int, ...]
     average: bool = False
     count_zeros: bool = False
     divisor: int = 0
+    ceil: bool = False
 
     def reads_lines(self) -> bool:
         return True
@@ -46,7 +51,14 @@ def _pool(lowering: Lowering, node: fx.Node) -> Step | None:
     zeros, divisor = (given["count_include_pad"], given.get("divisor_override") or 0) if average else (False, 0)
     source.in_float = result.direct = True
     return Pool(
-        node=node, result=result, source=source, window=window, average=average, count_zeros=zeros, divisor=divisor
+        node=node,
+        result=result,
+        source=source,
+        window=window,
+        average=average,
+        count_zeros=zeros,
+        divisor=divisor,
+        ceil=given["ceil_mode"],
     )
 
 

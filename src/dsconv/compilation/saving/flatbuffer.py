@@ -18,6 +18,7 @@ _SCALARS: dict[str, Any] = {
     "long": numbers.Int64Flags,
     "ulong": numbers.Uint64Flags,
     "float": numbers.Float32Flags,
+    "double": numbers.Float64Flags,
 }
 """What FlatBuffers calls them, in the annotations of the classes."""
 

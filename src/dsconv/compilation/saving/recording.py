@@ -7,8 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from dsconv.backends.base import MapOperation, Uses
-from dsconv.compilation.operators.operator import Step
-from dsconv.compilation.program import Program
+from dsconv.compilation.operators.bilinear import Bilinear
+from dsconv.compilation.operators.convolution import joinable
+from dsconv.compilation.operators.operator import OfOne, Step
+from dsconv.compilation.operators.pool import Pool
+from dsconv.compilation.program import Port, Program
 from dsconv.compilation.saving import schema
 from dsconv.compilation.saving.flatbuffer import Table
 from dsconv.compilation.values import Quantized, Value
@@ -37,16 +40,20 @@ class Recording:
     ):
         self._program, self._constant, self._weights = program, constant, weights
         self._ids: dict[Value | Quantized, int] = {}
+        self._memory: dict[object, int] = {}
+        self.memory: list[schema.Memory] = []
         self.floats: list[schema.FloatTensor] = []
         self.quantizeds: list[schema.QuantizedTensor] = []
         self.steps: list[schema.Step] = []
-        for step in program.steps:
-            self._add(step)
+        self._step: Step
+        joined = {step: before for before, _, step in joinable(program.steps)} if program.joins else {}
+        for self._step in program.steps:
+            self._step.add(self, self)  # type: ignore[arg-type]
+            self.steps[-1].joined = self._step in joined
 
-    def _add(self, step: Step) -> None:
-        step.add(self, self)  # type: ignore[arg-type]
-        if step.joined is not None:
-            self.steps[-1].joined = True
+    def port(self, of: Port) -> schema.Port:
+        """Return an input or output as a table."""
+        return schema.Port(self.value(of.value), of.axes)
 
     # Numbers of tensors
 
@@ -54,19 +61,21 @@ class Recording:
         if of is None:
             return -1
         if of not in self._ids:
-            base, offset, first, size, strides = self._program.place_of(of)
+            key, base, pixel, lines, first = self._program.memory_of(of)
+            if key not in self._memory:
+                self._memory[key] = len(self.memory)
+                self.memory.append(schema.Memory(base, pixel, lines))
             self._ids[of] = len(self.floats)
-            self.floats.append(schema.FloatTensor(base, offset, first, *size, *strides))
+            self.floats.append(schema.FloatTensor(self._memory[key], first, of.size[0]))
         return self._ids[of]
 
     def quantized(self, of: Quantized | None) -> int:
         if of is None:
             return -1
         if of not in self._ids:
-            offset, depth, block_size, groups, grid, *form, frames = self._program.place_of_quantized(of)
+            _, depth, block_size, groups, (_, _, *pad), *form, _ = self._program.place_of_quantized(of)
             self._ids[of] = len(self.quantizeds)
-            made = schema.QuantizedTensor(offset, depth, block_size, groups, frames, *grid, *form)
-            self.quantizeds.append(made)
+            self.quantizeds.append(schema.QuantizedTensor(depth, block_size, groups, *pad, *form))
         return self._ids[of]
 
     def constant(self, tensor: Tensor | None) -> Tensor | None:
@@ -101,7 +110,10 @@ class Recording:
         sign: int,
         uses: Uses,
     ) -> None:
-        made = schema.ConvSizes(**{field.name: getattr(sizes, field.name) for field in fields(schema.ConvSizes)})
+        names = [field.name for field in fields(schema.ConvSizes) if not field.name.startswith("more_")]
+        given: dict[str, Any] = {name: getattr(sizes, name) for name in names}
+        given |= {f"more_{axis}": _more(sizes, axis, size) for axis, size in _AXES.items()}
+        made = schema.ConvSizes(**given)
         weights = self._weights((weight, kds, kds_shift), made, weight_bits)
         constants = self._number(bias), self._number(gain), self._number(offset)
         settings = weight_bits, activation_bits, sign
@@ -124,16 +136,19 @@ class Recording:
         out: tuple[int, ...],
         uses: Uses,
     ) -> None:
-        self._append(schema.Pool(source, schema.PoolWindow(*window), average, count_zeros, divisor, *out), uses)
+        assert isinstance(self._step, Pool)
+        made = schema.PoolWindow(*window)
+        self._append(schema.Pool(source, made, average, count_zeros, divisor, self._step.ceil), uses)
 
     def average(self, source: int, lanes: int, result: int) -> None:
         self._append(schema.Average(source, lanes, result))
 
     def rearrange(self, source: int, loops: Sequence[tuple[int, ...]], result: int) -> None:
-        self._append(schema.Rearrange(source, [schema.Loop(*loop) for loop in loops], result))
+        self._append(schema.Rearrange(source, _loops(self._source.size, loops), result))
 
     def pick(self, source: int, rows: Sequence[int], columns: Sequence[int], fill: float, uses: Uses) -> None:
-        self._append(schema.Pick(source, rows, columns, fill), uses)
+        _, height, width = self._source.size
+        self._append(schema.Pick(source, _places(rows, height), _places(columns, width), fill), uses)
 
     def moments(self, source: int, groups: int, weight: Any, epsilon: float, mean: int, scale: int) -> None:
         self._append(schema.Moments(source, groups, self._number(weight), epsilon, mean, scale))
@@ -151,8 +166,12 @@ class Recording:
         rest: int,
         uses: Uses,
     ) -> None:
-        all_rows, all_columns = ([schema.Between(*one) for one in of] for of in (rows, columns))
-        self._append(schema.Interpolate(source, all_rows, all_columns, split, first, rest), uses)
+        assert isinstance(self._step, Bilinear)
+        sizes = zip(self._source.size[1:], (len(rows), len(columns)), self._step.scales, strict=True)
+        corners = self._step.corners
+        stretched_rows, stretched_columns = (_stretch(have, made, corners, scale) for have, made, scale in sizes)
+        small, large = (schema.Order(*((-1, 0, 0) if order is None else order)) for order in self._step.orders())
+        self._append(schema.Interpolate(source, stretched_rows, stretched_columns, small, large), uses)
 
     def average_windows(
         self,
@@ -162,5 +181,66 @@ class Recording:
         at_once: bool,
         uses: Uses,
     ) -> None:
-        all_rows, all_columns = ([schema.Span(*one) for one in of] for of in (rows, columns))
-        self._append(schema.AverageWindows(source, all_rows, all_columns, at_once), uses)
+        self._append(schema.AverageWindows(source, len(rows), len(columns), at_once), uses)
+
+    @property
+    def _source(self) -> Value:
+        """What the step that is written down reads."""
+        assert isinstance(self._step, OfOne)
+        return self._step.source
+
+
+_AXES = {"d": "depth", "h": "height", "w": "width"}
+
+
+def _more(sizes: Any, axis: str, name: str) -> int:
+    """How many outputs of a transposed convolution lie behind the last one that the formula gives."""
+    kernel, stride, pad, dilation = (getattr(sizes, f"{of}_{axis}") for of in ("kernel", "stride", "pad", "dilation"))
+    least = (getattr(sizes, name) - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1
+    return int(getattr(sizes, f"out_{name}") - least) if sizes.transposed else 0
+
+
+def _loops(size: tuple[int, int, int], loops: Sequence[tuple[int, ...]]) -> list[schema.Loop]:
+    """Loops, of which the outermost over all rows or columns of the source have no size of their own."""
+    made = [schema.Loop(*loop) for loop in loops]
+    for dimension, number in enumerate((-1, -2), 1):
+        for loop, (turns, *reads) in zip(made, loops, strict=True):
+            if reads[dimension] and turns * reads[dimension] == size[dimension]:
+                loop.size = number
+                break
+    return made
+
+
+def _places(places: Sequence[int], size: int) -> schema.Places:
+    """Rows or columns of a source of so many by a rule, if one holds for them."""
+    repeat = len(places) // size
+    if repeat > 1 and list(places) == [i // repeat for i in range(size * repeat)]:
+        return schema.Places(step=1, repeat=repeat)
+    first, last, step = _longest_run(places)
+    if last == first:
+        return schema.Places(before=places)
+    end = max(0, size - places[last] - step)
+    if step > 1 and len(range(places[first], size - end, step)) != last - first + 1:
+        return schema.Places(before=places)
+    after = [0 if place < 0 else size - place for place in places[last + 1 :]]
+    return schema.Places(places[:first], places[first], step, 1, end, after)
+
+
+def _longest_run(places: Sequence[int]) -> tuple[int, int, int]:
+    """The first and last of the longest run of places in equal steps, and the step."""
+    best, first = (0, 0, 1), 0
+    for last in range(1, len(places)):
+        step = places[last] - places[last - 1]
+        if step < 1 or places[last - 1] < 0:
+            first = last
+        elif last - first > 1 and step != places[first + 1] - places[first]:
+            first = last - 1
+        if last - first > best[1] - best[0]:
+            best = first, last, step
+    return best
+
+
+def _stretch(size: int, made: int, corners: bool, scale: float | None) -> schema.Stretch:
+    if scale:
+        return schema.Stretch(0, 0, scale, corners)
+    return schema.Stretch(0, made // size, 0.0, corners) if made % size == 0 else schema.Stretch(made, 0, 0.0, corners)

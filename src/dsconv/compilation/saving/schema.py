@@ -1,7 +1,7 @@
 """The tables of csrc/network/network.fbs, which says what they mean."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from dsconv.compilation.saving.flatbuffer import Scalar, Struct, Table
@@ -13,6 +13,7 @@ Int = Annotated[int, Scalar("int")]
 Long = Annotated[int, Scalar("long")]
 ULong = Annotated[int, Scalar("ulong")]
 Float = Annotated[float, Scalar("float")]
+Double = Annotated[float, Scalar("double")]
 
 IDENTIFIER = b"DSCN"
 PACKED, INTEGERS = range(2)
@@ -37,28 +38,24 @@ class Weights(Table):
 
 
 @dataclass
-class FloatTensor(Struct):
+class Memory(Struct):
     base: Int
-    offset: Long
+    pixel: Long
+    lines: Bool
+
+
+@dataclass
+class FloatTensor(Struct):
+    memory: Int
     first: Long
     channels: Long
-    height: Long
-    width: Long
-    image_stride: Long
-    channel_stride: Long
-    y_stride: Long
-    x_stride: Long
 
 
 @dataclass
 class QuantizedTensor(Struct):
-    offset: Long
     depth: Long
     block_size: Long
     groups: Long
-    frames: Long
-    height: Long
-    width: Long
     pad_h: Long
     pad_w: Long
     weight_bits: Byte
@@ -70,13 +67,7 @@ class QuantizedTensor(Struct):
 @dataclass
 class ConvSizes(Struct):
     channels: Long
-    depth: Long
-    height: Long
-    width: Long
     outputs: Long
-    out_depth: Long
-    out_height: Long
-    out_width: Long
     kernel_d: Long
     kernel_h: Long
     kernel_w: Long
@@ -89,6 +80,9 @@ class ConvSizes(Struct):
     dilation_d: Long
     dilation_h: Long
     dilation_w: Long
+    more_d: Long
+    more_h: Long
+    more_w: Long
     groups: Long
     block_size: Long
     flat: Bool
@@ -186,10 +180,20 @@ class Rearrange(Table):
 
 
 @dataclass
+class Places(Table):
+    before: Sequence[Int] = ()
+    begin: Int = 0
+    step: Int = 0
+    repeat: Int = 1
+    end: Int = 0
+    after: Sequence[Int] = ()
+
+
+@dataclass
 class Pick(Table):
     source: Int
-    rows: Sequence[Int]
-    columns: Sequence[Int]
+    rows: Places
+    columns: Places
     fill: Float
 
 
@@ -212,39 +216,38 @@ class Pool(Table):
     average: Bool
     count_padding: Bool
     divisor: Long
-    out_height: Long
-    out_width: Long
+    ceil: Bool
 
 
 @dataclass
-class Between(Struct):
-    one: Int
-    other: Int
-    weight: Float
-    other_weight: Float
+class Stretch(Struct):
+    out: Int
+    times: Int
+    scale: Double
+    corners: Bool
 
 
 @dataclass
-class Interpolate(Table):
-    source: Int
-    rows: Sequence[Between]
-    columns: Sequence[Between]
+class Order(Struct):
     split: Long
     first: UByte
     rest: UByte
 
 
 @dataclass
-class Span(Struct):
-    begin: Int
-    end: Int
+class Interpolate(Table):
+    source: Int
+    rows: Stretch
+    columns: Stretch
+    small: Order
+    large: Order
 
 
 @dataclass
 class AverageWindows(Table):
     source: Int
-    rows: Sequence[Span]
-    columns: Sequence[Span]
+    rows: Int
+    columns: Int
     at_once: Bool
 
 
@@ -258,24 +261,34 @@ class Step(Table):
 
 @dataclass
 class Port(Table):
-    base: Int
-    offset: Long
-    first: Long
-    sample_stride: Long
-    shape: Sequence[Long]
-    strides: Sequence[Long]
+    tensor: Int = -1
+    axes: Sequence[UByte] = ()
+
+
+@dataclass
+class Shape(Table):
+    sizes: Sequence[Long]
+
+
+@dataclass
+class Size(Table):
+    inputs: Sequence[Shape]
 
 
 @dataclass
 class Program(Table):
     one_sample: Bool
     several_samples: Bool
-    samples_at_once: Long
+    sizes: Sequence[Size]
+    size_step: Int
+    cached_bytes: Long
+    joined_bytes: Long
     inputs: Sequence[Port]
     outputs: Sequence[Port]
-    float_tensors: Sequence[FloatTensor] = field(default_factory=list)
-    quantized_tensors: Sequence[QuantizedTensor] = field(default_factory=list)
-    steps: Sequence[Step] = field(default_factory=list)
+    memory: Sequence[Memory]
+    float_tensors: Sequence[FloatTensor]
+    quantized_tensors: Sequence[QuantizedTensor]
+    steps: Sequence[Step]
 
 
 @dataclass

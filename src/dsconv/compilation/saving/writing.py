@@ -3,7 +3,8 @@
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsconv.compilation.operators.convolution import LEAST_JOINED_BYTES
 from dsconv.compilation.plan import plan_of
 from dsconv.compilation.program import Program
 from dsconv.compilation.saving import schema
@@ -37,6 +39,34 @@ class Size(NamedTuple):
 
     one: Program
     several: Program
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Return those of a sample of each input."""
+        return [port.shape for port in self.one.ports()[0]]
+
+
+Probe = Callable[[int, int, bool], Size]
+"""Returns the programs for inputs of so many more rows and columns, one for both where the last argument is true.
+
+It raises a ModelError where there are none.
+"""
+# Where programs of these many more rows and columns are the same, they are so for all, or for all such steps of both.
+_FAR, _OTHERS = (32, 64), {1: (19, 5), 32: (96, 32)}
+
+
+class Saved(NamedTuple):
+    """What a file of a compiled network takes.
+
+    Attributes:
+        bytes: size of the file.
+        size_step: heights and widths of images may differ by multiples of so many from those that were given: 1 is any
+            size that is large enough for the network, 0 no other size.
+        why_fixed: why there is no other size; empty where there is.
+    """
+
+    bytes: int
+    size_step: int
+    why_fixed: str
 
 
 class _Data:
@@ -71,26 +101,58 @@ class _Network:
         self._layers = {_digest(layer.packed[0]): layer for layer in layers if layer.packed is not None}
 
     def add(self, size: Size) -> None:
-        """Add the programs of one size; where they are the same for one sample and several, it is one."""
+        """Add the programs of one size, which are those of other sizes too where these have the same tables."""
+        for made in self._programs(size):
+            known = self._find(made)
+            if known is None:
+                self.programs.append(made)
+            else:
+                known.sizes = [*known.sizes, *made.sizes]
+
+    def add_free(self, probe: Probe) -> str:
+        """Add programs for sizes that nobody has named, where there are such; returns why not."""
+        first = self.programs[0]
+        both = first.one_sample and first.several_samples
+        try:
+            far = self._programs(probe(*_FAR, both))
+        except ModelError as error:
+            return str(error)
+        for step, more in _OTHERS.items():
+            try:
+                alike = _alike(far, self._programs(probe(*more, both)))
+            except ModelError:
+                alike = False
+            if alike:
+                for made in far:
+                    known = self._find(made)
+                    if known is None:
+                        self.programs.append(made)
+                    (known or made).size_step = step
+                return ""
+        return "steps for other sizes are others, in a way that does not follow from the sizes"
+
+    def _programs(self, size: Size) -> list[schema.Program]:
+        """The tables for one sample and for several, or one for both."""
         one, several = self._program(size.one), self._program(size.several)
         one.one_sample, several.several_samples = True, True
-        if (one.float_tensors, one.steps, one.inputs, one.outputs) == (
-            several.float_tensors,
-            several.steps,
-            several.inputs,
-            several.outputs,
-        ) and one.quantized_tensors == several.quantized_tensors:
-            several.one_sample = True
-            self.programs.append(several)
-        else:
-            self.programs += [one, several]
+        for program in (one, several):
+            program.sizes = [schema.Size([schema.Shape(shape) for shape in size.shapes()])]
+        if _same_steps(one, several):
+            return [replace(one, several_samples=True)]
+        return [one, several]
+
+    def _find(self, made: schema.Program) -> schema.Program | None:
+        """The program with the same steps, for as many samples."""
+        return next((known for known in self.programs if _alike([known], [made])), None)
 
     def _program(self, program: Program) -> schema.Program:
+        """The tables of a program, without the size."""
         recording = Recording(program, self._constant, self._layer)
-        inputs, outputs = ([schema.Port(*port) for port in ports if port is not None] for ports in program.ports())
-        at_once = 0 if program.images_at_once is None else max(1, program.images_at_once)
-        steps = recording.floats, recording.quantizeds, recording.steps
-        return schema.Program(False, False, at_once, inputs, outputs, *steps)
+        inputs, outputs = ([recording.port(port) for port in ports if port is not None] for ports in program.ports())
+        cached_bytes, any_size = program.cached_bytes or 0, 0
+        tensors = recording.memory, recording.floats, recording.quantizeds
+        settings = any_size, cached_bytes, LEAST_JOINED_BYTES
+        return schema.Program(False, False, (), *settings, inputs, outputs, *tensors, recording.steps)
 
     def _constant(self, tensor: Tensor) -> int:
         place = self.data.add(tensor)
@@ -124,20 +186,36 @@ class _Network:
         )
 
 
+def _same_steps(one: schema.Program, other: schema.Program) -> bool:
+    """Whether programs are the same but for the sizes of inputs, from which all others follow."""
+    neither: dict[str, Any] = {"one_sample": False, "several_samples": False, "sizes": (), "size_step": 0}
+    return replace(one, **neither) == replace(other, **neither)
+
+
+def _alike(one: Sequence[schema.Program], other: Sequence[schema.Program]) -> bool:
+    """Whether programs of two sizes are the same."""
+    return len(one) == len(other) and all(
+        (a.one_sample, a.several_samples) == (b.one_sample, b.several_samples) and _same_steps(a, b)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
 def write(
     path: Path,
     sizes: Sequence[Size],
+    probe: Probe,
     layers: Iterable[DSLayer],
     names: tuple[Sequence[str], Sequence[str]],
     preprocess: str | None,
     classes: Sequence[str] | None,
     fast_start: bool,
-) -> int:
-    """Write the programs of a network for several sizes of its inputs; returns the size of the file in bytes.
+) -> Saved:
+    """Write the programs of a network for several sizes of its inputs, and for all that follow from these.
 
     Args:
         path: is replaced when the file is complete.
         sizes: without steps of PyTorch.
+        probe: makes those of further sizes.
         layers: of which the programs were made.
         names: of inputs and outputs.
         preprocess: how images are prepared, in JSON.
@@ -147,6 +225,8 @@ def write(
     made = _Network(layers, fast_start)
     for size in sizes:
         made.add(size)
+    why_fixed = made.add_free(probe)
+    size_step = max(program.size_step for program in made.programs)
     version = metadata.version("dsconv")
     inputs, outputs = names
     network = schema.Network(version, inputs, outputs, preprocess, classes, made.constants, made.weights, made.programs)
@@ -161,7 +241,7 @@ def write(
     with replacing(path) as beside, beside.open("wb") as file:
         file.write(prefix + header + bytes(begin - PREFIX.size - len(header)))
         file.writelines(pieces)
-    return begin + data_size
+    return Saved(begin + data_size, size_step, why_fixed)
 
 
 def check_saved(program: Program, names: Sequence[str]) -> None:
