@@ -1,6 +1,7 @@
 """Benchmarks of networks: turns on a clock of the test's own, what is made of times, and the runtimes there are."""
 
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -575,6 +576,30 @@ def test_a_runtime_takes_any_arguments_and_returns_all_tensors(
         assert contestant.name.startswith(name)
         assert relative_error(asked, contestant) <= most_error
         assert [y.shape for y in contestant.outputs()] == [(count, 10), (count, 64), (count,)]
+
+
+class SignalStack(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def signal_stack() -> tuple[Any, ...]:
+    """Address, flags and size of the stack on which this thread handles signals."""
+    found = SignalStack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
+    return found.address, found.flags, found.size
+
+
+def test_runtimes_leave_the_stack_for_signals_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="needs the extra 'bench'")
+    pytest.importorskip("onnx", reason="needs the extra 'bench'")
+    models, before = peers.OnnxModels(Captioned().eval(), captioned(4), tmp_path), signal_stack()
+    both = [peers.CONTESTANTS["openvino"]["OpenVINO float32"](made_case(models, captioned(4))) for _ in range(2)]
+    assert signal_stack() == before
+    both.pop(0)
+    gc.collect()
+    both.clear()
+    gc.collect()
+    assert signal_stack() == before
 
 
 def test_a_network_of_several_inputs_and_outputs_is_timed() -> None:

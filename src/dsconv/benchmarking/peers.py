@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -329,7 +330,10 @@ def _openvino(case: Case, kind: str) -> Contestant:
     model = core.read_model(path)
     given = case.named([given.any_name for given in model.inputs])
     model.reshape({name: list(tensor.shape) for name, tensor in given.items()})
-    compiled = core.compile_model(model, "CPU", settings)
+    # OpenVINO gives the thread that compiles a stack for signals, and leaves it one without memory when several models
+    # have gone: this thread is not to have it, or the next signal with a handler ends the process.
+    with ThreadPoolExecutor(1) as other:
+        compiled = other.submit(core.compile_model, model, "CPU", settings).result()
     made = case.room()
     request = compiled.create_infer_request()
     for name, tensor in given.items():
