@@ -39,7 +39,7 @@ from dsconv.io.state import StateFile
 from dsconv.layers import DSLayer
 from dsconv.names import Task
 from dsconv.progress import progress_bar
-from dsconv.tables import as_text
+from dsconv.tables import Printed
 from dsconv.zoo import preprocess_of
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Printed):
     """The distance from float that every layer causes by itself, under every choice of its settings; prints as a table.
 
     Attributes:
@@ -162,9 +162,6 @@ class Sensitivity:
                 cells += [trial.name, shown(trial.distance, self.measure)]
             table.add_row(escape(name), *cells)
         return table
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 _LOGITS = "KL divergence"
