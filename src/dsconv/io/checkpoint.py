@@ -40,6 +40,7 @@ from dsconv.layers import Affine, DSLayer
 from dsconv.layers.conv import Pads
 from dsconv.layers.kinds import KINDS, kind_of
 from dsconv.modes import check_module
+from dsconv.names import check_not_compiled
 from dsconv.numerics import pack, unpack
 from dsconv.numerics.packing import packed_bytes
 
@@ -508,6 +509,7 @@ def read_tensors(path: Path, magic: str, kind: str, mend: str) -> tuple[dict[str
     _check_name(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a {kind} written by dsconv, there is none")
+    check_not_compiled(path)
     # Reading first tells a file that cannot be read from one that is broken.
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
