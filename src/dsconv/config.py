@@ -10,7 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from dsconv import strict_json, strict_yaml
 from dsconv.errors import ConfigError, check_choice, one_line
 from dsconv.files import as_path
-from dsconv.names import PRESETS, ActivationSign, AlgorithmChoice, KdsDtype, Preset, WeightRule, WeightScale
+from dsconv.names import (
+    PRESETS,
+    ActivationSign,
+    ActivationSignChoice,
+    AlgorithmChoice,
+    KdsDtype,
+    Preset,
+    WeightRule,
+    WeightScale,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +63,8 @@ class LayerConfig(Strict):
         weight_scale: criterion by which scales are chosen, ``l2`` or ``kl``; the scales themselves are KDS.
         weight_shift: whether a block has a shift beside its scale.
         activation_sign: ``adaptive``, ``extra`` or ``included``, see :func:`dsconv.numerics.quantize_activation`.
+            ``auto`` is ``extra`` where the input of the layer can be negative, and ``adaptive`` elsewhere, as behind a
+            ReLU; layers and files then say which of the two it is.
         kds_dtype: ``float32``, ``float16`` or ``bfloat16``. A layer whose KDS do not fit float16 keeps float32.
         blocks: ``tap``: blocks of input channels at each kernel position; ``flat``: blocks of the flattened
             ``C/groups * K`` values that one output reads, which suits convolutions of few input channels.
@@ -72,7 +83,7 @@ class LayerConfig(Strict):
     weight_rule: WeightRule = "paper"
     weight_scale: WeightScale = "l2"
     weight_shift: bool = False
-    activation_sign: ActivationSign = "adaptive"
+    activation_sign: ActivationSignChoice = "adaptive"
     kds_dtype: KdsDtype = "float32"
     blocks: Literal["tap", "flat"] = "tap"
     algorithm: AlgorithmChoice = "direct"
@@ -99,6 +110,30 @@ class LayerConfig(Strict):
     def allows_winograd(self) -> bool:
         """Whether its settings can go with ``winograd``."""
         return self.blocks == "tap" and self.activation_bits is not None
+
+    @property
+    def sign(self) -> ActivationSign:
+        """``activation_sign`` of a layer, in which it has been chosen."""
+        assert self.activation_sign != "auto"
+        return self.activation_sign
+
+    def with_sign(self, signed: bool) -> Self:
+        """These settings, with the sign of activations chosen where that is ``auto``.
+
+        Args:
+            signed: whether the input of the layer can be negative, or is not known.
+
+        >>> LayerConfig(activation_sign="auto").with_sign(signed=True)
+        LayerConfig(activation_sign='extra')
+        """
+        if self.activation_sign != "auto":
+            return self
+        return self.model_copy(update={"activation_sign": "extra" if signed and self.rounds_signs else "adaptive"})
+
+    @property
+    def rounds_signs(self) -> bool:
+        """Whether ``activation_sign`` decides how finely values are rounded; those of 8 bits are as fine by each."""
+        return self.activation_bits is not None and self.activation_bits < 8
 
     @property
     def torch_kds_dtype(self) -> "torch.dtype":
@@ -194,7 +229,7 @@ class QuantConfig(LayerConfig):
             ``balanced`` rounding, 8-bit mantissas; first and depthwise convolutions and small layers at 8 bits, the
             depthwise ones with float activations.
         ``w4a4``
-            ``default`` with 4-bit mantissas.
+            ``default`` with 4-bit mantissas, which have a sign beside them where the input of a layer can be negative.
         ``w8a8``
             8-bit weights and mantissas in blocks of 64.
 
@@ -334,7 +369,7 @@ _DEFAULT: dict[str, Any] = {
 _PRESETS: dict[Preset, dict[str, Any]] = {
     "default": _DEFAULT,
     "paper": _PAPER,
-    "w4a4": _DEFAULT | {"activation_bits": 4},
+    "w4a4": _DEFAULT | {"activation_bits": 4, "activation_sign": "auto"},
     "w8a8": _DEFAULT
     | {"weight_bits": 8, "weight_rule": "refined", "weight_shift": False, "algorithm": "direct", "small_layers": None},
 }

@@ -9,6 +9,7 @@ from dsconv.files import as_path
 
 ActivationSign = Literal["adaptive", "extra", "included"]
 ACTIVATION_SIGNS: tuple[str, ...] = get_args(ActivationSign)
+ActivationSignChoice = Literal["adaptive", "extra", "included", "auto"]
 WeightRule = Literal["paper", "refined", "balanced"]
 WEIGHT_RULES: tuple[str, ...] = get_args(WeightRule)
 WeightScale = Literal["l2", "kl"]

@@ -18,7 +18,7 @@ from dsconv.cli.output import print_json, print_table, say, warn
 from dsconv.cli.preparation import read_preparation, unknown_preparation
 from dsconv.errors import ConfigError
 from dsconv.names import (
-    ActivationSign,
+    ActivationSignChoice,
     AlgorithmChoice,
     KdsDtype,
     WeightRule,
@@ -60,7 +60,10 @@ def quantize(
     weight_rule: Annotated[WeightRule | None, _every(help="How weights are rounded.")] = None,
     weight_scale: Annotated[WeightScale | None, _every(help="What a scale minimises; kl takes no shift.")] = None,
     weight_shift: Annotated[bool | None, _every(help="A shift per block, beside the scale.")] = None,
-    activation_sign: Annotated[ActivationSign | None, _every(help="Where the sign of a mantissa goes.")] = None,
+    activation_sign: Annotated[
+        ActivationSignChoice | None,
+        _every(help="Where the sign of a mantissa goes; auto is extra where inputs can be negative, else adaptive."),
+    ] = None,
     kds_dtype: Annotated[KdsDtype | None, _every(help="In which scales and shifts are kept.")] = None,
     first_layer: Annotated[str | None, _some(help="The first convolution.")] = None,
     last_layer: Annotated[str | None, _some(help="The last convolution or linear layer.")] = None,
