@@ -78,8 +78,9 @@ Machine: {machine}.
 - The standard error of a top-1 difference is about one point for 650 images: read KL and agreement first.
 - `paper` rows quantize every convolution per tap, the first too, with float32 KDS, and leave the image and the linear
   layers in float32. Their activation convention is in the name (see [Choosing bits and blocks](choosing.md)).
-- `w4a4` and `default` use the `balanced` rule with a shift and float16 KDS, the `adaptive` convention, 8 bits in the
-  first convolution, and quantize linear layers too.
+- `w4a4` and `default` use the `balanced` rule with a shift and float16 KDS, 8 bits in the first convolution, and
+  quantize linear layers too. Rows of `w4a4` name the convention of all layers; the preset itself takes `extra` for
+  layers whose input can be negative, all of Tiny Darknet, and `adaptive` for others, all of the other networks here.
 - Convolutions are direct but in rows with *Winograd*: with `algorithm="auto"`, as the presets have it, 3x3 layers are
   computed by Winograd, whose transformed inputs have 8 bits, where that adds 1 dB of noise at most. Bits of weights,
   and the sizes of files, are the same.
@@ -153,8 +154,8 @@ def settings(name: str) -> list[Setting]:
     rows += [
         Setting("paper W3A4 extra", preset("paper", weight_bits=3), "presets"),
         Setting("paper W4A8 extra", preset("paper", activation_bits=8), "presets"),
-        Setting("w4a4 adaptive", preset("w4a4"), "presets"),
-        Setting("w4a4 adaptive, Winograd", winograd("w4a4"), "presets"),
+        Setting("w4a4 adaptive", preset("w4a4", activation_sign="adaptive"), "presets"),
+        Setting("w4a4 adaptive, Winograd", winograd("w4a4", activation_sign="adaptive"), "presets"),
         Setting("w4a4 extra", w4a4, "presets"),
         Setting("w4a4 extra, Winograd", winograd("w4a4", activation_sign="extra"), "presets"),
         Setting("w4a4 extra, searched", w4a4, "presets", "noise"),

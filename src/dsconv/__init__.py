@@ -8,7 +8,6 @@
 torch.Size([1, 64, 4, 4])
 """
 
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 from dsconv.lazy import import_with, lazily
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
     from dsconv.recipe import Recipe
     from dsconv.report import write_report
     from dsconv.tradeoffs import tradeoff
-
-__version__ = metadata.version("dsconv")
+    from dsconv.version import __version__
 
 __all__ = [
     "Inputs",
@@ -86,6 +84,7 @@ __getattr__, __dir__ = lazily(
         "dsconv.recipe": ("Recipe",),
         "dsconv.report": ("write_report",),
         "dsconv.tradeoffs": ("tradeoff",),
+        "dsconv.version": ("__version__",),
     },
 )
 

@@ -1,20 +1,30 @@
 """What to quantize and how: :class:`QuantConfig` for a model, :class:`LayerConfig` for one layer of it."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
-from dsconv import strict_json
+from dsconv import strict_json, strict_yaml
 from dsconv.errors import ConfigError, check_choice, one_line
-from dsconv.names import ActivationSign, AlgorithmChoice, WeightRule, WeightScale
+from dsconv.files import as_path
+from dsconv.names import (
+    PRESETS,
+    ActivationSign,
+    ActivationSignChoice,
+    AlgorithmChoice,
+    KdsDtype,
+    Preset,
+    WeightRule,
+    WeightScale,
+)
 
 if TYPE_CHECKING:
     import torch
 
 Bits = Annotated[int, Field(ge=2, le=8, strict=True)]
-KdsDtype = Literal["float32", "float16", "bfloat16"]
 LayerKind = Literal["conv", "linear"]
 
 _SHOWN = 10
@@ -53,6 +63,8 @@ class LayerConfig(Strict):
         weight_scale: criterion by which scales are chosen, ``l2`` or ``kl``; the scales themselves are KDS.
         weight_shift: whether a block has a shift beside its scale.
         activation_sign: ``adaptive``, ``extra`` or ``included``, see :func:`dsconv.numerics.quantize_activation`.
+            ``auto`` is ``extra`` where the input of the layer can be negative, and ``adaptive`` elsewhere, as behind a
+            ReLU; layers and files then say which of the two it is.
         kds_dtype: ``float32``, ``float16`` or ``bfloat16``. A layer whose KDS do not fit float16 keeps float32.
         blocks: ``tap``: blocks of input channels at each kernel position; ``flat``: blocks of the flattened
             ``C/groups * K`` values that one output reads, which suits convolutions of few input channels.
@@ -71,7 +83,7 @@ class LayerConfig(Strict):
     weight_rule: WeightRule = "paper"
     weight_scale: WeightScale = "l2"
     weight_shift: bool = False
-    activation_sign: ActivationSign = "adaptive"
+    activation_sign: ActivationSignChoice = "adaptive"
     kds_dtype: KdsDtype = "float32"
     blocks: Literal["tap", "flat"] = "tap"
     algorithm: AlgorithmChoice = "direct"
@@ -98,6 +110,30 @@ class LayerConfig(Strict):
     def allows_winograd(self) -> bool:
         """Whether its settings can go with ``winograd``."""
         return self.blocks == "tap" and self.activation_bits is not None
+
+    @property
+    def sign(self) -> ActivationSign:
+        """``activation_sign`` of a layer, in which it has been chosen."""
+        assert self.activation_sign != "auto"
+        return self.activation_sign
+
+    def with_sign(self, signed: bool) -> Self:
+        """These settings, with the sign of activations chosen where that is ``auto``.
+
+        Args:
+            signed: whether the input of the layer can be negative, or is not known.
+
+        >>> LayerConfig(activation_sign="auto").with_sign(signed=True)
+        LayerConfig(activation_sign='extra')
+        """
+        if self.activation_sign != "auto":
+            return self
+        return self.model_copy(update={"activation_sign": "extra" if signed and self.rounds_signs else "adaptive"})
+
+    @property
+    def rounds_signs(self) -> bool:
+        """Whether ``activation_sign`` decides how finely values are rounded; those of 8 bits are as fine by each."""
+        return self.activation_bits is not None and self.activation_bits < 8
 
     @property
     def torch_kds_dtype(self) -> "torch.dtype":
@@ -193,15 +229,15 @@ class QuantConfig(LayerConfig):
             ``balanced`` rounding, 8-bit mantissas; first and depthwise convolutions and small layers at 8 bits, the
             depthwise ones with float activations.
         ``w4a4``
-            ``default`` with 4-bit mantissas.
+            ``default`` with 4-bit mantissas, which have a sign beside them where the input of a layer can be negative.
         ``w8a8``
             8-bit weights and mantissas in blocks of 64.
 
         >>> QuantConfig.preset("default", weight_bits=3).weight_bits
         3
         """
-        check_choice("preset", name, _PRESETS)
-        return cls(**{**_PRESETS[name], **changes})
+        check_choice("preset", name, PRESETS)
+        return cls(**{**_PRESETS[cast(Preset, name)], **changes})
 
     def layer(
         self,
@@ -264,20 +300,53 @@ class QuantConfig(LayerConfig):
         return self.model_dump_json()
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes) -> Self:
         """Config from the text of :meth:`to_json`.
 
         Raises:
             ConfigError: the text is not a config.
         """
-        if not isinstance(text, str | bytes):
-            raise ConfigError(f"config: expected JSON, got {type(text).__name__}")
+        return cls._from_text(text, "JSON", strict_json.loads)
+
+    @classmethod
+    def from_yaml(cls, text: str | bytes) -> Self:
+        """Config from a text of YAML, with the names and values of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: the text is not a config, or it has a name twice.
+            MissingExtraError: PyYAML is not installed: ``pip install 'dsconv[yaml]'``.
+
+        >>> QuantConfig.from_yaml("weight_bits: 3\\nlinear: {weight_bits: 8}").linear
+        {'weight_bits': 8}
+        """
+        return cls._from_text(text, "YAML", strict_yaml.loads)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """Config from a file: of YAML where its name ends in ``.yaml`` or ``.yml``, else of JSON.
+
+        Raises:
+            ConfigError: the file does not hold a config.
+            MissingExtraError: as :meth:`from_yaml`.
+            OSError: it cannot be read.
+        """
+        file = as_path(path)
+        read = cls.from_yaml if file.suffix in (".yaml", ".yml") else cls.from_json
         try:
-            data = strict_json.loads(text)
+            return read(file.read_bytes())
         except ValueError as error:
-            raise ConfigError(f"config: expected JSON, got {text[:40]!r} ({error})") from None
+            raise ConfigError(f"{file}: {error}") from None
+
+    @classmethod
+    def _from_text(cls, text: object, language: str, loads: Callable[[Any], Any]) -> Self:
+        if not isinstance(text, str | bytes):
+            raise ConfigError(f"config: expected {language}, got {type(text).__name__}")
+        try:
+            data = loads(text)
+        except ValueError as error:
+            raise ConfigError(f"config: expected {language}, got {text[:40]!r} ({error})") from None
         if not isinstance(data, dict):
-            raise ConfigError(f"config: expected a JSON object, got {text[:40]!r}")
+            raise ConfigError(f"config: expected names and values in {language}, got {text[:40]!r}")
         return cls(**data)
 
 
@@ -297,14 +366,13 @@ _DEFAULT: dict[str, Any] = {
     "depthwise": _DEPTHWISE | {"kds_dtype": "float16"},
     "small_layers": {"weight_bits": 8, "weight_shift": False},
 }
-_PRESETS = {
+_PRESETS: dict[Preset, dict[str, Any]] = {
     "default": _DEFAULT,
     "paper": _PAPER,
-    "w4a4": _DEFAULT | {"activation_bits": 4},
+    "w4a4": _DEFAULT | {"activation_bits": 4, "activation_sign": "auto"},
     "w8a8": _DEFAULT
     | {"weight_bits": 8, "weight_rule": "refined", "weight_shift": False, "algorithm": "direct", "small_layers": None},
 }
-PRESETS = tuple(_PRESETS)
 
 
 def as_config(config: "QuantConfig | Mapping[str, Any] | str | None") -> QuantConfig:

@@ -3,7 +3,6 @@
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -51,7 +50,7 @@ def import_with(triggers: Sequence[str], module: str) -> None:
         sys.meta_path.insert(0, _After(triggers, module))
 
 
-class _After(MetaPathFinder):
+class _After:
     """Finds ``triggers`` as the other finders do; when none of them is being executed any more, imports ``module``."""
 
     def __init__(self, triggers: Sequence[str], module: str):

@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from dsconv.errors import ConfigError, ModelError, check_choice, check_extra
+from dsconv.errors import ConfigError, FileFormatError, ModelError, check_choice, check_extra
 from dsconv.files import as_path
 
 ActivationSign = Literal["adaptive", "extra", "included"]
 ACTIVATION_SIGNS: tuple[str, ...] = get_args(ActivationSign)
+ActivationSignChoice = Literal["adaptive", "extra", "included", "auto"]
 WeightRule = Literal["paper", "refined", "balanced"]
 WEIGHT_RULES: tuple[str, ...] = get_args(WeightRule)
 WeightScale = Literal["l2", "kl"]
@@ -16,6 +17,13 @@ WEIGHT_SCALES: tuple[str, ...] = get_args(WeightScale)
 Algorithm = Literal["direct", "winograd"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 AlgorithmChoice = Literal["direct", "winograd", "auto"]
+KdsDtype = Literal["float32", "float16", "bfloat16"]
+Preset = Literal["default", "paper", "w4a4", "w8a8"]
+"""Name of settings, see :meth:`dsconv.QuantConfig.preset`."""
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+RecipeName = Literal["default", "paper"]
+"""Name of settings of an adaptation, see :meth:`dsconv.Recipe.preset`."""
+RECIPES: tuple[RecipeName, ...] = get_args(RecipeName)
 
 Style = Literal["qdq", "function", "int8", "float"]
 """How an ONNX file holds a network, see :func:`dsconv.export_onnx`."""
@@ -32,6 +40,9 @@ TASKS: tuple[str, ...] = get_args(Task)
 
 OnInterrupt = Literal["raise", "partial"]
 """Effect of Ctrl-C on a measurement: it raises KeyboardInterrupt, or ends it with the figures so far."""
+
+COMPILED_MAGIC = b"\x89dsconv\n"
+"""The first bytes of a compiled network, see :meth:`dsconv.compilation.CompiledModel.save`."""
 
 _LIBRARIES = ("torchvision", "timm", "dsconv")
 
@@ -63,6 +74,7 @@ def check_model_name(name: str) -> None:
 
     Raises:
         ModelError: ``name`` has another form than those that are known.
+        FileFormatError: it is a compiled network.
         MissingExtraError: the library that has the model is not installed.
         FileNotFoundError: there is no such file of models.
     """
@@ -76,12 +88,26 @@ def check_model_name(name: str) -> None:
             raise FileNotFoundError(f"model {name!r}: there is no file {name}")
         check_extra("onnx", "onnx")
     elif ".py:" not in base:
+        check_not_compiled(Path(name))
         raise ModelError(
             f"model {name!r}: expected torchvision/NAME, timm/NAME, dsconv/NAME, path/to/file.py:factory or "
             "path/to/model.onnx"
         )
     elif not (path := Path(base.rpartition(":")[0])).is_file():
         raise FileNotFoundError(f"model {name!r}: there is no file {path}")
+
+
+def check_not_compiled(path: Path) -> None:
+    """Raise FileFormatError where a file is a compiled network, which is there for programs without PyTorch."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        begin = file.read(len(COMPILED_MAGIC))
+    if begin == COMPILED_MAGIC:
+        raise FileFormatError(
+            f"{path}: a compiled network, written by dsconv compile: dsconv_runtime (Python) and libdsconv (C) run it; "
+            "here, give the file of dsconv quantize, or the model, that it was compiled from"
+        )
 
 
 def check_metric_name(name: str | None) -> None:
@@ -104,10 +130,12 @@ def check_weights(weights: str | os.PathLike[str]) -> Path | None:
     """Return the file of ``weights``, or None for ``default`` and ``random``.
 
     Raises:
+        FileFormatError: it is a compiled network.
         FileNotFoundError: there is no such file.
     """
     if str(weights) in ("default", "random"):
         return None
     if not (path := as_path(weights, "weights")).is_file():
         raise FileNotFoundError(f"weights: expected 'default', 'random' or a file, there is no {path}")
+    check_not_compiled(path)
     return path

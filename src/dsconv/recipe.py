@@ -1,12 +1,13 @@
 """Settings of an adaptation: :class:`Recipe`, and the recipes that have a name."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field
 
 from dsconv.config import Strict
 from dsconv.errors import ConfigError, check_choice
+from dsconv.names import RECIPES, RecipeName
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -61,11 +62,11 @@ class Recipe(Strict):
             The published one: 960 images, Adam with a constant learning rate of 1e-5, VQK and KDS recomputed from
             float weights in each step, logits only. For what :func:`dsconv.quantize` made, not for calibrated networks.
         """
-        check_choice("recipe", name, _RECIPES)
-        return cls(**{**_RECIPES[name], **changes})
+        check_choice("recipe", name, RECIPES)
+        return cls(**{**_RECIPES[cast(RecipeName, name)], **changes})
 
 
-_RECIPES: dict[str, dict[str, Any]] = {
+_RECIPES: dict[RecipeName, dict[str, Any]] = {
     "default": {},
     "paper": {
         "weights": "recomputed",
@@ -76,7 +77,6 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "features": 0.0,
     },
 }
-RECIPES = tuple(_RECIPES)
 
 
 def as_recipe(recipe: "Recipe | Mapping[str, Any] | str | None") -> Recipe:

@@ -30,7 +30,7 @@ from dsconv.layers.inputs import as_input_of
 from dsconv.modes import check_module, evaluation_mode
 from dsconv.names import OnInterrupt, Task
 from dsconv.strict_json import finite_or_none
-from dsconv.tables import as_text
+from dsconv.tables import Printed
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -114,7 +114,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tradeoff:
+class Tradeoff(Printed):
     """What :func:`tradeoff` found; prints as a table.
 
     Attributes:
@@ -211,9 +211,6 @@ class Tradeoff:
         for c in self.all:
             table.add_row(Text(c.name), *(cell(c) or "" for cell in shown.values()))
         return Group(table, *map(Text, self._notes()))
-
-    def __str__(self) -> str:
-        return as_text(self)
 
     def _notes(self) -> Iterator[str]:
         found = self.candidates[0].evaluation

@@ -140,7 +140,8 @@ def test_the_images_that_differ(show: Any) -> None:
     qmodel = dsconv.quantize(network, {"weight_bits": 3, "activation_bits": 4, "last_layer": "float"})
     with torch.inference_mode():
         p, q = (net(images).double().softmax(1) for net in (network, qmodel))
-    order = (p * (p / q).log()).sum(1).argsort(descending=True)[:12].tolist()
+    kl, differ = (p * (p / q).log()).sum(1), p.argmax(1) != q.argmax(1)
+    order = sorted(range(64), key=lambda i: (not differ[i], -kl[i]))[:12]
     shown = js("[...document.querySelectorAll('.gallery li')].map(entry => entry.innerText)")
     for text, i in zip(shown, order, strict=True):
         words = text.split()

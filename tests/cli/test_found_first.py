@@ -13,8 +13,10 @@ import pytest
 
 import dsconv
 import dsconv.cli
+import dsconv.errors
 from dsconv import zoo
 from dsconv.cli.mistakes import Mistakes
+from dsconv.names import COMPILED_MAGIC
 
 Cli = Callable[..., Any]
 
@@ -168,6 +170,59 @@ def test_help_and_version_do_not_import_pytorch() -> None:
         assert (code, torch) == (0, False) and stdout and not stderr, words
 
 
+def modules_after(*arguments: str, **environment: str) -> tuple[str, set[str]]:
+    """Stdout of ``dsconv`` on ``arguments`` in a process of its own, and the modules that it imported."""
+    code = (
+        "import json, sys\n"
+        "from dsconv.__main__ import main\n"
+        "sys.argv[0] = 'dsconv'\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(json.dumps(list(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=120,
+    )
+    return done.stdout, set(json.loads(done.stderr.splitlines()[-1]))
+
+
+HEAVY = {"torch", "numpy", "pydantic", "safetensors", "PIL", "importlib.metadata", "dsconv.config"}
+
+
+def test_the_help_of_all_commands_imports_nothing_heavy() -> None:
+    stdout, imported = modules_after("--help")
+    assert "quantize" in stdout and "dsconv.cli.quantize" in imported
+    assert not imported & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("qua", ["quantize"]),
+        ("quantize --weight-r", ["--weight-rule"]),
+        ("quantize --weight-rule ", ["paper", "refined", "balanced"]),
+        ("evaluate net.safetensors --preset ", []),
+        ("bench --preset w", ["w4a4", "w8a8"]),
+        ("adapt net.safetensors --recipe ", ["default", "paper"]),
+        ("evaluate net.safetensors --task i", ["images"]),
+    ],
+)
+def test_shells_complete_without_pytorch(words: str, expected: list[str]) -> None:
+    environment = {"COMP_WORDS": f"dsconv {words}", "COMP_CWORD": str(len(f"{words}|".split()))}
+    stdout, imported = modules_after(_DSCONV_COMPLETE="complete_bash", **environment)
+    assert stdout.split() == expected
+    assert not imported & {"torch", "numpy"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_the_completion_of_each_shell_can_be_printed(shell: str) -> None:
+    assert "_DSCONV_COMPLETE" in modules_after(_DSCONV_COMPLETE=f"source_{shell}")[0]
+
+
 def test_a_lone_mistake_is_said_as_it_is() -> None:
     mistakes = Mistakes()
     assert mistakes.check(int, "3") == 3
@@ -235,31 +290,116 @@ def test_the_reference_serves_as_the_model(cli: Cli, tmp_path: Path, digits: Pat
         assert done.code == 0, (command, done.stderr)
 
 
-THREADS, DEVICE, LIMIT = (
-    {*names.split()}
-    for names in (
-        "quantize evaluate tradeoff bench profile compile report export sensitivity search calibrate adapt demo",
-        "evaluate tradeoff sensitivity search calibrate adapt",
-        "evaluate tradeoff bench report export sensitivity search calibrate adapt",
-    )
-)
+NO_IMAGES = "reads no folder of images"
+# Options that every command has, but for these.
+LACKING = {
+    "threads": {"inspect": "runs no network"},
+    "device": {
+        "quantize": "rounds weights, on the CPU",
+        "bench": "times the CPU, on which other runtimes run too",
+        "profile": "times the steps of the CPU's program",
+        "compile": "writes a file for CPUs",
+        "report": "looks into layers and times them, on the CPU",
+        "export": "compares with ONNX Runtime, on the CPU",
+        "inspect": "runs no network",
+        "demo": "shows the integer kernels of the CPU",
+    },
+    "limit": dict.fromkeys(("quantize", "profile", "compile", "inspect", "demo"), NO_IMAGES),
+    "json": {},
+    "quiet": {"inspect": "prints its table alone"},
+}
 
 
-@pytest.mark.parametrize(("option", "commands"), [("threads", THREADS), ("device", DEVICE), ("limit", LIMIT)])
-def test_options_of_one_name_exist_where_they_make_sense_and_mean_the_same(option: str, commands: set[str]) -> None:
+@pytest.mark.parametrize("option", LACKING)
+def test_options_of_one_name_are_alike_in_every_command(option: str) -> None:
     import typer
 
     group: Any = typer.main.get_command(dsconv.cli.app)
+    commands = {name: command for name, command in group.commands.items() if not command.hidden}
     found = {
         name: parameter
-        for name, command in group.commands.items()
-        if not command.hidden
+        for name, command in commands.items()
         for parameter in command.params
         if f"--{option}" in parameter.opts
     }
-    assert set(found) == commands
+    assert set(commands) - set(found) == set(LACKING[option])
     helps = {parameter.help for name, parameter in found.items() if name != "bench" or option != "threads"}
-    assert len(helps) == 1 and len({parameter.name for parameter in found.values()}) == 1
+    assert len(helps) == 1 and len({(parameter.name, *parameter.opts) for parameter in found.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "quantize dsconv/digits_resnet --out {out}/a.safetensors",
+        "evaluate {file} --data {digits} --limit 4 --reference dsconv/digits_resnet",
+        "tradeoff {file} --data {digits} --limit 4",
+        "sensitivity {file} --data {digits} --limit 4",
+        "calibrate {file} --data {digits} --limit 8 --out {out}/b.safetensors",
+        "adapt {file} --data {digits} --limit 16 --steps 1 --batch-size 4 --out {out}/c.safetensors",
+        "report {file} --data {digits} --limit 4 --reference dsconv/digits_resnet --runs 0 --out {out}/d.html",
+        "bench {file} --turns 2 --against torch",
+        "profile {file} --runs 2",
+    ],
+)
+def test_a_quiet_command_prints_its_figures_alone(
+    words: str, cli: Cli, tmp_path: Path, quantized_file: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsconv.progress._FIRST_SECONDS", 0.0)  # of lines of progress, in place of a terminal's bar
+    arguments = words.format(file=quantized_file, digits=digits, out=tmp_path).split()
+    done = cli(*arguments, "--quiet")
+    assert done.code == 0 and done.stdout
+    assert all(line.startswith("warning: ") for line in done.stderr.splitlines()), done.stderr
+    done = cli(*arguments, *["--force"] * ("--out" in arguments))
+    assert done.code == 0 and ("loading" in done.stderr or "building" in done.stderr)
+    assert len(done.stderr.splitlines()) > 2 or arguments[0] == "profile"
+
+
+def test_a_quiet_command_still_warns(cli: Cli, tmp_path: Path, factory: Path, digits: Path) -> None:
+    done = cli("quantize", f"{factory}:net", "--out", tmp_path / "a.safetensors", "-q")
+    assert done.code == 0
+    assert (
+        done.stderr
+        == f"note: {factory}:net does not say how its images are prepared: give --resize, --crop, --mean, "
+        + ("--std, --scale or --channels, as it was trained; what is left out of them has its default\n")
+    )
+    done = cli("evaluate", tmp_path / "none.safetensors", "--data", digits, "--quiet", "--mean", "0")
+    assert done.code == 1 and "none.safetensors" in done.stderr
+
+
+COMPILED = (
+    "evaluate {file} --data {digits}",
+    "evaluate {quantized} --reference {file} --data {digits}",
+    "tradeoff {file}",
+    "bench {file}",
+    "profile {file}",
+    "compile {file} --out {out}",
+    "report {file} --out {out}",
+    "export {file} --out {out}",
+    "inspect {file}",
+    "sensitivity {file}",
+    "search {file} --bytes 1 --out {out}",
+    "calibrate {file} --data {digits} --out {out}",
+    "adapt {file} --data {digits} --out {out}",
+    "quantize {file} --out {out}",
+    "quantize dsconv/digits_resnet --weights {file} --out {out}",
+)
+
+
+def test_a_compiled_file_is_recognized(tmp_path: Path, digits: Path, quantized_file: Path) -> None:
+    file, out = tmp_path / "net.dsconv", tmp_path / "out"
+    file.write_bytes(COMPILED_MAGIC + b"\1" * 4096)
+    places = {"file": file, "out": out, "digits": digits, "quantized": quantized_file}
+    commands = [words.format(**places).split() for words in COMPILED]
+    found = run(*commands)
+    names = {command.name or command.callback.__name__ for command in dsconv.cli.app.registered_commands}
+    assert {words[0] for words in commands} == names - {"compare", "demo"}
+    for words, (code, stdout, stderr, torch) in zip(commands, found, strict=True):
+        text = " ".join(stderr.split())
+        assert code == 1 and not stdout and not torch, (words, text)
+        assert f"{file}: a compiled network, written by dsconv compile" in text and "dsconv_runtime" in text, words
+        assert "libdsconv" in text and text.count("a compiled network") == 1, words
+    with pytest.raises(dsconv.errors.FileFormatError, match="a compiled network, written by dsconv compile"):
+        dsconv.load(file)
 
 
 def test_every_option_has_a_help_and_those_of_images_say_units_and_order() -> None:

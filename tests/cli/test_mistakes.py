@@ -76,7 +76,7 @@ def test_wrong_usage_is_told_apart(options: str, cli: Cli, tmp_path: Path) -> No
         ("--weight-scale kl", ["weight_shift"]),
         ("--config {here}/none.json", ["none.json", "No such file"]),
         ("--config {here}/binary.json", ["binary.json", "JSON"]),
-        ("--config {here}/list.json", ["list.json", "JSON object"]),
+        ("--config {here}/list.json", ["list.json", "names and values in JSON"]),
         ("--weights {here}/none.pt", ["there is no", "none.pt"]),
         ("--weights {here}/binary.json", ["binary.json", "state dictionary"]),
         ("--weights {here}/other.pt", ["do not fit DigitsResNet", "layer1.conv1.weight"]),

@@ -304,6 +304,24 @@ def test_files_without_such_layers_are_those_that_older_versions_read(tmp_path: 
     assert entries["format_version"] == "2" and "groups" not in entries["layers"]
 
 
+def test_a_file_says_that_the_signs_of_activations_were_chosen_and_which(tmp_path: Path) -> None:
+    net = tnn.Sequential(tnn.Conv2d(3, 64, 3), tnn.ReLU(), tnn.Conv2d(64, 64, 1), tnn.SiLU(), tnn.Conv2d(64, 64, 1))
+    path = dsconv.save(dsconv.quantize(net.eval(), "w4a4"), tmp_path / "net.safetensors")
+    with safe_open(path, "pt") as file:
+        entries = file.metadata()
+    assert entries["format_version"] == "6" and json.loads(entries["config"])["activation_sign"] == "auto"
+    loaded = dsconv.load(path, net)
+    assert [loaded[i].config.activation_sign for i in (0, 2, 4)] == ["adaptive", "adaptive", "extra"]
+    assert [row.activation_sign for row in describe(path)[1].layers] == ["adaptive", "adaptive", "extra"]
+
+    def unchosen(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        header["settings"][0]["activation_sign"] = "auto"
+
+    craft(path, unchosen)
+    with pytest.raises(FileFormatError, match="activation_sign: it is still to be chosen"):
+        dsconv.load(path, net)
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [(4, "layer 'body': groups: 4 in the file, 8 in the model"), (0, "header is not valid"), ("8", "header is not")],
@@ -478,7 +496,7 @@ def test_crafting_without_a_change_loads(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("6", "format version '6', this dsconv reads up to 5: update dsconv"),
+        ("7", "format version '7', this dsconv reads up to 6: update dsconv"),
         ("999", "999"),
         ("x", "'x'"),
         ("", "''"),

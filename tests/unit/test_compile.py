@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import dsconv
 from dsconv.compilation import CompiledModel
 from dsconv.errors import DataError, ModelError
+from dsconv.names import PRESETS
 from dsconv.ops import native
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
@@ -346,7 +347,7 @@ def test_plan_counts_the_weights_of_layers_that_pytorch_calls() -> None:
     assert_same_bits(fast, x)
 
 
-@pytest.mark.parametrize("config", dsconv.config.PRESETS)
+@pytest.mark.parametrize("config", PRESETS)
 def test_digits_network_gives_the_same_bits_under_every_preset(config: str) -> None:
     images, _ = dsconv.demo.load_digits()
     fast = dsconv.compile(dsconv.quantize(dsconv.demo.load_network(), config), images[:1])

@@ -1,14 +1,17 @@
 """Settings: what is accepted, how they merge, and what the presets mean."""
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsconv.config import PRESETS, LayerConfig, QuantConfig, as_config
-from dsconv.errors import ConfigError
+from dsconv.config import LayerConfig, QuantConfig, as_config
+from dsconv.errors import ConfigError, MissingExtraError
+from dsconv.names import PRESETS
 
 plain = {
     "weight_bits": st.integers(2, 8),
@@ -187,6 +190,63 @@ def test_depthwise_layers_of_three_dimensions_have_mantissas_unless_others_have_
     assert weights_only.layer(depthwise=True, volume=True) == weights_only.layer(depthwise=True)
     in_float = QuantConfig(depthwise="float")
     assert in_float.layer(depthwise=True, volume=True) is None
+
+
+def test_yaml_says_what_json_says(tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml", reason="needs the extra 'yaml'")
+    configs = [QuantConfig.preset(name) for name in PRESETS]
+    configs.append(QuantConfig(overrides={"layer4.*": {"weight_bits": 2}, "fc": "float", "0": None}))
+    for config in configs:
+        assert QuantConfig.from_yaml(yaml.safe_dump(config.to_dict())) == config
+        assert QuantConfig.from_yaml(config.to_json()) == config  # which is YAML, too
+        for name, text in {"a.json": config.to_json(), "a.yaml": yaml.dump(config.to_dict())}.items():
+            (tmp_path / name).write_text(text)
+            assert QuantConfig.from_file(tmp_path / name) == config
+
+
+WRONG_YAML = {
+    "weight_bits: 3\nblock_size: 16\nweight_bits: 4": "line 3: the name 'weight_bits' is there twice",
+    "overrides:\n  fc: float\n  fc: float": "line 3: the name 'fc' is there twice",
+    "weight_bit: 3": "weight_bit: unknown setting; known are weight_bits",
+    "first_layer: {weight_bit: 3}": "first_layer: weight_bit: unknown setting",
+    "weight_bits: nine": "weight_bits: ",
+    "weight_bits: .nan": "line 1: .nan is no number that JSON has",
+    "overrides:\n  0: float": "line 2: expected a name, got 0: put it in quotes",
+    "overrides:\n  [a, b]: float": "line 2: expected a name, got a sequence",
+    "overrides: {on: float}": "line 1: expected a name, got on: put it in quotes",
+    "kds_dtype: 2020-01-01": "line 1: 2020-01-01 is a date",
+    "overrides: {*.conv: float}": "line 1: while scanning an alias: ",
+    "linear: &a {weight_bits: 8}\nlast_layer: *a": "line 2: *a is an alias",
+    "linear: !!python/object/apply:os.system [ls]": "line 1: the tag tag:yaml.org,2002:python/object/apply:os.system",
+    "- weight_bits: 3": "expected names and values in YAML",
+    "": "expected names and values in YAML",
+    "weight_bits: 3\n---\nweight_bits: 4": "line 2: ",
+    "weight_bits: [3": "line 1: ",
+    "a: " + "[" * 100 + "]" * 100: "nested deeper than 64 levels",
+    "\x00": "",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_YAML)
+def test_wrong_yaml_is_refused_with_its_line(text: str, tmp_path: Path) -> None:
+    pytest.importorskip("yaml", reason="needs the extra 'yaml'")
+    with pytest.raises(ConfigError) as error:
+        QuantConfig.from_yaml(text)
+    assert WRONG_YAML[text] in str(error.value)
+    file = tmp_path / "mine.yml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        QuantConfig.from_file(file)
+    assert str(error.value).startswith(f"{file}: ") and WRONG_YAML[text] in str(error.value)
+
+
+def test_without_pyyaml_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    (tmp_path / "a.yaml").write_text("weight_bits: 3")
+    with pytest.raises(MissingExtraError, match=r"pip install 'dsconv\[yaml\]'"):
+        QuantConfig.from_file(tmp_path / "a.yaml")
+    (tmp_path / "a.json").write_text('{"weight_bits": 3}')
+    assert QuantConfig.from_file(tmp_path / "a.json").weight_bits == 3
 
 
 @pytest.mark.parametrize("name", PRESETS)

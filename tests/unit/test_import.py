@@ -31,6 +31,7 @@ def modules_after_import() -> set[str]:
         "sklearn",
         "highspy",
         "huggingface_hub",
+        "yaml",
     ],
 )
 def test_import_dsconv_does_not_import(heavy: str, modules_after_import: set[str]) -> None:

@@ -21,8 +21,10 @@ from dsconv.benchmarking.results import Bench, Timing, read_benches
 from dsconv.data import Preprocess, batches
 from dsconv.demo import PREPROCESS, load_digits, load_network
 from dsconv.errors import ConfigError, DataError, FileFormatError, MissingExtraError, ModelError
+from dsconv.evaluation.measures import divergence
 from dsconv.numerics import fake_quantize_activation
 from dsconv.report import Report, gather, write_page
+from dsconv.report.disagreements import Worst
 from dsconv.report.inputs import Sample
 from dsconv.report.page import page
 
@@ -165,10 +167,11 @@ def test_disagreements_are_the_largest_and_named_past_broken_files(tmp_path: Pat
     with torch.inference_mode():
         p, q = (net(x).double().softmax(1) for net in (network, qmodel))
     kl = (p * (p / q).log()).sum(1)
-    order = kl.argsort(descending=True)[:12].tolist()
+    differ = p.argmax(1) != q.argmax(1)
+    order = sorted(range(len(kept)), key=lambda i: (not differ[i], -kl[i]))[:12]
     assert [entry.name for entry in found.disagreements] == [f"{kept[i]:02}.png" for i in order]
     for entry, i in zip(found.disagreements, order, strict=True):
-        assert entry.kl == pytest.approx(float(kl[i]), rel=1e-3) and entry.label == int(labels[kept[i]])
+        assert entry.distance == pytest.approx(float(kl[i]), rel=1e-3) and entry.label == int(labels[kept[i]])
         assert (entry.reference.index, entry.quantized.index) == (int(p[i].argmax()), int(q[i].argmax()))
         assert entry.quantized.probability == pytest.approx(float(q[i].max()), rel=1e-3)
         with Image.open(io.BytesIO(entry.jpeg)) as seen:
@@ -176,6 +179,31 @@ def test_disagreements_are_the_largest_and_named_past_broken_files(tmp_path: Pat
         assert (grey - images[kept[i], 0]).abs().mean() < 0.05
     text = page(found)
     assert "03.png: cannot identify" in text and "2 files" in text
+
+
+def look(worst: Worst, x: Any, f: Tensor, q: Tensor) -> None:
+    """As :func:`dsconv.compare` has it look at a batch of a classifier."""
+    worst.add(x, None, divergence(f.double(), q.double()), (f.double(), q.double()))
+
+
+def test_images_of_two_classes_come_before_those_of_larger_divergence() -> None:
+    worst, x = Worst(), torch.zeros(8, 1, 4, 4)
+    f = torch.tensor([[9.0, 0.0, 0.0]] * 4 + [[0.1, 0.0, 0.0]] * 4)
+    q = f.clone()
+    q[0, 0], q[1, 0] = 1.0, 2.0  # far, and the class stays
+    q[4, 1], q[5, 2] = 0.2, 0.3  # near, and it changes
+    q[2, 0], q[6, 0] = torch.inf, torch.nan
+    for batch in (slice(0, 3), slice(3, 8)):
+        look(worst, x[batch], f[batch], q[batch])
+    found = worst.found([], None, None)
+    assert [entry.name for entry in found] == ["image 5", "image 4", "image 0", "image 1"]
+    assert found[0].distance < found[1].distance * 10 and found[2].distance > 50 * found[0].distance
+    assert [(entry.reference.index, entry.quantized.index) for entry in found] == [(0, 2), (0, 1), (0, 0), (0, 0)]
+    many = Worst()
+    for _ in range(5):
+        look(many, x, f, q)
+    kept = many.found([], None, None)
+    assert len(kept) == 12 and [entry.quantized.index != 0 for entry in kept] == [True] * 10 + [False] * 2
 
 
 def test_networks_that_agree_have_no_disagreements() -> None:
@@ -187,7 +215,7 @@ def test_networks_that_agree_have_no_disagreements() -> None:
     assert not found.disagreements and "On none of the images" in page(found)
 
 
-def test_outputs_of_a_network_that_is_no_classifier_have_a_row_each_and_no_gallery() -> None:
+def test_outputs_of_a_network_that_is_no_classifier_have_a_row_each() -> None:
     class Heads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -205,20 +233,62 @@ def test_outputs_of_a_network_that_is_no_classifier_have_a_row_each_and_no_galle
     qnet = dsconv.quantize(net, "w4a4")
     found = gather(qnet, reference=net, images=x, runs=0)
     text = " ".join(page(found).split())
-    assert found.sensitivity_measure == "KL divergence and relative error" and not found.disagreements
+    assert found.sensitivity_measure == "KL divergence and relative error" and len(found.disagreements) == 3
     trials = dsconv.sensitivity(net, qnet, images=x).trials
     assert [layer.distance for layer in found.layers] == pytest.approx([trial.distance for trial in trials])
     for name, output in found.comparison.outputs.items():
         row = text.partition(f'<tr><th scope="row">{name}')[2].partition("</tr>")[0]
         assert f"<td>{output.relative_error:.4g}</td>" in row and output.kind in row
     assert "measured as segmentation, as the shape of its main output, classes, tells" in text
-    assert "Images are shown of classifiers" in text and "top-5" not in text and "Distance alone" in text
+    assert "Images by the distance of the outputs" in text and text.count("<img") == 3
+    assert "top-5" not in text and "Distance alone" in text
     own = gather(qnet, reference=net, images=x, runs=0, metric=lost, task="other")
     text = page(own)
     assert own.sensitivity_measure == "lost" and f"<td>{own.comparison.metrics['lost']:.6g}</td>" in text
     assert "as a user said" in text and json.loads(json.dumps(own.to_dict()))["sensitivity_measure"] == "lost"
     alone = gather(qnet, images=x, runs=0)
     assert "maps of classes (N, H, W)" in page(alone)
+
+
+@pytest.mark.parametrize(
+    ("net", "x", "task"),
+    [
+        (nn.Conv2d(3, 12, 3), torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0)), "segmentation"),
+        (nn.Sequential(nn.Conv2d(3, 12, 3), nn.PixelShuffle(2)), torch.rand(20, 3, 8, 8), "images"),
+        (nn.Sequential(nn.Conv2d(3, 1, 8), nn.Flatten()), torch.rand(20, 3, 8, 8), "other"),
+    ],
+)
+def test_the_images_of_other_networks_are_those_whose_outputs_are_furthest_apart(
+    net: nn.Module, x: Tensor, task: str
+) -> None:
+    qnet = dsconv.quantize(net.eval(), {"weight_bits": 2, "activation_bits": 3, "first_layer": None})
+    options = {"images": x, "batch_size": 20, "runs": 0, "sensitivity_images": 0}
+    found = gather(qnet, reference=net, **options)
+    assert found.accuracy is not None and found.accuracy.task == task
+    with torch.inference_mode():
+        f, q = net(x), qnet(x)
+    far = divergence(f, q) if task == "segmentation" else (f - q).flatten(1).square().sum(1)
+    far = far if task == "segmentation" else far / f.flatten(1).square().sum(1).mean()
+    order = far.argsort(descending=True)[:12]
+    assert [entry.name for entry in found.disagreements] == [f"image {i}" for i in order]
+    assert [entry.distance for entry in found.disagreements] == pytest.approx(far[order].tolist(), rel=1e-4)
+    assert all(entry.reference is None and entry.label is None for entry in found.disagreements)
+    text = page(found)
+    assert (
+        text.count("<img") == 12
+        and ">distance</dt>" in text
+        and "class " not in text.partition('class="gallery"')[2][:2000]
+    )
+
+
+def test_inputs_that_are_no_images_are_listed_without_a_picture() -> None:
+    net = nn.Sequential(nn.Conv1d(1, 16, 9, stride=4), nn.ReLU(), nn.Conv1d(16, 5, 5), nn.AdaptiveAvgPool1d(1))
+    x = torch.randn(4, 1, 100)
+    found = gather(dsconv.quantize(net.eval(), "w4a4"), reference=net, images=x, runs=0, sensitivity_images=0)
+    assert {entry.name for entry in found.disagreements} == {f"input {i}" for i in range(4)}
+    assert all(entry.jpeg is None and entry.quantized is not None for entry in found.disagreements)
+    text = page(found)
+    assert "<img" not in text and "input 3" in text and "On none of the images" not in text
 
 
 def test_what_is_missing_is_said() -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import dsconv
 from dsconv.compilation.compiled import CompiledModel
 from dsconv.compilation.saving import schema
-from dsconv.compilation.saving.writing import FORMAT, MAGIC, PREFIX
+from dsconv.compilation.saving.writing import FORMAT, PREFIX
 from dsconv.errors import ConfigError, ModelError
+from dsconv.names import COMPILED_MAGIC
 from dsconv.ops import native
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension dsconv._C is not built")
@@ -54,7 +55,7 @@ def parts(path: Path) -> tuple[bytes, bytes]:
     """Header and data of a file, whose prefix is right."""
     whole = path.read_bytes()
     magic, version, zero, size, begin, data_size, header_crc, data_crc = PREFIX.unpack(whole[: PREFIX.size])
-    assert (magic, version, zero) == (MAGIC, FORMAT, 0)
+    assert (magic, version, zero) == (COMPILED_MAGIC, FORMAT, 0)
     header, data = whole[PREFIX.size : PREFIX.size + size], whole[begin:]
     assert begin % 64 == 0 and len(data) == data_size
     assert (zlib.crc32(header), zlib.crc32(data)) == (header_crc, data_crc)

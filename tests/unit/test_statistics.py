@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import dsconv
-from dsconv.conversion.statistics import input_moments
+from dsconv.conversion.statistics import input_moments, signed_inputs
 
 
 def batchnorm(channels: int) -> nn.BatchNorm2d:
@@ -123,3 +123,98 @@ def test_integers_and_scales_are_the_same_bits_on_any_number_of_threads() -> Non
     assert len(states[0]) > 10
     for state in states[1:]:
         assert all(torch.equal(value, state[name]) for name, value in states[0].items())
+
+
+class Residual(nn.Module):
+    """Blocks whose inputs are of all kinds: sums of what was rectified, and sums before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.body, self.expand, self.last = (nn.Conv2d(c, 8, 1) for c in (3, 8, 8, 16))
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        y = x + self.body(x)  # may be negative
+        z = torch.cat([x, self.expand(y).relu_()], 1)
+        return self.linear(torch.nn.functional.max_pool2d(self.last(z).sigmoid(), 2).mean((2, 3)))
+
+
+def test_inputs_that_may_be_negative_are_told_by_what_precedes_them() -> None:
+    net = Residual()
+    before = copy.deepcopy(net.state_dict())
+    assert signed_inputs(net) == {net.first, net.expand}
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("activation", "signed"),
+    [
+        (nn.ReLU(), False),
+        (nn.ReLU6(inplace=True), False),
+        (nn.Hardsigmoid(), False),
+        (nn.Softplus(), False),
+        (nn.LeakyReLU(0.1), True),
+        (nn.SiLU(), True),
+        (nn.Hardswish(), True),
+        (nn.GELU(), True),
+        (nn.PReLU(), True),
+        (nn.Identity(), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_signs_are_chosen_by_layer(activation: nn.Module, signed: bool) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), activation, nn.MaxPool2d(2), nn.Dropout(), nn.Conv2d(64, 64, 3)
+    ).eval()
+    qnet = dsconv.quantize(net, dsconv.QuantConfig.preset("w4a4", small_layers=None))
+    assert qnet[5].config.activation_sign == ("extra" if signed else "adaptive") and qnet[0].config.activation_bits == 8
+    assert qnet.dsconv_info.config.activation_sign == "auto"
+    by_hand = {
+        "activation_sign": "adaptive",
+        "overrides": {"5": {"activation_sign": "extra" if signed else "adaptive"}},
+    }
+    same = dsconv.quantize(net, dsconv.QuantConfig.preset("w4a4", **by_hand, small_layers=None))
+    x = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        assert torch.equal(qnet(x), same(x))
+
+
+def test_layers_of_which_nothing_is_known_may_read_anything() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.unused = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+            if self.strict and more is None:
+                raise RuntimeError("two inputs")
+            return self.b(self.a(x).relu())
+
+    net = Picky()
+    net.strict = False
+    assert signed_inputs(net) == {net.a, net.unused}
+    net.strict = True
+    assert signed_inputs(net) == {net.a, net.b, net.unused}
+    tokens = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8))
+    assert signed_inputs(tokens) == {tokens[1]}
+    assert dsconv.nn.DSConv2d.from_float(net.b, "w4a4").config.activation_sign == "extra"
+
+
+def test_at_8_bits_and_in_float_there_is_no_sign_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsconv.conversion.convert.signed_inputs", None)  # calling it is an error
+    net = network(nn.SiLU())
+    for bits in (8, None):
+        qnet = dsconv.quantize(net, {"activation_sign": "auto", "activation_bits": bits})
+        assert {layer.config.activation_sign for layer in qnet if hasattr(layer, "vqk")} == {"adaptive"}
+
+
+def test_a_search_chooses_signs_as_quantize_does() -> None:
+    net = network(nn.SiLU())
+    config = {"activation_sign": "auto", "first_layer": None, "algorithm": "direct"}
+    x = torch.randn(4, 3, 16, 16)
+    trials, by_hand, other = (
+        [trial.distance for trial in dsconv.sensitivity(net, config | {"activation_sign": sign}, images=x).trials]
+        for sign in ("auto", "extra", "adaptive")
+    )
+    assert trials == by_hand != other

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsconv.files import replacing
 from dsconv.recipe import Recipe
-from dsconv.tables import as_text
+from dsconv.tables import Printed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,7 +39,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class Adaptation(Printed):
     """An adaptation as a whole; prints as a table.
 
     Attributes:
@@ -90,9 +90,6 @@ class Adaptation:
             cells = ["" if value is None else text.format(value) for value, text in zip(values, shown, strict=True)]
             table.add_row(*cells, style="bold" if look.step == self.best_step else None)
         return table
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 def write_csv(path: Path, looks: Sequence[Look]) -> None:

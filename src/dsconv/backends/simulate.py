@@ -120,6 +120,4 @@ def quantized(x: Tensor, config: LayerConfig, groups: int) -> Tensor:
     """Return float32 ``x (N, C, *S)`` after the rounding that ``config`` asks for."""
     if config.activation_bits is None:
         return x.float()
-    return fake_quantize_activation(
-        x, config.activation_bits, config.block_size, sign=config.activation_sign, groups=groups
-    )
+    return fake_quantize_activation(x, config.activation_bits, config.block_size, sign=config.sign, groups=groups)

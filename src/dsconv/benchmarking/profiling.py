@@ -17,7 +17,7 @@ from dsconv.data.inputs import as_inputs, call
 from dsconv.errors import ModelError
 from dsconv.modes import check_module
 from dsconv.ops import peak_rate
-from dsconv.tables import as_text
+from dsconv.tables import Printed
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -51,7 +51,7 @@ class StepTime:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile:
+class Profile(Printed):
     """Times of the steps of a compiled network; prints as a table.
 
     Attributes:
@@ -99,9 +99,6 @@ class Profile:
                 style="yellow" if step.backend == "PyTorch" else None,
             )
         return Group(table, *map(Text, self._notes(whole)))
-
-    def __str__(self) -> str:
-        return as_text(self)
 
     def _notes(self, whole: float) -> list[str]:
         macs = sum(step.macs for step in self.steps) * self.batch_size

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsconv.benchmarking.machine import machine_notes
 from dsconv.errors import FileFormatError
-from dsconv.tables import as_text
+from dsconv.tables import Printed
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -56,7 +56,7 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class Bench(Printed):
     """Times of a quantized network beside those of other runtimes; prints as a table.
 
     Attributes:
@@ -151,9 +151,6 @@ class Bench:
             cells = [cell(timing) for cell in columns.values()]
             table.add_row(Text(timing.contestant), *cells, style="bold" if timing.contestant == OURS else None)
         return Group(table, *map(Text, self._notes()))
-
-    def __str__(self) -> str:
-        return as_text(self)
 
     def _scales(self) -> bool:
         return len({timing.threads for timing in self.timings}) > 1 and any(map(self.speedup, self.timings))

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsconv.strict_json import finite_or_none
-from dsconv.tables import as_text
+from dsconv.tables import Printed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +32,7 @@ class CalibratedLayer:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Printed):
     """All layers of a calibrated model in the order in which they ran; prints as a table.
 
     Attributes:
@@ -106,6 +106,3 @@ class Calibration:
             cells = ["" if value is None else text.format(value) for text, value in zip(shown, figures, strict=True)]
             table.add_row(escape(layer.name), *cells, style="yellow" if layer.reason else None)
         return table
-
-    def __str__(self) -> str:
-        return as_text(self)

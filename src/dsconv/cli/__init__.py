@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dsconv import __version__, stopping
+import dsconv
+from dsconv import stopping
 from dsconv.cli.adapt import adapt
 from dsconv.cli.bench import bench
 from dsconv.cli.calibrate import calibrate
@@ -31,7 +32,6 @@ from dsconv.errors import DSConvError
 app = typer.Typer(
     name="dsconv",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -94,7 +94,7 @@ def compare(**options: Any) -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"dsconv {__version__}")
+        print(f"dsconv {dsconv.__version__}")
         raise typer.Exit
 
 

@@ -12,8 +12,7 @@ from dsconv.cli.mistakes import Mistakes
 from dsconv.cli.networks import begin, load_file, original_of, resumable
 from dsconv.cli.output import print_json, print_table, say
 from dsconv.cli.preparation import preparation_of, read_preparation, say_preparation
-from dsconv.names import check_task, check_weights
-from dsconv.recipe import RECIPES, Recipe
+from dsconv.names import RECIPES, check_task, check_weights
 
 _OUT_HELP = "File to write: *.safetensors."
 _RESUME_HELP = "Continue a training that was stopped, from the file beside OUT that it left."
@@ -27,7 +26,7 @@ def adapt(
     reference: opt.Reference = None,
     weights: opt.Weights = "default",
     model: opt.ModelOfFile = None,
-    recipe: Annotated[str, typer.Option(metavar="|".join(RECIPES), help="What is done, by name.")] = "default",
+    recipe: Annotated[str, opt.choice(RECIPES, help="What is done, by name.")] = "default",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps at most, in place of the recipe's.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, metavar="IMAGES", help="Images of a step, over all processes.")
@@ -43,6 +42,7 @@ def adapt(
     any_range: opt.AnyRange = False,
     task: opt.Task = None,
     force: opt.Force = False,
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -61,7 +61,7 @@ def adapt(
     given = mistakes.check(read_preparation, locals(), str(file), model, reference)
     changes = {"steps": steps, "batch_size": batch_size, "lr": lr}
     changed: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
-    settings = mistakes.check(Recipe.preset, recipe, **changed)
+    settings = mistakes.check(dsconv.Recipe.preset, recipe, **changed)
     mistakes.check(check_file, file, model, reference)
     mistakes.check(check_weights, weights)
     mistakes.check(check_data, data)
@@ -101,7 +101,7 @@ def adapt(
             autocast=autocast,
             any_range=any_range,
             task=kind,
-            progress=True,
+            progress=not quiet,
         )
         if not is_first():
             return

@@ -31,7 +31,6 @@ from dsconv.cli.preparation import (
     read_size,
     say_preparation,
 )
-from dsconv.config import QuantConfig
 from dsconv.cpu import cores
 from dsconv.errors import DataError
 from dsconv.files import replacing
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dsconv.benchmarking import Bench
+    from dsconv.config import QuantConfig
     from dsconv.data.inputs import Inputs
 
 _RANDOM = 8
@@ -76,6 +76,7 @@ def bench(
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the times as bars.")] = None,
     force: opt.Force = False,
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -134,7 +135,7 @@ def bench(
                 turns=turns,
                 seconds=seconds or 10.0,
                 name=name,
-                progress=True,
+                progress=not quiet,
                 on_interrupt="partial",
             )
             if isinstance(inputs, dsconv.Inputs):
@@ -171,7 +172,9 @@ def _as_dict(found: "list[Bench]") -> dict[str, Any]:
     return {"networks": [result.to_dict() for result in found]}
 
 
-def _networks(name: str, weights: str, settings: QuantConfig, model: str | None) -> "tuple[str, nn.Module, nn.Module]":
+def _networks(
+    name: str, weights: str, settings: "QuantConfig", model: str | None
+) -> "tuple[str, nn.Module, nn.Module]":
     """Return the name of the float network, that network and the quantized one."""
     from dsconv import zoo
     from dsconv.layers import DSLayer

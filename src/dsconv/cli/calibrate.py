@@ -46,6 +46,7 @@ def calibrate(
     any_range: opt.AnyRange = False,
     task: opt.Task = None,
     force: opt.Force = False,
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -105,7 +106,7 @@ def calibrate(
             memory_bytes=int(memory * 2**30),
             any_range=any_range,
             task=kind,
-            progress=True,
+            progress=not quiet,
         )
         seconds = time.perf_counter() - start
         dsconv.save(result, out)

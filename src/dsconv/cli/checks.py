@@ -3,16 +3,18 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+import dsconv
 from dsconv.cli.mistakes import one_paragraph
-from dsconv.config import QuantConfig
-from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ConfigError, DataError, ModelError, check_extra, import_extra
 from dsconv.files import check_place
-from dsconv.names import check_model_name, is_onnx, is_registered
+from dsconv.names import check_model_name, check_not_compiled, is_onnx, is_registered
+
+if TYPE_CHECKING:
+    from dsconv.config import QuantConfig
 
 
 def is_quantized_file(name: str) -> bool:
@@ -24,9 +26,10 @@ def is_quantized_file(name: str) -> bool:
 
 
 def check_there(path: Path) -> None:
-    """Raise FileNotFoundError where there is no file of dsconv, and no folder that may hold one."""
+    """Raise what is wrong where there is no file of a quantized network, and no folder that may hold one."""
     if not path.is_file() and not path.is_dir():  # a pipe would be waited for
         raise FileNotFoundError(f"{path}: expected a file written by dsconv, there is none")
+    check_not_compiled(path)
 
 
 def check_file(path: Path, *models: str | None) -> None:
@@ -143,21 +146,20 @@ def read_classes(path: Path | None) -> list[str] | None:
     return names
 
 
-def read_config(preset: str, path: Path | None) -> QuantConfig:
+def read_config(preset: str, path: Path | None) -> "QuantConfig":
     """Return the settings of a preset, or of the file that takes its place."""
     if path is None:
-        return QuantConfig.preset(preset)
+        return dsconv.QuantConfig.preset(preset)
     if preset != "default":
         raise typer.BadParameter("choose one of --preset and --config.")
-    try:
-        return QuantConfig.from_json(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: expected settings as JSON: {error}") from None
+    return dsconv.QuantConfig.from_file(path)
 
 
 def header_of(path: Path) -> dict[str, Any]:
     """Return what a quantized file says of its network; nothing where it is damaged, of which loading tells more."""
     from safetensors import safe_open
+
+    from dsconv.data import Preprocess
 
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():

@@ -41,6 +41,7 @@ def compile(
     model: opt.ModelOrReference = None,
     threads: opt.Threads = None,
     force: opt.Force = False,
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
     """Write a network as a file that runs without PyTorch: by dsconv_runtime in Python, by libdsconv in C."""

@@ -23,6 +23,7 @@ _OUT = Path("demo-out")
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the file and the picture.")] = _OUT,
     threads: opt.Threads = None,
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
     """Quantize a small network for handwritten digits in several ways and show what each costs."""

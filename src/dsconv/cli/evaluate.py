@@ -37,6 +37,7 @@ def evaluate(
     workers: opt.Workers = 0,
     threads: opt.Threads = None,
     device: opt.Device = "cpu",
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
     task: opt.Task = None,
     data_range: opt.DataRange = None,
@@ -86,7 +87,7 @@ def evaluate(
         "batch_size": batch_size,
         "workers": workers,
         "device": device,
-        "progress": True,
+        "progress": not quiet,
         "on_interrupt": "partial",
     }
     result: Any

@@ -47,6 +47,7 @@ def export(
     model: opt.ModelOrReference = None,
     threads: opt.Threads = None,
     force: opt.Force = False,
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -103,13 +104,13 @@ def export(
     ranges = images if style == "int8" else None
     example = torch.zeros(1, *sizes, dtype=torch.float32, device="cpu")
     settings: dict[str, Any] = {"images": ranges, "full_range": full_range, "opset": opset}
-    dsconv.export_onnx(qmodel, example, out, style, **settings, progress=True)
+    dsconv.export_onnx(qmodel, example, out, style, **settings, progress=not quiet)
     facts: dict[str, Any] = {"file": str(out), "file_bytes": out.stat().st_size, "style": style, "opset": opset}
     facts["preprocess"] = None if preprocess is None else preprocess.model_dump(mode="json")
     compared = None
     if folder is not None:
         compared = dsconv.compare(
-            qmodel, OnnxNetwork(out), folder, limit=limit, batch_size=batch_size, per_layer=False, progress=True
+            qmodel, OnnxNetwork(out), folder, limit=limit, batch_size=batch_size, per_layer=False, progress=not quiet
         )
     if as_json:
         print_json(facts | ({} if compared is None else {"data": str(data), "comparison": compared.to_dict()}))

@@ -8,7 +8,6 @@ import typer
 from dsconv.cli import options as opt
 from dsconv.cli.checks import check_there
 from dsconv.cli.output import print_json, print_table
-from dsconv.data.preprocess import Preprocess
 from dsconv.errors import one_line
 
 
@@ -22,6 +21,7 @@ def inspect(
     if file.is_dir():
         file /= "model.safetensors"
     check_there(file)
+    from dsconv.data import Preprocess
     from dsconv.io import describe
 
     header, summary = describe(file)

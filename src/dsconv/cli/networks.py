@@ -5,20 +5,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 import dsconv
 from dsconv.cli.checks import is_quantized_file
-from dsconv.cli.output import say
-from dsconv.config import QuantConfig
-from dsconv.data.preprocess import Preprocess
+from dsconv.cli.output import say, warn
 from dsconv.errors import ConfigError, DataError, MissingExtraError, ModelError, usable_device
 from dsconv.names import is_onnx
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dsconv.data import ImageFolder
+    from dsconv.config import QuantConfig
+    from dsconv.data import ImageFolder, Preprocess
     from dsconv.data.inputs import Inputs
     from dsconv.evaluation.metric import Metric
 
@@ -61,7 +58,7 @@ def build(name: str, weights: str) -> "nn.Module":
     return zoo.build(name, weights=weights)
 
 
-def load_or_quantize(name: str, config: QuantConfig, *, weights: str, model: str | None) -> "nn.Module":
+def load_or_quantize(name: str, config: "QuantConfig", *, weights: str, model: str | None) -> "nn.Module":
     """Return the quantized network of a file, or a float model of that name, quantized; and say so."""
     if is_quantized_file(name):
         say(f"loading {name}")
@@ -90,7 +87,7 @@ def original_of(qmodel: "nn.Module", file: str) -> str:
     return info.architecture
 
 
-def read_images(data: Path, preprocess: Preprocess, limit: int) -> "Tensor":
+def read_images(data: Path, preprocess: "Preprocess", limit: int) -> "Tensor":
     """Return ``limit`` images of a folder, evenly spaced."""
     import torch
 
@@ -99,7 +96,7 @@ def read_images(data: Path, preprocess: Preprocess, limit: int) -> "Tensor":
     source = batches(data, preprocess=preprocess, batch_size=limit, limit=limit)
     images = [images for images, _ in source if isinstance(images, torch.Tensor)]
     for broken in source.broken:
-        say(f"left out: {broken.path}: {broken.reason}")
+        warn(f"left out: {broken.path}: {broken.reason}")
     if not images:
         raise DataError(f"none of the first images of {data} can be read")
     return torch.cat(images)
@@ -113,6 +110,7 @@ def random_inputs(path: Path, size: list[int], count: int) -> "Inputs":
     Raises:
         DataError: a size is free, and ``size`` does not tell it; or PyTorch has no numbers of the type of a tensor.
     """
+    import numpy as np
     import torch
 
     from dsconv.data.inputs import Inputs
@@ -144,7 +142,7 @@ def random_inputs(path: Path, size: list[int], count: int) -> "Inputs":
     return Inputs(*map(tensor, types))
 
 
-def image_folder(data: Path, preprocess: Preprocess, classes: list[str] | None) -> "ImageFolder":
+def image_folder(data: Path, preprocess: "Preprocess", classes: list[str] | None) -> "ImageFolder":
     """Return the images of ``--data``, and say how its class folders are ordered."""
     from dsconv.data import ImageFolder
 
@@ -161,5 +159,5 @@ def resumable(state: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, OSError, ConfigError):
         if state.exists():
-            say(f"stopped: what is done is in {state}; the same command with --resume goes on from there")
+            warn(f"stopped: what is done is in {state}; the same command with --resume goes on from there")
         raise

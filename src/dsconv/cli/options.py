@@ -1,14 +1,15 @@
 """Options that several commands share, with their help texts."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from dsconv.config import PRESETS
+from dsconv.cli.output import hush
 from dsconv.cpu import cores
-from dsconv.names import TASKS
+from dsconv.names import PRESETS, TASKS
 
 MODEL_HELP = (
     "torchvision/NAME, timm/NAME, dsconv/digits_resnet, path/to/model.onnx or path/to/file.py:factory; "
@@ -21,10 +22,20 @@ WEIGHTS_HELP = (
 FILE_HELP = f"A file that dsconv quantize wrote, or a float model: {MODEL_HELP}"
 DATA_HELP = "Images in class folders, or listed in a labels.csv (file,class_index), or unlabelled."
 UNLABELLED_HELP = "Folder of images, which need no labels."
+
+
+def choice(names: Sequence[str], **options: Any) -> Any:
+    """Return the option of one of ``names``, which shells complete; the command checks it, with all other mistakes."""
+    return typer.Option(metavar="|".join(names), autocompletion=lambda: list(names), **options)
+
+
 Weights = Annotated[str, typer.Option(metavar="FILE|default|random", help=WEIGHTS_HELP)]
 _PRESET_HELP = "default: W4A8 for today's processors; paper: the published method, W4A4."
-Preset = Annotated[str, typer.Option(metavar="|".join(PRESETS), help=_PRESET_HELP)]
-Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Settings as JSON, in place of a preset.")]
+Preset = Annotated[str, choice(PRESETS, help=_PRESET_HELP)]
+Config = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.json|FILE.yaml", help="Settings as JSON or YAML, in place of a preset."),
+]
 _MODEL_OF_FILE_HELP = "Float model to load FILE into, where FILE cannot name it: path/to/file.py:factory."
 ModelOfFile = Annotated[
     str | None,
@@ -49,6 +60,10 @@ Size = Annotated[str | None, typer.Option(metavar="PIXELS|[CHANNELSx]HEIGHTxWIDT
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 AnyRange = Annotated[
     bool, typer.Option("--any-range", help="Take images that are far outside the range that the network expects.")
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=hush, help="Print nothing on stderr but warnings and errors."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Data = Annotated[Path | None, typer.Option(metavar="DIR", help=f"{UNLABELLED_HELP} Without it: noise.")]
@@ -79,8 +94,8 @@ Device = Annotated[
 _MEASURES = "Measures of outputs"
 Task = Annotated[
     str | None,
-    typer.Option(
-        metavar="|".join(TASKS),
+    choice(
+        TASKS,
         show_default="told by the shape of the main output",
         rich_help_panel=_MEASURES,
         help="Kind of the outputs: logits of an image, logits of each pixel, images, or others.",

@@ -6,9 +6,24 @@ import os
 import sys
 from typing import Any
 
+_quiet = False
+
+
+def hush(quiet: bool) -> bool:
+    """Settle whether :func:`say` is to be ``quiet`` for the command that begins, and return that."""
+    global _quiet
+    _quiet = quiet
+    return quiet
+
 
 def say(message: str) -> None:
-    """Print a line on stderr."""
+    """Print on stderr what a command is doing, unless it is to be quiet."""
+    if not _quiet:
+        warn(message)
+
+
+def warn(message: str) -> None:
+    """Print on stderr what a user has to know."""
     print(message, file=sys.stderr, flush=True)
 
 

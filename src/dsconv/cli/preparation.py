@@ -11,12 +11,13 @@ import typer
 from dsconv import strict_json
 from dsconv.cli.checks import header_of, is_quantized_file
 from dsconv.cli.output import say
-from dsconv.data.preprocess import Preprocess, laid_over
 from dsconv.errors import ConfigError, DataError
 from dsconv.names import is_registered
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from dsconv.data import Preprocess
 
 
 def read_size(text: str | None) -> list[int]:
@@ -45,6 +46,8 @@ def read_preparation(options: Mapping[str, Any], *names: str | None, needed: boo
         ConfigError: an option has an unusable value, or one that does not go with what the first file says.
         DataError: preparation is needed, and neither the options nor any of ``names`` can say it.
     """
+    from dsconv.data.preprocess import Preprocess, laid_over
+
     given = _given(options)
     sources = [name for name in names if name]
     known = next((said for name in sources if (said := _said(name)) is not None), None)
@@ -57,6 +60,8 @@ def read_preparation(options: Mapping[str, Any], *names: str | None, needed: boo
 
 def check_one_preparation(files: list[Path], given: dict[str, Any] | None) -> None:
     """Raise DataError where quantized files that are to see the same images say that these are prepared differently."""
+    from dsconv.data.preprocess import Preprocess, laid_over
+
     said = {str(file): known for file in files if isinstance(known := _said(str(file)), Preprocess)}
     prepared = {name: str(laid_over(known, given or {})) for name, known in said.items()}
     (first, expected), *others = prepared.items() if prepared else [("", "")]
@@ -70,6 +75,8 @@ def check_one_preparation(files: list[Path], given: dict[str, Any] | None) -> No
 
 def check_size(options: Mapping[str, Any], name: str, size: list[int] | None) -> None:
     """Raise DataError where neither the options nor a quantized file say of which size images are."""
+    from dsconv.data.preprocess import laid_over
+
     said, given = _said(name), _given(options)
     if said == "later" or size is None:
         return
@@ -79,7 +86,7 @@ def check_size(options: Mapping[str, Any], name: str, size: list[int] | None) ->
 
 def preparation_of(
     given: Mapping[str, Any], name: str, *networks: "nn.Module | None", size: list[int] | None = None
-) -> Preprocess:
+) -> "Preprocess":
     """Return how images are prepared: as the first of ``networks`` that knows says, with what is ``given`` laid over.
 
     The ``size`` of :func:`read_size`, where it is given, takes the place of resize and crop.
@@ -88,6 +95,7 @@ def preparation_of(
         DataError: nothing is given, and none of them knows.
     """
     from dsconv import zoo
+    from dsconv.data.preprocess import laid_over
 
     said = (zoo.preprocess_of(network) for network in networks if network is not None)
     own = next((found for found in said if found is not None), None)
@@ -96,12 +104,12 @@ def preparation_of(
     return laid_over(laid_over(own, given), {"resize": tuple(size[-2:]), "crop": None} if size else {})
 
 
-def say_preparation(preprocess: Preprocess, data: Path | None) -> None:
+def say_preparation(preprocess: "Preprocess", data: Path | None) -> None:
     """Say how images, or the noise that takes their place, are prepared."""
     say(f"{'noise' if data is None else f'images of {data}'}: {preprocess}")
 
 
-def image_shape(preprocess: Preprocess | None, name: str, size: list[int]) -> tuple[int, int, int]:
+def image_shape(preprocess: "Preprocess | None", name: str, size: list[int]) -> tuple[int, int, int]:
     """Return ``(C, H, W)`` of what a network takes: of :func:`read_size`, else of how images are prepared."""
     gray = size[:-2] == [1] or (preprocess is not None and preprocess.channels == "gray")
     pixels = size[-2:] or (preprocess and (preprocess.crop or preprocess.resize))
@@ -120,10 +128,12 @@ def unknown_preparation(name: str) -> DataError:
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    from dsconv.data import Preprocess
+
     return {n: _value(text) for n, text in options.items() if n in Preprocess.model_fields and text is not None}
 
 
-def _said(name: str) -> Preprocess | Literal["later"] | None:
+def _said(name: str) -> "Preprocess | Literal['later'] | None":
     """Return how ``name`` says that images are prepared; ``later``: that is known once the network is built."""
     if not is_quantized_file(name) or not (header := header_of(Path(name))):
         return "later"

@@ -24,6 +24,7 @@ def profile(
     preset: opt.Preset = "default",
     config: opt.Config = None,
     model: opt.ModelOrReference = None,
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
     """Time each step of a compiled network on random images."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,11 +14,21 @@ from dsconv.cli import options as opt
 from dsconv.cli.checks import check_out, read_config
 from dsconv.cli.mistakes import Mistakes
 from dsconv.cli.networks import begin, build
-from dsconv.cli.output import print_json, print_table, say
+from dsconv.cli.output import print_json, print_table, say, warn
 from dsconv.cli.preparation import read_preparation, unknown_preparation
-from dsconv.config import FLOAT, KdsDtype, LayerConfig, QuantConfig, Settings
 from dsconv.errors import ConfigError
-from dsconv.names import ActivationSign, AlgorithmChoice, WeightRule, WeightScale, check_model_name, check_weights
+from dsconv.names import (
+    ActivationSignChoice,
+    AlgorithmChoice,
+    KdsDtype,
+    WeightRule,
+    WeightScale,
+    check_model_name,
+    check_weights,
+)
+
+if TYPE_CHECKING:
+    from dsconv.config import QuantConfig, Settings
 
 _every = partial(typer.Option, show_default=False, rich_help_panel="Settings of every layer, in place of the preset's")
 _some = partial(
@@ -38,6 +48,7 @@ def quantize(
     config: opt.Config = None,
     threads: opt.Threads = None,
     force: opt.Force = False,
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
     weight_bits: Annotated[int | None, _every(min=2, max=8, help="Bits of a weight's integer.")] = None,
     activation_bits: Annotated[int | None, _every(min=2, max=8, help="Bits of an activation's mantissa.")] = None,
@@ -49,7 +60,10 @@ def quantize(
     weight_rule: Annotated[WeightRule | None, _every(help="How weights are rounded.")] = None,
     weight_scale: Annotated[WeightScale | None, _every(help="What a scale minimises; kl takes no shift.")] = None,
     weight_shift: Annotated[bool | None, _every(help="A shift per block, beside the scale.")] = None,
-    activation_sign: Annotated[ActivationSign | None, _every(help="Where the sign of a mantissa goes.")] = None,
+    activation_sign: Annotated[
+        ActivationSignChoice | None,
+        _every(help="Where the sign of a mantissa goes; auto is extra where inputs can be negative, else adaptive."),
+    ] = None,
     kds_dtype: Annotated[KdsDtype | None, _every(help="In which scales and shifts are kept.")] = None,
     first_layer: Annotated[str | None, _some(help="The first convolution.")] = None,
     last_layer: Annotated[str | None, _some(help="The last convolution or linear layer.")] = None,
@@ -88,7 +102,10 @@ def quantize(
     seconds = time.perf_counter() - start
     preprocess = zoo.preprocess_of(qmodel)
     # Not needed here, but by whatever is to read images for this file.
-    say(f"note: {unknown_preparation(model)}" if preprocess is None else f"images are to be prepared by: {preprocess}")
+    if preprocess is None:
+        warn(f"note: {unknown_preparation(model)}")
+    else:
+        say(f"images are to be prepared by: {preprocess}")
     dsconv.save(qmodel, out)
     summary, file_bytes = dsconv.summary(qmodel), out.stat().st_size
     if as_json:
@@ -100,10 +117,10 @@ def quantize(
         print(f"Wrote {out}: {file_bytes:,} bytes; quantized in {seconds:.1f} s.")
 
 
-def _config(options: Mapping[str, Any]) -> QuantConfig:
+def _config(options: Mapping[str, Any]) -> "QuantConfig":
     """Return the settings that the options of the command state, over those of the preset or the file."""
     given = {name: value for name, value in options.items() if value is not None}
-    changes = {name: value for name, value in given.items() if name in LayerConfig.model_fields}
+    changes = {name: value for name, value in given.items() if name in dsconv.LayerConfig.model_fields}
     if given["weights_only"]:
         changes["activation_bits"] = None
     for name in ("first_layer", "last_layer", "depthwise", "linear", "small_layers"):
@@ -111,10 +128,10 @@ def _config(options: Mapping[str, Any]) -> QuantConfig:
             changes[name] = _settings(name, given[name])
     base = read_config(given["preset"], options["config"]).to_dict()
     overrides = base["overrides"] | _overrides(given.get("override", []))
-    return QuantConfig(**{**base, **changes, "overrides": overrides})
+    return dsconv.QuantConfig(**{**base, **changes, "overrides": overrides})
 
 
-def _overrides(texts: list[str]) -> dict[str, Settings]:
+def _overrides(texts: list[str]) -> "dict[str, Settings]":
     pairs = [text.partition("=") for text in texts]
     for pattern, _, settings in pairs:
         if not pattern or not settings:
@@ -122,7 +139,9 @@ def _overrides(texts: list[str]) -> dict[str, Settings]:
     return {pattern: _settings(f"override {pattern}", settings) for pattern, _, settings in pairs}
 
 
-def _settings(name: str, text: str) -> Settings:
+def _settings(name: str, text: str) -> "Settings":
+    from dsconv.config import FLOAT
+
     if text in (FLOAT, "same"):
         return "float" if text == FLOAT else None
     try:

@@ -10,7 +10,7 @@ from dsconv.cli import options as opt
 from dsconv.cli.checks import check_data, check_extras, check_file, check_out, check_own_weights, read_classes
 from dsconv.cli.mistakes import Mistakes
 from dsconv.cli.networks import begin, build, image_folder, load_file, metric_of
-from dsconv.cli.output import print_json, say
+from dsconv.cli.output import print_json, say, warn
 from dsconv.cli.preparation import image_shape, preparation_of, read_preparation, read_size, say_preparation
 from dsconv.errors import DataError, FileFormatError
 from dsconv.names import check_metric_name, check_task, check_weights
@@ -37,6 +37,7 @@ def report(
     bench: Annotated[Path | None, typer.Option(metavar="FILE.json", help="What dsconv bench --out wrote.")] = None,
     size: opt.Size = None,
     force: opt.Force = False,
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
     task: opt.Task = None,
     data_range: opt.DataRange = None,
@@ -110,10 +111,10 @@ def report(
         task=kind,
         data_range=data_range,
         metric=metric_of(metric),
-        progress=True,
+        progress=not quiet,
     )
     for broken in found.accuracy.broken if found.accuracy else ():
-        say(f"left out: {broken.path}: {broken.reason}")
+        warn(f"left out: {broken.path}: {broken.reason}")
     write_page(out, found)
     if as_json:
         print_json({"page": str(out), **found.to_dict()})

@@ -50,6 +50,7 @@ def search(
     device: opt.Device = "cpu",
     plot: opt.Plot = None,
     force: opt.Force = False,
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
     task: opt.Task = None,
     metric: opt.Metric = None,
@@ -103,7 +104,7 @@ def search(
             metric=metric_of(metric),
             state=state,
             resume=resume,
-            progress=True,
+            progress=not quiet,
         )
         with replacing(out) as beside:
             beside.write_text(found.config.to_json() + "\n", "utf-8")

@@ -39,6 +39,7 @@ def sensitivity(
     device: opt.Device = "cpu",
     plot: opt.Plot = None,
     force: opt.Force = False,
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
     task: opt.Task = None,
     metric: opt.Metric = None,
@@ -93,7 +94,7 @@ def sensitivity(
         device=device,
         task=kind,
         metric=metric_of(metric),
-        progress=True,
+        progress=not quiet,
     )
     if plot is not None:
         layers = {layer: {trial.name: trial.distance for trial in trials} for layer, trials in found.layers().items()}

@@ -49,6 +49,7 @@ def tradeoff(
         Path | None, typer.Option(metavar="FILE.png", help="Draw accuracy over size, and over time with --time.")
     ] = None,
     force: opt.Force = False,
+    quiet: opt.Quiet = False,
     as_json: opt.Json = False,
     task: opt.Task = None,
     data_range: opt.DataRange = None,
@@ -133,7 +134,7 @@ def tradeoff(
         task=kind,
         data_range=data_range,
         metric=metric_of(metric),
-        progress=True,
+        progress=not quiet,
         on_interrupt="partial",
     )
     if out is not None:

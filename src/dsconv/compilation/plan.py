@@ -9,7 +9,7 @@ from dsconv.backends import Backend
 from dsconv.compilation.operators import Step
 from dsconv.compilation.operators.pytorch import Call
 from dsconv.compilation.program import Program
-from dsconv.tables import as_text
+from dsconv.tables import Printed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,7 +39,7 @@ class PlanStep:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Printed):
     """The steps of a compiled network in the order in which they run; prints as a table.
 
     Attributes:
@@ -76,9 +76,6 @@ class Plan:
             row = (step.name, step.operator, step.backend, ", ".join(step.fused), shape, size)
             table.add_row(*map(escape, row), style="yellow" if step.backend == "PyTorch" else None)
         return table
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 def plan_of(program: Program) -> Plan:

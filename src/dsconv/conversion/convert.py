@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -20,7 +20,7 @@ from dsconv.conversion.functional import as_layers
 from dsconv.conversion.info import ModelInfo, info_of
 from dsconv.conversion.plain import Plain, input_of, plain_layer
 from dsconv.conversion.preparation import preprocess_of
-from dsconv.conversion.statistics import input_moments
+from dsconv.conversion.statistics import input_moments, signed_inputs
 from dsconv.data.preprocess import Preprocess, laid_over
 from dsconv.errors import ConfigError, ModelError
 from dsconv.layers import DSLayer
@@ -90,8 +90,14 @@ def quantize_for(
     config: QuantConfig,
     inputs: Mapping[nn.Module, InputMoments] | None,
     preprocess: Preprocess | Mapping[str, Any] | None = None,
+    signed: Collection[nn.Module] | None = None,
 ) -> nn.Module:
-    """:func:`quantize` with what is known of the inputs of layers; None: what BatchNorms tell."""
+    """:func:`quantize` with what is known of the inputs of layers.
+
+    Args:
+        inputs: their moments; None: what BatchNorms tell.
+        signed: layers whose input can be negative; None: what noise tells.
+    """
     model, functions = as_layers(model)
     layers = _find_layers(model)
     _check_overrides(config, layers)
@@ -122,6 +128,9 @@ def quantize_for(
         if inputs is None and settings.weight_rule == "balanced" and config.batchnorm_statistics:
             inputs = input_moments(model, prepared)
         known = None if inputs is None else inputs.get(found.layer)
+        if signed is None and settings.activation_sign == "auto" and settings.rounds_signs:
+            signed = signed_inputs(model, prepared)
+        settings = settings.with_sign(signed is None or found.layer in signed)
         try:
             swaps[found.layer] = found.kind.from_float(
                 found.layer, settings, weight=plain.weight, padding=plain.padding, inputs=known

@@ -5,7 +5,7 @@ its scale. What an activation, a pooling or a sum makes of them is measured on n
 with BatchNorms that normalise the noise, so that behind each of them channels have just these moments.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from dsconv.layers.kinds import kind_of
 from dsconv.numerics import InputMoments
 from dsconv.threads import PyTorchOnOneThread
 
-_IMAGES = 16
+_IMAGES, _FEW_IMAGES = 16, 4
 # Sizes of noise for networks that do not tell their input's: of the first that does where the next is not needed.
 _SIDES = (64, 224, 32)
 # Places whose mean and variance are taken for those of a channel, at least.
@@ -37,15 +37,10 @@ def input_moments(model: nn.Module, preprocess: Preprocess | None = None) -> dic
     >>> moments.mean.shape, bool((moments.mean - 0.4).abs().max() < 0.05)  # of a normal variable's positive part
     (torch.Size([1, 8]), True)
     """
-    first: Any = next((layer for layer in model.modules() if kind_of(layer) is not None), None)
-    kind = kind_of(first)
-    if kind is None or kind.dims != 2 or kind.transposed or not with_statistics(model):
+    if not with_statistics(model):
         return {}
-    channels = kind.float_input_shape(first, 1)[1]
-    known = preprocess is not None and (preprocess.crop or preprocess.resize) is not None
     found: dict[nn.Module, InputMoments] = {}
-    for side in (None,) if known else _SIDES:
-        images = noise(preprocess, (channels, *((side,) * 2 if side else _size(preprocess))))
+    for images in _noises(model, preprocess, _IMAGES):
         try:
             found, missing = _measured(model, as_input_of(model, images))
         except Exception:  # whatever a network has to say to inputs that it was not made for
@@ -53,6 +48,38 @@ def input_moments(model: nn.Module, preprocess: Preprocess | None = None) -> dic
         if not missing:
             break
     return found
+
+
+def signed_inputs(model: nn.Module, preprocess: Preprocess | None = None) -> set[nn.Module]:
+    """Layers whose input can be negative: those that read a negative value when the network runs on noise.
+
+    A layer that does not run, or all of a network that cannot run on noise, may read anything. ``model`` is left as it
+    is, and is not changed by its run.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.LeakyReLU(), nn.Conv2d(8, 8, 3))
+    >>> [net[i] in signed_inputs(net) for i in (0, 2, 4)]
+    [True, False, True]
+    """
+    layers = {module for module in model.modules() if kind_of(module) is not None}
+    for images in _noises(model, preprocess, _FEW_IMAGES):
+        run = copied(model).eval()
+        unsigned: dict[nn.Module, bool] = {}
+
+        def look(layer: nn.Module, args: Any, kwargs: Any, unsigned: dict[nn.Module, bool] = unsigned) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            unsigned[layer] = unsigned.get(layer, True) and bool((x >= 0).all())
+
+        original = dict(zip(run.modules(), model.modules(), strict=True))
+        for copy, module in original.items():
+            if module in layers:
+                copy.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                run(as_input_of(run, images))
+        except Exception:  # whatever a network has to say to inputs that it was not made for
+            continue
+        return layers - {original[copy] for copy, found in unsigned.items() if found}
+    return layers
 
 
 def normalized(model: nn.Module, images: Tensor) -> nn.Module:
@@ -74,6 +101,18 @@ def noise(preprocess: Preprocess | None, shape: Sequence[int], count: int = _IMA
         return synthetic_images(count, Preprocess(**sized))
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, *shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _noises(model: nn.Module, preprocess: Preprocess | None, count: int) -> Iterator[Tensor]:
+    """Noise of the sizes that images of a network may have; none where its first layer reads no images."""
+    first: Any = next((layer for layer in model.modules() if kind_of(layer) is not None), None)
+    kind = kind_of(first)
+    if kind is None or kind.dims != 2 or kind.transposed:
+        return
+    channels = kind.float_input_shape(first, 1)[1]
+    known = preprocess is not None and (preprocess.crop or preprocess.resize) is not None
+    for side in (None,) if known else _SIDES:
+        yield noise(preprocess, (channels, *((side,) * 2 if side else _size(preprocess))), count)
 
 
 def with_statistics(model: nn.Module) -> list[_BatchNorm]:

@@ -18,7 +18,7 @@ from dsconv.layers import DSLayer
 from dsconv.layers.kinds import kind_of
 from dsconv.modes import check_module
 from dsconv.numerics import packed_bytes
-from dsconv.tables import as_text
+from dsconv.tables import Printed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,7 +70,7 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Printed):
     """All layers of a model; prints as a table.
 
     Attributes:
@@ -178,9 +178,6 @@ class Summary:
                 style=None if layer.quantized else "yellow",
             )
         return table
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 def summary(model: nn.Module) -> Summary:

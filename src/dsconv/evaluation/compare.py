@@ -15,7 +15,7 @@ from dsconv.data.folder import Images, Labels, batches
 from dsconv.data.inputs import Batch
 from dsconv.data.preprocess import Preprocess
 from dsconv.errors import ModelError
-from dsconv.evaluation.measures import Kinds, Output, Teller, logits_of
+from dsconv.evaluation.measures import Kinds, Output, Teller, distances, divergence, logits_of, powers
 from dsconv.evaluation.metric import Metric, check_metric, measured, name_of
 from dsconv.evaluation.outputs import check_same
 from dsconv.evaluation.results import Closeness, Comparison, Evaluation
@@ -25,6 +25,8 @@ from dsconv.layers import DSLayer
 from dsconv.modes import check_module
 from dsconv.names import OnInterrupt, Task
 from dsconv.numerics import sqnr_db
+
+Each = Callable[[Batch, Tensor | None, Tensor, tuple[Tensor, Tensor] | None], object]
 
 
 def compare(
@@ -40,7 +42,7 @@ def compare(
     progress: bool = False,
     on_interrupt: OnInterrupt = "raise",
     per_layer: bool = True,
-    each: Callable[[Batch, Tensor | None, Tensor, Tensor], object] | None = None,
+    each: Each | None = None,
     task: Task | None = None,
     data_range: float | None = None,
     metric: Metric | None = None,
@@ -52,8 +54,9 @@ def compare(
         qmodel: its quantized copy.
         per_layer: compare the outputs of every DSConv layer as well. It keeps the reference's outputs of one batch in
             memory and adds to the measured times.
-        each: called with every batch of a classifier: images, labels or None, and the logits of both networks, the
-            reference's first, float64 ``(N, classes)`` on the CPU.
+        each: called with every batch whose outputs have a distance: images; labels or None; the distance of each image,
+            ``(N,)``, as divergence of logits, or as squared error relative to the mean of the batch; and the logits of
+            both classifiers, the reference's first, float64 ``(N, classes)`` on the CPU, or None of other networks.
         metric: a function ``metric(reference_outputs, outputs, labels)`` of what both networks returned for a batch,
             and labels or None. It returns a distance, which is smaller for the closer network: a number for the batch,
             a tensor ``(N,)`` of one for each image, or a dictionary of names to such, the first of which counts.
@@ -105,7 +108,7 @@ def compare_each(
     progress: bool = False,
     on_interrupt: OnInterrupt = "raise",
     per_layer: bool = True,
-    each: Callable[[Batch, Tensor | None, Tensor, Tensor], object] | None = None,
+    each: Each | None = None,
     task: Task | None = None,
     data_range: float | None = None,
     metric: Metric | None = None,
@@ -133,12 +136,15 @@ def compare_each(
             check_same(f, q, ("the reference", f"the {name}"))
             if kinds.task == "classification":
                 _check_logits(f, q, kinds, name)
-            if each is not None and kinds.task == "classification":
-                each(
-                    x,
-                    labels if isinstance(labels, Tensor) else None,
-                    *(_main_logits(outputs, kinds) for outputs in (f, q)),
-                )
+            if each is not None and kinds.counted:
+                logits = None
+                if kinds.task == "classification":
+                    logits = _main_logits(f, kinds), _main_logits(q, kinds)
+                    far = divergence(*logits)
+                else:
+                    power = {key: total / count for key, total in powers(f, kinds).items()}
+                    far = distances(f, q, count, kinds, power)
+                each(x, labels if isinstance(labels, Tensor) else None, far, logits)
             q_score = score(q, kinds, count, labels, q_seconds, None, data_range)
             found[name] = _Sums(
                 q_score,

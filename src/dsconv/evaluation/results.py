@@ -8,11 +8,11 @@ from typing import Any
 from dsconv.data.folder import BrokenImage
 from dsconv.names import Task
 from dsconv.strict_json import finite_or_none
-from dsconv.tables import as_text
+from dsconv.tables import Printed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Printed):
     """Figures of one network on a set of images.
 
     Attributes:
@@ -68,9 +68,6 @@ class Evaluation:
         from rich.console import Group
 
         return Group(_table({"": self}), *_remarks(self))
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 _ACCURACIES = ("miou", "psnr_db", "ssim")
@@ -201,6 +198,7 @@ class Comparison(Evaluation):
 
     def __rich__(self) -> Any:
         from rich.console import Group
+        from rich.markup import escape
         from rich.table import Column, Table
 
         closeness = Table("", Column("quantized against reference", justify="right"))
@@ -209,10 +207,10 @@ class Comparison(Evaluation):
             closeness.add_row("KL divergence", f"{self.kl:.4f} nats")
             closeness.add_row("logit SQNR", f"{self.logit_sqnr_db:.2f} dB")
         for name, value in self.metrics.items():
-            closeness.add_row(name, f"{value:.6g}")
+            closeness.add_row(escape(name), f"{value:.6g}")
         worst = sorted(self.layer_sqnr_db.items(), key=lambda entry: (not math.isnan(entry[1]), entry[1]))
         for name, value in worst[:5]:
-            closeness.add_row(f"output SQNR of {name or 'the model'}", f"{value:.2f} dB")
+            closeness.add_row(escape(f"output SQNR of {name or 'the model'}"), f"{value:.2f} dB")
         if len(worst) > 5:
             closeness.caption = f"the 5 lowest of {len(worst)} layers"
         tables = [closeness] if closeness.row_count else []

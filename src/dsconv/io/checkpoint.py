@@ -40,10 +40,11 @@ from dsconv.layers import Affine, DSLayer
 from dsconv.layers.conv import Pads
 from dsconv.layers.kinds import KINDS, kind_of
 from dsconv.modes import check_module
+from dsconv.names import check_not_compiled
 from dsconv.numerics import pack, unpack
 from dsconv.numerics.packing import packed_bytes
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 FILE_NAME = "model.safetensors"
 _MAGIC = "dsconv"
 # The state of a quantized layer, and what it is called in a file: as in the field's other quantized checkpoints.
@@ -160,17 +161,24 @@ def _left_out(header: Header) -> set[str]:
 def _version(header: Header) -> int:
     """Return the version of a file.
 
-    It is 5 where layers state their groups; else 4 where layers state their padding, or the config has settings of
-    small layers; else 3 where settings, or those of some layers in the config, name an algorithm.
+    It is 6 where the config, or its settings of some layers, leave the sign of activations to be chosen; else 5 where
+    layers state their groups; else 4 where layers state their padding, or the config has settings of small layers; else
+    3 where settings, or those of some layers in the config, name an algorithm.
     """
-    if any(record.groups is not None for record in header.layers.values()):
-        return 5
-    if "small_layers" in header.config or any(record.padding is not None for record in header.layers.values()):
-        return 4
     config = header.config
     parts = [value for name, value in config.items() if name != "overrides"]
-    stated = [config, *parts, *config.get("overrides", {}).values(), *header.settings]
-    return 3 if any(isinstance(s, dict) and "algorithm" in s for s in stated) else 2
+    stated = [
+        settings
+        for settings in (config, *parts, *config.get("overrides", {}).values(), *header.settings)
+        if isinstance(settings, dict)
+    ]
+    if any(settings.get("activation_sign") == "auto" for settings in stated):
+        return 6
+    if any(record.groups is not None for record in header.layers.values()):
+        return 5
+    if "small_layers" in config or any(record.padding is not None for record in header.layers.values()):
+        return 4
+    return 3 if any("algorithm" in settings for settings in stated) else 2
 
 
 def write(path: Path, tensors: dict[str, Tensor], entries: dict[str, str]) -> None:
@@ -508,6 +516,7 @@ def read_tensors(path: Path, magic: str, kind: str, mend: str) -> tuple[dict[str
     _check_name(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a {kind} written by dsconv, there is none")
+    check_not_compiled(path)
     # Reading first tells a file that cannot be read from one that is broken.
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -521,7 +530,7 @@ def read_tensors(path: Path, magic: str, kind: str, mend: str) -> tuple[dict[str
                 what = "it is another file: a safetensors file, but not one written by dsconv for this"
                 raise FileFormatError(f"{path}: expected a {kind} of format {magic!r}, {what}")
             version = entries.get("format_version", "")
-            if not version.isdecimal() or len(version) > 9 or int(version) > FORMAT_VERSION:
+            if not (version.isascii() and version.isdecimal()) or len(version) > 9 or int(version) > FORMAT_VERSION:
                 newest = f"this dsconv reads up to {FORMAT_VERSION}: update dsconv"
                 raise FileFormatError(f"{path}: has format version {version[:20]!r}, {newest}")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -557,8 +566,9 @@ def _layer_settings(path: Path, data: dict[str, Any]) -> LayerConfig:
         settings = LayerConfig(**data)
     except (ConfigError, TypeError) as error:
         raise FileFormatError(f"{path}: the settings of its layers are not valid: {error}") from None
-    if settings.algorithm == "auto":
-        raise FileFormatError(f"{path}: the settings of its layers are not valid: algorithm: it is still to be chosen")
+    for name in ("algorithm", "activation_sign"):
+        if getattr(settings, name) == "auto":
+            raise FileFormatError(f"{path}: the settings of its layers are not valid: {name}: it is still to be chosen")
     return settings
 
 

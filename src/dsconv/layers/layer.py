@@ -108,6 +108,7 @@ class DSLayer(nn.Module):
         self._chooses = config.algorithm == "auto" and "winograd" in self.algorithms and covered
         if config.algorithm == "auto":
             config = config.model_copy(update={"algorithm": "direct"})
+        config = config.with_sign(signed=True)
         if config.algorithm == "winograd" and not winograd:
             raise ConfigError(
                 "algorithm: winograd is for 3x3 convolutions of stride and dilation 1 and one group, which this "

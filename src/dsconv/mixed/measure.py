@@ -25,7 +25,7 @@ from dsconv.conversion.convert import quantize_for, swapped
 from dsconv.conversion.functional import as_layers
 from dsconv.conversion.info import info_of
 from dsconv.conversion.quantized import check_original
-from dsconv.conversion.statistics import input_moments, normalized, with_statistics
+from dsconv.conversion.statistics import input_moments, normalized, signed_inputs, with_statistics
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.data import Batches, Images, Preprocess, batches, synthetic_images
 from dsconv.data.folder import Labels
@@ -39,7 +39,7 @@ from dsconv.io.state import StateFile
 from dsconv.layers import DSLayer
 from dsconv.names import Task
 from dsconv.progress import progress_bar
-from dsconv.tables import as_text
+from dsconv.tables import Printed
 from dsconv.zoo import preprocess_of
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Printed):
     """The distance from float that every layer causes by itself, under every choice of its settings; prints as a table.
 
     Attributes:
@@ -162,9 +162,6 @@ class Sensitivity:
                 cells += [trial.name, shown(trial.distance, self.measure)]
             table.add_row(escape(name), *cells)
         return table
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 _LOGITS = "KL divergence"
@@ -502,8 +499,9 @@ def _as_chosen(
         everything += "*"
     in_float = QuantConfig(**{**config.to_dict(), "overrides": {**config.overrides, everything: FLOAT}})
     known = input_moments(model, preprocess_of(model)) if config.batchnorm_statistics else {}
+    signed = signed_inputs(model, preprocess_of(model)) if config.activation_sign == "auto" else None
     for name, choice in pairs:
-        yield name, choice, quantize_for(model, with_overrides(in_float, {name: dict(choice)}), known)
+        yield name, choice, quantize_for(model, with_overrides(in_float, {name: dict(choice)}), known, signed=signed)
 
 
 def _milliseconds(model: nn.Module, name: str, x: Batch) -> float:

@@ -16,7 +16,7 @@ from dsconv.errors import ConfigError, ModelError, import_extra
 from dsconv.evaluation.metric import Metric
 from dsconv.mixed.measure import Choice, Sensitivity, Trial, in_words, measure, short, shown, with_overrides
 from dsconv.names import Task
-from dsconv.tables import as_text
+from dsconv.tables import Printed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +48,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Printed):
     """The settings found; prints as a table.
 
     Attributes:
@@ -107,9 +107,6 @@ class SearchResult:
 
     def __rich__(self) -> "Table":
         return self.table
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 class Budget(BaseModel):

@@ -1,11 +1,11 @@
-"""The images on which two networks differ most."""
+"""The images, or other inputs, on which two networks differ most."""
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dsconv.data import Preprocess
@@ -25,63 +25,66 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Disagreement:
-    """An image that the two networks see differently.
+    """An image, or another input, that the two networks see differently.
 
     Attributes:
         name: of its file, or its number.
-        jpeg: the image as the networks see it, small.
+        distance: of the outputs: KL divergence of logits in nats, else relative error.
+        jpeg: the image as the networks see it, small; None where the input is no image.
         label: its class, None where unknown.
-        kl: KL(softmax(f) || softmax(q)) in nats.
+        reference, quantized: answers of classifiers; None of other networks.
     """
 
     name: str
-    jpeg: bytes
+    distance: float
+    jpeg: bytes | None
     label: int | None
-    kl: float
-    reference: Answer
-    quantized: Answer
+    reference: Answer | None
+    quantized: Answer | None
 
 
 class Worst:
-    """The images on which two networks differ most, of those seen so far."""
+    """The inputs on which two networks differ most, of those seen so far; those with two classes come first."""
 
     def __init__(self) -> None:
         self._seen = 0
-        self._kept: list[tuple[float, int, Tensor, int | None, Answer, Answer]] = []
+        self._kept: list[tuple[tuple[bool, float], int, Tensor | None, int | None, tuple[Answer, Answer] | None]] = []
 
-    def add(self, x: Batch, labels: Tensor | None, f: Tensor, q: Tensor) -> None:
-        """Look at a batch: images ``(N, C, H, W)``, others are left out; labels, and the logits of both networks."""
-        if not isinstance(x, Tensor) or x.dim() != 4:
-            return
-        log_p, log_q = f.log_softmax(1), q.log_softmax(1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(1)
-        for i in torch.where(kl.isfinite(), kl, 0).topk(min(_SHOWN, len(kl))).indices.tolist():
-            if kl[i] > 0:
-                label = None if labels is None else int(labels[i])
-                answers = _answer(log_p[i]), _answer(log_q[i])
-                # A copy: a view would keep the whole batch.
-                self._kept.append((float(kl[i]), self._seen + i, x[i].clone(), label, *answers))
-        self._seen += len(kl)
-        self._kept = sorted(self._kept, key=lambda entry: -entry[0])[:_SHOWN]
+    def add(self, x: Batch, labels: Tensor | None, far: Tensor, logits: tuple[Tensor, Tensor] | None) -> None:
+        """Look at a batch, of which :func:`dsconv.compare` tells ``each`` this."""
+        same = [True] * len(far)
+        if logits is not None:
+            same = (logits[0].argmax(1) == logits[1].argmax(1)).tolist()
+        ranks = [((same[i], -float(far[i])), i) for i in range(len(far)) if 0 < far[i] < math.inf]
+        for rank, i in sorted(ranks)[:_SHOWN]:
+            # A copy: a view would keep the whole batch.
+            picture = x[i].clone() if isinstance(x, Tensor) and x.dim() == 4 else None
+            label = None if labels is None or logits is None else int(labels[i])
+            answers = None if logits is None else (_answer(logits[0][i]), _answer(logits[1][i]))
+            self._kept.append((rank, self._seen + i, picture, label, answers))
+        self._seen += len(far)
+        self._kept = sorted(self._kept, key=lambda entry: entry[0])[:_SHOWN]
 
     def found(self, files: Sequence[Path], folder: Path | None, preprocess: Preprocess | None) -> list[Disagreement]:
-        """Return them, the largest divergence first, with names from ``files`` in ``folder``."""
+        """Return them with names from ``files`` in ``folder``: those with two classes first, each by distance."""
         return [
             Disagreement(
-                name=str(files[number].relative_to(folder)) if folder else f"image {number}",
-                jpeg=_jpeg(x, preprocess),
+                name=str(files[number].relative_to(folder))
+                if folder
+                else f"{'input' if x is None else 'image'} {number}",
+                distance=-rank[1],
+                jpeg=None if x is None else _jpeg(x, preprocess),
                 label=label,
-                kl=kl,
-                reference=f,
-                quantized=q,
+                reference=answers and answers[0],
+                quantized=answers and answers[1],
             )
-            for kl, number, x, label, f, q in self._kept
+            for rank, number, x, label, answers in self._kept
         ]
 
 
-def _answer(log_p: Tensor) -> Answer:
-    index = int(log_p.argmax())
-    return Answer(index=index, probability=float(log_p[index].exp()))
+def _answer(logits: Tensor) -> Answer:
+    index = int(logits.argmax())
+    return Answer(index=index, probability=float(logits.softmax(0)[index]))
 
 
 def _jpeg(x: Tensor, preprocess: Preprocess | None) -> bytes:

@@ -109,9 +109,7 @@ def facts_of(layer: DSLayer, sample: Sample) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if config.activation_bits is not None:
         size, groups = config.block_size, layer.groups
-        mantissa, exponent = quantize_activation(
-            after, config.activation_bits, size, sign=config.activation_sign, groups=groups
-        )
+        mantissa, exponent = quantize_activation(after, config.activation_bits, size, sign=config.sign, groups=groups)
         after = dequantize_activation(mantissa, exponent, size, groups=groups)
         blocks = torch.split(torch.unflatten(mantissa, 1, (groups, -1)), size, dim=2)
         used = torch.stack([block.any(2) for block in blocks], 2).flatten(1)

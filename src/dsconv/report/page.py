@@ -25,6 +25,7 @@ _SIGNS = {
     "adaptive": "a sign bit only in blocks that hold a negative value",
     "extra": "a sign beside the bits",
     "included": "two's complement",
+    "auto": "a sign beside the bits in layers whose input can be negative",
 }
 
 # Figures of a network by itself: title, field and unit.

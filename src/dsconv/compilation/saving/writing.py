@@ -22,9 +22,10 @@ from dsconv.compilation.saving.recording import Layer, Recording
 from dsconv.errors import ModelError
 from dsconv.files import replacing
 from dsconv.layers import DSLayer
+from dsconv.names import COMPILED_MAGIC
 from dsconv.ops import winograd_weights
 
-MAGIC, FORMAT = b"\x89dsconv\n", 1
+FORMAT = 1
 PREFIX = struct.Struct("<8sIIQQQII16x")
 """Magic, version of the format, zero; bytes of the header, beginning and bytes of the data; CRC-32 of both."""
 ALIGNMENT = 64
@@ -237,7 +238,7 @@ def write(
     for piece in pieces:
         checksum = zlib.crc32(piece, checksum)
     data_size = made.data.size + _READ_PAST_END
-    prefix = PREFIX.pack(MAGIC, FORMAT, 0, len(header), begin, data_size, zlib.crc32(header), checksum)
+    prefix = PREFIX.pack(COMPILED_MAGIC, FORMAT, 0, len(header), begin, data_size, zlib.crc32(header), checksum)
     with replacing(path) as beside, beside.open("wb") as file:
         file.write(prefix + header + bytes(begin - PREFIX.size - len(header)))
         file.writelines(pieces)
