@@ -121,6 +121,14 @@ WRONG = {
         EXISTS,
         "highspy is not installed: pip install 'dsconv[search]'",
     ),
+    "optimize nothing --kl 1 --time-limit x --resume --out {there}": (
+        "expected torchvision/NAME",
+        "with --data",
+        "--time-limit: expected",
+        EXISTS,
+        "no previous run to resume",
+        "highspy is not installed: pip install 'dsconv[search]'",
+    ),
     "calibrate {unstated} --data none --preset paper --resume --out {there}": (
         "name it with --model",
         NO_DATA,
@@ -238,9 +246,10 @@ def test_the_reference_serves_as_the_model(cli: Cli, tmp_path: Path, digits: Pat
 THREADS, DEVICE, LIMIT = (
     {*names.split()}
     for names in (
-        "quantize evaluate tradeoff bench profile compile report export sensitivity search calibrate adapt demo",
-        "evaluate tradeoff sensitivity search calibrate adapt",
-        "evaluate tradeoff bench report export sensitivity search calibrate adapt",
+        "optimize quantize evaluate tradeoff bench profile compile report export sensitivity search calibrate adapt "
+        "demo",
+        "optimize evaluate tradeoff sensitivity search calibrate adapt",
+        "optimize evaluate tradeoff bench report export sensitivity search calibrate adapt",
     )
 )
 
