@@ -11,17 +11,16 @@ import pytest
 
 import dsconv
 from dsconv import QuantConfig, zoo
+from dsconv.optimization import steps
 
 Cli = Callable[..., Any]
 PREPARED = ("--resize", "8x8", "--channels", "gray")
-
-module: Any = importlib.import_module("dsconv.optimization.optimize")
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time networks for moments only."""
-    monkeypatch.setattr(module, "_TIMED_SECONDS", 0.001)
+    monkeypatch.setattr(steps, "_TIMED_SECONDS", 0.001)
 
 
 @pytest.fixture
@@ -94,7 +93,7 @@ def test_what_was_stopped_is_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "calibrate", stop)
+        patch.setattr(steps, "calibrate", stop)
         done = cli(*command)
     assert done.code == 130 and f"stopped: what is done is in {out}.state" in done.stderr
     assert written(tmp_path) == {"net.safetensors.state"}

@@ -1,6 +1,5 @@
 """``dsconv.optimize``: what it tries, what it keeps, and how it answers mistakes."""
 
-import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,18 +14,16 @@ from dsconv import QuantConfig
 from dsconv.data import Preprocess
 from dsconv.errors import ConfigError, DataError, FileFormatError
 from dsconv.evaluation import compare
-from dsconv.optimization import Attempt, Optimization, Target
+from dsconv.optimization import Attempt, Optimization, Target, steps
 from dsconv.optimization.goal import Goal
 from dsconv.optimization.images import split
 from dsconv.optimization.saved import remove_state
-
-module: Any = importlib.import_module("dsconv.optimization.optimize")
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time networks for moments only."""
-    monkeypatch.setattr(module, "_TIMED_SECONDS", 0.001)
+    monkeypatch.setattr(steps, "_TIMED_SECONDS", 0.001)
 
 
 def net() -> nn.Sequential:
@@ -59,6 +56,13 @@ def test_within_a_budget_the_closest_to_float_is_kept(small: Optimization) -> No
     assert small.best is min(within, key=lambda attempt: attempt.evaluation.distance)
     assert small.met and small.shortfall is None and small.config == small.best.config
     assert small.best.effective_bits == dsconv.summary(small.model).effective_bits
+
+
+def test_without_budget_and_target_the_network_is_as_small_as_the_preset_makes_it() -> None:
+    found = dsconv.optimize(net(), preprocess=Preprocess(crop=8))
+    expected = max(4.7, dsconv.summary(dsconv.quantize(net())).effective_bits)
+    assert found.budget == {"effective_bits": pytest.approx(expected)} and found.met and not found.target
+    assert found.best is min(found.attempts, key=lambda attempt: attempt.evaluation.distance)
 
 
 def test_figures_are_those_of_images_that_no_step_has_used(small: Optimization) -> None:
@@ -185,7 +189,7 @@ def test_what_was_stopped_is_resumed_and_ends_in_the_same(
     with pytest.raises(ConfigError, match="resume=True"):
         dsconv.optimize(net(), images(), budget=5, state=state)
     measured: list[Any] = []
-    monkeypatch.setattr(module, "compare", lambda *args, **options: measured.append(args) or compare(*args, **options))
+    monkeypatch.setattr(steps, "compare", lambda *args, **options: measured.append(args) or compare(*args, **options))
     again = dsconv.optimize(net(), images(), budget=5, state=state, resume=True)
     assert len(measured) == 1  # the one that was left
     assert figures(again) == figures(small) and again.best.name == small.best.name
@@ -207,21 +211,21 @@ def test_what_there_is_no_time_for_is_left_out_and_listed(monkeypatch: pytest.Mo
     (only,) = found.attempts
     assert found.best is only and not only.calibrated
     assert set(found.left_out.values()) >= {"the time limit was over"} and "Not tried: " in str(found)
-    monkeypatch.setattr(module, "_SEARCH_SHARE", 0.0)
+    monkeypatch.setattr(steps, "_SEARCH_SHARE", 0.0)
     found = dsconv.optimize(net(), images(), budget=5)
     assert [attempt.calibrated for attempt in found.attempts] == [False, True]
     assert sum(reason.startswith("the search would take about ") for reason in found.left_out.values()) == 2
 
 
 def test_a_network_far_from_float_is_adapted_where_images_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_STEPS", 4)
+    monkeypatch.setattr(steps, "_STEPS", 4)
     found = dsconv.optimize(net(), images(160), target={"kl": 1e-12}, budget=3.0, time_limit=None)
     (adapted,) = [attempt for attempt in found.attempts if attempt.adapted]
     assert adapted.name.endswith(", calibrated, adapted") and adapted.calibrated
     few = dsconv.optimize(net(), images(), target={"kl": 1e-12}, budget=3.0)
     assert not any(attempt.adapted for attempt in few.attempts)
     assert "a training needs 64 images or more, there are 32" in few.left_out.values()
-    monkeypatch.setattr(module, "_FEWEST_STEPS", 10**9)
+    monkeypatch.setattr(steps, "_FEWEST_STEPS", 10**9)
     slow = dsconv.optimize(net(), images(160), target={"kl": 1e-12}, budget=3.0)
     assert any("would be needed" in reason for reason in slow.left_out.values())
 
@@ -276,5 +280,4 @@ def test_too_few_images_and_a_place_that_cannot_be_written(tmp_path: Path) -> No
 def test_a_goal_may_be_given_as_objects() -> None:
     goal = Goal.of(dsconv.mixed.Budget(ms=3), Target(kl=1), images=True)
     assert goal == Goal({"ms": 3.0}, {"kl": 1.0}) and goal.by_time
-    assert Goal.of(None, None, images=False).budget == {"effective_bits": 4.7}
-    assert Goal.of(None, {"kl": 1}, images=True).budget == {}
+    assert Goal.of(None, None, images=False) == Goal({}, {})

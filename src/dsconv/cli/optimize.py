@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dsconv.data.preprocess import Preprocess
     from dsconv.optimization import Attempt, Optimization
 
-_BUDGET = "Budget: the most that the network may take; several all hold. 4.7 bits without any of them and any target"
+_BUDGET = "Budget: the most that the network may take; several all hold. Without any, and any target: 4.7 bits"
 _TARGET = "Target: what the network is to reach on images that no step uses; several all hold. Needs --data"
 _OUT_HELP = "File to write: *.safetensors. Its settings go beside it as *.json, a report as *.html."
 _DATA_HELP = f"{opt.DATA_HELP} Half of them are measured on. Without it: a search on noise."

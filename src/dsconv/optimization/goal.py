@@ -13,9 +13,6 @@ from dsconv.evaluation import Comparison
 from dsconv.mixed.selection import Budget, limits_of
 from dsconv.optimization.results import Attempt
 
-DEFAULT_BUDGET = {"effective_bits": 4.7}
-"""Where neither a budget nor a target is given: about what the preset ``default`` takes."""
-
 LIMITS = ("effective_bits", "bytes", "ms")
 _UNITS = {"effective_bits": "bits a weight", "bytes": "bytes", "ms": "ms"}
 
@@ -43,7 +40,7 @@ class Target(Strict):
 
 @dataclass(frozen=True)
 class Goal:
-    """A budget and a target, by name; either may be empty, but not both.
+    """A budget and a target, by name; either may be empty.
 
     Attributes:
         budget: the most that a network may take.
@@ -67,8 +64,7 @@ class Goal:
             ConfigError: a name is unknown, a value out of range, or a target is given without ``images``.
         """
         wanted = _target_of(target)
-        default = {} if wanted else dict(DEFAULT_BUDGET)
-        limits = default if budget is None else limits_of(budget)
+        limits = {} if budget is None else limits_of(budget)
         if other := limits.keys() - set(LIMITS):
             raise ConfigError(f"budget: {min(other)} cannot be limited here; it takes {', '.join(LIMITS)}")
         if wanted and not images:

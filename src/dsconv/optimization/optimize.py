@@ -1,50 +1,38 @@
 """``dsconv.optimize``: a few recipes are tried, and the network that serves a budget or a target best is kept."""
 
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
 from importlib import metadata
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from dsconv.adaptation import adapt
 from dsconv.benchmarking.machine import machine
-from dsconv.benchmarking.measure import Quartiles
-from dsconv.calibration import calibrate
 from dsconv.calibration.images import prepared_as
 from dsconv.config import QuantConfig
-from dsconv.conversion import Summary, quantize, summary
+from dsconv.conversion import summary
 from dsconv.conversion.functional import as_layers
-from dsconv.conversion.info import info_of
 from dsconv.conversion.preparation import preprocess_of
-from dsconv.conversion.quantized import quantized_layers
-from dsconv.conversion.statistics import normalized, with_statistics
 from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cores
 from dsconv.data import Images, Preprocess
-from dsconv.data.inputs import call, joined
-from dsconv.errors import ConfigError, ModelError, check_whole, import_extra
-from dsconv.evaluation import compare
+from dsconv.data.inputs import joined
+from dsconv.errors import ConfigError, check_whole, import_extra
 from dsconv.evaluation.metric import Metric, check_metric, name_of
 from dsconv.files import as_path
-from dsconv.layers.inputs import as_input_of
-from dsconv.mixed import Budget, Sensitivity, Trial, choices_of
-from dsconv.mixed.measure import Recorded, measure, noise
+from dsconv.mixed import Budget
+from dsconv.mixed.measure import noise
 from dsconv.mixed.selection import point_of, range_of, within
-from dsconv.modes import check_module, evaluation_mode
+from dsconv.modes import check_module
 from dsconv.names import Task, check_task
-from dsconv.optimization.goal import DEFAULT_BUDGET, Goal, Target
+from dsconv.optimization.goal import Goal, Target
 from dsconv.optimization.images import Parts, split
 from dsconv.optimization.results import Attempt, Optimization
 from dsconv.optimization.saved import Saved
-from dsconv.recipe import Recipe
-from dsconv.tradeoffs import FLOAT, Candidate, time_each
+from dsconv.optimization.steps import Clock, OutOfTime, Steps
+from dsconv.tradeoffs import FLOAT, Candidate
 
 # A shift pays where no image is seen; half the block without one is closer to float once it is calibrated.
 _BASES = {
@@ -52,20 +40,17 @@ _BASES = {
     "no shift, B = 32": QuantConfig.preset("default", block_size=32, weight_shift=False),
 }
 _SHIFT, _NO_SHIFT = _BASES
-# Images that layers are ranked on, and that layers are calibrated on; images of noise to measure on.
-_SEARCHED, _SEARCH_BATCH, _CALIBRATED, _NOISE = 32, 16, 128, 64
-# The part of the time left that a search may take: what it finds is calibrated and measured.
-_SEARCH_SHARE = 0.6
+# Where the search begins without a budget; and the budget where there is no target either, or what the preset takes.
+_BITS = 4.7
+# Images of noise to measure on.
+_NOISE = 64
 # Sizes or times between which the smallest network that meets the target is found, and how close they come.
 _HALVINGS, _CLOSE = 4, 0.02
 # Selections that are compiled and timed to keep a budget of milliseconds.
 _ROUNDS = 3
-# An adaptation of fewer steps, on fewer images, or of a network that is as close as this already, does not pay.
-_FEWEST_STEPS, _FEWEST_IMAGES, _CLOSE_ALREADY = 50, 64, 0.02
-_STEPS = Recipe().steps
-# The float network answers once where its outputs for all images fit in so many bytes.
-_REMEMBERED_BYTES = 1 << 28
-_TIMED_SECONDS = 1.0
+# An adaptation on fewer images, or of a network that is as close to float already, does not pay.
+_FEWEST_IMAGES, _CLOSE_ALREADY = 64, 0.02
+_SHORT = {"effective_bits": "bits", "bytes": "bytes", "ms": "ms"}
 
 
 def optimize(
@@ -105,8 +90,8 @@ def optimize(
         images: unlabelled or labelled images, as in :func:`dsconv.evaluate`, 8 or more; a few hundred are good. They
             are kept in memory.
         budget: effective bits a weight, or a dictionary of limits that all hold: ``effective_bits``, ``bytes`` of the
-            file but for its header, ``ms`` of one image, compiled, on this machine. None is no limit, or 4.7 effective
-            bits where there is no target either.
+            file but for its header, ``ms`` of one image, compiled, on this machine. None is no limit; where there is no
+            target either, it is 4.7 effective bits, or more if the preset ``default`` takes more.
         target: a dictionary of the fields of :class:`dsconv.optimization.Target`: least ``agreement`` in percent,
             largest ``kl`` in nats, largest ``top1_drop`` in percent points, or largest ``distance``; it needs images.
         time_limit: seconds, None for as many as it takes. What is not begun when they are over is left out, and a step
@@ -150,8 +135,7 @@ def optimize(
     check_task(task)
     check_metric(metric)
     import_extra("search", "highspy")  # which may be missing: said before minutes of work
-    saved = Saved(None if state is None else as_path(state, "state"), resume)
-    clock = _Clock(time_limit)
+    saved, clock = Saved(None if state is None else as_path(state, "state"), resume), Clock(time_limit)
     model = as_layers(unwrapped(model))[0]
     if images is None:
         prepared = preprocess or preprocess_of(model)
@@ -172,86 +156,57 @@ def optimize(
         "dsconv version": metadata.version("dsconv"),
     }
     saved.open({"model": model}, joined([x for x, _ in parts.measured]), settings)
-    options = {"device": device, "task": task, "progress": progress}
-    run = _Run(model, parts, goal, saved, clock, prepared, seed, threads, any_range, metric, options, on_attempt)
-    run.uniform(_SHIFT)
-    if parts.steps is None:
-        run.searched(_SHIFT, run.first)
+    steps = Steps(
+        model=model,
+        parts=parts,
+        saved=saved,
+        clock=clock,
+        prepared=prepared,
+        seed=seed,
+        any_range=any_range,
+        metric=metric,
+        threads=threads,
+        options={"device": device, "task": task, "progress": progress},
+    )
+    if not goal.budget and not goal.target:
+        goal = replace(goal, budget={"effective_bits": max(_BITS, steps.sizes(_BASES[_SHIFT]).effective_bits)})
+
+    recipes = _Recipes(steps, goal, on_attempt)
+    recipes.uniform(_SHIFT)
+    if images is None:
+        recipes.searched(_SHIFT, recipes.first)
     else:
-        run.uniform(_NO_SHIFT, calibrated=True)
-        run.searched(_NO_SHIFT, run.first, calibrated=True)
-        run.searched(_SHIFT, run.first, calibrated=True)
-        run.approach_target()
-        run.adapted()
-    return run.result()
+        recipes.uniform(_NO_SHIFT, calibrated=True)
+        recipes.searched(_NO_SHIFT, recipes.first, calibrated=True)
+        recipes.searched(_SHIFT, recipes.first, calibrated=True)
+        recipes.approach_target()
+        recipes.adapted()
+    return recipes.result()
 
 
-class _OutOfTime(Exception):
-    """A step would outlast the time limit."""
+class _Recipes:
+    """Each method tries a recipe, or several; what comes of them is kept for :meth:`result`."""
 
-
-class _Clock:
-    """The time that is left."""
-
-    def __init__(self, seconds: float | None):
-        self._start, self._limit = time.perf_counter(), math.inf if seconds is None else seconds
-
-    @property
-    def passed(self) -> float:
-        """Seconds since the beginning."""
-        return time.perf_counter() - self._start
-
-    @property
-    def left(self) -> float:
-        """Seconds to the limit."""
-        return self._limit - self.passed
-
-    def check(self, seconds: float = 0.0) -> None:
-        """Raise _OutOfTime unless so many seconds, and more than none, are left."""
-        if self.left <= seconds:
-            more = f"about {seconds:.0f} s would be needed and {max(0.0, self.left):.0f} s were left" if seconds else ""
-            raise _OutOfTime(more or "the time limit was over")
-
-
-class _Run:
-    """The network, the images, and what was tried so far; each method is a recipe."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        parts: Parts,
-        goal: Goal,
-        saved: Saved,
-        clock: _Clock,
-        prepared: Preprocess | None,
-        seed: int,
-        threads: int,
-        any_range: bool,
-        metric: Metric | None,
-        options: dict[str, Any],
-        on_attempt: Callable[[Attempt], None],
-    ):
-        self.model, self.parts, self.goal, self.saved, self.clock = model, parts, goal, saved, clock
-        self.prepared, self.seed, self.threads, self.any_range = prepared, seed, threads, any_range
-        self.metric, self.options, self.on_attempt = metric, options, on_attempt
+    def __init__(self, steps: Steps, goal: Goal, on_attempt: Callable[[Attempt], None]):
+        self.steps, self.goal, self.on_attempt = steps, goal, on_attempt
         self.attempts: list[Attempt] = []
-        self.searches: list[tuple[Attempt, str]] = []
         self.networks: dict[str, nn.Module] = {}
         self.left_out: dict[str, str] = {}
-        self.measured: dict[str, Sensitivity] = {}
-        self.untimed = ""
-        # Milliseconds of the compiled network for one of its layers as the search times them.
+        self.searches: list[tuple[Attempt, str]] = []
+        # The limit along which networks are made smaller or faster.
+        self.axis = next((name for name in ("ms", "bytes") if name in goal.budget), "effective_bits")
+        self.first = goal.budget.get(self.axis, _BITS)
+        # Milliseconds of the compiled network for one of its layers as a search times them.
         self.ratio = 1.0
-
-    # Recipes
 
     def uniform(self, base: str, *, calibrated: bool = False) -> None:
         """Try the same bits in every layer: as many as the budget allows, 4 where it does not say."""
         config = self._most_bits(_BASES[base])
-        self._try(f"W{config.weight_bits}A{config.activation_bits}, {base}", lambda: config, calibrated=calibrated)
+        name = f"W{config.weight_bits}A{config.activation_bits}, {base}"
+        self._try(name, lambda: config, calibrated=calibrated)
 
     def searched(self, base: str, most: float, *, calibrated: bool = False) -> Attempt | None:
-        """Try bits by layer of which ``self.axis`` comes to ``most``."""
+        """Try bits by layer that come to ``most`` on the axis."""
         name = f"searched, {most:.4g} {_SHORT[self.axis]}, {base}"
         found = self._try(name, lambda: self._within(base, most), calibrated=calibrated)
         if found is not None:
@@ -263,11 +218,9 @@ class _Run:
         if not self.goal.target or not self.searches:
             return
         best, base = min(self.searches, key=lambda search: self.goal.rank(search[0]))
-        least, most = range_of(self.axis, self._sensitivity(base))
-        if self.goal.by_time:
-            least *= self.ratio
+        least, most = range_of(self.axis, self.steps.sensitivity(_BASES[base], times=self.goal.by_time))
         if not self.goal.short(best):
-            low, high = least, self.first
+            low, high = least * self.ratio, self.first
         elif self.axis in self.goal.budget:
             return
         else:
@@ -286,20 +239,18 @@ class _Run:
         chosen = self._to_adapt()
         if chosen is None:
             return
-        name, network = f"{chosen.name}, adapted", self.networks[chosen.name]
-        assert self.parts.steps is not None
+        name, images = f"{chosen.name}, adapted", self.steps.parts.counts["steps"]
         if chosen.evaluation.distance <= _CLOSE_ALREADY and not self.goal.short(chosen):
             self.left_out[name] = f"within {_CLOSE_ALREADY} of float, a training does not pay"
-        elif len(self.parts.steps) < _FEWEST_IMAGES:
-            self.left_out[name] = f"a training needs {_FEWEST_IMAGES} images or more, there are {len(self.parts.steps)}"
+        elif images < _FEWEST_IMAGES:
+            self.left_out[name] = f"a training needs {_FEWEST_IMAGES} images or more, there are {images}"
         else:
-            make = partial(self._adapted, name, network)
-            self._try(name, lambda: chosen.config, make, calibrated=chosen.calibrated, adapted=True)
+            self._try(chosen.name, lambda: chosen.config, calibrated=chosen.calibrated, adapted=chosen)
 
     def result(self) -> Optimization:
         """Return what was tried, and the best of it."""
-        best = self.goal.best(self.attempts)
-        sizes, times = summary(self.model), self._times(FLOAT, self.model)
+        steps, best = self.steps, self.goal.best(self.attempts)
+        sizes, times = summary(steps.model), steps.times(steps.model)
         reference = Candidate(
             name=FLOAT,
             settings="",
@@ -308,8 +259,6 @@ class _Run:
             evaluation=best.evaluation.reference,
             times_ms=times,
         )
-        if self.untimed:
-            self.left_out["times"] = self.untimed
         return Optimization(
             model=self.networks[best.name],
             best=best,
@@ -318,36 +267,83 @@ class _Run:
             budget=self.goal.budget,
             target=self.goal.target,
             shortfall=self.goal.shortfall(best),
-            images=self.parts.counts,
-            synthetic=self.parts.steps is None,
-            held_out=self.parts.measured,
-            left_out=self.left_out,
-            seconds=self.clock.passed,
-            threads=self.threads,
+            images=steps.parts.counts,
+            synthetic=steps.parts.steps is None,
+            held_out=steps.parts.measured,
+            left_out={**self.left_out, **({"times": steps.untimed} if steps.untimed else {})},
+            seconds=steps.clock.passed,
+            threads=steps.threads,
             machine=machine() if times else None,
         )
 
-    # What recipes are made of
+    def _try(
+        self,
+        name: str,
+        settings: Callable[[], QuantConfig],
+        *,
+        calibrated: bool = False,
+        adapted: Attempt | None = None,
+    ) -> Attempt | None:
+        """Make a network and measure it; None, with a reason in ``left_out``, where that is not possible.
 
-    @property
-    def axis(self) -> str:
-        """The limit along which networks are made smaller or faster."""
-        return next((name for name in ("ms", "bytes") if name in self.goal.budget), "effective_bits")
-
-    @cached_property
-    def first(self) -> float:
-        """Where the search begins on the axis: at the budget, else at the bits of the default budget."""
-        return self.goal.budget.get(self.axis, DEFAULT_BUDGET["effective_bits"])
+        Args:
+            name: of the recipe, to which what else is done is added.
+            settings: of all layers; it may raise OutOfTime, or ConfigError where the budget cannot be kept.
+            calibrated: whether it is calibrated.
+            adapted: what is to be adapted in place of a network of these settings.
+        """
+        name += ", adapted" if adapted else ", calibrated" if calibrated else ""
+        steps, since = self.steps, time.perf_counter()
+        try:
+            if self.attempts:
+                steps.clock.check()
+            config = settings()
+            if adapted:
+                network = steps.adapted(name, self.networks[adapted.name])
+            else:
+                network = steps.quantized(config)
+                network = steps.calibrated(network) if calibrated else network
+        except OutOfTime as reason:
+            self.left_out[name] = str(reason)
+            return None
+        except ConfigError as error:
+            if not str(error).startswith("budget: "):
+                raise
+            self.left_out[name] = str(error)
+            return None
+        seconds = time.perf_counter() - since
+        found = steps.saved.attempts.get(name)
+        if found is None or found.config != config:
+            sizes, evaluation = summary(network), steps.compared(network)
+            self.goal.check_figures(evaluation)
+            found = Attempt(
+                name=name,
+                settings="",
+                bytes=sizes.bytes_after,
+                effective_bits=sizes.effective_bits,
+                evaluation=evaluation,
+                times_ms=steps.times(network, needed=self.goal.by_time),
+                config=config,
+                calibrated=calibrated,
+                adapted=adapted is not None,
+                seconds=seconds,
+            )
+            steps.saved.attempts[name] = found
+            steps.saved.write()
+        found = replace(found, verdict=self.goal.verdict(found))
+        self.attempts.append(found)
+        self.networks[name] = network
+        self.on_attempt(found)
+        return found
 
     def _most_bits(self, base: QuantConfig) -> QuantConfig:
         """Return the settings of ``base`` in the most bits that keep the budget; the fewest where none does."""
         limits = {name: limit for name, limit in self.goal.budget.items() if name != "ms"}
-        if not limits:
-            return base
-        for bits in (8, 6, 5, 4, 3, 2):
+        config = base
+        for bits in (8, 6, 5, 4, 3, 2) if limits else ():
             config = QuantConfig(**{**base.to_dict(), "weight_bits": bits})
-            sizes = self._sizes(config)
-            taken = {"effective_bits": sizes.effective_bits, "bytes": sizes.bytes_after + self._bias_bytes}
+            sizes = self.steps.sizes(config)
+            taken = {"effective_bits": sizes.effective_bits, "bytes": sizes.bytes_after + self.steps.bias_bytes}
             if all(taken[name] <= limit for name, limit in limits.items()):
                 break
         return config
@@ -358,220 +354,38 @@ class _Run:
         Milliseconds of layers, which a search measures, are not those of a compiled network: their ratio is that of the
         selection before, which is compiled and timed.
         """
-        measured, limits = self._sensitivity(base), {**self.goal.budget, self.axis: most}
+        measured = self.steps.sensitivity(_BASES[base], times=self.goal.by_time)
+        limits = {**self.goal.budget, self.axis: most}
         if "bytes" in limits:
-            limits["bytes"] = max(1.0, limits["bytes"] - self._bias_bytes)
+            limits["bytes"] = max(1.0, limits["bytes"] - self.steps.bias_bytes)
+        if self.axis not in self.goal.budget:
+            limits[self.axis] = max(most, range_of(self.axis, measured)[0] * (1 + 1e-6))
         if not self.goal.by_time:
             return within(_BASES[base], measured, limits)[0]
         del limits["ms"]
         limits = limits or {"effective_bits": range_of("effective_bits", measured)[1]}
         for _ in range(_ROUNDS):
             config, chosen = within(_BASES[base], measured, limits)
-            times, layers_ms = (
-                self._times(config.to_json(), quantize(self.model, config)),
-                point_of(chosen, measured).ms,
-            )
+            times = self.steps.times(self.steps.quantized(config), needed=True)
+            layers_ms = point_of(chosen, measured).ms
             assert times is not None
             assert layers_ms
             self.ratio = times.median / layers_ms
-            # The fastest there are, where even these take more.
-            limits["ms"] = max(most / self.ratio, range_of("ms", measured)[0] * (1 + 1e-6))
             if times.median <= most:
                 break
+            # The fastest there are, where even these take more.
+            limits["ms"] = max(most / self.ratio, range_of("ms", measured)[0] * (1 + 1e-6))
         return config
-
-    def _sensitivity(self, base: str) -> Sensitivity:
-        """Measure what each layer's bits cost, or stop where that would take too long."""
-        if base not in self.measured:
-            config, times = _BASES[base], self.goal.by_time
-            choices = choices_of(config, times=times)
-            self.measured[base] = measure(
-                "search",
-                self.model,
-                config,
-                choices=choices,
-                images=self.parts.searched(_SEARCHED, _SEARCH_BATCH),
-                preprocess=self.prepared if self.parts.steps is None else None,
-                limit=_SEARCHED,
-                batch_size=_SEARCH_BATCH,
-                seed=self.seed,
-                times=times,
-                metric=self.metric,
-                on_trial=self._in_time(len(choices)),
-                **self.saved.step("search", config.to_json(), times),
-                **self.options,
-            )
-        return self.measured[base]
-
-    def _in_time(self, choices: int) -> Callable[[Trial], None]:
-        """Return what raises _OutOfTime once the trials so far tell that the others would take too long."""
-        layers = [row.name for row in self._sizes(_BASES[_SHIFT]).layers if row.quantized]
-        began, allowed, done = time.perf_counter(), _SEARCH_SHARE * self.clock.left, 0
-
-        def look(trial: Trial) -> None:
-            nonlocal done
-            done += 1
-            took = time.perf_counter() - began
-            expected = took * (1 + choices * (len(layers) - 1 - layers.index(trial.layer)) / done)
-            if done >= choices and expected > allowed:
-                raise _OutOfTime(f"the search would take about {expected:.0f} s")
-
-        return look
-
-    def _calibrated(self, network: nn.Module) -> nn.Module:
-        assert self.parts.steps is not None
-        return calibrate(
-            network,
-            self.model,
-            self.parts.steps,
-            limit=_CALIBRATED,
-            seed=self.seed,
-            any_range=self.any_range,
-            on_layer=lambda _: self.clock.check(),
-            **self.saved.step("calibrate", info_of(network).config.to_json()),
-            **self.options,
-        )
-
-    def _adapted(self, name: str, network: nn.Module) -> nn.Module:
-        """Adapt a network in as many steps as the time allows."""
-        assert self.parts.steps is not None
-        options = {"seed": self.seed, "any_range": self.any_range, **self.options}
-        if name not in self.saved.steps:
-            looks: list[Any] = []
-            few = Recipe(steps=2, every=1)
-            images = self.parts.steps[:_FEWEST_IMAGES]
-            adapt(network, self.model, images, recipe=few, on_look=looks.append, **{**options, "progress": False})
-            seconds = looks[-1].seconds - looks[-2].seconds
-            self.clock.check(_FEWEST_STEPS * seconds)
-            self.saved.steps[name] = int(min(_STEPS, self.clock.left / seconds))
-            self.saved.write()
-        recipe = Recipe(steps=self.saved.steps[name])
-        state = self.saved.step("adapt", name, info_of(network).config.to_json())
-        return adapt(network, self.model, self.parts.steps, recipe=recipe, **state, **options)
 
     def _to_adapt(self) -> Attempt | None:
         """Return the attempt that misses the target by the least and is cheaper than the best; else the best."""
-        best = self.goal.best(self.attempts)
-        if self.goal.over(best):
+        goal, best = self.goal, self.goal.best(self.attempts)
+        if goal.over(best):
             return None
-        if not self.goal.target or self.goal.short(best):
+        if not goal.target or goal.short(best):
             return best
-        cheaper = [a for a in self.attempts if self.goal.short(a) and self.goal.cost(a) < self.goal.cost(best)]
-        kept = [a for a in cheaper if not self.goal.over(a)]
-        return min(kept, key=self.goal.rank) if kept else None
-
-    # Measurements
-
-    def _try(
-        self,
-        name: str,
-        settings: Callable[[], QuantConfig],
-        make: Callable[[], nn.Module] | None = None,
-        *,
-        calibrated: bool = False,
-        adapted: bool = False,
-    ) -> Attempt | None:
-        """Make a network and measure it; None, with a reason in ``left_out``, where that is not possible."""
-        if calibrated and not adapted:
-            name += ", calibrated"
-        since = time.perf_counter()
-        try:
-            if self.attempts:
-                self.clock.check()
-            config = settings()
-            if make is None:
-                network = quantize(self.model, config, preprocess=self.prepared)
-                network = self._calibrated(network) if calibrated else network
-            else:
-                network = make()
-        except _OutOfTime as reason:
-            self.left_out[name] = str(reason)
-            return None
-        except ConfigError as error:
-            if not str(error).startswith("budget: "):
-                raise
-            self.left_out[name] = str(error)
-            return None
-        found = self.saved.attempts.get(name)
-        if found is None or found.config != config:
-            found = self._measured(name, config, network, time.perf_counter() - since)
-            found = replace(found, calibrated=calibrated, adapted=adapted)
-            self.saved.attempts[name] = found
-            self.saved.write()
-        found = replace(found, verdict=self.goal.verdict(found))
-        self.attempts.append(found)
-        self.networks[name] = network
-        self.on_attempt(found)
-        return found
-
-    def _measured(self, name: str, config: QuantConfig, network: nn.Module, seconds: float) -> Attempt:
-        """Return the figures of a network on the images that no step has used."""
-        seen = network if self._float is self.model else quantize(self._float, config)
-        found = compare(self._answers, seen, self.parts.measured, per_layer=False, metric=self.metric, **self.options)
-        self.goal.check_figures(found)
-        sizes = summary(network)
-        return Attempt(
-            name=name,
-            settings="",
-            bytes=sizes.bytes_after,
-            effective_bits=sizes.effective_bits,
-            evaluation=found,
-            times_ms=self._times(config.to_json(), network),
-            config=config,
-            seconds=seconds,
-        )
-
-    @cached_property
-    def _float(self) -> nn.Module:
-        """The float network, for noise with the statistics that noise has, as a search takes it."""
-        (x, _), *_ = self.parts.measured
-        noisy = self.parts.steps is None and with_statistics(self.model)
-        return normalized(self.model, x) if noisy and isinstance(x, Tensor) else self.model
-
-    @cached_property
-    def _answers(self) -> nn.Module:
-        """The float network, or what it answers where that is little: it is then computed once."""
-        batches = [x for x, _ in self.parts.measured]
-        with evaluation_mode([self._float]), torch.inference_mode():
-            outputs = call(self._float, as_input_of(self._float, batches[0][:1]))
-        one = sum(y.numel() * y.element_size() for y in tree_leaves(outputs) if isinstance(y, Tensor))
-        if one * self.parts.counts["measured"] > _REMEMBERED_BYTES:
-            return self._float
-        return Recorded(self._float, batches, self.options["device"], self.options["task"])
-
-    def _times(self, key: str, network: nn.Module) -> Quartiles | None:
-        """Return the times of one image, compiled; None where the network cannot be compiled."""
-        if key not in self.saved.times:
-            times: dict[str, Quartiles] = {}
-            name = FLOAT if key == FLOAT else "network"
-            try:
-                with evaluation_mode([network]):
-                    example = self.parts.measured[0][0][:1]
-                    time_each({name: network}, example, self.threads, _TIMED_SECONDS, times)
-            except ModelError as error:
-                if self.goal.by_time:
-                    raise
-                self.untimed = str(error)
-                return None
-            self.saved.times[key] = times[name]
-        return self.saved.times[key]
-
-    def _sizes(self, config: QuantConfig) -> Summary:
-        """Return the sizes of the quantized network, which do not depend on how weights are rounded."""
-        return summary(self._quickly(config))
-
-    def _quickly(self, config: QuantConfig) -> nn.Module:
-        quickly = {"weight_rule": "paper", "batchnorm_statistics": False}
-        return quantize(self.model, QuantConfig(**{**config.to_dict(), **quickly}))
-
-    @cached_property
-    def _bias_bytes(self) -> int:
-        """Bytes of the biases that a calibration adds, at most."""
-        layers = quantized_layers(self._quickly(_BASES[_SHIFT])).values()
-        return sum(4 * len(layer.vqk) for layer in layers if layer.bias is None) if self.parts.steps is not None else 0
-
-
-_SHORT = {"effective_bits": "bits", "bytes": "bytes", "ms": "ms"}
+        cheaper = [a for a in self.attempts if goal.short(a) and not goal.over(a) and goal.cost(a) < goal.cost(best)]
+        return min(cheaper, key=goal.rank, default=None)
 
 
 def _check_numbers(time_limit: float | None, limit: int, batch_size: int, seed: int, threads: int) -> None:

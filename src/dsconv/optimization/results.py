@@ -53,7 +53,8 @@ class Optimization:
         best: the attempt that made it.
         attempts: all of them, in their order.
         reference: the float network.
-        budget, target: by name, as they were given; the budget of 4.7 effective bits where neither was.
+        budget, target: by name, as they were given; where neither was, a budget of 4.7 effective bits, or more if
+            the preset ``default`` takes more.
         shortfall: by how much ``best`` misses budget or target, in one sentence; None where it does not.
         images: numbers of images: those that the steps could use, and those that figures are measured on.
         synthetic: whether the latter are noise, in want of images.
@@ -118,9 +119,13 @@ class Optimization:
         columns: Columns = {
             **columns_of(self.attempts),
             "s": lambda c: f"{c.seconds:.0f}" if isinstance(c, Attempt) else None,
-            "verdict": lambda c: "kept" if c is self.best else getattr(c, "verdict", None),
+            "verdict": lambda c: self._verdict(c) if isinstance(c, Attempt) else None,
         }
         return Group(table_of((self.reference, *self.attempts), columns), *map(Text, self._notes()))
+
+    def _verdict(self, attempt: Attempt) -> str | None:
+        kept = attempt is self.best
+        return ", ".join(["kept"] * kept + [attempt.verdict] * (attempt.verdict not in ("", *["meets target"] * kept)))
 
     def __str__(self) -> str:
         return as_text(self)
