@@ -152,12 +152,13 @@ class Regression(nn.Module):
         return y.view(-1, 4, 6)
 
 
-def test_inputs_and_outputs_of_any_kind() -> None:
+def test_inputs_and_outputs_of_any_kind(tmp_path: Path) -> None:
     inputs = dsconv.Inputs(images(40), torch.rand(40, 1, generator=torch.Generator().manual_seed(2)))
     found = dsconv.optimize(Regression(), inputs, target={"distance": 0.5}, budget=8)
     assert found.met and found.best.evaluation.measure == "relative error" and found.best.evaluation.distance <= 0.5
     with pytest.raises(ConfigError, match=r"target: kl: .* pass a target of distance"):
-        dsconv.optimize(Regression(), inputs, target={"kl": 0.1})
+        dsconv.optimize(Regression(), inputs, target={"kl": 0.1}, state=tmp_path / "state")
+    assert not (tmp_path / "state").exists()  # there is nothing to resume yet
 
 
 def test_a_metric_of_ones_own_is_the_distance() -> None:

@@ -63,7 +63,7 @@ class Saved:
             self._path.mkdir()
             self._file = StateFile(self._path / _MAIN, False, "optimization")
             self._file.open(models, x, settings)
-            self.write()
+            self._path.rmdir()  # there is nothing to resume yet
 
     def _read(self, data: Any) -> None:
         try:
@@ -77,12 +77,15 @@ class Saved:
         """Return ``state`` and ``resume`` for a step, whose file is named by ``work`` and what it is ``made_of``."""
         if self._path is None:
             return {"state": None, "resume": False}
+        self._path.mkdir(exist_ok=True)
         digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         path = self._path / f"{work}-{digest}{_SUFFIX}"
         return {"state": path, "resume": path.exists()}
 
     def write(self) -> None:
         """Write what is known."""
+        if self._path is not None:
+            self._path.mkdir(exist_ok=True)
         rows = _ATTEMPTS.dump_python(list(self.attempts.values()))
         self._file.write({"attempts": rows, "times": self.times, "steps": self.steps}, {})
 
