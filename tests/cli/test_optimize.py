@@ -78,7 +78,7 @@ def test_a_target_that_cannot_be_met(cli: Cli, model: tuple[str, ...], digits: P
     done = cli("optimize", *model, "--data", digits, "--kl", 1e-12, "--effective-bits", 5, "--out", out)
     assert done.code == 1 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: budget or target is not met: a KL divergence of ") and str(out) in last
+    assert last.startswith("error: budget or target is not met: KL divergence is ") and str(out) in last
     assert "misses target" in done.stdout or "kept" in done.stdout
     assert written(tmp_path) == {"net.safetensors", "net.json", "net.html"}
 

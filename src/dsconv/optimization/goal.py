@@ -14,7 +14,6 @@ from dsconv.mixed.selection import Budget, limits_of
 from dsconv.optimization.results import Attempt
 
 LIMITS = ("effective_bits", "bytes", "ms")
-_UNITS = {"effective_bits": "bits a weight", "bytes": "bytes", "ms": "ms"}
 
 
 class Target(Strict):
@@ -138,34 +137,41 @@ class Goal:
         if over := self.over(attempt):
             return 2, max(value / self.budget[name] for name, value in over.items()), distance
         if short := self.short(attempt):
-            return (
-                1,
-                max(value / (self.target[name] if name in ("kl", "distance") else 1) for name, value in short.items()),
-                distance,
-            )
+            # Percent points are taken as they are.
+            scales = {name: self.target[name] if name in ("kl", "distance") else 1.0 for name in short}
+            return 1, max(value / scales[name] for name, value in short.items()), distance
         return (0, self.cost(attempt), distance) if self.target else (0, distance, self.cost(attempt))
 
     def shortfall(self, attempt: Attempt) -> str | None:
-        """Return by how much an attempt misses budget and target, in one sentence; None where it does not."""
+        """Return by how much an attempt misses budget and target, without a full stop; None where it does not."""
         said = [
-            f"{_taken(name, attempt):.6g} {_UNITS[name]} are {value:.4g} more than the budget of {self.budget[name]:g}"
+            f"{_said(name, _taken(name, attempt))}, {_number(name, value)} above the budget of {self.budget[name]:g}"
             for name, value in self.over(attempt).items()
         ]
         for name, value in self.short(attempt).items():
-            figure, words = (
-                _figure(name, attempt.evaluation),
-                "less than the least" if name == "agreement" else "more than the most",
-            )
-            said.append(f"{_WORDS[name]} of {figure:.4g} is {value:.4g} {words} of {self.target[name]:g}")
-        return None if not said else "; ".join(said)
+            figure, side = _figure(name, attempt.evaluation), "below" if name == "agreement" else "above"
+            said.append(f"{_said(name, figure)}, {_number(name, value)} {side} the target of {self.target[name]:g}")
+        return "; ".join(said) or None
 
 
 _WORDS = {
-    "agreement": "an agreement in percent",
-    "kl": "a KL divergence",
-    "top1_drop": "a drop of top-1 in percent points",
-    "distance": "a distance",
+    "effective_bits": ("size", " bits a weight"),
+    "bytes": ("size", " bytes"),
+    "ms": ("time", " ms"),
+    "agreement": ("agreement", " %"),
+    "kl": ("KL divergence", " nats"),
+    "top1_drop": ("drop of top-1", " points"),
+    "distance": ("distance", ""),
 }
+
+
+def _said(name: str, value: float | None) -> str:
+    word, unit = _WORDS[name]
+    return f"{word} is {_number(name, math.nan if value is None else value)}{unit}"
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:,.0f}" if name == "bytes" else f"{value:.4g}"
 
 
 def _taken(name: str, attempt: Attempt) -> float:

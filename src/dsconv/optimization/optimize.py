@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dsconv.benchmarking.machine import machine
+from dsconv.benchmarking.measure import Quartiles
 from dsconv.calibration.images import prepared_as
 from dsconv.config import QuantConfig
 from dsconv.conversion import summary
@@ -19,7 +20,7 @@ from dsconv.conversion.wrappers import unwrapped
 from dsconv.cpu import cores
 from dsconv.data import Images, Preprocess
 from dsconv.data.inputs import joined
-from dsconv.errors import ConfigError, check_whole, import_extra
+from dsconv.errors import ConfigError, ModelError, check_whole, import_extra
 from dsconv.evaluation.metric import Metric, check_metric, name_of
 from dsconv.files import as_path
 from dsconv.mixed import Budget
@@ -249,20 +250,21 @@ class _Recipes:
 
     def result(self) -> Optimization:
         """Return what was tried, and the best of it."""
-        steps, best = self.steps, self.goal.best(self.attempts)
-        sizes, times = summary(steps.model), steps.times(steps.model)
+        steps, times = self.steps, self._times()
+        attempts = [replace(a, times_ms=a.times_ms or times.get(a.config.to_json())) for a in self.attempts]
+        best, sizes = self.goal.best(attempts), summary(steps.model)
         reference = Candidate(
             name=FLOAT,
             settings="",
             bytes=sizes.bytes_after,
             effective_bits=sizes.effective_bits,
             evaluation=best.evaluation.reference,
-            times_ms=times,
+            times_ms=times.get(FLOAT),
         )
         return Optimization(
             model=self.networks[best.name],
             best=best,
-            attempts=tuple(self.attempts),
+            attempts=tuple(attempts),
             reference=reference,
             budget=self.goal.budget,
             target=self.goal.target,
@@ -270,11 +272,20 @@ class _Recipes:
             images=steps.parts.counts,
             synthetic=steps.parts.steps is None,
             held_out=steps.parts.measured,
-            left_out={**self.left_out, **({"times": steps.untimed} if steps.untimed else {})},
+            left_out=self.left_out,
             seconds=steps.clock.passed,
             threads=steps.threads,
             machine=machine() if times else None,
         )
+
+    def _times(self) -> dict[str, Quartiles]:
+        """Return the times of the networks in turns, by their settings; those that decide are known already."""
+        made = {} if self.goal.by_time else {a.config.to_json(): self.networks[a.name] for a in self.attempts}
+        try:
+            return self.steps.race({FLOAT: self.steps.model, **made})
+        except ModelError as error:
+            self.left_out["timing"] = str(error)
+            return {}
 
     def _try(
         self,
@@ -322,7 +333,7 @@ class _Recipes:
                 bytes=sizes.bytes_after,
                 effective_bits=sizes.effective_bits,
                 evaluation=evaluation,
-                times_ms=steps.times(network, needed=self.goal.by_time),
+                times_ms=steps.timed(network) if self.goal.by_time else None,
                 config=config,
                 calibrated=calibrated,
                 adapted=adapted is not None,
@@ -366,9 +377,7 @@ class _Recipes:
         limits = limits or {"effective_bits": range_of("effective_bits", measured)[1]}
         for _ in range(_ROUNDS):
             config, chosen = within(_BASES[base], measured, limits)
-            times = self.steps.times(self.steps.quantized(config), needed=True)
-            layers_ms = point_of(chosen, measured).ms
-            assert times is not None
+            times, layers_ms = self.steps.timed(self.steps.quantized(config)), point_of(chosen, measured).ms
             assert layers_ms
             self.ratio = times.median / layers_ms
             if times.median <= most:

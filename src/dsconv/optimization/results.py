@@ -150,5 +150,5 @@ class Optimization:
         for reason in dict.fromkeys(self.left_out.values()):
             yield f"Not tried: {'; '.join(n for n, why in self.left_out.items() if why == reason)}: {reason}."
         if self.machine is not None:
-            yield f"ms: one image, compiled, on {plural(self.threads)}; float32 in PyTorch. s: of the steps."
+            yield f"ms: one image, compiled, in turns, on {plural(self.threads)}; float32 in PyTorch. s: of the steps."
             yield from machine_notes(self.machine)

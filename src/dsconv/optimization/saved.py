@@ -28,7 +28,7 @@ class Saved:
 
     Attributes:
         attempts: by the name of the recipe.
-        times: quartiles of milliseconds, by the settings as JSON.
+        times: quartiles of milliseconds, by the settings as JSON, where they decide.
         steps: of each adaptation, by the name of its recipe.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,6 @@ from dsconv.conversion.quantized import quantized_layers
 from dsconv.conversion.statistics import normalized, with_statistics
 from dsconv.data import Preprocess
 from dsconv.data.inputs import call
-from dsconv.errors import ModelError
 from dsconv.evaluation import Comparison, compare
 from dsconv.evaluation.metric import Metric
 from dsconv.layers.inputs import as_input_of
@@ -30,7 +29,7 @@ from dsconv.mixed.measure import Recorded, measure
 from dsconv.modes import evaluation_mode
 from dsconv.optimization.images import Parts
 from dsconv.optimization.saved import Saved
-from dsconv.tradeoffs import FLOAT, time_each
+from dsconv.tradeoffs import time_each
 
 # Images that layers are ranked on, and that layers are calibrated on.
 _SEARCHED, _SEARCH_BATCH, _CALIBRATED = 32, 16, 128
@@ -83,7 +82,6 @@ class Steps:
         seed, any_range, metric: as in :func:`dsconv.optimize`.
         threads: that networks are timed on.
         options: ``device``, ``task`` and ``progress``.
-        untimed: why networks are not timed; empty where they are.
     """
 
     model: nn.Module
@@ -96,7 +94,6 @@ class Steps:
     metric: Metric | None
     threads: int
     options: dict[str, Any]
-    untimed: str = ""
     _sensitivity: dict[str, Sensitivity] = field(default_factory=dict)
 
     def quantized(self, config: QuantConfig) -> nn.Module:
@@ -207,27 +204,28 @@ class Steps:
             return self._float
         return Recorded(self._float, batches, self.options["device"], self.options["task"])
 
-    def times(self, network: nn.Module, *, needed: bool = False) -> Quartiles | None:
-        """Return the times of one image, compiled, or of the float network in PyTorch; None where there are none.
-
-        Networks of the same settings take the same time, and are timed once.
+    def timed(self, network: nn.Module) -> Quartiles:
+        """Return the times of one image, compiled, once for all networks of the same settings.
 
         Raises:
-            ModelError: the network cannot be compiled, and times are ``needed``.
+            ModelError: the network cannot be compiled.
         """
-        key = FLOAT if network is self.model else info_of(network).config.to_json()
+        key = info_of(network).config.to_json()
         if key not in self.saved.times:
-            name, times = FLOAT if network is self.model else "network", dict[str, Quartiles]()
-            try:
-                with evaluation_mode([network]):
-                    time_each({name: network}, self.parts.measured[0][0][:1], self.threads, _TIMED_SECONDS, times)
-            except ModelError as error:
-                if needed:
-                    raise
-                self.untimed = str(error)
-                return None
-            self.saved.times[key] = times[name]
+            self.saved.times[key] = self.race({key: network})[key]
         return self.saved.times[key]
+
+    def race(self, networks: Mapping[str, nn.Module]) -> dict[str, Quartiles]:
+        """Return the times of one image, compiled, of several networks in turns; what is called float32 is in PyTorch.
+
+        Raises:
+            ModelError: a network cannot be compiled.
+        """
+        times: dict[str, Quartiles] = {}
+        example, seconds = self.parts.measured[0][0][:1], _TIMED_SECONDS * len(networks)
+        with evaluation_mode(networks.values()):
+            time_each(networks, example, self.threads, seconds, times)
+        return times
 
     def sizes(self, config: QuantConfig) -> Summary:
         """Return the sizes of the quantized network, which do not depend on how weights are rounded."""
