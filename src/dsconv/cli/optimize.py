@@ -94,7 +94,7 @@ def optimize(
 
     Tries a few recipes of search, calibration and adaptation, and keeps the smallest network that meets the target
     (with --ms the fastest), or without a target the closest to float within the budget. Times are on --threads, or
-    else 1. Where budget or target is not met, OUT is the network that comes closest, and the exit code 1.
+    else 1. If budget or target is not met, OUT is the network that comes closest, and the exit code 1.
     """
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), model)

@@ -112,8 +112,8 @@ def optimize(
         on_attempt: is called with each attempt as soon as it is measured.
 
     Returns:
-        An :class:`dsconv.optimization.Optimization`, whose ``model`` is the network. Where budget or target cannot be
-        met it is the one that comes closest, and ``shortfall`` says by how much it misses them.
+        An :class:`dsconv.optimization.Optimization`, whose ``model`` is the network. If budget or target is not met,
+        it is the one that comes closest, and ``shortfall`` says by how much it misses them.
 
     Raises:
         ConfigError: an argument is out of range, or a target is given without images; or ``state`` is there and
@@ -126,9 +126,9 @@ def optimize(
 
     >>> import dsconv
     >>> net, (images, labels) = dsconv.zoo.build("dsconv/digits_resnet"), dsconv.demo.load_digits("unlabelled")
-    >>> found = optimize(net, images[:128], target={"agreement": 90}, time_limit=60)
+    >>> found = optimize(net, images[:64], target={"agreement": 90}, time_limit=10)
     >>> found.met, found.best.evaluation.agreement >= 90, found.images
-    (True, True, {'steps': 64, 'measured': 64})
+    (True, True, {'steps': 32, 'measured': 32})
     """
     check_module("model", model)
     goal = Goal.of(budget, target, images=images is not None)

@@ -123,9 +123,10 @@ class Optimization:
         }
         return Group(table_of((self.reference, *self.attempts), columns), *map(Text, self._notes()))
 
-    def _verdict(self, attempt: Attempt) -> str | None:
-        kept = attempt is self.best
-        return ", ".join(["kept"] * kept + [attempt.verdict] * (attempt.verdict not in ("", *["meets target"] * kept)))
+    def _verdict(self, attempt: Attempt) -> str:
+        if attempt is not self.best:
+            return attempt.verdict
+        return "kept" if self.met else f"kept, {attempt.verdict}"
 
     def __str__(self) -> str:
         return as_text(self)
