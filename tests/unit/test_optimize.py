@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import dsconv
 from dsconv import QuantConfig
 from dsconv.data import Preprocess
-from dsconv.errors import ConfigError, DataError, FileFormatError
+from dsconv.errors import ConfigError, DataError, FileFormatError, ModelError
 from dsconv.evaluation import compare
 from dsconv.optimization import Attempt, Optimization, Target, steps
 from dsconv.optimization.goal import Goal
@@ -127,6 +127,14 @@ def test_a_budget_of_milliseconds() -> None:
     found = dsconv.optimize(net(), images(), budget={"ms": 1e-6})
     assert found.shortfall is not None and found.shortfall.startswith("time is ")
     assert found.best.ms == min(attempt.ms or 0 for attempt in found.attempts)
+
+
+def test_networks_on_another_device_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "device_of", lambda _: torch.device("cuda"))
+    found = dsconv.optimize(net(), images(), budget=5, time_limit=1e-9)
+    assert found.best.ms is None and found.machine is None and "the network is on cuda" in found.left_out["timing"]
+    with pytest.raises(ModelError, match="times are of the CPU"):
+        dsconv.optimize(net(), images(), budget={"ms": 3}, time_limit=1e-9)
 
 
 def test_labels_and_the_drop_of_top1() -> None:

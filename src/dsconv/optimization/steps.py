@@ -21,9 +21,10 @@ from dsconv.conversion.quantized import quantized_layers
 from dsconv.conversion.statistics import normalized, with_statistics
 from dsconv.data import Preprocess
 from dsconv.data.inputs import call
+from dsconv.errors import ModelError
 from dsconv.evaluation import Comparison, compare
 from dsconv.evaluation.metric import Metric
-from dsconv.layers.inputs import as_input_of
+from dsconv.layers.inputs import as_input_of, device_of
 from dsconv.mixed import Sensitivity, Trial, choices_of
 from dsconv.mixed.measure import Recorded, measure
 from dsconv.modes import evaluation_mode
@@ -219,8 +220,12 @@ class Steps:
         """Return the times of one image, compiled, of several networks in turns; what is called float32 is in PyTorch.
 
         Raises:
-            ModelError: a network cannot be compiled.
+            ModelError: a network cannot be compiled, or is not on the CPU.
         """
+        if (place := device_of(self.model)).type != "cpu":
+            raise ModelError(
+                f"times are of the CPU, and the network is on {place}: pass it on the CPU, with device='{place}'"
+            )
         times: dict[str, Quartiles] = {}
         example, seconds = self.parts.measured[0][0][:1], _TIMED_SECONDS * len(networks)
         with evaluation_mode(networks.values()):
