@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dsconv.io import load, save
     from dsconv.mixed import search, sensitivity
     from dsconv.onnx import export_onnx, from_onnx
+    from dsconv.optimization.optimize import optimize
     from dsconv.recipe import Recipe
     from dsconv.report import write_report
     from dsconv.tradeoffs import tradeoff
@@ -55,6 +56,7 @@ __all__ = [
     "nn",
     "numerics",
     "ops",
+    "optimize",
     "profile",
     "quantize",
     "save",
@@ -81,6 +83,7 @@ __getattr__, __dir__ = lazily(
         "dsconv.io": ("load", "save"),
         "dsconv.mixed": ("search", "sensitivity"),
         "dsconv.onnx": ("export_onnx", "from_onnx"),
+        "dsconv.optimization": ("optimize",),
         "dsconv.recipe": ("Recipe",),
         "dsconv.report": ("write_report",),
         "dsconv.tradeoffs": ("tradeoff",),

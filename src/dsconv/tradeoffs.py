@@ -34,10 +34,15 @@ from dsconv.tables import Printed
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
 FLOAT = "float32"
 _KL = "KL divergence"
+# Columns that are no numbers.
+_WORDS = ("settings", "front", "verdict")
 Cost = Literal["bytes", "ms"]
+Columns = Mapping[str, Callable[["Candidate"], str | None]]
+"""Cells of a table by their heading; a column without any cell is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,40 +182,16 @@ class Tradeoff(Printed):
         return [{**c.to_dict(), **{name: c in front for name, front in fronts.items()}} for c in self.all]
 
     def __rich__(self) -> "Group":
-        from rich import box
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text
 
         fronts = {"size": self.front("bytes"), "time": self.front("ms")}
-        columns: dict[str, Callable[[Candidate], str | None]] = {
+        columns: Columns = {
             "settings": lambda c: c.settings,
-            "MB": lambda c: f"{c.bytes / 1e6:.2f}",
-            "bits": lambda c: f"{c.effective_bits:.2f}",
-            "top-1 %": lambda c: _text("{:.2f}", getattr(c.evaluation, "top1", None)),
-            "top-5 %": lambda c: _text("{:.2f}", getattr(c.evaluation, "top5", None)),
-            "mIoU %": lambda c: _text("{:.2f}", getattr(c.evaluation, "miou", None)),
-            "PSNR dB": lambda c: _text("{:.1f}", getattr(c.evaluation, "psnr_db", None)),
-            "SSIM": lambda c: _text("{:.4f}", getattr(c.evaluation, "ssim", None)),
-            "agreement %": lambda c: _text("{:.2f}", getattr(c.evaluation, "agreement", None)),
-            "KL": lambda c: _text("{:.4f}", getattr(c.evaluation, "kl", None)),
-            "SQNR dB": lambda c: _text("{:.1f}", getattr(c.evaluation, "logit_sqnr_db", None)),
-            **{
-                measure: lambda c: _text("{:.4g}", getattr(c.evaluation, "distance", None))
-                for measure in {str(getattr(c.evaluation, "measure", _KL)) for c in self.candidates} - {_KL}
-            },
-            "ms": lambda c: None if c.ms is None else digits(c.ms),
-            "quartiles": lambda c: c.times_ms and f"{digits(c.times_ms.first)} .. {digits(c.times_ms.third)}",
+            **columns_of(self.candidates),
             "front": lambda c: ", ".join(name for name, front in fronts.items() if c in front) or None,
         }
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("", overflow="fold")
-        shown = {name: cell for name, cell in columns.items() if any(cell(c) is not None for c in self.all)}
-        for name in shown:
-            table.add_column(name, justify="left" if name in ("settings", "front") else "right")
-        for c in self.all:
-            table.add_row(Text(c.name), *(cell(c) or "" for cell in shown.values()))
-        return Group(table, *map(Text, self._notes()))
+        return Group(table_of(self.all, columns), *map(Text, self._notes()))
 
     def _notes(self) -> Iterator[str]:
         found = self.candidates[0].evaluation
@@ -313,7 +294,7 @@ def tradeoff(
         try:
             x = torch.randn(1, *time_shape, dtype=torch.float32, device="cpu")
             with evaluation_mode(named.values()):
-                _time(named, x, threads, seconds, times)
+                time_each(named, x, threads, seconds, times)
         except KeyboardInterrupt:
             if on_interrupt == "raise":
                 raise
@@ -338,6 +319,42 @@ def tradeoff(
     )
 
 
+def columns_of(candidates: Sequence[Candidate]) -> Columns:
+    """Return the columns of sizes, figures and times of some networks."""
+    measures = {str(getattr(c.evaluation, "measure", _KL)) for c in candidates} - {_KL}
+    return {
+        "MB": lambda c: f"{c.bytes / 1e6:.2f}",
+        "bits": lambda c: f"{c.effective_bits:.2f}",
+        "top-1 %": lambda c: _text("{:.2f}", getattr(c.evaluation, "top1", None)),
+        "top-5 %": lambda c: _text("{:.2f}", getattr(c.evaluation, "top5", None)),
+        "mIoU %": lambda c: _text("{:.2f}", getattr(c.evaluation, "miou", None)),
+        "PSNR dB": lambda c: _text("{:.1f}", getattr(c.evaluation, "psnr_db", None)),
+        "SSIM": lambda c: _text("{:.4f}", getattr(c.evaluation, "ssim", None)),
+        "agreement %": lambda c: _text("{:.2f}", getattr(c.evaluation, "agreement", None)),
+        "KL": lambda c: _text("{:.4f}", getattr(c.evaluation, "kl", None)),
+        "SQNR dB": lambda c: _text("{:.1f}", getattr(c.evaluation, "logit_sqnr_db", None)),
+        **{measure: lambda c: _text("{:.4g}", getattr(c.evaluation, "distance", None)) for measure in measures},
+        "ms": lambda c: None if c.ms is None else digits(c.ms),
+        "quartiles": lambda c: c.times_ms and f"{digits(c.times_ms.first)} .. {digits(c.times_ms.third)}",
+    }
+
+
+def table_of(candidates: Sequence[Candidate], columns: Columns) -> "Table":
+    """Return a table of a row for each network."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold")
+    shown = {name: cell for name, cell in columns.items() if any(cell(c) is not None for c in candidates)}
+    for name in shown:
+        table.add_column(name, justify="left" if name in _WORDS else "right")
+    for c in candidates:
+        table.add_row(Text(c.name), *(cell(c) or "" for cell in shown.values()))
+    return table
+
+
 def _settings(network: nn.Module) -> str:
     info = model_info(network)
     return "" if info is None else info.config.title
@@ -353,7 +370,7 @@ def _check_one_original(summaries: Mapping[str, Summary]) -> None:
                 raise ModelError(f"{first} and {other} are not of one network: its layer {layer!r} has {counts}")
 
 
-def _time(
+def time_each(
     networks: Mapping[str, nn.Module], x: Batch, threads: int, seconds: float, times: dict[str, Quartiles]
 ) -> None:
     """Put quartiles of the milliseconds that each takes into ``times``, also when it is interrupted."""

@@ -25,6 +25,7 @@ NET = "dsconv/digits_resnet"
 GREY = ("--resize", "8x8", "--channels", "gray")
 
 COMMANDS = (
+    "optimize",
     "quantize",
     "evaluate",
     "tradeoff",

@@ -123,6 +123,14 @@ WRONG = {
         EXISTS,
         "highspy is not installed: pip install 'dsconv[search]'",
     ),
+    "optimize nothing --kl 1 --time-limit x --resume --out {there}": (
+        "expected torchvision/NAME",
+        "with --data",
+        "--time-limit: expected",
+        EXISTS,
+        "no previous run to resume",
+        "highspy is not installed: pip install 'dsconv[search]'",
+    ),
     "calibrate {unstated} --data none --preset paper --resume --out {there}": (
         "name it with --model",
         NO_DATA,

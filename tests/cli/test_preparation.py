@@ -117,6 +117,8 @@ COMMANDS = {
     "export int8": "export {file} --model {model} --style int8 --size 1x8x8 --out {tmp}/a",
     "sensitivity": "sensitivity {source} --data {data}",
     "sensitivity to noise": "sensitivity {source}",
+    "optimize": "optimize {model} --data {data} --out {tmp}/a",
+    "optimize on noise": "optimize {model} --out {tmp}/a",
     "search": "search {model} --data {data} --effective-bits 4 --out {tmp}/a",
     "search with noise": "search {model} --effective-bits 4 --out {tmp}/a",
     "calibrate": "calibrate {source} --data {data} --out {tmp}/a",

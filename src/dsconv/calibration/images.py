@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsconv.conversion.preparation import preprocess_for, preprocess_of
 from dsconv.data import Batches, ImageFolder, Images, Preprocess, batches
+from dsconv.data.folder import Labels
 from dsconv.data.inputs import Batch, Inputs, by_sample, call, in_float32, joined, shape_of, tensors_of
 from dsconv.data.preprocess import PHOTOGRAPH_DEVIATION, PHOTOGRAPH_MEAN
 from dsconv.errors import DataError
@@ -36,30 +37,59 @@ def read_images(
     Raises:
         DataError: there are too few, they differ in shape, or one is not finite.
     """
+    return read_labelled(images, preprocess, limit, *models, enough=enough, good=good, progress=progress)[0]
+
+
+def read_labelled(
+    images: Images,
+    preprocess: Preprocess | None,
+    limit: int | None,
+    *models: nn.Module,
+    fewest: int = FEWEST,
+    enough: int = ENOUGH,
+    good: int = GOOD,
+    progress: bool = False,
+) -> tuple[Batch, Labels | None]:
+    """Return what :func:`read_images` does, at least ``fewest``, and the labels of these images where there are any."""
     source = batches(images, preprocess=preprocess_for(images, preprocess, *models), limit=limit)
     parts: list[Batch] = []
+    labels: list[Labels] = []
     with progress_bar(progress, "reading images", source.total, "img") as advance:
-        for x, _ in source:
+        for x, known in source:
             parts.append(in_float32(x))
+            if known is not None:
+                labels.append(known)
             advance(len(x))
     shapes = sorted({shape_of(part) for part in parts}, key=str)
     if len(shapes) > 1:
         raise DataError(f"images: expected all of one shape, got {shapes[0]} and {shapes[1]}: resize or crop them")
     count = sum(map(len, parts))
-    source.warn_of_broken(stacklevel=3)
+    source.warn_of_broken(stacklevel=4)
     x = joined(parts) if parts else torch.empty((0, 1), dtype=torch.float32, device="cpu")
     values = by_sample(x)
     if not (finite := values.isfinite().all(1)).all():
         raise DataError(f"images: image {int((~finite).nonzero()[0])} holds a NaN or an infinity")
-    x = x[~(copies := _copies(values))]
+    kept = ~(copies := _copies(values))
+    x = x[kept]
     different = f"{len(x)} different ones, the other {count - len(x)} are copies of these" if copies.any() else count
-    if len(x) < FEWEST:
-        raise DataError(f"images: expected {enough} or more (at least {FEWEST}), got {different}: {good} are good")
+    if len(x) < fewest:
+        raise DataError(f"images: expected {enough} or more (at least {fewest}), got {different}: {good} are good")
     if copies.any():
-        warnings.warn(f"{count - len(x)} of {count} images are copies of others and are left out", stacklevel=3)
+        warnings.warn(f"{count - len(x)} of {count} images are copies of others and are left out", stacklevel=4)
     if len(x) < enough:
-        warnings.warn(f"{len(x)} images are few: expected {enough} or more, {good} are good", stacklevel=3)
-    return x
+        warnings.warn(f"{len(x)} images are few: expected {enough} or more, {good} are good", stacklevel=4)
+    return x, labels_at(_one(labels), kept.nonzero().flatten()) if labels else None
+
+
+def labels_at(labels: Labels, places: Tensor) -> Labels:
+    """Return the labels at some ``places``, int64 ``(n,)``."""
+    return labels[places] if isinstance(labels, Tensor) else [labels[place] for place in places.tolist()]
+
+
+def _one(labels: list[Labels]) -> Labels:
+    """Return the labels of several batches as those of one."""
+    tensors = [part for part in labels if isinstance(part, Tensor)]
+    return torch.cat(tensors) if tensors else [one for part in labels for one in part]
 
 
 def prepared_as(images: Images, given: Preprocess | None, *models: nn.Module) -> Preprocess | None:

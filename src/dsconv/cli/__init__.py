@@ -21,6 +21,7 @@ from dsconv.cli.evaluate import evaluate
 from dsconv.cli.export import export
 from dsconv.cli.inspect import inspect
 from dsconv.cli.mistakes import Command, one_paragraph
+from dsconv.cli.optimize import optimize
 from dsconv.cli.profile import profile
 from dsconv.cli.quantize import quantize
 from dsconv.cli.report import report
@@ -37,6 +38,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _EXAMPLES: dict[Callable[..., None], str] = {
+    optimize: """dsconv optimize torchvision/resnet50 --data photos --out resnet50.safetensors
+
+dsconv optimize torchvision/resnet50 --data imagenet/val --top1-drop 1 --time-limit 1h --out resnet50.safetensors
+
+dsconv optimize net.py:make --weights net.pt --crop 224 --data photos --ms 5 --out net.safetensors""",
     quantize: """dsconv quantize torchvision/resnet50 --out resnet50.safetensors
 
 dsconv quantize net.py:make --weights net.pt --preset paper --block-size 64 --out net.safetensors

@@ -313,7 +313,7 @@ def measure(
     if images is None and with_statistics(model):
         # With its own statistics, noise has the moments behind a BatchNorm that images have.
         model = normalized(model, torch.cat([x for x, _ in kept if isinstance(x, Tensor)]))
-    reference = _Recorded(model, [x for x, _ in kept], device, task)
+    reference = Recorded(model, [x for x, _ in kept], device, task)
     if metric is None and not reference.has_distance:
         raise ModelError("model: expected outputs of floats, by which layers are ranked, got none: pass metric=")
     arguments = {
@@ -430,8 +430,12 @@ def _names(model: nn.Module, quantized: nn.Module) -> list[str]:
     return [name for name, m in quantized.named_modules() if isinstance(m, DSLayer) and name not in before]
 
 
-class _Recorded(nn.Module):
-    """Answers batches, in their order, with what a network said of them once."""
+class Recorded(nn.Module):
+    """Answers batches, in their order, with what a network said of them once.
+
+    Raises:
+        ModelError: an output is not finite.
+    """
 
     def __init__(
         self, model: nn.Module, batches: Sequence[Batch], device: str | torch.device | None, task: Task | None
@@ -458,14 +462,23 @@ class _Recorded(nn.Module):
 
 def _batches(preprocess: Preprocess | None, images: Images | None, limit: int, batch_size: int, seed: int) -> Batches:
     if images is None:
-        if preprocess is None:
-            raise ConfigError(
-                "images: without any, noise takes their place, and the model does not say how images are prepared: "
-                "pass preprocess=Preprocess(crop=224, mean=..., std=...), or images"
-            )
-        check_whole("limit", limit, 1)
-        images, preprocess = synthetic_images(limit, preprocess, seed=seed), None
+        images, preprocess = noise(limit, preprocess, seed), None
     return batches(images, preprocess=preprocess, batch_size=batch_size, limit=limit)
+
+
+def noise(limit: int, preprocess: Preprocess | None, seed: int) -> Tensor:
+    """Return the noise that takes the place of ``limit`` images.
+
+    Raises:
+        ConfigError: there is no ``preprocess``, or ``limit`` is no number of images.
+    """
+    if preprocess is None:
+        raise ConfigError(
+            "images: without any, noise takes their place, and the model does not say how images are prepared: "
+            "pass preprocess=Preprocess(crop=224, mean=..., std=...), or images"
+        )
+    check_whole("limit", limit, 1)
+    return synthetic_images(limit, preprocess, seed=seed)
 
 
 def _tried(

@@ -199,7 +199,7 @@ def search(
     True
     """
     config = as_config(config)
-    limits = _limits(budget)
+    limits = limits_of(budget)
     _highs()  # which may be missing: said before minutes of measuring
     choices = choices_of(config, times="ms" in limits) if choices is None else choices
     measured = measure(
@@ -221,15 +221,28 @@ def search(
         task=task,
         metric=metric,
     )
-    layers = _usable(measured)
-    chosen = select(layers, measured, limits)
+    found, chosen = within(config, measured, limits)
     return SearchResult(
-        with_overrides(config, {trial.layer: trial.settings for trial in chosen}),
-        tuple(chosen),
-        point_of(chosen, measured),
-        _pareto(layers, measured, limits),
-        measured,
+        found, tuple(chosen), point_of(chosen, measured), _pareto(_usable(measured), measured, limits), measured
     )
+
+
+def within(config: QuantConfig, measured: Sensitivity, limits: Mapping[str, float]) -> tuple[QuantConfig, list[Trial]]:
+    """Return the settings of the least distance that keep the ``limits``, and what they say of each layer.
+
+    Raises:
+        ConfigError: there are no such settings.
+        ModelError: every choice of a layer makes the network return NaN.
+    """
+    chosen = select(_usable(measured), measured, limits)
+    return with_overrides(config, {trial.layer: trial.settings for trial in chosen}), chosen
+
+
+def range_of(name: str, measured: Sensitivity) -> tuple[float, float]:
+    """Return the least and the largest that a field of :class:`Budget` comes to, whatever is chosen."""
+    layers = _usable(measured)
+    ends = [sum(end(_costs(trial, measured)[name] for trial in group) for group in layers) for end in (min, max)]
+    return _fixed(measured)[name] + ends[0], _fixed(measured)[name] + ends[1]
 
 
 def select(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Mapping[str, float]) -> list[Trial]:
@@ -257,7 +270,7 @@ def select(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Map
         solver.addConstr(solver.qsum([x * cost for x, cost in zip(taken, costs, strict=True)]) <= room)
     solver.run()
     if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-        raise ConfigError(f"budget: {_why_not(layers, measured, limits)}")
+        raise ConfigError(f"budget: {_why_not(measured, limits)}")
     return [trial for trial, x in zip(trials, solver.getSolution().col_value, strict=True) if x > 0.5]
 
 
@@ -294,9 +307,9 @@ def _fixed(measured: Sensitivity) -> dict[str, float]:
     }
 
 
-def _why_not(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Mapping[str, float]) -> str:
+def _why_not(measured: Sensitivity, limits: Mapping[str, float]) -> str:
     for name, limit in limits.items():
-        least = _fixed(measured)[name] + sum(min(_costs(t, measured)[name] for t in group) for group in layers)
+        least, _ = range_of(name, measured)
         if least > limit:
             return (
                 f"{name} of {limit:g} is less than the {least:.6g} of the smallest choices: allow more, or "
@@ -334,7 +347,12 @@ def _usable(measured: Sensitivity) -> list[list[Trial]]:
     return list(layers.values())
 
 
-def _limits(budget: float | Mapping[str, float] | Budget) -> dict[str, float]:
+def limits_of(budget: float | Mapping[str, float] | Budget) -> dict[str, float]:
+    """Return the limits of a budget by name.
+
+    Raises:
+        ConfigError: it has none, or one that is unknown or out of range.
+    """
     if not isinstance(budget, Budget):
         fields = dict(budget) if isinstance(budget, Mapping) else {"effective_bits": budget}
         try:
