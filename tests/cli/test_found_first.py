@@ -388,6 +388,7 @@ COMPILED = (
     "search {file} --bytes 1 --out {out}",
     "calibrate {file} --data {digits} --out {out}",
     "adapt {file} --data {digits} --out {out}",
+    "optimize {file} --bytes 1 --out {out}",
     "quantize {file} --out {out}",
     "quantize dsconv/digits_resnet --weights {file} --out {out}",
 )
