@@ -19,6 +19,7 @@ from onnx import TensorProto, helper  # noqa: E402
 from onnx_cases import Case, expected, imported, input_of, model_of, same  # noqa: E402
 
 import dsconv  # noqa: E402
+from dsconv.conversion import model_info  # noqa: E402
 from dsconv.errors import FileFormatError, ModelError  # noqa: E402
 from dsconv.onnx.importing import network as networks  # noqa: E402
 
@@ -101,6 +102,30 @@ def test_a_network_is_quantized_saved_loaded_and_compiled(net: Any, x: torch.Ten
         assert networks.describe(again) == networks.describe(folded)
     exported = onnx.load(dsconv.export_onnx(dsconv.load(path), x, tmp_path / "out.onnx"))
     same(y, expected(exported, x=x), tolerance=2e-2)
+
+
+def test_batchnorms_are_folded_beside_functions_that_decide_by_sizes(tmp_path: Path) -> None:
+    case = Case(
+        "cut",
+        [
+            ("Conv", "x w", "a", {}),
+            ("BatchNormalization", "a s b m v", "n", {}),
+            ("Slice", "n starts ends axes", "c", {}),
+            ("DepthToSpace", "c", "y", {"blocksize": 2}),
+        ],
+        (2, 3, 8, 8),
+        {
+            "w": floats(8, 3, 3, 3),
+            **{name: abs(floats(8)) + 0.5 for name in "sbmv"},
+            **{name: np.array([place], np.int64) for name, place in (("starts", 1), ("ends", 5), ("axes", 2))},
+        },
+    )
+    qnet = dsconv.quantize(imported(model_of(case), tmp_path))
+    folded = dsconv.fold_batchnorm(qnet)
+    assert len(model_info(folded).folded) == 1
+    assert functions(qnet) >= {"dsconv.sliced", "dsconv.depth_to_space"}
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(input_of(case)), qnet(input_of(case)))
 
 
 def test_a_network_that_was_changed_is_saved_as_it_is(net: Any, x: torch.Tensor, tmp_path: Path) -> None:

@@ -241,8 +241,11 @@ def _goes_on(batchnorm: _BatchNorm) -> bool:
 
 def _uses(qmodel: nn.Module, names: Mapping[nn.Module, str]) -> _Uses:
     kind = type(qmodel).__name__
+    # Graphs, such as those of ONNX files, may call functions that symbols cannot go through.
+    graphs = [module.graph for module in names if isinstance(module, fx.GraphModule)]
+    called = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
     try:
-        found = Traced(qmodel, _is_called)
+        found = Traced(qmodel, _is_called, called)
     except Exception as error:
         if replaced(qmodel):
             raise ModelError(

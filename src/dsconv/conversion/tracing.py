@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ _NOT_THE_USERS = (os.path.dirname(torch.__file__) + os.sep, __file__)
 class Traced(fx.Tracer):
     """The graph of a module, in which the modules that ``is_leaf`` tells are called and not followed.
 
+    Nor are the functions ``called``, where the code of a module has them by a name of their own.
+
     Attributes:
         graph: the graph. ``meta["place"]`` of a node is the line of code that it is from.
         root: the copy of the module that it is of, with the same tensors.
@@ -29,8 +31,13 @@ class Traced(fx.Tracer):
         Exception: whatever forward has to say to symbols; :func:`line_of` tells where.
     """
 
-    def __init__(self, module: nn.Module, is_leaf: Callable[[nn.Module, str], bool]):
-        super().__init__()
+    def __init__(
+        self,
+        module: nn.Module,
+        is_leaf: Callable[[nn.Module, str], bool],
+        called: Collection[Callable[..., Any]] = (),
+    ):
+        super().__init__(autowrap_functions=tuple(called))
         self.is_leaf, self.read = is_leaf, set[int]()
         # What forward may change is copied, so that symbols stay out of the model: all but its layers and tensors.
         memo: dict[int, Any] = {}
