@@ -271,7 +271,8 @@ class CompiledModel(nn.Module):
         shapes = [[n + more.get(axis, 0) for n, axis in zip(port.shape, port.axes, strict=True)] for port in ports]
         larger = self._example.filled(torch.zeros(1, *shape, dtype=torch.float32, device="cpu") for shape in shapes)
         try:  # before a capture, which would log where it fails
-            call(self.model, larger)
+            with torch.inference_mode():
+                call(self.model, larger)
         except Exception as error:
             sizes = " and ".join("x".join(map(str, shape)) for shape in shapes)
             raise ModelError(f"the model does not take {sizes}: {one_line(str(error), 200)}") from None
