@@ -1,4 +1,4 @@
-"""What to quantize and how: :class:`QuantConfig` for a model, :class:`LayerConfig` for one layer of it."""
+"""Quantization settings: :class:`QuantConfig` for a model, :class:`LayerConfig` for one of its layers."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -30,11 +30,11 @@ LayerKind = Literal["conv", "linear"]
 _SHOWN = 10
 
 FLOAT = "float"
-"""Setting of a layer that stays as it is."""
+"""Setting that leaves a layer in float."""
 
 
 class Strict(BaseModel):
-    """Settings that cannot be changed, of known names only; what is wrong with them is a ConfigError."""
+    """Immutable settings with a fixed set of names; invalid ones raise ConfigError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,21 +57,23 @@ class LayerConfig(Strict):
 
     Attributes:
         weight_bits: 2..8.
-        activation_bits: 2..8, or None: the input stays float, the layer is then quantized in its weights only.
-        block_size: values that share a KDS and an exponent, >= 1.
+        activation_bits: 2..8, or None to keep the input in float and quantize only the weights.
+        block_size: number of values that share a KDS and an exponent, >= 1.
         weight_rule: ``paper``, ``refined`` or ``balanced``, see :func:`dsconv.numerics.quantize_weight`.
-        weight_scale: criterion by which scales are chosen, ``l2`` or ``kl``; the scales themselves are KDS.
-        weight_shift: whether a block has a shift beside its scale.
+        weight_scale: criterion that selects the scales, ``l2`` or ``kl``; the scales themselves are KDS.
+        weight_shift: whether each block has a shift in addition to its scale.
         activation_sign: ``adaptive``, ``extra`` or ``included``, see :func:`dsconv.numerics.quantize_activation`.
-            ``auto`` is ``extra`` where the input of the layer can be negative, and ``adaptive`` elsewhere, as behind a
-            ReLU; layers and files then say which of the two it is.
-        kds_dtype: ``float32``, ``float16`` or ``bfloat16``. A layer whose KDS do not fit float16 keeps float32.
-        blocks: ``tap``: blocks of input channels at each kernel position; ``flat``: blocks of the flattened
-            ``C/groups * K`` values that one output reads, which suits convolutions of few input channels.
-        algorithm: ``direct``, or ``winograd``: 3x3 convolutions of stride and dilation 1, one group and blocks by tap,
-            see :func:`dsconv.numerics.winograd_conv`. ``activation_bits`` has no part in it unless it is None. ``auto``
-            is Winograd where the layer can have it and the noise of its output rises by 1 dB at most, by its weights
-            and what is known of its inputs; layers and files then say which of the two it is.
+            ``auto`` selects ``extra`` if the input of the layer can be negative, and ``adaptive`` otherwise, for
+            instance after a ReLU; layers and files record the selected value.
+        kds_dtype: ``float32``, ``float16`` or ``bfloat16``. A layer whose KDS exceed the range of float16 keeps
+            float32.
+        blocks: ``tap``: blocks of input channels at each kernel position; ``flat``: blocks of the flattened ``C/groups
+            * K`` values that one output reads, which suits convolutions with few input channels.
+        algorithm: ``direct`` or ``winograd``. Winograd requires a 3x3 convolution with stride and dilation 1, one group
+            and ``tap`` blocks, see :func:`dsconv.numerics.winograd_conv`; it ignores ``activation_bits`` unless that is
+            None. ``auto`` selects Winograd if the layer allows it and the noise of its output, estimated from its
+            weights and the known statistics of its inputs, rises by 1 dB at most; layers and files record the selected
+            value.
 
     >>> LayerConfig(weight_bits=3, block_size=64)
     LayerConfig(weight_bits=3, block_size=64)
@@ -101,27 +103,27 @@ class LayerConfig(Strict):
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: Any) -> dict[str, Any]:
-        """Leave out what older versions do not know, where they do the same without it."""
+        """Omit fields that older versions do not know, where these behave the same without them."""
         data: dict[str, Any] = serialize(self)
         new = ("algorithm", "direct"), ("small_layers", None)
         return {name: value for name, value in data.items() if (name, value) not in new}
 
     @property
     def allows_winograd(self) -> bool:
-        """Whether its settings can go with ``winograd``."""
+        """Whether these settings are compatible with ``winograd``."""
         return self.blocks == "tap" and self.activation_bits is not None
 
     @property
     def sign(self) -> ActivationSign:
-        """``activation_sign`` of a layer, in which it has been chosen."""
+        """``activation_sign`` of a layer, after ``auto`` has been resolved."""
         assert self.activation_sign != "auto"
         return self.activation_sign
 
     def with_sign(self, signed: bool) -> Self:
-        """These settings, with the sign of activations chosen where that is ``auto``.
+        """Return these settings with ``auto`` resolved to a sign of activations.
 
         Args:
-            signed: whether the input of the layer can be negative, or is not known.
+            signed: whether the input of the layer can be negative, or is unknown.
 
         >>> LayerConfig(activation_sign="auto").with_sign(signed=True)
         LayerConfig(activation_sign='extra')
@@ -132,7 +134,7 @@ class LayerConfig(Strict):
 
     @property
     def rounds_signs(self) -> bool:
-        """Whether ``activation_sign`` decides how finely values are rounded; those of 8 bits are as fine by each."""
+        """Whether ``activation_sign`` affects the rounding step; with 8 bits the step is the same for every sign."""
         return self.activation_bits is not None and self.activation_bits < 8
 
     @property
@@ -144,7 +146,7 @@ class LayerConfig(Strict):
 
 
 Settings = dict[str, Any] | Literal["float"] | None
-"""Fields of LayerConfig that differ, or ``"float"`` to leave the layer as it is, or None for no difference."""
+"""Fields that differ from LayerConfig, ``"float"`` to leave the layer in float, or None for no difference."""
 
 _EDGE: dict[str, Any] = {
     "weight_bits": 8,
@@ -159,27 +161,27 @@ _DEPTHWISE: dict[str, Any] = _EDGE | {"activation_bits": None}
 
 
 class QuantConfig(LayerConfig):
-    """Settings of a model: those of every layer, and what is different where.
+    """Settings of a model: those of every layer, and exceptions for some layers.
 
-    The fields of :class:`LayerConfig` hold for every convolution and linear layer. On top of them come, each winning
-    over those before it, ``linear`` (linear layers), ``small_layers`` (those with at most a 512th of the weights of all
-    convolutions and linear layers), ``depthwise`` (convolutions of one input channel per group),
-    ``first_layer`` (the first convolution), ``last_layer`` (the last convolution or linear layer) and ``overrides``.
-    First and last go by the order in which the model registers its layers.
-    Each is a dictionary of the fields that differ, or ``"float"`` to leave the layers as they are, or None.
+    The fields of :class:`LayerConfig` hold for every convolution and linear layer. The following exceptions are applied
+    on top of them, each overriding those before it: ``linear`` (linear layers), ``small_layers`` (layers with at most a
+    512th of the weights of all convolutions and linear layers), ``depthwise`` (convolutions with one input channel per
+    group), ``first_layer`` (the first convolution), ``last_layer`` (the last convolution or linear layer) and
+    ``overrides``. First and last refer to the order in which the model registers its layers. Each is a dictionary of
+    the fields that differ, or ``"float"`` to leave the layers in float, or None.
 
     Attributes:
         first_layer: by default 8 bits over flattened blocks, since three channels do not fill a block.
-        depthwise: by default 8-bit weights in one block per filter, and float activations: a filter has too few
-            products to pay for rounding its inputs. In three dimensions 8 bits take the place of float ones, unless
-            those of all layers are.
-        small_layers: by default None; 8 bits in the presets ``default`` and ``w4a4``. What a layer's error does to the
-            output does not depend on how many weights it has, what its bits cost does.
-        last_layer, linear: by default None, as every other layer.
-        overrides: pattern of layer names (as in ``fnmatch``) to settings; all that match apply, in order. A pattern
-            that matches no layer of the model is an error.
-        batchnorm_statistics: rule ``balanced`` expects inputs with the means and variances that BatchNorms tell, where
-            one stands in front of a layer.
+        depthwise: by default 8-bit weights in one block per filter, and float activations, because a filter has too few
+            products to repay the rounding of its inputs. In three dimensions, 8-bit activations replace float ones
+            unless all layers have float activations.
+        small_layers: by default None; 8 bits in the presets ``default`` and ``w4a4``. The effect of a layer's error on
+            the output does not depend on its number of weights, but the cost of its bits does.
+        last_layer, linear: by default None, like every other layer.
+        overrides: maps patterns of layer names (as in ``fnmatch``) to settings; all matching patterns apply, in order.
+            A pattern that matches no layer of the model is an error.
+        batchnorm_statistics: whether the rule ``balanced`` uses the input means and variances given by the BatchNorm in
+            front of a layer, where there is one.
 
     Raises:
         ConfigError: a value is out of range or a name is unknown.
@@ -204,7 +206,7 @@ class QuantConfig(LayerConfig):
     def _known_settings(cls, settings: Settings) -> Settings:
         if isinstance(settings, dict):
             try:
-                # Whether the shift and the scale go together is known only once all settings are merged.
+                # Compatibility of shift and scale is known only once all settings are merged.
                 LayerConfig(**{field: value for field, value in settings.items() if field != "weight_shift"})
             except ConfigError as error:
                 raise ValueError(str(error)) from None
@@ -219,17 +221,17 @@ class QuantConfig(LayerConfig):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
-        """Config of a name, with ``changes`` to its fields.
+        """Return the config called ``name``, with ``changes`` to its fields.
 
         ``paper``
-            The published method: 4-bit weights and activations in blocks of 32, every convolution incl. the first,
-            ``extra`` sign, float32 KDS, image input and linear layers left in float32.
+            The published method: 4-bit weights and activations in blocks of 32, every convolution including the first,
+                ``extra`` sign, float32 KDS, image input and linear layers left in float32.
         ``default``
-            For today's processors: 4-bit weights in blocks of 64 with float16 scale and shift (4.5 bits a weight),
-            ``balanced`` rounding, 8-bit mantissas; first and depthwise convolutions and small layers at 8 bits, the
-            depthwise ones with float activations.
+            For current processors: 4-bit weights in blocks of 64 with float16 scale and shift (4.5 bits per weight),
+                ``balanced`` rounding, 8-bit mantissas; first and depthwise convolutions and small layers at 8 bits, the
+                depthwise ones with float activations.
         ``w4a4``
-            ``default`` with 4-bit mantissas, which have a sign beside them where the input of a layer can be negative.
+            ``default`` with 4-bit mantissas, which have an extra sign bit if the input of a layer can be negative.
         ``w8a8``
             8-bit weights and mantissas in blocks of 64.
 
@@ -250,14 +252,14 @@ class QuantConfig(LayerConfig):
         small: bool = False,
         volume: bool = False,
     ) -> LayerConfig | None:
-        """Settings of the layer called ``name``, or None where it is left in float; ``volume``: of three dimensions.
+        """Return the settings of the layer called ``name``, or None to leave it in float; ``volume``: it is 3-D.
 
         Raises:
             ConfigError: the settings that apply contradict one another.
         """
         own = self.depthwise if depthwise else None
         if volume and isinstance(own, dict) and own.get("activation_bits", 8) is None and self.activation_bits:
-            own = own | {"activation_bits": 8}  # the kernels for float activations are of images
+            own = own | {"activation_bits": 8}  # the kernels for float activations support 2-D only
         layers: list[Settings] = [
             self.linear if kind == "linear" else None,
             self.small_layers if small else None,
@@ -280,7 +282,7 @@ class QuantConfig(LayerConfig):
 
     @property
     def title(self) -> str:
-        """Its preset where it is one, and widths; else widths, block size and whether layers differ.
+        """Name of the preset if there is one, and bit widths; otherwise widths, block size and whether layers differ.
 
         >>> QuantConfig.preset("default").title, QuantConfig(weight_bits=3, overrides={"fc": "float"}).title
         ('default W4A8', 'W3A4, B = 32, by layer')
@@ -292,16 +294,16 @@ class QuantConfig(LayerConfig):
         return f"{widths}, B = {self.block_size}{', by layer' if self.overrides else ''}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON; inverse of ``QuantConfig(**data)``."""
+        """Return plain data, ready for JSON; inverse of ``QuantConfig(**data)``."""
         return self.model_dump(mode="json")
 
     def to_json(self) -> str:
-        """JSON text; inverse of :meth:`from_json`."""
+        """Return JSON text; inverse of :meth:`from_json`."""
         return self.model_dump_json()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Config from the text of :meth:`to_json`.
+        """Return the config described by the output of :meth:`to_json`.
 
         Raises:
             ConfigError: the text is not a config.
@@ -310,10 +312,10 @@ class QuantConfig(LayerConfig):
 
     @classmethod
     def from_yaml(cls, text: str | bytes) -> Self:
-        """Config from a text of YAML, with the names and values of :meth:`to_dict`.
+        """Return the config described by YAML text with the names and values of :meth:`to_dict`.
 
         Raises:
-            ConfigError: the text is not a config, or it has a name twice.
+            ConfigError: the text is not a config, or a name occurs twice.
             MissingExtraError: PyYAML is not installed: ``pip install 'dsconv[yaml]'``.
 
         >>> QuantConfig.from_yaml("weight_bits: 3\\nlinear: {weight_bits: 8}").linear
@@ -323,12 +325,12 @@ class QuantConfig(LayerConfig):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Config from a file: of YAML where its name ends in ``.yaml`` or ``.yml``, else of JSON.
+        """Read a config from a file: YAML if its name ends in ``.yaml`` or ``.yml``, otherwise JSON.
 
         Raises:
-            ConfigError: the file does not hold a config.
+            ConfigError: the file does not contain a config.
             MissingExtraError: as :meth:`from_yaml`.
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         file = as_path(path)
         read = cls.from_yaml if file.suffix in (".yaml", ".yml") else cls.from_json
@@ -376,7 +378,7 @@ _PRESETS: dict[Preset, dict[str, Any]] = {
 
 
 def as_config(config: "QuantConfig | Mapping[str, Any] | str | None") -> QuantConfig:
-    """A config from what users pass: one, a dictionary of fields, the name of a preset, or None for ``default``."""
+    """Return the config for a config, a dictionary of its fields, the name of a preset, or None for ``default``."""
     if isinstance(config, QuantConfig):
         return config
     if config is None or isinstance(config, str):
@@ -389,7 +391,7 @@ def as_config(config: "QuantConfig | Mapping[str, Any] | str | None") -> QuantCo
 
 
 def _one_paragraph(settings: type[BaseModel], error: ValidationError) -> str:
-    """Pydantic's findings as ``field: what is wrong, got value`` in a row."""
+    """Join the findings of pydantic as ``field: problem, got value``."""
     found = []
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"]) or settings.__name__

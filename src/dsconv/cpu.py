@@ -1,4 +1,4 @@
-"""What this processor can do, and what dsconv uses of it."""
+"""Capabilities of this processor, and which of them dsconv uses."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ _PARALLEL = {"torch": "PyTorch's pool", "pool": "a pool of their own", "serial":
 
 @dataclass(frozen=True)
 class CpuInfo:
-    """What :func:`cpu_info` found; ``print`` it for a table.
+    """Result of :func:`cpu_info`; ``print`` it for a table.
 
     Attributes:
-        extension: ``None`` where the compiled part ``dsconv._C`` is loaded, otherwise why it is not.
-        isa_found: instruction sets of this processor that the operating system allows, weakest first: of ``scalar``,
-            ``avx2``, ``avxvnni``, ``avx512vnni`` and ``amx``, or ``scalar``, ``neon`` and ``neondotprod``. Empty
-            without the extension, which does the asking.
-        isa_used: the instruction set that the integer kernels use, or ``None`` without the extension: layers are then
-            simulated in float by PyTorch.
-        isa_reason: why that one.
-        parallel: whose threads the integer kernels run on (``DSCONV_PARALLEL``), or ``None`` without the extension.
-        torch_threads: threads that PyTorch uses within an operation.
+        extension: ``None`` if the compiled extension ``dsconv._C`` is loaded, otherwise the reason why it is not.
+        isa_found: instruction sets that the processor and the operating system support, weakest first: from ``scalar``,
+            ``avx2``, ``avxvnni``, ``avx512vnni`` and ``amx``, or from ``scalar``, ``neon`` and ``neondotprod``. Empty
+            without the extension, which detects them.
+        isa_used: instruction set that the integer kernels use, or ``None`` without the extension: PyTorch then
+            simulates the layers in float.
+        isa_reason: reason for the choice of ``isa_used``.
+        parallel: threading library of the integer kernels (``DSCONV_PARALLEL``), or ``None`` without the extension.
+        torch_threads: number of threads that PyTorch uses within an operation.
     """
 
     extension: str | None
@@ -44,15 +44,15 @@ class CpuInfo:
 
 
 def cores() -> int:
-    """Logical processors that this process may use."""
+    """Return the number of logical processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_info() -> CpuInfo:
-    """Tell what this processor offers and what dsconv uses of it.
+    """Return the capabilities of this processor and which of them dsconv uses.
 
     Raises:
-        ConfigError: ``DSCONV_MAX_ISA`` or ``DSCONV_PARALLEL`` is not one of their values.
+        ConfigError: ``DSCONV_MAX_ISA`` or ``DSCONV_PARALLEL`` has an invalid value.
 
     Example:
         >>> info = cpu_info()
@@ -60,7 +60,7 @@ def cpu_info() -> CpuInfo:
         True
     """
     try:
-        import dsconv._C as extension  # `from dsconv import _C` could not tell an absent file from a broken one
+        import dsconv._C as extension  # `from dsconv import _C` cannot distinguish an absent file from a broken one
     except ModuleNotFoundError:
         return _without_extension(
             "not built: no C++20 compiler or Python headers at installation, or DSCONV_NO_EXTENSION was set"

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Each says what was expected, what was got and what to do."""
+"""Errors that a user can fix. Each message states what was expected, what was got and what to do."""
 
 import importlib
 import importlib.util
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def one_line(text: str, longest: int = 1500) -> str:
-    r"""Return ``text`` with what cannot be printed as escapes, and without its middle where it is too long.
+    r"""Return ``text`` with unprintable characters escaped, and shortened in the middle if it is too long.
 
     >>> one_line("layer '\x1b[2J'"), one_line("0123456789" * 10, longest=20)
     ("layer '\\x1b[2J'", '01234567 ... 3456789')
@@ -23,26 +23,26 @@ def one_line(text: str, longest: int = 1500) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says; its class where it says nothing."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class DSConvError(Exception):
-    """A mistake the user can mend; the command line prints it as one paragraph, without a traceback."""
+    """Base class of mistakes that the user can fix; the command line prints them without a traceback."""
 
 
 class ConfigError(DSConvError, ValueError):
-    """A quantization setting or an argument has an unusable value."""
+    """A quantization setting or an argument has an invalid value."""
 
 
 class ModelError(DSConvError, ValueError):
-    """A model cannot be built, converted or run as asked."""
+    """A model cannot be built, converted or run as requested."""
 
 
 class FileFormatError(DSConvError, ValueError):
-    """A file is not a readable dsconv file, or does not belong to the model it is loaded into.
+    """A file is not a readable dsconv file, or does not match the model it is loaded into.
 
-    Its message quotes names that the file made up, and is one short line whatever these are.
+    The message quotes names from the untrusted file, and is one short line whatever these are.
     """
 
     def __init__(self, message: str):
@@ -80,7 +80,7 @@ def check_whole(name: str, value: object, least: int) -> None:
 
 @contextmanager
 def usable_device(device: object) -> Iterator[None]:
-    """Turn what PyTorch raises for a ``device`` that is not there into a ConfigError."""
+    """Convert the errors that PyTorch raises for an unavailable ``device`` into ConfigError."""
     try:
         yield
     except (RuntimeError, AssertionError) as error:
@@ -88,7 +88,7 @@ def usable_device(device: object) -> Iterator[None]:
 
 
 def check_extra(extra: str, package: str) -> None:
-    """Raise MissingExtraError unless a package that ``extra`` installs is there; it is not imported.
+    """Raise MissingExtraError unless a package that ``extra`` installs is available; the package is not imported.
 
     >>> check_extra("zoo", "no_such_package")
     Traceback (most recent call last):
@@ -97,14 +97,14 @@ def check_extra(extra: str, package: str) -> None:
     """
     try:
         found = importlib.util.find_spec(package) is not None
-    except ValueError:  # it is imported, by other means than its file
+    except ValueError:  # it is already imported, but not from a file
         found = True
     if not found:
         raise MissingExtraError(extra, package)
 
 
 def import_extra(extra: str, module: str) -> Any:
-    """A module of a package that ``extra`` installs.
+    """Import and return a module of a package that ``extra`` installs.
 
     Raises:
         MissingExtraError: the package is not installed.

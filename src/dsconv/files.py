@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files: a file is written completely or not at all."""
 
 import os
 import secrets
@@ -16,7 +16,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-# A file name may have 255 bytes; a longer suffix is none that a format is told by.
+# A file name may have 255 bytes; no format has a suffix longer than this.
 _LONGEST_SUFFIX = 32
 
 
@@ -24,7 +24,7 @@ def as_path(path: object, name: str = "path") -> Path:
     """Return ``path``, which was given as the argument ``name``, as a Path.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a path.
     """
     try:
         return Path(path)  # type: ignore[arg-type]
@@ -33,12 +33,12 @@ def as_path(path: object, name: str = "path") -> Path:
 
 
 def check_place(path: Path) -> Path:
-    """Return the file that writing to ``path`` creates or replaces: ``path``, or what it links to.
+    """Return the file that writing to ``path`` creates or replaces: ``path``, or the target of a link.
 
     Raises:
-        OSError: the file cannot be written, as far as that can be told before.
+        OSError: the file cannot be written, as far as this can be detected beforehand.
     """
-    # A loop of links is an error of `stat`; a link to nothing is a file to be created.
+    # `stat` fails for a loop of links; a link to a missing file names a file to be created.
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -62,10 +62,10 @@ def check_place(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield an empty file beside ``path``, of the same suffix, to be written: it becomes ``path`` at the end.
+    """Yield an empty file next to ``path``, with the same suffix, to be written; it replaces ``path`` at the end.
 
-    Where the block raises, nothing changes. A link stays, and the file that it leads to is replaced. A file that is
-    replaced hands on its permissions.
+    If the block raises, nothing changes. A link is kept, and its target is replaced. The new file gets the permissions
+    of the file that it replaces.
 
     Raises:
         OSError: the file cannot be written; the message names ``path``.
@@ -98,14 +98,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _take_permissions(beside: Path, place: Path, created: os.stat_result) -> None:
-    """Give ``beside`` the permissions of the file that it replaces, or those of a new file where there is none."""
+    """Give ``beside`` the permissions of the file that it replaces, or those of a new file if there is none."""
     try:
         wanted = place.stat()
     except FileNotFoundError:
         wanted = created
-    # Only root may give a file to somebody else.
+    # Only root may change the owner of a file.
     with suppress(OSError):
         if (wanted.st_uid, wanted.st_gid) != (created.st_uid, created.st_gid):
             os.chown(beside, wanted.st_uid, wanted.st_gid)
-    # Some writers create a file anew, readable by its owner alone.
+    # Some writers create a new file that only its owner can read.
     beside.chmod(stat.S_IMODE(wanted.st_mode))

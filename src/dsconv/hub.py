@@ -1,4 +1,4 @@
-"""Quantized networks as folders, and on the Hugging Face Hub. Needs huggingface_hub: ``pip install 'dsconv[hub]'``."""
+"""Quantized networks as folders and on the Hugging Face Hub. Needs huggingface_hub: ``pip install 'dsconv[hub]'``."""
 
 import json
 import os
@@ -92,18 +92,18 @@ class DSConvModel(
     tags=["dsconv", "quantized", "block-floating-point"],
     model_card_template=_CARD,
 ):
-    """A quantized network that can be saved to a folder as the Hugging Face Hub has them, pushed there and fetched.
+    """Quantized network that can be saved to a folder in the Hugging Face layout, pushed to the Hub and downloaded.
 
-    A folder holds ``model.safetensors``, which is the file of :func:`dsconv.save`, ``config.json`` for tools that look
-    there, and a model card, ``README.md``. A card that is there already is left as it is.
+    The folder holds ``model.safetensors``, which is the file that :func:`dsconv.save` writes, ``config.json`` for tools
+    that expect it, and a model card, ``README.md``. An existing card is left unchanged.
 
-    ``save_pretrained(folder)``, ``push_to_hub("user/name")`` and ``DSConvModel.from_pretrained("user/name")`` take what
-    those of :class:`huggingface_hub.ModelHubMixin` do; ``from_pretrained`` also takes a folder, and as ``model`` the
-    float network to load into, where the file cannot name it (see :func:`dsconv.load`).
+    ``save_pretrained(folder)``, ``push_to_hub("user/name")`` and ``DSConvModel.from_pretrained("user/name")`` take the
+    arguments of :class:`huggingface_hub.ModelHubMixin`; ``from_pretrained`` also accepts a folder and, as ``model``,
+    the float network to load into if the file cannot name it (see :func:`dsconv.load`).
 
     Attributes:
-        model: the quantized network, which is what the functions of dsconv take.
-        evaluation: what :func:`dsconv.evaluate` or :func:`dsconv.compare` found, for the card; or None.
+        model: the quantized network, which the functions of dsconv take.
+        evaluation: result of :func:`dsconv.evaluate` or :func:`dsconv.compare` for the card, or None.
 
     Raises:
         MissingExtraError: huggingface_hub is not installed.
@@ -124,12 +124,12 @@ class DSConvModel(
         self.evaluation = evaluation
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network returns."""
+        """Run the network and return its outputs."""
         return self.model(*args, **kwargs)
 
     @property
     def preprocess(self) -> Preprocess | None:
-        """How its images are prepared, or None where that is not known."""
+        """Preprocessing of its images, or None if it is unknown."""
         return zoo.preprocess_of(self.model)
 
     def save_pretrained(
@@ -141,7 +141,7 @@ class DSConvModel(
         model_card_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> str | None:
-        """Write the folder, each file whole or not at all; see :class:`huggingface_hub.ModelHubMixin`."""
+        """Write the folder, each file atomically; see :class:`huggingface_hub.ModelHubMixin`."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self._save_pretrained(folder)
@@ -154,12 +154,12 @@ class DSConvModel(
         return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **options)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """As that of :class:`huggingface_hub.ModelHubMixin`; returns the URL of the commit."""
+        """Push to the Hub as :class:`huggingface_hub.ModelHubMixin` does; return the URL of the commit."""
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
         return super().push_to_hub(repo_id, **kwargs)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card; keyword arguments take the place of what it says by itself, such as ``repo_id``."""
+        """Return the model card; keyword arguments replace its default values, such as ``repo_id``."""
         found, info = summary(self.model), model_info(self.model)
         architecture = info.architecture if info else None
         facts = {
@@ -191,7 +191,7 @@ class DSConvModel(
 
 
 def _figures(found: Summary, evaluation: Evaluation | None) -> Iterator[tuple[str, str, str]]:
-    """Rows of the card's first table: what, of the float network, of the quantized one."""
+    """Yield the rows of the card's first table: label, value of the float network, value of the quantized one."""
     yield "size in MB", f"{found.bytes_before / 1e6:.2f}", f"{found.bytes_after / 1e6:.2f}"
     yield "bits a weight", "32", f"{found.effective_bits:.2f}"
     if evaluation is None:
@@ -215,7 +215,7 @@ def _figures(found: Summary, evaluation: Evaluation | None) -> Iterator[tuple[st
 
 
 def _settings(layer: LayerSummary) -> tuple[str, str, str]:
-    """Cells of the card's table of settings."""
+    """Return the cells of a row in the card's table of settings."""
     activation = f"{layer.activation_bits} bits, {layer.activation_sign}" if layer.activation_bits else "float"
     activation = "8 bits, winograd" if layer.algorithm == "winograd" else activation
     block = f"{layer.block_size}{' flat' if layer.blocks == 'flat' else ''}{', shift' if layer.weight_shift else ''}"

@@ -1,8 +1,8 @@
-"""Training and evaluation mode: networks are measured and run in the latter, whichever they come in.
+"""Training and evaluation mode: networks are measured and run in evaluation mode, whatever their mode before.
 
-What measures or changes weights uses :func:`evaluation_mode`, and gives a network back as it came. What makes a program
-or another file of a network refuses one in training mode, by :func:`check_evaluation_mode`. What is loaded from a file
-is in evaluation mode.
+Functions that measure or change weights use :func:`evaluation_mode` and restore the mode afterwards. Functions that
+make a program or another file from a network refuse one in training mode, by :func:`check_evaluation_mode`. Networks
+loaded from a file are in evaluation mode.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,10 +14,10 @@ from dsconv.errors import ModelError
 
 
 def check_module(name: str, model: object) -> None:
-    """Refuse what is no network as the argument ``name``.
+    """Raise ModelError unless the argument ``name`` is a network.
 
     Raises:
-        ModelError: it is none.
+        ModelError: it is not a ``torch.nn.Module``.
     """
     if not isinstance(model, nn.Module):
         got = model.__name__ if isinstance(model, type) else type(model).__name__
@@ -26,7 +26,7 @@ def check_module(name: str, model: object) -> None:
 
 @contextmanager
 def evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Put ``models`` into evaluation mode for as long as the block lasts.
+    """Put ``models`` into evaluation mode for the duration of the block.
 
     >>> net = nn.Sequential(nn.Dropout())
     >>> with evaluation_mode([net]):
@@ -47,13 +47,13 @@ def evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def check_evaluation_mode(model: nn.Module, doing: str, *, parts: bool = True) -> None:
-    """Refuse a model in training mode, with what to do before ``doing``.
+    """Raise ModelError for a model in training mode; the message says what to do before ``doing``.
 
     Args:
-        parts: refuse one of which a part is in training mode, too.
+        parts: also refuse a model with a submodule in training mode.
 
     Raises:
-        ModelError: it is in training mode.
+        ModelError: the model is in training mode.
     """
     what = f"model {type(model).__name__}"
     if not model.training:

@@ -1,4 +1,4 @@
-"""Names that users choose from, and what can be told of them without PyTorch: the command line checks them at once."""
+"""Names that users choose from, with checks that need no PyTorch, so that the command line can run them at once."""
 
 import os
 from pathlib import Path
@@ -19,30 +19,30 @@ ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 AlgorithmChoice = Literal["direct", "winograd", "auto"]
 KdsDtype = Literal["float32", "float16", "bfloat16"]
 Preset = Literal["default", "paper", "w4a4", "w8a8"]
-"""Name of settings, see :meth:`dsconv.QuantConfig.preset`."""
+"""Name of a preset, see :meth:`dsconv.QuantConfig.preset`."""
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 RecipeName = Literal["default", "paper"]
-"""Name of settings of an adaptation, see :meth:`dsconv.Recipe.preset`."""
+"""Name of an adaptation recipe, see :meth:`dsconv.Recipe.preset`."""
 RECIPES: tuple[RecipeName, ...] = get_args(RecipeName)
 
 Style = Literal["qdq", "function", "int8", "float"]
-"""How an ONNX file holds a network, see :func:`dsconv.export_onnx`."""
+"""Representation of a network in an ONNX file, see :func:`dsconv.export_onnx`."""
 STYLES: tuple[str, ...] = get_args(Style)
 OPSET = 21
-"""Of ONNX: the first with 4-bit integers, and with scales of blocks."""
+"""ONNX opset: the first one with 4-bit integers and with block scales."""
 
 PEERS = ("torch", "onnxruntime", "openvino", "mnn")
-"""Runtimes that :func:`dsconv.bench` measures beside dsconv."""
+"""Runtimes that :func:`dsconv.bench` measures in addition to dsconv."""
 
 Task = Literal["classification", "segmentation", "images", "other"]
-"""Kind of a network's outputs, by which they are measured, see :mod:`dsconv.evaluation.measures`."""
+"""Kind of a network's outputs, which selects the measures, see :mod:`dsconv.evaluation.measures`."""
 TASKS: tuple[str, ...] = get_args(Task)
 
 OnInterrupt = Literal["raise", "partial"]
-"""Effect of Ctrl-C on a measurement: it raises KeyboardInterrupt, or ends it with the figures so far."""
+"""Effect of Ctrl-C on a measurement: raise KeyboardInterrupt, or return the figures so far."""
 
 COMPILED_MAGIC = b"\x89dsconv\n"
-"""The first bytes of a compiled network, see :meth:`dsconv.compilation.CompiledModel.save`."""
+"""First bytes of a compiled network, see :meth:`dsconv.compilation.CompiledModel.save`."""
 
 _LIBRARIES = ("torchvision", "timm", "dsconv")
 
@@ -53,30 +53,30 @@ def check_on_interrupt(value: str) -> None:
 
 
 def check_task(value: str | None) -> Task | None:
-    """Return ``value``, which is one of :data:`TASKS`, or None; raise ConfigError of any other."""
+    """Return ``value`` if it is one of :data:`TASKS` or None; otherwise raise ConfigError."""
     if value is not None:
         check_choice("task", value, TASKS)
     return cast(Task | None, value)
 
 
 def is_registered(name: str) -> bool:
-    """Whether a model ``name`` is of a library, so that building it runs no code of the user's."""
+    """Return whether model ``name`` is from a library, so that building it runs no user code."""
     return name.partition("/")[0] in _LIBRARIES and ".py:" not in name and not is_onnx(name)
 
 
 def is_onnx(name: str) -> bool:
-    """Whether a model ``name`` is that of an ONNX file."""
+    """Return whether model ``name`` is an ONNX file."""
     return name.endswith(".onnx")
 
 
 def check_model_name(name: str) -> None:
-    """Raise what :func:`dsconv.zoo.build` would raise of ``name``, as far as that can be told without building it.
+    """Raise the errors of :func:`dsconv.zoo.build` that can be detected from ``name`` without building the model.
 
     Raises:
-        ModelError: ``name`` has another form than those that are known.
+        ModelError: ``name`` has an unknown form.
         FileFormatError: it is a compiled network.
         MissingExtraError: the library that has the model is not installed.
-        FileNotFoundError: there is no such file of models.
+        FileNotFoundError: the file does not exist.
     """
     base = name.partition("?")[0]
     if is_registered(name):
@@ -98,7 +98,7 @@ def check_model_name(name: str) -> None:
 
 
 def check_not_compiled(path: Path) -> None:
-    """Raise FileFormatError where a file is a compiled network, which is there for programs without PyTorch."""
+    """Raise FileFormatError if a file is a compiled network, which is for programs without PyTorch."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -111,11 +111,11 @@ def check_not_compiled(path: Path) -> None:
 
 
 def check_metric_name(name: str | None) -> None:
-    """Raise what is wrong with the name of a metric, ``path/to/file.py:function``, as its form tells.
+    """Check the form of the name of a metric, ``path/to/file.py:function``.
 
     Raises:
-        ConfigError: it has another form.
-        FileNotFoundError: there is no such file.
+        ConfigError: the name has another form.
+        FileNotFoundError: the file does not exist.
     """
     if name is None:
         return
@@ -131,7 +131,7 @@ def check_weights(weights: str | os.PathLike[str]) -> Path | None:
 
     Raises:
         FileFormatError: it is a compiled network.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     if str(weights) in ("default", "random"):
         return None

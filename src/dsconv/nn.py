@@ -1,4 +1,4 @@
-"""Quantized layers that replace PyTorch's, and ``DSConvModel``, a network of them for the Hugging Face Hub."""
+"""Quantized layers that replace PyTorch's, and ``DSConvModel``, a quantized network for the Hugging Face Hub."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""Progress of what takes a while, on stderr: a bar in a terminal; in a log or a notebook, a line now and then."""
+"""Progress of long tasks on stderr: a bar in a terminal; occasional lines in a log or a notebook."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ _FIRST_SECONDS, _EVERY_SECONDS = 10.0, 30.0
 
 
 class Advance(Protocol):
-    """Tells how much has been done since the last call and, where that changes, what is being done."""
+    """Callback that reports the amount done since the last call and, if it changes, the current activity."""
 
     def __call__(self, count: float, doing: str = "") -> None: ...
 
@@ -20,14 +20,14 @@ class Advance(Protocol):
 def progress_bar(
     shown: bool, what: str, total: int | None, unit: str, *, done: int = 0, refreshes: bool = True
 ) -> Iterator[Advance]:
-    """Show the progress of the block, with its rate and the time left.
+    """Show the progress of the block, with its rate and the remaining time.
 
     Args:
         shown: False shows nothing.
         what: the work, in a word or two.
-        total: number of things to do, None where it is not known.
-        unit: what these are, in the plural.
-        done: how many were done before, which have no part in the rate.
+        total: number of things to do, None if unknown.
+        unit: name of these things, in the plural.
+        done: number already done before, which does not count for the rate.
         refreshes: whether a thread keeps the bar moving; without it, the bar moves when something is done.
 
     Yields:
@@ -49,7 +49,7 @@ def _ignore(count: float, doing: str = "") -> None:
 
 
 def _is_terminal() -> bool:
-    """Whether stderr is a terminal that can draw a line anew."""
+    """Return whether stderr is a terminal that can redraw a line."""
     return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
@@ -80,7 +80,7 @@ def _bar(what: str, total: int | None, unit: str, done: int, refreshes: bool) ->
 
 
 class _Lines:
-    """Lines of text, as soon as something is done after so many seconds; none for what takes less."""
+    """Text lines printed at intervals of seconds when something is done; short tasks print none."""
 
     def __init__(self, what: str, total: int | None, unit: str, done: int):
         self._what, self._total, self._unit = what, total, unit

@@ -1,4 +1,4 @@
-"""Settings of an adaptation: :class:`Recipe`, and the recipes that have a name."""
+"""Settings of an adaptation: :class:`Recipe` and its named presets."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
@@ -17,21 +17,24 @@ class Recipe(Strict):
     """Settings of :func:`dsconv.adapt`.
 
     Attributes:
-        weights: what is learned of a weight. ``learned``: its integers, as float levels that are rounded, and the scale
-            and shift of each block, from those of the student. ``recomputed``: a float weight, from which VQK and KDS
-            are made anew in each step by the rule of the layer's config; it starts from the teacher's.
-        lr: learning rate of Adam. For ``learned`` it is in levels, so that it means the same in each layer, and those
-            of scales, shifts and biases follow from it; for ``recomputed`` it is that of weights.
-        schedule: ``cosine``: down to 0 at the last step; or ``constant``.
-        steps: number of them, at most.
-        batch_size: images in a step, those of all processes together.
-        images: use this many at most, None for all.
-        held_back: part of the images that is not trained on, and by which the best state is chosen.
-        every: steps between two looks at these; each ends in a checkpoint, where there is a file for it.
-        patience: stop after so many looks without a new best.
-        temperature: T of ``T^2 KL(softmax(f / T) || softmax(q / T))`` between the logits f of teacher and q of student.
-        features: what the squared errors of the layers' outputs weigh beside that, as a part of the variance of the
-            teacher's, on average over the layers.
+        weights: how a weight is trained. ``learned``: its integers are trained as float levels that are rounded,
+            together with the scale and shift of each block; they start from those of the student. ``recomputed``: a
+            float weight is trained, starting from the teacher's, and VQK and KDS are recomputed from it in each step by
+            the rule of the layer's config.
+        lr: learning rate of Adam. For ``learned`` it is in levels, so that it means the same in each layer, and the
+            rates of scales, shifts and biases are derived from it; for ``recomputed`` it is the rate of the weights.
+        schedule: ``cosine``, which decays to 0 at the last step, or ``constant``.
+        steps: maximum number of steps.
+        batch_size: images per step, summed over all processes.
+        images: maximum number of images used, None for all.
+        held_back: fraction of the images that is not trained on and selects the best state.
+        every: steps between two evaluations on the held-back images; each writes a checkpoint if a file is given for
+            it.
+        patience: stop after this many evaluations without a new best.
+        temperature: T of ``T^2 KL(softmax(f / T) || softmax(q / T))`` between the logits f of the teacher and q of the
+            student.
+        features: weight of the squared errors of the layers' outputs in the loss, relative to the variance of the
+            teacher's outputs, averaged over the layers.
 
     Raises:
         ConfigError: a value is out of range or a name is unknown.
@@ -54,13 +57,14 @@ class Recipe(Strict):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
-        """Recipe of a name, with ``changes`` to its fields.
+        """Return the recipe called ``name``, with ``changes`` to its fields.
 
         ``default``
             Continues from the integers and scales of a quantized or calibrated network.
         ``paper``
-            The published one: 960 images, Adam with a constant learning rate of 1e-5, VQK and KDS recomputed from
-            float weights in each step, logits only. For what :func:`dsconv.quantize` made, not for calibrated networks.
+            The published recipe: 960 images, Adam with a constant learning rate of 1e-5, VQK and KDS recomputed from
+                float weights in each step, logits only. It is meant for the result of :func:`dsconv.quantize`, not for
+                calibrated networks.
         """
         check_choice("recipe", name, RECIPES)
         return cls(**{**_RECIPES[cast(RecipeName, name)], **changes})
@@ -80,7 +84,7 @@ _RECIPES: dict[RecipeName, dict[str, Any]] = {
 
 
 def as_recipe(recipe: "Recipe | Mapping[str, Any] | str | None") -> Recipe:
-    """A recipe from what users pass: one, a dictionary of its fields, a name, or None for ``default``."""
+    """Return the recipe for a recipe, a dictionary of its fields, a name, or None for ``default``."""
     if isinstance(recipe, Recipe):
         return recipe
     if recipe is None or isinstance(recipe, str):

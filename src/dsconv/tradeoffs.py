@@ -1,4 +1,4 @@
-"""Several quantized networks of one original, side by side: size, accuracy and time."""
+"""Comparison of several quantized networks made from one original: size, accuracy and time."""
 
 import csv
 import io
@@ -38,24 +38,24 @@ if TYPE_CHECKING:
 
 FLOAT = "float32"
 _KL = "KL divergence"
-# Columns that are no numbers.
+# Columns without numbers.
 _WORDS = ("settings", "front", "verdict")
 Cost = Literal["bytes", "ms"]
 Columns = Mapping[str, Callable[["Candidate"], str | None]]
-"""Cells of a table by their heading; a column without any cell is left out."""
+"""Functions that return the cells of a table, by heading; a column without cells is omitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One network.
+    """One network of a comparison.
 
     Attributes:
-        name: as it was given; ``float32`` is the reference.
-        settings: its preset, or what else is to be said of its config in short.
-        bytes: of its tensors in a file.
-        effective_bits: a weight, over all layers.
-        evaluation: a Comparison with the reference, whose own is an Evaluation; None without images.
-        times_ms: quartiles of the time of one image, None where it was not measured.
+        name: the given name; ``float32`` is the reference.
+        settings: its preset, or a short description of its config.
+        bytes: size of its tensors in a file.
+        effective_bits: mean bits per weight over all layers.
+        evaluation: the Comparison with the reference, or an Evaluation for the reference itself; None without images.
+        times_ms: quartiles of the time of one image, None if not measured.
     """
 
     name: str
@@ -67,17 +67,17 @@ class Candidate:
 
     @property
     def accuracy(self) -> float | None:
-        """The figure of the front, larger is better, as :attr:`measure` names it.
+        """Accuracy used by the Pareto front; larger is better. :attr:`measure` names it.
 
-        It is top-1, mean intersection over union or PSNR with labels, and without labels the agreement with the
-        reference, or the SQNR of outputs that are no logits; with a user's metric it is its negative.
+        With labels it is top-1, mean intersection over union or PSNR; without labels, the agreement with the reference,
+        or the SQNR of outputs that are not logits; with a user's metric, the negative of the metric.
         """
         value = self._accuracy[1]
         return None if value is None or math.isnan(value) else value
 
     @property
     def measure(self) -> str:
-        """Name of ``accuracy``, with its unit; empty where there is none."""
+        """Name of ``accuracy``, with its unit; empty if there is none."""
         return self._accuracy[0]
 
     @property
@@ -98,11 +98,11 @@ class Candidate:
 
     @property
     def ms(self) -> float | None:
-        """Median time of one image."""
+        """Median time of one image, in milliseconds."""
         return None if self.times_ms is None else self.times_ms.median
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat row of plain data; what was not measured is None."""
+        """Return one flat row of plain data; values that were not measured are None."""
         measured = ("top1", "top5", "miou", "psnr_db", "ssim", "agreement", "kl", "logit_sqnr_db", "distance")
         first, median, third = self.times_ms or (None, None, None)
         return {
@@ -120,14 +120,15 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Tradeoff(Printed):
-    """What :func:`tradeoff` found; prints as a table.
+    """Result of :func:`tradeoff`; prints as a table.
 
     Attributes:
         candidates: the quantized networks, in the order in which they were given.
         reference: the float network, if there was one.
-        threads: on which they were timed.
-        machine: where they were timed, see :func:`dsconv.benchmarking.machine.machine`; None if they were not.
-        interrupted: whether it was stopped early: the figures are over fewer images or turns, or there are no times.
+        threads: number of threads used for timing.
+        machine: machine used for timing, see :func:`dsconv.benchmarking.machine.machine`; None without times.
+        interrupted: whether the measurement was stopped early: figures cover fewer images or turns, or times are
+            missing.
     """
 
     candidates: tuple[Candidate, ...]
@@ -137,9 +138,10 @@ class Tradeoff(Printed):
     interrupted: bool = False
 
     def front(self, cost: Cost = "bytes") -> tuple[Candidate, ...]:
-        """The Pareto front: candidates that no other beats, being as cheap and as accurate and in one of them better.
+        """Return the Pareto front: candidates for which no other is at least as cheap and as accurate, and better in
+        one.
 
-        By falling cost, without those whose cost or accuracy is not known.
+        They are sorted by decreasing cost; candidates whose cost or accuracy is unknown are omitted.
         """
         known = [(getattr(c, cost), c.accuracy, c) for c in self.candidates]
         points = [(x, y, c) for x, y, c in known if x is not None and y is not None]
@@ -152,7 +154,7 @@ class Tradeoff(Printed):
         return (self.reference, *self.candidates) if self.reference else self.candidates
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         first = next((c.evaluation for c in self.candidates if c.evaluation is not None), None)
         return {
             "networks": self._rows(),
@@ -164,7 +166,7 @@ class Tradeoff(Printed):
         }
 
     def to_csv(self) -> str:
-        """A line for each network, under a line of names."""
+        """Return CSV text: a header line, then one line per network."""
         text = io.StringIO()
         rows = self._rows()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -174,7 +176,7 @@ class Tradeoff(Printed):
 
     @property
     def costs(self) -> tuple[Cost, ...]:
-        """Those that are known."""
+        """Costs that are known."""
         return ("bytes", "ms") if any(c.ms is not None for c in self.candidates) else ("bytes",)
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -229,23 +231,24 @@ def tradeoff(
     data_range: float | None = None,
     metric: Metric | None = None,
 ) -> Tradeoff:
-    """Size, accuracy and time of several quantized networks that were made of one float network.
+    """Measure size, accuracy and time of several quantized networks made from one float network.
 
     Args:
-        networks: the quantized ones by name.
-        reference: the float one; without it there is no accuracy.
+        networks: the quantized networks by name.
+        reference: the float network; without it there is no accuracy.
         images, preprocess, batch_size, workers, limit, device, progress, task, data_range, metric: as in
-            :func:`dsconv.compare`; all networks see the same images. Without images there is no accuracy. Times are of
-            the CPU.
-        time_shape: ``(C, H, W)`` of an image. With it, the networks are compiled and timed on a random one in turns,
-            the reference in PyTorch.
-        threads: that they are timed on.
-        seconds: that the timing takes, once all are warm.
-        on_interrupt: what Ctrl-C does: ``"raise"`` KeyboardInterrupt, or end with what there is (``"partial"``).
+            :func:`dsconv.compare`; all networks get the same images. Without images there is no accuracy. Times are CPU
+            times.
+        time_shape: ``(C, H, W)`` of an image. If given, the networks are compiled and timed on a random image in turns,
+            with the reference in PyTorch.
+        threads: number of threads used for timing.
+        seconds: duration of the timing after warm-up.
+        on_interrupt: effect of Ctrl-C: ``"raise"`` raises KeyboardInterrupt, ``"partial"`` returns the results so far.
 
     Raises:
-        ConfigError, DataError: as :func:`dsconv.compare`; or an argument out of range, or images without a reference.
-        ModelError: as :func:`dsconv.compare` and :func:`dsconv.compile`; or the networks are of different originals.
+        ConfigError, DataError: as :func:`dsconv.compare`; or an argument is out of range, or images are given without a
+            reference.
+        ModelError: as :func:`dsconv.compare` and :func:`dsconv.compile`; or the networks have different originals.
 
     >>> import dsconv
     >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 9, 3), nn.AdaptiveAvgPool2d(1)).eval()
@@ -340,7 +343,7 @@ def columns_of(candidates: Sequence[Candidate]) -> Columns:
 
 
 def table_of(candidates: Sequence[Candidate], columns: Columns) -> "Table":
-    """Return a table of a row for each network."""
+    """Return a table with one row per network."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -373,7 +376,7 @@ def _check_one_original(summaries: Mapping[str, Summary]) -> None:
 def time_each(
     networks: Mapping[str, nn.Module], x: Batch, threads: int, seconds: float, times: dict[str, Quartiles]
 ) -> None:
-    """Put quartiles of the milliseconds that each takes into ``times``, also when it is interrupted."""
+    """Write quartiles of the times in milliseconds to ``times``, also if interrupted."""
     before, race = torch.get_num_threads(), None
     torch.set_num_threads(threads)
     try:

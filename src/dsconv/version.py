@@ -1,4 +1,4 @@
-"""The version of the installed package, which takes longer to find than the rest of ``import dsconv``."""
+"""Version of the installed package; looking it up takes longer than the rest of ``import dsconv``."""
 
 from importlib import metadata
 

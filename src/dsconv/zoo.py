@@ -1,10 +1,10 @@
-"""Float models by name: of torchvision and timm, of Python and ONNX files, and the small one that comes with dsconv.
+"""Float models by name: from torchvision, timm, Python files and ONNX files, and the small one included in dsconv.
 
 A name is ``torchvision/resnet50``, ``timm/resnet50``, ``dsconv/digits_resnet``, ``path/to/model.onnx`` or
-``path/to/file.py:factory``; the arguments of its factory may follow, as in ``torchvision/resnet18?num_classes=200``.
+``path/to/file.py:factory``; arguments of the factory may follow, as in ``torchvision/resnet18?num_classes=200``.
 
-A file says how the images of its models are prepared by an attribute ``preprocess``, of the model or of the file
-itself: a :class:`dsconv.data.Preprocess` or a dictionary of its fields.
+A Python file defines the preprocessing of its models in an attribute ``preprocess`` of the model or of the file itself:
+a :class:`dsconv.data.Preprocess` or a dictionary of its fields.
 """
 
 import difflib
@@ -29,24 +29,24 @@ from dsconv.names import check_model_name, check_weights, is_onnx, is_registered
 __all__ = ["build", "is_registered", "preprocess_of", "set_preprocess"]
 
 _SHOWN = 5
-# Trained without the auxiliary classifiers that these build by default, as the published weights are loaded.
+# Built by default with auxiliary classifiers, without which the published weights are loaded.
 _AUXILIARY = ("googlenet", "inception_v3")
 
 
 def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Module:
-    """Float model of a name, in evaluation mode.
+    """Build the float model called ``name``, in evaluation mode.
 
     Args:
         name: see above.
-        weights: ``default``: the trained weights that come with the name, downloaded where they must be (a factory in
-            a file loads its own); ``random``: none, but those of an ONNX file, which has no network without them;
-            else the path of a state dictionary, ``.safetensors`` or what ``torch.save`` wrote.
+        weights: ``default``: the trained weights that belong to the name, downloaded if necessary (a factory in a file
+            loads its own); ``random``: random weights, except for ONNX files, which always use their own; otherwise the
+            path of a state dictionary, ``.safetensors`` or written by ``torch.save``.
 
     Raises:
-        ModelError: no such model, or its weights cannot be had or do not fit.
+        ModelError: the model does not exist, or its weights are unavailable or do not fit.
         FileFormatError: an ONNX file is damaged.
         MissingExtraError: torchvision, timm or onnx is not installed.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
 
     >>> sum(p.numel() for p in build("dsconv/digits_resnet").parameters())
     222570
@@ -116,7 +116,7 @@ def _torchvision(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[n
     if name in _AUXILIARY:
         arguments = {"aux_logits": False, **({} if trained else {"init_weights": False}), **arguments}
     if not trained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
-        # By default, a part of these is trained, and downloaded.
+        # By default, these load and download pretrained weights for a part of the model.
         arguments = {"weights_backbone": None, **arguments}
     default = models.get_model_weights(name).DEFAULT
     model = models.get_model(name, weights=default if trained else None, **arguments)
@@ -128,14 +128,14 @@ def _timm(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Modul
     if not timm.is_model(name):
         raise _unknown("timm", "model", name, timm.list_models())
     if "checkpoint_path" in arguments:
-        # timm may unpickle it; and a name can come from a file that is not trusted.
+        # timm may unpickle the checkpoint, and a name can come from an untrusted file.
         raise ModelError(f"model {name!r}: checkpoint_path cannot be part of a name: pass the file as weights")
     model = timm.create_model(name, pretrained=trained, **arguments)
     return model, _stated(Preprocess.from_timm, model)
 
 
 def _stated(read: Callable[[Any], Preprocess], source: Any) -> Preprocess | None:
-    """Return what ``source`` says; None where it says nothing that a Preprocess can express, as for segmentation."""
+    """Return the preprocessing stated by ``source``, or None if a Preprocess cannot express it, as for segmentation."""
     try:
         return read(source)
     except ConfigError:
@@ -151,10 +151,10 @@ def _own(name: str, trained: bool, arguments: dict[str, Any]) -> tuple[nn.Module
 
 
 def function_of(what: str, name: str) -> tuple[Any, Callable[..., Any]]:
-    """Import ``path/to/file.py:function``; return the module and the function. ``what`` it is, errors say.
+    """Import ``path/to/file.py:function``; return the module and the function. Errors call the function ``what``.
 
     Raises:
-        ModelError: the file cannot be imported, or has no such function.
+        ModelError: the file cannot be imported, or does not define the function.
     """
     file, _, factory_name = name.rpartition(":")
     path = Path(file)
@@ -204,7 +204,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
             state: Any = load_file(path)
         else:
-            # Without this, a pickle may run any code.
+            # Otherwise, a pickle may run arbitrary code.
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ModelError(

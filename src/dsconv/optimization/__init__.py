@@ -1,4 +1,4 @@
-"""Quantizes a network as well as a budget or a target asks for, by itself."""
+"""Automatic quantization of a network for a budget or a target."""
 
 from dsconv.optimization.goal import Target
 from dsconv.optimization.optimize import optimize

@@ -1,4 +1,4 @@
-"""What an optimization is to reach: a budget of size or time, and a target of accuracy."""
+"""Goals of an optimization: a budget of size or time, and a target of accuracy."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ LIMITS = ("effective_bits", "bytes", "ms")
 
 
 class Target(Strict):
-    """Figures that a network is to reach on images that no step has used; all that are given hold.
+    """Figures that a network must reach on images that no step has used; all given figures must hold.
 
     Attributes:
         agreement: least share of images with the same class as the float network, in percent.

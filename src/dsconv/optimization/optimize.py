@@ -1,4 +1,4 @@
-"""``dsconv.optimize``: a few recipes are tried, and the network that serves a budget or a target best is kept."""
+"""``dsconv.optimize``: tries a few recipes and keeps the network that meets a budget or a target best."""
 
 import os
 import time
@@ -35,21 +35,21 @@ from dsconv.optimization.saved import Saved
 from dsconv.optimization.steps import Clock, OutOfTime, Steps
 from dsconv.tradeoffs import FLOAT, Candidate
 
-# A shift pays where no image is seen; half the block without one is closer to float once it is calibrated.
+# A shift helps without images; after calibration, half the block size without a shift is closer to float.
 _BASES = {
     "shift, B = 64": QuantConfig.preset("default"),
     "no shift, B = 32": QuantConfig.preset("default", block_size=32, weight_shift=False),
 }
 _SHIFT, _NO_SHIFT = _BASES
-# Where the search begins without a budget; and the budget where there is no target either, or what the preset takes.
+# Start of the search without a budget. Without a target it is also the budget, unless the preset takes more.
 _BITS = 4.7
-# Images of noise to measure on.
+# Number of noise images to measure on.
 _NOISE = 64
-# Sizes or times between which the smallest network that meets the target is found, and how close they come.
+# Number of bisections in the search for the smallest network that meets the target, and their relative tolerance.
 _HALVINGS, _CLOSE = 4, 0.02
-# Selections that are compiled and timed to keep a budget of milliseconds.
+# Maximum number of selections that are compiled and timed to meet a budget of milliseconds.
 _ROUNDS = 3
-# An adaptation on fewer images, or of a network that is as close to float already, does not pay.
+# Adaptation does not pay with fewer images, or for a network that is already this close to float.
 _FEWEST_IMAGES, _CLOSE_ALREADY = 64, 0.02
 _SHORT = {"effective_bits": "bits", "bytes": "bytes", "ms": "ms"}
 
@@ -75,49 +75,49 @@ def optimize(
     progress: bool = False,
     on_attempt: Callable[[Attempt], None] = lambda attempt: None,
 ) -> Optimization:
-    """Quantize a network as small, as fast or as close to float as asked for: the whole work in one call.
+    """Quantize a network within a budget or to a target of accuracy, in one call.
 
     A few recipes are tried: 8-bit activations and the same bits in all layers; bits by layer (:func:`dsconv.search`);
     both with a shift per block, and without one in smaller blocks; calibrated (:func:`dsconv.calibrate`); fewer bits
-    while the target is met, more while it is not; and adapted (:func:`dsconv.adapt`) where the network is still far
-    from float and the time suffices. With a target, the smallest network that meets it is kept, or the fastest under a
-    budget of milliseconds; without one, the closest to float within the budget.
+    while the target is met, more while it is not; and adapted (:func:`dsconv.adapt`) if the network is still far from
+    float and time allows. With a target, the smallest network that meets it is kept, or the fastest under a budget of
+    milliseconds; without one, the network closest to float within the budget.
 
-    Half of the images, drawn at random, are for these steps. All figures are measured on the others, 500 at most, which
-    no step sees. Without images the search is on noise, and so are the figures.
+    Half of the images, drawn at random, are for these steps. All figures are measured on the other half, at most 500
+    images, which no step uses. Without images, both the search and the figures use noise.
 
     Args:
         model: the float network.
-        images: unlabelled or labelled images, as in :func:`dsconv.evaluate`, 8 or more; a few hundred are good. They
-            are kept in memory.
-        budget: effective bits a weight, or a dictionary of limits that all hold: ``effective_bits``, ``bytes`` of the
-            file but for its header, ``ms`` of one image, compiled, on this machine. None is no limit; where there is no
-            target either, it is 4.7 effective bits, or more if the preset ``default`` takes more.
+        images: unlabelled or labelled images, as in :func:`dsconv.evaluate`, 8 or more; a few hundred are recommended.
+            They are kept in memory.
+        budget: effective bits per weight, or a dictionary of limits that must all hold: ``effective_bits``, ``bytes``
+            of the file without its header, ``ms`` per image, compiled, on this machine. None sets no limit; without a
+            target as well, the budget is 4.7 effective bits, or more if the preset ``default`` takes more.
         target: a dictionary of the fields of :class:`dsconv.optimization.Target`: least ``agreement`` in percent,
             largest ``kl`` in nats, largest ``top1_drop`` in percent points, or largest ``distance``; it needs images.
-        time_limit: seconds, None for as many as it takes. What is not begun when they are over is left out, and a step
-            that would outlast them ends; the first attempt is always made.
-        preprocess: how a folder is read or noise prepared; None is what the network says of itself.
-        limit: use this many images at most: the first ones, or, of a folder, evenly spaced ones.
+        time_limit: limit in seconds, None for no limit. Work not begun when it expires is omitted, and a step that
+            would exceed it ends; the first attempt is always made.
+        preprocess: preprocessing of a folder or of noise; None uses the one stored with the network.
+        limit: maximum number of images: the first ones, or, from a folder, evenly spaced ones.
         batch_size: images per batch in measurements.
-        seed: of all that is random. The same arguments give the same result on the same machine, as long as neither the
-            time limit nor a budget of milliseconds decides.
-        threads: that networks are timed on.
-        device: where networks run, but for times, which are of the CPU; None is where the model is.
-        state: folder to write all that is done to, so that an optimization that was stopped can be resumed.
-        resume: continue from ``state``; budget, target and time limit may be others.
+        seed: seed of all random choices. The same arguments give the same result on the same machine, unless the time
+            limit or a budget of milliseconds affects it.
+        threads: number of threads used for timing.
+        device: device on which the networks run, except for timing, which uses the CPU; None is the model's device.
+        state: folder to which all intermediate results are written, so that a stopped optimization can be resumed.
+        resume: continue from ``state``; budget, target and time limit may differ.
         any_range, task: as in :func:`dsconv.calibrate`.
         metric: as in :func:`dsconv.compare`; its first number is the ``distance``.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
-        on_attempt: is called with each attempt as soon as it is measured.
+        on_attempt: called with each attempt as soon as it is measured.
 
     Returns:
-        An :class:`dsconv.optimization.Optimization`, whose ``model`` is the network. If budget or target is not met,
-        it is the one that comes closest, and ``shortfall`` says by how much it misses them.
+        An :class:`dsconv.optimization.Optimization`, whose ``model`` is the network. If no network meets budget and
+        target, it is the closest one, and ``shortfall`` states the difference.
 
     Raises:
-        ConfigError: an argument is out of range, or a target is given without images; or ``state`` is there and
-            ``resume`` False, or the other way round.
+        ConfigError: an argument is out of range, or a target is given without images; or ``state`` exists and
+            ``resume`` is False, or the other way round.
         DataError: there are fewer than 8 different images, or unusable ones, or no labels for ``top1_drop``.
         ModelError: as in :func:`dsconv.search`, :func:`dsconv.calibrate` and :func:`dsconv.compare`.
         FileFormatError: ``state`` is damaged, or belongs to another network, images or arguments.
@@ -135,7 +135,7 @@ def optimize(
     _check_numbers(time_limit, limit, batch_size, seed, threads)
     check_task(task)
     check_metric(metric)
-    import_extra("search", "highspy")  # which may be missing: said before minutes of work
+    import_extra("search", "highspy")  # raise before minutes of work if it is missing
     saved, clock = Saved(None if state is None else as_path(state, "state"), resume), Clock(time_limit)
     model = as_layers(unwrapped(model))[0]
     if images is None:
@@ -186,7 +186,7 @@ def optimize(
 
 
 class _Recipes:
-    """Each method tries a recipe, or several; what comes of them is kept for :meth:`result`."""
+    """Recipes of an optimization. Each method tries one or more; the attempts are kept for :meth:`result`."""
 
     def __init__(self, steps: Steps, goal: Goal, on_attempt: Callable[[Attempt], None]):
         self.steps, self.goal, self.on_attempt = steps, goal, on_attempt
@@ -197,17 +197,17 @@ class _Recipes:
         # The limit along which networks are made smaller or faster.
         self.axis = next((name for name in ("ms", "bytes") if name in goal.budget), "effective_bits")
         self.first = goal.budget.get(self.axis, _BITS)
-        # Milliseconds of the compiled network for one of its layers as a search times them.
+        # Ratio of the time of the compiled network to the sum of the layer times measured by a search.
         self.ratio = 1.0
 
     def uniform(self, base: str, *, calibrated: bool = False) -> None:
-        """Try the same bits in every layer: as many as the budget allows, 4 where it does not say."""
+        """Try the same bits in every layer: the most that the budget allows, 4 without a budget."""
         config = self._most_bits(_BASES[base])
         name = f"W{config.weight_bits}A{config.activation_bits}, {base}"
         self._try(name, lambda: config, calibrated=calibrated)
 
     def searched(self, base: str, most: float, *, calibrated: bool = False) -> Attempt | None:
-        """Try bits by layer that come to ``most`` on the axis."""
+        """Try bits by layer with a total of ``most`` on the axis."""
         name = f"searched, {most:.4g} {_SHORT[self.axis]}, {base}"
         found = self._try(name, lambda: self._within(base, most), calibrated=calibrated)
         if found is not None:
@@ -215,7 +215,7 @@ class _Recipes:
         return found
 
     def approach_target(self) -> None:
-        """Try fewer bits while the target is met and more while it is not, by halving what lies between."""
+        """Bisect for the fewest bits that meet the target."""
         if not self.goal.target or not self.searches:
             return
         best, base = min(self.searches, key=lambda search: self.goal.rank(search[0]))
@@ -236,7 +236,7 @@ class _Recipes:
             low, high = (middle, high) if self.goal.short(found) else (low, middle)
 
     def adapted(self) -> None:
-        """Adapt the network that has the most to win by it."""
+        """Adapt the network that benefits most from it."""
         chosen = self._to_adapt()
         if chosen is None:
             return
@@ -249,7 +249,7 @@ class _Recipes:
             self._try(chosen.name, lambda: chosen.config, calibrated=chosen.calibrated, adapted=chosen)
 
     def result(self) -> Optimization:
-        """Return what was tried, and the best of it."""
+        """Return all attempts and the best of them."""
         steps, times = self.steps, self._times()
         attempts = [replace(a, times_ms=a.times_ms or times.get(a.config.to_json())) for a in self.attempts]
         best, sizes = self.goal.best(attempts), summary(steps.model)
@@ -279,7 +279,7 @@ class _Recipes:
         )
 
     def _times(self) -> dict[str, Quartiles]:
-        """Return the times of the networks in turns, by their settings; those that decide are known already."""
+        """Time the networks in turns and return the times by settings; times used in decisions are already known."""
         made = {} if self.goal.by_time else {a.config.to_json(): self.networks[a.name] for a in self.attempts}
         try:
             return self.steps.race({FLOAT: self.steps.model, **made})
@@ -295,13 +295,14 @@ class _Recipes:
         calibrated: bool = False,
         adapted: Attempt | None = None,
     ) -> Attempt | None:
-        """Make a network and measure it; None, with a reason in ``left_out``, where that is not possible.
+        """Make a network and measure it; return None, with a reason in ``left_out``, if that is not possible.
 
         Args:
-            name: of the recipe, to which what else is done is added.
-            settings: of all layers; it may raise OutOfTime, or ConfigError where the budget cannot be kept.
-            calibrated: whether it is calibrated.
-            adapted: what is to be adapted in place of a network of these settings.
+            name: name of the recipe, to which further steps are added.
+            settings: returns the settings of all layers; it may raise OutOfTime, or ConfigError if the budget cannot be
+                met.
+            calibrated: whether the network is calibrated.
+            adapted: attempt whose network is adapted instead of one with these settings.
         """
         name += ", adapted" if adapted else ", calibrated" if calibrated else ""
         steps, since = self.steps, time.perf_counter()
@@ -348,7 +349,7 @@ class _Recipes:
         return found
 
     def _most_bits(self, base: QuantConfig) -> QuantConfig:
-        """Return the settings of ``base`` in the most bits that keep the budget; the fewest where none does."""
+        """Return the settings of ``base`` with the most bits within the budget; the fewest bits if none fits."""
         limits = {name: limit for name, limit in self.goal.budget.items() if name != "ms"}
         config = base
         for bits in (8, 6, 5, 4, 3, 2) if limits else ():
@@ -360,10 +361,10 @@ class _Recipes:
         return config
 
     def _within(self, base: str, most: float) -> QuantConfig:
-        """Return settings by layer that come to ``most`` at most on the axis, and keep the other limits.
+        """Return settings by layer with a total of at most ``most`` on the axis, within the other limits.
 
-        Milliseconds of layers, which a search measures, are not those of a compiled network: their ratio is that of the
-        selection before, which is compiled and timed.
+        The layer times measured by a search differ from the time of a compiled network: their ratio is that of the
+        previous selection, which is compiled and timed.
         """
         measured = self.steps.sensitivity(_BASES[base], times=self.goal.by_time)
         limits = {**self.goal.budget, self.axis: most}
@@ -382,12 +383,12 @@ class _Recipes:
             self.ratio = times.median / layers_ms
             if times.median <= most:
                 break
-            # The fastest there are, where even these take more.
+            # The fastest selection, if even that takes more.
             limits["ms"] = max(most / self.ratio, range_of("ms", measured)[0] * (1 + 1e-6))
         return config
 
     def _to_adapt(self) -> Attempt | None:
-        """Return the attempt that misses the target by the least and is cheaper than the best; else the best."""
+        """Return the attempt that misses the target by the least and is cheaper than the best; otherwise the best."""
         goal, best = self.goal, self.goal.best(self.attempts)
         if goal.over(best):
             return None

@@ -1,4 +1,4 @@
-"""What an optimization tried, and what it kept."""
+"""Attempts of an optimization, and its result."""
 
 import json
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt(Candidate):
-    """A recipe and what came of it; its ``name`` is the recipe.
+    """Result of one recipe; its ``name`` is the recipe.
 
     Attributes:
-        evaluation: its figures beside the float network.
+        evaluation: its figures compared with the float network.
         config: the settings of all layers.
-        calibrated, adapted: whether it went through :func:`dsconv.calibrate`, and :func:`dsconv.adapt` after that.
-        seconds: that its steps took; a search that several attempts share is counted in the first.
+        calibrated, adapted: whether :func:`dsconv.calibrate`, and then :func:`dsconv.adapt`, was applied.
+        seconds: duration of its steps; a search shared by several attempts is counted in the first.
         verdict: whether it keeps the budget and meets the target, in a word or two.
     """
 
@@ -39,30 +39,30 @@ class Attempt(Candidate):
     verdict: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat row of plain data; what was not measured is None."""
+        """Return one flat row of plain data; values that were not measured are None."""
         own = {"calibrated": self.calibrated, "adapted": self.adapted, "seconds": self.seconds, "verdict": self.verdict}
         return {**super().to_dict(), **own, "config": self.config.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization(Printed):
-    """What :func:`dsconv.optimize` did; prints as a table.
+    """Result of :func:`dsconv.optimize`; prints as a table.
 
     Attributes:
-        model: the quantized network that is kept, on which :func:`dsconv.save` and :func:`dsconv.compile` go on.
+        model: the selected quantized network, ready for :func:`dsconv.save` and :func:`dsconv.compile`.
         best: the attempt that made it.
-        attempts: all of them, in their order.
+        attempts: all attempts, in order.
         reference: the float network.
-        budget, target: by name, as they were given; where neither was, a budget of 4.7 effective bits, or more if
-            the preset ``default`` takes more.
-        shortfall: by how much ``best`` misses budget or target, in one sentence; None where it does not.
-        images: numbers of images: those that the steps could use, and those that figures are measured on.
-        synthetic: whether the latter are noise, in want of images.
-        held_out: batches ``(images, labels)`` that figures are measured on, labels None where there are none.
-        left_out: recipes that were not tried, and why.
-        seconds: that all of it took, measuring included.
-        threads: on which the networks were timed.
-        machine: where, see :func:`dsconv.benchmarking.machine.machine`; None if they were not.
+        budget, target: limits by name, as given; if neither was given, a budget of 4.7 effective bits, or more if the
+            preset ``default`` takes more.
+        shortfall: amount by which ``best`` misses budget or target, in one sentence; None if it meets both.
+        images: numbers of images: those available to the steps, and those that the figures are measured on.
+        synthetic: whether the latter are noise, because no images were given.
+        held_out: batches ``(images, labels)`` that the figures are measured on; labels are None if there are none.
+        left_out: recipes that were not tried, with the reason.
+        seconds: total duration, including measurements.
+        threads: number of threads used for timing.
+        machine: machine used for timing, see :func:`dsconv.benchmarking.machine.machine`; None without times.
     """
 
     model: nn.Module
@@ -82,16 +82,16 @@ class Optimization(Printed):
 
     @property
     def config(self) -> QuantConfig:
-        """The settings of the network that is kept, for :func:`dsconv.quantize`."""
+        """Settings of the selected network, for :func:`dsconv.quantize`."""
         return self.best.config
 
     @property
     def met(self) -> bool:
-        """Whether the network that is kept keeps the budget and meets the target."""
+        """Whether the selected network keeps the budget and meets the target."""
         return self.shortfall is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return {
             "budget": self.budget,
             "target": self.target,
@@ -109,7 +109,7 @@ class Optimization(Printed):
         }
 
     def to_json(self) -> str:
-        """The same as JSON text."""
+        """Return the same data as JSON text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __rich__(self) -> "Group":

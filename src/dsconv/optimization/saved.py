@@ -1,4 +1,4 @@
-"""The folder from which an optimization that was stopped is resumed."""
+"""Folder from which a stopped optimization is resumed."""
 
 import hashlib
 import json
@@ -21,19 +21,19 @@ _MAIN = f"optimization{_SUFFIX}"
 
 
 class Saved:
-    """Figures that are known, in memory, and in a folder where there is a ``path``.
+    """Known figures, kept in memory, and in a folder if ``path`` is given.
 
-    Beside them the folder holds the state files of searches, calibrations and adaptations. Work that is resumed is done
-    again from its beginning, and each of its steps finds what it did.
+    The folder also holds the state files of searches, calibrations and adaptations. A resumed optimization starts from
+    its beginning, and each step finds its earlier results.
 
     Attributes:
-        attempts: by the name of the recipe.
-        times: quartiles of milliseconds, by the settings as JSON, where they decide.
-        steps: of each adaptation, by the name of its recipe.
+        attempts: attempts by the name of the recipe.
+        times: quartiles of milliseconds by settings as JSON, where they affect decisions.
+        steps: number of steps of each adaptation, by the name of its recipe.
 
     Raises:
-        ConfigError: the folder is there and ``resume`` False, or the other way round.
-        OSError: it cannot be made there.
+        ConfigError: the folder exists and ``resume`` is False, or the other way round.
+        OSError: it cannot be created.
     """
 
     def __init__(self, path: Path | None, resume: bool):
@@ -50,11 +50,11 @@ class Saved:
         self._file = StateFile(path / _MAIN if resume and path is not None else None, resume, "optimization")
 
     def open(self, models: Mapping[str, nn.Module], x: Batch, settings: Mapping[str, Any]) -> None:
-        """Read what is there.
+        """Read the existing state.
 
         Raises:
-            FileFormatError: it is damaged, or not of these ``models``, images ``x`` and ``settings``.
-            OSError: the folder cannot be made, read or written.
+            FileFormatError: it is damaged, or belongs to other ``models``, images ``x`` or ``settings``.
+            OSError: the folder cannot be created, read or written.
         """
         found = self._file.open(models, x, settings)
         if found is not None:
@@ -74,7 +74,7 @@ class Saved:
             raise self._file.refusal(str(error)) from None
 
     def step(self, work: str, *made_of: Any) -> dict[str, Any]:
-        """Return ``state`` and ``resume`` for a step, whose file is named by ``work`` and what it is ``made_of``."""
+        """Return ``state`` and ``resume`` for a step; its file is named by ``work`` and the inputs ``made_of``."""
         if self._path is None:
             return {"state": None, "resume": False}
         self._path.mkdir(exist_ok=True)
@@ -83,7 +83,7 @@ class Saved:
         return {"state": path, "resume": path.exists()}
 
     def write(self) -> None:
-        """Write what is known."""
+        """Write the known figures."""
         if self._path is not None:
             self._path.mkdir(exist_ok=True)
         rows = _ATTEMPTS.dump_python(list(self.attempts.values()))
@@ -91,7 +91,7 @@ class Saved:
 
 
 def remove_state(path: Path) -> None:
-    """Remove the folder that :func:`dsconv.optimize` wrote its state to, once its result is saved."""
+    """Remove the state folder of :func:`dsconv.optimize` once its result is saved."""
     for file in path.glob(f"*{_SUFFIX}"):
         file.unlink()
     path.rmdir()

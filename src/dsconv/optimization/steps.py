@@ -1,4 +1,4 @@
-"""The steps that recipes are made of, and the measurement of what they made."""
+"""Steps of which recipes consist, and the measurement of their results."""
 
 import math
 import time
@@ -32,23 +32,23 @@ from dsconv.optimization.images import Parts
 from dsconv.optimization.saved import Saved
 from dsconv.tradeoffs import time_each
 
-# Images that layers are ranked on, and that layers are calibrated on.
+# Numbers of images used to rank layers and to calibrate them.
 _SEARCHED, _SEARCH_BATCH, _CALIBRATED = 32, 16, 128
-# The part of the time left that a search may take: what it finds is calibrated and measured.
+# Fraction of the remaining time that a search may take, since its result is then calibrated and measured.
 _SEARCH_SHARE = 0.6
-# An adaptation is of so many steps, but not of fewer than these; the first images tell how long a step takes.
+# Maximum and minimum steps of an adaptation; the first images are used to estimate the time of a step.
 _STEPS, _FEWEST_STEPS, _TIMED_IMAGES = Recipe().steps, 50, 64
-# The float network answers once where its outputs for all images fit in so many bytes.
+# Outputs of the float network are computed once if those for all images fit in this many bytes.
 _REMEMBERED_BYTES = 1 << 28
 _TIMED_SECONDS = 1.0
 
 
 class OutOfTime(Exception):
-    """A step would outlast the time limit."""
+    """A step would exceed the time limit."""
 
 
 class Clock:
-    """The time that is left."""
+    """Clock that measures the remaining time."""
 
     def __init__(self, seconds: float | None):
         self._start, self._limit = time.perf_counter(), math.inf if seconds is None else seconds
@@ -60,11 +60,11 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds to the limit."""
+        """Seconds until the limit."""
         return self._limit - self.passed
 
     def check(self, seconds: float = 0.0) -> None:
-        """Raise OutOfTime unless so many seconds, and more than none, are left."""
+        """Raise OutOfTime unless more time than ``seconds``, and than none, is left."""
         if self.left <= seconds:
             more = f"about {seconds:.0f} s would be needed and {max(0.0, self.left):.0f} s were left" if seconds else ""
             raise OutOfTime(more or "the time limit was over")
@@ -72,16 +72,16 @@ class Clock:
 
 @dataclass(kw_only=True)
 class Steps:
-    """Steps on one network and its images. Each finds what it did before it was stopped.
+    """Steps on one network and its images. Each step reuses the results saved before it was stopped.
 
     Attributes:
         model: the float network.
-        parts: the images for the steps, and those to measure on.
-        saved: what was done before.
-        clock: the time that is left.
-        prepared: how the images are prepared, None where it is not known.
+        parts: the images for the steps, and those for measurements.
+        saved: results saved before.
+        clock: the clock with the time limit.
+        prepared: preprocessing of the images, None if unknown.
         seed, any_range, metric: as in :func:`dsconv.optimize`.
-        threads: that networks are timed on.
+        threads: number of threads used for timing.
         options: ``device``, ``task`` and ``progress``.
     """
 
@@ -102,7 +102,7 @@ class Steps:
         return quantize(self.model, config, preprocess=self.prepared)
 
     def sensitivity(self, config: QuantConfig, *, times: bool) -> Sensitivity:
-        """Measure what bits cost in each layer, once.
+        """Measure the cost of bits in each layer, once.
 
         Raises:
             OutOfTime: it would take too long.
@@ -129,7 +129,7 @@ class Steps:
         return self._sensitivity[key]
 
     def _in_time(self, choices: int) -> Callable[[Trial], None]:
-        """Return what raises OutOfTime once the trials so far tell that the others would take too long."""
+        """Return a callback that raises OutOfTime once the trials so far show that the rest would take too long."""
         layers = list(quantized_layers(self._quickly(QuantConfig.preset("default"))))
         began, allowed, done = time.perf_counter(), _SEARCH_SHARE * self.clock.left, 0
 
@@ -163,10 +163,10 @@ class Steps:
         )
 
     def adapted(self, name: str, network: nn.Module) -> nn.Module:
-        """Adapt a network in as many steps as the time allows; ``name`` is that of the recipe.
+        """Adapt a network in as many steps as the time allows; ``name`` is the name of the recipe.
 
         Raises:
-            OutOfTime: that is too few.
+            OutOfTime: the time allows too few steps.
         """
         assert self.parts.steps is not None
         options = {"seed": self.seed, "any_range": self.any_range, **self.options}
@@ -183,20 +183,20 @@ class Steps:
         return adapt(network, self.model, self.parts.steps, recipe=recipe, **state, **options)
 
     def compared(self, network: nn.Module) -> Comparison:
-        """Compare a network with the float one on the images that no step sees."""
+        """Compare a network with the float one on the images that no step uses."""
         seen = network if self._float is self.model else quantize(self._float, info_of(network).config)
         return compare(self._answers, seen, self.parts.measured, per_layer=False, metric=self.metric, **self.options)
 
     @cached_property
     def _float(self) -> nn.Module:
-        """The float network, for noise with the statistics that noise has, as a search takes it."""
+        """Float network; for noise, with its BatchNorm statistics measured on noise, as in a search."""
         (x, _), *_ = self.parts.measured
         noisy = self.parts.steps is None and with_statistics(self.model)
         return normalized(self.model, x) if noisy and isinstance(x, Tensor) else self.model
 
     @cached_property
     def _answers(self) -> nn.Module:
-        """The float network, or what it answers where that is little: it is then computed once."""
+        """Float network, or its recorded outputs if they are small, so that they are computed once."""
         batches = [x for x, _ in self.parts.measured]
         with evaluation_mode([self._float]), torch.inference_mode():
             outputs = call(self._float, as_input_of(self._float, batches[0][:1]))
@@ -206,7 +206,7 @@ class Steps:
         return Recorded(self._float, batches, self.options["device"], self.options["task"])
 
     def timed(self, network: nn.Module) -> Quartiles:
-        """Return the times of one image, compiled, once for all networks of the same settings.
+        """Return the times of one image, compiled, measured once for all networks with the same settings.
 
         Raises:
             ModelError: the network cannot be compiled.
@@ -217,7 +217,7 @@ class Steps:
         return self.saved.times[key]
 
     def race(self, networks: Mapping[str, nn.Module]) -> dict[str, Quartiles]:
-        """Return the times of one image, compiled, of several networks in turns; what is called float32 is in PyTorch.
+        """Return the times of one image, compiled, for several networks in turns; ``float32`` runs in PyTorch.
 
         Raises:
             ModelError: a network cannot be compiled, or is not on the CPU.
@@ -233,12 +233,12 @@ class Steps:
         return times
 
     def sizes(self, config: QuantConfig) -> Summary:
-        """Return the sizes of the quantized network, which do not depend on how weights are rounded."""
+        """Return the sizes of the quantized network, which do not depend on the rounding rule."""
         return summary(self._quickly(config))
 
     @cached_property
     def bias_bytes(self) -> int:
-        """Bytes of the biases that a calibration adds, at most; 0 without images."""
+        """Maximum number of bytes of the biases that a calibration adds; 0 without images."""
         if self.parts.steps is None:
             return 0
         layers = quantized_layers(self._quickly(QuantConfig.preset("default"))).values()
