@@ -1,4 +1,4 @@
-"""From a float model to a quantized one, and what became of each layer."""
+"""Conversion of a float model to a quantized one, and a summary of its layers."""
 
 from dsconv.conversion.convert import quantize
 from dsconv.conversion.fold import fold_batchnorm

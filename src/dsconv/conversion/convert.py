@@ -1,4 +1,4 @@
-"""Swaps the layers of a model for quantized ones, without running the model."""
+"""Replacement of a model's layers by quantized ones, without running the model."""
 
 import copy
 import inspect
@@ -28,7 +28,7 @@ from dsconv.layers.kinds import KINDS, kind_of
 from dsconv.modes import check_module
 from dsconv.numerics import InputMoments
 
-# Layers with at most this part of the weights of a network are small.
+# A layer is small if it has at most this fraction of a network's weights.
 _SMALL = 1 / 512
 # Classes of PyTorch and torchvision that read the weights of their layers and never call them.
 _READ_WEIGHTS = {
@@ -45,34 +45,34 @@ def quantize(
     *,
     preprocess: Preprocess | Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A copy of ``model`` whose convolutions and linear layers are quantized. ``model`` itself is left as it is.
+    """Return a copy of ``model`` with quantized convolutions and linear layers. ``model`` itself is unchanged.
 
-    No data is needed. Under rule ``balanced``, a copy of a model with BatchNorm runs on noise for a moment: BatchNorm
-    tells the means and variances of the inputs of the layers behind it. A layer that appears at several places stays
-    one layer. Weight and spectral normalization, pruning, parametrizations and subclasses that compute their weight are
-    resolved: the weight they make now is quantized. So is what forward pre-hooks write to a weight. A convolution or
-    linear that a module calls as a function becomes a layer of that module, ``conv2d_weight`` for
-    ``F.conv2d(x, self.weight)``, where its weight and bias follow from parameters and constants alone. A subclass that
-    pads its input with zeros, always alike or by its size as TensorFlow's ``SAME``, is quantized with that padding. A
-    layer whose call was replaced and does more than the plain layer stays in float; hooks and replaced methods of other
-    modules are kept and run the layers of the copy. Layers that are quantized already stay as they are. What is left in
-    float is listed, with the reason, by :func:`dsconv.summary`.
+    No data is needed. Under rule ``balanced``, a copy of a model with BatchNorm runs briefly on noise, because
+    BatchNorm determines the means and variances of the inputs of the layers after it. A layer that appears in several
+    places stays one layer. Weight and spectral normalization, pruning, parametrizations and subclasses that compute
+    their weight are resolved: the weight that they currently compute is quantized. The same holds for weights written
+    by forward pre-hooks. A convolution or linear function called by a module becomes a layer of that module,
+    ``conv2d_weight`` for ``F.conv2d(x, self.weight)``, if its weight and bias are computed from parameters and
+    constants alone. A subclass that pads its input with zeros, by a constant amount or depending on the size like
+    TensorFlow's ``SAME``, is quantized with that padding. A layer whose call was replaced and does more than the plain
+    layer stays in float; hooks and replaced methods of other modules are kept and run the layers of the copy. Layers
+    that are already quantized are unchanged. :func:`dsconv.summary` lists what is left in float, with the reason.
 
     Args:
         model: a trained float model. Wrappers such as ``torch.compile``, ``DataParallel`` or ``AveragedModel``, around
-            it or around parts, are taken off.
+            the model or its parts, are removed.
         config: a :class:`QuantConfig`, a dictionary of its fields, or the name of a preset; None is ``default``.
-        preprocess: how the images of the model are prepared; the copy and all that is made from it say so. A
-            :class:`dsconv.data.Preprocess`, or a dictionary of the fields that differ from what the model says; None is
-            what the model says (:func:`dsconv.zoo.preprocess_of`).
+        preprocess: preprocessing of the model's images, which is stored with the copy and everything made from it. A
+            :class:`dsconv.data.Preprocess`, or a dictionary of the fields that differ from the one stored with the
+            model; None uses the latter (:func:`dsconv.zoo.preprocess_of`).
 
     Returns:
-        A model of the same classes otherwise, in the same training mode.
+        A model whose other modules have the same classes, in the same training mode.
 
     Raises:
         ConfigError: the config or ``preprocess`` is not valid, or an override matches no layer.
-        ModelError: there is nothing to quantize, a weight holds a NaN or an infinity, or a copy of the model would run
-            layers of ``model``.
+        ModelError: there is nothing to quantize, a weight contains a NaN or an infinity, or a copy of the model would
+            run layers of ``model``.
 
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3))
@@ -92,11 +92,11 @@ def quantize_for(
     preprocess: Preprocess | Mapping[str, Any] | None = None,
     signed: Collection[nn.Module] | None = None,
 ) -> nn.Module:
-    """:func:`quantize` with what is known of the inputs of layers.
+    """Run :func:`quantize` with known properties of the layers' inputs.
 
     Args:
-        inputs: their moments; None: what BatchNorms tell.
-        signed: layers whose input can be negative; None: what noise tells.
+        inputs: their moments; None derives them from BatchNorms.
+        signed: layers whose input can be negative; None determines them with noise.
     """
     model, functions = as_layers(model)
     layers = _find_layers(model)
@@ -146,8 +146,8 @@ def quantize_for(
 
 
 def swapped(model: nn.Module, swaps: Mapping[nn.Module, nn.Module], info: ModelInfo) -> nn.Module:
-    """A deep copy of ``model`` with each module of ``swaps`` replaced wherever it is referred to."""
-    # Deep copy looks here for what it has copied already: so it puts the new layers in and never copies the old ones.
+    """Return a deep copy of ``model`` with each module of ``swaps`` replaced wherever it is referenced."""
+    # Deep copy looks up finished copies here: it inserts the new layers and never copies the old ones.
     memo: dict[int, Any] = {id(layer): quantized for layer, quantized in swaps.items()}
     for layer, quantized in swaps.items():
         _keep_hooks(layer, quantized, memo)
@@ -159,7 +159,7 @@ def swapped(model: nn.Module, swaps: Mapping[nn.Module, nn.Module], info: ModelI
 
 @dataclass
 class FoundLayer:
-    """A convolution or linear layer of a model: its kind, every name it has, and why it must stay in float, if so."""
+    """Convolution or linear layer of a model: its kind, all its names, and the reason if it must stay in float."""
 
     layer: nn.Module
     kind: type[DSLayer]
@@ -173,10 +173,10 @@ class FoundLayer:
 
     @property
     def weights(self) -> int:
-        """The number of its weights, 0 where that is not known yet."""
+        """Number of its weights, 0 if not known yet."""
         if isinstance(self.layer, DSLayer):
             return self.layer.vqk.numel()
-        # A parametrization keeps the numbers of the weight in one parameter of its own.
+        # A parametrization stores the values of the weight in one parameter of its own.
         return max((p.numel() for p in self.layer.parameters() if not is_lazy(p)), default=0)
 
 
@@ -193,7 +193,7 @@ def _find_layers(model: nn.Module) -> list[FoundLayer]:
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    """Name, module and parent of all that a model is made of, in the order it was registered."""
+    """Yield name, module and parent of all modules of a model, in registration order."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
         if "parametrizations" not in name.split("."):
@@ -209,11 +209,11 @@ def _why_float(layer: nn.Module, parent: nn.Module | None) -> str:
 
 
 def layer_config(config: QuantConfig, found: FoundLayer, layers: list[FoundLayer]) -> LayerConfig | None:
-    """Settings of a layer among all ``layers`` of its model, in order; None where it is left in float."""
+    """Return the settings of a layer among all ``layers`` of its model, in order; None to leave it in float."""
     layer: Any = found.layer
     convolutions = [other.layer for other in layers if other.kind.kind == "conv"]
     depthwise = found.kind.float_is_depthwise(layer)
-    # Of several names that one counts which an override matches.
+    # If a layer has several names, the one that an override matches is used.
     overridden = [name for name in found.names if any(fnmatchcase(name, pattern) for pattern in config.overrides)]
     settings = config.layer(
         (overridden or found.names)[0],
@@ -241,7 +241,9 @@ def _check_overrides(config: QuantConfig, layers: list[FoundLayer]) -> None:
 
 
 def _keep_attributes(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) -> None:
-    """What a model noted on a layer of its own, as builders from lists of layers do, is there to be read."""
+    """Copy the attributes that a model set on a layer, as builders from lists of layers do, so that it can read
+    them.
+    """
     if (kind := kind_of(layer)) is not None:
         for name, value in vars(layer).items():
             known = name.startswith("_") or name in _attributes_of(kind)  # type: ignore[arg-type]
@@ -251,16 +253,16 @@ def _keep_attributes(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any
 
 @cache
 def _attributes_of(kind: type[DSLayer]) -> frozenset[str]:
-    """Return the attributes that PyTorch gives a float layer."""
+    """Return the names of the attributes that PyTorch gives a float layer."""
     if not is_torch_class(kind.float_type):
-        return frozenset(vars(nn.Module()))  # how to make one is not known, and its own do no harm
+        return frozenset(vars(nn.Module()))  # its constructor is unknown, and its own attributes are harmless
     make: Callable[..., nn.Module] = kind.float_type
     sizes = [1 for parameter in inspect.signature(make).parameters.values() if parameter.default is parameter.empty]
     return frozenset(vars(make(*sizes, device="meta", dtype=torch.float32)))
 
 
 def _keep_hooks(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) -> None:
-    """Hooks of the user go on being called; those that compute the weight have done their work."""
+    """Keep the user's hooks, except for those that compute the weight, which are no longer needed."""
     layer_kind = kind_of(layer)
     written = None if layer_kind is None else hooks.written(layer, partial(input_of, layer, layer_kind, 4))
     done = frozenset() if written is None else written.keys
@@ -269,7 +271,7 @@ def _keep_hooks(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) ->
         memo[id(getattr(layer, kind))] = kept
         for key, hook in getattr(layer, kind).items():
             if not isinstance(hook, hooks.WEIGHT_HOOKS) and not (key in done and kind == "_forward_pre_hooks"):
-                # A hook that is bound to a part of the model goes over to the copy of that part.
+                # A hook bound to a part of the model is rebound to the copy of that part.
                 kept[key] = copy.deepcopy(hook, memo)
                 for flags in (f"{kind}_with_kwargs", f"{kind}_always_called"):
                     if key in getattr(layer, flags, {}):

@@ -1,8 +1,8 @@
-"""Copies of models that never run the modules of the original.
+"""Copies of models that never run modules of the original.
 
-``copy.deepcopy`` takes functions as they are. A hook, a forward that replaces the one of its class or a lambda in an
-attribute goes on to hold modules of the original by its closure, its defaults or a global variable. Here such functions
-are made anew for the copy and hold its modules.
+``copy.deepcopy`` does not copy functions. A hook, a forward that replaces the one of its class or a lambda in an
+attribute would keep references to modules of the original in its closure, its defaults or a global variable. This
+module creates such functions anew for the copy, with references to its modules.
 """
 
 import copy
@@ -25,26 +25,26 @@ from dsconv.layers.kinds import CALLED
 Model = TypeVar("Model", bound=nn.Module)
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-# What torch.compile makes of a callable remembers it by this name.
+# Attribute in which a callable made by torch.compile stores the original one.
 _COMPILED = "_torchdynamo_orig_callable"
-# Global variables of installed packages hold no model of the user.
+# Global variables of installed packages do not refer to the user's model.
 _INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
-# Holds nothing, or nothing that belongs to one model.
+# Types without references, or without references to parts of one model.
 _ATOMS = (Tensor, type, ModuleType, str, bytes, int, float, complex, type(None))
 
 
 def copied(model: Model, memo: dict[int, Any] | None = None, *, isolate: bool = False) -> Model:
-    """Return a deep copy of ``model`` whose functions hold the modules of the copy.
+    """Return a deep copy of ``model`` whose functions refer to the modules of the copy.
 
     Args:
-        model: is left as it is.
-        memo: as that of :func:`copy.deepcopy`: the ``id`` of what is not copied to what takes its place.
-        isolate: also copy the containers and objects that functions hold, so that calling them leaves no trace.
+        model: the model, which is unchanged.
+        memo: as in :func:`copy.deepcopy`: maps the ``id`` of an object that is not copied to its replacement.
+        isolate: also copy the containers and objects referenced by functions, so that calling them has no side effects.
 
     Raises:
-        ModelError: something that cannot be copied holds modules of ``model``, so that the copy would run them.
+        ModelError: an object that cannot be copied refers to modules of ``model``, so that the copy would run them.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> net.forward = lambda x, linear=net[0]: linear(x)
@@ -55,7 +55,7 @@ def copied(model: Model, memo: dict[int, Any] | None = None, *, isolate: bool = 
     memo = {} if memo is None else memo
     for module in model.modules():
         for value in vars(module).values():
-            # Left behind by hooks that compute a weight, such as weight_norm; PyTorch refuses to copy these.
+            # Left by hooks that compute a weight, such as weight_norm; PyTorch refuses to copy such tensors.
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
     carrier = _Carrier(memo, isolate)
@@ -69,9 +69,9 @@ def copied(model: Model, memo: dict[int, Any] | None = None, *, isolate: bool = 
 
 
 def replaced(module: nn.Module) -> str | None:
-    """Return the name of a method that an attribute of ``module`` replaces in its calls, None if there is none.
+    """Return the name of a method that an instance attribute of ``module`` replaces in its calls, None without one.
 
-    The method of the class itself, bound or behind ``torch.compile``, replaces nothing.
+    The method of the class itself, bound or wrapped by ``torch.compile``, does not count.
     """
     for name in CALLED:
         value = vars(module).get(name)
@@ -83,11 +83,13 @@ def replaced(module: nn.Module) -> str | None:
 
 
 class _Carrier:
-    """Makes functions of a copy hold the parts of the copy. ``memo`` is that of :func:`copy.deepcopy`, not yet run."""
+    """Rebinds functions of a copy to the parts of the copy. ``memo`` is that of :func:`copy.deepcopy`, before it
+    runs.
+    """
 
     def __init__(self, memo: dict[int, Any], isolate: bool):
         self.memo, self.isolate = memo, isolate
-        # What these hold besides hooks is the business of who made them.
+        # Only the hooks of these modules are handled here; the caller made the rest.
         self._given = {id(value): value for value in memo.values() if isinstance(value, nn.Module)}
         self._made: dict[int, tuple[Any, Any]] = {}
         self._cells: dict[int, CellType] = {}
@@ -98,7 +100,9 @@ class _Carrier:
     def reaches(
         self, value: Any, kinds: type | tuple[type, ...] = (nn.Module, Tensor), beside: Iterable[Any] = ()
     ) -> bool:
-        """Return whether ``value`` holds a module or tensor of the original, at any depth but in what is ``beside``."""
+        """Return whether ``value`` refers to a module or tensor of the original, at any depth, except through
+        ``beside``.
+        """
         self._look()
         seen = {id(one): one for one in beside}
         stack = [value]
@@ -115,12 +119,14 @@ class _Carrier:
         return False
 
     def attributes(self, module: nn.Module) -> dict[str, Any]:
-        """Return what may hold modules of the original: attributes, or the hooks of a module that ``memo`` brought."""
+        """Return the objects that may refer to modules of the original: attributes, or the hooks of a module from
+        ``memo``.
+        """
         names = HOOKS if id(module) in self._given else vars(module)
         return {name: vars(module)[name] for name in names if name != "_modules"}
 
     def carry(self, value: Any) -> Any:
-        """Return what takes the place of ``value``, a part of the copy; containers and objects are changed in place."""
+        """Return the replacement of ``value``, a part of the copy; containers and objects are changed in place."""
         result = self._function(value)
         work, seen = [result], dict[int, Any]()
         while work:
@@ -150,29 +156,29 @@ class _Carrier:
         return id(value) in self._copies
 
     def _ours(self, value: Any) -> Any:
-        """What the copy holds in the place of ``value``, which a function holds."""
+        """Return the copy's counterpart of ``value``, to which a function refers."""
         if self.isolate and not self.reaches(value):
             try:
                 return self.carry(copy.deepcopy(value, self.memo))
-            except Exception:  # a lock, a file: it is shared
+            except Exception:  # a lock or a file: it is shared
                 return value
         return self.carry(copy.deepcopy(value, self.memo))
 
     def _is_foreign(self, method: MethodType) -> bool:
-        """Whether it is a method of the class of a module that another one has taken the place of."""
+        """Return whether this is a method of the class of a module that was replaced by another one."""
         owner, name = method.__self__, getattr(method.__func__, "__name__", "")
         if id(owner) not in self._given or isinstance(method.__func__, MethodType):
             return False
         return is_of_torch(method.__func__) and getattr(type(owner), name, None) is not method.__func__
 
     def _is_ours(self, value: Any) -> bool:
-        """Whether the copy has something of its own in the place of ``value``, which a function holds."""
+        """Return whether the copy has its own counterpart of ``value``, to which a function refers."""
         if self.isolate and not isinstance(value, _ATOMS):
             return not (isinstance(value, FunctionType) and _is_installed(value))
         return self.reaches(value)
 
     def _function(self, value: Any) -> Any:
-        """What takes the place of a function, or of what holds functions and cannot be changed; other values as is."""
+        """Return the replacement of a function or of an immutable object with functions; other values unchanged."""
         if id(value) in self._made:
             return self._made[id(value)][1]
         result = value
@@ -204,7 +210,7 @@ class _Carrier:
         if compiled := vars(function).get(_COMPILED):
             return self._ours(compiled)
         cells = function.__closure__ or ()
-        # A cell that functions share stays one.
+        # A cell shared by several functions stays shared.
         ours = [self._cells.setdefault(id(cell), CellType()) if self._changes(cell) else cell for cell in cells]
         names = [name for name, value in _globals(function) if self._is_ours(value)]
         namespace = _Overlay(function.__globals__) if names else function.__globals__
@@ -232,7 +238,7 @@ class _Carrier:
 
 
 class _Overlay(dict[str, Any]):
-    """Global variables of a function, some of which are its own; the others are those of its module at any time."""
+    """Global variables of a function: some are its own, and the others are always those of its module."""
 
     def __init__(self, below: dict[str, Any]):
         super().__init__()
@@ -243,7 +249,7 @@ class _Overlay(dict[str, Any]):
 
 
 def held(value: Any) -> Iterable[Any]:
-    """Return what ``value`` refers to, as far as calling it or one of its attributes may lead there."""
+    """Return the objects that ``value`` refers to and that calling it or an attribute of it may reach."""
     if isinstance(value, _ATOMS):
         return ()
     if isinstance(value, FunctionType):
@@ -269,14 +275,14 @@ def held(value: Any) -> Iterable[Any]:
 
 
 def _attributes(model: nn.Module) -> list[Any]:
-    """The model, and the functions that its classes define."""
+    """Return the model and the functions that its classes define."""
     classes = {base for module in model.modules() for base in type(module).__mro__ if not is_torch_class(base)}
-    # What methods do with other objects is not known: of these, functions that hold modules count alone.
+    # Effects of methods on other objects are unknown: only functions that refer to modules count among these.
     return [model, *(_Method(value) for base in classes for _, value in _methods(base))]
 
 
 class _Method:
-    """A function of a class, and what it holds: modules, and what runs them."""
+    """A function of a class and its references: modules, and objects that run them."""
 
     def __init__(self, function: Any):
         parts, seen = [function], dict[int, Any]()
@@ -291,7 +297,7 @@ class _Method:
 
 
 def _methods(kind: type) -> Iterator[tuple[str, Any]]:
-    """Names and functions that a class of the user defines, but for those that make its instances."""
+    """Yield names and functions that a user's class defines, except those that construct its instances."""
     for name, value in vars(kind).items() if not is_torch_class(kind) else ():
         if _runs(value) and name not in ("__init__", "__new__"):
             yield name, value
@@ -302,12 +308,12 @@ def _runs(value: Any) -> bool:
 
 
 def is_torch_class(kind: type) -> bool:
-    """Return whether a class is PyTorch's or Python's own."""
+    """Return whether a class belongs to PyTorch or Python."""
     return kind.__module__.partition(".")[0] in ("torch", "builtins")
 
 
 def _check(model: nn.Module, carrier: _Carrier) -> None:
-    """Raise ModelError where the copy ``model`` still holds modules of the original."""
+    """Raise ModelError if the copy ``model`` still refers to modules of the original."""
     modules = list(model.modules())
     for name, module in model.named_modules():
         owner = f"module {name!r} ({type(module).__name__})" if name else f"model {type(module).__name__}"
@@ -342,7 +348,7 @@ def _is_empty(cell: CellType) -> bool:
 
 
 def is_of_torch(function: Any) -> bool:
-    """Return whether PyTorch defines a function, and not a patch of its classes."""
+    """Return whether PyTorch defines a function, as opposed to a patch of its classes."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_filename.startswith(_TORCH)
 
@@ -352,7 +358,7 @@ def _is_installed(function: FunctionType) -> bool:
 
 
 def _globals(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Names and values of the global variables that a function of the user reads."""
+    """Yield names and values of the global variables that a user's function reads."""
     if _is_installed(function):
         return
     for name in _names_of_globals(function.__code__):

@@ -1,4 +1,4 @@
-"""Folds every BatchNorm that follows a quantized layer into the KDS and the bias of that layer."""
+"""Folding of each BatchNorm that follows a quantized layer into the KDS and the bias of that layer."""
 
 import copy
 from collections import OrderedDict, defaultdict
@@ -25,7 +25,7 @@ _BATCHNORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class _Folded(NamedTuple):
-    """What a layer holds once a BatchNorm is folded into it, all in float32."""
+    """Contents of a layer after folding a BatchNorm into it, all in float32."""
 
     kds: Tensor
     kds_shift: Tensor | None
@@ -33,38 +33,38 @@ class _Folded(NamedTuple):
 
 
 def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
-    """A copy of a quantized model, for inference, with BatchNorm folded into the quantized layers in front of it.
+    """Return a copy of a quantized model, for inference, with BatchNorm folded into the quantized layers before it.
 
     With ``f = gamma / sqrt(running_var + eps)`` per output channel, a layer's KDS (and its shift) become ``KDS f``, and
     its bias ``beta + (bias - running_mean) f``: computed in float64, stored in float32. VQK and the rounding of
-    activations stay as they are, so that a layer's output differs by float32 rounding alone; in a network that can tip
-    a mantissa of a later layer, as it does between kernels and simulation. The BatchNorm becomes ``nn.Identity``. A
-    layer that had KDS in 16 bits takes more memory than before.
+    activations are unchanged, so that a layer's output differs by float32 rounding alone; within a network this can
+    change a mantissa of a later layer, as can the difference between kernels and simulation. The BatchNorm becomes
+    ``nn.Identity``. A layer with 16-bit KDS takes more memory than before.
 
-    Folded is every ``BatchNorm1d``, ``2d`` or ``3d`` in eval mode with running statistics that reads the output of
-    one layer of :mod:`dsconv.nn` which nothing else reads, be it called once or, always together with it, several
-    times. Of a subclass that goes on to modules of its own, as timm's ``BatchNormAct2d`` does, these stay. Any other
-    one with running statistics becomes a :class:`dsconv.nn.Affine` in its place. ``model_info(result).folded`` has the
-    name of each to that of its layer, ``.not_folded`` the name of each that no layer took to the reason, and
-    ``.affine`` the names of those that became an ``Affine``. Files keep the first and the last: :func:`dsconv.load`
-    takes the float model as ever. ``weight_sqnr_db`` goes on stating what quantization did.
+    A ``BatchNorm1d``, ``2d`` or ``3d`` in eval mode with running statistics is folded if it reads the output of one
+    layer of :mod:`dsconv.nn` that nothing else reads, whether that layer is called once or, always together with the
+    BatchNorm, several times. If a subclass continues with modules of its own, like timm's ``BatchNormAct2d``, these are
+    kept. Any other BatchNorm with running statistics is replaced by a :class:`dsconv.nn.Affine`.
+    ``model_info(result).folded`` maps the name of each folded BatchNorm to that of its layer, ``.not_folded`` maps the
+    name of each unfolded one to the reason, and ``.affine`` lists the names of those that became an ``Affine``. Files
+    store the first and the last; :func:`dsconv.load` takes the original float model. ``weight_sqnr_db`` still describes
+    the quantization.
 
-    What reads what is seen by :mod:`torch.fx`, which calls ``forward`` on symbols, with its first argument and those
-    that have no default. A ``DSLinear`` in front of a BatchNorm is taken to read ``(N, in_features)``, a ``DSConv1d``
-    ``(N, C, L)``.
+    The graph is traced by :mod:`torch.fx`, which calls ``forward`` on symbols, for its first argument and those without
+    a default. A ``DSLinear`` before a BatchNorm is assumed to read ``(N, in_features)``, a ``DSConv1d`` ``(N, C, L)``.
 
     Args:
-        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, or any model that holds quantized layers, in eval
-            mode. It is left as it is.
+        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, or any model with quantized layers, in eval mode.
+            It is unchanged.
 
     Returns:
-        A model of the same classes otherwise.
+        A model whose other modules have the same classes.
 
     Raises:
-        ModelError: the model holds no quantized layer, is in training mode, or cannot be followed by ``torch.fx``.
+        ModelError: the model has no quantized layer, is in training mode, or cannot be traced by ``torch.fx``.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-    Inference", CVPR 2018, section 3.2, with the factor applied to KDS in the place of weights.
+    Inference", CVPR 2018, section 3.2, with the factor applied to KDS instead of weights.
 
     >>> import dsconv
     >>> from dsconv.conversion import model_info
@@ -119,9 +119,9 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _folded(layer: DSLayer, batchnorm: _BatchNorm) -> _Folded | None:
-    """None where float32 holds no finite numbers for it."""
+    """Return None if the result is not finite in float32."""
 
-    # On the CPU, since not every device has float64.
+    # On the CPU, since not every device supports float64.
     def exact(value: Tensor | None, missing: float = 0.0) -> Tensor:
         if value is None:
             return torch.tensor(missing, dtype=torch.float64, device="cpu")
@@ -141,7 +141,7 @@ def _folded(layer: DSLayer, batchnorm: _BatchNorm) -> _Folded | None:
 
 
 class _Uses:
-    """Who calls the modules of a model on what, and whose tensors are read without a call."""
+    """Call sites and inputs of the modules of a model, and modules whose tensors are read without a call."""
 
     def __init__(self, graph: fx.Graph, names: Mapping[nn.Module, str], read: set[int]):
         self.names, self.read = names, read
@@ -152,7 +152,7 @@ class _Uses:
             self.calls[module].append(node)
 
     def layer_for(self, batchnorm: _BatchNorm) -> tuple[DSLayer | None, str]:
-        """The layer that ``batchnorm`` can be folded into, or None and the reason."""
+        """Return the layer that ``batchnorm`` can be folded into, or None and the reason."""
         kind, calls = type(batchnorm).__name__, self.calls[batchnorm]
         if not _is_one_of(batchnorm, _BATCHNORM_TYPES) and not _goes_on(batchnorm):
             return None, f"its class {kind} is not known to be a plain BatchNorm"
@@ -187,7 +187,7 @@ class _Uses:
         return layer, ""
 
     def is_plain(self, batchnorm: _BatchNorm) -> bool:
-        """Whether it may become an :class:`Affine`: fixed numbers that nobody else reads."""
+        """Return whether it may become an :class:`Affine`: its values are fixed and nothing else reads them."""
         known = _is_one_of(batchnorm, _BATCHNORM_TYPES) and not batchnorm.training
         numbers = batchnorm.running_mean is not None and batchnorm.running_var is not None
         read = any(id(t) in self.read for t in (*batchnorm.parameters(), *batchnorm.buffers()))
@@ -202,26 +202,28 @@ class _Uses:
 
 
 def _is_one_of(module: nn.Module, types: Collection[type[nn.Module]]) -> bool:
-    """Whether its forward is that of one of ``types``: a subclass may have its own."""
+    """Return whether its forward is that of one of ``types``; a subclass may define its own."""
     return type(module) in types and replaced(module) is None
 
 
 def after_normalizing(batchnorm: _BatchNorm) -> nn.Module:
-    """Return what is left of a BatchNorm once it is folded: ``nn.Identity``, or copies of its own modules in a row."""
+    """Return the remainder of a BatchNorm after folding: ``nn.Identity``, or a sequence of copies of its own
+    modules.
+    """
     parts = OrderedDict((name, copied(part)) for name, part in batchnorm.named_children())
     return (nn.Sequential(parts) if parts else nn.Identity()).train(batchnorm.training)
 
 
 def normalized_by(batchnorm: nn.Module) -> nn.Module:
-    """Return the module whose output is that of ``batchnorm`` before what it goes on to; see :func:`_goes_on`."""
+    """Return the module whose output is the normalized tensor of ``batchnorm``; see :func:`_goes_on`."""
     return next(batchnorm.children(), batchnorm)
 
 
 @torch.no_grad()
 def _goes_on(batchnorm: _BatchNorm) -> bool:
-    """Whether it is a BatchNorm in eval mode, and after it its own modules in a row, the first of which does nothing.
+    """Return whether it is a BatchNorm in eval mode followed by its own modules, the first of which is an identity.
 
-    It is run on random numbers to tell.
+    It is run on random numbers to determine this.
     """
     dims = next((dims for dims, kind in enumerate(_BATCHNORM_TYPES, 1) if isinstance(batchnorm, kind)), None)
     first = next(batchnorm.children(), None)
@@ -235,13 +237,13 @@ def _goes_on(batchnorm: _BatchNorm) -> bool:
         y = probed(x.clone())
         known = probed.running_mean, probed.running_var, probed.weight, probed.bias
         return torch.equal(after_normalizing(probed)(F.batch_norm(x, *known, eps=probed.eps)), y)
-    except Exception:  # whatever it has to say to random numbers
+    except Exception:  # it may raise anything for random numbers
         return False
 
 
 def _uses(qmodel: nn.Module, names: Mapping[nn.Module, str]) -> _Uses:
     kind = type(qmodel).__name__
-    # Graphs, such as those of ONNX files, may call functions that symbols cannot go through.
+    # Graphs, such as those of ONNX files, may call functions that cannot be traced.
     graphs = [module.graph for module in names if isinstance(module, fx.GraphModule)]
     called = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
     try:

@@ -1,4 +1,4 @@
-"""Convolutions and linears that a module calls as functions, found by :mod:`torch.fx` and made layers of it."""
+"""Convolution and linear functions that a module calls, found by :mod:`torch.fx` and converted to layers."""
 
 import operator
 import re
@@ -21,20 +21,20 @@ from dsconv.layers import DSLayer
 from dsconv.layers.kinds import KINDS, kind_of
 from dsconv.layers.stand_in import StandIn, arguments
 
-# Facts of a tensor besides its values.
+# Properties of a tensor that do not depend on its values.
 _FACTS = ("shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_floating_point", "requires_grad")
 _RANDOM = re.compile(r"(bernoulli|multinomial|normal|poisson)_?|.*dropout.*|rand.*")
 
 
 @dataclass(frozen=True)
 class FunctionInFloat:
-    """A convolution or linear function that stays in float.
+    """Convolution or linear function that stays in float.
 
     Attributes:
         name: name of the module that calls it.
         kind: class of that module.
-        parameters: names of the parameters that its weight is computed from, of the model.
-        reason: what calls it where, and why it stays in float.
+        parameters: names, in the model, of the parameters from which its weight is computed.
+        reason: the call, its place, and the reason why it stays in float.
     """
 
     name: str
@@ -46,19 +46,19 @@ class FunctionInFloat:
 def as_layers(
     model: nn.Module, keep: Callable[[str], bool] = lambda name: False
 ) -> tuple[nn.Module, list[FunctionInFloat]]:
-    """Return ``model`` with layers in the place of convolutions and linears that it calls as functions.
+    """Return ``model`` with layers in place of the convolution and linear functions that it calls.
 
-    A module that calls ``F.conv2d(x, self.weight)`` gets a ``torch.nn.Conv2d`` named ``conv2d_weight``, and its forward
-    goes on to be the one it has: the parameter that the weight is computed from becomes a
-    :class:`dsconv.layers.stand_in.StandIn`, with which the function is the layer. A weight that is computed from
-    parameters and constants alone is computed here, once, and is the weight of the layer; so is the bias.
+    A module that calls ``F.conv2d(x, self.weight)`` gets a ``torch.nn.Conv2d`` named ``conv2d_weight`` and keeps its
+    forward: the parameter from which the weight is computed becomes a :class:`dsconv.layers.stand_in.StandIn`, with
+    which the function calls the layer. A weight computed from parameters and constants alone is computed here, once,
+    and becomes the weight of the layer; so does the bias.
 
     Args:
-        model: a float or quantized network. It is left as it is.
-        keep: tells by the name of a module or parameter that it is to stay as it is.
+        model: a float or quantized network. It is unchanged.
+        keep: returns, for the name of a module or parameter, whether it must stay unchanged.
 
     Returns:
-        A copy that shares all tensors with ``model``, or ``model`` itself where there is nothing to replace; and the
+        A copy that shares all tensors with ``model``, or ``model`` itself if there is nothing to replace; and the
         functions that stay.
 
     >>> from torch.nn import functional as F
@@ -77,7 +77,7 @@ def as_layers(
     (True, True)
     """
     model = unwrapped(model)
-    # Callers refuse an argument that is no network.
+    # Callers reject an argument that is not a network.
     if not isinstance(model, nn.Module) or not any(calls_functions(module) for module in model.modules()):
         return model, []
     shared = [*model.parameters(), *model.buffers(), *(m for m in model.modules() if isinstance(m, DSLayer))]
@@ -98,7 +98,7 @@ def as_layers(
 
 
 def calls_functions(module: nn.Module) -> bool:
-    """Return whether the code of ``module`` names a function of a layer, as far as that can be told without a run."""
+    """Return whether the code of ``module`` names a layer function, as far as static analysis can determine."""
     if isinstance(module, fx.GraphModule):
         return any(node.op == "call_function" and node.target in _kinds() for node in module.graph.nodes)
     return _names_functions(type(module).__mro__)
@@ -128,7 +128,7 @@ def _names_functions(bases: tuple[type, ...]) -> bool:
 
 
 def _reached(function: FunctionType, names: set[str]) -> Iterator[Any]:
-    """Values of global variables that a function names, and those of modules among them."""
+    """Yield values of global variables that a function names, and attributes of modules among them."""
     work: list[Any] = [function.__globals__.get(name) for name in names]
     modules: set[ModuleType] = set()
     while work:
@@ -144,14 +144,14 @@ def _kinds() -> dict[Any, type[DSLayer]]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is a layer that becomes a quantized one as a whole."""
+    """Return whether it is a layer that is quantized as a whole."""
     kind = kind_of(module)
     return kind is not None and plain_layer(module, kind).weight is not None
 
 
 @dataclass
 class _Call:
-    """A call of a function, and what its weight and bias are computed from."""
+    """A function call, and the nodes from which its weight and bias are computed."""
 
     node: fx.Node
     kind: type[DSLayer]
@@ -162,7 +162,7 @@ class _Call:
 
 @dataclass
 class _Group:
-    """Calls that are those of one layer, with the parameters and buffers of the module that it takes the place of."""
+    """Calls that belong to one layer, with the parameters and buffers that the layer replaces."""
 
     calls: list[_Call]
     main: str
@@ -171,7 +171,7 @@ class _Group:
     values: tuple[Tensor, Tensor | None] | None = None
 
     def put_into(self, module: nn.Module) -> None:
-        """Make it a layer of ``module``."""
+        """Add it as a layer of ``module``."""
         call = self.calls[0]
         assert self.values is not None
         weight, bias = self.values
@@ -209,7 +209,7 @@ def _layer(kind: type[DSLayer], weight: Tensor, bias: Tensor | None, given: dict
 
 
 def _functions(name: str, module: nn.Module) -> tuple[list[FunctionInFloat], list[_Group]]:
-    """The functions that a module calls: those that stay in float, and those that can be layers."""
+    """Return the functions that a module calls: those that stay in float, and those that can become layers."""
     kind = type(module).__name__
 
     def refused(parameters: Iterable[str], reason: str) -> FunctionInFloat:
@@ -222,7 +222,7 @@ def _functions(name: str, module: nn.Module) -> tuple[list[FunctionInFloat], lis
         twin = copied(module, {id(t): t for t in (*module.parameters(), *module.buffers())}, isolate=True)
         _resolve(twin)
         traced = Traced(twin, lambda *_: True)
-    except Exception as error:  # whatever it has to say to symbols
+    except Exception as error:  # it may raise anything for symbols
         if not own:
             return [], []
         why = f"torch.fx cannot follow its forward{line_of(error)} ({reason_of(error)}), so its functions are not known"
@@ -247,18 +247,18 @@ def _functions(name: str, module: nn.Module) -> tuple[list[FunctionInFloat], lis
 
 
 def _is_own(module: nn.Module, path: str) -> bool:
-    """Whether a parameter is of the module, or of a list or dictionary of parameters in it."""
+    """Return whether a parameter belongs to the module, or to a list or dictionary of parameters in it."""
     owner = module.get_submodule(path.rpartition(".")[0])
     return owner is module or isinstance(owner, nn.ParameterList | nn.ParameterDict)
 
 
 class _Graph:
-    """The graph of a module, in which what parameters and constants alone make is told from what the input makes."""
+    """Graph of a module that separates values of parameters and constants alone from values of the input."""
 
     def __init__(self, traced: Traced):
         self.root: Any = traced.root
         self.nodes = list(traced.graph.nodes)
-        # The names of the tensors that each node is computed from alone; None where the input takes part.
+        # Names of the tensors from which alone each node is computed; None if it depends on the input.
         self.made_of: dict[fx.Node, frozenset[str] | None] = {}
         for node in self.nodes:
             sources = [self.made_of[source] for source in node.all_input_nodes]
@@ -272,11 +272,11 @@ class _Graph:
                 self.made_of[node] = frozenset[str]().union(*(source for source in sources if source is not None))
 
     def tensor(self, path: str) -> Any:
-        """The tensor of a ``get_attr`` node."""
+        """Return the tensor of a ``get_attr`` node."""
         return operator.attrgetter(path)(self.root)
 
     def calls(self) -> Iterator[_Call]:
-        """Calls of functions of layers on what the input makes."""
+        """Yield calls of layer functions whose input depends on the module's input."""
         for node in self.nodes:
             kind = _kinds().get(node.target) if node.op == "call_function" else None
             if kind is not None and self.made_of[node] is None:
@@ -284,7 +284,9 @@ class _Graph:
                 yield _Call(node, kind, given, given.get("weight"), given.get("bias"))
 
     def why_float(self, call: _Call) -> tuple[list[str], str]:
-        """The parameters that the weight of a call is computed from, and why it must stay in float, if so."""
+        """Return the parameters from which the weight of a call is computed, and the reason if it must stay in
+        float.
+        """
         if not isinstance(call.weight, fx.Node):
             return [], "its weight is a fixed tensor, not a parameter"
         sources = self._sources(call.weight)
@@ -304,7 +306,7 @@ class _Graph:
         return parameters, ""
 
     def why_not_one(self, group: _Group) -> str:
-        """Why the calls of a group cannot be those of one layer; else the group gets what the layer is made of."""
+        """Return why the calls of a group cannot become one layer; otherwise set the group's layer parameters."""
         expression = {part for call in group.calls for node in (call.weight, call.bias) for part in self._parts(node)}
         uses = {call.node for call in group.calls}
         leaked: set[str] = set()
@@ -337,7 +339,7 @@ class _Graph:
         return ""
 
     def value(self, node: Any) -> Any:
-        """The value of what is computed from constants."""
+        """Return the value of a node computed from constants."""
         if not isinstance(node, fx.Node):
             return node
         if node.op == "get_attr":
@@ -349,7 +351,7 @@ class _Graph:
         return function(*args, **kwargs)
 
     def _parts(self, node: Any) -> set[fx.Node]:
-        """A node and all that it is computed from."""
+        """Return a node and all nodes from which it is computed."""
         found: set[fx.Node] = set()
         work = [node] if isinstance(node, fx.Node) else []
         while work:
@@ -367,7 +369,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _is_fact(node: fx.Node) -> bool:
-    """Whether a node reads no value of a tensor."""
+    """Return whether a node reads no value of a tensor."""
     return (str(node.args[1]) if node.target is getattr else _name(node)) in _FACTS
 
 
@@ -377,7 +379,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 @torch.no_grad()
 def _resolve(module: nn.Module) -> None:
-    """Make what parametrizations and hooks of PyTorch compute for ``module`` a parameter of it, for good."""
+    """Permanently convert what parametrizations and PyTorch's hooks compute for ``module`` to a parameter of it."""
     if parametrize.is_parametrized(module):
         parts: Any = module.parametrizations
         training = parts.training
@@ -399,7 +401,7 @@ def _resolve(module: nn.Module) -> None:
 
 
 def _is_computed_from(path: str) -> bool:
-    """Whether a parameter is one that a parametrization or hook computes the weight from."""
+    """Return whether a parametrization or hook computes the weight from this parameter."""
     return path.startswith("parametrizations.") or path in [f"weight_{end}" for end in _HOOKED]
 
 

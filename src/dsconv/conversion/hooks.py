@@ -1,4 +1,4 @@
-"""Hooks that write the weight of a layer: found by running those that may on a copy."""
+"""Hooks that write the weight of a layer, detected by running candidates on a copy."""
 
 import dis
 import inspect
@@ -18,23 +18,23 @@ from dsconv.layers.kinds import kind_of
 
 # Hooks of PyTorch that compute a layer's weight before it runs.
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
-# A function that uses none of these names writes no weight.
+# A function that uses none of these names cannot write a weight.
 _PARTS = ("weight", "bias", "param", "state_dict", "attr", "__dict__", "kernel")
 _WHOLE = {"vars", "data", "apply", "modules", "children", "_modules", "_buffers", "buffers", "named_buffers"}
 _NAMES = ("weight", "bias")
 _LISTS = ("parameters", "named_parameters")
 _NO_CODE = ("CACHE", "PRECALL", "EXTENDED_ARG", "NOP", "PUSH_NULL")
-# So often hooks run: what they write twice they write always.
+# Number of times hooks run: a write in both runs is taken to occur in every run.
 _TURNS = 2
 
 
 class Written(NamedTuple):
-    """What the hooks of a layer make of its weight.
+    """Effect of a layer's hooks on its weight.
 
     Attributes:
-        weight: the weight that the layer runs with, None where it cannot be told.
+        weight: the weight that the layer runs with, None if unknown.
         keys: the forward pre-hooks that write it.
-        reason: why it cannot be told.
+        reason: why it is unknown.
     """
 
     weight: Tensor | None
@@ -43,7 +43,7 @@ class Written(NamedTuple):
 
 
 def written(layer: nn.Module, make_input: Callable[[], Tensor]) -> Written | None:
-    """Return what the hooks of ``layer`` make of its weight, None where they leave it as it is.
+    """Return the effect of the hooks of ``layer`` on its weight, None if they do not change it.
 
     Hooks whose code names nothing by which a weight can be reached are not run. The others run on a copy, on the input
     that ``make_input`` returns.
@@ -54,7 +54,7 @@ def written(layer: nn.Module, make_input: Callable[[], Tensor]) -> Written | Non
     keys: set[int] = set()
     try:
         x = make_input()
-        # A mask that was applied before changes nothing more: where weights are others, it shows.
+        # A mask that is already applied has no visible effect; it shows when the weights are disturbed.
         for disturbed, turn in itertools.product((True, False), range(_TURNS)):
             if turn == 0:
                 probed: Any = copied(layer, isolate=True).eval()
@@ -93,10 +93,10 @@ def written(layer: nn.Module, make_input: Callable[[], Tensor]) -> Written | Non
 
 
 def written_by_others(model: nn.Module, layers: type | tuple[type, ...]) -> dict[nn.Module, str]:
-    """Return each of the ``layers`` in ``model`` whose weight another module writes, and why.
+    """Return each of the ``layers`` in ``model`` whose weight another module writes, with the reason.
 
-    Any module may write it by a hook, which is run on a copy; a module around it also in its forward, whose code is
-    looked at.
+    Any module may write it in a hook, which is run on a copy; a parent module may also write it in its forward, whose
+    code is inspected.
     """
     found: dict[nn.Module, str] = {}
     everything = [module for module in model.modules() if isinstance(module, layers)]
@@ -105,7 +105,7 @@ def written_by_others(model: nn.Module, layers: type | tuple[type, ...]) -> dict
         around = bool(inside) and not isinstance(module, layers)
         for function, owners in _writing_methods(type(module)) if around else ():
             children = {child: m for child, m in module._modules.items() if m is not None}
-            # What has no name of its own, such as the variable of a loop, may be a part of all that is named.
+            # An object without a name of its own, such as a loop variable, may be part of any named one.
             names = owners if owners <= children.keys() else set(names_of(function.__code__))
             parts = [child for name_of_child, child in children.items() if name_of_child in names]
             line = f"{function.__qualname__} ({function.__code__.co_filename}:{function.__code__.co_firstlineno})"
@@ -120,7 +120,7 @@ def written_by_others(model: nn.Module, layers: type | tuple[type, ...]) -> dict
                 reached = inside if around else []
                 try:
                     probed = copied(module, memo, isolate=True).eval()
-                    # Its own weight is the business of `written`.
+                    # `written` handles the module's own weight.
                     reached = [layer for layer in everything if layer is not module and id(layer) in memo]
                     if not reached:
                         continue
@@ -134,13 +134,14 @@ def written_by_others(model: nn.Module, layers: type | tuple[type, ...]) -> dict
                     continue
                 wrote = f"its weight or bias is written by a hook of {owner}, {_name(hook)}: run it once and remove it"
                 changed = [one for one, *states in zip(reached, before, after, strict=True) if _changed(*states)]
-                # A layer whose hook writes others keeps it, and so its own weight, which the hook may write as well.
+                # A layer whose hook writes other layers keeps the hook, and thus its own weight, which the hook may
+                # also write.
                 found |= dict.fromkeys([*changed, module] if changed and not around else changed, wrote)
     return found
 
 
 def may_write(hook: Any) -> bool:
-    """Return whether the code of a hook names something by which it could write a weight."""
+    """Return whether the code of a hook names an object through which it could write a weight."""
     if isinstance(hook, WEIGHT_HOOKS):
         return False
     names: set[str] = set()
@@ -158,7 +159,7 @@ def may_write(hook: Any) -> bool:
 
 
 def _writing_methods(kind: type) -> Iterator[tuple[FunctionType, set[str]]]:
-    """The functions that a forward of a class runs and that write weights, and the names of what has these."""
+    """Yield the functions that a class's forward runs and that write weights, with the names of the weights' owners."""
     methods: dict[str, Any] = {
         name: inspect.unwrap(value)
         for base in reversed(kind.__mro__)
@@ -171,17 +172,17 @@ def _writing_methods(kind: type) -> Iterator[tuple[FunctionType, set[str]]]:
             names |= set(names_of(methods[name].__code__))
     for name in sorted(names & methods.keys()):
         code = methods[name].__code__
-        # What the module does to a weight of its own is no matter of layers.
+        # Writes to the module's own weight do not affect layers.
         if owners := _writes(code) - set(code.co_varnames[:1]):
             yield methods[name], owners
 
 
 def _writes(code: CodeType) -> set[str]:
-    """Names of what has a ``weight`` or ``bias`` that code assigns to, or changes by a method that works in place."""
+    """Return the names of objects whose ``weight`` or ``bias`` code assigns, or changes by an in-place method."""
     found: set[str] = set()
     owners: dict[str, str] = {}
-    last, owner = "", ""  # the name loaded last, and whose weight it is
-    listed = looped = False  # whether parameters were listed last, and the variables of a loop over them come next
+    last, owner = "", ""  # the name loaded last, and the owner of the weight loaded last
+    listed = looped = False  # whether parameters were listed last, and whether the loop variables over them follow
     for op in dis.get_instructions(code):
         name = str(op.argval)
         if op.opname in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -204,7 +205,7 @@ def _writes(code: CodeType) -> set[str]:
 
 
 def _code_of(value: Any, names: set[str]) -> Iterator[Any]:
-    """What code that reaches ``value`` can run or change, if it uses ``names``."""
+    """Yield what code that reaches ``value`` can run or change, if it uses ``names``."""
     if isinstance(value, FunctionType | MethodType) or type(value).__module__ == "functools":
         yield from held(value)
     elif isinstance(value, list | tuple | set | dict):
@@ -223,14 +224,14 @@ def _code_of(value: Any, names: set[str]) -> Iterator[Any]:
 
 
 def _is_known(value: Any) -> bool:
-    """Whether what calling ``value`` does is told by its names."""
+    """Return whether the names in ``value`` determine the effect of calling it."""
     if isinstance(value, FunctionType | MethodType | BuiltinMethodType | type | nn.Module | Tensor):
         return True
     return type(value).__module__ == "functools" or isinstance(vars(type(value)).get("__call__"), FunctionType)
 
 
 def names_of(code: CodeType) -> Iterator[str]:
-    """Yield the names of variables, attributes and modules that code uses, functions in it included."""
+    """Yield the names of variables, attributes and modules that code uses, including nested functions."""
     yield from code.co_names
     for const in code.co_consts:
         if isinstance(const, CodeType):
@@ -247,7 +248,7 @@ def _call(module: Any, kind: str, key: int, hook: Any, x: Tensor, *output: Any) 
 
 
 def _disturb(layer: nn.Module) -> None:
-    """Give the parameters of ``layer`` values of another sign, size and order."""
+    """Give the parameters of ``layer`` values with other signs, magnitudes and order."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in layer.parameters():
@@ -256,7 +257,7 @@ def _disturb(layer: nn.Module) -> None:
 
 
 def _stored(layer: nn.Module) -> dict[str, tuple[Any, Tensor]]:
-    """The tensors in which ``layer`` has its weight and bias, and their values."""
+    """Return the tensors in which ``layer`` stores its weight and bias, and their values."""
     found: dict[str, tuple[Any, Tensor]] = {}
     for name in _NAMES:
         value = getattr(layer, name, None)
@@ -268,7 +269,7 @@ def _stored(layer: nn.Module) -> dict[str, tuple[Any, Tensor]]:
 
 
 def _changed(before: dict[str, tuple[Any, Tensor]], after: dict[str, tuple[Any, Tensor]]) -> list[str]:
-    """Names of what was replaced, added, removed or written."""
+    """Return the names of tensors that were replaced, added, removed or written."""
     none = (None, None)
     pairs = {name: (before.get(name, none), after.get(name, none)) for name in _NAMES}
     return [name for name, ((a, old), (b, new)) in pairs.items() if a is not b or not _same(old, new)]
@@ -293,7 +294,7 @@ def _name(hook: Any) -> str:
 
 
 def _input_of(layer: Any) -> Tensor:
-    """Random input of a container that begins with ``layer``."""
+    """Return a random input of a container that begins with ``layer``."""
     kind = kind_of(layer)
     assert kind is not None
     shape = (*kind.float_input_shape(layer, 1)[:2], *[16] * kind.dims)

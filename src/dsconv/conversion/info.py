@@ -1,4 +1,4 @@
-"""Facts that a quantized model carries about itself."""
+"""Metadata that a quantized model carries."""
 
 import copy
 from collections.abc import Mapping
@@ -15,21 +15,21 @@ _NOT_STORED = {"not_folded", "calibration", "adaptation"}
 
 @dataclass
 class ModelInfo:
-    """Facts that a quantized model carries about itself.
+    """Metadata that a quantized model carries.
 
     Attributes:
-        config: the settings it was made with.
-        architecture: name by which :func:`dsconv.zoo.build` makes its float model, None where unknown.
-        in_float: name of each layer that was left in float, to the reason.
-        preprocess: how its images are prepared, as plain data, None where unknown.
-        folded: name of each BatchNorm that :func:`dsconv.fold_batchnorm` folded, to that of its layer.
-        affine: names of those that became a :class:`dsconv.nn.Affine` there.
-        calibrated_on: images that :func:`dsconv.calibrate` has seen, 0 where it was not called.
-        biases: names of the layers that have a bias since one of the two, and had none before.
-        adapted_on: images that :func:`dsconv.adapt` has seen, 0 where it was not called.
-        not_folded: name of each BatchNorm that was left as it is, to the reason; files do not keep it.
-        calibration: the :class:`dsconv.calibration.Calibration` of this model, else None; files do not keep it.
-        adaptation: the :class:`dsconv.adaptation.Adaptation` of this model, else None; files do not keep it.
+        config: the settings used for quantization.
+        architecture: name from which :func:`dsconv.zoo.build` builds its float model, None if unknown.
+        in_float: maps the name of each layer left in float to the reason.
+        preprocess: preprocessing of its images, as plain data, None if unknown.
+        folded: maps the name of each BatchNorm folded by :func:`dsconv.fold_batchnorm` to that of its layer.
+        affine: names of those that it replaced by a :class:`dsconv.nn.Affine`.
+        calibrated_on: number of images that :func:`dsconv.calibrate` used, 0 if it was not called.
+        biases: names of the layers whose bias was added by one of these two functions.
+        adapted_on: number of images that :func:`dsconv.adapt` used, 0 if it was not called.
+        not_folded: maps the name of each unfolded BatchNorm to the reason; not stored in files.
+        calibration: the :class:`dsconv.calibration.Calibration` of this model, else None; not stored in files.
+        adaptation: the :class:`dsconv.adaptation.Adaptation` of this model, else None; not stored in files.
     """
 
     config: QuantConfig
@@ -46,25 +46,27 @@ class ModelInfo:
     adaptation: Any = None
 
     def stored(self) -> dict[str, Any]:
-        """Return the fields that files keep, as a header has them."""
+        """Return the fields that files store, in the form of a header."""
         kept = {name: copy.copy(value) for name, value in vars(self).items() if name not in _NOT_STORED}
         return {**kept, "config": self.config.to_dict(), "affine": list(self.affine), "biases": list(self.biases)}
 
     @classmethod
     def from_stored(cls, data: Mapping[str, Any]) -> "ModelInfo":
-        """Return what :meth:`stored` gave, but with a QuantConfig as ``config``; other names are left out."""
+        """Return the ModelInfo for the data of :meth:`stored`, with a QuantConfig as ``config``; ignore unknown
+        names.
+        """
         kept = {name: value for name, value in data.items() if name in vars(cls(QuantConfig())).keys() - _NOT_STORED}
         return cls(**{**kept, "affine": tuple(data["affine"]), "biases": tuple(data["biases"])})
 
 
 def model_info(model: nn.Module) -> ModelInfo | None:
-    """Return the :class:`ModelInfo` of a model that :func:`quantize` or :func:`dsconv.load` returned, else None."""
+    """Return the :class:`ModelInfo` of a model from :func:`quantize` or :func:`dsconv.load`, None for any other."""
     info = getattr(peeled(model), "dsconv_info", None)
     return info if isinstance(info, ModelInfo) else None
 
 
 def info_of(model: nn.Module) -> ModelInfo:
-    """Return the :class:`ModelInfo` of a model; that of the default settings where it has none."""
+    """Return the :class:`ModelInfo` of a model, or one with default settings if it has none."""
     return model_info(model) or ModelInfo(QuantConfig())
 
 

@@ -1,4 +1,4 @@
-"""The plain layer that a float layer amounts to, whatever computes its weight or pads its input."""
+"""Equivalence of a float layer to a plain one, however its weight is computed and its input padded."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,12 +23,12 @@ from dsconv.layers.inputs import device_of
 
 
 class Plain(NamedTuple):
-    """The plain layer that a float layer amounts to.
+    """Plain layer that is equivalent to a float layer.
 
     Attributes:
-        weight: the weight that it convolves with, None where it cannot be told.
-        padding: its padding, None where that is the layer's attribute.
-        reason: why it cannot be told.
+        weight: the weight that it convolves with, None if unknown.
+        padding: its padding, None if it is the layer's attribute.
+        reason: why it is unknown.
     """
 
     weight: Tensor | None
@@ -37,7 +37,7 @@ class Plain(NamedTuple):
 
 
 def plain_layer(layer: Any, kind: type[DSLayer]) -> Plain:
-    """Return the plain layer that ``layer`` of a ``kind`` amounts to."""
+    """Return the plain layer of a ``kind`` that is equivalent to ``layer``."""
     with torch.no_grad():
         hooked = hooks.written(layer, partial(input_of, layer, kind, 4))
         if hooked is not None and hooked.weight is None:
@@ -52,7 +52,7 @@ def plain_layer(layer: Any, kind: type[DSLayer]) -> Plain:
 
 
 def computed_weight(layer: Any) -> Any:
-    """What PyTorch's own hooks make of the weight, or the weight itself."""
+    """Return the weight that PyTorch's own hooks compute, or the weight itself."""
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight":
             return hook.compute_weight(layer)
@@ -64,7 +64,7 @@ def computed_weight(layer: Any) -> Any:
 
 
 def _own_call(layer: nn.Module, kind: type[DSLayer]) -> str:
-    """Return why a call of ``layer`` does not compute what its ``kind`` does; an empty text if it does."""
+    """Return why a call of ``layer`` differs from that of its ``kind``; an empty string if it does not."""
     if name := replaced(layer):
         return f"its {name} was replaced by another one"
     own = type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)
@@ -77,7 +77,7 @@ def _own_call(layer: nn.Module, kind: type[DSLayer]) -> str:
 
 
 class _Calls(TorchFunctionMode):
-    """Notes the input, weight and padding of every call of a convolution or linear function."""
+    """Records the input, weight and padding of every call of a convolution or linear function."""
 
     def __init__(self, function: Callable[..., Any]):
         super().__init__()
@@ -95,7 +95,7 @@ class _Calls(TorchFunctionMode):
 
 
 class _Run(NamedTuple):
-    """One call of a layer: its input and output, the weight that it used, and the padding, None where it is unlike."""
+    """One call of a layer: its input, output and the weight used, and the padding, None if not constant."""
 
     x: Tensor
     y: Tensor
@@ -104,10 +104,10 @@ class _Run(NamedTuple):
 
 
 def _probed(layer: Any, kind: type[DSLayer], weight: Tensor, own: str) -> Plain:
-    """Find the plain layer that one whose call is not the plain one amounts to: with another weight or padding.
+    """Find a plain layer, with another weight or padding, that is equivalent to one with a modified call.
 
     The layer is run on random inputs of several sizes, from the smallest to the largest and back, and compared with the
-    layer that would take its place, with the weight that it used before rounding.
+    layer that would replace it, with the same weight before rounding.
     """
     try:
         runs = _runs(layer, kind, weight)
@@ -118,7 +118,7 @@ def _probed(layer: Any, kind: type[DSLayer], weight: Tensor, own: str) -> Plain:
                 vars(made)["_shadow"] = partial(made.conv_layout, used)
                 if all(_alike(run.y, made(run.x)) for run in runs):
                     return Plain(used.detach().to(weight.dtype), padding)
-    except Exception:  # whatever a layer has to say to inputs that it was not made for
+    except Exception:  # a layer may raise anything for unexpected inputs
         pass
     return Plain(None, reason=f"{own}, which is not a plain layer of another weight or padding")
 
@@ -128,11 +128,11 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _runs(layer: Any, kind: type[DSLayer], weight: Tensor) -> list[_Run]:
-    """Calls of copies of ``layer``, without its hooks, so that finding out about it leaves no trace."""
-    # All remainders that a stride leaves, and a size that is far from them.
+    """Return calls of copies of ``layer``, without its hooks, so that the analysis has no side effects."""
+    # All remainders of division by the stride, and one size far from these.
     extras = [*range(1, max(getattr(layer, "stride", (2,))) + 4), 20]
     runs: list[_Run] = []
-    # A layer that remembers one input for the next gives itself away in another order of inputs.
+    # The other order of inputs reveals a layer that remembers earlier inputs.
     for order in (extras, extras[::-1]):
         memo: dict[int, Any] = {id(getattr(layer, name)): OrderedDict() for name in HOOKS}
         probed = copied(layer, memo, isolate=True).float().eval()
@@ -150,9 +150,9 @@ def _runs(layer: Any, kind: type[DSLayer], weight: Tensor) -> list[_Run]:
 
 
 def _pads(x: Tensor, read: Tensor, padding: Any) -> Pads | None:
-    """Return the zeros around ``x (N, C, *S)`` in a convolution that is called with ``read`` and ``padding``.
+    """Return the zero padding around ``x (N, C, *S)`` in a convolution called with ``read`` and ``padding``.
 
-    None: ``read`` is not ``x`` with zeros around it, or ``padding`` no numbers.
+    Return None if ``read`` is not ``x`` padded with zeros, or ``padding`` is not numeric.
     """
     dims = x.dim() - 2
     pads = []
@@ -170,7 +170,7 @@ def _pads(x: Tensor, read: Tensor, padding: Any) -> Pads | None:
 
 
 def _padding(layer: Any, runs: Sequence[_Run]) -> Pads | str | None:
-    """Return the one padding that all ``runs`` of a convolution show; None where there is none."""
+    """Return the padding common to all ``runs`` of a convolution, None if there is none."""
     found = {run.pads for run in runs}
     if len(found) == 1:
         return found.pop()
@@ -179,7 +179,7 @@ def _padding(layer: Any, runs: Sequence[_Run]) -> Pads | str | None:
 
 
 def input_of(layer: Any, kind: type[DSLayer], extra: int) -> Tensor:
-    """Random float32 input of a layer, ``extra`` longer than what an output reads, and each dimension one more."""
+    """Return a random float32 input; each dimension is ``extra`` longer than the receptive field, plus its index."""
     shape = [size + max(0, dim - 2) for dim, size in enumerate(kind.float_input_shape(layer, extra))]
     generator = torch.Generator().manual_seed(extra)
     x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")

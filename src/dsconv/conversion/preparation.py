@@ -1,4 +1,4 @@
-"""Preparation of a network's images: an attribute of the network, which travels with all that is made from it."""
+"""Preprocessing of a network's images: an attribute of the network, copied to everything made from it."""
 
 import os
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from dsconv.errors import ConfigError, MissingExtraError
 
 
 def preprocess_of(model: nn.Module) -> Preprocess | None:
-    """Return how a network says that its images are prepared, or None where it does not say.
+    """Return the preprocessing stored with a network, None if there is none.
 
-    The first of these that there is: what it was quantized, calibrated or loaded with; what :func:`dsconv.zoo.build` or
-    :func:`set_preprocess` noted; its attribute ``preprocess``, a :class:`dsconv.data.Preprocess` or a dictionary of its
-    fields; the pretrained configuration of a timm model, where a ``Preprocess`` can express it.
+    The first of the following is used: the one that it was quantized, calibrated or loaded with; the one noted by
+    :func:`dsconv.zoo.build` or :func:`set_preprocess`; its attribute ``preprocess``, a :class:`dsconv.data.Preprocess`
+    or a dictionary of its fields; the pretrained configuration of a timm model, if a ``Preprocess`` can express it.
 
     Raises:
-        ConfigError: a dictionary holds an unknown field or a value out of range.
+        ConfigError: a dictionary contains an unknown field or a value out of range.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 64, 3))
     >>> net.preprocess = {"crop": 32, "mean": 0.5}
@@ -40,27 +40,27 @@ def preprocess_of(model: nn.Module) -> Preprocess | None:
         try:
             return Preprocess.from_timm(model)
         except (ConfigError, MissingExtraError, AttributeError, KeyError, TypeError):
-            return None  # it is not a configuration of timm, or none that a Preprocess can express
+            return None  # not a timm configuration, or one that a Preprocess cannot express
     return own
 
 
 def preprocess_for(images: Images, given: Preprocess | None, *models: nn.Module) -> Preprocess | None:
-    """Return ``given``, or for a folder what the first of ``models`` says that says anything."""
+    """Return ``given``, or for a folder the preprocessing of the first of ``models`` that has one."""
     if given is not None or not isinstance(images, str | os.PathLike):
         return given
     return next((found for model in models if (found := preprocess_of(model)) is not None), None)
 
 
 def set_preprocess(model: nn.Module, preprocess: Preprocess | Mapping[str, Any]) -> None:
-    """Let a network, float or quantized, say how its images are prepared. Files and ONNX files made from it say so too.
+    """Set the preprocessing of a network's images. Files and ONNX files made from the network store it.
 
     Args:
-        model: any network; it is changed in place.
-        preprocess: a :class:`dsconv.data.Preprocess`, or a dictionary of the fields that differ from what the network
-            says so far, or from the defaults of ``Preprocess`` where it says nothing.
+        model: any network, float or quantized; it is changed in place.
+        preprocess: a :class:`dsconv.data.Preprocess`, or a dictionary of the fields that differ from the network's
+            current one, or from the defaults of ``Preprocess`` if it has none.
 
     Raises:
-        ConfigError: it is neither, holds an unknown field or a value out of range.
+        ConfigError: it is neither, or contains an unknown field or a value out of range.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 64, 3))
     >>> set_preprocess(net, Preprocess.imagenet(224))
@@ -76,5 +76,5 @@ def set_preprocess(model: nn.Module, preprocess: Preprocess | Mapping[str, Any])
 
 
 def offered(value: Any) -> Preprocess | None:
-    """Return what an attribute ``preprocess`` holds; None where it is something else, such as a method of that name."""
+    """Return the value of an attribute ``preprocess``; None if it is something else, such as a method of that name."""
     return laid_over(None, value) if isinstance(value, Preprocess | Mapping) else None

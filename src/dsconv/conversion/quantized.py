@@ -1,4 +1,4 @@
-"""The quantized layers of a network: found, checked and given a bias."""
+"""Quantized layers of a network: search, checks and addition of a bias."""
 
 from typing import cast
 
@@ -11,10 +11,10 @@ from dsconv.modes import check_evaluation_mode, check_module
 
 
 def quantized_layers(model: nn.Module, name: str = "qmodel", *, duplicates: bool = False) -> dict[str, DSLayer]:
-    """Return the quantized layers of the argument ``name``, by name: by each name where ``duplicates``, else by one.
+    """Return the quantized layers of the argument ``name``: under all their names if ``duplicates``, else under one.
 
     Raises:
-        ModelError: it is no network, or has none.
+        ModelError: it is not a network, or has no quantized layer.
     """
     check_module(name, model)
     modules = model.named_modules(remove_duplicate=not duplicates)
@@ -27,21 +27,22 @@ def quantized_layers(model: nn.Module, name: str = "qmodel", *, duplicates: bool
 
 
 def check_inference(qmodel: nn.Module, doing: str) -> None:
-    """Refuse all but a quantized model in evaluation mode.
+    """Raise ModelError unless ``qmodel`` is a quantized model in evaluation mode.
 
     Raises:
-        ModelError: with what to do before ``doing``.
+        ModelError: the message says what to do before ``doing``.
     """
     quantized_layers(qmodel)
-    # A part in training mode on purpose goes on computing what it did.
+    # A part that is in training mode on purpose keeps its behaviour.
     check_evaluation_mode(qmodel, doing, parts=False)
 
 
 def check_original(name: str, layer: DSLayer, there: nn.Module | None, network: str = "reference") -> None:
-    """Refuse what cannot be the layer ``name`` of the float ``network`` that ``layer`` was made from.
+    """Raise ModelError unless ``there`` can be the layer ``name`` of the float ``network`` that ``layer`` was made
+    from.
 
     Raises:
-        ModelError: there is none, or one of another class or shape.
+        ModelError: there is none, or it has another class or shape.
     """
     shape = tuple(layer.dequantized_weight().shape)
     got = "no such layer" if there is None else f"a {type(there).__name__}"
@@ -57,7 +58,7 @@ def check_original(name: str, layer: DSLayer, there: nn.Module | None, network: 
 
 
 def add_bias(layer: DSLayer, like: object) -> None:
-    """Give a layer without a bias one of zeros, in the dtype of the parameter ``like`` and trainable where it is."""
+    """Add a zero bias to a layer without one, with the dtype and ``requires_grad`` of the parameter ``like``."""
     if layer.bias is None:
         dtype = like.dtype if isinstance(like, Tensor) else torch.float32
         zeros = torch.zeros(len(layer.vqk), dtype=dtype, device=layer.vqk.device)

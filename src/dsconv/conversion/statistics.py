@@ -1,8 +1,8 @@
-"""What the BatchNorms of a network tell of the inputs of its layers, without data.
+"""Input statistics of layers, derived from the BatchNorms of a network without data.
 
-Behind a BatchNorm in inference, the mean and the deviation of a channel over the images of training are its shift and
-its scale. What an activation, a pooling or a sum makes of them is measured on noise: a copy of the network runs on it
-with BatchNorms that normalise the noise, so that behind each of them channels have just these moments.
+After a BatchNorm in inference, the mean and the standard deviation of a channel over the training images are its shift
+and its scale. The effect of an activation, a pooling or a sum is measured on noise: a copy of the network runs on it
+with BatchNorms that normalise the noise, so that the channels after each have exactly these moments.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,17 +20,17 @@ from dsconv.numerics import InputMoments
 from dsconv.threads import PyTorchOnOneThread
 
 _IMAGES, _FEW_IMAGES = 16, 4
-# Sizes of noise for networks that do not tell their input's: of the first that does where the next is not needed.
+# Sizes of noise for networks whose input size is unknown: the first one that works and makes the next unnecessary.
 _SIDES = (64, 224, 32)
-# Places whose mean and variance are taken for those of a channel, at least.
+# Minimum number of positions for estimating the mean and variance of a channel.
 _ENOUGH = 512
 
 
 def input_moments(model: nn.Module, preprocess: Preprocess | None = None) -> dict[nn.Module, InputMoments]:
-    """Mean and variance of the input channels of each layer between which and the last BatchNorm is no other layer.
+    """Return mean and variance of the input channels of each layer with no other layer between it and a BatchNorm.
 
-    Layers that no BatchNorm stands before are not among them, nor those with too few pixels to tell; nor any of a
-    network that cannot run on noise. ``model`` is left as it is, and is not changed by its run.
+    Layers without a BatchNorm before them are omitted, as are layers with too few pixels, and all layers of a network
+    that cannot run on noise. ``model`` is unchanged.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
     >>> moments = input_moments(net)[net[3]]
@@ -43,7 +43,7 @@ def input_moments(model: nn.Module, preprocess: Preprocess | None = None) -> dic
     for images in _noises(model, preprocess, _IMAGES):
         try:
             found, missing = _measured(model, as_input_of(model, images))
-        except Exception:  # whatever a network has to say to inputs that it was not made for
+        except Exception:  # a network may raise anything for unexpected inputs
             continue
         if not missing:
             break
@@ -51,10 +51,10 @@ def input_moments(model: nn.Module, preprocess: Preprocess | None = None) -> dic
 
 
 def signed_inputs(model: nn.Module, preprocess: Preprocess | None = None) -> set[nn.Module]:
-    """Layers whose input can be negative: those that read a negative value when the network runs on noise.
+    """Return the layers whose input can be negative: those that read a negative value when the network runs on noise.
 
-    A layer that does not run, or all of a network that cannot run on noise, may read anything. ``model`` is left as it
-    is, and is not changed by its run.
+    A layer that does not run is included, as are all layers of a network that cannot run on noise. ``model`` is
+    unchanged.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.LeakyReLU(), nn.Conv2d(8, 8, 3))
     >>> [net[i] in signed_inputs(net) for i in (0, 2, 4)]
@@ -76,17 +76,17 @@ def signed_inputs(model: nn.Module, preprocess: Preprocess | None = None) -> set
         try:
             with torch.no_grad():
                 run(as_input_of(run, images))
-        except Exception:  # whatever a network has to say to inputs that it was not made for
+        except Exception:  # a network may raise anything for unexpected inputs
             continue
         return layers - {original[copy] for copy, found in unsigned.items() if found}
     return layers
 
 
 def normalized(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy of a network whose BatchNorms have the statistics of ``images`` in the place of those of training.
+    """Return a copy of a network whose BatchNorms have the statistics of ``images`` instead of the training images.
 
-    Their outputs then have the means and deviations that they have on the images of training, whatever ``images`` are:
-    those that scale and shift say.
+    Their outputs then have the means and standard deviations of the training images, which scale and shift determine,
+    whatever ``images`` are.
     """
     result = _normalizing(model)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def normalized(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def noise(preprocess: Preprocess | None, shape: Sequence[int], count: int = _IMAGES) -> Tensor:
-    """Inputs of ``shape (C, ...)`` made of chance, prepared as ``preprocess`` says; of unit variance without one."""
+    """Return random inputs of ``shape (C, ...)``, prepared as ``preprocess`` defines; with unit variance without it."""
     if preprocess is not None and len(shape) == 3 and shape[0] == (1 if preprocess.channels == "gray" else 3):
         sized = {**preprocess.model_dump(), "resize": tuple(shape[1:]), "crop": None}
         return synthetic_images(count, Preprocess(**sized))
@@ -104,7 +104,7 @@ def noise(preprocess: Preprocess | None, shape: Sequence[int], count: int = _IMA
 
 
 def _noises(model: nn.Module, preprocess: Preprocess | None, count: int) -> Iterator[Tensor]:
-    """Noise of the sizes that images of a network may have; none where its first layer reads no images."""
+    """Yield noise of the sizes that a network's images may have; none if its first layer does not read images."""
     first: Any = next((layer for layer in model.modules() if kind_of(layer) is not None), None)
     kind = kind_of(first)
     if kind is None or kind.dims != 2 or kind.transposed:
@@ -116,12 +116,12 @@ def _noises(model: nn.Module, preprocess: Preprocess | None, count: int) -> Iter
 
 
 def with_statistics(model: nn.Module) -> list[_BatchNorm]:
-    """Its BatchNorms that remember what they were trained on."""
+    """Return the BatchNorms of a model that have running statistics of the training."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
 def _normalizing(model: nn.Module) -> nn.Module:
-    """A copy whose BatchNorms normalise what they get, and keep its statistics."""
+    """Return a copy whose BatchNorms normalise their input and record its statistics."""
     result = copied(model).eval()
     for batchnorm in with_statistics(result):
         batchnorm.reset_running_stats()
@@ -137,7 +137,7 @@ def _size(preprocess: Preprocess | None) -> tuple[int, ...]:
 
 
 def _measured(model: nn.Module, images: Tensor) -> tuple[dict[nn.Module, InputMoments], bool]:
-    """The moments, and whether there would be more with larger images."""
+    """Return the moments, and whether larger images would give more of them."""
     run = _normalizing(model)
     original: Mapping[nn.Module, nn.Module] = dict(zip(run.modules(), model.modules(), strict=True))
     found: dict[nn.Module, InputMoments] = {}
@@ -175,9 +175,9 @@ def _measured(model: nn.Module, images: Tensor) -> tuple[dict[nn.Module, InputMo
 
 
 def _var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return variance and mean ``(C,)`` of the channels of ``(N, C, P)``: ``torch.var_mean`` in a fifth of its time."""
+    """Return variance and mean ``(C,)`` of the channels of ``(N, C, P)``, five times as fast as ``torch.var_mean``."""
     count = x.shape[0] * x.shape[2]
-    # An image stays in cache where a batch does not.
+    # An image fits in cache where a batch does not.
     mean = torch.stack([image.sum(1) for image in x]).sum(0) / count
     squares = torch.stack([(image - mean.unsqueeze(1)).square_().sum(1) for image in x])
     return squares.sum(0) / (count - 1), mean

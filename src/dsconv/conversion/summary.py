@@ -1,4 +1,4 @@
-"""What became of each layer of a model: sizes, bits, what is left in float and why, and what executes it."""
+"""Summary of each layer of a model: sizes, bits, backend, and the reason if it is left in float."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer. Fields of a layer in float that only a quantized one has are None.
+    """Summary of one layer. Fields that only a quantized layer has are None for a layer in float.
 
     Attributes:
         name: name in the model.
         kind: class of the layer.
-        shape: of its weight; ``(O, C/groups, *K)`` for a quantized layer.
+        shape: shape of its weight; ``(O, C/groups, *K)`` for a quantized layer.
         weight_bits, activation_bits, activation_sign, block_size, blocks, kds_dtype, weight_shift, algorithm: its
-            settings; ``activation_bits`` is None also where the input stays float. Winograd rounds the transformed
-            input to 8 bits, whatever it is.
-        effective_bits: bits a weight takes, its part of the KDS and shifts included.
-        bytes_before: of the weight in float32.
-        bytes_after: of the weight now: VQK packed at their width, KDS and shifts.
-        weight_sqnr_db: signal to quantization noise of the weight.
+            settings; ``activation_bits`` is also None if the input stays in float. Winograd always rounds the
+            transformed input to 8 bits.
+        effective_bits: bits per weight, including its share of the KDS and shifts.
+        bytes_before: size of the weight in float32.
+        bytes_after: current size of the weight: VQK packed at their bit width, KDS and shifts.
+        weight_sqnr_db: signal-to-quantization-noise ratio of the weight.
         reason: why it was left in float, else None.
-        backend: what executes it when no gradient is asked for.
+        backend: backend that executes it when no gradient is required.
         backend_reason: why a quantized layer is not executed in integers, else None.
     """
 
@@ -71,14 +71,14 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary(Printed):
-    """All layers of a model; prints as a table.
+    """Summary of all layers of a model; prints as a table.
 
     Attributes:
-        layers: in the order of the model. A convolution or linear that is called as a function and stays in float is
-            one of them, by the name of the parameter that its weight is computed from, else of the module.
-        other_bytes: of everything that is no weight: biases, BatchNorm, buffers.
-        parameters: other parameters of two or more dimensions that modules of the user hold, such as position
-            embeddings and scales of layers.
+        layers: the layers in the order of the model. A convolution or linear function that stays in float is included,
+            under the name of the parameter from which its weight is computed, or else of the module.
+        other_bytes: size of everything that is not a weight: biases, BatchNorm, buffers.
+        parameters: other parameters with two or more dimensions in modules of the user, such as position embeddings and
+            layer scales.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -87,23 +87,23 @@ class Summary(Printed):
 
     @property
     def bytes_before(self) -> int:
-        """Of the float model."""
+        """Size of the float model."""
         return sum(row.bytes_before for row in self._rows) + self.other_bytes
 
     @property
     def bytes_after(self) -> int:
-        """Of the quantized model, which is the size of its file but for the header."""
+        """Size of the quantized model, which is the size of its file without the header."""
         return sum(row.bytes_after for row in self._rows) + self.other_bytes
 
     @property
     def effective_bits(self) -> float:
-        """Mean over the weights of all layers, those left in float included, and other parameters."""
+        """Mean bits per weight over all layers, including those left in float, and other parameters."""
         weights = sum(row.bytes_before for row in self._rows) / 4
         return sum(row.bytes_after for row in self._rows) * 8 / max(1.0, weights)
 
     @property
     def effective_bits_quantized(self) -> float:
-        """Mean over the weights of the quantized layers."""
+        """Mean bits per weight over the quantized layers."""
         layers = [layer for layer in self.layers if layer.quantized]
         weights = sum(layer.bytes_before for layer in layers) / 4
         return sum(layer.bytes_after for layer in layers) * 8 / max(1.0, weights)
@@ -114,11 +114,11 @@ class Summary(Printed):
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """What executes the quantized layers, each once."""
+        """Backends that execute the quantized layers, without duplicates."""
         return tuple(sorted({layer.backend for layer in self.layers if layer.quantized}))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "parameters": [asdict(row) for row in self.parameters],
@@ -181,11 +181,11 @@ class Summary(Printed):
 
 
 def summary(model: nn.Module) -> Summary:
-    """Table of the layers of a quantized model, or of a float one before its conversion.
+    """Return a table of the layers of a quantized model, or of a float one before its conversion.
 
-    Every convolution and linear layer has a row, also one that is called as a function, and so has everything else of
-    PyTorch that holds a weight of two or more dimensions, such as an embedding. A layer or weight that appears at
-    several places has one row.
+    Every convolution and linear layer has a row, including functional ones, as does every other PyTorch module with a
+    weight of two or more dimensions, such as an embedding. A layer or weight that appears in several places has one
+    row.
 
     >>> import dsconv
     >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3))
@@ -236,7 +236,7 @@ _NO_LAYER = "a parameter of no layer"
 
 
 def _weights(name: str, module: nn.Module, is_layer: bool) -> dict[str, list[nn.Parameter]]:
-    """The weights of a module by name; a layer has one, whatever parameters that is computed from."""
+    """Return the weights of a module by name; a layer has one, even if it is computed from several parameters."""
     found: dict[str, list[nn.Parameter]] = {}
     for parameter_name, parameter in _own_parameters(module):
         if parameter_name == "weight" if is_lazy(parameter) else parameter.dim() > 1:
@@ -246,7 +246,7 @@ def _weights(name: str, module: nn.Module, is_layer: bool) -> dict[str, list[nn.
 
 
 def _why_float(module: nn.Module, is_layer: bool) -> str:
-    """Return why the weight of a module is in float, as far as no conversion tells."""
+    """Return why the weight of a module is in float, if no conversion has recorded a reason."""
     if is_layer:
         return "not converted"
     if isinstance(module, nn.MultiheadAttention):
@@ -279,7 +279,7 @@ def quantized_row(
 
 
 def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters of the module itself, those that its parametrizations compute them from included."""
+    """Return the parameters of the module itself, including those from which parametrizations compute."""
     own = list(module.named_parameters(recurse=False))
     if parametrize.is_parametrized(module):
         parametrizations = cast(nn.Module, module.parametrizations)

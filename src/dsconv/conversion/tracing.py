@@ -1,4 +1,4 @@
-"""Graphs of modules by :mod:`torch.fx`, which leave the modules as they are."""
+"""Graphs of modules traced by :mod:`torch.fx`, without changing the modules."""
 
 import inspect
 import os
@@ -18,17 +18,17 @@ _NOT_THE_USERS = (os.path.dirname(torch.__file__) + os.sep, __file__)
 
 
 class Traced(fx.Tracer):
-    """The graph of a module, in which the modules that ``is_leaf`` tells are called and not followed.
+    """Graph of a module, in which modules selected by ``is_leaf`` are called and not traced into.
 
-    Nor are the functions ``called``, where the code of a module has them by a name of their own.
+    The same holds for the functions ``called``, if the code of a module has its own name for them.
 
     Attributes:
-        graph: the graph. ``meta["place"]`` of a node is the line of code that it is from.
-        root: the copy of the module that it is of, with the same tensors.
-        read: ids of the tensors that are read without a call of what has them.
+        graph: the graph. ``meta["place"]`` of a node is the line of code that created it.
+        root: the traced copy of the module, with the same tensors.
+        read: ids of the tensors that are read without a call of their owner.
 
     Raises:
-        Exception: whatever forward has to say to symbols; :func:`line_of` tells where.
+        Exception: any error that forward raises for symbols; :func:`line_of` gives the line.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Traced(fx.Tracer):
     ):
         super().__init__(autowrap_functions=tuple(called))
         self.is_leaf, self.read = is_leaf, set[int]()
-        # What forward may change is copied, so that symbols stay out of the model: all but its layers and tensors.
+        # Everything that forward may change is copied, except layers and tensors, to keep symbols out of the model.
         memo: dict[int, Any] = {}
         for name, part in module.named_modules():
             if part is not module and self.is_leaf_module(part, name):
@@ -55,7 +55,7 @@ class Traced(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
     ) -> tuple[Any, list[Any]]:
-        """Make symbols of the first argument and of those without a default, whatever forward is and takes."""
+        """Create symbols for the first argument and those without a default, whatever the signature of forward."""
         assert isinstance(self.root, nn.Module)
         positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
         first, *others = inspect.signature(self.root.forward).parameters.values()
@@ -75,7 +75,7 @@ class Traced(fx.Tracer):
         if kind == "call_function" and any(isinstance(value, StandIn) for value in (*args, *kwargs.values())):
             return StandIn.__torch_function__(target, (), args, kwargs)
         made: Any = super().create_proxy(kind, target, args, kwargs, *more, **options)
-        # Code may go over the parts of a tensor, whose number is known.
+        # Code may iterate over the chunks of a tensor, whose number is known.
         if getattr(target, "__name__", target) == "chunk":
             count = args[1] if len(args) > 1 else kwargs.get("chunks")
             return tuple(made[i] for i in range(count)) if isinstance(count, int) else made
@@ -91,7 +91,7 @@ class Traced(fx.Tracer):
 
 
 def line_of(error: BaseException) -> str:
-    """Return `` at FILE:LINE, `CODE` ``: the innermost line of ``error`` that is neither PyTorch's nor of this file."""
+    """Return `` at FILE:LINE, `CODE` ``: the innermost line of ``error`` outside of PyTorch and this file."""
     ours = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_USERS)
     ]

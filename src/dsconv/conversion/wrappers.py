@@ -1,11 +1,11 @@
-"""Wrappers around a network that change how or where it runs, and not what it computes."""
+"""Wrappers around a network that change how or where it runs, but not its result."""
 
 import copy
 from typing import Any
 
 from torch import nn
 
-# By class and the package that defines it, so that no package is imported: where the network is.
+# By class and the package that defines it, so that no package is imported: the attribute with the network.
 _WRAPPERS = {
     ("torch", "OptimizedModule"): "_orig_mod",  # of torch.compile
     ("torch", "DataParallel"): "module",
@@ -24,8 +24,8 @@ def unwrapped(model: Any) -> Any:
     """Return the network in ``model`` without the wrappers around it or around parts of it.
 
     These are ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel``, and those of timm,
-    Lightning Fabric and DeepSpeed. Names of modules are those of the network as it is without them. ``model`` is left
-    as it is and shares all layers and tensors with the result. What holds no wrapper is returned itself.
+    Lightning Fabric and DeepSpeed. Modules have the names of the unwrapped network. ``model`` is unchanged and shares
+    all layers and tensors with the result. A model without wrappers is returned itself.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2)))
     >>> [name for name, _ in unwrapped(nn.DataParallel(net)).named_parameters()]
@@ -48,7 +48,7 @@ def _place(module: nn.Module) -> str | None:
 
 
 def _without(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The module itself, or a twin that shares all with it but its wrapped children."""
+    """Return the module itself, or a copy that shares everything with it except its wrapped children."""
     if module not in made:
         made[module] = module
         children = {

@@ -1,4 +1,4 @@
-"""A BatchNorm in inference, where no layer can take it up."""
+"""Replacement of a BatchNorm in inference that cannot be folded into a layer."""
 
 from typing import Self
 
@@ -8,10 +8,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Affine(nn.Module):
-    """``x * scale + shift`` with a scale and a shift for each channel, rounded after the product and after the sum.
+    """``x * scale + shift`` with a scale and a shift per channel, rounded after the product and after the sum.
 
-    PyTorch's BatchNorm rounds in another way on every processor; a network that is to return the same bits everywhere
-    has this in its place.
+    PyTorch's BatchNorm rounds differently on each processor; a network that must return the same bits everywhere uses
+    this module instead.
 
     Attributes:
         scale, shift: float32 buffers ``(C,)``.
@@ -33,7 +33,9 @@ class Affine(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_batchnorm(cls, batchnorm: _BatchNorm) -> Self:
-        """That of a BatchNorm with running statistics: ``gamma / sqrt(var + eps)`` and ``beta - mean * scale``."""
+        """Return the Affine of a BatchNorm with running statistics: ``gamma / sqrt(var + eps)``, ``beta - mean *
+        scale``.
+        """
         assert batchnorm.running_mean is not None
         assert batchnorm.running_var is not None
         made = cls(batchnorm.num_features)
@@ -47,7 +49,7 @@ class Affine(nn.Module):
         return made.train(batchnorm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` of ``(N, C, *)``, of the same shape and dtype."""
+        """Return the output for ``x (N, C, *)``, with the same shape and dtype."""
         shape = (-1, *[1] * (x.dim() - 2))
         return x * self.scale.view(shape).to(x.dtype) + self.shift.view(shape).to(x.dtype)
 

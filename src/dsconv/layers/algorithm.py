@@ -1,4 +1,4 @@
-"""The choice between a direct convolution and Winograd, by the noise that each leaves in the output."""
+"""Choice between direct convolution and Winograd by the noise of each in the output."""
 
 import math
 
@@ -10,8 +10,8 @@ from dsconv.numerics import InputMoments
 from dsconv.numerics.balanced import TAP_CORRELATION
 
 MOST_NOISE_DB = 1.0
-"""Noise that Winograd may add to that of a direct convolution, in its output."""
-_SIDE = 14  # pixels of the noise that stands for the input
+"""Maximum increase of the output noise by Winograd over a direct convolution, in dB."""
+_SIDE = 14  # side, in pixels, of the noise used as input
 
 
 def added_noise_db(expected: Tensor, direct: Tensor, winograd: Tensor) -> float:
@@ -19,7 +19,7 @@ def added_noise_db(expected: Tensor, direct: Tensor, winograd: Tensor) -> float:
 
     Args:
         expected: output of the float layer.
-        direct, winograd: those of the quantized layer by either algorithm.
+        direct, winograd: outputs of the quantized layer with either algorithm.
     """
     before, after = (float((y - expected).square().sum(dtype=torch.float64)) for y in (direct, winograd))
     if not math.isfinite(before + after):
@@ -28,9 +28,9 @@ def added_noise_db(expected: Tensor, direct: Tensor, winograd: Tensor) -> float:
 
 
 def noise_like(inputs: InputMoments | None, channels: int, device: torch.device) -> Tensor:
-    """Return noise that stands for the input of a layer ``(1, channels, H, W)``, of which moments are known, or not.
+    """Return noise ``(1, channels, H, W)`` with the moments of a layer's input, or with default ones if unknown.
 
-    Neighbouring pixels are alike. Channels with a positive mean are rectified, as they are behind a ReLU.
+    Neighbouring pixels are similar. Channels with a positive mean are rectified, as they are after a ReLU.
     """
     generator = torch.Generator().manual_seed(0)
     coarse, fine = (

@@ -1,4 +1,4 @@
-"""Quantized convolutions of one to three dimensions."""
+"""Quantized convolutions with one to three dimensions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,17 +15,17 @@ from dsconv.ops import windows
 
 Size = int | Sequence[int]
 Pads = tuple[tuple[int, int], ...]
-"""Zeros before and after each dimension."""
+"""Zero padding before and after each dimension."""
 SAME_UPPER = "same_upper"
-"""Padding by the size of the input, see :func:`same_upper`."""
+"""Padding that depends on the size of the input, see :func:`same_upper`."""
 _SIZE = ("in_channels", "out_channels", "kernel_size")
 
 
 class DSConvNd(DSLayer):
-    """What convolutions of all dimensions share. The arguments are those of ``torch.nn.Conv2d``, and ``config``.
+    """Base class of quantized convolutions. The arguments are those of ``torch.nn.Conv2d``, and ``config``.
 
-    ``padding`` may also be ``"same_upper"`` (:func:`dsconv.layers.conv.same_upper`), or zeros before and after each
-    dimension: ``((0, 1), (0, 1))``.
+    ``padding`` may also be ``"same_upper"`` (:func:`dsconv.layers.conv.same_upper`), or the zero padding before and
+    after each dimension: ``((0, 1), (0, 1))``.
     """
 
     float_attributes = (*_SIZE, "stride", "padding", "dilation", "groups", "bias", "padding_mode")
@@ -56,7 +56,7 @@ class DSConvNd(DSLayer):
         self.padding_mode = padding_mode
         self.padding: Any = padding if isinstance(padding, str) else self._per_dim(padding)
         pads = self._pads()
-        # Padding that the convolution itself cannot do goes in front of it.
+        # Padding that the convolution itself does not support is applied before it.
         self._in_front = padding_mode != "zeros" or pads is None or any(a != b for a, b in pads)
         self.zero_padding = (0,) * self.dims if pads is None or self._in_front else tuple(before for before, _ in pads)
 
@@ -64,9 +64,9 @@ class DSConvNd(DSLayer):
         return (value,) * self.dims if isinstance(value, int) else tuple(value)
 
     def _pads(self) -> Pads | None:
-        """Padding before and after each dimension; ``same`` puts the odd one after, as PyTorch does.
+        """Padding before and after each dimension; ``same`` puts the odd element after, as PyTorch does.
 
-        None depends on the input.
+        None if it depends on the input.
         """
         if self.padding == SAME_UPPER:
             return None
@@ -93,18 +93,20 @@ class DSConvNd(DSLayer):
         return 2, layer.in_channels, *size
 
     def output_size_for(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Return ``S_out`` for an input that is ``size`` large after :meth:`padded`."""
+        """Return ``S_out`` for an input of ``size`` after :meth:`padded`."""
         sides = zip(size, self.kernel_size, self.stride, self.zero_padding, self.dilation, strict=True)
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output ``(N, O, *S_out)``, or ``(O, *S_out)`` for ``x (C, *S)``, in the dtype of ``x``."""
+        """Return the output ``(N, O, *S_out)``, or ``(O, *S_out)`` for ``x (C, *S)``, in the dtype of ``x``."""
         batched = self.padded(x)
         y = self._run(batched, self.operation)
         return y if x.dim() == batched.dim() else y.squeeze(0)
 
     def padded(self, x: Tensor) -> Tensor:
-        """``x (N, C, *S)``, with a batch of one where there is none, and all padding but ``zero_padding``."""
+        """Return ``x (N, C, *S)``, with a batch dimension of one if it has none, and all padding but
+        ``zero_padding``.
+        """
         if x.dim() not in (self.dims + 1, self.dims + 2) or x.shape[-self.dims - 1] != self.in_channels:
             raise ValueError(
                 f"{type(self).__name__}: expected input (N, {self.in_channels}, ...) of {self.dims + 2} dimensions, "
@@ -120,11 +122,12 @@ class DSConvNd(DSLayer):
         return F.pad(x, border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def windows(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """What each output reads of ``x (N, C, *S)``: ``(N, C, *S_out, *K)``, a view of a padded copy.
+        """Return the receptive field of each output in ``x (N, C, *S)``: ``(N, C, *S_out, *K)``, a view of a padded
+        copy.
 
         Args:
             x: input.
-            size: ``S_out``, which the input of a transposed convolution leaves open.
+            size: ``S_out``, which the input of a transposed convolution does not determine.
         """
         return windows(self.padded(x), self.kernel_size, self.stride, self.zero_padding, self.dilation)
 
@@ -143,7 +146,7 @@ class DSConvNd(DSLayer):
 
 
 def same_upper(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Pads:
-    """Return the least padding with which an input of ``size`` has ``ceil(size / stride)`` outputs; the odd one after.
+    """Return the least padding for which an input of ``size`` has ``ceil(size / stride)`` outputs; odd element after.
 
     TensorFlow calls it ``SAME``, ONNX ``SAME_UPPER``.
 

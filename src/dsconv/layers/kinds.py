@@ -1,4 +1,4 @@
-"""The registry of the kinds of quantized layers, through which all other packages learn what a layer is."""
+"""Registry of the kinds of quantized layers, which all other packages use."""
 
 from typing import TypeVar
 
@@ -9,11 +9,11 @@ from dsconv.layers.stand_in import StandIn
 
 Kind = TypeVar("Kind", bound=type[DSLayer])
 
-# Methods of a module that its call runs, and that an attribute of the instance replaces.
+# Methods that a call of a module runs and that an instance attribute can replace.
 CALLED = ("forward", "_conv_forward", "_call_impl")
 
 KINDS: dict[str, type[DSLayer]] = {}
-"""The kinds of quantized layers, by the names that files have for them."""
+"""Kinds of quantized layers, by their names in files."""
 
 
 def register(kind: Kind) -> Kind:
@@ -24,9 +24,9 @@ def register(kind: Kind) -> Kind:
 
 
 def kind_of(module: object) -> type[DSLayer] | None:
-    """Return the kind that takes the place of a float layer, the most specific one; None for any other module.
+    """Return the kind that replaces a float layer, the most specific one; None for any other module.
 
-    It is None for a layer whose call was taken apart, so that its weight is that of a layer in it.
+    It is None for a layer that was split up, so that its weight belongs to a layer inside it.
     """
     if isinstance(vars(module).get("weight") if isinstance(module, nn.Module) else None, StandIn):
         return None

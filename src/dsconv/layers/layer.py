@@ -1,4 +1,4 @@
-"""What all quantized layers share: VQK, KDS, bias, the settings they were made with, and their backend."""
+"""Base class of quantized layers: VQK, KDS, bias, settings, and backend."""
 
 import warnings
 from collections.abc import Callable
@@ -27,14 +27,14 @@ from dsconv.numerics import (
 )
 from dsconv.threads import PyTorchOnOneThread
 
-# PyTorch 2.6 cannot tell.
+# Not available in PyTorch 2.6.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class KernelWeights(NamedTuple):
-    """The weights of a layer as a backend packed them.
+    """Weights of a layer as packed by a backend.
 
-    ``made_of`` are the buffers and the config these were made of, ``versions`` those of the buffers at that time.
+    ``made_of`` are the buffers and the config that these were made from, ``versions`` the versions of the buffers then.
     """
 
     backend: backends.Backend
@@ -44,36 +44,36 @@ class KernelWeights(NamedTuple):
 
 
 class DSLayer(nn.Module):
-    """Base of the quantized layers.
+    """Base class of the quantized layers.
 
-    A layer is executed in integers (:mod:`dsconv.backends`) where these hold, and simulated in float otherwise:
+    A layer is executed in integers (:mod:`dsconv.backends`) if the following hold, and simulated in float otherwise:
 
-    - a backend for its device covers it (:attr:`backend` says why, if none does);
-    - its input is float32, float16 or bfloat16 on that device; the output is of the same dtype;
-    - no gradient is asked for: gradients are disabled (``torch.inference_mode``), or neither input nor bias requires
-      one. ``torch.export`` of a layer in eval mode asks for none;
-    - :func:`dsconv.ops.simulated` is not in effect.
+    - a backend for its device supports it (:attr:`backend` gives the reason if none does);
+    - its input is float32, float16 or bfloat16 on that device; the output has the same dtype;
+    - no gradient is required: gradients are disabled (``torch.inference_mode``), or neither input nor bias requires
+      one. ``torch.export`` of a layer in eval mode requires none;
+    - :func:`dsconv.ops.simulated` is not active.
 
-    The backend reads a packed copy of the weights, which is no part of the state. It follows the buffers when they are
-    loaded, moved, replaced or changed in place; so does what the simulation keeps of a layer by Winograd, its
-    transformed weight in float32, from its first use on. ``torch.compile`` and ``torch.export`` take what is there as
-    they find it: call :meth:`pack_` after replacing or changing buffers by hand.
+    The backend reads a packed copy of the weights, which is not part of the state. It is updated when the buffers are
+    loaded, moved, replaced or changed in place; so is the transformed float32 weight that the simulation of a Winograd
+    layer keeps after its first use. ``torch.compile`` and ``torch.export`` use the existing copy: call :meth:`pack_`
+    after replacing or changing buffers by hand.
 
     Attributes:
         vqk: int8 buffer ``(O, C/groups, *K)``, the variable quantized kernel.
-        kds: buffer of ``config.kds_dtype``, the kernel distribution shift: ``(O, CB, *K)`` for blocks per tap,
-            ``(O, CB)`` for flattened blocks. Keeps its dtype when the layer is cast, since casting it to a narrower
-            one would change the weights.
-        kds_shift: as ``kds``, or None without a shift.
+        kds: buffer of ``config.kds_dtype``, the kernel distribution shift: ``(O, CB, *K)`` for blocks per tap, ``(O,
+            CB)`` for flattened blocks. Keeps its dtype when the layer is cast, since a narrower dtype would change the
+            weights.
+        kds_shift: like ``kds``, or None without a shift.
         bias: parameter ``(O,)`` or None.
-        weight_like: parameter ``(0,)`` of the dtype and device that a float weight would have, for models that ask
-            their parameters or :attr:`weight` for these. It is no part of the state.
+        weight_like: parameter ``(0,)`` with the dtype and device of a float weight, for models that query their
+            parameters or :attr:`weight` for these. It is not part of the state.
         config: the settings of this layer.
-        algorithms: those that ``config`` may name.
-        weight_sqnr_db: ``10 log10(sum w^2 / sum (w - w_q)^2)`` of the weight it was made from, None where unknown.
+        algorithms: valid values of ``config.algorithm``.
+        weight_sqnr_db: ``10 log10(sum w^2 / sum (w - w_q)^2)`` of the weight it was made from, None if unknown.
     """
 
-    # Other packages read from these what a kind of layer is; dsconv.layers.kinds has the list of kinds.
+    # Other packages read the properties of a kind of layer from these; dsconv.layers.kinds lists the kinds.
     kind: ClassVar[LayerKind] = "conv"
     float_type: ClassVar[type[nn.Module]]
     # The function that the float layer calls, and the methods that its call runs.
@@ -81,7 +81,7 @@ class DSLayer(nn.Module):
     plain_call: ClassVar[dict[str, Any]]
     # Attributes of the float layer that are the positional arguments of the quantized one.
     float_attributes: ClassVar[tuple[str, ...]]
-    # Dimensions over which the kernel moves; 0 is a linear layer, whose channels are the last dimension.
+    # Number of spatial dimensions of the kernel; 0 is a linear layer, whose channels are the last dimension.
     dims: ClassVar[int]
     transposed: ClassVar[bool] = False
     onnx_operator: ClassVar[str] = "Conv"
@@ -93,17 +93,17 @@ class DSLayer(nn.Module):
     weight_like: nn.Parameter
     _kernel_weights: KernelWeights | None = None
     algorithms: tuple[Algorithm, ...] = ("direct",)
-    # Those of the simulation, where they take long to make.
+    # Weights of the simulation, if they are expensive to compute.
     _simulated_weights: KernelWeights | None = None
-    # Whether the algorithm is chosen with the weight.
+    # Whether the algorithm is chosen together with the weight.
     _chooses: bool = False
-    # Gives the weight in the place of VQK and KDS while these are trained.
+    # Returns the weight instead of VQK and KDS while these are trained.
     _shadow: Callable[[], Tensor] | None = None
 
     def __init__(self, vqk_shape: tuple[int, ...], bias: bool, config: LayerConfig, winograd: bool = False):
         super().__init__()
         self.algorithms = ("direct", "winograd") if winograd and config.allows_winograd else ("direct",)
-        # Blocks for which there are no kernels gain nothing.
+        # Other block sizes have no kernels, so Winograd gains nothing.
         covered = config.block_size % 8 == 0 or vqk_shape[1] <= config.block_size
         self._chooses = config.algorithm == "auto" and "winograd" in self.algorithms and covered
         if config.algorithm == "auto":
@@ -130,15 +130,17 @@ class DSLayer(nn.Module):
         self.bias = nn.Parameter(zeros) if bias else None
 
     def blockwise(self, weight: Tensor) -> Tensor:
-        """Return ``weight (O, C/groups, *K)`` as the arithmetic sees it: ``(O, C/groups * K)`` for flattened blocks."""
+        """Return ``weight (O, C/groups, *K)`` in the arithmetic's layout: ``(O, C/groups * K)`` for flattened
+        blocks.
+        """
         return weight.flatten(1) if self.config.blocks == "flat" else weight
 
     def dequantized_weight(self) -> Tensor:
-        """Return the float32 weight that VQK and KDS stand for, in the layout of the float layer."""
+        """Return the float32 weight represented by VQK and KDS, in the layout of the float layer."""
         return self.conv_weight()
 
     def conv_weight(self) -> Tensor:
-        """Return the float32 weight ``(O, C/groups, *K)`` that VQK and KDS stand for, in their layout."""
+        """Return the float32 weight ``(O, C/groups, *K)`` represented by VQK and KDS, in their layout."""
         if self._shadow is not None:
             return self._shadow()
         rows = dequantize_weight(self.blockwise(self.vqk), self.kds, self.config.block_size, self.kds_shift)
@@ -146,15 +148,15 @@ class DSLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A copy of :meth:`dequantized_weight` in the dtype of ``weight_like``, for code that looks at the weight.
+        """Copy of :meth:`dequantized_weight` in the dtype of ``weight_like``, for code that inspects the weight.
 
         To change the weight, call :meth:`quantize_`.
 
         Raises:
-            ModelError: the copy is written, which would be lost.
+            ModelError: the copy is written, and the change would be lost.
         """
         weight = self.dequantized_weight().to(self.weight_like.dtype)
-        # While a graph is captured, something else stands for the tensor.
+        # During graph capture, another object represents the tensor.
         captured = torch.compiler.is_compiling() or type(weight) is not Tensor
         return weight if captured else weight.as_subclass(ReadOnly)
 
@@ -168,12 +170,12 @@ class DSLayer(nn.Module):
 
     @torch.no_grad()
     def quantize_(self, weight: Tensor, inputs: InputMoments | None = None) -> Self:
-        """Set VQK, KDS and shift from a float ``weight`` ``(O, C/groups, *K)``; returns the layer. See :meth:`store_`.
+        """Set VQK, KDS and shift from a float ``weight`` ``(O, C/groups, *K)``; return the layer. See :meth:`store_`.
 
-        ``inputs`` is what is known of the layer's inputs, for rule ``balanced``.
+        ``inputs`` are the known moments of the layer's inputs, for rule ``balanced``.
 
         Raises:
-            ValueError: the weight holds a NaN or an infinity.
+            ValueError: the weight contains a NaN or an infinity.
         """
         with PyTorchOnOneThread(always=True):
             if self._chooses:
@@ -185,15 +187,15 @@ class DSLayer(nn.Module):
 
     @torch.no_grad()
     def choose_algorithm_(self, weight: Tensor, x: Tensor) -> None:
-        """Set the algorithm of a layer that has two: Winograd unless that adds more than 1 dB of noise to the output.
+        """Choose the algorithm of a layer that has two: Winograd unless it adds more than 1 dB of noise to the output.
 
-        It is the direct one where the layer lies on a device for which that alone has kernels.
+        The direct one is chosen if the layer is on a device with kernels for that algorithm only.
 
         Args:
-            weight: the float weight ``(O, C, 3, 3)`` that the layer was made of.
-            x: float32 ``(N, C, H, W)``, an input or what stands for it.
+            weight: the float weight ``(O, C, 3, 3)`` that the layer was made from.
+            x: float32 ``(N, C, H, W)``, an input or a substitute for it.
         """
-        # Outputs are those of the layer, so that the weights that are packed for them stay.
+        # The outputs are computed by this layer, so that the weights packed for them are kept.
         if self.config.algorithm != "direct":
             self._have_algorithm("direct")
         other = self.operation._replace(config=self.config.model_copy(update={"algorithm": "winograd"}))
@@ -214,10 +216,11 @@ class DSLayer(nn.Module):
         self.config = self.config.model_copy(update={"algorithm": name})
 
     def quantized(self, weight: Tensor, inputs: InputMoments | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """VQK int8 of the shape of ``weight (O, C/groups, *K)``, KDS and shift, or None, float32, as the config says.
+        """Return VQK int8 in the shape of ``weight (O, C/groups, *K)``, and KDS and shift (or None) float32, per the
+        config.
 
         Raises:
-            ValueError: the weight holds a NaN or an infinity.
+            ValueError: the weight contains a NaN or an infinity.
         """
         config = self.config
         rows = self.blockwise(weight.float())
@@ -235,15 +238,16 @@ class DSLayer(nn.Module):
     def store_(
         self, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, weight: Tensor, *, keep_size: bool = False
     ) -> Self:
-        """Set VQK, KDS and shift that stand for the float ``weight``; returns the layer.
+        """Set VQK, KDS and shift that represent the float ``weight``; return the layer.
 
-        KDS that float16 cannot hold, for being too large or so small that digits would be lost, are kept in float32.
+        KDS that float16 cannot represent, because they overflow or are so small that digits would be lost, are kept in
+        float32.
 
         Args:
-            vqk: int8, of as many values as ``weight``.
+            vqk: int8, with as many values as ``weight``.
             kds, kds_shift: float32, in the shape of the buffers.
             weight: ``(O, C/groups, *K)``, for :attr:`weight_sqnr_db`.
-            keep_size: keep float16 where it loses digits, but not where it overflows.
+            keep_size: keep float16 if it loses digits, but not if it overflows.
         """
         config = self.config
         fits = _within_float16 if keep_size else _fits_float16
@@ -254,7 +258,7 @@ class DSLayer(nn.Module):
         self.kds_shift = None if kds_shift is None else kds_shift.to(config.torch_kds_dtype)
         rows, vqk = self.blockwise(weight.float()), self.blockwise(self.vqk)
         signal = noise = 0.0
-        # A part at a time: float64 copies of a large weight would take several times its memory.
+        # In parts: float64 copies of a large weight would take several times its memory.
         size = max(1, (1 << 17) // max(1, rows[:1].numel()))
         for o in range(0, len(rows), size):
             w, q, scale = rows[o : o + size], vqk[o : o + size], self.kds[o : o + size]
@@ -266,46 +270,46 @@ class DSLayer(nn.Module):
 
     @property
     def operation(self) -> backends.Operation:
-        """The computation of the layer, as backends read it."""
+        """The computation of the layer, in the form that backends read."""
         return backends.Operation(self.vqk.shape, self.config)
 
     @property
     def given_padding(self) -> Any:
-        """The padding of a convolution where a float layer cannot have it, else None: pairs, or ``same_upper``."""
+        """Padding of a convolution that a float layer does not support, as pairs or ``same_upper``; else None."""
         return None
 
     @property
     def backend(self) -> backends.Execution:
-        """What executes the layer when no gradient is asked for, and if it is the simulation, why."""
+        """Backend that executes the layer when no gradient is required, and the reason if it is the simulation."""
         return backends.execution(self.operation, self.vqk.device)
 
     def pack_(self) -> Self:
-        """Make the backend's copy of the weights anew, which is rarely needed (see above); returns the layer."""
+        """Recreate the backend's copy of the weights, which is rarely needed (see above); return the layer."""
         self._simulated_weights = None
         self._kernel_weights = self._packed()
         return self
 
     @property
     def packed(self) -> Any:
-        """The weights as the backend that executes the layer reads them; None where it is simulated."""
+        """Weights in the format of the backend that executes the layer; None if it is simulated."""
         return None if self._kernel_weights is None else self._kernel_weights.packed
 
     def _buffers_and_config(self) -> tuple[Tensor | LayerConfig | None, ...]:
         return self.vqk, self.kds, self.kds_shift, self.config
 
     def _packed(self) -> KernelWeights | None:
-        """Return None where no backend but the simulation covers the layer."""
+        """Return None if no backend but the simulation supports the layer."""
         backend, _ = backends.choose(self.operation, self.vqk.device)
         return self._packed_by(backend) if backend is not backends.SIMULATION and self._has_values() else None
 
     def _has_values(self) -> bool:
-        """Other types of tensors have none here: those of a compiler, those spread over machines."""
+        """Return False for tensors without values here: those of a compiler, and those distributed over machines."""
         return type(self.vqk) is Tensor
 
     def _packed_by(self, backend: backends.Backend) -> KernelWeights:
         made_of = self._buffers_and_config()
         versions = _versions(made_of)
-        # Tensors of inference mode could not be used outside it.
+        # Tensors created in inference mode could not be used outside of it.
         with torch.inference_mode(False):
             packed = backend.pack(self.operation, self.vqk, self.kds, self.kds_shift)
         return KernelWeights(backend, packed, made_of, versions)
@@ -324,7 +328,7 @@ class DSLayer(nn.Module):
         if self._shadow is not None:
             return backends.prepare(self.operation, self._shadow())
         compiling = torch.compiler.is_compiling()
-        # Other weights are made in no time, and would take more memory than all else that a layer holds.
+        # Other weights are cheap to compute, and would take more memory than the rest of the layer.
         if self.config.algorithm == "winograd" and (compiling or self._has_values()):
             kept = self._simulated_weights
             if not compiling and not self._is_current(kept):
@@ -334,12 +338,12 @@ class DSLayer(nn.Module):
         return backends.SIMULATION.pack(self.operation, self.vqk, self.kds, self.kds_shift)
 
     def _weights_for_kernels(self, x: Tensor) -> KernelWeights | None:
-        """None where ``x`` is to be simulated in float: see the rule above."""
+        """Return None if ``x`` must be simulated in float: see the rule above."""
         if x.dtype not in _DTYPES or ops.is_simulated():
             return None
-        # Several threads may find it out of date at once: they all make the same, and each uses its own.
+        # Several threads may find it outdated at once: each makes the same weights and uses its own.
         weights = self._kernel_weights
-        # A compiler knows no values to make them of.
+        # A compiler has no values to make them from.
         if not torch.compiler.is_compiling() and not self._is_current(weights):
             weights = self._kernel_weights = self._packed()
         if weights is None or x.device.type != weights.backend.device:
@@ -371,7 +375,7 @@ class DSLayer(nn.Module):
             return self
         try:
             return self.pack_()
-        except ValueError:  # `to_empty` leaves integers of any size, until a state is loaded
+        except ValueError:  # `to_empty` leaves arbitrary integers until a state is loaded
             self._kernel_weights = None
             return self
 
@@ -386,7 +390,7 @@ class DSLayer(nn.Module):
         missing_keys[:] = [name for name in missing_keys if name != f"{prefix}weight_like"]
         self.pack_()
 
-    # A copy, or what was pickled, makes its own packed weights.
+    # A copy or an unpickled layer makes its own packed weights.
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kernel_weights": None, "_simulated_weights": None}  # type: ignore[no-untyped-call]
 
@@ -396,9 +400,9 @@ class DSLayer(nn.Module):
 
     @classmethod
     def like(cls, layer: Any, config: LayerConfig, padding: Any = None) -> Self:
-        """Layer of the geometry, device, training flag and bias of the float ``layer``, whose weights are all zero.
+        """Return a layer with the geometry, device, training flag and bias of the float ``layer`` and a zero weight.
 
-        ``padding`` takes the place of the float layer's own, where it is not None.
+        ``padding`` replaces the padding of the float layer, unless it is None.
         """
         make: Callable[..., Self] = cls
         geometry = list(cls.float_geometry(layer))
@@ -425,19 +429,19 @@ class DSLayer(nn.Module):
         padding: Any = None,
         inputs: InputMoments | None = None,
     ) -> Self:
-        """Quantized layer of a float one, which is left as it is.
+        """Return a quantized layer made from a float one, which is unchanged.
 
         Args:
             layer: the PyTorch layer of the same name, ``nn.Conv2d`` for ``DSConv2d``.
-            config: a LayerConfig, or a QuantConfig or the name of a preset, of which the general settings apply; None
-                is the preset ``default``.
-            weight: weight to quantize in the place of ``layer.weight``, of the same shape.
-            padding: padding in the place of ``layer.padding``, of a convolution.
-            inputs: what is known of the layer's inputs, for rule ``balanced``.
+            config: a LayerConfig, or a QuantConfig or the name of a preset, whose general settings apply; None is the
+                preset ``default``.
+            weight: weight to quantize instead of ``layer.weight``, with the same shape.
+            padding: padding of a convolution to use instead of ``layer.padding``.
+            inputs: known moments of the layer's inputs, for rule ``balanced``.
 
         Raises:
             TypeError: ``layer`` is of another kind.
-            ValueError: the weight holds a NaN or an infinity.
+            ValueError: the weight contains a NaN or an infinity.
 
         >>> from dsconv.nn import DSConv2d
         >>> DSConv2d.from_float(nn.Conv2d(64, 8, 3), LayerConfig(block_size=32)).kds.shape
@@ -451,14 +455,16 @@ class DSLayer(nn.Module):
 
     @classmethod
     def float_geometry(cls, layer: Any) -> tuple[Any, ...]:
-        """Return the positional arguments of a quantized layer of the same geometry as the float ``layer``."""
+        """Return the positional arguments of a quantized layer with the same geometry as the float ``layer``."""
         return tuple(
             layer.bias is not None if name == "bias" else getattr(layer, name) for name in cls.float_attributes
         )
 
     @classmethod
     def float_input_shape(cls, layer: Any, extra: int) -> tuple[int, ...]:
-        """Return the shape of an input of the float ``layer``, ``extra`` longer than what an output reads."""
+        """Return the shape of an input of the float ``layer``, ``extra`` longer than the receptive field of an
+        output.
+        """
         raise NotImplementedError(cls.__name__)
 
     @classmethod
@@ -500,7 +506,7 @@ def _energy(x: Tensor) -> float:
 
 
 def _versions(made_of: tuple[Tensor | LayerConfig | None, ...]) -> tuple[int, ...]:
-    """How often each tensor was changed in place; one made in inference mode does not count that."""
+    """Return how often each tensor was changed in place; tensors made in inference mode do not count changes."""
     return tuple(t._version for t in made_of if isinstance(t, Tensor) and not t.is_inference())
 
 
@@ -514,12 +520,12 @@ def _warn_of_gradients() -> None:
 
 
 def _within_float16(kds: Tensor, shift: Tensor | None) -> bool:
-    """Whether nothing overflows in float16."""
+    """Return whether all values are within the range of float16."""
     return all(bool(value.half().isfinite().all()) for value in (kds, shift) if value is not None)
 
 
 def _fits_float16(kds: Tensor, shift: Tensor | None) -> bool:
-    """Whether float16 changes no output channel by more than a small part of its quantization error."""
+    """Return whether float16 changes each output channel by at most a small fraction of its quantization error."""
     scales = kds.flatten(1)
     largest = scales.abs().amax(1)
     significant = largest > largest.max() * 2.0**-10

@@ -32,7 +32,7 @@ class DSLinear(DSLayer):
         return 2, layer.in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output ``(..., out_features)`` in the dtype of ``x``."""
+        """Return the output ``(..., out_features)`` in the dtype of ``x``."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"DSLinear: expected input (..., {self.in_features}), got {tuple(x.shape)}")
         return self._run(x, self.operation)

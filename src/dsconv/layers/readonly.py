@@ -1,4 +1,4 @@
-"""Tensors that refuse to be written, for values that are computed anew each time they are read."""
+"""Tensors that refuse writes, for values that are recomputed on each read."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +9,12 @@ from torch import Tensor
 from dsconv.errors import ModelError
 
 _CONVERSIONS = ("__index__", "__int__", "__invert__")
-# Methods with the name of one that works in place, which change no value.
+# Methods named like in-place methods that change no value.
 _WRITE_NOTHING = ("requires_grad_", "rename_", "share_memory_", "pin_memory_")
 
 
 def writes(function: Any, kwargs: dict[str, Any]) -> bool:
-    """Return whether a function of tensors writes to one of its arguments, as far as its name tells.
+    """Return whether a tensor function writes to one of its arguments, as far as its name tells.
 
     >>> writes(Tensor.mul_, {}), writes(torch.mul, {}), writes(torch.mul, {"out": 1}), writes(Tensor.__setitem__, {})
     (True, False, True, True)
@@ -27,7 +27,7 @@ def writes(function: Any, kwargs: dict[str, Any]) -> bool:
 
 
 class ReadOnly(Tensor):
-    """A tensor whose values, and those of its views, cannot be written. What is computed of it is a plain tensor.
+    """Tensor whose values, and those of its views, cannot be written. Results computed from it are plain tensors.
 
     >>> weight = torch.ones(2, dtype=torch.float32).as_subclass(ReadOnly)
     >>> weight.data.mul_(2)

@@ -1,4 +1,4 @@
-"""What takes the place of a parameter whose functions became a layer."""
+"""Replacement for a parameter whose functions became a layer."""
 
 import operator
 from collections.abc import Callable, Mapping
@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from dsconv.errors import ModelError
 
-# The arguments of the functions of layers, in order, but for the input.
+# The arguments of the layer functions, in order, without the input.
 _CONVOLUTION = ("weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
-# Operators of Python that weights are computed by; each has a reflected form where it takes two tensors.
+# Python operators used to compute weights; each has a reflected form for two tensors.
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul")
 _UNARY = ("neg", "pos", "abs")
 
@@ -33,17 +33,17 @@ def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
 
 
 class StandIn:
-    """Stands for a parameter from which the weight or bias of a layer was computed, once.
+    """Represents a parameter from which the weight or bias of a layer was computed, once.
 
-    Each result of a computation with it is a stand-in, too. The function of the layer calls the layer where its weight
-    is a stand-in.
+    Each result of a computation with it is also a stand-in. The layer function calls the layer if its weight is a
+    stand-in.
 
     Args:
         layer: the layer.
         function: the function that was called in its place.
-        geometry: the arguments that were given to it besides tensors, by name.
-        like: a tensor on ``meta`` of the shape and dtype that are told.
-        operations: names of the functions that the weight and bias were computed by; other ones are refused.
+        geometry: its arguments other than tensors, by name.
+        like: a tensor on ``meta`` with the reported shape and dtype.
+        operations: names of the functions that computed the weight and bias; others are refused.
 
     >>> from torch.nn import functional as F
     >>> layer = nn.Linear(2, 3)
@@ -85,11 +85,11 @@ class StandIn:
         return self._computed(func, leaves, spec)
 
     def _computed(self, func: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec) -> Any:
-        # No part of a graph that is captured meanwhile.
+        # Not recorded in a graph that is being captured.
         with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
             try:
                 result = _result(func, leaves, spec, "meta")
-            except TypeError:  # of std_mean, for one, PyTorch knows no shape without values once it has exported
+            except TypeError:  # for std_mean, among others, PyTorch infers no shape without values after an export
                 result = _result(func, leaves, spec, "cpu")
         return pytree.tree_map_only(Tensor, self._as, result)
 
@@ -98,18 +98,18 @@ class StandIn:
 
     @property
     def device(self) -> torch.device:
-        """The device of the layer."""
+        """Device of the layer."""
         return next(tensor.device for tensor in (*self._layer.parameters(), *self._layer.buffers()))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weight of the layer, or that it would have in float."""
+        """Dtype of the layer's weight, or the one that it would have in float."""
         like: Any = getattr(self._layer, "weight_like", None)
         weight: Tensor = self._layer.weight if like is None else like  # type: ignore[assignment]
         return weight.dtype
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # of copies and pickles, which ask before there is anything
+        if name.startswith("_"):  # copy and pickle query these before the attributes exist
             raise AttributeError(name)
         value = getattr(self._like, name)
         if callable(value):
@@ -124,7 +124,7 @@ class StandIn:
 
 
 def _result(func: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec, device: str) -> Any:
-    """The result of ``func`` on tensors of the same shapes."""
+    """Return the result of ``func`` on tensors of the same shapes."""
 
     def shaped(leaf: Any) -> Any:
         leaf = leaf._like if isinstance(leaf, StandIn) else leaf

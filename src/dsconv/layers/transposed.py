@@ -1,4 +1,4 @@
-"""Quantized transposed convolutions of one to three dimensions."""
+"""Quantized transposed convolutions with one to three dimensions."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from dsconv.ops import transposed_layout, windows
 
 
 class DSConvTransposeNd(DSConvNd):
-    """What transposed convolutions share. ``vqk`` is in the layout of a convolution; blocks are always per tap."""
+    """Base class of transposed convolutions. ``vqk`` has the layout of a convolution; blocks are always per tap."""
 
     transposed, onnx_operator = True, "ConvTranspose"
     float_attributes = (*DSConvNd.float_attributes[:5], "output_padding", "groups", "bias", "dilation")
@@ -45,11 +45,15 @@ class DSConvTransposeNd(DSConvNd):
         return transposed_layout(weight, self.groups)
 
     def dequantized_weight(self) -> Tensor:
-        """Float32 weight ``(C, O/groups, *K)`` that VQK and KDS stand for, the layout of the float layer."""
+        """Return the float32 weight ``(C, O/groups, *K)`` represented by VQK and KDS, in the layout of the float
+        layer.
+        """
         return transposed_layout(self.conv_weight(), self.groups)
 
     def windows(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """See the base class. The taps are in reverse: it is a convolution of inputs with zeros between them."""
+        """See the base class. The taps are reversed: this is a convolution of inputs with zeros inserted between
+        them.
+        """
         taken = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)))
         spread[:, :, *(slice(None, None, s) for s in self.stride)] = x
@@ -59,23 +63,23 @@ class DSConvTransposeNd(DSConvNd):
         return windows(F.pad(spread, border), self.kernel_size, (1,) * self.dims, (0,) * self.dims, self.dilation)
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """Output ``(N, O, *S_out)``; ``output_size`` settles the size where the stride leaves it open."""
+        """Return the output ``(N, O, *S_out)``; ``output_size`` selects the size that the stride leaves ambiguous."""
         batched = self.padded(x)
         padding = self.output_padding_for(batched, output_size)
         y = self._run(batched, self.operation._replace(output_padding=padding))
         return y if x.dim() == batched.dim() else y.squeeze(0)
 
     def output_size_for(self, size: Sequence[int], output_padding: Sequence[int] | None = None) -> tuple[int, ...]:
-        """See the base class; ``output_padding`` is by default that of the layer."""
+        """See the base class; ``output_padding`` defaults to that of the layer."""
         more = self.output_padding if output_padding is None else output_padding
         sides = zip(size, self.kernel_size, self.stride, self.zero_padding, self.dilation, more, strict=True)
         return tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 + e for n, k, s, p, d, e in sides)
 
     def output_padding_for(self, x: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
-        """What lies beyond the smallest output of ``x`` for one of ``output_size``, by default ``output_padding``.
+        """Return the output padding of ``x`` for ``output_size``, by default the layer's ``output_padding``.
 
         Raises:
-            ValueError: the stride does not lead to that size.
+            ValueError: the stride does not allow that size.
         """
         if output_size is None:
             return self.output_padding
