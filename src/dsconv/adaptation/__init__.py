@@ -1,4 +1,4 @@
-"""Trains a quantized network on unlabelled images to do what its float original does."""
+"""Training of a quantized network on unlabelled images to match its float original."""
 
 from dsconv.adaptation.adapt import adapt
 from dsconv.adaptation.report import Adaptation, Look

@@ -1,4 +1,4 @@
-"""``dsconv.adapt``: a quantized network trained on unlabelled images to do what its float original does."""
+"""``dsconv.adapt``: trains a quantized network on unlabelled images to match its float original."""
 
 import math
 import os
@@ -41,7 +41,7 @@ from dsconv.names import Task, check_task
 from dsconv.progress import progress_bar
 from dsconv.recipe import Recipe, as_recipe
 
-# Images by which the variance of a layer's outputs is told.
+# Number of images used to estimate the variance of a layer's outputs.
 _SEEN = 32
 _ENOUGH, _GOOD = 64, 1000
 
@@ -65,47 +65,48 @@ def adapt(
     progress: bool = False,
     on_look: Callable[[Look], None] = lambda look: None,
 ) -> nn.Module:
-    """A copy of a quantized network that is trained, on unlabelled images, to put out what its float original does.
+    """Return a copy of a quantized network, trained on unlabelled images to match the outputs of its float original.
 
     Adam minimises the distance of the outputs, which is the KL divergence of logits and the relative error of others
-    (:mod:`dsconv.evaluation.measures`), and the errors of all layers' outputs, with gradients that pass
-    straight through the rounding of weights and activations. What is trained are the integers, scales and shifts of
-    the quantized layers, and their biases; layers that had no bias are given one. BatchNorm stays in evaluation mode,
-    all else as it is. Of the images a part is held back; the state that comes closest to the teacher on these is kept,
-    be it the one before training.
+    (:mod:`dsconv.evaluation.measures`), and the errors of all layers' outputs, with straight-through gradients for the
+    rounding of weights and activations. The trained parameters are the integers, scales and shifts of the quantized
+    layers, and their biases; layers without a bias get one. BatchNorm stays in evaluation mode, and everything else is
+    unchanged. Some of the images are held back; the state closest to the teacher on these is kept, which may be the one
+    before training.
 
-    Started by ``torchrun``, all processes work at the same network, each on its part of a batch, and return the same.
+    Under ``torchrun``, all processes train the same network, each on its part of a batch, and return the same result.
 
     Args:
-        student: from :func:`dsconv.quantize`, :func:`dsconv.calibrate` or :func:`dsconv.load`, BatchNorm folded or not.
-            It is left as it is.
+        student: from :func:`dsconv.quantize`, :func:`dsconv.calibrate` or :func:`dsconv.load`, with BatchNorm folded or
+            not. It is unchanged.
         teacher: the float network that it was made from.
-        images: a few hundred or more unlabelled images like those to come, as in :func:`dsconv.evaluate`; they are kept
-            in memory.
+        images: a few hundred or more unlabelled images that are representative of the application, as in
+            :func:`dsconv.evaluate`; they are kept in memory.
         recipe: a :class:`Recipe`, a dictionary of its fields, or the name of one; None is ``default``.
-        preprocess: how a folder is read; None is what the networks say of themselves. The result says so of its images.
-        limit: use this many images at most; None is as many as the recipe says.
-        seed: of all that is random. The same arguments give the same result on the same machine.
-        state: file to write every ``recipe.every`` steps, so that a training that was stopped can be resumed.
-        resume: continue from ``state``; the result is that of a training that was never stopped.
-        log: file ``*.csv`` to write the :class:`Look` of every ``recipe.every`` steps to.
-        device: where to train; None is where the networks are.
+        preprocess: preprocessing of a folder; None uses the one stored with the networks. The result stores it.
+        limit: maximum number of images; None uses the number in the recipe.
+        seed: seed of all random choices. The same arguments give the same result on the same machine.
+        state: file written every ``recipe.every`` steps, so that a stopped training can be resumed.
+        resume: continue from ``state``; the result is that of an uninterrupted training.
+        log: file ``*.csv`` to which the :class:`Look` of every ``recipe.every`` steps is written.
+        device: device on which to train; None is the device of the networks.
         autocast: multiply in bfloat16.
-        any_range: take images that are far outside the range that the network expects, with a warning.
-        task: kind of the outputs, of which the loss depends, as in :func:`dsconv.evaluate`.
+        any_range: accept images far outside the range that the network expects, with a warning.
+        task: kind of the outputs, which determines the loss, as in :func:`dsconv.evaluate`.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
-        on_look: is called with each :class:`Look`.
+        on_look: called with each :class:`Look`.
 
     Returns:
-        A model of the same classes, in the same training mode. ``model_info(result).adaptation`` is an
-        :class:`Adaptation`. A NaN ends the training with a warning that says where it began; the best state is kept.
+        A model with the same classes, in the same training mode. ``model_info(result).adaptation`` is an
+        :class:`Adaptation`. A NaN ends the training with a warning that states where it originated; the best state is
+        kept.
 
     Raises:
-        ConfigError: an argument is out of range; or ``state`` is there and ``resume`` False, or the other way round.
-        DataError: there are fewer than 4 different images, unusable ones, or images far out of the network's range.
-        ModelError: the networks do not belong together, cannot run on the images, or compute a NaN before training.
+        ConfigError: an argument is out of range; or ``state`` exists and ``resume`` is False, or the other way round.
+        DataError: there are fewer than 4 different images, unusable ones, or images far outside the network's range.
+        ModelError: the networks do not match, cannot run on the images, or compute a NaN before training.
         FileFormatError: ``state`` is damaged, or belongs to other networks, images or arguments.
-        OSError: ``state`` or ``log`` cannot be written; the state before it is left.
+        OSError: ``state`` or ``log`` cannot be written; the previous state is kept.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; Bengio et al., "Estimating or
     Propagating Gradients Through Stochastic Neurons", 2013 (straight-through gradients).
@@ -168,7 +169,7 @@ def adapt(
 
 
 class _Training:
-    """The networks, the images, and how far the one has come on the others."""
+    """Networks and images of a training, and its progress."""
 
     def __init__(
         self,
@@ -200,7 +201,9 @@ class _Training:
 
     @torch.no_grad()
     def _variances(self) -> tuple[list[float], dict[str, float]]:
-        """Of each layer's output in the teacher; and the power of those of its own that are no logits, of an image."""
+        """Return the variance of each layer's output in the teacher, and the mean power per image of non-logit
+        outputs.
+        """
         x, found = self.x[self.ours[:_SEEN]], []
         with noting_outputs(self.pairs) as noted:
             outputs, kinds = self._taught(x)
@@ -210,7 +213,7 @@ class _Training:
                 raise ModelError(f"teacher: {_where_nonfinite(self.teacher, x)}: check its weights and the images")
             found.append(variance or 1.0)
         power = powers(outputs, kinds)
-        # The same in all processes, whose learning rates and losses depend on them.
+        # The same in all processes, because their learning rates and losses depend on these values.
         both = torch.tensor([*found, *(value / len(x) for value in power.values())], dtype=torch.float32, device="cpu")
         numbers = cast(list[float], self.processes.mean(both).tolist())
         return numbers[: len(found)], dict(zip(power, numbers[len(found) :], strict=True))
@@ -227,7 +230,7 @@ class _Training:
         return distances(wanted, got, images, kinds, self.power, self.recipe.temperature)
 
     def train(self, saved: StateFile, log: Path | None, progress: bool, on_look: Callable[[Look], None]) -> Adaptation:
-        """Take the steps that are left, and give the network the best state."""
+        """Run the remaining steps, and give the network the best state."""
         recipe, chief, start = self.recipe, self.processes.rank == 0, time.perf_counter()
         before = self.looks[-1].seconds if self.looks else 0.0
         sums = torch.zeros(3, dtype=torch.float64, device="cpu")
@@ -287,7 +290,9 @@ class _Training:
         return Adaptation(recipe, *images, self.seed, tuple(self.looks), self._best_step(), stopped, measure)
 
     def _gradients(self, network: nn.Module, step: int) -> tuple[Tensor, str | None]:
-        """Loss, KL and error of the features ``(3,)`` of a step over all processes; and where not finite."""
+        """Return loss, KL and error of the features ``(3,)`` of a step over all processes; and where they are not
+        finite.
+        """
         recipe = self.recipe
         share = recipe.batch_size // self.processes.count
         part = slice(self.processes.rank * share, (self.processes.rank + 1) * share)
@@ -315,7 +320,7 @@ class _Training:
 
     @torch.no_grad()
     def _held_outputs(self) -> list[tuple[Batch, dict[str, Output]]]:
-        """The images held back that this process looks at, and what the teacher returns for them."""
+        """Return the images held back that this process evaluates, with the teacher's outputs for them."""
         mine = self.held[self.processes.rank :: self.processes.count]
         batches = [self.x[which] for which in torch.split(mine, self.recipe.batch_size)]
         return [(batch, self._taught(batch)[0]) for batch in batches]
@@ -331,7 +336,7 @@ class _Training:
         return float(self.processes.mean(total)) * self.processes.count / len(self.held)
 
     def _decay(self, step: int) -> float:
-        """Of the learning rate."""
+        """Return the factor of the learning rate."""
         return (1 + math.cos(math.pi * step / self.recipe.steps)) / 2 if self.recipe.schedule == "cosine" else 1.0
 
     def _best_step(self) -> int:
@@ -351,10 +356,10 @@ class _Training:
 
     @torch.no_grad()
     def resume(self, saved: StateFile, data: Any, tensors: dict[str, Tensor]) -> None:
-        """Take up a state.
+        """Restore a state.
 
         Raises:
-            FileFormatError: ``data`` and ``tensors`` are not those of a training of this network.
+            FileFormatError: ``data`` and ``tensors`` do not belong to a training of this network.
         """
         self.looks = saved.records(Look, data)
         steps = [look.step for look in self.looks]
@@ -364,7 +369,7 @@ class _Training:
         for name, p in self.student.trained().items():
             expected |= {f"now/{name}": p, f"best/{name}": p}
             if steps[-1] > 0:
-                # The moments that Adam keeps.
+                # Moments stored by Adam.
                 expected |= {f"step/{name}": torch.empty((), dtype=torch.float32, device="cpu")}
                 expected |= {f"exp_avg/{name}": p, f"exp_avg_sq/{name}": p}
         saved.check_tensors(tensors, expected)
@@ -376,7 +381,7 @@ class _Training:
             elif kind == "best":
                 self.best[name] = value.to(self.device)
             else:
-                # The count of steps stays on the CPU.
+                # The step count stays on the CPU.
                 self.optimizer.state[p][kind] = value if kind == "step" else value.to(self.device)
 
 
@@ -387,7 +392,7 @@ def _cast_bias(layer: DSLayer, dtype: torch.dtype) -> None:
 
 
 def _where_nonfinite(model: nn.Module, x: Batch) -> str:
-    """Say where figures of ``model`` on the images ``x`` are lost."""
+    """Describe where values of ``model`` on the images ``x`` become non-finite."""
     layer = nonfinite_layer(model, x)
     if layer is not None:
         return f"NaN or infinities begin in layer {layer!r}"

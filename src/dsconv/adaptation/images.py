@@ -1,11 +1,11 @@
-"""Which images are trained on, and which of them a step sees: it follows from the seed and the number of the step."""
+"""Choice of the images to train on, and of those in each step, from the seed and the number of the step."""
 
 import torch
 from torch import Tensor
 
 
 def split(count: int, held_back: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Numbers of the images to train on, and of those that are held back.
+    """Return the indices of the images to train on, and of those held back.
 
     >>> [len(part) for part in split(64, 0.25, seed=0)]
     [48, 16]
@@ -16,7 +16,7 @@ def split(count: int, held_back: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def drawn(step: int, batch_size: int, count: int, seed: int) -> Tensor:
-    """Which of ``count`` images step ``step`` sees: all in random order, and then again in another one.
+    """Return which of ``count`` images step ``step`` uses: all in random order, and then again in another order.
 
     >>> torch.cat([drawn(step, 3, 6, seed=0) for step in range(2)]).sort().values
     tensor([0, 1, 2, 3, 4, 5])

@@ -1,4 +1,4 @@
-"""The processes that train one network together, as ``torchrun`` starts them; mostly there is but one."""
+"""Processes that train one network together, as started by ``torchrun``; usually there is only one."""
 
 import os
 import warnings
@@ -10,12 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Processes:
-    """Joins the other processes, if ``torchrun`` started any, unless this one has done so already.
+    """Process group of the processes started by ``torchrun``, which is joined unless this was already done.
 
     Attributes:
-        count: number of them.
-        rank: of this one, from 0.
-        device: of this one; a GPU of its own, where ``device`` is ``cuda``.
+        count: number of processes.
+        rank: rank of this process, from 0.
+        device: device of this process; a GPU of its own, if ``device`` is ``cuda``.
     """
 
     def __init__(self, device: torch.device):
@@ -39,16 +39,16 @@ class Processes:
             distributed.destroy_process_group()
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """``module``, whose gradients are the mean over all processes."""
+        """Return ``module``, wrapped so that its gradients are averaged over all processes."""
         if self.count == 1:
             return module
         with warnings.catch_warnings():
-            # The new name of the argument is not known to PyTorch 2.6.
+            # PyTorch 2.6 does not have the new name of the argument.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
             return DistributedDataParallel(module, broadcast_buffers=False)
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean of what all processes have, on the CPU."""
+        """Return the mean of ``value`` over all processes, on the CPU."""
         if self.count > 1:
             value = value.to(self.device)
             distributed.all_reduce(value)
@@ -57,5 +57,5 @@ class Processes:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that ``torchrun`` counts as 0, or is alone."""
+    """Return whether this process has rank 0, or is the only one."""
     return os.environ.get("RANK", "0") == "0"

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Look:
-    """How far it had come after a step; the means are over the steps since the look before, None at step 0.
+    """Figures after a step; means are over the steps since the previous look, None at step 0.
 
     Attributes:
-        step: steps done.
-        seconds: since the start, the time before a resumption included.
+        step: number of steps done.
+        seconds: time since the start, including that before a resumption.
         lr: learning rate of the last step.
-        loss: mean of what is minimised.
-        kl: distance of the outputs, as :attr:`Adaptation.measure` names it: of logits, ``T^2 KL`` in nats at the
+        loss: mean of the loss.
+        kl: distance of the outputs, as named by :attr:`Adaptation.measure`: for logits, ``T^2 KL`` in nats at the
             recipe's temperature T.
-        features: mean error of the layers' outputs, as a part of the variance of the teacher's.
-        held_back_kl: the distance at the images held back.
+        features: mean error of the layers' outputs, relative to the variance of the teacher's.
+        held_back_kl: the distance on the images held back.
     """
 
     step: int
@@ -40,15 +40,15 @@ class Look:
 
 @dataclass(frozen=True)
 class Adaptation(Printed):
-    """An adaptation as a whole; prints as a table.
+    """Result of an adaptation; prints as a table.
 
     Attributes:
-        recipe: what it was done by.
-        images, held_back: images that were trained on, and that were held back.
-        seed: of all that is random.
-        looks: at the images held back, in order; the first is before training.
-        best_step: the step whose state was kept, 0 where training made nothing better.
-        stopped: why it ended.
+        recipe: its settings.
+        images, held_back: numbers of images trained on, and held back.
+        seed: seed of all random choices.
+        looks: evaluations on the images held back, in order; the first is before training.
+        best_step: step whose state was kept, 0 if training improved nothing.
+        stopped: reason why it ended.
         measure: distance of the outputs that is minimised: ``KL divergence``, ``relative error``, or their sum.
     """
 
@@ -63,11 +63,11 @@ class Adaptation(Printed):
 
     @property
     def best(self) -> Look:
-        """The look at the state that was kept."""
+        """Look at the state that was kept."""
         return next(look for look in self.looks if look.step == self.best_step)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return asdict(self) | {"recipe": self.recipe.model_dump(mode="json")}
 
     def __rich__(self) -> "Table":
@@ -93,7 +93,7 @@ class Adaptation(Printed):
 
 
 def write_csv(path: Path, looks: Sequence[Look]) -> None:
-    """The looks as CSV, one row each."""
+    """Write the looks as CSV, one row each."""
     with replacing(path) as beside, beside.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(field.name for field in fields(Look))

@@ -1,7 +1,7 @@
-"""What is trained in the place of a layer's VQK and KDS: float values that are quantized each time they are used.
+"""Trainable substitutes for a layer's VQK and KDS: float values that are quantized each time they are used.
 
-The gradient passes straight through the rounding. A shadow gives the weight that its layer computes with, of float32
-``(O, C/groups, *K)``, and at last the integers, scales and shifts, which stand for the same weight.
+The gradient passes straight through the rounding. A shadow returns the weight that its layer uses, float32 ``(O,
+C/groups, *K)``, and finally the integers, scales and shifts that represent the same weight.
 """
 
 from typing import NamedTuple, Protocol, cast
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from dsconv.layers import DSLayer
 from dsconv.numerics import dequantize_weight
 
-# Farther from its integer, a level would be rounded to another one.
+# Maximum distance of a level from its integer: beyond, it would be rounded to another one.
 _WITHIN = 0.49
-# So far a level starts from its integer at most, so that it takes many steps in one direction to change it: after a
-# calibration the integers are seldom those nearest to the weight.
+# Maximum initial distance of a level from its integer, so that many steps in one direction are needed to change it:
+# after a calibration the integers are seldom those nearest to the weight.
 _START = 0.25
 
 
 class Stored(NamedTuple):
-    """What a layer keeps of a weight: VQK int8, KDS and shift float32."""
+    """Stored form of a weight: VQK int8, KDS and shift float32."""
 
     vqk: Tensor
     kds: Tensor
@@ -28,21 +28,21 @@ class Stored(NamedTuple):
 
 
 class Shadow(Protocol):
-    """A module that stands for the weight of a layer."""
+    """Module that represents the weight of a layer."""
 
     def __call__(self) -> Tensor: ...
     def stored(self) -> Stored: ...
     def bound_(self) -> None:
-        """After each step."""
+        """Limit the parameters after each step."""
 
 
 class LearnedWeight(nn.Module):
-    """Integers, scales and shifts that are learned, from those that ``layer`` has.
+    """Trainable integers, scales and shifts, initialized from those of ``layer``.
 
-    All are relative, so that one learning rate suits all layers: ``level`` is the weight in units of its scale, which
-    is rounded to VQK; ``gain`` multiplies the scale, and ``offset`` moves the shift in units of the scale.
+    All parameters are relative, so that one learning rate suits all layers: ``level`` is the weight in units of its
+    scale, which is rounded to VQK; ``gain`` multiplies the scale, and ``offset`` moves the shift in units of the scale.
 
-    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, with levels in the place of weights.
+    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, with levels instead of weights.
     """
 
     def __init__(self, layer: DSLayer, weight: Tensor):
@@ -53,7 +53,7 @@ class LearnedWeight(nn.Module):
         vqk = layer.blockwise(layer.vqk).float()
         self.register_buffer("kds", layer.kds.float())
         self.register_buffer("kds_shift", None if layer.kds_shift is None else layer.kds_shift.float())
-        # Where in its interval a level starts tells how far the weight is from the next one.
+        # The initial position of a level in its interval reflects the distance of the weight from the next level.
         zero = torch.zeros_like(vqk)
         offset = 0.0 if self.kds_shift is None else dequantize_weight(zero, self.kds, self.block_size, self.kds_shift)
         step = dequantize_weight(zero + 1, self.kds, self.block_size)
@@ -86,12 +86,12 @@ class LearnedWeight(nn.Module):
         return kds, self._as_stored(self.kds_shift + self.kds * cast(Tensor, self.offset))
 
     def _as_stored(self, value: Tensor) -> Tensor:
-        """In the precision of files."""
+        """Return ``value`` in the precision of files."""
         return value + (value.detach().to(self.kds_dtype).float() - value.detach())
 
 
 class RecomputedWeight(nn.Module):
-    """A float weight that the rule of the layer's config quantizes anew each time.
+    """Trainable float weight that the rule of the layer's config quantizes on each use.
 
     Source: Gennari do Nascimento et al., "DSConv: Efficient Convolution Operator", ICCV 2019, section 3.5.
     """

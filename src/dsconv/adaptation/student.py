@@ -1,4 +1,4 @@
-"""The network in training: its layers compute with shadows, and are compared with those of the teacher."""
+"""Network in training: its layers use shadows, and are compared with those of the teacher."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,14 @@ from dsconv.evaluation.running import outputs_of
 from dsconv.layers.inputs import device_of
 from dsconv.recipe import Recipe
 
-# Of its dequantized weight, a layer may differ so much, squared, from what is recomputed at the start.
+# Maximum squared relative difference between a layer's dequantized weight and the recomputed one at the start.
 _SAME = 1e-3
-# Than a level, a scale or a bias is learned so much slower, since many outputs depend on it.
+# Learning rate of a scale or a bias relative to that of a level, since many outputs depend on it.
 _SLOWER = 0.1
 
 
 class Student(nn.Module):
-    """A quantized network whose layers are trained; its forward gives outputs, and the errors of the layers' outputs.
+    """Quantized network in training; its forward returns outputs, and the errors of the layers' outputs.
 
     Attributes:
         model: the network, in which the layers of ``pairs`` use the shadows within :meth:`training_`.
@@ -39,7 +39,7 @@ class Student(nn.Module):
         self._expected: dict[str, list[Tensor]] = {}
 
     def expect(self, outputs: dict[str, list[Tensor]]) -> None:
-        """What the layers should put out at the next forward, by name and call."""
+        """Set the expected outputs of the layers in the next forward, by name and call."""
         self._expected = outputs
 
     def forward(self, x: Batch) -> tuple[dict[str, Output], Tensor]:
@@ -61,10 +61,10 @@ class Student(nn.Module):
         return outputs, torch.stack(errors).sum() / len(self.pairs) if errors else none
 
     def groups(self, recipe: Recipe) -> list[dict[str, Any]]:
-        """Parameters for the optimizer, with their learning rates."""
+        """Return parameter groups for the optimizer, with their learning rates."""
         groups: list[dict[str, Any]] = []
         for pair, shadow, variance in zip(self.pairs, self.shadows, self.variances, strict=True):
-            # A scale moves all levels of its block together, by as much as it is times the largest of them.
+            # A scale moves all levels of its block together, by its change times the largest of them.
             scales = recipe.lr * _SLOWER / (1 << (pair.layer.config.weight_bits - 1))
             rates = {"level": recipe.lr, "gain": scales, "offset": scales, "bias": scales * variance**0.5}
             for name, p in (*shadow.named_parameters(), ("bias", pair.layer.bias)):
@@ -73,18 +73,18 @@ class Student(nn.Module):
         return groups
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """All that is trained, by name."""
+        """Return all trained parameters, by name."""
         named = {f"{pair.name}.{name}": p for pair, s in self._both() for name, p in s.named_parameters()}
         return named | {f"{pair.name}.bias": cast(nn.Parameter, pair.layer.bias) for pair in self.pairs}
 
     def bound_(self) -> None:
-        """To be called after each step."""
+        """Limit the parameters; call it after each step."""
         for _, shadow in self._both():
             cast(Shadow, shadow).bound_()
 
     @torch.no_grad()
     def check_start(self) -> None:
-        """Raise ModelError where the shadows do not stand for what the network holds."""
+        """Raise ModelError if the shadows do not represent the weights of the network."""
         for pair, shadow in self._both():
             held, shadowed = pair.layer.conv_weight(), cast(Shadow, shadow)()
             if (held - shadowed).square().sum() > _SAME * held.square().sum():
@@ -95,13 +95,13 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def store(self) -> None:
-        """Give the layers what the shadows stand for."""
+        """Store the values of the shadows in the layers."""
         for pair, shadow in self._both():
             pair.layer.store_(*cast(Shadow, shadow).stored(), pair.weight)
 
     @contextmanager
     def training_(self) -> Iterator[None]:
-        """Within it, the layers compute with the shadows, and nothing else asks for gradients."""
+        """Within the block, the layers use the shadows, and nothing else requires gradients."""
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         trained = {id(p) for p in self.trained().values()}
         try:
@@ -123,11 +123,11 @@ class Student(nn.Module):
 
 @contextmanager
 def noting_outputs(pairs: Sequence[Pair]) -> Iterator[dict[str, list[Tensor]]]:
-    """Yields what the teacher's layers put out within it, by name and call, float32."""
+    """Record the outputs of the teacher's layers within the block, by name and call, float32."""
     outputs: dict[str, list[Tensor]] = defaultdict(list)
     with ExitStack() as hooks:
         for pair in pairs:
-            # A copy: a ReLU in place would overwrite it.
+            # A copy: an in-place ReLU would overwrite it.
             look = lambda _, __, y, name=pair.name: outputs[name].append(y.float().clone())  # noqa: E731
             hooks.enter_context(pair.watched.register_forward_hook(look))
         yield outputs

@@ -1,4 +1,4 @@
-"""Rounds the weights of a quantized network again, layer by layer, from unlabelled images and without training."""
+"""Layer-by-layer rounding of a quantized network's weights from unlabelled images, without training."""
 
 from dsconv.calibration.calibrate import calibrate
 from dsconv.calibration.report import CalibratedLayer, Calibration

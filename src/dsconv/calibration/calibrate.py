@@ -1,4 +1,4 @@
-"""``dsconv.calibrate``: the layers of a quantized network rounded again, in the order in which they run."""
+"""``dsconv.calibrate``: rounds the layers of a quantized network again, in execution order."""
 
 import os
 import time
@@ -33,11 +33,11 @@ from dsconv.names import Task, check_task
 from dsconv.numerics.rounding import regression_target, regularized, round_to
 from dsconv.progress import progress_bar
 
-# Places of an image that count as independent samples, since its pixels resemble one another.
+# Number of positions per image that count as independent samples, since neighbouring pixels are similar.
 _INDEPENDENT = 16
-# Images by which layers choose their algorithm.
+# Number of images used to choose the algorithm of layers.
 _CHOOSING = 4
-# Of its largest activation, a network holds about as many copies at a time.
+# Estimated number of copies of its largest activation that a network holds at a time.
 _COPIES = 4
 
 
@@ -59,45 +59,45 @@ def calibrate(
     progress: bool = False,
     on_layer: Callable[[CalibratedLayer], None] = lambda layer: None,
 ) -> nn.Module:
-    """A copy of a quantized network whose weights are rounded again, so that each layer puts out what it did in float.
+    """Return a copy of a quantized network with weights rounded so that its layer outputs match the float model.
 
-    One layer after the other: its inputs are what the layers before it, calibrated already, make of the images, and
-    its outputs should be those of the float network. Weights that lead from one to the other with the least squared
-    error are computed and rounded (:mod:`dsconv.numerics.rounding`), so that errors of earlier layers are corrected
-    and do not add up. The bias makes the mean output right; layers that had none are given one. There are no labels
-    and there is no training. The settings of all layers stay as they are, and so do layers in float; but where the
-    config leaves the algorithm to the layers (``auto``), they choose again, by what they read of some images.
+    Layers are calibrated one after the other: the inputs of a layer are computed by the calibrated layers before it,
+    and its outputs should match those of the float network. The weights that minimise the squared error are computed
+    and rounded (:mod:`dsconv.numerics.rounding`), so that errors of earlier layers are corrected and do not accumulate.
+    The bias corrects the mean output; layers without a bias get one. No labels are needed and there is no training. The
+    settings of all layers are unchanged, as are layers in float; but if the config leaves the choice of the algorithm
+    to the layers (``auto``), they choose again, based on their inputs for some images.
 
-    An eighth of the images is held back, more of few. Where the calibrated network is further from the reference on
-    these than the one that was given, by more than chance, the latter is the result, and a warning says so.
+    An eighth of the images is held back, or more if there are few. If the calibrated network is further from the
+    reference on these than the given one, by more than chance, the given network is returned, with a warning.
 
     Args:
-        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, BatchNorm folded or not. It is left as it is.
+        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, with BatchNorm folded or not. It is unchanged.
         reference: the float network that it was made from.
-        images: 16 to 256 unlabelled images like those to come, as in :func:`dsconv.evaluate`; they are kept in memory.
-            Copies of an image are left out, with a warning.
-        preprocess: how a folder is read; None is what the networks say of themselves. The result says so of its images.
-        limit: use this many images at most: the first ones, or, of a folder, evenly spaced ones; None is all.
-        positions: places of an image, on average, at which the output of a layer is looked at.
-        seed: of the choice of these. The same arguments give the same result on the same machine.
-        state: file to write after each layer, so that a calibration that was stopped can be resumed.
-        resume: continue from ``state``; the result is that of a calibration that was never stopped.
-        device: where to run; None is where the networks are.
-        memory_bytes: rough bound of what the networks' activations take. Images that are too many for it go through
-            the network in several batches, for each layer anew.
-        any_range: take images that are far outside the range that the network expects, with a warning.
-        task: kind of the outputs, by which the networks are compared, as in :func:`dsconv.evaluate`.
+        images: 16 to 256 unlabelled images that are representative of the application, as in :func:`dsconv.evaluate`;
+            they are kept in memory. Copies of an image are omitted, with a warning.
+        preprocess: preprocessing of a folder; None uses the one stored with the networks. The result stores it.
+        limit: maximum number of images: the first ones, or, from a folder, evenly spaced ones; None uses all.
+        positions: mean number of positions per image at which the output of a layer is sampled.
+        seed: seed of the choice of positions. The same arguments give the same result on the same machine.
+        state: file written after each layer, so that a stopped calibration can be resumed.
+        resume: continue from ``state``; the result is that of an uninterrupted calibration.
+        device: device on which to run; None is the device of the networks.
+        memory_bytes: approximate limit for the memory of the networks' activations. Images that exceed it pass through
+            the network in several batches, again for each layer.
+        any_range: accept images far outside the range that the network expects, with a warning.
+        task: kind of the outputs, which selects the measure for comparing the networks, as in :func:`dsconv.evaluate`.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
-        on_layer: is called with what became of a layer as soon as it is done.
+        on_layer: called with the result for each layer as soon as it is finished.
 
     Returns:
-        A model of the same classes, in the same training mode. ``model_info(result).calibration`` is the table of its
-        layers, a :class:`Calibration`, which says which network was kept.
+        A model with the same classes, in the same training mode. ``model_info(result).calibration`` is the table of its
+        layers, a :class:`Calibration`, which also states which network was kept.
 
     Raises:
-        ConfigError: an argument is out of range; or ``state`` is there and ``resume`` False, or the other way round.
-        DataError: there are fewer than 4 different images, unusable ones, or images far out of the network's range.
-        ModelError: the networks do not belong together, cannot run on the images, or compute a NaN.
+        ConfigError: an argument is out of range; or ``state`` exists and ``resume`` is False, or the other way round.
+        DataError: there are fewer than 4 different images, unusable ones, or images far outside the network's range.
+        ModelError: the networks do not match, cannot run on the images, or compute a NaN.
         FileFormatError: ``state`` is damaged, or belongs to other networks, images or arguments.
         OSError: ``state`` cannot be written.
 
@@ -176,7 +176,7 @@ def check_models(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str]
 
 
 def _round(pair: Pair, moments: Moments, images: int) -> CalibratedLayer:
-    """Give a layer the integers, scales and bias that its moments ask for."""
+    """Set the integers, scales and bias of a layer according to its moments."""
     since = time.perf_counter()
     layer = pair.layer
     moments.finish()
@@ -186,7 +186,7 @@ def _round(pair: Pair, moments: Moments, images: int) -> CalibratedLayer:
         return moments.error(as_rows(layer, layer.conv_weight()), bias)
 
     before = error()
-    # One sample for each number that is looked for asks for a ridge as large as the inputs' variance.
+    # With one sample per unknown, the ridge equals the variance of the inputs.
     ridge = moments.w.shape[2] / min(moments.count, _INDEPENDENT * images)
     h = regularized(moments.h, ridge)
     target = regression_target(moments.w, h, moments.g)
@@ -202,7 +202,7 @@ def _round(pair: Pair, moments: Moments, images: int) -> CalibratedLayer:
 def _store(pair: Pair, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None = None, bias: Tensor | None = None) -> None:
     layer, home = pair.layer, pair.layer.vqk.device
     shift = None if kds_shift is None else kds_shift.to(home, torch.float32)
-    # What float16 loses of a shift multiplies the sum of a block, for whose mean the bias makes up.
+    # The rounding error of a shift in float16 multiplies the sum of a block; the bias corrects its mean.
     layer.store_(vqk.to(home), kds.to(home, torch.float32), shift, pair.weight, keep_size=True)
     add_bias(layer, getattr(pair.original, "weight", None))
     if bias is not None:

@@ -1,7 +1,8 @@
-"""What calibration knows of a layer: the moments of its quantized inputs, and of what the float network puts out.
+"""Statistics of a layer for calibration: the moments of its quantized inputs and of the float network's outputs.
 
-A layer's weight is seen as ``(G, R, d)``: G groups, R outputs of each, and the d values that an output reads, in the
-order in which blocks run: tap by tap, the channels of a tap side by side; or channel by channel for flattened blocks.
+A layer's weight has the layout ``(G, R, d)``: G groups, R outputs per group, and the d input values of an output, in
+the order in which blocks run: tap by tap with the channels of a tap contiguous; or channel by channel for flattened
+blocks.
 """
 
 import math
@@ -15,19 +16,21 @@ from dsconv.backends import quantized
 from dsconv.layers import DSLayer
 from dsconv.numerics.rounding import Blocks, quadratic
 
-# Inputs that are looked at at a time.
+# Number of inputs processed at a time.
 _CHUNK = 1 << 22
 
 
 def blocks_of(layer: DSLayer) -> Blocks:
-    """How the values that an output of ``layer`` reads fall into blocks."""
+    """Return how the input values of an output of ``layer`` are divided into blocks."""
     reads, channels = layer.vqk[0].numel(), layer.vqk.shape[1]
     width = reads if layer.config.blocks == "flat" else channels
     return Blocks(reads // width, width, min(width, layer.config.block_size))
 
 
 def as_rows(layer: DSLayer, value: Tensor) -> Tensor:
-    """A weight ``(O, C/groups, *K)``, or what is as large as the KDS, as ``(G, R, d)`` or ``(G, R, blocks)``."""
+    """Return a weight ``(O, C/groups, *K)``, or a tensor of the size of the KDS, as ``(G, R, d)`` or ``(G, R,
+    blocks)``.
+    """
     tapwise = value if layer.config.blocks == "flat" or value.dim() == 2 else value.flatten(2).mT
     return tapwise.reshape(layer.groups, len(value) // layer.groups, -1)
 
@@ -40,7 +43,7 @@ def from_rows(layer: DSLayer, rows: Tensor, shape: torch.Size) -> Tensor:
 
 
 def places(total: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """Up to ``wanted`` different numbers below ``total``, int64, in order.
+    """Return up to ``wanted`` different numbers below ``total``, int64, in increasing order.
 
     >>> places(3, 5, torch.Generator())
     tensor([0, 1, 2])
@@ -52,24 +55,26 @@ def places(total: int, wanted: int, generator: torch.Generator) -> Tensor:
 
 
 def count_places(layer: DSLayer, y: Tensor) -> int:
-    """Places at which ``layer`` computes its output ``y``: images times pixels."""
+    """Return the number of positions at which ``layer`` computes its output ``y``: images times pixels."""
     return y.numel() // len(layer.vqk)
 
 
 def batched(layer: Any, value: Tensor) -> Tensor:
-    """``value``, an input or output of ``layer``, with a dimension of images also where there was none."""
+    """Return ``value``, an input or output of ``layer``, with a batch dimension, which is added if missing."""
     return value if layer.dims == 0 or value.dim() == layer.dims + 2 else value.unsqueeze(0)
 
 
 def outputs_at(layer: DSLayer, y: Tensor, where: Tensor) -> Tensor:
-    """Float32 ``(n, O)``: the output ``y`` of ``layer``, or of its float original, at the places ``where`` ``(n,)``."""
+    """Return float32 ``(n, O)``: the output ``y`` of ``layer``, or of its float original, at positions ``where
+    (n,)``.
+    """
     if layer.dims == 0:
         return y.reshape(-1, y.shape[-1])[where].float()
     return _channels_at(y, (len(y), *y.shape[2:]), where).float()
 
 
 def inputs_at(layer: Any, x: Tensor, size: torch.Size, where: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """What ``layer`` reads of its input ``x`` for the output of ``size`` at the places ``where``, after its rounding.
+    """Yield the rounded input values that ``layer`` reads from ``x`` for the output of ``size`` at positions ``where``.
 
     Yields float32 ``(G, n, d)`` and the part of ``where`` that it belongs to.
     """
@@ -86,24 +91,24 @@ def inputs_at(layer: Any, x: Tensor, size: torch.Size, where: Tensor) -> Iterato
         if layer.config.blocks == "flat":
             taken = torch.unflatten(quantized(taps.flatten(1), layer.config, layer.groups), 1, (layer.groups, -1))
         else:
-            # A pixel's blocks are the same wherever it is read.
+            # The blocks of a pixel do not depend on the tap that reads it.
             taken = torch.unflatten(quantized(taps, layer.config, layer.groups), 1, (layer.groups, -1)).mT.flatten(2)
         yield taken.transpose(0, 1), part
 
 
 def _channels_at(value: Tensor, size: tuple[int, ...], where: Tensor) -> Tensor:
-    """``value (N, C, *S, ...)`` at places of ``size (N, *S)``: ``(n, C, ...)``."""
+    """Return ``value (N, C, *S, ...)`` at positions of ``size (N, *S)``: ``(n, C, ...)``."""
     index: list[Any] = [*torch.unravel_index(where, size)]
     return value[(index[0], slice(None), *index[1:])]
 
 
 class Moments:
-    """First and second moments of inputs ``x`` and of what the float weight ``w`` leaves of outputs ``y``.
+    """First and second moments of inputs ``x``, and of the residual of outputs ``y`` with the float weight ``w``.
 
     With ``r = y - w x``, after :meth:`finish`:
 
     Attributes:
-        count: samples.
+        count: number of samples.
         h: covariance of x ``(G, d, d)``.
         g: covariance of r with x ``(G, R, d)``.
         mean_x, mean_r: ``(G, d)`` and ``(G, R)``.
@@ -119,7 +124,7 @@ class Moments:
         self._origin: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Samples ``x (G, n, d)`` and ``y (n, O)``."""
+        """Add samples ``x (G, n, d)`` and ``y (n, O)``."""
         y = torch.unflatten(y, 1, self.w.shape[:2]).transpose(0, 1)
         r = y - x @ self.w.mT
         if self._origin is None:
@@ -139,11 +144,11 @@ class Moments:
                 square += value.square().sum(1)
 
     def is_finite(self) -> bool:
-        """Whether all samples were."""
+        """Return whether all samples were finite."""
         return all(bool(sums.isfinite().all()) for sums in (self.h, self.g, self.noise, self.signal))
 
     def finish(self) -> None:
-        """From sums to moments."""
+        """Convert the sums to moments."""
         assert self._origin is not None
         for sums in (self.h, self.g, self.mean_x, self.mean_r, self.mean_y, self.noise, self.signal):
             sums /= self.count
@@ -155,12 +160,14 @@ class Moments:
         self.mean_r += self._origin[1]
 
     def bias(self, v: Tensor) -> Tensor:
-        """Bias ``(G, R)`` that makes the mean output of the weights ``v`` that of the float network."""
+        """Return the bias ``(G, R)`` with which weights ``v`` have the mean output of the float network."""
         bias: Tensor = self.mean_r - ((v - self.w) @ self.mean_x.unsqueeze(2)).squeeze(2)
         return bias
 
     def error(self, v: Tensor, bias: Tensor) -> float:
-        """Mean squared error of the outputs of weights ``v`` and ``bias``, as a part of their variance, NaN without."""
+        """Return the mean squared error of the outputs of ``v`` and ``bias``, relative to their variance; NaN if that
+        is 0.
+        """
         change = v - self.w
         squares = self.noise - 2 * (change * self.g).sum(2) + quadratic(change, self.h)
         squares = squares + (self.bias(v) - bias).square()

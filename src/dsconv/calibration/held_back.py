@@ -1,4 +1,4 @@
-"""Images that a calibration does not see, and how close a network comes to its reference on them."""
+"""Images held back from a calibration, and the distance of a network from its reference on them."""
 
 import math
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from dsconv.evaluation.scores import total_of
 from dsconv.names import Task
 
 TEMPERATURE = 4.0
-"""Of the logits, for the divergence: at 1, most images that the reference is sure of would count for nothing."""
+"""Temperature of the logits for the divergence: at 1, images with a confident reference would hardly count."""
 
-# One image of so many is held back; of few images more, since one alone tells little.
+# One of 8 images is held back; of few images more, since a single one is not enough evidence.
 _ONE_OF, _OF_FEW, _FEW = 8, 4, 4
 
 
 def split(count: int) -> tuple[Tensor, Tensor]:
-    """Return the numbers of the images to calibrate on, and of those held back, evenly spaced: an eighth of them.
+    """Return the indices of the images to calibrate on, and of those held back, evenly spaced: an eighth of them.
 
-    Of 16 to 32 images four are held back, of fewer a quarter, at least one.
+    From 16 to 32 images four are held back, from fewer a quarter, at least one.
 
     >>> fitted, held_back = split(20)
     >>> len(fitted), held_back
@@ -55,9 +55,9 @@ class Distance:
         self._power = {name: value / images for name, value in sums.items()}
 
     def of(self, qmodel: nn.Module) -> Tensor:
-        """Return the distance of ``qmodel`` at each image, float64 ``(N,)``, of which the mean counts.
+        """Return the distance of ``qmodel`` for each image, float64 ``(N,)``; its mean is compared.
 
-        It is infinite where ``qmodel`` computes a NaN that the reference does not.
+        It is infinite if ``qmodel`` computes a NaN that the reference does not.
         """
         found = torch.cat([self._at(qmodel, *batch) for batch in zip(self._batches, self._expected, strict=True)])
         return torch.where(found < torch.inf, found, torch.inf)
@@ -69,7 +69,7 @@ class Distance:
 
 
 def chance(before: Tensor, after: Tensor) -> float:
-    """Return the standard error of the mean of ``after - before`` ``(N,)``; 0 for one image, or where one is infinite.
+    """Return the standard error of the mean of ``after - before`` ``(N,)``; 0 for one image, or if one is infinite.
 
     >>> round(chance(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 5.0])), 4)
     0.5774

@@ -1,4 +1,4 @@
-"""The images of a calibration: read once, and looked at whether they can be what the network was trained on."""
+"""Reading of calibration images, and checks that they match the data that the network was trained on."""
 
 import math
 import warnings
@@ -17,9 +17,9 @@ from dsconv.layers.inputs import as_input_of
 from dsconv.progress import progress_bar
 
 FEWEST, ENOUGH, GOOD = 4, 16, 128
-# How many times as wide or narrow, or how many deviations off, images may be without a warning, and without a refusal.
+# Ratio of the widths, or shift in standard deviations, above which images cause a warning, and an error.
 _ODD, _FAR = 3.0, 10.0
-# Images are copies of one another where they differ by so much of their variance, squared, in as many of their values.
+# Images count as copies if their squared difference is below this fraction of their variance, in this many values.
 _COPY, _COMPARED = 0.01, 1024
 
 
@@ -32,7 +32,7 @@ def read_images(
     good: int = GOOD,
     progress: bool = False,
 ) -> Batch:
-    """Return all images but copies as one batch, in float32 what is floating; warn where there are not ``enough``.
+    """Return all images without copies as one batch, floating-point tensors in float32; warn if fewer than ``enough``.
 
     Raises:
         DataError: there are too few, they differ in shape, or one is not finite.
@@ -50,7 +50,7 @@ def read_labelled(
     good: int = GOOD,
     progress: bool = False,
 ) -> tuple[Batch, Labels | None]:
-    """Return what :func:`read_images` does, at least ``fewest``, and the labels of these images where there are any."""
+    """Return the result of :func:`read_images`, at least ``fewest`` images, and their labels if there are any."""
     source = batches(images, preprocess=preprocess_for(images, preprocess, *models), limit=limit)
     parts: list[Batch] = []
     labels: list[Labels] = []
@@ -82,7 +82,7 @@ def read_labelled(
 
 
 def labels_at(labels: Labels, places: Tensor) -> Labels:
-    """Return the labels at some ``places``, int64 ``(n,)``."""
+    """Return the labels at indices ``places``, int64 ``(n,)``."""
     return labels[places] if isinstance(labels, Tensor) else [labels[place] for place in places.tolist()]
 
 
@@ -93,7 +93,9 @@ def _one(labels: list[Labels]) -> Labels:
 
 
 def prepared_as(images: Images, given: Preprocess | None, *models: nn.Module) -> Preprocess | None:
-    """Return how ``images`` are prepared: as a folder or ``given`` says, else as the first of ``models`` that knows."""
+    """Return the preprocessing of ``images``: that of a folder, ``given``, or that of the first of ``models`` with
+    one.
+    """
     folder = images.folder if isinstance(images, Batches) else images
     if isinstance(folder, ImageFolder):
         return folder.preprocess
@@ -101,7 +103,7 @@ def prepared_as(images: Images, given: Preprocess | None, *models: nn.Module) ->
 
 
 def _copies(values: Tensor) -> Tensor:
-    """Return which images, of ``values (N, numbers)``, are, all but for noise, the same as one before them."""
+    """Return which images of ``values (N, numbers)`` equal an earlier one except for noise."""
     generator = torch.Generator().manual_seed(0)
     some = torch.randperm(values.shape[1], generator=generator, dtype=torch.int64, device="cpu")[:_COMPARED]
     values = values[:, some].double()
@@ -117,13 +119,13 @@ def _copies(values: Tensor) -> Tensor:
 
 
 def check_images(x: Batch, reference: nn.Module, qmodel: nn.Module, *, any_range: bool = False) -> None:
-    """Warn of images that are not prepared as the network expects, as far as it tells; refuse those far out of range.
+    """Warn about images that do not match the preprocessing of the network, if known; reject those far out of range.
 
-    It tells by its ``dsconv.data.Preprocess``, of which photographs have a known mean and deviation, and by the
-    statistics that its first BatchNorm kept of the images it was trained on.
+    The expected range comes from its ``dsconv.data.Preprocess``, for which photographs have a known mean and standard
+    deviation, and from the statistics of the training images in its first BatchNorm.
 
     Raises:
-        DataError: mean or deviation is far from what the network expects, and not ``any_range``.
+        DataError: mean or standard deviation is far from the expected one, unless ``any_range``.
     """
     far = False
     known = None if isinstance(x, Inputs) else prepared_as(x, None, qmodel, reference)
@@ -169,10 +171,10 @@ def _is_odd(width: float, offset: float, most: float = _ODD) -> bool:
 
 
 def _read_by(reference: nn.Module, name: str, x: Batch) -> tuple[float, float] | None:
-    """Of what a BatchNorm reads: deviation, and distance of the means, in deviations of its running statistics."""
+    """Return the deviation of a BatchNorm's input and the distance of the means, in units of its running deviation."""
     batchnorm = reference.get_submodule(name)
     mean, var = getattr(batchnorm, "running_mean", None), getattr(batchnorm, "running_var", None)
-    # One that was never trained remembers nothing.
+    # An untrained one has no statistics.
     if mean is None or var is None or (not mean.any() and bool((var == 1).all())):
         return None
     found: list[tuple[float, float]] = []

@@ -1,4 +1,4 @@
-"""The quantized layers of a network beside those of its float original."""
+"""Quantized layers of a network, paired with those of its float original."""
 
 import warnings
 from collections import Counter
@@ -23,24 +23,24 @@ from dsconv.evaluation.running import forward
 from dsconv.layers import Affine, DSLayer
 from dsconv.layers.kinds import kind_of
 
-# The covariance of what an output reads is a matrix of at most so many rows.
+# Maximum size of the covariance matrix of an output's input values.
 _MOST_READ = 9216
 _SHOWN = 5
 
 
 @dataclass(eq=False)
 class Pair:
-    """A quantized layer and its float original.
+    """Quantized layer and its float original.
 
     Attributes:
-        name: in both networks.
-        layer, original: the two.
-        watched: the module of the reference whose output is what ``layer`` should put out: ``original``, or the
-            BatchNorm that was folded into ``layer``, of which some go on to a first module that puts out the same.
-        weight: float32, what ``layer`` stands for, in the layout of VQK.
-        outputs: of one image, at each call: places at which an output is computed.
-        index: place, among the layers to be calibrated, in the order of first calls.
-        reason: why the layer is left as it is, else None.
+        name: name in both networks.
+        layer, original: the two layers.
+        watched: the module of the reference whose output ``layer`` should match: ``original``, or the BatchNorm that
+            was folded into ``layer``, or the first module inside such a BatchNorm if it continues with others.
+        weight: float32, the float weight of ``layer``, in the layout of VQK.
+        outputs: number of output positions of one image, for each call.
+        index: index among the layers to be calibrated, in the order of first calls.
+        reason: why the layer is not calibrated, else None.
     """
 
     name: str
@@ -57,7 +57,7 @@ NAMES = "qmodel", "reference"
 
 
 def pairs_of(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = NAMES) -> list[Pair]:
-    """Every quantized layer with its namesake in ``reference``; ``names`` are those of the two in errors.
+    """Return every quantized layer with its namesake in ``reference``; ``names`` are those of the networks in errors.
 
     Raises:
         ModelError: there is none, or it is another layer.
@@ -102,7 +102,7 @@ def pairs_of(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = N
 
 
 def choose_algorithms(pairs: Sequence[Pair], qmodel: nn.Module, images: Batch) -> None:
-    """Have layers that were to choose their algorithm (``auto``), without images so far, choose by ``images``."""
+    """Let layers whose algorithm is ``auto`` and that were not calibrated before choose it based on ``images``."""
     info = model_info(qmodel)
     choosing: dict[nn.Module, Pair] = {}
     for pair in pairs:
@@ -127,14 +127,14 @@ def trace(
     """Run both networks on one image.
 
     Returns:
-        The pairs in the order in which their layers run first, those that do not run last; and the bytes of the
-        reference's largest activation.
+        The pairs in the order in which their layers first run, with those that do not run last; and the size in bytes
+        of the reference's largest activation.
 
     Raises:
-        ModelError: they cannot run on the image, return something else each, or call a layer not as often.
+        ModelError: they cannot run on the image, return different outputs, or call a layer a different number of times.
     """
     largest = [sum(tensor.nbytes for tensor in inputs_in(image))]
-    # That of qmodel, since a BatchNorm that is folded into a layer may run long after it in the reference.
+    # The order of qmodel, since a BatchNorm folded into a layer may run long after it in the reference.
     order: dict[str, Pair] = {}
     calls: Counter[str] = Counter()
 
@@ -182,7 +182,7 @@ def trace(
 
 
 def _alike(f: Mapping[str, Output], q: Mapping[str, Output], images: int) -> bool:
-    """Whether two networks return the same shapes; as many axes, where an image decides how much is found."""
+    """Return whether two networks return the same shapes, or the same ranks if sizes may depend on the image."""
     if list(f) != list(q):
         return False
     compared = Tensor.dim if Kinds.told_by(f, images).task == "other" else Tensor.size
@@ -190,7 +190,9 @@ def _alike(f: Mapping[str, Output], q: Mapping[str, Output], images: int) -> boo
 
 
 def nonfinite_layer(model: nn.Module, x: Batch) -> str | None:
-    """Name of the first layer of ``model`` whose output for the images ``x`` holds a NaN or an infinity."""
+    """Return the name of the first layer of ``model`` whose output for the images ``x`` contains a NaN or an
+    infinity.
+    """
     begun: list[str] = []
 
     def look(name: str, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Runs the two networks over the images, as far as a layer needs it."""
+"""Forward passes of both networks over the images, as far as a layer needs them."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ Key = tuple[str, int, int]
 
 
 class Target(NamedTuple):
-    """What a layer should put out at some ``places``: float32 ``y (n, O)``; ``size`` is that of the whole output."""
+    """Target of a layer at some ``places``: float32 ``y (n, O)``; ``size`` is that of the whole output."""
 
     size: torch.Size
     places: Tensor
@@ -27,7 +27,7 @@ class Target(NamedTuple):
 
 
 class _Stop(BaseException):
-    """Ends a forward pass that has gone far enough. Not an Exception, so that no model takes it for an error."""
+    """Ends a forward pass that has gone far enough. Not an Exception, so that no model handles it as an error."""
 
 
 class Passes:
@@ -38,9 +38,9 @@ class Passes:
         self.positions, self.seed = positions, seed
 
     def collect(self, pairs: Sequence[Pair], finish: Callable[[Pair, Moments], None], memory_bytes: int) -> None:
-        """Collect the moments of each layer in turn, which ``finish`` has to calibrate before the next has its turn.
+        """Collect the moments of each layer in turn; ``finish`` must calibrate it before the next one is collected.
 
-        What the reference puts out is kept for as many layers at a time as fit into ``memory_bytes``.
+        Outputs of the reference are kept for as many layers at a time as fit into ``memory_bytes``.
         """
         for group in self._groups(pairs, memory_bytes):
             self._collect(group, finish)
@@ -89,12 +89,12 @@ class Passes:
             finish(pair, moments)
             waiting.popleft()
             seen, moments = 0, None
-            # The batch goes on to the next layer, unless earlier calls of this one ran with other weights.
+            # The batch continues to the next layer, unless earlier calls of this layer ran with other weights.
             if not waiting or len(pair.outputs) > 1:
                 raise _Stop
 
         def at(pair: Pair, x: Tensor) -> None:
-            # The networks may run under autocast, the sums and solutions of a layer's moments not.
+            # The networks may run under autocast, but not the sums and solutions of a layer's moments.
             with torch.autocast(x.device.type, enabled=False):
                 before(pair, x)
 
@@ -112,15 +112,16 @@ class Passes:
             raise ModelError(self._nonfinite(failed))
 
     def _batch(self, pair: Pair, seen: int) -> int:
-        """The batch that ``pair`` looks at after so many: back and forth, so that the last goes on to the next layer.
+        """Return the batch that ``pair`` uses after ``seen``: back and forth, so that the last continues to the next
+        layer.
 
-        The order is that of the layer, wherever a calibration begins: sums depend on it, in their last digits.
+        The order depends on the layer only, wherever a calibration begins, because it affects the last digits of sums.
         """
         return seen if pair.index % 2 == 0 else len(self.batches) - 1 - seen
 
     def _targets(self, group: list[Pair]) -> dict[Key, Target]:
         found: dict[Key, Target] = {}
-        # Of its own for each layer: what is chosen does not depend on which layers are done already.
+        # A seed per layer: the choice does not depend on which layers are already finished.
         seeds = {pair.name: (self.seed * 1_000_003 + pair.index) % 2**63 for pair in group}
         generators = {name: torch.Generator().manual_seed(seed) for name, seed in seeds.items()}
         calls: Counter[str] = Counter()
@@ -150,7 +151,7 @@ class Passes:
         return f"layer {pair.name!r}: in {name}, it does not run as often for all images as for the first"
 
     def _nonfinite(self, pair: Pair) -> str:
-        """Where the NaN or infinities begin that were found at ``pair``."""
+        """Return where the NaN or infinities found at ``pair`` originate."""
         for name, model in (("reference", self.reference), ("qmodel", self.qmodel)):
             for x in self.batches:
                 if (layer := nonfinite_layer(model, x)) is not None:

@@ -1,4 +1,4 @@
-"""What a calibration did to each layer, as a table."""
+"""Results of a calibration for each layer, as a table."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """What became of a layer. The figures of one that was left as it is are None.
+    """Result for one layer. The figures of a layer that was not calibrated are None.
 
     Attributes:
-        name: in the model.
-        samples: outputs that it was fitted to, at each of which all channels count.
-        error_before, error_after: mean squared error of its output on the calibration images, its input being what the
-            calibrated layers before it make; as a part of the variance of the float network's output.
-        seconds: of rounding, without running the networks.
-        reason: why it was left as it is, else None.
+        name: name in the model.
+        samples: number of output positions that it was fitted to, each with all channels.
+        error_before, error_after: mean squared error of its output on the calibration images, with inputs computed by
+            the calibrated layers before it; relative to the variance of the float network's output.
+        seconds: duration of the rounding, without running the networks.
+        reason: why it was not calibrated, else None.
     """
 
     name: str
@@ -33,17 +33,17 @@ class CalibratedLayer:
 
 @dataclass(frozen=True)
 class Calibration(Printed):
-    """All layers of a calibrated model in the order in which they ran; prints as a table.
+    """All layers of a calibrated model in execution order; prints as a table.
 
     Attributes:
-        layers: one of each.
-        images: number of images, those held back included.
-        seed: of the choice of places in them.
-        held_back: images that no layer was fitted to, on which the two networks were compared.
-        measure: by which they were compared: ``KL divergence`` of logits in nats, at a temperature of 4, or
-            ``relative error`` of outputs that are no logits, or ``KL divergence and relative error``, which are added.
-        before, after: of the network that was given and of the calibrated one, on the images held back; infinite where
-            one computes a NaN.
+        layers: results, one per layer.
+        images: number of images, including those held back.
+        seed: seed of the choice of positions in them.
+        held_back: number of images that no layer was fitted to, used to compare the two networks.
+        measure: measure of the comparison: ``KL divergence`` of logits in nats, at a temperature of 4, or ``relative
+            error`` of outputs that are not logits, or ``KL divergence and relative error``, which are added.
+        before, after: distances of the given and of the calibrated network on the images held back; infinite if one
+            computes a NaN.
         chance: standard error of their difference, 0 for one image.
     """
 
@@ -59,12 +59,12 @@ class Calibration(Printed):
     @property
     def kept(self) -> Literal["calibrated", "given"]:
         """Which network is the result: the calibrated one, unless it is further away by more than chance."""
-        # Where both are infinite, neither is the worse.
+        # If both are infinite, neither is worse.
         return "calibrated" if self.after <= self.before + self.chance else "given"
 
     @property
     def verdict(self) -> str:
-        """Which network was kept and by how much it is the better one, in one sentence without its full stop."""
+        """Statement which network was kept and by how much it is better, in one sentence without its full stop."""
         what = "the calibrated network" if self.kept == "calibrated" else "the network as it was given"
         return (
             f"kept is {what}: on {self.held_back} images held back, {self.measure} from the float network is "
@@ -72,7 +72,7 @@ class Calibration(Printed):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON; an infinite distance is None."""
+        """Return plain data, ready for JSON; an infinite distance is None."""
         distances = {name: finite_or_none(value) for name, value in self._distances().items()}
         return asdict(self) | distances | {"kept": self.kept}
 

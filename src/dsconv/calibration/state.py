@@ -1,4 +1,4 @@
-"""The layers of a calibration that are done, and the file from which one that was stopped is resumed."""
+"""Finished layers of a calibration, and the file from which a stopped calibration is resumed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,10 +14,10 @@ from dsconv.layers import DSLayer
 
 
 class State:
-    """Layers that are done, in memory, and in a file where there is a ``path``: see :class:`StateFile`.
+    """Finished layers, in memory, and in a file if ``path`` is given: see :class:`StateFile`.
 
     Attributes:
-        done: what became of each layer, by name.
+        done: results by name of the layer.
         tensors: ``NAME.vqk`` and so on, as the layers hold them.
     """
 
@@ -27,7 +27,7 @@ class State:
         self.tensors: dict[str, Tensor] = {}
 
     def open(self, models: Mapping[str, nn.Module], x: Batch, settings: Mapping[str, Any]) -> None:
-        """Read the file, or try to write one, so that what is wrong with it shows before the work begins.
+        """Read the file, or try to write one, so that problems with it show before the work begins.
 
         Raises:
             FileFormatError, OSError: as :meth:`StateFile.open` and :meth:`StateFile.write`.
@@ -44,10 +44,10 @@ class State:
                 raise self._file.refusal("it has a layer twice")
 
     def check(self, layers: Mapping[str, DSLayer]) -> None:
-        """Refuse what was read unless it is of some of ``layers``, by name.
+        """Raise FileFormatError unless the file contains some of ``layers``, by name.
 
         Raises:
-            FileFormatError: it is of others.
+            FileFormatError: it contains others.
         """
         expected: dict[str, Tensor] = {}
         for name in self.done:
@@ -67,14 +67,14 @@ class State:
                 raise self._file.refusal(f"tensor {key!r} holds a NaN or an infinity")
 
     def add(self, record: CalibratedLayer, **tensors: Tensor | None) -> None:
-        """Note a layer that is done, and its ``tensors``."""
+        """Record a finished layer, and its ``tensors``."""
         self.done[record.name] = record
         named = {f"{record.name}.{name}": value for name, value in tensors.items() if value is not None}
         self.tensors |= {name: value.detach().cpu().contiguous() for name, value in named.items()}
         self._write()
 
     def tensors_of(self, name: str) -> dict[str, Tensor]:
-        """What was noted of a layer."""
+        """Return the recorded tensors of a layer."""
         keys = (key.rpartition(".") for key in self.tensors)
         return {own: self.tensors[f"{layer}.{own}"] for layer, _, own in keys if layer == name}
 

@@ -1,4 +1,6 @@
-"""Images for calibration and evaluation: preprocessing, folders, inputs of any kind, the one reading of ``images``."""
+"""Images for calibration and evaluation: preprocessing, folders, inputs, and conversion of every ``images``
+argument.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Image folders, and the one place that knows what ``images`` may be wherever a function takes them."""
+"""Image folders, and the single place that interprets the ``images`` argument of all functions."""
 
 import csv
 import os
@@ -23,47 +23,47 @@ EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif",
 
 
 _NOT_READ = frozenset({".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe"})
-"""Extensions of other images, which are left out, but not in silence."""
+"""Extensions of other image formats, which are left out and reported."""
 
 
 class BrokenImage(NamedTuple):
-    """A file that could not be read as an image, or was left out, and why."""
+    """File that could not be read as an image or was left out, and the reason."""
 
     path: str
     reason: str
 
 
 class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
-    """The images of a folder, preprocessed one by one; a torch ``Dataset``.
+    """Dataset of the images of a folder, preprocessed one by one; a torch ``Dataset``.
 
     Three layouts are recognised, in this order:
 
-    * ``labels.csv`` (header ``file,class_index``): the files it lists, relative to the folder, and no others;
-    * class folders: every image below ``CLASS/``; the class index is the place of ``CLASS`` in ``classes``. Without
-      these, it is the place among the names of all class folders, empty ones included: in the order of their numbers
-      if all names are whole numbers (``2`` before ``10``, which torchvision's ``ImageFolder`` has the other way round),
-      and else sorted as text (``c10`` before ``c2``);
+    * ``labels.csv`` (header ``file,class_index``): only the files that it lists, relative to the folder;
+    * class folders: every image below ``CLASS/``; the class index is the index of ``CLASS`` in ``classes``. Without
+      ``classes``, it is the index among the names of all class folders, including empty ones: in numerical order if all
+      names are integers (``2`` before ``10``, unlike torchvision's ``ImageFolder``), otherwise sorted as text (``c10``
+      before ``c2``);
     * images without class folders: unlabelled.
 
-    Images are the files that end, in any case, in one of ``EXTENSIONS``; hidden files and folders are skipped.
-    Symbolic links are followed, except to folders that hold the image folder. Each file counts once, under its own
-    place before that of a link to it.
+    Images are the files whose name ends, in any case, in one of ``EXTENSIONS``; hidden files and folders are skipped.
+    Symbolic links are followed, except to folders that contain the image folder. Each file counts once, under its own
+    path rather than that of a link to it.
 
     Args:
         path: the folder.
         preprocess: applied to every image.
-        classes: names of the classes in the order of the network's outputs; a class needs no folder. Beside a
+        classes: names of the classes in the order of the network's outputs; a class need not have a folder. With a
             ``labels.csv``, and for unlabelled images, they only name the outputs.
 
     Attributes:
         files, labels: every image in a fixed order; int64 class indices ``(len(files),)`` or None.
         classes: the names of the classes in the order of their indices, or None.
-        order: how the class folders came to their order: ``"given"``, ``"numbers"`` or ``"text"``; None without them.
-        left_out: images that are not in ``files``, and why: links that lead nowhere, a file of two classes, formats
-            that are not read. Evaluations report them among ``broken``.
+        order: how the class folders were ordered: ``"given"``, ``"numbers"`` or ``"text"``; None without class folders.
+        left_out: images that are not in ``files``, with the reason: broken links, a file in two classes, unsupported
+            formats. Evaluations report them among ``broken``.
 
     Raises:
-        DataError: no such folder, no images in it, or labels or classes that cannot be used.
+        DataError: the folder does not exist or has no images, or labels or classes cannot be used.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -139,7 +139,7 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
 
     @cached_property
     def order_in_words(self) -> str:
-        """How the class folders are ordered, and the first and last of them; empty without class folders."""
+        """Describe the order of the class folders, and the first and last of them; empty without class folders."""
         if self.order is None or self.classes is None:
             return ""
         how = {"given": "as given", "numbers": "by their numbers", "text": "by their names as text"}[self.order]
@@ -148,7 +148,7 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
 
     @cached_property
     def is_doubtful(self) -> bool:
-        """Whether the class folders, sorted as text, are not in the order of the numbers in their names."""
+        """Return whether the class folders, sorted as text, are not in the order of the numbers in their names."""
 
         def by_numbers(name: str) -> list[str | int]:
             return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
@@ -165,14 +165,14 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
         return image if self.labels is None else (image, int(self.labels[index]))
 
     def read(self, index: int) -> Tensor | BrokenImage:
-        """Image ``index``, float32 ``(C, H, W)``, or what is wrong with its file."""
+        """Return image ``index``, float32 ``(C, H, W)``, or the problem with its file."""
         path = self.files[index]
         from PIL import Image
 
         try:
             with Image.open(path) as image:
                 return self.preprocess(image)
-        except Exception as error:  # on damaged files the decoders raise nearly anything
+        except Exception as error:  # decoders raise almost any error on damaged files
             return BrokenImage(str(path), " ".join(str(error).split()) or type(error).__name__)
 
 
@@ -186,7 +186,7 @@ def _checked(classes: Sequence[str]) -> list[str]:
 
 
 def _ordered(path: Path, folders: dict[str, list[Path]]) -> tuple[Literal["numbers", "text"], dict[str, list[Path]]]:
-    """Class folders in the order of the classes, and what that order is."""
+    """Return class folders in the order of the classes, and the kind of that order."""
     if not all(re.fullmatch("-?[0-9]+", name) for name in folders):
         return "text", dict(sorted(folders.items()))
     numbers: dict[int, str] = {}
@@ -200,13 +200,13 @@ def _ordered(path: Path, folders: dict[str, list[Path]]) -> tuple[Literal["numbe
 
 
 class _Tree:
-    """The images in a folder and below it, each real file once. What is no link is read before all links.
+    """Images in a folder and below it, each real file once. Files and folders are read before links.
 
     Attributes:
-        folders: by the name of each sub-folder, the images below it, sorted.
+        folders: maps the name of each sub-folder to the images below it, sorted.
         beside: the images that are in no sub-folder, sorted.
-        left_out: links that lead nowhere, and images of formats that are not read.
-        lost: of these links, those that are in no sub-folder and are not named like images.
+        left_out: broken links, and images in unsupported formats.
+        lost: those of the broken links that are in no sub-folder and do not have an image name.
         twice: files and folders that are in two of the sub-folders: they count for the first one only.
 
     Raises:
@@ -220,7 +220,7 @@ class _Tree:
         self._path = path
         self._links: list[tuple[Path, Path]] = []
         real = path.resolve()
-        # A link to a folder that holds this one would lead back to it, and out of it.
+        # A link to a folder that contains this one would lead back to it, and out of it.
         holding = {_identity(folder, folder.stat()) for folder in (real, *real.parents)}
         self._seen: dict[_Identity, tuple[Path, Path] | None] = dict.fromkeys(holding)
         pending: list[tuple[Path, Path]] = []
@@ -229,7 +229,7 @@ class _Tree:
                 continue
             pending.append((entry, entry if entry.is_dir() else path))
         self._found: dict[Path, list[Path]] = {top: [] for _, top in [(path, path), *pending]}
-        # A folder that is a link is a class all the same: it comes before the links within the others.
+        # A linked folder is also a class: it precedes the links within the others.
         for is_link in (False, True):
             self._read([(entry, top) for entry, top in pending if entry.is_symlink() == is_link])
         while self._links:
@@ -328,10 +328,10 @@ class Batches:
     """Batches ``(images, labels)`` of any kind of ``images``: see `batches`.
 
     Attributes:
-        total: number of images, broken ones included, or None where it is not known beforehand.
-        broken: the files that the latest pass could not read, after those that the folder had left out.
+        total: number of images, including broken ones, or None if it is not known in advance.
+        broken: files that the folder left out, followed by those that the latest pass could not read.
         folder: the `ImageFolder` that the images come from, or None.
-        files: of its images, those that the latest pass has read so far, in its order.
+        files: images of the folder that the latest pass has read so far, in order.
     """
 
     def __init__(self, images: Images, batch_size: int, workers: int, limit: int | None):
@@ -343,7 +343,7 @@ class Batches:
         self.total = min(known, limit) if known is not None and limit is not None else known
 
     def warn_of_broken(self, stacklevel: int) -> None:
-        """Warn if files could not be read; ``stacklevel`` as in ``warnings.warn``, from the caller."""
+        """Warn if files could not be read; ``stacklevel`` as in ``warnings.warn``, relative to the caller."""
         if self.broken:
             path, reason = self.broken[0]
             text = f"{len(self.broken)} files could not be read, the first {path}: {reason}"
@@ -375,14 +375,14 @@ class Batches:
 
     def _read(self, folder: ImageFolder) -> Iterator[Labelled]:
         count = self.total or 0
-        # Folders and label files are sorted by class more often than not: spread a limit over all of them.
+        # Folders and label files are usually sorted by class: spread a limit over all of them.
         chosen = [i * len(folder) // count for i in range(count)]
         loader: DataLoader[Any] = DataLoader(
             chosen,  # type: ignore[arg-type]  # the data set is the list of indices, read by the collating worker
             self._batch_size,
             num_workers=self._workers,
             collate_fn=partial(_load, folder),
-            generator=torch.Generator(),  # the user's random state stays as it is
+            generator=torch.Generator(),  # the user's random state is unchanged
         )
         first: tuple[int, torch.Size] | None = None
         for images, indices, broken in loader:
@@ -460,27 +460,28 @@ def batches(
     workers: int = 0,
     limit: int | None = None,
 ) -> Batches:
-    """Batches of whatever the library accepts as ``images``.
+    """Return batches of any ``images`` argument that the library accepts.
 
     Args:
         images: a preprocessed tensor ``(N, ...)``, such as images ``(N, C, H, W)``, sound ``(N, T)`` or tokens; the
             arguments of a call as `Inputs`; an iterable of such batches or of ``(batch, labels)``, whose batches are
-            used as they come; the path of a folder (see `ImageFolder`), or an `ImageFolder`; or `Batches`, which are
-            returned as they are.
-        preprocess: how to read a folder given by its path; needed there and nowhere else.
+            used unchanged; the path of a folder (see `ImageFolder`), or an `ImageFolder`; or `Batches`, which are
+            returned unchanged.
+        preprocess: preprocessing of a folder given by its path; needed only there.
         batch_size: images per batch, for a tensor or a folder.
-        workers: processes that read a folder; 0 reads in this one.
-        limit: use this many images at most: the first ones, or, of a folder, evenly spaced ones.
+        workers: number of processes that read a folder; 0 reads in the current process.
+        limit: maximum number of images: the first ones, or, from a folder, evenly spaced ones.
 
     Returns:
         Pairs ``(images, labels)``; labels are classes int64 ``(N,)``, or ``(N, ...)``, such as maps of classes int64 or
-        images in float; or a list of a dictionary for each, as of boxes, which a metric reads; or None.
-        It can be passed over again wherever ``images`` can.
+        images in float; or a list with a dictionary per image, such as boxes, for a metric; or None. It can be iterated
+        repeatedly whenever ``images`` can.
 
     Raises:
-        ConfigError: a number out of range.
-        DataError: ``images`` is none of the above; a path without ``preprocess``; while passing over it, a batch of
-            another shape, or images of a folder that differ in size. Broken files are skipped and noted in ``.broken``.
+        ConfigError: a number is out of range.
+        DataError: ``images`` is none of the above; a path is given without ``preprocess``; during iteration, a batch
+            has another shape, or images of a folder differ in size. Broken files are skipped and recorded in
+            ``.broken``.
 
     >>> [(tuple(x.shape), labels) for x, labels in batches(torch.zeros(5, 3, 8, 8), batch_size=4)]
     [((4, 3, 8, 8), None), ((1, 3, 8, 8), None)]

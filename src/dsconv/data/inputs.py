@@ -1,4 +1,4 @@
-"""Inputs of a model for a batch: one tensor, or the arguments of a call."""
+"""Model inputs for a batch: one tensor, or the arguments of a call."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ from dsconv.structures import PLAIN, Way, leaves, mapped, paths_in, tensors_in
 
 
 class _Shown:
-    """Is printed as a text."""
+    """Prints as the given text."""
 
     def __init__(self, text: str):
         self._text = text
@@ -23,22 +23,22 @@ class _Shown:
 
 
 class Inputs:
-    """The arguments of one call of a model, for a batch: on ``Inputs(x, mask=m)`` it is called as ``model(x, mask=m)``.
+    """Arguments of one model call for a batch: with ``Inputs(x, mask=m)`` the model is called as ``model(x, mask=m)``.
 
     Arguments are tensors of any dtype, numbers, strings, None, and lists, tuples, dictionaries and dataclasses of
-    these. The batch size is the first size of the first tensor that has one. Tensors with the same first size have a
-    row for each sample of the batch, the others belong to all samples; where there is but one sample, every tensor
-    whose first size is 1 has its row. If the first argument is a list of tensors ``(C, H, W)``, as torchvision's
-    detectors take it, and the only one with tensors, it is a batch of so many images, which may differ in size.
+    these. The batch size is the first size of the first tensor that is not a scalar. Tensors with the same first size
+    have a row for each sample of the batch, the others belong to all samples; in a batch of one sample, every tensor
+    whose first size is 1 has a row for it. If the first argument is a list of tensors ``(C, H, W)``, as for
+    torchvision's detectors, and the only one with tensors, it is a batch of that many images, which may differ in size.
 
     Attributes:
         args, kwargs: the arguments.
-        tensors: all tensors among them, in their order.
-        batched: whether each of these has a row for each sample; no tensor of a list of images has.
-        of_images: whether it is such a list.
+        tensors: all tensors among them, in order.
+        batched: whether each of these has a row for each sample; False for the tensors of a list of images.
+        of_images: whether the batch is such a list.
 
     Raises:
-        DataError: there is no tensor with a batch size, or an object that may hold some out of sight.
+        DataError: there is no tensor with a batch size, or an object may contain tensors that cannot be found.
 
     >>> batch = Inputs(torch.zeros(4, 3, 8, 8), {"tokens": torch.ones(4, 5, dtype=torch.int64)}, scale=2.0)
     >>> len(batch), batch[1:3]
@@ -47,7 +47,7 @@ class Inputs:
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.args, self.kwargs = args, kwargs
-        if self._is_one_tensor() and args[0].dim():  # as most are, and each call of a compiled network makes one
+        if self._is_one_tensor() and args[0].dim():  # the usual case, which each call of a compiled network creates
             self.tensors, self.batched, self.of_images, self._count = [args[0]], [True], False, len(args[0])
             return
         self.tensors = tensors_in((args, kwargs))
@@ -72,7 +72,7 @@ class Inputs:
         return self._count
 
     def __getitem__(self, which: slice | Tensor) -> "Inputs":
-        """The samples at ``which``: a slice, or places int64 ``(n,)``, or truth values ``(N,)``."""
+        """Return the samples at ``which``: a slice, indices int64 ``(n,)``, or a bool mask ``(N,)``."""
         if self.of_images:
             places = torch.arange(self._count, dtype=torch.int64, device="cpu")[which].tolist()
             return Inputs([self.tensors[place] for place in places], *self.args[1:], **self.kwargs)
@@ -84,17 +84,17 @@ class Inputs:
         return f"Inputs({', '.join([*map(repr, args), *(f'{name}={value!r}' for name, value in kwargs.items())])})"
 
     def to(self, device: torch.device | str | None, dtype: torch.dtype | None = None) -> "Inputs":
-        """The same on a device, floating-point tensors in a dtype."""
+        """Return the same inputs on a device, floating-point tensors in ``dtype``."""
         return self._changed(lambda x, _: x.to(device, dtype if x.is_floating_point() else None))
 
     def arguments(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``args`` and ``kwargs`` with other ``tensors``."""
+        """Return ``args`` and ``kwargs`` with other ``tensors``."""
         remaining = iter(tensors)
         args, kwargs = mapped(lambda _: next(remaining), (self.args, self.kwargs))
         return args, kwargs
 
     def filled(self, tensors: Iterable[Tensor]) -> "Inputs":
-        """The same arguments with other ``tensors``, of which the same have a row for each sample."""
+        """Return the same arguments with other ``tensors``; ``batched`` is unchanged."""
         made, others = object.__new__(Inputs), list(tensors)
         made.args, made.kwargs = self.arguments(others)
         made.tensors, made.batched, made.of_images = others, self.batched, self.of_images
@@ -102,11 +102,11 @@ class Inputs:
         return made
 
     def structure(self) -> str:
-        """All but the tensors, in a text; the same for arguments of which a call differs in its tensors alone."""
+        """Text of everything except the tensors; equal for arguments that differ in their tensors alone."""
         return "" if self._is_one_tensor() else repr(mapped(lambda _: None, (self.args, self.kwargs)))
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
-        """The tensors by name: the parameter of ``model.forward``, and the way to a tensor within it.
+        """Return the tensors by name: the parameter of ``model.forward``, and the path to a tensor within it.
 
         >>> class Model(nn.Module):
         ...     def forward(self, image, extra): ...
@@ -128,25 +128,26 @@ class Inputs:
 
 
 def input_names(inputs: Inputs, model: nn.Module) -> list[str]:
-    """Return the names of the tensors of ``inputs`` in a file: ``x`` of one alone."""
+    """Return the names of the tensors of ``inputs`` in a file; a single tensor is called ``x``."""
     return ["x"] if len(inputs.tensors) == 1 else list(inputs.named(model))
 
 
 def output_name(way: Way, taken: Sequence[str]) -> str:
-    """Return the name in a file of what a model returns in this place, which is none of those that are ``taken``."""
+    """Return the name in a file of the model output at this path, different from those already ``taken``."""
     parts = way if way and isinstance(way[0], str) else ("y", *way)
     name = "_".join(map(str, parts))
     return f"{name}_out" if name in taken else name
 
 
 Batch: TypeAlias = Tensor | Inputs
-"""A tensor ``(N, ...)``, or the arguments of a call; both know ``len``, ``[...]`` and ``to``."""
+"""Tensor ``(N, ...)``, or the arguments of a call; both support ``len``, ``[...]`` and ``to``."""
 
 AnyBatch = TypeVar("AnyBatch", Tensor, Inputs, Batch)
 
 
 def as_inputs(example: Any) -> Inputs:
-    """Return an example of what a model is called with: a tuple holds all arguments, anything else is the only one.
+    """Return an example of a model's arguments as Inputs: a tuple contains all arguments, anything else is the only
+    one.
 
     >>> as_inputs((torch.zeros(1, 3), torch.zeros(1, 2)))
     Inputs(float32 (1, 3), float32 (1, 2))
@@ -188,15 +189,15 @@ def tensors_of(x: Batch) -> list[Tensor]:
 
 
 def in_float32(x: Batch) -> Batch:
-    """Return a batch with what is floating of it in float32."""
+    """Return a batch with its floating-point tensors in float32."""
     if isinstance(x, Inputs):
         return x.filled(tensor.float() if tensor.is_floating_point() else tensor for tensor in x.tensors)
     return x.float() if x.is_floating_point() else x
 
 
 def by_sample(x: Batch) -> Tensor:
-    """Return the numbers of each sample as float32 ``(N, numbers)`` on the CPU, of images of several sizes as many as
-    the smallest has.
+    """Return the values of each sample as float32 ``(N, values)`` on the CPU; images of several sizes are cut to the
+    number of values of the smallest.
 
     >>> by_sample(Inputs(torch.ones(2, 2), torch.zeros(2, dtype=torch.int64)))
     tensor([[1., 1., 0.],
@@ -212,7 +213,7 @@ def by_sample(x: Batch) -> Tensor:
 
 
 def shape_of(x: Batch) -> tuple[Any, ...]:
-    """Return what batches have to share to be joined: shapes of a sample and dtypes, and the arguments that are none.
+    """Return what batches must share to be joined: sample shapes, dtypes, and the arguments that are not tensors.
 
     >>> shape_of(torch.zeros(4, 3, 8, 8))
     (3, 8, 8)
@@ -226,7 +227,7 @@ def shape_of(x: Batch) -> tuple[Any, ...]:
 
 
 def describe(x: Batch) -> str:
-    """Return a batch in words, for messages.
+    """Return a description of a batch, for messages.
 
     >>> describe(torch.zeros(2, 3)), describe(Inputs(torch.zeros(2, 3), flag=True))
     ('images of shape (2, 3), torch.float32, cpu', 'Inputs(float32 (2, 3), flag=True)')

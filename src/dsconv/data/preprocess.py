@@ -1,4 +1,4 @@
-"""From a picture to a network's input: the transforms of torchvision and timm as one small, serialisable record."""
+"""Conversion of a picture to a network's input: the transforms of torchvision and timm as a serialisable record."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ PerChannel = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# What undoes each orientation but the first, which is upright.
+# Transpositions that undo each orientation except the first, which is upright.
 _TURNS = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
@@ -29,29 +29,30 @@ _TURNS = {
 }
 _ORIENTATION = 0x0112
 PHOTOGRAPH_MEAN, PHOTOGRAPH_DEVIATION = 0.45, 0.25
-"""Of a photograph's pixels, white being 1."""
+"""Mean and standard deviation of a photograph's pixels, with white equal to 1."""
 
 
 class Preprocess(BaseModel):
-    """What is done to a picture before a network sees it: convert, resize, crop the centre, scale, normalise.
+    """Preprocessing of a picture for a network: convert, resize, crop the centre, scale, normalise.
 
     The steps and their rounding are those of torchvision's ``ImageClassification`` preset on PIL images, so a crop
-    larger than the picture pads it with black. Before them, the picture is turned upright as its EXIF orientation says,
-    which torchvision does not do. Of an animation the first frame counts, and transparency is dropped: the colours
-    below it count. The record is immutable and survives ``model_dump_json``.
+    larger than the picture pads it with black. Before them, the picture is rotated according to its EXIF orientation,
+    which torchvision does not do. The first frame of an animation is used, and transparency is dropped: the colours
+    beneath it are used. The record is immutable and survives ``model_dump_json``.
 
     Args:
-        resize: length of the shorter side in pixels, the aspect ratio kept; a pair ``(height, width)`` ignores the
-            aspect ratio; None leaves the size alone.
+        resize: length of the shorter side in pixels, with the aspect ratio kept; a pair ``(height, width)`` ignores the
+            aspect ratio; None keeps the size.
         crop: ``(height, width)`` in pixels of the centre crop, an int for a square, None for no crop.
         mean, std: subtracted, then divided by, in the units of ``scale`` and the order of ``channels``: one number for
             all channels or one per channel.
         interpolation: Pillow's filter for ``resize``.
-        scale: the value of white before mean and std: 1.0, or 255.0 for networks in the tradition of Caffe.
+        scale: value of white before mean and std: 1.0, or 255.0 for networks in the style of Caffe.
         channels: ``"rgb"``, ``"bgr"`` or ``"gray"`` (one channel).
 
     Raises:
-        ConfigError: an unknown setting, or a value out of range (from ``model_validate``: pydantic's ValidationError).
+        ConfigError: a setting is unknown, or a value is out of range (from ``model_validate``: pydantic's
+            ValidationError).
 
     >>> from PIL import Image
     >>> preprocess = Preprocess.imagenet(size=224)
@@ -75,7 +76,7 @@ class Preprocess(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            # A place inside a union or tuple means nothing to a user: the setting's name does.
+            # A position inside a union or tuple means nothing to a user, but the name of the setting does.
             faults = {": ".join([*map(str, fault["loc"][:1]), fault["msg"]]) for fault in error.errors()}
             what = "; ".join(sorted(faults)).replace("Value error, ", "")
             raise ConfigError(f"Preprocess cannot use these settings: {what}.") from None
@@ -102,10 +103,10 @@ class Preprocess(BaseModel):
         return self
 
     def __call__(self, image: "Image.Image") -> "Tensor":
-        """Network input of one picture: float32 ``(C, H, W)``, C = 1 for gray and 3 otherwise.
+        """Return the network input for one picture: float32 ``(C, H, W)``, C = 1 for gray and 3 otherwise.
 
         Raises:
-            DataError: a picture with 16 or 32 bits per channel, whose white is not known.
+            DataError: the picture has 16 or 32 bits per channel, for which the value of white is unknown.
         """
         import torch
 
@@ -136,7 +137,7 @@ class Preprocess(BaseModel):
         return mean, std
 
     def picture(self, x: "Tensor") -> "Image.Image":
-        """The picture of a network's input ``(C, H, W)``, resized and cropped as it is; values beyond it are clipped.
+        """Return the picture for a network's input ``(C, H, W)``, resized and cropped as it is; values are clipped.
 
         >>> from PIL import Image
         >>> preprocess = Preprocess.imagenet(size=32)
@@ -153,7 +154,7 @@ class Preprocess(BaseModel):
         return Image.fromarray((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous()).numpy())
 
     def __str__(self) -> str:
-        """Return all settings in the words of the command line's options, in the order in which they apply.
+        """Return all settings in the terms of the command line's options, in the order in which they apply.
 
         >>> str(Preprocess.imagenet(224))
         'resize 256, crop 224x224, interpolation bilinear, channels rgb, scale 1, mean 0.485,0.456,0.406, \
@@ -175,7 +176,7 @@ std 0.229,0.224,0.225'
 
     @classmethod
     def imagenet(cls, size: int = 224) -> "Preprocess":
-        """The usual evaluation transform of ImageNet networks: shorter side to ``size / 0.875``, crop, normalise.
+        """Return the usual evaluation transform of ImageNet networks: resize to ``size / 0.875``, crop, normalise.
 
         >>> Preprocess.imagenet(224).resize
         256
@@ -184,7 +185,7 @@ std 0.229,0.224,0.225'
 
     @classmethod
     def from_torchvision(cls, source: Any) -> "Preprocess":
-        """The transform of torchvision weights (``ResNet50_Weights.DEFAULT``), or such a transform itself.
+        """Return the transform of torchvision weights (``ResNet50_Weights.DEFAULT``), or of a torchvision transform.
 
         Raises:
             ConfigError: ``source`` is neither, or a transform for another task than image classification.
@@ -210,7 +211,7 @@ std 0.229,0.224,0.225'
 
     @classmethod
     def from_timm(cls, model: "nn.Module") -> "Preprocess":
-        """The evaluation transform in the pretrained configuration that a timm model carries.
+        """Return the evaluation transform in the pretrained configuration of a timm model.
 
         Raises:
             MissingExtraError: timm is not installed.
@@ -260,21 +261,21 @@ def _as_option(name: str, value: Any) -> str:
 
 
 def _upright(image: "Image.Image") -> "Image.Image":
-    """``image`` as its EXIF orientation says that it is to be seen; as it is where that cannot be read."""
+    """Return ``image`` rotated according to its EXIF orientation; unchanged if that cannot be read."""
     from PIL.Image import Transpose
 
     if image.format == "TIFF":
-        return image  # Pillow turns it itself, and not all versions forget its orientation then
+        return image  # Pillow rotates it itself, and not all versions remove its orientation then
     try:
         turn = Transpose[_TURNS[image.getexif()[_ORIENTATION]]]
-    except Exception:  # no orientation, or on damaged EXIF nearly anything
+    except Exception:  # no orientation, or almost any error on damaged EXIF
         return image
     return image.transpose(turn)
 
 
 def _crop_centre(image: "Image.Image", height: int, width: int) -> "Image.Image":
     left, top = image.width - width, image.height - height
-    # torchvision pads the short sides first, the odd pixel to the right and below, and then crops the long ones with
+    # torchvision first pads the short sides, the odd pixel to the right and below, and then crops the long ones with
     # Python's rounding of halves to even. Pillow's crop fills with black outside the image, so one call does both.
     x, y = (int(gap / 2) if gap < 0 else round(gap / 2) for gap in (left, top))
     return image.crop((x, y, x + width, y + height))

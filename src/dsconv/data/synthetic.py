@@ -1,4 +1,4 @@
-"""Images made of nothing but chance, for measures that only compare a network with itself."""
+"""Random images for measures that only compare a network with itself."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ from dsconv.errors import ConfigError
 
 
 def synthetic_images(count: int, preprocess: Preprocess, *, seed: int = 0) -> Tensor:
-    """Inputs of mostly grey noise, prepared as photographs would be: float32 ``(count, C, H, W)``.
+    """Return noise images, prepared like photographs: float32 ``(count, C, H, W)``, mostly grey.
 
-    The amplitude of the noise falls with the spatial frequency as ``1/f``, as that of photographs does (D. J. Field,
+    The amplitude of the noise decreases with the spatial frequency as ``1/f``, like that of photographs (D. J. Field,
     "Relations between the statistics of natural images and the response properties of cortical cells", JOSA A, 1987).
 
     Raises:
-        ConfigError: ``preprocess`` has neither a crop nor a size to resize to, so that it does not tell the input's.
+        ConfigError: ``preprocess`` has neither a crop nor a size to resize to, so that the input size is unknown.
 
     >>> synthetic_images(2, Preprocess(crop=32, mean=0.5)).shape
     torch.Size([2, 3, 32, 32])
@@ -41,6 +41,6 @@ def synthetic_images(count: int, preprocess: Preprocess, *, seed: int = 0) -> Te
     frequency[0, 0] = torch.inf  # no mean
     x = torch.fft.irfft2(spectrum / frequency, s=(height, width))
     x += 2 * x.mean(1, keepdim=True)
-    x *= PHOTOGRAPH_DEVIATION / x.std((1, 2, 3), keepdim=True).clamp_min(1e-9)  # a single pixel does not deviate
+    x *= PHOTOGRAPH_DEVIATION / x.std((1, 2, 3), keepdim=True).clamp_min(1e-9)  # a single pixel has no deviation
     pixels = (x + PHOTOGRAPH_MEAN).clamp_(0, 1).mul_(255).byte().permute(0, 2, 3, 1)
     return torch.stack([preprocess(Image.fromarray(image.contiguous().numpy())) for image in pixels])

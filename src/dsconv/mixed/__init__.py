@@ -1,4 +1,4 @@
-"""Mixed precision: what each layer's bits cost in accuracy, without labels, and the best of them under a budget."""
+"""Mixed precision: accuracy cost of each layer's bits, without labels, and the best choice under a budget."""
 
 from dsconv.mixed.measure import Sensitivity, Trial, sensitivity
 from dsconv.mixed.selection import Budget, Point, SearchResult, choices_of, search

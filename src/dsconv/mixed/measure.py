@@ -1,4 +1,4 @@
-"""How far a network strays when one layer of it alone is quantized."""
+"""Distance of a network from float when a single layer is quantized."""
 
 import copy
 import glob
@@ -46,26 +46,26 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Choice = Mapping[str, Any]
-"""Fields of a LayerConfig that differ from what the config says of a layer."""
+"""Fields of a LayerConfig that differ from the config's settings of a layer."""
 
 _TURNS = 5
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One layer quantized in one way, all others in float.
+    """Measurement with one layer quantized in one way, and all others in float.
 
     Attributes:
-        layer: its name in the model.
-        settings: what differs from the config's settings of the layer.
-        weight_bits, activation_bits, block_size: what that came to; ``activation_bits`` None is a float input.
+        layer: name of the layer in the model.
+        settings: differences from the config's settings of the layer.
+        weight_bits, activation_bits, block_size: the resulting settings; ``activation_bits`` None is a float input.
         weights: number of the layer's weights.
-        bytes: of them, packed, KDS and shifts included.
-        kl: mean of KL(softmax(float) || softmax(quantized)) of logits in nats, None where there are none; NaN where
-            they were not finite.
-        ms: the layer's time on one image in milliseconds, None where it was not measured.
-        relative_error: sum (f - q)^2 / sum f^2 of outputs that are no logits, None where there are none.
-        metric: of the two networks by a user's own measure, None without one.
+        bytes: their packed size, including KDS and shifts.
+        kl: mean of KL(softmax(float) || softmax(quantized)) of logits in nats, None without logits; NaN if they were
+            not finite.
+        ms: the layer's time on one image in milliseconds, None if not measured.
+        relative_error: sum (f - q)^2 / sum f^2 of outputs that are not logits, None without such outputs.
+        metric: value of a user's own metric for the two networks, None without one.
     """
 
     layer: str
@@ -82,30 +82,30 @@ class Trial:
 
     @property
     def distance(self) -> float:
-        """By which trials are ranked: the metric; without one, the divergence and the relative error together."""
+        """Distance by which trials are ranked: the metric; without one, the sum of divergence and relative error."""
         if self.metric is not None:
             return self.metric
         return sum(value for value in (self.kl, self.relative_error) if value is not None)
 
     @property
     def name(self) -> str:
-        """Its settings in short, such as ``W4A8``."""
+        """Short form of its settings, such as ``W4A8``."""
         others = [f"{k}={v}" for k, v in self.settings.items() if k not in ("weight_bits", "activation_bits")]
         return " ".join([f"W{self.weight_bits}A{self.activation_bits or 'float'}", *others])
 
 
 @dataclass(frozen=True)
 class Sensitivity(Printed):
-    """The distance from float that every layer causes by itself, under every choice of its settings; prints as a table.
+    """Distance from float caused by every layer alone, for every choice of its settings; prints as a table.
 
     Attributes:
-        trials: by layer in the order of the model, then in that of the choices.
+        trials: by layer in the order of the model, then by choice.
         images: number of images it was measured on.
-        synthetic: whether those were noise, in want of images.
-        fixed_bytes: of the weights that stay as they are: those the config leaves in float.
-        fixed_weights: number of these.
-        other_bytes: of everything that is no layer's weight.
-        measure: of what ``Trial.distance`` is: ``KL divergence`` of logits, ``relative error`` of other outputs, ``KL
+        synthetic: whether those were noise, because no images were given.
+        fixed_bytes: size of the weights that are not quantized, because the config leaves them in float.
+        fixed_weights: number of these weights.
+        other_bytes: size of everything that is not a layer's weight.
+        measure: meaning of ``Trial.distance``: ``KL divergence`` of logits, ``relative error`` of other outputs, ``KL
             divergence and relative error``, or the name of a metric.
     """
 
@@ -123,11 +123,11 @@ class Sensitivity(Printed):
 
     @cached_property
     def weights(self) -> int:
-        """Of the whole network, layers in float included."""
+        """Number of weights of the whole network, including layers in float."""
         return self.fixed_weights + sum(trials[0].weights for trials in self.layers().values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return asdict(self)
 
     def __rich__(self) -> "Table":
@@ -147,7 +147,7 @@ class Sensitivity(Printed):
             caption_justify="left",
         )
         table.add_column("layer", overflow="fold")
-        # Layers that have settings of their own have no common names: the choices are told by place.
+        # Layers with settings of their own have no common names: the choices are numbered.
         for column in (
             "weights",
             "share",
@@ -168,7 +168,7 @@ _LOGITS = "KL divergence"
 
 
 def in_words(measure: str) -> str:
-    """Return what a distance is, with its unit, to begin a sentence with."""
+    """Return the description of a distance, with its unit, for the beginning of a sentence."""
     known = {
         _LOGITS: "KL divergence of the logits in millinats",
         "relative error": "Relative error of the outputs in thousandths",
@@ -186,7 +186,7 @@ def short(measure: str) -> str:
 
 
 def shown(distance: float, measure: str) -> str:
-    """Return a distance in the unit of its column; that of a metric is its own."""
+    """Return a distance in the unit of its column; a metric has its own unit."""
     return f"{1e3 * distance:.3f}" if in_words(measure) != measure else f"{distance:.4g}"
 
 
@@ -209,37 +209,36 @@ def sensitivity(
     task: Task | None = None,
     metric: Metric | None = None,
 ) -> Sensitivity:
-    """The distance from float that each layer causes when it alone is quantized. No labels are needed.
+    """Measure the distance from float that each layer causes when it alone is quantized. No labels are needed.
 
-    It is the KL divergence of logits, of the classes of an image or of each pixel, and the relative error of other
-    outputs; or a metric of your own.
+    The distance is the KL divergence of logits, per image or per pixel, and the relative error of other outputs; or a
+    metric of your own.
 
     Args:
         model: the float network.
-        config: how layers are quantized, as in :func:`dsconv.quantize`; or a quantized copy of ``model``, whose layers
-            are then taken as they are.
-        choices: what to try on each layer: fields of :class:`dsconv.LayerConfig` that differ from the config's
-            settings of it. By default those alone. Layers that the config leaves in float stay so.
-        images: unlabelled images, as in :func:`dsconv.evaluate`; None is noise, as the network's preprocessing makes
-            it of pictures.
-        preprocess: how a folder is read or noise prepared; None is what the networks say of themselves.
+        config: settings for quantizing layers, as in :func:`dsconv.quantize`; or a quantized copy of ``model``, whose
+            layers are then used unchanged.
+        choices: settings to try on each layer: fields of :class:`dsconv.LayerConfig` that differ from the config's
+            settings of it. By default, only the latter. Layers that the config leaves in float stay in float.
+        images: unlabelled images, as in :func:`dsconv.evaluate`; None uses noise with the network's preprocessing.
+        preprocess: preprocessing of a folder or of noise; None uses the one stored with the networks.
         limit: number of images.
         batch_size: images per batch.
-        seed: of the noise.
+        seed: seed of the noise.
         times: also measure each layer's time on one image, on the CPU.
-        device: where the networks run; None is where the model is.
-        state: file to write after each trial, so that a measurement that was stopped can be resumed.
-        resume: continue from ``state``; the result is that of a measurement that was never stopped.
+        device: device on which the networks run; None is the device of the model.
+        state: file written after each trial, so that a stopped measurement can be resumed.
+        resume: continue from ``state``; the result is that of an uninterrupted measurement.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
-        on_trial: is called with each trial as soon as it is done.
-        task, metric: as in :func:`dsconv.compare`; the labels that a metric gets are those of ``images``, or None.
+        on_trial: called with each trial as soon as it is finished.
+        task, metric: as in :func:`dsconv.compare`; a metric gets the labels of ``images``, or None.
 
     Raises:
         ConfigError: the config or a choice is not valid; or there is neither an image nor a ``preprocess``; or
-            ``state`` is there and ``resume`` False, or the other way round.
+            ``state`` exists and ``resume`` is False, or the other way round.
         DataError: there are no images, or unusable ones.
         ModelError: there is nothing to quantize, ``model`` cannot run on the images or returns NaN, or a quantized
-            network is no copy of it.
+            network is not a copy of it.
         FileFormatError: ``state`` is damaged, or belongs to another network, images or arguments.
         OSError: ``state`` cannot be written.
 
@@ -289,7 +288,7 @@ def measure(
     task: Task | None,
     metric: Metric | None,
 ) -> Sensitivity:
-    """Do what :func:`sensitivity` does, as part of ``work``, by whose name progress and state go."""
+    """Run :func:`sensitivity` as part of ``work``, whose name is used for progress and state."""
     saved = _State(None if state is None else Path(state), resume, work)
     check_metric(metric)
     model, config = as_layers(model)[0], unwrapped(config)
@@ -300,7 +299,7 @@ def measure(
     else:
         config = as_config(config)
         _check(choices)
-        # For the names of its layers, and the sizes of the others, which do not depend on how weights are rounded.
+        # Gives the names of its layers, and the sizes of the others, which do not depend on the rounding rule.
         quickly = {"weight_rule": "paper", "batchnorm_statistics": False}
         quantized = quantize(model, QuantConfig(**{**config.to_dict(), **quickly}))
     names = _names(model, quantized)
@@ -311,7 +310,7 @@ def measure(
     source.warn_of_broken(stacklevel=2)
     original = model
     if images is None and with_statistics(model):
-        # With its own statistics, noise has the moments behind a BatchNorm that images have.
+        # With its own statistics, noise has the moments of images after each BatchNorm.
         model = normalized(model, torch.cat([x for x, _ in kept if isinstance(x, Tensor)]))
     reference = Recorded(model, [x for x, _ in kept], device, task)
     if metric is None and not reference.has_distance:
@@ -330,7 +329,7 @@ def measure(
     trials = saved.trials(pairs)
     tried = _tried(model, config, pairs[len(trials) :])
     differing: str | None = None
-    # Choices can come to the same, as those of an algorithm do where a layer has but one.
+    # Choices can be equivalent, such as algorithms of a layer that supports only one.
     known: dict[tuple[str, LayerConfig], Trial] = {}
     with progress_bar(progress, work, len(pairs), "trials", done=len(trials)) as advance:
         for name, choice, alone in tried:
@@ -363,14 +362,14 @@ def measure(
 
 
 class _State:
-    """The trials that are done, in a file where there is a ``path``: see :class:`StateFile`."""
+    """Finished trials, in a file if ``path`` is given: see :class:`StateFile`."""
 
     def __init__(self, path: Path | None, resume: bool, work: str):
         self._file, self._path = StateFile(path, resume, work), path
         self._stored: Any = []
 
     def open(self, models: Mapping[str, nn.Module], x: Sequence[Batch], settings: Mapping[str, Any]) -> None:
-        """Read the file, or try to write one, so that what is wrong with it shows before the work begins."""
+        """Read the file, or try to write one, so that problems with it show before the work begins."""
         if self._path is None:
             return
         # Their shapes, which may differ, are among the settings.
@@ -382,7 +381,7 @@ class _State:
             self._file.remove()  # there is nothing to resume yet
 
     def trials(self, pairs: Sequence[tuple[str, Choice]]) -> list[Trial]:
-        """The stored trials, which must be those of the first of ``pairs``."""
+        """Return the stored trials, which must match the first of ``pairs``."""
         try:
             trials = TypeAdapter(list[Trial]).validate_python(self._stored)
             known = [trial.layer for trial in trials] == [name for name, _ in pairs[: len(trials)]]
@@ -390,21 +389,21 @@ class _State:
             known = False
         if not known:
             raise FileFormatError(f"{self._path}: does not hold the trials of this network: delete it and start again")
-        # Settings as they were given, which JSON may not hold.
+        # The settings as given, which JSON may not represent exactly.
         return [replace(trial, settings=dict(choice)) for trial, (_, choice) in zip(trials, pairs, strict=False)]
 
     def write(self, trials: Sequence[Trial]) -> None:
-        """Write the trials that are done."""
+        """Write the finished trials."""
         self._file.write([{**asdict(trial), "settings": {}} for trial in trials], {})
 
 
 def with_overrides(config: QuantConfig, overrides: Mapping[str, Any]) -> QuantConfig:
-    """``config`` with more overrides, which win over its own; their keys are names of layers, not patterns."""
+    """Return ``config`` with additional overrides of higher precedence; their keys are layer names, not patterns."""
     own, added = dict(config.overrides), {}
     for name, settings in overrides.items():
         pattern = glob.escape(name)
         if own.pop(pattern, None) is not None:
-            # It moves to the end, past others that may win over it.
+            # It moves to the end, after others that would override it.
             matching = [s for p, s in config.overrides.items() if isinstance(s, dict) and fnmatchcase(name, p)]
             settings = {field: value for fields in (*matching, settings) for field, value in fields.items()}
         added[pattern] = settings
@@ -418,20 +417,20 @@ def _check(choices: Sequence[Choice]) -> None:
         raise ConfigError("choices: expected at least one, got none")
     for choice in choices:
         try:
-            # Whether the shift and the scale go together is known only once all settings are merged.
+            # Compatibility of shift and scale is known only once all settings are merged.
             LayerConfig(**{field: value for field, value in choice.items() if field != "weight_shift"})
         except ConfigError as error:
             raise ConfigError(f"choices: {error}") from None
 
 
 def _names(model: nn.Module, quantized: nn.Module) -> list[str]:
-    """Of the layers that were quantized, those apart that had been before."""
+    """Return the names of the layers that were quantized, without those that were quantized before."""
     before = {name for name, layer in model.named_modules() if isinstance(layer, DSLayer)}
     return [name for name, m in quantized.named_modules() if isinstance(m, DSLayer) and name not in before]
 
 
 class Recorded(nn.Module):
-    """Answers batches, in their order, with what a network said of them once.
+    """Replays the recorded outputs of a network for batches, in order.
 
     Raises:
         ModelError: an output is not finite.
@@ -467,10 +466,10 @@ def _batches(preprocess: Preprocess | None, images: Images | None, limit: int, b
 
 
 def noise(limit: int, preprocess: Preprocess | None, seed: int) -> Tensor:
-    """Return the noise that takes the place of ``limit`` images.
+    """Return the noise that replaces ``limit`` images.
 
     Raises:
-        ConfigError: there is no ``preprocess``, or ``limit`` is no number of images.
+        ConfigError: there is no ``preprocess``, or ``limit`` is not a number of images.
     """
     if preprocess is None:
         raise ConfigError(
@@ -492,7 +491,7 @@ def _tried(
 def _as_they_are(
     model: nn.Module, quantized: nn.Module, pairs: Sequence[tuple[str, Choice]]
 ) -> Iterator[tuple[str, Choice, nn.Module]]:
-    """The float ``model`` with one layer of ``quantized`` at a time."""
+    """Yield the float ``model`` with one layer of ``quantized`` at a time."""
     info = info_of(quantized)
     if info.folded or info.affine:
         raise ModelError("config: BatchNorm is folded into the layers of this quantized network: pass it as it was")
@@ -506,7 +505,7 @@ def _as_they_are(
 def _as_chosen(
     model: nn.Module, config: QuantConfig, pairs: Sequence[tuple[str, Choice]]
 ) -> Iterator[tuple[str, Choice, nn.Module]]:
-    """The float ``model`` with one layer quantized by one of ``choices`` at a time."""
+    """Yield the float ``model`` with one layer quantized by one of ``choices`` at a time."""
     everything = "*"
     while everything in config.overrides:
         everything += "*"
@@ -518,7 +517,7 @@ def _as_chosen(
 
 
 def _milliseconds(model: nn.Module, name: str, x: Batch) -> float:
-    """The least time of some passes that the layer takes for one image; leaves hooks in ``model``."""
+    """Return the least time over some passes that the layer takes for one image; leaves hooks in ``model``."""
     layer = model.get_submodule(name)
     since: list[float] = []
     seconds: list[float] = []
@@ -554,5 +553,5 @@ def _trial(row: LayerSummary, choice: Choice, found: Comparison, ms: float | Non
 
 
 def _total(distances: Sequence[float], found: Comparison) -> float | None:
-    """The sum of what is not negative but for rounding; NaN where the network returned one; None of nothing."""
+    """Return the sum, at least 0 despite rounding; NaN if the network returned a NaN; None for no values."""
     return (math.nan if found.nonfinite else max(0.0, sum(distances))) if distances else None

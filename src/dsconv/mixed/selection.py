@@ -1,4 +1,4 @@
-"""The bits of every layer that cost the least accuracy under a budget."""
+"""Choice of the bits of every layer that minimises the loss of accuracy under a budget."""
 
 import math
 import os
@@ -27,16 +27,16 @@ _FLOAT_BITS = 32
 
 @dataclass(frozen=True)
 class Point:
-    """What a selection of settings comes to.
+    """Figures of a selection of settings.
 
     Attributes:
-        effective_bits: a weight, over all weights of the network, KDS and layers in float included.
-        activation_bits: mean over the weights of the width of what each is multiplied with; a float input counts 32.
-        bytes: of the network's file but for its header.
-        ms: sum of the layers' times on one image, None where they were not measured.
-        kl: the sum of the divergences that the layers cause alone, in nats; None of outputs that are no logits.
-        distance: the sum by which selections are ranked, see :attr:`Trial.distance`. Either is an estimate, as errors
-            do not quite add up.
+        effective_bits: mean bits per weight over all weights of the network, including KDS and layers in float.
+        activation_bits: mean over the weights of the bit width of their input; a float input counts 32.
+        bytes: size of the network's file without its header.
+        ms: sum of the layers' times on one image, None if not measured.
+        kl: sum of the divergences caused by the layers alone, in nats; None for outputs that are not logits.
+        distance: sum by which selections are ranked, see :attr:`Trial.distance`. Both sums are estimates, since errors
+            are not exactly additive.
     """
 
     effective_bits: float
@@ -49,15 +49,15 @@ class Point:
 
 @dataclass(frozen=True)
 class SearchResult(Printed):
-    """The settings found; prints as a table.
+    """Result of a search; prints as a table.
 
     Attributes:
-        config: for :func:`dsconv.quantize`: the config given, with an override for every layer.
-        chosen: what it says of each layer.
-        point: what that comes to.
-        pareto: the least distance by effective bits, other limits of the budget kept, from the smallest network to
-            the largest.
-        sensitivity: what was measured.
+        config: for :func:`dsconv.quantize`: the given config with an override for every layer.
+        chosen: the choice for each layer.
+        point: figures of this selection.
+        pareto: the least distance by effective bits, within the other limits of the budget, from the smallest network
+            to the largest.
+        sensitivity: the measurements.
     """
 
     config: QuantConfig
@@ -67,7 +67,7 @@ class SearchResult(Printed):
     sensitivity: Sensitivity
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return {
             "config": self.config.to_dict(),
             "chosen": [asdict(trial) for trial in self.chosen],
@@ -78,7 +78,7 @@ class SearchResult(Printed):
 
     @property
     def table(self) -> "Table":
-        """A row for every layer, for rich to print."""
+        """Return a table with a row for every layer, for rich to print."""
         from rich import box
         from rich.markup import escape
         from rich.table import Table
@@ -110,12 +110,12 @@ class SearchResult(Printed):
 
 
 class Budget(BaseModel):
-    """Limits that a network is to keep, at least one; all hold.
+    """Limits for a network, at least one; all must hold.
 
     Attributes:
-        effective_bits: a weight, see :class:`Point`.
-        bytes: of the file but for its header.
-        ms: of the quantized layers on one image, as measured here and now.
+        effective_bits: bits per weight, see :class:`Point`.
+        bytes: size of the file without its header.
+        ms: time of the quantized layers on one image, as measured on this machine.
         activation_bits: mean over the weights, see :class:`Point`.
     """
 
@@ -128,16 +128,16 @@ class Budget(BaseModel):
 
     @property
     def limits(self) -> dict[str, float]:
-        """Those that are set, by name."""
+        """Return the limits that are set, by name."""
         return self.model_dump(exclude_none=True)
 
 
 def choices_of(config: QuantConfig, *, times: bool = False) -> list[Choice]:
-    """What :func:`search` tries by default: weights of 2 to 8 bits, and layers of 8 bits throughout.
+    """Return the default choices of :func:`search`: weights of 2 to 8 bits, and layers with 8 bits throughout.
 
-    A layer with 4-bit activations has 8-bit ones only with 8-bit weights, since processors multiply numbers of one
-    width, and bits of activations would else cost nothing. Where ``times`` count, all are tried by the direct algorithm
-    and by Winograd, where that is close (``algorithm="auto"``).
+    A layer with 4-bit activations gets 8-bit ones only together with 8-bit weights, since processors multiply numbers
+    of one width, and activation bits would otherwise cost nothing. If ``times`` count, each choice is tried with the
+    direct algorithm and with Winograd, if that is close enough (``algorithm="auto"``).
 
     >>> choices_of(QuantConfig(activation_bits=4))[-2:]
     [{'weight_bits': 8}, {'weight_bits': 8, 'activation_bits': 8}]
@@ -171,24 +171,25 @@ def search(
     task: Task | None = None,
     metric: Metric | None = None,
 ) -> SearchResult:
-    """Settings for every layer under which the network stays closest to the float one within a budget. No labels.
+    """Search settings for every layer that keep the network closest to float within a budget. No labels are needed.
 
-    Each layer is quantized alone in every way (:func:`dsconv.sensitivity`), and of the ways one is chosen for each so
-    that the sum of their distances is the least: a multiple-choice knapsack problem, which HiGHS solves.
+    Each layer is quantized alone in every way (:func:`dsconv.sensitivity`), and one way is chosen for each layer so
+    that the sum of the distances is minimal: a multiple-choice knapsack problem, solved by HiGHS.
 
     Args:
         model: the float network.
-        config: what the choices are laid over, as in :func:`dsconv.quantize`.
-        budget: effective bits a weight, or a dictionary of the fields of :class:`Budget`, such as ``{"bytes": 8e5}``.
+        config: base settings, which the choices override, as in :func:`dsconv.quantize`.
+        budget: effective bits per weight, or a dictionary of the fields of :class:`Budget`, such as ``{"bytes": 8e5}``.
         choices: settings to choose from for each layer, see :func:`sensitivity`; None is :func:`choices_of`.
         images, preprocess, limit, batch_size, seed, device, progress, on_trial, task, metric: as in
-            :func:`sensitivity`; without images the measures are of noise.
-        state: file to write after each trial, so that a search that was stopped can be resumed.
-        resume: continue from ``state``; the result is that of a search that was never stopped. The budget may be
-            another, but for one with ``ms`` where there was none.
+            :func:`sensitivity`; without images, noise is used.
+        state: file written after each trial, so that a stopped search can be resumed.
+        resume: continue from ``state``; the result is that of an uninterrupted search. The budget may differ, except
+            that ``ms`` cannot be added.
 
     Raises:
-        ConfigError: as in :func:`sensitivity`; or no choice keeps the budget, whose smallest is stated.
+        ConfigError: as in :func:`sensitivity`; or no choice meets the budget; the message states the smallest possible
+            one.
         DataError, ModelError, FileFormatError, OSError: as in :func:`sensitivity`.
         MissingExtraError: highspy is not installed.
 
@@ -200,7 +201,7 @@ def search(
     """
     config = as_config(config)
     limits = limits_of(budget)
-    _highs()  # which may be missing: said before minutes of measuring
+    _highs()  # raise before minutes of measuring if it is missing
     choices = choices_of(config, times="ms" in limits) if choices is None else choices
     measured = measure(
         "search",
@@ -228,7 +229,7 @@ def search(
 
 
 def within(config: QuantConfig, measured: Sensitivity, limits: Mapping[str, float]) -> tuple[QuantConfig, list[Trial]]:
-    """Return the settings of the least distance that keep the ``limits``, and what they say of each layer.
+    """Return the settings with the least distance within the ``limits``, and the trial chosen for each layer.
 
     Raises:
         ConfigError: there are no such settings.
@@ -239,14 +240,14 @@ def within(config: QuantConfig, measured: Sensitivity, limits: Mapping[str, floa
 
 
 def range_of(name: str, measured: Sensitivity) -> tuple[float, float]:
-    """Return the least and the largest that a field of :class:`Budget` comes to, whatever is chosen."""
+    """Return the least and the largest possible value of a field of :class:`Budget`."""
     layers = _usable(measured)
     ends = [sum(end(_costs(trial, measured)[name] for trial in group) for group in layers) for end in (min, max)]
     return _fixed(measured)[name] + ends[0], _fixed(measured)[name] + ends[1]
 
 
 def select(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Mapping[str, float]) -> list[Trial]:
-    """One trial of each layer, whose costs keep the ``limits`` and whose distances have the least sum.
+    """Return one trial for each layer such that the costs keep the ``limits`` and the sum of distances is minimal.
 
     Raises:
         ConfigError: there is no such selection.
@@ -255,7 +256,7 @@ def select(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Map
     solver = highspy.Highs()
     solver.silent()
     solver.setOptionValue("parallel", "off")
-    # A limit is to be kept to the byte.
+    # A limit must hold to the byte.
     for name in ("primal_feasibility_tolerance", "mip_feasibility_tolerance"):
         solver.setOptionValue(name, 1e-9)
     trials = [trial for group in layers for trial in group]
@@ -275,7 +276,7 @@ def select(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Map
 
 
 def point_of(chosen: Sequence[Trial], measured: Sensitivity) -> Point:
-    """What a selection of one trial for each layer comes to."""
+    """Return the figures of a selection of one trial for each layer."""
     total = _fixed(measured)
     for trial in chosen:
         for name, cost in _costs(trial, measured).items():
@@ -288,7 +289,7 @@ def point_of(chosen: Sequence[Trial], measured: Sensitivity) -> Point:
 
 
 def _costs(trial: Trial, measured: Sensitivity) -> dict[str, float]:
-    """What a trial adds to each figure that a budget can limit."""
+    """Return the contribution of a trial to each figure that a budget can limit."""
     return {
         "effective_bits": 8 * trial.bytes / measured.weights,
         "bytes": trial.bytes,
@@ -298,7 +299,7 @@ def _costs(trial: Trial, measured: Sensitivity) -> dict[str, float]:
 
 
 def _fixed(measured: Sensitivity) -> dict[str, float]:
-    """What the rest of the network adds."""
+    """Return the contribution of the rest of the network."""
     return {
         "effective_bits": 8 * measured.fixed_bytes / measured.weights,
         "bytes": measured.fixed_bytes + measured.other_bytes,
@@ -327,19 +328,19 @@ def _pareto(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Ma
     ]
     points: list[Point] = []
     for i in range(_POINTS):
-        # The smallest network keeps its own size whatever the order of the sum.
+        # The tolerance keeps the size of the smallest network feasible whatever the order of the sum.
         most = (ends[0] + (ends[1] - ends[0]) * i / (_POINTS - 1)) * (1 + 1e-6)
         try:
             point = point_of(select(layers, measured, {**others, "effective_bits": most}), measured)
         except ConfigError:
-            continue  # the other limits leave nothing as small as this
+            continue  # the other limits allow nothing this small
         if not points or point.distance < points[-1].distance:
             points.append(point)
     return tuple(points)
 
 
 def _usable(measured: Sensitivity) -> list[list[Trial]]:
-    """Trials by layer, without those that made the network return NaN."""
+    """Return trials by layer, without those that made the network return NaN."""
     layers = {name: [t for t in trials if math.isfinite(t.distance)] for name, trials in measured.layers().items()}
     if empty := [name for name, trials in layers.items() if not trials]:
         what = "logits" if measured.measure == "KL divergence" else "outputs"
