@@ -56,7 +56,7 @@ NETWORKS = {
         retinanet_resnet50_fpn:backbone ssd300_vgg16:backbone@3x300x300 ssdlite320_mobilenet_v3_large:backbone
         ssdlite320_mobilenet_v3_large retinanet_resnet50_fpn fasterrcnn_mobilenet_v3_large_320_fpn""",
     "torchvision, video": """
-        mc3_18@3x8x64x64 mvit_v1_b@3x16x224x224 r2plus1d_18@3x8x64x64 r3d_18@3x8x64x64 s3d@3x16x64x64
+        mc3_18@3x8x64x64 mvit_v1_b@3x16x224x224 r2plus1d_18@3x8x64x64 r3d_18@3x8x64x64 s3d@3x16x224x224
         swin3d_t@3x8x64x64""",
     "timm": """
         bat_resnext26ts cait_xxs24_224 coat_lite_tiny coat_tiny coatnet_pico_rw_224
