@@ -25,7 +25,7 @@ demo: $(VENV)/package.stamp  ## quantize the embedded network and write a file a
 	$(BIN)/dsconv demo --out demo-out
 
 test: $(VENV)/dev.stamp  ## run all tests and examples; or some: ARGS="-k packing"
-	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal --durations 15 $(ARGS)
 
 # Python below 3.12 takes half as much time again for it.
 coverage: $(VENV)/dev.stamp  ## run all tests, and check how much of the source they execute

@@ -32,10 +32,11 @@ def test_a_file_and_the_steps_in_it(cli: Cli, tmp_path: Path) -> None:
 def test_several_sizes_and_a_fast_start(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "digits.dsconv"
     sizes = ("--size", "1x8x8", "--size", "1x12x16")
-    done = cli("compile", "dsconv/digits_resnet", "--out", out, *sizes, "--fast-start", "--json")
+    done = cli("compile", "dsconv/digits_resnet", "--out", out, *sizes, "--fast-start", "--no-other-sizes", "--json")
     assert done.code == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["sizes"] == [[1, 8, 8], [1, 12, 16]] and found["file_bytes"] == out.stat().st_size
+    assert found["sizes"] == [[1, 8, 8], [1, 12, 16]] and found["size_step"] == 0
+    assert found["file_bytes"] == out.stat().st_size
     assert found["preprocess"]["channels"] == "gray" and found["steps"] > 5
 
 

@@ -133,7 +133,7 @@ def compiled(name: str, config: Any = None) -> tuple[Any, list[Tensor]]:
 def test_the_bits_are_those_of_the_compiled_network(name: str, config: str, tmp_path: Path) -> None:
     fast_start = config == "fast start"
     fast, inputs = compiled(name, None if fast_start else config)
-    fast.save(tmp_path / "net.dsconv", fast_start=fast_start)
+    fast.save(tmp_path / "net.dsconv", fast_start=fast_start, other_sizes=False)
     net = runtime.Network(tmp_path / "net.dsconv")
     for samples in (1, 2, 5, 0):
         given = [x[:samples] for x in inputs]
@@ -149,7 +149,7 @@ def test_the_bits_are_those_of_the_compiled_network(name: str, config: str, tmp_
 def test_values_that_are_not_finite_go_through_alike(tmp_path: Path) -> None:
     fast, (x,) = compiled("views")
     x[0, 1, 2, 3], x[1, 0, 0, 0], x[2, 2, 4, 4] = float("nan"), float("inf"), -float("inf")
-    fast.save(tmp_path / "net.dsconv")
+    fast.save(tmp_path / "net.dsconv", other_sizes=False)
     made = runtime.Network(tmp_path / "net.dsconv")(x.numpy())
     for output, expected in zip(made.values(), tensors_in(fast(x)), strict=True):
         assert np.array_equal(output, expected.numpy(), equal_nan=True)
@@ -157,7 +157,7 @@ def test_values_that_are_not_finite_go_through_alike(tmp_path: Path) -> None:
 
 def test_any_strides_of_an_input_are_read(tmp_path: Path) -> None:
     fast, (x,) = compiled("views")
-    fast.save(tmp_path / "net.dsconv")
+    fast.save(tmp_path / "net.dsconv", other_sizes=False)
     net, array = runtime.Network(tmp_path / "net.dsconv"), x.numpy()
     expected = net(array)
     pixels = np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
@@ -235,7 +235,7 @@ def test_a_large_batch_is_computed_in_parts(tmp_path: Path) -> None:
     model = nn.Sequential(conv(3, 64, 3, padding=1), nn.ReLU(), conv(64, 64, 3, padding=1)).eval()
     x = torch.randn(9, 3, 160, 160, dtype=torch.float32)
     fast = dsconv.compile(dsconv.quantize(model), x[:1])
-    fast.save(tmp_path / "net.dsconv")
+    fast.save(tmp_path / "net.dsconv", other_sizes=False)
     net = runtime.Network(tmp_path / "net.dsconv")
     assert net.run_bytes((9, 3, 160, 160)) < 9 * net.run_bytes((1, 3, 160, 160))
     assert np.array_equal(net(x.numpy()), fast(x).numpy())

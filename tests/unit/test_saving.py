@@ -98,7 +98,7 @@ def test_the_schema_reads_what_is_written(tmp_path: Path) -> None:
 
 def test_weights_have_their_width(tmp_path: Path) -> None:
     fast = compiled(Network())
-    fast.save(tmp_path / "net.dsconv")
+    fast.save(tmp_path / "net.dsconv", other_sizes=False)
     found = tables(tmp_path / "net.dsconv", tmp_path)
     data = parts(tmp_path / "net.dsconv")[1]
     layer: Any = fast.model.get_submodule("deep")
@@ -116,7 +116,7 @@ def test_weights_have_their_width(tmp_path: Path) -> None:
 def test_any_width_is_packed(bits: int, tmp_path: Path) -> None:
     config = {"weight_bits": bits, "algorithm": "direct", "weight_shift": False, "small_layers": None}
     fast = compiled(nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 32, 1)), config, images(1, 6, 64))
-    assert fast.save(tmp_path / "net.dsconv").bytes < sum(
+    assert fast.save(tmp_path / "net.dsconv", other_sizes=False).bytes < sum(
         layer.vqk.numel() * layer.config.weight_bits / 8 * 1.1 + layer.kds.nbytes * 1.1 + 4096
         for layer in fast.model.modules()
         if hasattr(layer, "vqk")
@@ -125,8 +125,8 @@ def test_any_width_is_packed(bits: int, tmp_path: Path) -> None:
 
 def test_for_a_fast_start_weights_are_as_kernels_read_them(tmp_path: Path) -> None:
     fast = compiled(Network())
-    small = fast.save(tmp_path / "small.dsconv").bytes
-    large = fast.save(tmp_path / "large.dsconv", fast_start=True).bytes
+    small = fast.save(tmp_path / "small.dsconv", other_sizes=False).bytes
+    large = fast.save(tmp_path / "large.dsconv", fast_start=True, other_sizes=False).bytes
     found = tables(tmp_path / "large.dsconv", tmp_path)["weights"]
     layers = [module for module in fast.model.modules() if hasattr(module, "packed")]
     assert {of["form"] for of in found} == {"packed"}
@@ -210,7 +210,7 @@ def test_inputs_that_nothing_reads_and_views_are_saved(tmp_path: Path) -> None:
             return y, y[:, 4:12], torch.cat([y, self.deep(y)], 1).flatten(1)
 
     inputs = dsconv.Inputs(images(), torch.zeros(1, dtype=torch.float32))
-    compiled(Views(), x=inputs).save(tmp_path / "net.dsconv")
+    compiled(Views(), x=inputs).save(tmp_path / "net.dsconv", other_sizes=False)
     (program,) = tables(tmp_path / "net.dsconv", tmp_path)["programs"]
     assert [port["tensor"] for port in program["inputs"]] == [0, -1]
     assert [port["axes"] for port in program["outputs"]] == [["channels", "rows", "columns"]] * 2 + [["channels"]]
@@ -272,7 +272,8 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="float32"):
         fast.save(path, sizes=[torch.zeros(1, 3, 8, 8, dtype=torch.float64)])
     assert path.read_bytes() == b"before"
-    fast.save(path)
+    saved = fast.save(path, other_sizes=False)
+    assert (saved.size_step, saved.why_fixed) == (0, "no others were asked for")
     assert parts(path) and [p.name for p in tmp_path.iterdir()] == ["net.dsconv"]
 
 

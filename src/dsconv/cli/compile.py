@@ -22,6 +22,9 @@ _SIZES_HELP = (
     "several times where the steps depend on the size. Without it, those of the network's preparation of images."
 )
 _CLASSES_HELP = "Names of the classes, one a line, in the order of the network's outputs: they are written to the file."
+_OTHER_SIZES_HELP = (
+    "Whether the file may take images of other sizes, where its steps are the same for these. To find out takes time."
+)
 _FAST_START_HELP = (
     "Write weights as the kernels read them: the file is larger, opened several times faster, and shared by processes."
 )
@@ -35,6 +38,7 @@ def compile(
     ] = None,
     classes: Annotated[Path | None, typer.Option(metavar="FILE.txt", help=_CLASSES_HELP)] = None,
     fast_start: Annotated[bool, typer.Option("--fast-start", help=_FAST_START_HELP)] = False,
+    other_sizes: Annotated[bool, typer.Option(help=_OTHER_SIZES_HELP)] = True,
     weights: opt.Weights = "default",
     preset: opt.Preset = "default",
     config: opt.Config = None,
@@ -70,7 +74,7 @@ def compile(
     examples = [torch.zeros(1, *image, dtype=torch.float32, device="cpu") for image in images]
     say("compiling")
     fast = dsconv.compile(qmodel, examples[0])
-    saved = fast.save(out, sizes=examples[1:], classes=names, fast_start=fast_start)
+    saved = fast.save(out, sizes=examples[1:], classes=names, fast_start=fast_start, other_sizes=other_sizes)
     if as_json:
         plan = {"steps": len(fast.plan.steps), "memory_bytes": fast.plan.memory_bytes}
         prepared = None if preprocess is None else preprocess.model_dump(mode="json")

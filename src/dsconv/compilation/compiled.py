@@ -194,6 +194,7 @@ class CompiledModel(nn.Module):
         sizes: Sequence[Any] = (),
         classes: Sequence[str] | None = None,
         fast_start: bool = False,
+        other_sizes: bool = True,
     ) -> Saved:
         """Write the network as a file that runs without PyTorch: by ``dsconv_runtime`` in Python, by libdsconv in C.
 
@@ -210,6 +211,8 @@ class CompiledModel(nn.Module):
             classes: names of the classes, for a classifier.
             fast_start: write the weights of all layers as the kernels read them. Layers by Winograd then take four
                 times as much of the file, which is opened several times faster, and whose memory processes share.
+            other_sizes: whether the file may take sizes of images that are not given. To find out, the network is
+                captured twice more, which takes most of the time.
 
         Returns:
             The size of the file in bytes, and the image sizes that it takes besides those given.
@@ -248,7 +251,7 @@ class CompiledModel(nn.Module):
                     raise ConfigError(f"classes: expected {shapes[0][0]} names, one of each output, got {len(classes)}")
             preprocess = None if self.preprocess is None else self.preprocess.model_dump_json()
             layers = quantized_layers(self.model).values()
-            probe = partial(self._larger, made[0], names[1])
+            probe = partial(self._larger, made[0], names[1]) if other_sizes else None
             return write(place, made, probe, layers, names, preprocess, classes, fast_start)
         finally:
             self._captured = before

@@ -204,7 +204,7 @@ def _alike(one: Sequence[schema.Program], other: Sequence[schema.Program]) -> bo
 def write(
     path: Path,
     sizes: Sequence[Size],
-    probe: Probe,
+    probe: Probe | None,
     layers: Iterable[DSLayer],
     names: tuple[Sequence[str], Sequence[str]],
     preprocess: str | None,
@@ -216,7 +216,7 @@ def write(
     Args:
         path: is replaced when the file is complete.
         sizes: without steps of PyTorch.
-        probe: makes those of further sizes.
+        probe: makes those of further sizes; None where the file is to take no others.
         layers: of which the programs were made.
         names: of inputs and outputs.
         preprocess: how images are prepared, in JSON.
@@ -226,7 +226,7 @@ def write(
     made = _Network(layers, fast_start)
     for size in sizes:
         made.add(size)
-    why_fixed = made.add_free(probe)
+    why_fixed = made.add_free(probe) if probe is not None else "no others were asked for"
     size_step = max(program.size_step for program in made.programs)
     version = metadata.version("dsconv")
     inputs, outputs = names
