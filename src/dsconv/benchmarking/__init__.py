@@ -1,4 +1,6 @@
-"""Whole networks beside other runtimes, in one process. The runtimes: ``pip install 'dsconv[bench,mnn]'``."""
+"""Comparison of whole networks with other runtimes in one process. Install them by ``pip install
+'dsconv[bench,mnn]'``.
+"""
 
 from dsconv.benchmarking.bench import bench
 from dsconv.benchmarking.profiling import Profile, profile

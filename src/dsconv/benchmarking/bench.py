@@ -1,4 +1,4 @@
-"""``dsconv.bench``: a network in dsconv and in other runtimes, taking turns in one process."""
+"""``dsconv.bench``: times a network in dsconv and in other runtimes, in turns in one process."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -29,9 +29,9 @@ from dsconv.names import PEERS, OnInterrupt, check_on_interrupt
 from dsconv.progress import Advance, progress_bar
 
 _RANDOM_IMAGES = 8
-# Beyond it, a float32 runtime did not compute the network.
+# Relative error above which a float32 runtime did not compute the network correctly.
 _MOST_ERROR = 0.01
-# Beyond it, one in lower precision hardly did, which is told; its time does not depend on values.
+# Relative error above which a lower-precision runtime is reported; its time does not depend on values.
 _TOLD_ERROR = 0.5
 
 
@@ -49,39 +49,40 @@ def bench(
     progress: bool = False,
     on_interrupt: OnInterrupt = "raise",
 ) -> Bench:
-    """Time a quantized network, compiled and as it is, beside its float original in other runtimes, in one process.
+    """Time a quantized network, compiled and not compiled, and its float original in other runtimes, in one process.
 
-    Where layers can be executed by two algorithms, the compiled network is timed once more by the other one: all such
-    layers ``direct`` if some go by Winograd, else all by ``winograd``.
+    If layers support two algorithms, the compiled network is also timed with the other one: all such layers ``direct``
+    if some use Winograd, else all ``winograd``.
 
     The runtimes are PyTorch (eager, float32 and bf16), ONNX Runtime (float32 and int8), OpenVINO (float32, bf16 and
-    int8) and MNN (float32, and int8 with and without Winograd); bf16 where the processor has it. int8 is a Q/DQ model
-    that ``onnxruntime.quantization`` makes of the float network, or what MNN's own tool makes of it: weights with a
-    scale per output, activations of 8 bits with a scale per tensor. What a runtime really computed in is read out of
-    it, and a contestant is named after that. Each takes and returns what the network does, in float32 where it is
-    floating, and each is warmed up; then they take turns in random order (:class:`dsconv.benchmarking.measure.Race`). A
-    float32 runtime with an output of floats that is more than 1 % off PyTorch's does not take part; of another one that
-    is more than 50 % off this is told. MNN takes part where the network takes and returns one float32 tensor.
+    int8) and MNN (float32, and int8 with and without Winograd); bf16 only if the processor supports it. int8 is a Q/DQ
+    model that ``onnxruntime.quantization`` makes from the float network, or the result of MNN's own tool: weights with
+    a scale per output, 8-bit activations with a scale per tensor. The precision that a runtime actually used is read
+    from it, and the contestant is named accordingly. Inputs and outputs are those of the network, in float32 if they
+    are floating-point. Each contestant is warmed up; then they take turns in random order
+    (:class:`dsconv.benchmarking.measure.Race`). A float32 runtime is excluded if a floating-point output differs by
+    more than 1 % from PyTorch's; for other runtimes, a difference above 50 % is reported. MNN is included if the
+    network has one float32 tensor as input and output.
 
     Args:
-        reference: the float network, in eval mode, on the CPU. Its weights do not matter to the times.
+        reference: the float network, in eval mode, on the CPU. Its weights do not affect the times.
         qmodel: the quantized network.
-        images: float32 ``(N, C, H, W)``, what the networks are run on, repeated to fill a batch, and what int8 models
-            are calibrated on; or the shape ``(C, H, W)`` of 8 random ones, of a standard normal distribution. Other
-            arguments are a :class:`dsconv.Inputs`, or a tuple of them, as :func:`dsconv.compile` takes them.
+        images: float32 ``(N, C, H, W)``, the input of the networks, repeated to fill a batch, and the calibration data
+            of int8 models; or the shape ``(C, H, W)`` of 8 random images from a standard normal distribution. Other
+            arguments are a :class:`dsconv.Inputs`, or a tuple of them, as for :func:`dsconv.compile`.
         against: some of ``torch``, ``onnxruntime``, ``openvino`` and ``mnn``. One that is not installed, or cannot run
             the network, is noted in the result.
-        batch_sizes: samples a call; each is measured with each number of threads.
-        threads: of each contestant.
-        turns: of each contestant, at least 2; None is as many as fit into ``seconds``, and at least 5.
-        seconds: for all contestants together, for each batch size and number of threads, once they are warm.
-        name: of the network, for the table; None is how :func:`dsconv.zoo.build` was told, or its class.
+        batch_sizes: samples per call; each is measured with each number of threads.
+        threads: numbers of threads of each contestant.
+        turns: turns of each contestant, at least 2; None uses as many as fit into ``seconds``, and at least 5.
+        seconds: duration for all contestants together, for each batch size and number of threads, after warm-up.
+        name: name of the network, for the table; None uses its name in :func:`dsconv.zoo.build`, or its class.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
-        on_interrupt: what Ctrl-C does: ``"raise"`` KeyboardInterrupt, or end with the times so far (``"partial"``), if
+        on_interrupt: effect of Ctrl-C: ``"raise"`` raises KeyboardInterrupt, ``"partial"`` returns the times so far, if
             there are any.
 
     Raises:
-        ConfigError: an argument out of range.
+        ConfigError: an argument is out of range.
         DataError: there is no tensor in ``images``.
         ModelError: a network is in training mode, cannot run on the images or cannot be compiled.
 
@@ -101,7 +102,7 @@ def bench(
     shapes = [tuple(tensor.shape[own:]) for tensor, own in zip(x.tensors, x.batched, strict=True)]
     interrupted = False
     settings = len(batch_sizes) * len(threads)
-    # A thread that refreshed the bar would take its time from a contestant.
+    # A thread that refreshes the bar would take time from a contestant.
     bar = progress_bar(progress, f"bench {name}", settings, "settings", refreshes=False)
     with TemporaryDirectory() as folder, bar as advance:
         made = OnnxModels(reference, x, Path(folder))
@@ -157,7 +158,7 @@ def _check(
 
 
 def _images(images: Batch | Sequence[Any]) -> tuple[Inputs, str]:
-    """Arguments of the networks, and what they are in words."""
+    """Return the arguments of the networks, and a description of them."""
     if isinstance(images, Sequence) and images and all(isinstance(n, int) and n > 0 for n in images):
         generator = torch.Generator().manual_seed(0)
         x = torch.randn((_RANDOM_IMAGES, *images), generator=generator, dtype=torch.float32, device="cpu")
@@ -177,7 +178,7 @@ def _images(images: Batch | Sequence[Any]) -> tuple[Inputs, str]:
 
 
 class _Run:
-    """The settings of a benchmark, one after the other, and what they gave so far."""
+    """Settings of a benchmark, one after the other, and the results so far."""
 
     def __init__(
         self,
@@ -197,7 +198,7 @@ class _Run:
         self.shown = 0.0
 
     def show(self, what: str, done: float) -> None:
-        """Tell what is being done, and how many of the settings are."""
+        """Show the current activity, and the number of settings done."""
         self.advance(done - self.shown, what)
         self.shown = done
 
@@ -220,7 +221,7 @@ class _Run:
                         contestants.append(_checked(make(case), expected))
                     except (NotRun, MissingExtraError) as error:
                         self.not_run[name] = str(error)
-                    except Exception as error:  # whatever a runtime raises for a network that it does not know
+                    except Exception as error:  # a runtime may raise anything for an unsupported network
                         self.not_run[name] = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             with torch.inference_mode():
                 self._race(contestants, case, what, turns, seconds)
@@ -234,14 +235,14 @@ class _Run:
         try:
             for part in race.rounds(turns=turns, seconds=seconds):
                 self.show(f"{what}: measuring", self.settings_done + part)
-        finally:  # also when it is interrupted
+        finally:  # also if interrupted
             self.unsettled_turns += race.unsettled
             if min(map(len, race.times)) > 1:
                 self.timings += map(partial(_timing, case), contestants, race.times)
 
 
 def _timing(case: Case, contestant: Contestant, times: Sequence[float]) -> Timing:
-    """What is reported of ``times`` in seconds."""
+    """Return the reported figures of ``times`` in seconds."""
     first, median, third = quartiles([1e3 * time for time in times])
     return Timing(
         contestant=contestant.name,
@@ -264,16 +265,16 @@ def _outputs(reference: nn.Module, x: Inputs) -> list[Tensor]:
 
 
 def _checked(contestant: Contestant, expected: Sequence[Tensor]) -> Contestant:
-    """The contestant, if what it returns can be what the network does."""
+    """Return the contestant if its outputs match those of the network."""
     with torch.inference_mode():
         found = contestant.outputs()
     shapes, wanted = (", ".join(str(tuple(y.shape)) for y in ys) for ys in (found, expected))
     if shapes != wanted:
         raise NotRun(f"returns {shapes} instead of {wanted}")
-    # Integers, as of the largest class, differ by any amount where floats differ by little.
+    # Integers, such as the index of the largest class, may differ by any amount if floats differ slightly.
     floats = [(a, b) for a, b in zip(found, expected, strict=True) if b.is_floating_point()]
     errors = [float((a - b).norm() / b.norm()) for a, b in floats if not torch.equal(a, b)]
-    # One that is not a number is the largest.
+    # NaN counts as the largest error.
     error = max(errors, key=lambda value: math.inf if math.isnan(value) else value, default=0.0)
     of = "its output is" if len(expected) == 1 else "one of its outputs is"
     told = f"{of} {100 * error:.1f} % off PyTorch's"

@@ -1,4 +1,4 @@
-"""Where a measurement was made."""
+"""Description of the machine on which a measurement was made."""
 
 import os
 import platform
@@ -15,11 +15,11 @@ _CAPS = ("DSCONV_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, versions (None where a package is not installed) and instruction sets, as plain data.
+    """Return processor, versions (None for packages that are not installed) and instruction sets, as plain data.
 
-    ``caps`` are the environment's limits: ``DSCONV_MAX_ISA`` binds dsconv, ``ONEDNN_MAX_CPU_ISA`` oneDNN in PyTorch and
-    OpenVINO. ONNX Runtime and MNN have none. ``load_average`` is the number of threads, of all processes, that ran or
-    wanted to in the last minute; None where the system does not tell.
+    ``caps`` are limits from the environment: ``DSCONV_MAX_ISA`` for dsconv, ``ONEDNN_MAX_CPU_ISA`` for oneDNN in
+    PyTorch and OpenVINO. ONNX Runtime and MNN have none. ``load_average`` is the number of threads, of all processes,
+    that were running or ready in the last minute; None if the system does not report it.
 
     >>> sorted(machine())
     ['caps', 'cores', 'isa', 'load_average', 'processor', 'python', 'system', 'versions']
@@ -37,7 +37,7 @@ def machine() -> dict[str, Any]:
 
 
 def machine_notes(machine: dict[str, Any]) -> Iterator[str]:
-    """Lines of what :func:`machine` tells."""
+    """Yield the lines that describe the result of :func:`machine`."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
     yield f"{machine['processor']}, {machine['cores']} cores, {machine['isa'] or 'no extension'}; {versions}."
     if machine["load_average"] is not None:
@@ -50,12 +50,12 @@ def machine_notes(machine: dict[str, Any]) -> Iterator[str]:
 
 
 def processor() -> str:
-    """Name of the processor."""
+    """Return the name of the processor."""
     return ", ".join(sorted(_cpuinfo("model name"))) or platform.processor() or platform.machine()
 
 
 def why_no_bf16() -> str:
-    """Why nothing is measured in bf16; empty where the processor computes in it."""
+    """Return why nothing is measured in bf16; an empty string if the processor supports it."""
     flags = {flag for line in _cpuinfo("flags") | _cpuinfo("Features") for flag in line.split()}
     if not {"avx512_bf16", "amx_bf16", "bf16"} & flags:
         return "the processor has no bf16"
@@ -65,7 +65,7 @@ def why_no_bf16() -> str:
 
 
 def _cpuinfo(field: str) -> set[str]:
-    """Values of a field of Linux's account of the processors, each once."""
+    """Return the values of a field of ``/proc/cpuinfo``, without duplicates."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return {line.partition(":")[2].strip() for line in lines if line.startswith(field)}

@@ -1,4 +1,4 @@
-"""Fair turns of several contestants in one process, and what of their times is reported."""
+"""Fair turns of several contestants in one process, and statistics of their times."""
 
 import math
 import random
@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 SHORTEST_TURN_S = 0.002
 FEWEST_TURNS = 5
-# A call as long as this does not notice what the caches held before it.
+# A call of this duration is not affected by the previous contents of the caches.
 _LONG_CALL_S = 0.02
 _LONGEST_SETTLING_S = 0.1
 
 
 class Clock(NamedTuple):
-    """Where the time comes from; each in seconds."""
+    """Functions that return the time, in seconds."""
 
     now: Callable[[], float] = time.perf_counter
     used_by_process: Callable[[], float] = time.process_time
@@ -26,7 +26,7 @@ REAL = Clock()
 
 
 class Quartiles(NamedTuple):
-    """Of times, in their unit."""
+    """Quartiles of times, in their unit."""
 
     first: float
     median: float
@@ -34,7 +34,7 @@ class Quartiles(NamedTuple):
 
 
 def quartiles(times: Sequence[float]) -> Quartiles:
-    """Quartiles of two or more times, which are taken for all there are (``inclusive`` in :mod:`statistics`).
+    """Return the quartiles of two or more times, treated as the whole population (``inclusive`` in :mod:`statistics`).
 
     >>> quartiles([4.0, 1.0, 2.0, 3.0, 90.0])
     Quartiles(first=2.0, median=3.0, third=4.0)
@@ -43,7 +43,7 @@ def quartiles(times: Sequence[float]) -> Quartiles:
 
 
 def shortest(call: Callable[[], object], repeats: int = 3, clock: Clock = REAL) -> float:
-    """Least time of a few calls in seconds, after one that is not counted."""
+    """Return the least time of a few calls in seconds, after one warm-up call."""
     call()
     times = []
     for _ in range(repeats):
@@ -54,21 +54,21 @@ def shortest(call: Callable[[], object], repeats: int = 3, clock: Clock = REAL) 
 
 
 class Race:
-    """Turns of several contestants, in an order that is random in every round.
+    """Turns of several contestants, in a random order in every round.
 
-    A turn is of at least 2 ms, and begins with a call that is not counted unless calls are long: it brings the
-    contestant's data back into the caches and wakes its threads. Every runtime keeps its own threads, which by default
-    spin for a while after their work. That would cost the next contestant a core, and turning it off would slow down a
-    runtime in its own turn: so it stays on, and with several threads a turn begins only when this process has stopped
-    using processor time.
+    A turn takes at least 2 ms, and begins with an uncounted call unless calls are long: it loads the contestant's data
+    into the caches and wakes its threads. Every runtime has its own threads, which by default spin for a while after
+    their work. This would cost the next contestant a core, but disabling it would slow down a runtime in its own turn:
+    therefore it stays enabled, and with several threads a turn begins only when this process has stopped using
+    processor time.
 
     Args:
-        calls: what is timed; each is called a few times here, to warm up and to see how long it takes.
-        threads: of each contestant.
+        calls: the timed functions; each is called a few times here, for warm-up and to estimate its duration.
+        threads: number of threads of each contestant.
 
     Attributes:
-        times: of one call, in seconds, by contestant and turn.
-        unsettled: number of turns before which the threads of another had not come to rest within 0.1 s.
+        times: duration of one call, in seconds, by contestant and turn.
+        unsettled: number of turns before which the threads of another contestant had not stopped within 0.1 s.
     """
 
     def __init__(self, calls: Sequence[Callable[[], object]], threads: int, clock: Clock = REAL):
@@ -78,11 +78,11 @@ class Race:
         self.unsettled = 0
 
     def rounds(self, *, turns: int | None = None, seconds: float = 0.0) -> Iterator[float]:
-        """Run ``turns`` rounds, or for ``seconds`` and at least 5; yields after each round what part is done, 0..1."""
+        """Run ``turns`` rounds, or for ``seconds`` and at least 5; yield the fraction done, 0..1, after each round."""
         order, chance = list(range(len(self.calls))), random.Random(0)
         start, done = self.clock.now(), 0
         while done < (turns or FEWEST_TURNS) or (turns is None and self.clock.now() - start < seconds):
-            # A fixed order would give each the same predecessor's leftovers every time.
+            # In a fixed order, each contestant would always follow the same predecessor.
             chance.shuffle(order)
             for index in order:
                 self.times[index].append(self._turn(index))
@@ -106,7 +106,7 @@ class Race:
 
 
 def settle(clock: Clock = REAL) -> bool:
-    """Wait until no thread of this process spins any more; whether that came about within 0.1 s."""
+    """Wait until no thread of this process spins any more; return whether this happened within 0.1 s."""
     end = clock.now() + _LONGEST_SETTLING_S
     while clock.now() < end:
         used = clock.used_by_process()

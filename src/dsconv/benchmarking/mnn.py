@@ -1,6 +1,6 @@
-"""Models of MNN: made of ONNX files and looked at in another process, which MNN may print to and crash.
+"""MNN models, made from ONNX files and inspected in another process, since MNN prints to stdout and may crash.
 
-That process runs this file as a script, so it imports nothing of dsconv.
+The process runs this file as a script, so it imports nothing from dsconv.
 """
 
 import ctypes
@@ -15,38 +15,40 @@ from typing import Any
 
 
 def elsewhere(function: str, *arguments: object, made: Path) -> str:
-    """How another process ends that calls a function of this file, if it does not write ``made``; empty otherwise."""
+    """Call a function of this file in another process; return how it ended if it did not write ``made``, else
+    ``""``.
+    """
     command = [sys.executable, "-P", __file__, function, *map(str, arguments)]
     # The converter writes files into the current folder, which is deleted with the models.
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=made.parent)
     if done.returncode == 0 and made.exists():
         return ""
-    # After a crash, stdout holds the converter's progress, and stderr the reason.
+    # After a crash, stdout contains the converter's progress, and stderr the reason.
     said = done.stderr.splitlines()[-1:] if done.returncode else done.stdout.splitlines()[-2:]
     return ": ".join([f"MNN fails to {function} the network (exit code {done.returncode})", *said])[:300]
 
 
 def convert(network: str, model: str) -> None:
-    """Make a model of an ONNX file."""
-    # Not by MNN.tools, which installs a package and reports every conversion to MNN's makers.
+    """Make a model from an ONNX file."""
+    # Not through MNN.tools, which installs a package and reports every conversion to MNN's developers.
     import _tools
 
     _tools.mnnconvert(["", "-f", "ONNX", "--modelFile", network, "--MNNModel", model, "--bizCode", "dsconv"])
 
 
 def quantize(network: str, model: str, settings: str) -> None:
-    """Make a model in int8 of another model."""
+    """Make an int8 model from another model."""
     import _tools
 
     _tools.mnnquant(["", network, model, settings])
 
 
 def run(model: str, shape: str, operators: str) -> None:
-    """Run a model once, and write what it executes, in MNN's words, to the file ``operators``."""
+    """Run a model once, and write the operators that it executes, as named by MNN, to the file ``operators``."""
     import MNN
 
     network = MNN.Interpreter(model)
-    network.setSessionMode(0)  # Session_Debug, without which it does not tell
+    network.setSessionMode(0)  # Session_Debug, which is needed for this information
     session = network.createSession({"numThread": 1, "backend": "CPU"})
     network.resizeTensor(network.getSessionInput(session), tuple(json.loads(shape)))
     network.resizeSession(session)
@@ -62,7 +64,7 @@ def run(model: str, shape: str, operators: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what C and C++ print to stdout, as ``import MNN`` does."""
+    """Suppress the output of C and C++ to stdout within the block, such as that of ``import MNN``."""
     flush = ctypes.CDLL("ucrtbase" if os.name == "nt" else None).fflush
     sys.stdout.flush()
     flush(None)

@@ -1,7 +1,7 @@
-"""What a network is timed in: dsconv and other runtimes, each asked in which precision it really computes.
+"""Runtimes that a network is timed in: dsconv and others; each reports the precision that it actually uses.
 
-All take and return what the network does, in float32 where it is floating, and quantize and convert within the time
-that is measured.
+All take and return the tensors of the network, in float32 if they are floating-point; quantization and conversion are
+part of the measured time.
 """
 
 import json
@@ -39,19 +39,19 @@ _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 class NotRun(Exception):
-    """A contestant that cannot take part, and why."""
+    """A contestant cannot take part; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A runtime that is ready to run a network on one input.
+    """Runtime that is ready to run a network on one input.
 
     Attributes:
-        name: of the runtime, and the precision it computes in.
-        executed: what computes the layers, in the words of the runtime.
-        weight_bytes: of the weights and all other constants that it was given.
+        name: name of the runtime, and the precision it computes in.
+        executed: kernels that compute the layers, as named by the runtime.
+        weight_bytes: size of the weights and all other constants that it was given.
         call: runs the network once.
-        outputs: the tensors that such a run returns.
+        outputs: returns the output tensors of such a run.
     """
 
     name: str
@@ -62,14 +62,14 @@ class Contestant:
 
 
 def tensors_of_output(output: Any) -> list[Tensor]:
-    """Return the tensors in what a network returned, in the order in which runtimes return them."""
+    """Return the tensors in the output of a network, in the order in which runtimes return them."""
     return list(named_outputs(output).values())
 
 
 class OnnxModels:
-    """The float network as ONNX files in ``folder``, of any batch size, and as MNN's, which are made of these.
+    """Float network as ONNX files in ``folder``, with any batch size, and as MNN models made from these.
 
-    Each is made when it is first asked for.
+    Each is made when it is first requested.
 
     ``images`` are run through the network to find the ranges of activations for int8. ``inputs`` are the names of their
     tensors in the files.
@@ -88,12 +88,12 @@ class OnnxModels:
 
     @cached_property
     def float32(self) -> Path:
-        """As PyTorch exports it."""
+        """Return the file exported by PyTorch."""
         import_extra("bench", "onnx")
         if self.images.of_images:
             raise NotRun("an ONNX file has a fixed number of inputs, and the network takes a list of images")
         path = self.folder / "float32.onnx"
-        two = joined([self.images[:1]] * 2)  # one would be taken for a constant
+        two = joined([self.images[:1]] * 2)  # a batch of one would be treated as a constant
         assert isinstance(two, Inputs)
         flat = Flat(self.network, two)
         with torch.no_grad():
@@ -103,21 +103,21 @@ class OnnxModels:
         batch = {name: {0: "batch"} for name, own in zip((*self.inputs, *outputs), batched, strict=True) if own}
         names: dict[str, Any] = {"input_names": self.inputs, "output_names": outputs, "dynamic_axes": batch}
         with warnings.catch_warnings(), torch.no_grad():
-            # The newer exporter needs one more package and several times as long, for the same graph.
+            # The newer exporter needs another package and several times as long, for the same graph.
             warnings.simplefilter("ignore", DeprecationWarning)
-            # What a trace does not see shows in its output, which is compared.
+            # Errors of a trace show in its output, which is compared.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             torch.onnx.export(flat, tuple(two.tensors), str(path), **names, opset_version=_OPSET, dynamo=False)
         return path
 
     @cached_property
     def int8(self) -> Path:
-        """Activations as uint8 with one scale per tensor, weights as int8 with one per output, between Q and DQ."""
+        """Return a Q/DQ file with uint8 activations, one scale per tensor, and int8 weights, one scale per output."""
         return self._quantized("int8.onnx", None)
 
     @cached_property
     def int8_layers(self) -> Path:
-        """The same around convolutions and products alone."""
+        """Return the same with Q/DQ around convolutions and matrix products only."""
         return self._quantized("int8_layers.onnx", list(_LAYERS))
 
     def _quantized(self, name: str, operators: list[str] | None) -> Path:
@@ -128,7 +128,9 @@ class OnnxModels:
         return path
 
     def _mnn(self, kind: str) -> Path:
-        """In float32, or quantized by MNN's own tool, which reads images as text and crashes without their shapes."""
+        """Return a float32 model, or one quantized by MNN's tool, which reads images as text and crashes without
+        shapes.
+        """
         path = self.folder / f"{kind}.mnn"
         if kind == "float32":
             _make(path, "convert", self.float32, path)
@@ -146,19 +148,19 @@ class OnnxModels:
 
 
 def _weight_bytes(path: Path) -> int:
-    """Of all constants of an ONNX file."""
+    """Return the size of all constants of an ONNX file."""
     onnx = import_extra("bench", "onnx")
     return sum(onnx.numpy_helper.to_array(constant).nbytes for constant in onnx.load(path).graph.initializer)
 
 
 def _layers(path: Path) -> int:
-    """Number of convolutions and products in an ONNX file."""
+    """Return the number of convolutions and matrix products in an ONNX file."""
     onnx = import_extra("bench", "onnx")
     return sum(node.op_type in _LAYERS for node in onnx.load(path, load_external_data=False).graph.node)
 
 
 def _operators(path: Path) -> Counter[str]:
-    """What ONNX Runtime makes of the operators of a file."""
+    """Return the operators that ONNX Runtime executes for a file."""
     runtime, onnx = import_extra("bench", "onnxruntime"), import_extra("bench", "onnx")
     options, optimized = runtime.SessionOptions(), path.with_suffix(".optimized")
     options.optimized_model_filepath, options.log_severity_level = str(optimized), 3
@@ -169,7 +171,8 @@ def _operators(path: Path) -> Counter[str]:
         optimized.unlink(missing_ok=True)
 
 
-# KL, the default, crashes on some networks. Winograd needs scales that EMA alone finds, of a batch from its last image.
+# KL, the default, crashes on some networks. Winograd needs scales that only EMA finds, from the last image of a
+# batch.
 _MNN_SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {"feature_quantize_method": "ADMM"},
     "int8 Winograd": {"feature_quantize_method": "EMA", "winogradOpt": True, "batch_size": 1},
@@ -177,13 +180,13 @@ _MNN_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def _make(path: Path, function: str, *arguments: object) -> None:
-    """Have MNN make a file in another process."""
+    """Let MNN make a file in another process."""
     if reason := mnn.elsewhere(function, *arguments, made=path):
         raise NotRun(reason)
 
 
 def _mnn_operators(path: Path, shape: torch.Size) -> list[str]:
-    """What MNN makes of the operators of a file."""
+    """Return the operators that MNN executes for a file."""
     found = path.with_suffix(".operators")
     found.unlink(missing_ok=True)
     _make(found, "run", path, list(shape), found)
@@ -191,22 +194,22 @@ def _mnn_operators(path: Path, shape: torch.Size) -> list[str]:
 
 
 def _crash(path: Path, shapes: str) -> str:
-    """How a process ends in which OpenVINO compiles a file, if it does not survive that; empty otherwise.
+    """Return how a process ends in which OpenVINO compiles a file, if it crashes; otherwise an empty string.
 
-    ``shapes`` of inputs by name, as Python prints them.
+    ``shapes`` are the input shapes by name, in Python syntax.
     """
     code = (
         "import ast, sys, openvino; core = openvino.Core(); model = core.read_model(sys.argv[1]); "
         "model.reshape(ast.literal_eval(sys.argv[2])); core.compile_model(model, 'CPU')"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path), shapes], capture_output=True)
-    # An error has the exit code 1, and shows itself again here.
+    # An error has the exit code 1, and occurs again here.
     return "" if done.returncode in (0, 1) else f"its compiler crashes (exit code {done.returncode})"
 
 
 @dataclass(frozen=True)
 class Case:
-    """The case of a contestant: a network, its arguments and what it returns for them, a number of threads."""
+    """Case for a contestant: a network, its arguments, their expected outputs, and a number of threads."""
 
     network: nn.Module
     onnx: OnnxModels
@@ -215,12 +218,14 @@ class Case:
     threads: int
 
     def named(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors of the arguments by the ``names`` of a file's inputs: it lacks those that change nothing."""
+        """Return the tensors of the arguments by the ``names`` of a file's inputs; unused inputs are missing in a
+        file.
+        """
         tensors = dict(zip(self.onnx.inputs, self.x.tensors, strict=True))
         return {name: tensors[name] for name in names}
 
     def room(self) -> list[Tensor | None]:
-        """Memory for each output with a row for each sample; the others may be of any size, or of none."""
+        """Return memory for each output with a row per sample; other outputs may have any size, or none."""
         count = len(self.x)
         own = [y.numel() > 0 and y.dim() > 0 and len(y) == count for y in self.outputs]
         made = zip(self.outputs, own, strict=True)
@@ -228,7 +233,7 @@ class Case:
 
 
 def ours(qmodel: nn.Module, x: Inputs) -> list[Contestant]:
-    """A quantized network compiled, as it is, and compiled with the other algorithm where layers have two."""
+    """Return a quantized network compiled, not compiled, and compiled with the other algorithm if layers have two."""
     found, info = summary(qmodel), model_info(qmodel)
     bits = f"W{info.config.weight_bits}A{info.config.activation_bits or 'float'}, " if info is not None else ""
     executed = f"{bits}{', '.join(found.backends)}"
@@ -249,7 +254,7 @@ def ours(qmodel: nn.Module, x: Inputs) -> list[Contestant]:
 
 
 def _with_algorithm(qmodel: nn.Module, algorithm: Algorithm) -> nn.Module:
-    """A copy whose layers go by an algorithm, where they have it."""
+    """Return a copy whose layers use an algorithm, if they support it."""
     copy = copied(qmodel)
     for layer in copy.modules():
         if isinstance(layer, DSLayer) and algorithm in layer.algorithms:
@@ -330,8 +335,8 @@ def _openvino(case: Case, kind: str) -> Contestant:
     model = core.read_model(path)
     given = case.named([given.any_name for given in model.inputs])
     model.reshape({name: list(tensor.shape) for name, tensor in given.items()})
-    # OpenVINO gives the thread that compiles a stack for signals, and leaves it one without memory when several models
-    # have gone: this thread is not to have it, or the next signal with a handler ends the process.
+    # OpenVINO gives the thread that compiles a signal stack, and leaves it without memory after several models are
+    # freed: this must not be the current thread, or the next signal with a handler would end the process.
     with ThreadPoolExecutor(1) as other:
         compiled = other.submit(core.compile_model, model, "CPU", settings).result()
     made = case.room()
@@ -365,7 +370,7 @@ def _openvino(case: Case, kind: str) -> Contestant:
 
 
 def _for_openvino(case: Case, kind: str) -> tuple[Path, str]:
-    """The file that OpenVINO is to compile, and what is to be said about it."""
+    """Return the file that OpenVINO compiles, and a remark about it."""
     path = case.onnx.int8 if kind == "int8" else case.onnx.float32
     onnx = import_extra("bench", "onnx")
     names = [given.name for given in onnx.load(path, load_external_data=False).graph.input]
@@ -412,7 +417,7 @@ def _mnn(case: Case, kind: str) -> Contestant:
 
     def outputs() -> list[Tensor]:
         run()
-        return [torch.from_numpy(y.getNumpyData().copy())]  # which looks into y, and does not keep it
+        return [torch.from_numpy(y.getNumpyData().copy())]  # which is a view of y, and does not keep it alive
 
     executed = _executed(layers, case.onnx.layers(case.onnx.float32))
     name = " ".join([_named("MNN", precision, computed), *how])
@@ -420,14 +425,14 @@ def _mnn(case: Case, kind: str) -> Contestant:
 
 
 def _executed(layers: Mapping[str, int], wanted: int) -> str:
-    """Layers by what computes them, and if these are not ``wanted``, how many the model has."""
+    """Return the layers by the kernel that computes them, and the number of layers of the model if it differs."""
     text = ", ".join(f"{count} {name}" for name, count in sorted(layers.items()))
-    # As where quantization makes a part of the model constant.
+    # This happens where quantization makes a part of the model constant.
     return text if sum(layers.values()) == wanted else f"{text} (of {wanted} layers: the rest was left out or merged)"
 
 
 def _named(runtime: str, kind: str, computed: Counter[str]) -> str:
-    """A contestant after what its convolutions and products were computed in, as far as that is not ``kind``."""
+    """Return the name of a contestant by the precision of its convolutions and products, if it is not ``kind``."""
     if not computed:
         raise NotRun("no convolution or product was found in what it runs, so its precision is not known")
     if set(computed) == {kind}:
@@ -456,4 +461,4 @@ CONTESTANTS: dict[str, dict[str, Callable[[Case], Contestant]]] = {
         "MNN int8 Winograd": lambda case: _mnn(case, "int8 Winograd"),
     },
 }
-"""What each peer can run a network in, by name. Making one raises :class:`NotRun`, or whatever a runtime raises."""
+"""Precisions in which each peer can run a network, by name. Making one raises :class:`NotRun`, or any other error."""

@@ -1,4 +1,4 @@
-"""Where the time of a compiled network goes."""
+"""Times of the steps of a compiled network."""
 
 import math
 import time
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """What a step of a compiled network took.
+    """Time of one step of a compiled network.
 
     Attributes:
         name, operator, backend, fused, shape: as in :class:`dsconv.compilation.PlanStep`.
-        first_quartile_ms, median_ms, third_quartile_ms: for the whole batch, over the runs.
-        macs: multiply-adds of an image; 0 where it is no layer.
-        bytes: read and written for an image, with what is constant.
-        gmac_per_s: of the batch at the median time, in 1e9.
-        of_peak: that over what the threads reach in dot products with everything in their first cache.
+        first_quartile_ms, median_ms, third_quartile_ms: time for the whole batch, over the runs.
+        macs: multiply-adds per image; 0 if it is not a layer.
+        bytes: bytes read and written per image, including constants.
+        gmac_per_s: multiply-adds per second for the batch at the median time, in 1e9.
+        of_peak: ratio of this to the peak rate of the threads in dot products with all data in the L1 cache.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Profile(Printed):
     """Times of the steps of a compiled network; prints as a table.
 
     Attributes:
-        steps: in the order in which they run.
-        batch_size, threads, runs: how it was measured.
-        median_ms: of a whole run.
-        peak_gmac_per_s: measured in dot products of bytes, of one thread times the threads.
+        steps: the steps in execution order.
+        batch_size, threads, runs: settings of the measurement.
+        median_ms: time of a whole run.
+        peak_gmac_per_s: peak rate measured in dot products of bytes, of one thread times the number of threads.
         machine: see :func:`dsconv.benchmarking.machine.machine`.
     """
 
@@ -71,7 +71,7 @@ class Profile(Printed):
     machine: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return asdict(self)
 
     def __rich__(self) -> "Group":
@@ -114,16 +114,16 @@ class Profile(Printed):
 
 
 def profile(model: CompiledModel, x: Any, *, runs: int = 20) -> Profile:
-    """What each step of a compiled network takes for a batch, on the threads that PyTorch has now.
+    """Measure the time of each step of a compiled network for a batch, on the current number of PyTorch threads.
 
     Args:
         model: from :func:`dsconv.compile`.
-        x: float32 ``(N, ...)`` on the CPU, at least one image; or what else :func:`dsconv.compile` takes.
-        runs: that are timed, at least 2, after 3 that warm up.
+        x: float32 ``(N, ...)`` on the CPU, at least one image; or other arguments as for :func:`dsconv.compile`.
+        runs: number of timed runs, at least 2, after 3 warm-up runs.
 
     Raises:
-        DataError, ValueError: ``x`` holds no such tensor, or ``runs`` is below 2.
-        ModelError: an image size that the model cannot be captured for.
+        DataError, ValueError: ``x`` contains no such tensor, or ``runs`` is below 2.
+        ModelError: the model cannot be captured for the image size.
 
     >>> import dsconv
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2)).eval()
@@ -139,7 +139,7 @@ def profile(model: CompiledModel, x: Any, *, runs: int = 20) -> Profile:
     inputs = as_inputs(x)
     if not len(inputs):
         raise ValueError("x: expected at least one image, got an empty batch")
-    call(model, inputs)  # which settles what runs for this layout and batch
+    call(model, inputs)  # captures the program for this layout and batch
     program, plan, _ = model.program_for(inputs)
     times, totals = [], []
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What a benchmark of a network found, as plain data and as a table."""
+"""Results of a benchmark of a network, as plain data and as a table."""
 
 import json
 import math
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 OURS = "dsconv"
-# Who makes models in int8, and of which contestants.
+# Tools that make int8 models, and the contestants that use them.
 _INT8 = {
     "Q/DQ models of onnxruntime.quantization": ("ONNX Runtime int8", "OpenVINO int8"),
     "models of MNN's own tool": ("MNN int8",),
@@ -25,18 +25,18 @@ _INT8 = {
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What one contestant took for one batch.
+    """Time of one contestant for one batch.
 
     Attributes:
         contestant: ``dsconv`` (compiled), ``dsconv, not compiled``, ``dsconv, direct`` or ``dsconv, winograd``
-            (compiled, by the other algorithm), or a runtime and the precision it computed in.
-        executed: what computed the layers, in the words of the runtime.
-        weight_bytes: of the weights and all other constants that the runtime was given; of dsconv what they take in a
-            file, packed, and of MNN the whole file.
-        batch_size: samples a call.
-        threads: that the contestant was told to use.
-        turns: that were timed.
-        first_quartile_ms, median_ms, third_quartile_ms: of the time of one call, over the turns.
+            (compiled, with the other algorithm), or a runtime and the precision it computed in.
+        executed: kernels that computed the layers, as named by the runtime.
+        weight_bytes: size of the weights and all other constants given to the runtime; for dsconv, their packed size in
+            a file, and for MNN the whole file.
+        batch_size: samples per call.
+        threads: number of threads that the contestant was told to use.
+        turns: number of timed turns.
+        first_quartile_ms, median_ms, third_quartile_ms: time of one call, over the turns.
     """
 
     contestant: str
@@ -51,24 +51,24 @@ class Timing:
 
     @property
     def ms_per_image(self) -> float:
-        """Median time over the batch size."""
+        """Median time divided by the batch size."""
         return self.median_ms / self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(Printed):
-    """Times of a quantized network beside those of other runtimes; prints as a table.
+    """Times of a quantized network and of other runtimes; prints as a table.
 
     Attributes:
         network: its name.
-        input_shape: of one image, ``(C, H, W)``; of several tensors, a sample of the first.
-        input_shapes: where the network takes several tensors, those of a sample by name; empty for one.
-        config: settings of the quantized network as plain data, None where it does not know them.
-        calibration: on what the ranges of activations of int8 models were found.
-        timings: by batch size, number of threads and contestant; dsconv comes first.
-        not_run: contestants that did not take part, and why.
-        unsettled_turns: that began while threads of another contestant may still have been spinning.
-        machine: where it was measured, see :func:`dsconv.benchmarking.machine.machine`.
+        input_shape: shape of one image, ``(C, H, W)``; for several tensors, of a sample of the first.
+        input_shapes: if the network takes several tensors, the shapes of a sample by name; empty for one.
+        config: settings of the quantized network as plain data, None if unknown.
+        calibration: data used to find the ranges of activations of int8 models.
+        timings: times by batch size, number of threads and contestant; dsconv comes first.
+        not_run: contestants that did not take part, with the reason.
+        unsettled_turns: number of turns that began while threads of another contestant may still have been spinning.
+        machine: machine of the measurement, see :func:`dsconv.benchmarking.machine.machine`.
         interrupted: whether it was stopped early.
     """
 
@@ -85,17 +85,19 @@ class Bench(Printed):
 
     @property
     def title(self) -> str:
-        """Its network, and the size of a sample."""
+        """Name of its network, and the size of a sample."""
         shapes = self.input_shapes or {"": self.input_shape}
         sizes = [f"{name} {'x'.join(map(str, shape))}".strip() for name, shape in shapes.items()]
         return ", ".join([self.network, *sizes])
 
     def ratio(self, timing: Timing) -> float | None:
-        """Compiled dsconv's median time over that of ``timing``: below 1 dsconv is faster. None where it has none."""
+        """Return compiled dsconv's median time over that of ``timing``: below 1 dsconv is faster. None if not
+        available.
+        """
         return self._over(timing, (OURS, timing.batch_size, timing.threads))
 
     def speedup(self, timing: Timing) -> float | None:
-        """Its median time on one thread over that of ``timing``. None where it was not measured on one."""
+        """Return the contestant's median time on one thread over that of ``timing``. None if not measured on one."""
         return self._over(timing, (timing.contestant, timing.batch_size, 1))
 
     def _over(self, timing: Timing, other: tuple[str, int, int]) -> float | None:
@@ -105,7 +107,7 @@ class Bench(Printed):
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         rows = [
             {
                 **asdict(timing),
@@ -118,7 +120,7 @@ class Bench(Printed):
         return {**asdict(self), "timings": rows}
 
     def to_json(self) -> str:
-        """:meth:`to_dict` as JSON text."""
+        """Return :meth:`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     def __rich__(self) -> "Group":
@@ -175,7 +177,7 @@ class Bench(Printed):
 
 
 def read_benches(path: str | os.PathLike[str]) -> list[Bench]:
-    """What ``dsconv bench --out`` wrote.
+    """Read the file written by ``dsconv bench --out``.
 
     Raises:
         FileFormatError: the file is something else.
@@ -190,12 +192,12 @@ def read_benches(path: str | os.PathLike[str]) -> list[Bench]:
 
 
 def plural(threads: int) -> str:
-    """Their number in words."""
+    """Return the number of threads in words."""
     return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def digits(value: float) -> str:
-    """Three significant digits of a positive number, or three behind the point.
+    """Return a positive number with three significant digits, or three decimals.
 
     >>> [digits(value) for value in (0.04567, 1.2, 1234.5)]
     ['0.046', '1.20', '1234']

@@ -1,4 +1,4 @@
-"""A whole quantized network as one graph of integer operators with what follows them fused."""
+"""Compilation of a quantized network to one graph of integer operators with fused epilogues."""
 
 import warnings
 from typing import Any

@@ -34,9 +34,9 @@ _SIZES_KEPT = 16
 
 
 class Captured(NamedTuple):
-    """What runs for inputs of a size in a memory layout, and its table.
+    """Program for inputs of a size in a memory layout, and its table.
 
-    ``any_batch``: for batches of any size but one, or of one; otherwise for that of the input alone.
+    ``any_batch``: for all batch sizes except one, or for one; otherwise for the batch size of the input alone.
     """
 
     program: Program
@@ -45,12 +45,12 @@ class Captured(NamedTuple):
 
 
 class _Captures:
-    """Graphs of a model for inputs of one size and order in memory, and what runs for each layout of these.
+    """Graphs of a model for inputs of one size and dimension order, and the programs for each memory layout of these.
 
     Attributes:
-        graph: for any batch; None where the model cannot be captured so.
-        by_batch: graphs for one batch.
-        programs: by whether the batch is one, and strides; or by batch, threads and strides.
+        graph: for any batch size; None if the model cannot be captured that way.
+        by_batch: graphs for a single batch size.
+        programs: by whether the batch size is one, and strides; or by batch size, threads and strides.
     """
 
     def __init__(self, graph: Graph | None):
@@ -60,13 +60,13 @@ class _Captures:
 
 
 class CompiledModel(nn.Module):
-    """What :func:`compile` returns: call it as the model. It computes no gradients.
+    """Result of :func:`compile`: call it as the model. It computes no gradients.
 
     Attributes:
-        model: a copy of the quantized model of which it was made.
-        plan: table of what runs for a sample of the size of the example.
-        parts: names of the modules that are programs, where the model cannot be one as a whole: PyTorch runs what is
-            between them. Empty where it can.
+        model: a copy of the quantized model that it was made from.
+        plan: table of the steps for a sample of the size of the example.
+        parts: names of the modules that are programs, if the model cannot be one as a whole: PyTorch runs the rest.
+            Otherwise empty.
     """
 
     def __init__(self, model: nn.Module, example: Inputs, whole: bool = False):
@@ -87,8 +87,8 @@ class CompiledModel(nn.Module):
             self.plan = self._compile_parts(example, error)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Output for arguments of any batch size; other sizes of images, memory layouts and arguments that are no
-        tensors are captured first, and the last 16 are remembered.
+        """Return the output for arguments of any batch size; other image sizes, memory layouts and non-tensor arguments
+        are captured first, and the last 16 captures are kept.
         """
         inputs = Inputs(*args, **kwargs)
         with PyTorchOnOneThread():
@@ -98,7 +98,7 @@ class CompiledModel(nn.Module):
                 return self._run(inputs)
 
     def _compile_parts(self, example: Inputs, error: ModelError) -> Plan:
-        """Raises the error where no part can be compiled either."""
+        """Compile the parts of the model; raise ``error`` if no part can be compiled either."""
         in_parts = copied(self.model)
         try:
             names = compile_parts(in_parts, example, partial(CompiledModel, whole=True))
@@ -125,19 +125,19 @@ class CompiledModel(nn.Module):
                 return call(self.model, inputs)
 
     def train(self, mode: bool = True) -> Self:
-        """Change nothing: further image sizes are captured of the model as it was when it was compiled."""
+        """Do nothing: further image sizes are captured from the model as it was when it was compiled."""
         return self
 
     @property
     def preprocess(self) -> Preprocess | None:
-        """How its images are prepared: what ``model`` says."""
+        """Preprocessing of its images, as stored with ``model``."""
         return preprocess_of(self.model)
 
     def program_for(self, example: Any, this_batch: bool = False) -> Captured:
-        """What runs for the sizes and layouts of ``example``, or for ``this_batch`` alone, and its table.
+        """Return the program for the sizes and layouts of ``example``, or for ``this_batch`` alone, and its table.
 
         Raises:
-            ModelError: it is compiled in parts.
+            ModelError: the model is compiled in parts.
         """
         if self.parts:
             raise ModelError(f"the model is compiled in parts: look at one of {', '.join(self.parts)}")
@@ -196,31 +196,32 @@ class CompiledModel(nn.Module):
         fast_start: bool = False,
         other_sizes: bool = True,
     ) -> Saved:
-        """Write the network as a file that runs without PyTorch: by ``dsconv_runtime`` in Python, by libdsconv in C.
+        """Write the network as a file that runs without PyTorch: with ``dsconv_runtime`` in Python, with libdsconv in
+        C.
 
-        The file holds the steps of the plan, the weights at their width, the names of inputs and outputs as
-        :func:`dsconv.export_onnx` gives them, and how images are prepared where the model says so. The result has the
-        bits of this module for inputs that are contiguous, of any batch size, on any processor
-        (docs/compiled-files.md has the format). Image sizes are as free as the steps of the network are: it is captured
-        for some larger sizes, and where these have the same steps, they are those of all sizes.
+        The file contains the steps of the plan, the weights at their bit width, the names of inputs and outputs as in
+        :func:`dsconv.export_onnx`, and the preprocessing if the model has one. Its outputs are bitwise equal to those
+        of this module for contiguous inputs, for any batch size and on any processor (docs/compiled-files.md specifies
+        the format). Image sizes are as flexible as the steps of the network: it is captured for some larger sizes, and
+        if these have the same steps, the steps are used for all sizes.
 
         Args:
-            path: is replaced when the file is complete.
-            sizes: further examples, as :func:`compile` takes them: the file takes inputs of their sizes, and of that of
-                the example that was compiled, whatever its steps are.
+            path: replaced when the file is complete.
+            sizes: further examples, as for :func:`compile`: the file accepts inputs of their sizes, and of that of the
+                compiled example, whatever its steps are.
             classes: names of the classes, for a classifier.
-            fast_start: write the weights of all layers as the kernels read them. Layers by Winograd then take four
-                times as much of the file, which is opened several times faster, and whose memory processes share.
-            other_sizes: whether the file may take sizes of images that are not given. To find out, the network is
+            fast_start: write the weights of all layers in the layout of the kernels. Winograd layers then take four
+                times as much space in the file, which is opened several times faster, and processes share its memory.
+            other_sizes: whether the file may accept image sizes that are not given. To find out, the network is
                 captured twice more, which takes most of the time.
 
         Returns:
-            The size of the file in bytes, and the image sizes that it takes besides those given.
+            The size of the file in bytes, and the image sizes that it accepts besides those given.
 
         Raises:
-            ConfigError: ``sizes`` or ``classes`` are not such.
-            ModelError: PyTorch computes steps of the network, or the network is captured for each batch size by itself,
-                or it is not on the CPU.
+            ConfigError: ``sizes`` or ``classes`` are not valid.
+            ModelError: PyTorch computes steps of the network, or the network is captured for each batch size
+                separately, or it is not on the CPU.
             OSError: the file cannot be written.
 
         >>> import dsconv, tempfile
@@ -260,12 +261,13 @@ class CompiledModel(nn.Module):
         return Size(self._for_saving(example, 1), self._for_saving(example, 2))
 
     def _larger(self, size: Size, outputs: Sequence[str], rows: int, columns: int, alone: bool) -> Size:
-        """What runs for so many more rows and columns than those of ``size``, the size of the example.
+        """Return the programs for ``rows`` and ``columns`` more than those of ``size``, the size of the example.
 
-        ``alone``: one sample has the steps of several.
+        ``alone``: one sample has the same steps as several.
 
         Raises:
-            ModelError: the inputs have no rows and columns, or the network does not take so many, or not in its steps.
+            ModelError: the inputs have no rows and columns, or the network does not accept that many, or not with its
+                steps.
         """
         more = {Axis.ROWS: rows, Axis.COLUMNS: columns}
         ports = size.several.ports()[0]
@@ -273,7 +275,7 @@ class CompiledModel(nn.Module):
             raise ModelError("no input has rows and columns")
         shapes = [[n + more.get(axis, 0) for n, axis in zip(port.shape, port.axes, strict=True)] for port in ports]
         larger = self._example.filled(torch.zeros(1, *shape, dtype=torch.float32, device="cpu") for shape in shapes)
-        try:  # before a capture, which would log where it fails
+        try:  # before a capture, which would log an error if it fails
             with torch.inference_mode():
                 call(self.model, larger)
         except Exception as error:
@@ -288,7 +290,7 @@ class CompiledModel(nn.Module):
         return Size(one, several)
 
     def _for_saving(self, example: Inputs, count: int) -> Program:
-        """What runs for so many samples of the sizes of ``example`` that are contiguous."""
+        """Return the program for ``count`` contiguous samples of the sizes of ``example``."""
         both = list(zip(example.tensors, example.batched, strict=True))
         for name, (x, batched) in zip(input_names(example, self.model), both, strict=True):
             if not batched or x.dtype != torch.float32:
@@ -302,7 +304,7 @@ class CompiledModel(nn.Module):
             raise ModelError("the network cannot be saved: it takes the batch size as a number")
         return captured.program
 
-    # Graphs hold what cannot be copied or pickled everywhere: a copy captures anew when it is called.
+    # Graphs contain objects that cannot be copied or pickled everywhere: a copy captures again when it is called.
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_captured": {}, "_lock": None}  # type: ignore[no-untyped-call]
 
@@ -312,41 +314,42 @@ class CompiledModel(nn.Module):
 
 
 def compile(qmodel: nn.Module, example_input: Any) -> CompiledModel:
-    """A quantized network as one program for inference, on the CPU or, with dsconv[gpu], on a GPU.
+    """Compile a quantized network to one program for inference, on the CPU or, with dsconv[gpu], on a GPU.
 
-    The network is captured by :mod:`torch.export`, and its layers compute the BatchNorm, the additions and activations
-    that follow them, and quantize what they write for the layers that read it. What lies between steps has its place in
-    one piece of memory. Operators that the program does not know run in PyTorch; the plan names them. Of a model that
-    cannot be captured as a whole, as detectors whose post-processing depends on what they found, the largest modules
-    that can are programs, and PyTorch runs the rest: a warning says why, and the plan and ``parts`` list them.
+    The network is captured by :mod:`torch.export`; its layers compute the BatchNorm, additions and activations that
+    follow them, and quantize their output for the layers that read it. Intermediate tensors are placed in one block of
+    memory. Operators that the compiler does not support run in PyTorch; the plan lists them. If a model cannot be
+    captured as a whole, such as a detector whose post-processing depends on the detections, the largest modules that
+    can be captured become programs, and PyTorch runs the rest: a warning gives the reason, and the plan and ``parts``
+    list them.
 
-    The result returns the strides of ``qmodel``, and its bits as far as the plan has layers, sums, products, maxima
-    and piecewise linear activations, for an input of any memory layout, on the same number of threads.
-    Activations with an exponential, norms, softmax and some averages, which PyTorch rounds in one way or another by
-    layout, batch and processor, are rounded in one way of our own, a few units in the last place from the exact
-    numbers; here and there a mantissa of a later layer then falls on its other side. docs/kernels.md says which.
-    BatchNorm has PyTorch's bits where PyTorch computes one with fused multiply-adds: on processors with AVX2. A model
-    without BatchNorm, as :func:`dsconv.fold_batchnorm` makes it, has the same bits as its program everywhere.
+    The result has the strides of ``qmodel``, and is bitwise equal as far as the plan consists of layers, sums,
+    products, maxima and piecewise linear activations, for an input of any memory layout, on the same number of threads.
+    Activations with an exponential, norms, softmax and some averages, whose rounding in PyTorch depends on layout,
+    batch and processor, are rounded in one defined way, a few units in the last place from the exact values; this
+    occasionally changes a mantissa of a later layer. docs/kernels.md has the details. BatchNorm is bitwise equal if
+    PyTorch computes it with fused multiply-adds: on processors with AVX2. A model without BatchNorm, as
+    :func:`dsconv.fold_batchnorm` returns it, is bitwise equal to its program everywhere.
 
-    The model is captured with the state that it has now: forward may cache by shape, and branch on parameters and
-    buffers. Neither ``qmodel`` nor the graph keeps what forward sets meanwhile.
+    The model is captured with its current state: forward may cache by shape, and branch on parameters and buffers.
+    Neither ``qmodel`` nor the graph keeps what forward sets meanwhile.
 
     Args:
-        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, on one device; it is left as it is.
-        example_input: what ``qmodel`` is called with, for at least one sample: float32 ``(N, ...)``; or a tuple of its
-            arguments, or :class:`dsconv.Inputs`; or one list, dictionary or dataclass. Tensors of integers may be among
-            them. The batch may vary afterwards, and other image sizes, memory layouts and arguments are captured when
-            they come. A model that takes the batch size as a number, as ``len(x)`` does, is captured for each batch
-            size, and so is one that takes a list of images.
+        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, on one device; it is unchanged.
+        example_input: arguments of ``qmodel``, for at least one sample: float32 ``(N, ...)``; or a tuple of its
+            arguments, or :class:`dsconv.Inputs`; or one list, dictionary or dataclass. Integer tensors may be among
+            them. The batch size may vary afterwards; other image sizes, memory layouts and arguments are captured when
+            they first occur. A model that uses the batch size as a number, as ``len(x)`` does, is captured for each
+            batch size, as is one that takes a list of images.
 
     Returns:
-        A module to be called as ``qmodel`` is, which returns what that does: tensors, or lists, tuples, dictionaries
-        and dataclasses of them; ``print(compiled.plan)`` shows its steps.
+        A module that is called like ``qmodel`` and returns the same structure: tensors, or lists, tuples, dictionaries
+            and dataclasses of them; ``print(compiled.plan)`` shows its steps.
 
     Raises:
         DataError, ValueError: there is no tensor, or one that is not float32 or on another device than the model.
-        ModelError: the model holds no quantized layer, is not in float32, is in training mode or cannot be captured;
-            the message has the line of its code where that is known. Or dsconv was installed without its extension.
+        ModelError: the model has no quantized layer, is not in float32, is in training mode or cannot be captured; the
+            message names the line of its code if that is known. Or dsconv was installed without its extension.
 
     >>> import dsconv
     >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1)).eval()
@@ -373,7 +376,7 @@ def _examples(sizes: Any) -> list[Inputs]:
     """Return the examples of further sizes.
 
     Raises:
-        ConfigError: they are none.
+        ConfigError: they are not valid examples.
     """
     told = "sizes: expected a list of examples, as torch.zeros(1, 3, 320, 480, dtype=torch.float32), got "
     if not isinstance(sizes, list | tuple):
@@ -399,7 +402,7 @@ def _check_classes(classes: Sequence[str]) -> None:
 
 def _check_dtype(model: nn.Module) -> None:
     for name, value in model.named_parameters() if isinstance(model, nn.Module) else ():
-        # Quantized layers take every dtype: what they would have in float has no values.
+        # Quantized layers accept every dtype: the parameter for their float dtype has no values.
         if value.is_floating_point() and value.dtype != torch.float32 and value.numel():
             raise ModelError(
                 f"model {type(model).__name__}: parameter {name!r} is {value.dtype}, and programs compute in float32: "
@@ -411,7 +414,7 @@ def _device_of(model: nn.Module) -> torch.device:
     """Return the device of a model.
 
     Raises:
-        ModelError: its tensors are on several.
+        ModelError: its tensors are on several devices.
     """
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     devices = list(dict.fromkeys(tensor.device for tensor in tensors))
@@ -434,7 +437,7 @@ def _check(name: str, inputs: Inputs, device: torch.device) -> None:
 
 
 def _graph_for_any_batch(model: nn.Module, inputs: Inputs) -> Graph | None:
-    """None where its code turns the batch size into a number: it can be captured for one at a time."""
+    """Return None if its code converts the batch size to a number: it can be captured for one at a time."""
     if not any(inputs.batched):
         return None
     try:
@@ -448,7 +451,7 @@ def _graph_for_any_batch(model: nn.Module, inputs: Inputs) -> Graph | None:
 
 
 def _batch_in(graph: fx.GraphModule, inputs: Inputs) -> Any:
-    """The batch size, or its symbol."""
+    """Return the batch size, or its symbol."""
     made = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     return next((x.shape[0] for x, batched in zip(made, inputs.batched, strict=True) if batched), len(inputs))
 
@@ -456,12 +459,12 @@ def _batch_in(graph: fx.GraphModule, inputs: Inputs) -> Any:
 def _copy_of(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    graph.set_codegen(module.graph._codegen)  # a deep copy of which warns in some versions
+    graph.set_codegen(module.graph._codegen)  # a deep copy of it warns in some versions
     return fx.GraphModule(module, graph)
 
 
 def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
-    """Of ever new keys the oldest go."""
+    """Store a value, and remove the oldest ones beyond the limit."""
     kept.pop(key, None)
     while len(kept) >= _SIZES_KEPT:
         del kept[next(iter(kept))]

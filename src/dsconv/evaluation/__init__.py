@@ -1,4 +1,4 @@
-"""Accuracy and speed of a network, and the distance of a quantized one from its float original."""
+"""Accuracy and speed of a network, and the distance of a quantized network from its float original."""
 
 from dsconv.evaluation.compare import compare
 from dsconv.evaluation.evaluate import evaluate

@@ -1,4 +1,4 @@
-"""``dsconv.compare``: how close quantized networks stay to their float original."""
+"""``dsconv.compare``: compares quantized networks with their float original."""
 
 import math
 from collections import defaultdict, deque
@@ -52,21 +52,21 @@ def compare(
     Args:
         reference: the float network.
         qmodel: its quantized copy.
-        per_layer: compare the outputs of every DSConv layer as well. It keeps the reference's outputs of one batch in
+        per_layer: also compare the outputs of every DSConv layer. This keeps the reference's outputs of one batch in
             memory and adds to the measured times.
         each: called with every batch whose outputs have a distance: images; labels or None; the distance of each image,
             ``(N,)``, as divergence of logits, or as squared error relative to the mean of the batch; and the logits of
-            both classifiers, the reference's first, float64 ``(N, classes)`` on the CPU, or None of other networks.
-        metric: a function ``metric(reference_outputs, outputs, labels)`` of what both networks returned for a batch,
+            both classifiers, the reference's first, float64 ``(N, classes)`` on the CPU, or None for other networks.
+        metric: a function ``metric(reference_outputs, outputs, labels)`` of the outputs of both networks for a batch,
             and labels or None. It returns a distance, which is smaller for the closer network: a number for the batch,
-            a tensor ``(N,)`` of one for each image, or a dictionary of names to such, the first of which counts.
+            a tensor ``(N,)`` with one per image, or a dictionary of names to such values, whose first one counts.
         images, preprocess, batch_size, workers, device, limit, progress, on_interrupt, task, data_range: as in
-            `evaluate`; the task is told by the outputs of the reference.
+            `evaluate`; the task is determined from the outputs of the reference.
 
     Raises:
         ConfigError, DataError: as in `evaluate`.
         ModelError: as in `evaluate`; or the two networks differ in outputs or layers; or the metric raised an error or
-            returned no finite number.
+            returned a value that is not a finite number.
 
     >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
     <torch._C.Generator object at ...>
@@ -167,7 +167,7 @@ def compare_each(
 
 
 class _Sums(NamedTuple):
-    """Sums of a batch, or tuples of those of all batches."""
+    """Sums over a batch, or tuples of the sums over all batches."""
 
     score: Any
     outputs: Any
@@ -176,7 +176,7 @@ class _Sums(NamedTuple):
 
 
 def _check_logits(f: Mapping[str, Output], q: Mapping[str, Output], kinds: Kinds, name: str) -> None:
-    """Refuse networks of other classes than one another."""
+    """Raise ModelError if the networks have different numbers of classes."""
     for key in kinds.counted:
         a, b = f[key], q[key]
         if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape:
@@ -221,7 +221,7 @@ def _comparison(
 def _layer_errors(reference: nn.Module, qmodel: nn.Module, wanted: bool) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """Hook every DSConv layer of ``qmodel`` and its namesake in ``reference``.
 
-    Yields a function that returns, by layer, the float64 pair (sum f^2, sum (f - q)^2) since it was last called.
+    Yields a function that returns, by layer, the float64 pair (sum f^2, sum (f - q)^2) since its last call.
     """
     originals = dict(reference.named_modules(remove_duplicate=False))
     expected: defaultdict[str, deque[Tensor]] = defaultdict(deque)
@@ -229,7 +229,7 @@ def _layer_errors(reference: nn.Module, qmodel: nn.Module, wanted: bool) -> Iter
     hooks = []
 
     def remember(name: str, output: Tensor) -> None:
-        expected[name].append(output.clone())  # a ReLU in place would overwrite it before the quantized layer runs
+        expected[name].append(output.clone())  # an in-place ReLU would overwrite it before the quantized layer runs
 
     def compare_outputs(name: str, q: Tensor) -> None:
         f = expected[name].popleft().to(q.device).float() if expected[name] else None

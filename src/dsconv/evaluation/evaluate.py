@@ -29,31 +29,35 @@ def evaluate(
     task: Task | None = None,
     data_range: float | None = None,
 ) -> Evaluation:
-    """Measure accuracy and speed of a network: top-1 and top-5 of a classifier.
+    """Measure accuracy and speed of a network: top-1 and top-5 accuracy of a classifier.
 
-    With maps of classes ``(N, H, W)`` as labels it is the mean intersection over union of a network that segments, with
-    images ``(N, C, H, W)`` PSNR and SSIM of one that makes images. Of any other there is the speed, and whether its
-    outputs are finite. The model runs in evaluation and inference mode and leaves with the training flags and the
-    device it came with.
+    If labels are class maps ``(N, H, W)``, the accuracy is the mean intersection over union of a segmentation network;
+    if they are images ``(N, C, H, W)``, PSNR and SSIM of a network that produces images. For any other network, only
+    the speed is measured, and whether the outputs are finite. The model runs in evaluation and inference mode; its
+    training flags and device are restored.
 
     Args:
-        model: returns tensors. The main one is called ``logits``, in a dictionary or dataclass, or else is the first.
+        model: returns tensors. The main output is the one called ``logits`` in a dictionary or dataclass, otherwise the
+            first.
         images, batch_size, workers, limit: see `dsconv.data.batches`.
-        preprocess: how to read a folder; None is what the model says of itself, as one of `dsconv.zoo` or timm does.
-        device: where to run; None is where the model is.
-        progress: show the progress, its rate and the time left on stderr: as a bar in a terminal, else as a line now
-            and then.
-        on_interrupt: what Ctrl-C does: ``"raise"`` KeyboardInterrupt, or end with the figures so far (``"partial"``),
+        preprocess: preprocessing of a folder; None uses the one stored with the model, as for models of `dsconv.zoo` or
+            timm.
+        device: device on which to run; None is the device of the model.
+        progress: show the progress, its rate and the remaining time on stderr: as a bar in a terminal, otherwise as
+            occasional lines.
+        on_interrupt: effect of Ctrl-C: ``"raise"`` raises KeyboardInterrupt, ``"partial"`` returns the figures so far,
             if there are any.
-        task: kind of the outputs, ``classification``, ``segmentation``, ``images`` or ``other``; None is told by the
-            shape of the main output: ``(N, classes)``; ``(N, classes, H, W)``; ``(N, 1, H, W)`` or ``(N, 3, H, W)``;
-            any other.
-        data_range: of the values of images, such as 1 or 255; None: of each image, from its least value to its largest.
+        task: kind of the outputs, ``classification``, ``segmentation``, ``images`` or ``other``; None determines it
+            from the shape of the main output: ``(N, classes)``; ``(N, classes, H, W)``; ``(N, 1, H, W)`` or ``(N, 3, H,
+            W)``; any other.
+        data_range: range of the pixel values, such as 1 or 255; None uses the range of each image, from minimum to
+            maximum.
 
     Raises:
-        ConfigError: an argument out of range, or a device that is not there.
-        DataError: no images, unusable ones, or labels that do not belong to the outputs.
-        ModelError: the model cannot run on the images, returns no tensor, or other outputs from batch to batch.
+        ConfigError: an argument is out of range, or a device does not exist.
+        DataError: there are no images, unusable ones, or labels that do not match the outputs.
+        ModelError: the model cannot run on the images, returns no tensor, or returns different outputs from batch to
+            batch.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Identity())
     >>> images = torch.eye(8)[:, :, None, None]

@@ -1,4 +1,4 @@
-"""Maps of classes, as segmentation gives them: intersection over union."""
+"""Intersection over union of class maps from segmentation."""
 
 import math
 
@@ -7,22 +7,23 @@ from torch import Tensor
 
 from dsconv.errors import DataError
 
-# Pixels that belong to no class, in data sets of segmentation.
+# Label of pixels without a class in segmentation data sets.
 _VOID = 255
 
 
 def overlaps(wanted: Tensor, got: Tensor, classes: int) -> Tensor:
-    """Count, for each class, the pixels that are of it in both maps, in ``wanted`` and in ``got``.
+    """Count, for each class, the pixels that have it in both maps, in ``wanted``, and in ``got``.
 
     Args:
-        wanted: int64 class indices of any shape; pixels below 0 do not count, nor those of 255 unless that is a class.
+        wanted: int64 class indices of any shape; pixels below 0 are ignored, as are those of 255 unless that is a
+            class.
         got: the same, all from 0 to ``classes - 1``.
 
     Returns:
-        int64 ``(3, classes)``, which may be added up over images.
+        int64 ``(3, classes)``, which can be summed over images.
 
     Raises:
-        DataError: ``wanted`` holds another class.
+        DataError: ``wanted`` contains a class out of range.
 
     >>> overlaps(torch.tensor([0, 1, 1, 255]), torch.tensor([0, 1, 0, 1]), 2)
     tensor([[1, 1],
@@ -39,9 +40,9 @@ def overlaps(wanted: Tensor, got: Tensor, classes: int) -> Tensor:
 
 
 def mean_iou(counts: Tensor) -> float:
-    """Return the mean over classes of intersection over union in percent, of counts of :func:`overlaps`.
+    """Return the mean over classes of intersection over union in percent, from counts of :func:`overlaps`.
 
-    A class that no pixel has in either map does not count; NaN where none does.
+    A class without pixels in either map is ignored; NaN if there is no other.
 
     Source: Everingham et al., "The PASCAL Visual Object Classes Challenge", IJCV 2010, section 4.3.
 

@@ -1,23 +1,27 @@
-"""How far outputs of a quantized network are from those of its reference: the one definition that everything uses.
+"""Distance between the outputs of a quantized network and those of its reference: the single definition used
+everywhere.
 
-The kind of a network's outputs is told by the shape of its main output, the one called ``logits`` or else the first:
+The kind of a network's outputs is determined from the shape of its main output, the one called ``logits`` or else the
+first:
 
-* ``classification``: logits ``(N, classes)`` of two classes or more;
+* ``classification``: logits ``(N, classes)`` of two or more classes;
 * ``images``: ``(N, 1, H, W)`` or ``(N, 3, H, W)``;
-* ``segmentation``: logits ``(N, classes, H, W)`` of each pixel, of any other number of classes;
-* ``other``: all else.
+* ``segmentation``: logits ``(N, classes, H, W)`` of each pixel, with any other number of classes;
+* ``other``: everything else.
 
-A user's ``task`` takes the place of that. Logits of each position ``(N, classes, T)`` are ``other`` unless a user says
-``segmentation``, for so are boxes and sequences. Further outputs of the shape that the task has are measured like the
-main one, and the rest as ``other``.
+A user's ``task`` overrides this. Logits of each position ``(N, classes, T)`` are ``other`` unless the user passes
+``segmentation``, because boxes and sequences have the same shape. Further outputs with the shape of the task are
+measured like the main one, and the rest as ``other``.
 
-Networks are told apart by their distance. It is the sum, over outputs, of
+The distance of two networks is the sum, over outputs, of
 
-* the KL divergence ``KL(softmax(f) || softmax(q))`` of logits in nats, mean over the positions of an image and images;
-* the relative error ``sum (f - q)^2 / sum f^2`` of other outputs; where the shape differs, the error is all of ``f``.
+* the KL divergence ``KL(softmax(f) || softmax(q))`` of logits in nats, averaged over the positions of an image and over
+  images;
+* the relative error ``sum (f - q)^2 / sum f^2`` of other outputs; if the shapes differ, the error is all of ``f``.
 
-Beside the logits of a classifier, other outputs do not count: they are features, of which the logits are made. A single
-logit, ``(N, 1)`` or ``(N, 1, H, W)`` of a task that a user said, is that of the second of two classes: the first has 0.
+For a classifier, outputs other than logits are ignored: they are the features from which the logits are computed. A
+single logit, ``(N, 1)`` or ``(N, 1, H, W)`` with a task given by the user, belongs to the second of two classes: the
+logit of the first is 0.
 """
 
 import math
@@ -33,7 +37,7 @@ from dsconv.evaluation.outputs import check_same, main_output
 from dsconv.names import Task, check_task
 
 Output = Tensor | list[Tensor]
-"""An output of a batch, or a list of that of each image."""
+"""Output for a batch, or a list with the output for each image."""
 
 MeasureName = Literal["KL divergence", "relative error", "KL divergence and relative error"]
 
@@ -45,10 +49,10 @@ class Kinds:
     """Kinds of a network's outputs.
 
     Attributes:
-        task: of the main output, or as a user said.
-        main: name of the main output; None where there are no floats.
-        of: kind of each output of floats.
-        counted: those that the distance is of.
+        task: kind of the main output, or the one given by the user.
+        main: name of the main output; None if there are no floating-point outputs.
+        of: kind of each floating-point output.
+        counted: names of the outputs that contribute to the distance.
 
     >>> kinds = Kinds.told_by({"out": torch.zeros(2, 21, 8, 8), "boxes": torch.zeros(2, 4)}, 2)
     >>> kinds.of, kinds.measure
@@ -62,10 +66,10 @@ class Kinds:
 
     @classmethod
     def told_by(cls, outputs: Mapping[str, Output], images: int, task: Task | None = None) -> "Kinds":
-        """Tell the kinds by the outputs for a batch of ``images``, or by what a user says of them.
+        """Determine the kinds from the outputs for a batch of ``images``, or from the task given by the user.
 
         Raises:
-            ConfigError: there is no such task.
+            ConfigError: the task does not exist.
         """
         check_task(task)
         floats = {name: output for name, output in outputs.items() if _first(output).is_floating_point()}
@@ -76,7 +80,7 @@ class Kinds:
             name: told if _fits(shape, told, said=task is not None) else "other" for name, shape in shapes.items()
         }
         counted = tuple(name for name, kind in of.items() if kind == told or told != "classification")
-        # A user may say that there are logits where none have the shape: something is to count all the same.
+        # A user may claim logits where no output has their shape: something must count all the same.
         return cls(told, main, of, counted or tuple(of))
 
     @property
@@ -89,15 +93,15 @@ class Kinds:
 
 
 class Teller:
-    """Tells the kinds of a network's outputs by its first batch, and that those of later batches are the same.
+    """Determines the kinds of a network's outputs from its first batch, and checks that later batches match.
 
     Args:
-        name: of the network, in errors.
-        task: as a user says it.
-        data_range: of images.
+        name: name of the network, for errors.
+        task: task given by the user.
+        data_range: range of the pixel values.
 
     Raises:
-        ConfigError: there is no such task, or ``data_range`` is not above 0.
+        ConfigError: the task does not exist, or ``data_range`` is not above 0.
     """
 
     def __init__(self, name: str, task: Task | None, data_range: float | None = None):
@@ -121,17 +125,17 @@ class Teller:
 
     @property
     def task(self) -> Task:
-        """Return the result of the batches so far."""
+        """Return the task of the batches so far."""
         return "other" if self._kinds is None else self._kinds.task
 
     @property
     def measure(self) -> MeasureName:
-        """Return the result of the batches so far."""
+        """Return the name of the distance of the batches so far."""
         return "relative error" if self._kinds is None else self._kinds.measure
 
 
 def is_logits(kind: Task) -> bool:
-    """Tell whether outputs of this kind are logits."""
+    """Return whether outputs of this kind are logits."""
     return kind in ("classification", "segmentation")
 
 
@@ -140,7 +144,7 @@ def _first(output: Output) -> Tensor:
 
 
 def _shape(output: Output, images: int) -> tuple[int, ...] | None:
-    """Return the shape of what there is for one image; None where the output is not of each image."""
+    """Return the shape of the output for one image; None if there is no output per image."""
     if isinstance(output, list):
         return tuple(output[0].shape)
     return tuple(output.shape[1:]) if output.dim() and len(output) == images else None
@@ -167,7 +171,7 @@ def _fits(shape: tuple[int, ...] | None, task: Task, *, said: bool) -> bool:
 
 
 def logits_of(output: Tensor, kind: Task) -> Tensor:
-    """Return logits ``(N, classes)``, or ``(N, classes, ...)`` of positions, of two classes at least."""
+    """Return logits ``(N, classes)``, or ``(N, classes, ...)`` of positions, with at least two classes."""
     logits = output.flatten(1) if kind == "classification" else output
     return logits if logits.shape[1] > 1 else torch.cat([torch.zeros_like(logits), logits], 1)
 
@@ -175,7 +179,7 @@ def logits_of(output: Tensor, kind: Task) -> Tensor:
 def divergence(f: Tensor, q: Tensor, temperature: float = 1.0) -> Tensor:
     """Return ``T^2 KL(softmax(f / T) || softmax(q / T))`` in nats of logits ``(N, classes, ...)``, as ``(N,)``.
 
-    It is the mean over positions. Where ``f`` is not finite, a position has 0.
+    The result is the mean over positions. A position where ``f`` is not finite counts as 0.
 
     >>> f = torch.tensor([[2.0, 0.0]])
     >>> divergence(f, f), divergence(f, f.flip(1))
@@ -193,17 +197,17 @@ def rows(tensor: Tensor) -> Tensor:
 
 
 def errors(f: Tensor, q: Tensor, kind: Task, temperature: float = 1.0) -> Tensor:
-    """Return, of an output ``(N, ...)``, the divergence of logits or else ``sum (f - q)^2`` of each image, ``(N,)``."""
+    """Return the divergence of logits ``(N, ...)``, or ``sum (f - q)^2`` of other outputs, of each image, ``(N,)``."""
     if is_logits(kind):
         return divergence(logits_of(f, kind), logits_of(q, kind), temperature)
     return rows(torch.where(f.isfinite(), f - q, 0.0).square()).sum(1)
 
 
 def powers(outputs: Mapping[str, Output], kinds: Kinds) -> dict[str, float]:
-    """Return ``sum f^2`` of each output whose relative error counts, over what is finite.
+    """Return ``sum f^2`` of each output with a relative error, over its finite values.
 
     Raises:
-        ModelError: there are no outputs of floats.
+        ModelError: there are no floating-point outputs.
     """
     if not kinds.counted:
         raise ModelError(f"expected outputs of floats, by which networks are told apart, got {', '.join(outputs)}")
@@ -221,14 +225,14 @@ def distances(
     power: Mapping[str, float],
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return the distance at each image of a batch, ``(N,)``, differentiable in ``q``.
+    """Return the distance of each image of a batch, ``(N,)``, differentiable in ``q``.
 
     Args:
         f, q: outputs of the reference and of the quantized network.
         images: N.
-        kinds: those of the reference.
-        power: ``sum f^2`` of an image on average, by output, as a mean of :func:`powers` over many images.
-        temperature: T of the logits.
+        kinds: kinds of the reference's outputs.
+        power: mean ``sum f^2`` per image, by output, from :func:`powers` over many images.
+        temperature: temperature T of the logits.
     """
     found = [
         _by_image(f[name], q[name], images, kinds.of[name], power.get(name) or 1.0, temperature)
@@ -246,7 +250,7 @@ def _by_image(f: Output, q: Output, images: int, kind: Task, power: float, tempe
         errors(a[None], b[None], kind, temperature) if a.shape == b.shape else a.square().sum().reshape(1)
         for a, b in pairs
     ]
-    # An output that is not one of each image counts for all of them alike.
+    # An output that is not per image counts for all of them equally.
     return torch.cat(each).expand(images) / (scale * (1 if isinstance(f, list) else images))
 
 

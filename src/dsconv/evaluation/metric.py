@@ -1,4 +1,4 @@
-"""A user's own metric of a quantized network beside its reference."""
+"""User-defined metric for comparing a quantized network with its reference."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,16 +11,16 @@ from dsconv.errors import ConfigError, ModelError, first_line
 from dsconv.evaluation.scores import Sums
 
 Metric = Callable[[Any, Any, Any], Any]
-"""A distance of a quantized network from its reference on a batch: smaller is better.
+"""Distance of a quantized network from its reference on a batch: smaller is better.
 
-It gets what the reference returned for the batch, what the quantized network returned, and the labels or None. It
-returns a number for the batch, or a tensor ``(N,)`` of a number for each image, or a dictionary of names to such, of
-which the first is the distance and the others are shown.
+Its arguments are the reference's outputs for the batch, those of the quantized network, and the labels or None. It
+returns a number for the batch, or a tensor ``(N,)`` with a number per image, or a dictionary of names to such values;
+the first one is the distance, and the others are only shown.
 """
 
 
 def check_metric(metric: object) -> None:
-    """Raise ConfigError unless ``metric`` can be called, or is None."""
+    """Raise ConfigError unless ``metric`` is callable or None."""
     if metric is not None and not callable(metric):
         raise ConfigError(
             f"metric: expected a function of the reference's outputs, the quantized network's and labels, got "
@@ -40,15 +40,15 @@ def name_of(metric: Metric) -> str:
 def measured(
     metric: Metric | None, f: Any, q: Any, labels: Labels | None, images: int, first: int, *, finite: bool = True
 ) -> Sums:
-    """Return the numbers of a batch of ``images``, times these, by name; nothing without a metric.
+    """Return the values for a batch, multiplied by the number of ``images``, by name; empty without a metric.
 
     Args:
         metric, f, q, labels: the function and its arguments.
         first: number of the first image.
-        finite: refuse numbers that are not; those of a network that returned NaN may be NaN.
+        finite: reject non-finite values; they are allowed for a network that returned NaN.
 
     Raises:
-        ModelError: the metric raised an error, or returned something else than numbers.
+        ModelError: the metric raised an error, or returned something other than numbers.
     """
     if metric is None:
         return {}

@@ -1,4 +1,4 @@
-"""The tensors in what a network returned, by name."""
+"""Named tensors in the output of a network."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,14 +10,14 @@ from dsconv.errors import ModelError
 from dsconv.structures import leaves
 
 ONE = "output"
-"""Name of a tensor that is all that a network returned."""
+"""Name of the tensor if a network returns only one."""
 
 
 def named_outputs(output: Any) -> dict[str, Tensor]:
-    """Return every tensor in what a network returned, in order.
+    """Return every tensor in the output of a network, in order.
 
-    Names are the keys of a dictionary, the fields of a dataclass or named tuple, and places in a tuple or list, joined
-    by points where these are nested; a single tensor is called ``output``. What is no tensor is left out.
+    Names are the keys of a dictionary, the fields of a dataclass or named tuple, and indices in a tuple or list, joined
+    by dots if these are nested; a single tensor is called ``output``. Values that are not tensors are omitted.
 
     >>> import torch
     >>> x = torch.zeros(1)
@@ -36,7 +36,7 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
 
 
 def _parts(leaf: Any) -> dict[str, Any]:
-    """Take apart what is of a class that PyTorch was told how to, or that names nothing but logits."""
+    """Split an object of a class registered with PyTorch's pytree, or take the ``logits`` of another object."""
     held = tree_leaves(leaf)
     if len(held) != 1 or held[0] is not leaf:
         return {str(place): part for place, part in enumerate(held)}
@@ -44,7 +44,7 @@ def _parts(leaf: Any) -> dict[str, Any]:
 
 
 def main_output(outputs: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the main output: that which is called ``logits``, else the first one of floats; None: no such.
+    """Return the name of the main output: ``logits``, or else the first floating-point one; None if there is none.
 
     >>> import torch
     >>> x = torch.zeros(1)
@@ -56,9 +56,9 @@ def main_output(outputs: Mapping[str, Tensor]) -> str | None:
 
 
 def outputs_by_image(output: Any, images: int) -> dict[str, Tensor | list[Tensor]]:
-    """Return `named_outputs` of a batch, and what a network returned as a list with an entry for each image as lists.
+    """Return `named_outputs` of a batch; a list with an entry per image becomes named lists of tensors.
 
-    Detectors return such: a list of dictionaries, whose tensors may differ in shape from image to image.
+    Detectors return such lists: dictionaries whose tensors may differ in shape from image to image.
 
     >>> import torch
     >>> found = outputs_by_image([{"boxes": torch.zeros(n, 4)} for n in (3, 1)], images=2)
@@ -80,7 +80,7 @@ def _is_list_of_images(output: Any, images: int) -> bool:
 
 
 def check_outputs(name: str, output: Any, found: Mapping[str, object]) -> None:
-    """Raise ModelError where a network called ``name`` returned no tensor.
+    """Raise ModelError if a network called ``name`` returned no tensor.
 
     >>> check_outputs("model", "text", {})
     Traceback (most recent call last):
@@ -93,7 +93,7 @@ def check_outputs(name: str, output: Any, found: Mapping[str, object]) -> None:
 
 
 def check_same(expected: Iterable[str], got: Iterable[str], names: tuple[str, str]) -> None:
-    """Raise ModelError where two calls, of ``names``, returned other outputs than one another.
+    """Raise ModelError if two calls, of ``names``, returned different outputs.
 
     >>> check_same(["out"], ["out", "aux"], ("reference", "qmodel"))
     Traceback (most recent call last):

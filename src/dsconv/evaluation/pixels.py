@@ -1,20 +1,20 @@
-"""Images beside images: squared error and structural similarity.
+"""Comparison of images: squared error and structural similarity.
 
-torchmetrics has both. It brings three packages and its own way to keep sums, for two short formulas.
+torchmetrics provides both, but brings three packages and its own way to keep sums for two short formulas.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Of Wang et al.: a window of 11 x 11 weights of a Gaussian.
+# From Wang et al.: a window of 11 x 11 Gaussian weights.
 _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
 
 
 def ranges(wanted: Tensor, data_range: float | None) -> Tensor:
-    """Return the range of each of the images ``(N, C, H, W)``: ``data_range``, or from its least to its largest value.
+    """Return the range of each of the images ``(N, C, H, W)``: ``data_range``, or its maximum minus its minimum.
 
-    One without a range has 1.
+    A constant image has the range 1.
     """
     if data_range is not None:
         return torch.full_like(wanted[:, 0, 0, 0], data_range)
@@ -25,7 +25,7 @@ def ranges(wanted: Tensor, data_range: float | None) -> Tensor:
 def squared_error(wanted: Tensor, got: Tensor, data_range: float | None) -> Tensor:
     """Return the mean squared error of each image in units of its squared range, ``(N,)``.
 
-    The peak signal to noise ratio of images is ``-10 log10`` of its mean.
+    The peak signal-to-noise ratio of images is ``-10 log10`` of its mean.
 
     >>> x = torch.tensor([0.0, 4.0]).reshape(1, 1, 1, 2)
     >>> squared_error(x, x + 1, None), squared_error(x, x + 1, 8.0)
@@ -35,10 +35,10 @@ def squared_error(wanted: Tensor, got: Tensor, data_range: float | None) -> Tens
 
 
 def ssim(wanted: Tensor, got: Tensor, data_range: float | None) -> Tensor:
-    """Return the structural similarity of images ``(N, C, H, W)`` of 11 x 11 pixels or more, ``(N,)``, 1 where equal.
+    """Return the structural similarity of images ``(N, C, H, W)`` of 11 x 11 pixels or more, ``(N,)``; 1 if equal.
 
-    It is the mean, over channels and all places of an 11 x 11 window of Gaussian weights of standard deviation 1.5, of
-    ``(2 mx my + c1) (2 sxy + c2) / ((mx^2 + my^2 + c1) (sx^2 + sy^2 + c2))``, where ``c1 = (0.01 R)^2`` and
+    It is the mean, over channels and all positions of an 11 x 11 window of Gaussian weights with standard deviation
+    1.5, of ``(2 mx my + c1) (2 sxy + c2) / ((mx^2 + my^2 + c1) (sx^2 + sy^2 + c2))``, where ``c1 = (0.01 R)^2`` and
     ``c2 = (0.03 R)^2`` for a range R.
 
     Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", IEEE Transactions
@@ -62,5 +62,5 @@ def ssim(wanted: Tensor, got: Tensor, data_range: float | None) -> Tensor:
 
 
 def has_windows(images: Tensor) -> bool:
-    """Tell whether images ``(N, C, H, W)`` are large enough for :func:`ssim`."""
+    """Return whether images ``(N, C, H, W)`` are large enough for :func:`ssim`."""
     return min(images.shape[2:]) >= _WINDOW

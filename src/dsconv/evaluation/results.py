@@ -1,4 +1,4 @@
-"""Figures of a network on a set of images, and of a quantized one beside its reference: as tables and plain data."""
+"""Figures of a network on a set of images, and comparison of a quantized network with its reference."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -17,16 +17,17 @@ class Evaluation(Printed):
 
     Attributes:
         images: number of images evaluated, without the broken ones.
-        task: kind of the outputs, which says what is measured, see :class:`Closeness`.
-        top1, top5: percent of images whose label is the largest logit, or among the five largest (equal logits rank
-            by class index); None without labels, and ``top5`` also below 6 classes. A non-finite image is wrong.
-        miou: mean intersection over union in percent, over all classes that are in labels or outputs; None unless
-            labels are maps of classes ``(N, H, W)``.
-        psnr_db, ssim: peak signal to noise ratio and structural similarity of images; None unless labels are images
-            ``(N, C, H, W)``, the targets.
-        nonfinite: number of images with a NaN or an infinity among the logits, or among other outputs of a network that
-            is no classifier.
-        seconds: time in the network's forward passes, without reading and preprocessing images.
+        task: kind of the outputs, which selects the measures, see :class:`Closeness`.
+        top1, top5: percentage of images whose label has the largest logit, or one of the five largest (equal logits
+            rank by class index); None without labels, and ``top5`` also below 6 classes. A non-finite image counts as
+            wrong.
+        miou: mean intersection over union in percent, over all classes that occur in labels or outputs; None unless
+            labels are class maps ``(N, H, W)``.
+        psnr_db, ssim: peak signal-to-noise ratio and structural similarity of images; None unless labels are target
+            images ``(N, C, H, W)``.
+        nonfinite: number of images with a NaN or an infinity among the logits, or among the outputs of a network that
+            is not a classifier.
+        seconds: duration of the network's forward passes, without reading and preprocessing images.
         broken: files that could not be read, each with ``.path`` and ``.reason``.
         interrupted: True if the evaluation was stopped early and covers only some of the images.
     """
@@ -45,12 +46,12 @@ class Evaluation(Printed):
 
     @property
     def images_per_second(self) -> float:
-        """Throughput of the forward passes."""
+        """Throughput of the forward passes, in images per second."""
         return self.images / self.seconds if self.seconds else math.inf
 
     @property
     def missing(self) -> str | None:
-        """What keeps a network that is no classifier from having an accuracy, in a sentence; None where it has one."""
+        """Reason why a network that is not a classifier has no accuracy, in a sentence; None if it has one."""
         if self.miou is not None or self.psnr_db is not None:
             return None
         return _MISSING.get(self.task)
@@ -59,7 +60,7 @@ class Evaluation(Printed):
         return {name: finite_or_none(getattr(self, name)) for name in ("top1", "top5", *_ACCURACIES, *_OTHERS)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures for JSON; an infinite or undefined one is None."""
+        """Return the figures for JSON; an infinite or undefined one is None."""
         broken = [entry._asdict() for entry in self.broken]
         facts = {"images": self.images, "task": self.task}
         return {**facts, **self._figures(), "broken": broken, "interrupted": self.interrupted}
@@ -82,19 +83,21 @@ _MISSING: dict[Task, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Closeness:
-    """Closeness of an output q of the quantized network to that of its reference, f.
+    """Closeness of an output q of the quantized network to the output f of its reference.
 
     Attributes:
         kind: ``classification``, ``segmentation``, ``images`` or ``other``: see :mod:`dsconv.evaluation.measures`.
-        images: number of those that are finite in both and have one shape in both, of which all figures are but these:
-        differing: number of images for which the shape of the output is another.
-        sqnr_db: 10 log10(sum f^2 / sum (f - q)^2) in dB; infinite where f = q. None where it is no floats.
-        relative_error: sum (f - q)^2 / sum f^2; an image whose shape differs is as wrong as zeros.
-        agreement: percent of images with the same largest logit, or of pixels with the same class, as a mean over
-            images; a non-finite image does not agree. Of whole numbers, percent that are equal. Else None.
+        images: number of images whose outputs are finite and have the same shape in both networks; figures are
+            over these unless stated otherwise.
+        differing: number of images for which the shapes of the output differ.
+        sqnr_db: 10 log10(sum f^2 / sum (f - q)^2) in dB; infinite if f = q. None for outputs that are not
+            floating-point.
+        relative_error: sum (f - q)^2 / sum f^2; an image with a different shape counts as zeros.
+        agreement: percentage of images with the same largest logit, or of pixels with the same class, averaged over
+            images; a non-finite image does not agree. For integers, percentage of equal values. Otherwise None.
         kl: mean of KL(softmax(f) || softmax(q)) in nats, over pixels and images; None unless these are logits.
-        miou: mean intersection over union of the largest logits in percent; None unless of pixels.
-        psnr_db, ssim: peak signal to noise ratio and structural similarity, None unless these are images.
+        miou: mean intersection over union of the largest logits in percent; None unless they are per pixel.
+        psnr_db, ssim: peak signal-to-noise ratio and structural similarity, None unless these are images.
     """
 
     kind: Task
@@ -110,12 +113,12 @@ class Closeness:
 
     @property
     def distance(self) -> float:
-        """The divergence of logits, else the relative error; NaN of whole numbers."""
+        """Divergence of logits, otherwise the relative error; NaN for integers."""
         found = self.relative_error if self.kl is None else self.kl
         return math.nan if found is None else found
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures for JSON; an infinite or undefined one is None."""
+        """Return the figures for JSON; an infinite or undefined one is None."""
         return {name: finite_or_none(value) if name in _MEASURES else value for name, value in asdict(self).items()}
 
 
@@ -133,21 +136,21 @@ _MEASURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Evaluation):
-    """A quantized network beside its reference; the figures of `Evaluation` are those of the quantized one.
+    """Comparison of a quantized network with its reference; the figures of `Evaluation` are those of the quantized one.
 
     Attributes:
-        reference: the same figures of the reference network.
-        agreement, kl: of the logits, see :class:`Closeness`; None where the main output is none.
-        logit_sqnr_db: SQNR of the logits, or else of the main output; NaN where there is nothing to compare.
-        layer_sqnr_db: the same for the outputs of every DSConv layer that ran, by name; each network's layer sees
-            that network's own inputs, so errors of earlier layers are included.
+        reference: the same figures for the reference network.
+        agreement, kl: measures of the logits, see :class:`Closeness`; None if the main output is not logits.
+        logit_sqnr_db: SQNR of the logits, or else of the main output; NaN if there is nothing to compare.
+        layer_sqnr_db: SQNR of the outputs of every DSConv layer that ran, by name; each network's layer gets that
+            network's own inputs, so errors of earlier layers are included.
         outputs: closeness of every output, by name, such as ``output`` for a single tensor, or ``boxes.0``.
         main: name of the main output.
-        counted: names of those that ``distance`` is of.
-        measure: name of ``distance``: ``KL divergence``, ``relative error``, both, or that of the metric.
-        distance: by which networks are told apart: of a metric its first number, else see
+        counted: names of the outputs that contribute to ``distance``.
+        measure: name of ``distance``: ``KL divergence``, ``relative error``, both, or the name of the metric.
+        distance: distance used to compare networks: the first value of a metric, otherwise see
             :mod:`dsconv.evaluation.measures`.
-        metrics: means over the images of what a user's metric returned, by name.
+        metrics: means over the images of the values returned by a user's metric, by name.
     """
 
     reference: Evaluation
@@ -164,12 +167,12 @@ class Comparison(Evaluation):
 
     @property
     def quantized(self) -> Evaluation:
-        """The figures of the quantized network alone."""
+        """Figures of the quantized network alone."""
         return Evaluation(**{name: getattr(self, name) for name in Evaluation.__dataclass_fields__})
 
     @property
     def missing(self) -> str | None:
-        """The outputs that differ in shape, and what to do, in two sentences; None where there are none."""
+        """The outputs that differ in shape, and what to do, in two sentences; None if there are none."""
         differing = {name: found.differing for name, found in self.outputs.items() if found.differing}
         if not differing or self.metrics:
             return None
@@ -180,7 +183,7 @@ class Comparison(Evaluation):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures for JSON; an infinite or undefined one is None."""
+        """Return the figures for JSON; an infinite or undefined one is None."""
         common = super().to_dict()
         return {
             **{name: common[name] for name in ("images", "task", "broken", "interrupted")},

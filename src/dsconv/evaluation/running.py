@@ -1,4 +1,4 @@
-"""Runs networks over images: a pass with progress, outputs of a batch, and the mode and device for both."""
+"""Execution of networks over images: a pass with progress, outputs of a batch, and the mode and device for both."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ Step = TypeVar("Step")
 
 @dataclass
 class ImagePass:
-    """One pass over the images, with progress and Ctrl-C heeded."""
+    """One pass over the images, with progress and handling of Ctrl-C."""
 
     what: str
     batches: Batches
@@ -42,7 +42,7 @@ class ImagePass:
         Raises:
             DataError: there are no images.
         """
-        # One entry per whole batch, added up afterwards: an interrupt never leaves half a batch counted.
+        # One entry per complete batch, summed afterwards: an interrupt never leaves half a batch counted.
         results: list[Step] = []
         with progress_bar(self.progress, self.what, self.batches.total, "img") as advance:
             try:
@@ -78,7 +78,7 @@ class ImagePass:
 
 @contextmanager
 def ready(models: list[nn.Module], device: str | torch.device | None) -> Iterator[None]:
-    """Put ``models`` into evaluation mode, inference mode and on ``device`` for as long as the block lasts."""
+    """Put ``models`` into evaluation mode, inference mode and on ``device`` for the duration of the block."""
     homes = [device_of(model) for model in models]
     try:
         for model in models:
@@ -94,10 +94,10 @@ def ready(models: list[nn.Module], device: str | torch.device | None) -> Iterato
 
 
 def timed_outputs(name: str, model: nn.Module, x: Batch) -> tuple[Any, dict[str, Output], float]:
-    """Return what ``model`` returned, its tensors on the CPU by name, and the seconds; copying waits for the device.
+    """Return the output of ``model``, its tensors on the CPU by name, and the seconds; copying waits for the device.
 
     Raises:
-        ModelError: it cannot run on ``x``, or returns no tensor.
+        ModelError: the model cannot run on ``x``, or returns no tensor.
     """
     x = as_input_of(model, x)
     start = time.perf_counter()
@@ -110,7 +110,7 @@ def timed_outputs(name: str, model: nn.Module, x: Batch) -> tuple[Any, dict[str,
 
 
 def outputs_of(name: str, model: nn.Module, x: Batch, dtype: torch.dtype) -> dict[str, Output]:
-    """Return the tensors that ``model`` returns for ``x``, by name, those of floats in ``dtype``.
+    """Return the tensors that ``model`` returns for ``x``, by name, with floating-point ones in ``dtype``.
 
     Raises:
         ModelError: as :func:`timed_outputs`.
@@ -131,7 +131,7 @@ _UNABLE = (RuntimeError, TypeError)
 def forward(
     name: str, model: nn.Module, x: Batch, errors: type[Exception] | tuple[type[Exception], ...] = _UNABLE
 ) -> Any:
-    """Return the output of ``model``, called ``name`` in the ModelError that takes the place of ``errors``."""
+    """Return the output of ``model``, called ``name`` in the ModelError that replaces ``errors``."""
     x = as_input_of(model, x)
     try:
         return call(model, x)

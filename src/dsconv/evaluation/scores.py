@@ -1,4 +1,4 @@
-"""Sums over a batch: how often a network is right, and how far a quantized one is from its reference."""
+"""Sums over a batch: correct outputs of a network, and distance of a quantized network from its reference."""
 
 import math
 import warnings
@@ -19,7 +19,7 @@ from dsconv.numerics import sqnr_db
 
 Sums = dict[str, Any]
 
-# Values of an output that are looked at together, in float64.
+# Number of values of an output that are processed together, in float64.
 _AT_ONCE = 1 << 22
 
 
@@ -32,10 +32,10 @@ def score(
     folder: ImageFolder | None,
     data_range: float | None = None,
 ) -> Sums:
-    """Return sums of what a network does by itself: images that are not finite, and how right the others are.
+    """Return sums for a single network: non-finite images, and correctness of the others.
 
     Raises:
-        DataError: labels, or names of classes in ``folder``, do not belong to the model.
+        DataError: labels, or names of classes in ``folder``, do not match the model.
     """
     counted = kinds.counted if kinds.task == "classification" else kinds.of
     finite = torch.ones(images, dtype=torch.bool, device="cpu")
@@ -52,7 +52,7 @@ def score(
     if kinds.task == "classification":
         logits = logits_of(main, kinds.task).double()
         return found | _right(logits, finite, None if labels is None else labels.cpu(), folder)
-    if labels is None or labels.dim() == 1:  # of class folders, which are nothing to compare maps with
+    if labels is None or labels.dim() == 1:  # labels of class folders, which cannot be compared with maps
         return found
     labels = labels.cpu()
     if kinds.task == "segmentation":
@@ -66,7 +66,7 @@ def score(
 
 
 def _finite(output: Output, images: int) -> Tensor:
-    """Tell which images ``(N,)`` an output is finite for; one that is not of each image is finite for all or none."""
+    """Return for which images ``(N,)`` an output is finite; an output that is not per image counts for all."""
     if isinstance(output, list):
         return torch.stack([tensor.isfinite().all() for tensor in output])
     if output.dim() and len(output) == images:
@@ -77,7 +77,7 @@ def _finite(output: Output, images: int) -> Tensor:
 def _right(logits: Tensor, finite: Tensor, labels: Tensor | None, folder: ImageFolder | None) -> Sums:
     """Count the images whose label is the largest of the logits ``(N, classes)``, or among the five largest."""
     classes = logits.shape[1]
-    # Names that were given, and not those of class folders, which may be any.
+    # Only names that were given, since those of class folders may be anything.
     names = None if folder is None or folder.order not in (None, "given") else folder.classes
     if names is not None and len(names) != classes:
         raise DataError(
@@ -90,7 +90,7 @@ def _right(logits: Tensor, finite: Tensor, labels: Tensor | None, folder: ImageF
         raise DataError(f"labels: expected {expected}, got a {labels.dtype} tensor {tuple(labels.shape)}")
     _check_labels(labels, classes, folder)
     target = logits.gather(1, labels[:, None])
-    # The rank argmax implies: among equal logits the lower class comes first.
+    # The rank that argmax implies: among equal logits the lower class comes first.
     number = torch.arange(classes, dtype=torch.int64, device="cpu")
     ahead = (logits > target) | ((logits == target) & (number < labels[:, None]))
     rank = ahead.sum(1)
@@ -108,7 +108,7 @@ def _overlaps_with(labels: Tensor, logits: Tensor) -> Tensor:
 
 
 def _check_labels(labels: Tensor, classes: int, folder: ImageFolder | None) -> None:
-    # A folder's labels are all known: a wrong one shows in the first batch instead of after an hour.
+    # All labels of a folder are known: a wrong one shows in the first batch instead of after an hour.
     known = labels if folder is None or folder.labels is None else folder.labels
     wrong = (known < 0) | (known >= classes)
     if wrong.any():
@@ -137,11 +137,11 @@ def _check_labels(labels: Tensor, classes: int, folder: ImageFolder | None) -> N
 
 
 def closeness(f: Output, q: Output, kind: Task | None, images: int, data_range: float | None = None) -> Sums:
-    """Return sums from which the measures of an output follow, of the reference ``f`` and of ``q``; of a batch.
+    """Return sums over a batch for the measures of an output ``f`` of the reference and ``q`` of the quantized network.
 
     Args:
-        kind: None where the output is no floats.
-        data_range: of images, see :func:`dsconv.evaluation.pixels.ssim`.
+        kind: None if the output is not floating-point.
+        data_range: range of the pixel values, see :func:`dsconv.evaluation.pixels.ssim`.
     """
     total: Sums = {"images": images, "differing": 0, "lost": 0.0}
     for a, b, weight in _alike(f, q, images):
@@ -157,9 +157,9 @@ def closeness(f: Output, q: Output, kind: Task | None, images: int, data_range: 
 
 
 def _alike(f: Output, q: Output, images: int) -> Iterator[tuple[Tensor, Tensor | None, int]]:
-    """Cut a batch: yield some images ``(n, ...)`` of both, or None for those that differ in shape.
+    """Split a batch: yield some images ``(n, ...)`` of both outputs, or None for those that differ in shape.
 
-    The number is that of the images that each of these stands for: one, unless the output is of the batch as a whole.
+    The number is the count of images that each entry represents: one, unless the output is for the batch as a whole.
     """
     if isinstance(f, list):
         for a, b in zip(f, q, strict=True):
@@ -211,7 +211,7 @@ def _of_pictures(wanted: Tensor, got: Tensor, data_range: float | None) -> Sums:
 
 
 def map_figures(total: Sums) -> dict[str, float | None]:
-    """Return the figures of maps and images in sums: mean IoU, PSNR and SSIM, None for those that are not in them."""
+    """Return the figures of maps and images from sums: mean IoU, PSNR and SSIM, None for missing ones."""
     count = total.get("pictures")
     return {
         "miou": mean_iou(total["overlaps"]) if "overlaps" in total else None,

@@ -1,4 +1,4 @@
-"""Build the float model that a file names: without a download, and no larger than the tensors of the file."""
+"""Construction of the float model that a file names: without a download, and no larger than the file's tensors."""
 
 import re
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 from dsconv import strict_json, zoo
 from dsconv.errors import ModelError, one_line
 
-# Arguments that load something, or wrap the network in another: they say nothing of its shape.
+# Arguments that load something, or wrap the network: they do not describe its shape.
 _REFUSED = re.compile(
     r"(?<!init_)weights|pretrained|checkpoint|cfg|cache|url|features_only|feature_cls|scriptable|exportable|jit"
 )
 _WORD = re.compile(r"[A-Za-z_]+\d{0,3}[A-Za-z_]*")
 _LONGEST_NAME, _LONGEST_LIST, _LARGEST = 1000, 256, 4096
-# What a constructor may make on the way: tables, initial values, parts that are dropped again.
+# Allowance for temporaries of a constructor: tables, initial values, discarded parts.
 _SPARE_ELEMENTS, _SPARE_TENSORS = 1 << 22, 10_000
 
 
@@ -27,12 +27,12 @@ def build(name: str, shapes: list[tuple[int, ...]], device: str) -> nn.Module:
     """Build a model of torchvision, timm or dsconv by its name, without weights, on ``device``.
 
     Args:
-        name: as :func:`dsconv.zoo.build` takes it; its arguments describe the network's shape.
-        shapes: of all weights and other tensors that the model may have; they bound what is made.
+        name: as for :func:`dsconv.zoo.build`; its arguments describe the network's shape.
+        shapes: shapes of all weights and other tensors that the model may have; they limit the size.
         device: ``cpu``, or ``meta`` for a model without memory.
 
     Raises:
-        ModelError: the name has other arguments, or asks for more than ``shapes``, or there is no such model.
+        ModelError: the name has other arguments, or the model exceeds ``shapes`` or does not exist.
     """
     _check_arguments(name, max((size for shape in shapes if 0 not in shape for size in shape), default=0))
     with torch.device(device), _Bounded(name, shapes):
@@ -40,7 +40,7 @@ def build(name: str, shapes: list[tuple[int, ...]], device: str) -> nn.Module:
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
-    """Return what :func:`rebuild` makes the float network of ``model`` from, None where it is not from an ONNX file."""
+    """Return the description from which :func:`rebuild` makes the float network of ``model``; None if not from ONNX."""
     if not isinstance(model, fx.GraphModule):
         return None
     from dsconv.onnx.importing import network
@@ -49,10 +49,10 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
 
 def rebuild(described: dict[str, Any], shapes: list[tuple[int, ...]]) -> nn.Module:
-    """Build a network of its description, on the ``meta`` device; ``shapes`` bound it, as for :func:`build`.
+    """Build a network from its description, on the ``meta`` device; ``shapes`` limit it, as for :func:`build`.
 
     Raises:
-        ModelError: it is no description, or is larger than ``shapes``.
+        ModelError: the description is not valid, or the network exceeds ``shapes``.
     """
     from dsconv.onnx.importing import network
 
@@ -94,7 +94,7 @@ def _describes_a_shape(value: Any, largest: int) -> bool:
 
 
 class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Ends a construction that makes more, or larger, tensors than a model of these shapes needs."""
+    """Aborts a construction that makes more, or larger, tensors than a model of these shapes needs."""
 
     def __init__(self, name: str, shapes: list[tuple[int, ...]]):
         super().__init__()  # type: ignore[no-untyped-call]

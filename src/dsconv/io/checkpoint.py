@@ -1,4 +1,4 @@
-"""One safetensors file per quantized model; its layout is specified in docs/format.md."""
+"""Safetensors file of a quantized model; docs/format.md specifies its layout."""
 
 import hashlib
 import json
@@ -47,27 +47,26 @@ from dsconv.numerics.packing import packed_bytes
 FORMAT_VERSION = 6
 FILE_NAME = "model.safetensors"
 _MAGIC = "dsconv"
-# The state of a quantized layer, and what it is called in a file: as in the field's other quantized checkpoints.
+# State of a quantized layer, and its name in a file, which follows other quantized checkpoints.
 _FILE_NAMES = {"vqk": "weight_packed", "kds": "weight_scale", "kds_shift": "weight_shift"}
 _SHAPE = "weight_shape"
 _SHOWN = 5
 _OLDER = "the file is of an older version, which did not record the groups of layers: load and save it to know"
 _MOST_DIMENSIONS = 5
-# The largest that safetensors reads.
+# The largest header that safetensors reads.
 _LONGEST_HEADER = 100_000_000
 
 
 Images = Annotated[int, Field(ge=0, lt=2**63)]
-# Zeros before and after a dimension.
+# Zero padding before and after a dimension.
 _Pad = Annotated[list[Annotated[int, Field(ge=0, lt=2**16)]], Field(min_length=2, max_length=2)]
 
 
 class LayerRecord(BaseModel):
-    """A quantized layer as the header describes it: class, which of the settings, and its SQNR; and the shape of VQK.
+    """Description of a quantized layer in the header: class, index of its settings, SQNR, and the shape of VQK.
 
-    The padding is stated where it is not that of the float layer's attribute, and the groups where it depends on them
-    what executes the layer (:func:`_depends_on_groups`). The shape is a tensor of the file; in files of version 1 it is
-    in the header.
+    The padding is stated if it differs from the float layer's attribute, and the groups if the backend depends on them
+    (:func:`_depends_on_groups`). The shape is a tensor of the file; in files of version 1 it is in the header.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -82,13 +81,13 @@ class LayerRecord(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: Any) -> dict[str, Any]:
-        """Leave out what older versions do not know, where they do the same without it."""
+        """Omit fields that older versions do not know, where these behave the same without them."""
         data: dict[str, Any] = serialize(self)
         return {name: value for name, value in data.items() if value is not None or name not in ("padding", "groups")}
 
 
 class Header(BaseModel):
-    """All that a file says about itself beside its tensors."""
+    """Metadata of a file."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -112,20 +111,20 @@ class Header(BaseModel):
 def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str | None = None) -> Path:
     """Write a quantized model to one safetensors file; an existing file is replaced when the new one is complete.
 
-    Integers are packed at their width, KDS and all other tensors keep their dtype. Nothing is pickled.
+    Integers are packed at their bit width; KDS and all other tensors keep their dtype. Nothing is pickled.
 
     Args:
-        qmodel: from :func:`dsconv.quantize`, or any model that holds quantized layers. Of a compiled model its
-            ``model`` is written: compile what :func:`load` returns.
-        path: of the file, usually ``*.safetensors``, in an existing folder.
-        architecture: name by which :func:`dsconv.zoo.build` makes the float model, so that the file can be loaded
-            without one; known by itself for models that came from there.
+        qmodel: from :func:`dsconv.quantize`, or any model with quantized layers. For a compiled model, its ``model`` is
+            written: compile the result of :func:`load`.
+        path: path of the file, usually ``*.safetensors``, in an existing folder.
+        architecture: name from which :func:`dsconv.zoo.build` builds the float model, so that the file can be loaded
+            without one; known automatically for models from there.
 
     Returns:
         The path.
 
     Raises:
-        ModelError: the model holds no quantized layer, or state that is not a tensor.
+        ModelError: the model has no quantized layer, or state that is not a tensor.
         OSError: the file cannot be written.
 
     >>> import dsconv, tempfile
@@ -147,7 +146,7 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str], *, architecture: str |
     tensors, aliases = _stored_tensors(qmodel)
     header = _header(qmodel, aliases, architecture)
     entries = {"format": _MAGIC, "format_version": str(_version(header))}
-    # Files of networks that are made otherwise are those of versions that do not know it.
+    # Files of other networks are identical to those of versions without this entry.
     entries |= {name: json.dumps(value) for name, value in header.model_dump(exclude=_left_out(header)).items()}
     entries["checksum"] = checksum(entries, tensors)
     write(path, tensors, entries)
@@ -159,11 +158,11 @@ def _left_out(header: Header) -> set[str]:
 
 
 def _version(header: Header) -> int:
-    """Return the version of a file.
+    """Return the format version of a file.
 
-    It is 6 where the config, or its settings of some layers, leave the sign of activations to be chosen; else 5 where
-    layers state their groups; else 4 where layers state their padding, or the config has settings of small layers; else
-    3 where settings, or those of some layers in the config, name an algorithm.
+    It is 6 if the config, or its settings of some layers, leave the sign of activations to be chosen; else 5 if layers
+    state their groups; else 4 if layers state their padding, or the config has settings for small layers; else 3 if
+    settings, or those of some layers in the config, name an algorithm.
     """
     config = header.config
     parts = [value for name, value in config.items() if name != "overrides"]
@@ -182,7 +181,7 @@ def _version(header: Header) -> int:
 
 
 def write(path: Path, tensors: dict[str, Tensor], entries: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file atomically.
 
     Raises:
         OSError: the file cannot be written.
@@ -196,18 +195,17 @@ def write(path: Path, tensors: dict[str, Tensor], entries: dict[str, str]) -> No
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """Read a quantized model, in evaluation mode; it computes bitwise what the saved one does there.
+    """Read a quantized model, in evaluation mode; its outputs are bitwise equal to those of the saved model.
 
     Args:
-        path: of a file that :func:`save` wrote, or of a folder that holds it as ``model.safetensors``.
-        model: the float model of the same architecture, whose weights do not matter and which is left as it is. None
-            builds it by the name in the file, or from the description there, which files of networks from
-            :func:`dsconv.from_onnx` have; only models of torchvision, timm and dsconv are built by a name, no code that
-            a file names is ever run.
+        path: path of a file written by :func:`save`, or of a folder that contains it as ``model.safetensors``.
+        model: the float model of the same architecture, whose weights do not matter and which is unchanged. None builds
+            it from the name in the file, or from the description in files of networks from :func:`dsconv.from_onnx`;
+            only models of torchvision, timm and dsconv are built by name, and code named by a file is never run.
 
     Raises:
-        FileFormatError: the file is truncated, was changed, is from a newer version, or is of another architecture.
-        ModelError: the file does not say how to build its model.
+        FileFormatError: the file is truncated, was modified, is from a newer version, or has another architecture.
+        ModelError: the file does not state how to build its model.
         OSError: the file cannot be read.
     """
     path = as_path(path)
@@ -216,7 +214,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     if path.is_dir():
         path /= FILE_NAME
     home = torch.get_default_device()
-    # A default device is for what gets no values from the file, and of those that have none this holds all the more.
+    # A default device must not apply to tensors filled from the file, and even less to those without values.
     with torch.device("cpu"):
         header, tensors = _read(path)
         into = partial(_loaded, path, header, tensors, home=torch.device("cpu") if home.type == "meta" else home)
@@ -226,8 +224,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 def _loaded(
     path: Path, header: Header, tensors: dict[str, Tensor], model: nn.Module, *, home: torch.device
 ) -> nn.Module:
-    """Return a copy of ``model`` that is what the file says; what has no memory yet gets it on ``home``."""
-    # What has a place in the file is as it is there: older files have parameters that are those of layers today.
+    """Return a copy of ``model`` with the contents of the file; tensors without memory are allocated on ``home``."""
+    # Entries of the file keep their place: in older files some parameters are stored that now belong to layers.
     known = header.layers.keys() | tensors.keys() | header.aliases.keys()
     model, _ = as_layers(model, known.__contains__)
     settings = [_layer_settings(path, data) for data in header.settings]
@@ -291,7 +289,7 @@ def _loaded(
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """What a file says about itself, after its checksum was verified.
+    """Return the metadata of a file, after verifying its checksum.
 
     Raises:
         FileFormatError, OSError: as :func:`load`.
@@ -300,10 +298,10 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
-    """What a file says about itself, and the summary of its layers: from the file alone, without the model.
+    """Return the metadata of a file and the summary of its layers, from the file alone, without the model.
 
-    Layers in float come last, since only the model knows their place. What executes a layer is not known where that
-    depends on its groups, and the file is older than their statement: of version 4 or before.
+    Layers in float come last, since only the model knows their position. The backend of a layer is unknown if it
+    depends on its groups, and the file does not state them: in version 4 or earlier.
 
     Raises:
         FileFormatError, OSError: as :func:`load`.
@@ -330,7 +328,7 @@ def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
     for name, tensor in tensors.items():
         if tensor.dim() >= 2 and tensor.is_floating_point():
             layer = name.removesuffix(".weight")
-            # A convolution that is called as a function has the name of its parameter.
+            # A functional convolution has the name of its parameter.
             layer = name if name in header.in_float else layer
             reason = header.in_float.get(layer, "neither a convolution nor a linear layer")
             size, bits = tensor.nbytes, 8.0 * tensor.element_size()
@@ -343,7 +341,7 @@ def describe(path: str | os.PathLike[str]) -> tuple[Header, Summary]:
 
 
 def _depends_on_groups(operation: backends.Operation) -> bool:
-    """Whether backends may cover a layer or not by its number of groups, which its shape does not tell."""
+    """Return whether support by backends depends on the number of groups, which the shape does not determine."""
     return operation.config.activation_bits is None and len(operation.shape) > 2 and operation.shape[1] == 1
 
 
@@ -356,7 +354,7 @@ def _from_json(padding: Any) -> Pads | str | None:
 
 
 def _stored_tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of the file by name, and the names of those that stand under another name already."""
+    """Return the tensors of the file by name, and the names of those already stored under another name."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
@@ -386,13 +384,13 @@ def _stored_tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def _file_names(layers: Iterable[str]) -> dict[str, str]:
-    """What the state of ``layers`` is called in a file, by its name in the model."""
+    """Return the names in a file of the state of ``layers``, by the name in the model."""
     parts = [(layer, *names) for layer in layers for names in _FILE_NAMES.items()]
     return {f"{layer}.{own}".lstrip("."): f"{layer}.{name}".lstrip(".") for layer, own, name in parts}
 
 
 def _with_own_names(path: Path, header: Header, tensors: dict[str, Tensor]) -> tuple[Header, dict[str, Tensor]]:
-    """What was read, with the state of layers named as in the model."""
+    """Return header and tensors with the state of layers named as in the model."""
     # Layers that appear twice are in the header once.
     twice = {
         alias.rpartition(".")[0] for alias, name in header.aliases.items() if name.rpartition(".")[0] in header.layers
@@ -416,7 +414,7 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
             type=type(layer).__name__,
             shape=list(layer.vqk.shape),
             settings=settings.index(layer.config),
-            # JSON has no infinity; three digits are all that a report shows.
+            # JSON has no infinity; a report shows three digits.
             sqnr_db=round(sqnr, 3) if sqnr is not None and abs(sqnr) < 1e3 else None,
             padding=_as_json(layer.given_padding),
             groups=layer.operation.groups if _depends_on_groups(layer.operation) else None,
@@ -440,7 +438,7 @@ def _header(qmodel: nn.Module, aliases: dict[str, str], architecture: str | None
 
 
 def _folded(qmodel: nn.Module) -> dict[str, str]:
-    """Name of each BatchNorm that was folded to that of its layer, also where it was done to a part of the model."""
+    """Return the name of the layer for each folded BatchNorm, also if only a part of the model was folded."""
     folded: dict[str, str] = {}
     for prefix, module in qmodel.named_modules():
         info = model_info(module)
@@ -450,13 +448,15 @@ def _folded(qmodel: nn.Module) -> dict[str, str]:
 
 
 def _class_name(model: nn.Module) -> str:
-    # Each graph module has a class of its own, of no name that would say anything.
+    # Each graph module has its own class without a meaningful name.
     kind = next(kind for kind in type(model).__mro__ if not kind.__qualname__.endswith(".GraphModuleImpl"))
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def checksum(entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over all entries but the checksum, and over name, dtype, shape and bytes of all tensors, in order."""
+    """Return SHA-256 over all entries except the checksum, and name, dtype, shape and bytes of all tensors, in
+    order.
+    """
     digest = hashlib.sha256()
     described: list[Any] = [[name, entries[name]] for name in sorted(entries) if name != "checksum"]
     described += [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
@@ -475,7 +475,7 @@ def _check_name(path: Path) -> None:
 
 
 def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
-    """Return the header and the tensors of a file, each checked as far as it can be without a model."""
+    """Return the header and the tensors of a file, checked as far as possible without a model."""
     entries, tensors = read_tensors(path, _MAGIC, "safetensors file", "get or write it again")
     version = entries["format_version"]
     try:
@@ -503,26 +503,26 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
 
 
 def read_tensors(path: Path, magic: str, kind: str, mend: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the entries and tensors of a safetensors file whose entry ``format`` is ``magic``, its checksum verified.
+    """Return the entries and tensors of a safetensors file whose entry ``format`` is ``magic``; verify its checksum.
 
     Args:
-        kind: what the file is, for errors.
-        mend: what is to be done about one that is damaged.
+        kind: description of the file, for errors.
+        mend: advice for a damaged file, for errors.
 
     Raises:
-        FileFormatError: it is no such file, damaged, or of a newer version.
+        FileFormatError: it is another kind of file, damaged, or of a newer version.
         OSError: it cannot be read.
     """
     _check_name(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a {kind} written by dsconv, there is none")
     check_not_compiled(path)
-    # Reading first tells a file that cannot be read from one that is broken.
+    # Reading first distinguishes an unreadable file from a damaged one.
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         described = file.read(min(size, _LONGEST_HEADER))
     try:
-        # Of names that are there twice, safetensors takes one.
+        # safetensors accepts duplicate names and uses one of them.
         strict_json.loads(described)
         with safe_open(path, framework="pt") as opened:
             entries: dict[str, str] = opened.metadata() or {}
@@ -537,7 +537,7 @@ def read_tensors(path: Path, magic: str, kind: str, mend: str) -> tuple[dict[str
         whole = checksum(entries, tensors) == entries.get("checksum")
     except (FileFormatError, OSError):
         raise
-    except Exception as error:  # safetensors documents none, and some dtypes are known to it and not to PyTorch
+    except Exception as error:  # safetensors documents none, and supports some dtypes that PyTorch lacks
         reason = one_line(str(error), 400)
         raise FileFormatError(f"{path}: not a complete {kind} ({reason}): {mend}") from None
     if not whole:
@@ -546,7 +546,7 @@ def read_tensors(path: Path, magic: str, kind: str, mend: str) -> tuple[dict[str
 
 
 def _check_layers(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse layers without settings, and those whose integers are not of the shape that is stated."""
+    """Raise FileFormatError for layers without settings, and those whose integers do not have the stated shape."""
     settings = [_layer_settings(path, data) for data in header.settings]
     for name, record in header.layers.items():
         if not 0 <= record.settings < len(settings):
@@ -582,7 +582,7 @@ def _config(path: Path, data: dict[str, Any]) -> QuantConfig:
 def _built(
     path: Path, header: Header, tensors: Mapping[str, Tensor], into: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
-    """Return what ``into`` makes of the model that the file names."""
+    """Return the result of ``into`` for the model that the file names."""
     from dsconv import zoo
 
     name = header.architecture
@@ -605,7 +605,7 @@ def _built(
     except _NoValuesError:
         pass
     except ModelError as error:
-        # Some models compute numbers of tensors when they are built, which those on meta do not have.
+        # Some models compute with tensor values in their constructors, which tensors on meta do not have.
         if not isinstance(error.__cause__, RuntimeError | NotImplementedError):
             raise
     return into(architecture_of.build(name, shapes, "cpu"))
@@ -622,11 +622,11 @@ def _refuse(path: Path, header: Header, model: nn.Module, wrong: list[str]) -> N
 
 
 class _NoValuesError(ModelError):
-    """A model on ``meta`` has tensors that no file holds."""
+    """A model on ``meta`` has tensors that no file contains."""
 
 
 def _give_memory(model: nn.Module, home: torch.device) -> None:
-    """Give parameters and buffers on ``meta`` memory on ``home``, one that is shared by several modules once."""
+    """Allocate parameters and buffers that are on ``meta`` on ``home``; shared ones are allocated once."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         kept = {name: t for name, t in module._buffers.items() if name not in module._non_persistent_buffers_set}
@@ -642,7 +642,7 @@ def _give_memory(model: nn.Module, home: torch.device) -> None:
 
 
 def _check_values(path: Path, model: nn.Module) -> None:
-    """Refuse a model that has tensors on ``meta`` still."""
+    """Raise an error if a model still has tensors on ``meta``."""
     found = [
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -659,7 +659,7 @@ def _check_values(path: Path, model: nn.Module) -> None:
 
 
 def _fill(path: Path, header: Header, model: nn.Module, stored: dict[str, Tensor]) -> None:
-    """Put the tensors of a file into the model of the right structure, in the dtypes of the file."""
+    """Copy the tensors of a file into a model of the matching structure, in the dtypes of the file."""
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in modules if isinstance(module, DSLayer)}
     quantized = {f"{name}.vqk".lstrip("."): layer for name, layer in layers.items()}
@@ -714,13 +714,13 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _may_stand_for(value: Tensor, expected: Tensor) -> bool:
-    """Whether ``value`` is of a dtype that the model can have in the place of its own."""
+    """Return whether the model may have the dtype of ``value`` instead of its own."""
     both_float = value.dtype in _FLOATS and expected.dtype in _FLOATS
     return both_float or value.dtype == expected.dtype
 
 
 def _mixed_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Modules whose own floats have one dtype in the model and several in the file: PyTorch computes with no such."""
+    """Return the modules whose floats have one dtype in the model and several in the file, which PyTorch cannot run."""
     wrong = []
     for prefix, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

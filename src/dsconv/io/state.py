@@ -1,4 +1,4 @@
-"""The file from which work that was stopped is resumed."""
+"""File from which stopped work is resumed."""
 
 import json
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ _MEND = "delete it and start again"
 
 
 class StateFile:
-    """A file of what was done so far, of the networks, images and arguments that it was done with; or none.
+    """File with the progress of some work, and of the networks, images and arguments used; optional.
 
     Args:
-        path: of the file, None where nothing is to be kept.
-        resume: whether the file is there, to be continued.
-        work: what the file is of, as a word.
+        path: path of the file, None to store nothing.
+        resume: whether the file exists and is continued.
+        work: kind of work in the file, as a word.
 
     Raises:
-        ConfigError: the file is there and ``resume`` False, or the other way round.
+        ConfigError: the file exists and ``resume`` is False, or the other way round.
         OSError: it cannot be written there.
     """
 
@@ -51,10 +51,10 @@ class StateFile:
     def open(
         self, models: Mapping[str, nn.Module], x: Batch, settings: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Tensor]] | None:
-        """What was written last; None where there is nothing to resume.
+        """Return the data written last; None if there is nothing to resume.
 
         Raises:
-            FileFormatError: the file is damaged, or not of these ``models``, images ``x`` and ``settings``.
+            FileFormatError: the file is damaged, or belongs to other ``models``, images ``x`` or ``settings``.
             OSError: it cannot be read.
         """
         if self._path is None:
@@ -67,7 +67,7 @@ class StateFile:
         entries, tensors = read_tensors(self._path, self._format, "state file", _MEND)
         try:
             made_of = strict_json.loads(entries["made_of"])
-            # Training that went wrong has figures that are none.
+            # Diverged training has figures that are not finite.
             data = strict_json.loads(entries["data"], finite=False)
         except (KeyError, ValueError) as error:
             raise self.refusal(str(error)) from None
@@ -96,10 +96,11 @@ class StateFile:
             raise self.refusal(f"record {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
 
     def check_tensors(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-        """Refuse tensors that are not of the names, shapes and kinds (integers or floats) of those ``expected``.
+        """Raise FileFormatError unless names, shapes and kinds (integers or floats) of tensors match those
+        ``expected``.
 
         Raises:
-            FileFormatError: with the first that differs.
+            FileFormatError: it states the first difference.
         """
         for name in sorted(found.keys() ^ expected.keys()):
             raise self.refusal(f"tensor {name!r} is {'not expected' if name in found else 'missing'}")
@@ -113,7 +114,7 @@ class StateFile:
                 )
 
     def refusal(self, reason: str) -> FileFormatError:
-        """Return the error that the contents of the file are not what is written to it, for a ``reason``."""
+        """Return the error for file contents that cannot have been written by this work, with a ``reason``."""
         return FileFormatError(f"{self._path}: not a state that dsconv wrote ({one_line(reason, 400)}): {_MEND}")
 
     def remove(self) -> None:
@@ -122,10 +123,10 @@ class StateFile:
             self._path.unlink()
 
     def write(self, data: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the file by one of ``data``, which JSON can hold, and ``tensors``; once it is open.
+        """Replace the file by ``data``, which must be JSON, and ``tensors``; it must be open.
 
         Raises:
-            OSError: the file cannot be written; the one before it is left.
+            OSError: the file cannot be written; the previous one is kept.
         """
         if self._path is not None:
             stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""Networks from ONNX files, and quantized networks as ONNX files."""
+"""Import of networks from ONNX files, and export of quantized networks to ONNX files."""
 
 from dsconv.names import OPSET, STYLES, Style
 from dsconv.onnx.export import export_onnx

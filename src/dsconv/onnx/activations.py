@@ -1,7 +1,7 @@
-"""Block floating point in ONNX's own operators: :func:`dsconv.numerics.fake_quantize_activation`, value for value.
+"""Block floating point in standard ONNX operators, with the values of :func:`dsconv.numerics.fake_quantize_activation`.
 
-Nothing depends on how exact a runtime's logarithm is: it only chooses between two neighbouring powers of two, of which
-comparisons take the right one. Equal means equal but for the sign of zeros.
+The result does not depend on the accuracy of a runtime's logarithm: it only selects two neighbouring powers of two, and
+comparisons choose the right one. Values are equal except for the sign of zeros.
 """
 
 import math
@@ -14,10 +14,10 @@ from dsconv.numerics import SMALLEST, block_count
 from dsconv.onnx.graph import Nodes, Value
 
 _LARGEST = float(np.finfo(np.float32).max)
-# The powers of two that a block's largest magnitude can start with, and one below them for the estimate.
+# Powers of two that can be the leading one of a block's largest magnitude, and one below them for the estimate.
 _POWERS = np.exp2(np.arange(round(math.log2(SMALLEST)) - 1, 128))
 _ONE = -round(math.log2(_POWERS[0]))
-# Far more than any logarithm is wrong by, far less than what tells two powers of two apart.
+# Far above the error of any logarithm, far below the distance of two powers of two.
 _SLACK = 1e-3
 
 
@@ -27,7 +27,7 @@ class Magnitude(NamedTuple):
     Attributes:
         unsigned: in blocks without a negative value.
         signed: in the others.
-        symmetric: whether ``-2^m`` is left out.
+        symmetric: whether ``-2^m`` is excluded.
     """
 
     unsigned: int
@@ -36,7 +36,7 @@ class Magnitude(NamedTuple):
 
     @classmethod
     def of(cls, config: LayerConfig) -> "Magnitude":
-        """What the settings of a layer come to, see :func:`dsconv.numerics.quantize_activation`."""
+        """Return the magnitude bits for the settings of a layer, see :func:`dsconv.numerics.quantize_activation`."""
         bits, sign = config.activation_bits, config.activation_sign
         assert bits is not None
         less = bits == 8 or sign == "included"
@@ -44,7 +44,7 @@ class Magnitude(NamedTuple):
 
 
 def quantize(op: Nodes, x: Value, config: LayerConfig, channels: int, groups: int) -> Value:
-    """``x (N, C, *S)`` through block floating point, of ``channels`` C, in operators of their own."""
+    """Quantize and dequantize ``x (N, C, *S)`` in block floating point, with ``channels`` C, in separate operators."""
     of_group = channels // groups
     size = min(config.block_size, of_group)
     count = block_count(of_group, size)
@@ -61,7 +61,7 @@ def quantize(op: Nodes, x: Value, config: LayerConfig, channels: int, groups: in
 
 
 Pair = tuple[Value, ...]
-"""Of blocks without a negative value, and of the others."""
+"""Values for blocks without a negative value, and for the others."""
 
 
 def _levels(op: Nodes, config: LayerConfig) -> tuple[Pair, Pair, bool]:
@@ -72,7 +72,7 @@ def _levels(op: Nodes, config: LayerConfig) -> tuple[Pair, Pair, bool]:
 
 
 def _through_blocks(op: Nodes, blocks: Value, units: Pair, limits: Pair, symmetric: "bool | Value") -> Value:
-    """``(N, blocks, size, ...)`` rounded to multiples of each block's ``2^E * unit``, up to ``limit`` of them."""
+    """Round ``(N, blocks, size, ...)`` to multiples of each block's ``2^E * unit``, up to ``limit`` of them."""
     axis = op.shape(2)
     low = op.ReduceMin(blocks, axis)
     largest = op.Max(op.ReduceMax(blocks, axis), op.Neg(low))
@@ -86,18 +86,20 @@ def _through_blocks(op: Nodes, blocks: Value, units: Pair, limits: Pair, symmetr
         unit, limit = (op.Where(signed, pair[1], pair[0]) for pair in (units, limits))
     lsb = op.Where(finite, op.Mul(power, unit), op.constant(math.nan))
     value = op.Mul(op.Round(op.Div(blocks, lsb)), lsb)
-    # Clamped last and in this order: where one operand is NaN runtimes may return the other, and it has to stay.
+    # Clamped last and in this order: with one NaN operand runtimes may return the other, and the NaN must be kept.
     top = op.Mul(limit, lsb)
     if symmetric is True:
         value = op.Max(op.Neg(top), value)
-    elif symmetric is not False:  # only known when the function is called: one more where it does no harm
+    elif (
+        symmetric is not False
+    ):  # only known when the function is called: an additional operator, harmless in the other case
         value = op.Max(op.Sub(op.Mul(op.Sub(symmetric, op.constant(1.0)), lsb), top), value)
     return op.Min(top, value)
 
 
 def _power_of_two_below(op: Nodes, x: Value) -> Value:
-    """``2^floor(log2 x)``, exactly, for ``x`` of ``SMALLEST`` to the largest float."""
-    # Truncated, it is the place in the table of that power or of the one below it.
+    """Return ``2^floor(log2 x)``, exactly, for ``x`` from ``SMALLEST`` to the largest float."""
+    # Truncated, it is the index in the table of that power or of the one below it.
     place = op.Add(op.Mul(op.Log(x), op.constant(1 / math.log(2))), op.constant(_ONE - _SLACK))
     power = op.Gather(op.constant(_POWERS), op.Cast(place, to=op.INT32))
     double = op.Add(power, power)
@@ -105,9 +107,9 @@ def _power_of_two_below(op: Nodes, x: Value) -> Value:
 
 
 def patches(op: Nodes, x: Value, channels: int, kernel: tuple[int, ...], **where: list[int]) -> Value:
-    """What each output of a convolution reads: ``(N, C, *S)`` to ``(N, C * K, *S_out)``, a channel's taps side by side.
+    """Return the patches of a convolution: ``(N, C, *S)`` to ``(N, C * K, *S_out)``, a channel's taps contiguous.
 
-    A convolution of each channel with ones, each at another tap: sums of one value and zeros are exact.
+    Each channel is convolved with ones, each at another tap: sums of one value and zeros are exact.
     """
     taps = math.prod(kernel)
     ones = op.Cast(op.constant(np.eye(taps).reshape(1, taps, 1, *kernel), np.uint8), to=op.FLOAT)
@@ -116,7 +118,7 @@ def patches(op: Nodes, x: Value, channels: int, kernel: tuple[int, ...], **where
 
 
 def quantize_of_attributes(op: Nodes, x: Value) -> Value:
-    """The body of a function: :func:`quantize` with settings that are attributes of its call."""
+    """Return the body of a function: :func:`quantize` with settings that are attributes of its call."""
     block_size, groups, unsigned, signed, symmetric = (
         op.Constant(value_ints=op.attribute(name, "INTS")) for name in ("block_size", "group", *Magnitude._fields)
     )

@@ -1,4 +1,4 @@
-"""``dsconv.export_onnx``: a quantized network as an ONNX file, in the style that suits what is to read it."""
+"""``dsconv.export_onnx``: writes a quantized network as an ONNX file, in a style for the intended runtime."""
 
 import json
 import os
@@ -67,35 +67,36 @@ def export_onnx(
     ``float``      float32                                        float32
     =============  =============================================  ==================================================
 
-    See docs/onnx.md for which runtime does what with them. Input ``x`` and output ``y`` have any batch size and the
-    image size of the example. Several inputs have the names of the parameters of the model's ``forward``, with the way
-    to a tensor within them, as ``image`` or ``extra_mask``; several outputs are named by the keys of a dictionary or
-    the fields of a dataclass, and those of a tuple ``y_0``, ``y_1``. The file's metadata tell style, bits, block sizes
-    and conventions.
+    docs/onnx.md describes how runtimes execute them. Input ``x`` and output ``y`` have any batch size and the image
+    size of the example. Several inputs have the names of the parameters of the model's ``forward``, with the path to a
+    tensor within them, as ``image`` or ``extra_mask``; several outputs are named by the keys of a dictionary or the
+    fields of a dataclass, and those of a tuple ``y_0``, ``y_1``. The file's metadata state style, bits, block sizes and
+    conventions.
 
     Args:
-        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, float32. Of a compiled model its
+        qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, in eval mode, float32. For a compiled model, its
             ``model`` is written.
-        example_input: ``(N, ...)``, or other arguments, as :func:`dsconv.compile` takes them; only shapes and dtypes of
-            tensors count.
-        path: of the file, usually ``*.onnx``, in an existing folder.
+        example_input: ``(N, ...)``, or other arguments, as for :func:`dsconv.compile`; only shapes and dtypes of
+            tensors are used.
+        path: path of the file, usually ``*.onnx``, in an existing folder.
         style: see above.
-        images: for ``int8``, float32 inputs ``(N, ...)`` from which the ranges of activations are taken; labels are not
-            needed. None: ranges are those of noise in a network whose BatchNorms have the mean and the deviation on
-            that noise that training left in them. The noise is prepared as the network says
-            (:func:`dsconv.zoo.preprocess_of`); a warning tells where it does not say.
-        full_range: for ``int8``, let weights take all of int8, which is closer to the network by up to a bit. Such a
-            file is right where products of bytes are added in 32 bits (x86 with VNNI, Arm); on other x86 processors
-            ONNX Runtime and OpenVINO add pairs of them in 16 bits, which saturate. Otherwise no pair can.
-        opset: of ONNX, from 21 on, for ``int8`` and ``float`` from 18 on.
-        progress: show how far the ranges for ``int8`` are on stderr, as :func:`dsconv.evaluate` does.
+        images: for ``int8``, float32 inputs ``(N, ...)`` for determining the ranges of activations; labels are not
+            needed. None uses noise, and BatchNorms whose output on that noise has the mean and the standard deviation
+            of the training images. The noise is prepared with the preprocessing of the network
+            (:func:`dsconv.zoo.preprocess_of`); a warning is given if that is unknown.
+        full_range: for ``int8``, let weights use all of int8, which is more accurate by up to a bit. Such a file is
+            correct where products of bytes are accumulated in 32 bits (x86 with VNNI, Arm); on other x86 processors,
+            ONNX Runtime and OpenVINO add pairs of them in 16 bits, which may saturate. Without ``full_range``, no pair
+            can.
+        opset: ONNX opset, from 21 on, for ``int8`` and ``float`` from 18 on.
+        progress: show the progress of the range measurement for ``int8`` on stderr, as :func:`dsconv.evaluate` does.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: an argument has an unusable value.
-        ModelError: the model holds no quantized layer, is not one for inference in float32, or cannot be exported; or
+        ConfigError: an argument has an invalid value.
+        ModelError: the model has no quantized layer, is not for inference in float32, or cannot be exported; or
             ``int8`` needs ``images``, since the model has no BatchNorm.
         MissingExtraError: the extra ``dsconv[onnx]`` is not installed.
         OSError: the file cannot be written.
@@ -166,11 +167,11 @@ def _kinds(inputs: Inputs) -> list[Any]:
 
 
 def _facts(qmodel: nn.Module, style: str) -> dict[str, str]:
-    """What the metadata of the file say."""
+    """Return the metadata of the file."""
     settings: dict[str, list[str]] = {}
     for name, layer in quantized_layers(qmodel).items():
         settings.setdefault(layer.config.model_dump_json(), []).append(name)
-    # The most common settings, and what the others are for.
+    # The most common settings, and the layers with other ones.
     common, *others = sorted(settings, key=lambda text: -len(settings[text]))
     config = json.loads(common)
     facts = {"version": metadata.version("dsconv"), "style": style, "config": common}
@@ -215,7 +216,7 @@ def _write_int8(
 
 
 def _exported(qmodel: nn.Module, inputs: Inputs, style: str, opset: int) -> Any:
-    """The network as an ``onnx.ModelProto``."""
+    """Return the network as an ``onnx.ModelProto``."""
     model, outputs = _captured(qmodel, inputs, opset)
     lowering = _LOWERINGS[style](quantized_layers(qmodel))
     _keep_pads(model.graph, lowering.op)
@@ -235,8 +236,8 @@ def _exported(qmodel: nn.Module, inputs: Inputs, style: str, opset: int) -> Any:
 
 
 def _captured(qmodel: nn.Module, inputs: Inputs, opset: int) -> tuple[Any, list[Way]]:
-    """The network as an ``onnx_ir.Model`` in which a node of its name stands for each layer; and the way to each output
-    in what the network returns.
+    """Return the network as an ``onnx_ir.Model`` with a node named after each layer in its place; and the path to each
+    output in the network's result.
     """
     stand_ins: dict[nn.Module, nn.Module] = {
         layer: StandIn(name, layer) for name, layer in quantized_layers(qmodel).items()
@@ -246,7 +247,7 @@ def _captured(qmodel: nn.Module, inputs: Inputs, opset: int) -> tuple[Any, list[
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            # PyTorch's exporter would drop what a branch on the batch size asks for.
+            # PyTorch's exporter would drop the operators that a branch on the batch size requires.
             captured = exported(model, inputs)
             _check_divisors(captured.program.graph)
             outputs = [way for way, _ in paths_in(captured.output, RETURNED)]
@@ -269,7 +270,7 @@ def _captured(qmodel: nn.Module, inputs: Inputs, opset: int) -> tuple[Any, list[
     assert program is not None
     graph = program.model.graph
     ends = [graph.inputs[inputs.batched.index(True)], *graph.outputs]
-    # Of several outputs some may be of no batch.
+    # Some of several outputs may have no batch dimension.
     of_one = [not value.shape or isinstance(value.shape[0], int) for value in ends]
     if of_one[0] or all(of_one[1:]):
         raise ModelError(_ONE_BATCH.format(kind))
@@ -280,14 +281,14 @@ def _captured(qmodel: nn.Module, inputs: Inputs, opset: int) -> tuple[Any, list[
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return what went wrong without what PyTorch's exporter wraps it in: advice on the exporter itself."""
+    """Return the original error without the advice on the exporter in which PyTorch wraps it."""
     while type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _check_divisors(graph: torch.fx.Graph) -> None:
-    """Refuse what PyTorch's exporter drops without a word: ONNX has no such average."""
+    """Raise an error for averages with a divisor, which ONNX lacks and PyTorch's exporter drops silently."""
     for node in graph.nodes:
         if node.target in (torch.ops.aten.avg_pool2d.default, torch.ops.aten.avg_pool3d.default):
             divisor = arguments_of(node.target, node.args, node.kwargs)["divisor_override"]
@@ -299,7 +300,7 @@ def _check_divisors(graph: torch.fx.Graph) -> None:
 
 
 def _name_batch(graph: Any, batched: int) -> None:
-    """Call the batch size ``batch`` in all shapes: a program that is exported keeps PyTorch's symbol for it alone."""
+    """Name the batch size ``batch`` in all shapes: an exported program uses PyTorch's symbol for it."""
     ir = import_extra("onnx", "onnx_ir")
     symbol = re.compile(rf"\b{re.escape(graph.inputs[batched].shape[0].value)}\b")
     for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
@@ -309,7 +310,7 @@ def _name_batch(graph: Any, batched: int) -> None:
 
 
 def _lower(model: Any, lowering: Integers) -> None:
-    """Put the operators of layers in the place of the nodes that stand for them."""
+    """Replace the nodes that represent layers by the operators of these layers."""
     graph, ir = model.graph, lowering.op.ir
     for node in [node for node in graph if node.domain == DOMAIN]:
         lowering.op.made.clear()
@@ -328,9 +329,9 @@ def _lower(model: Any, lowering: Integers) -> None:
 
 
 def _keep_pads(graph: Any, op: Nodes) -> None:
-    """Name the axes of what a maximum reads padded: ONNX Runtime makes such padding the pool's own only without them.
+    """Add the axes to the padding before a maximum pool: without them, ONNX Runtime merges it into the pool.
 
-    It does so for padding by zeros, too, though a pool's own padding is below all values, as zeros are not.
+    It does this also for zero padding, although a pool's own padding is below all values, and zeros are not.
     """
     for pool in graph:
         pad = pool.inputs[0].producer() if pool.op_type == "MaxPool" else None
@@ -340,7 +341,7 @@ def _keep_pads(graph: Any, op: Nodes) -> None:
 
 
 def _simplify_pools(graph: Any) -> None:
-    """Round the sizes of pools down where it makes no difference: rounding up goes wrong in ONNX's own evaluator."""
+    """Round the sizes of pools down where this makes no difference: ONNX's own evaluator fails for rounding up."""
     for node in graph:
         given = {
             name: node.attributes[name].value for name in ("kernel_shape", "strides", "pads") if name in node.attributes

@@ -1,4 +1,4 @@
-"""Nodes of a graph, or of a model-local function, one after another."""
+"""Nodes of a graph, or of a model-local function, in order."""
 
 import itertools
 from typing import Any
@@ -12,12 +12,12 @@ Value = Any
 
 
 class Nodes:
-    """Makes nodes: ``op.Add(a, b)`` is the output of a new ``Add``.
+    """Builder of nodes: ``op.Add(a, b)`` is the output of a new ``Add``.
 
     Attributes:
         made: the nodes so far.
-        constants: tensors by their contents, each made once however often it is asked for.
-        initializers: tensors that the graph is to hold; a function can hold none, and takes constants from nodes.
+        constants: tensors by their contents, without duplicates.
+        initializers: tensors that the graph will store; a function cannot store any, and uses constant nodes.
     """
 
     def __init__(self, *, in_function: bool = False):
@@ -35,20 +35,20 @@ class Nodes:
         return lambda *inputs, **attributes: self.call("", operator, inputs, attributes)[0]
 
     def call(self, domain: str, operator: str, inputs: Any, attributes: dict[str, Any], outputs: int = 1) -> Any:
-        """Outputs of a new node."""
+        """Return the outputs of a new node."""
         referring = [make(own) for own, make in attributes.items() if callable(make)]
         given = {own: value for own, value in attributes.items() if not callable(value) and value is not None}
         all_attributes = [*self.ir.convenience.convert_attributes(given), *referring]
-        # Some want no empty name at the end of an operator's inputs, some want it at the end of a function's.
+        # Operators require that trailing empty inputs are omitted, functions that they are present.
         while not domain and inputs and inputs[-1] is None:
             inputs = inputs[:-1]
-        # Names are half of what a file holds beside the weights: short ones count.
+        # Names take half of the file besides the weights: short ones matter.
         values = [self.ir.Value(name=f"q{next(self._numbers):x}") for _ in range(outputs)]
         self.made.append(self.ir.Node(domain, operator, inputs, all_attributes, outputs=values))
         return self.made[-1].outputs
 
     def constant(self, array: Any, dtype: Any = np.float32) -> Value:
-        """A tensor, float32 or of ``dtype``."""
+        """Return a constant tensor, float32 or ``dtype``."""
         array = np.asarray(array, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.constants:
@@ -60,15 +60,15 @@ class Nodes:
         return self.constants[key]
 
     def shape(self, *sizes: int) -> Value:
-        """int64 sizes, or axes."""
+        """Return int64 sizes, or axes."""
         return self.constant(sizes, np.int64)
 
     def initializer(self, name: str, tensor: Any) -> Value:
-        """A tensor that the graph holds under a name."""
+        """Return a tensor that the graph stores under a name."""
         made = self.ir.Value(name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
         self.initializers.append(made)
         return made
 
     def attribute(self, name: str, kind: str) -> Any:
-        """The attribute of the function's call, as one of a node in it."""
+        """Return a reference to an attribute of the function's call, for a node in it."""
         return lambda own: self.ir.RefAttr(own, name, self.ir.AttributeType[kind])

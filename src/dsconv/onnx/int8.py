@@ -1,4 +1,4 @@
-"""Plain 8-bit ONNX files, which today's runtimes run in their own integers, and the ranges of activations for them."""
+"""Plain 8-bit ONNX files, which current runtimes execute in integers, and the ranges of activations for them."""
 
 import logging
 import tempfile
@@ -15,13 +15,14 @@ from dsconv.data.inputs import Batch, in_batches, tensors_of
 from dsconv.errors import import_extra
 from dsconv.progress import Advance, progress_bar
 
-# Of ranges on noise: on photographs, features have longer tails than that. Clipping them costs far more than a bit.
+# Factor for ranges on noise: features of photographs have longer tails. Clipping them costs far more than a bit.
 _MARGIN = 2.0
 # x86 processors without VNNI multiply bytes by vpmaddubsw, which adds the products of two neighbours in 16 bits and
-# saturates: with activations of up to 255, two weights may sum up to 128. Rounding adds at most one to such a sum.
+# saturates: with activations of up to 255, the sum of two weights may be at most 128. Rounding adds at most one to
+# such a sum.
 _LARGEST_PAIR = ((1 << 15) - 1) // 255 - 1
 _LARGEST = 127
-# The axis of the output channels, by the operator whose second input is the weight.
+# Axis of the output channels, by the operator whose second input is the weight.
 _OUTPUT_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 
 
@@ -36,19 +37,19 @@ def quantize(
     full_range: bool = False,
     progress: bool = False,
 ) -> None:
-    """Write a float ONNX file with activations as uint8, of one scale per tensor, and weights as int8, one per output.
+    """Write a float ONNX file with uint8 activations, one scale per tensor, and int8 weights, one scale per output.
 
-    Both stand between QuantizeLinear and DequantizeLinear, which a runtime takes into its layers.
+    Both are placed between QuantizeLinear and DequantizeLinear, which a runtime merges into its layers.
 
     Args:
         network: the float file.
-        path: of the file to write.
+        path: path of the file to write.
         images: inputs that are run, one by one, to find the ranges of activations.
-        inputs: names of their tensors, of which a file lacks those that change nothing; None: those of the file.
-        like: file of a network with the same tensors, to run on noise in the place of ``network`` on images.
-        operators: types of the nodes to quantize; None: all that ONNX Runtime can.
-        full_range: let weights take all of int8. Otherwise their scales are such that no two products of a filter's
-            weights with activations, added up in 16 bits, can saturate.
+        inputs: names of their tensors; a file lacks inputs that have no effect; None uses those of the file.
+        like: file of a network with the same tensors, which is run on noise instead of ``network`` on images.
+        operators: types of the nodes to quantize; None: all that ONNX Runtime supports.
+        full_range: let weights use all of int8. Otherwise their scales ensure that no two products of a filter's
+            weights with activations, added in 16 bits, can saturate.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
 
     Raises:
@@ -78,19 +79,19 @@ def quantize(
 
 
 def feed(names: Sequence[str | None], tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """Return what ONNX Runtime takes for inputs of these ``names``, None being those that a file lacks."""
+    """Return the feed of ONNX Runtime for inputs with these ``names``; None marks those that a file lacks."""
     return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True) if name is not None}
 
 
 class _OneByOne:
-    """Images as ``onnxruntime.quantization`` asks for them, by the ``names`` of their tensors."""
+    """Images in the form that ``onnxruntime.quantization`` requests, by the ``names`` of their tensors."""
 
     def __init__(self, names: Sequence[str | None], images: Batch, advance: Advance | None = None):
         self.names, self.advance, self.given = list(names), advance, False
         self.rest: Iterator[Batch] = iter(in_batches(images, 1))
 
     def get_next(self) -> dict[str, Any] | None:
-        # That it is asked for the next one tells that it is done with the last one.
+        # A request for the next image means that the last one is finished.
         if self.given and self.advance is not None:
             self.advance(1)
         image = next(self.rest, None)
@@ -99,7 +100,7 @@ class _OneByOne:
 
 
 def _prepared(network: Path, folder: str) -> Path:
-    """The file with shapes, and with BatchNorm folded where it can be."""
+    """Return the file with shapes, and with BatchNorm folded where possible."""
     inference = import_extra("onnx", "onnxruntime.quantization.shape_inference")
     prepared = Path(folder, f"prepared_{network.name}")
     inference.quant_pre_process(network, prepared)
@@ -107,7 +108,7 @@ def _prepared(network: Path, folder: str) -> Path:
 
 
 def _ranges(network: Path, images: "_OneByOne", folder: str) -> dict[str, list[dict[str, Any]]]:
-    """Ranges of all tensors of a network on noise, with a margin, as ``quantize_static`` takes them."""
+    """Return ranges of all tensors of a network on noise, with a margin, in the format of ``quantize_static``."""
     quantization = import_extra("onnx", "onnxruntime.quantization")
     calibrator = quantization.create_calibrator(network, augmented_model_path=str(Path(folder, "augmented.onnx")))
     calibrator.collect_data(images)
@@ -120,9 +121,9 @@ def _ranges(network: Path, images: "_OneByOne", folder: str) -> dict[str, list[d
 
 
 def _weight_scales(network: Path) -> dict[str, list[dict[str, Any]]]:
-    """Scales of the weights of a network that keep pairs of products within 16 bits, as ``quantize_static`` takes them.
+    """Return scales of the weights that keep pairs of products within 16 bits, in the format of ``quantize_static``.
 
-    There is one for each output channel, or for each tensor of another rank than those that have output channels.
+    There is one scale per output channel, or per tensor if its rank is not that of a weight with output channels.
     """
     onnx = import_extra("onnx", "onnx")
     graph = onnx.load(network).graph
@@ -146,21 +147,21 @@ def _weight_scales(network: Path) -> dict[str, list[dict[str, Any]]]:
 def scales_without_saturation(rows: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return the smallest scale ``(N,)`` of each row of weights ``(N, K)`` whose int8 values never saturate in pairs.
 
-    Rounded to multiples of it, no weight is beyond 127 and no two weights of one sign sum up to more than 128: products
-    with two activations of uint8 stay within the 16 bits in which processors without VNNI add them, in any order.
+    Rounded to multiples of it, no weight exceeds 127 and no two weights of one sign have a sum above 128: products with
+    two uint8 activations stay within the 16 bits in which processors without VNNI add them, in any order.
 
     >>> scales_without_saturation(np.array([[127.0, 0, -127], [127, 127, 0]]))
     array([1., 2.], dtype=float32)
     """
     largest = (np.sort(np.maximum(signed, 0), axis=1)[:, -2:].sum(1) for signed in (rows, -rows))
     scale = np.maximum(np.abs(rows).max(1, initial=0) / _LARGEST, np.maximum(*largest) / _LARGEST_PAIR)
-    # As ONNX Runtime does with rows that are zero, or as good as that.
+    # Like ONNX Runtime for rows that are zero, or almost zero.
     return np.where(scale < np.finfo(np.float32).tiny, 1, scale).astype(np.float32)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the quantizer says of every BatchNorm: that there is one scale for all its channels."""
+    """Suppress the quantizer's messages about every BatchNorm, which has a single scale for all its channels."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""What becomes of a quantized layer: a node of its name while the model is captured, then operators of ONNX."""
+"""Export of a quantized layer: a node with its name while the model is captured, then ONNX operators."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ _STAND_IN = f"{DOMAIN}::Layer"
 
 
 class StandIn(nn.Module):
-    """Takes the place of a quantized layer while the model around it is captured: a node with the layer's name."""
+    """Replaces a quantized layer while the model around it is captured: a node with the layer's name."""
 
     def __init__(self, name: str, layer: DSLayer):
         super().__init__()
         self.name = name
-        self.__dict__["layer"] = layer  # which thus is no part of the model
+        self.__dict__["layer"] = layer  # not registered as part of the model
 
     def __getattr__(self, name: str) -> Any:
-        """Return what a model noted on the layer, as builders from lists of layers do, or asks of it."""
+        """Return an attribute that a model set on the layer, as builders from lists of layers do, or reads from it."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -37,7 +37,7 @@ class StandIn(nn.Module):
             return getattr(self.__dict__["layer"], name)
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """As that of the layer."""
+        """Return the output of the layer."""
         layer: Any = self.__dict__["layer"]
         if layer.dims == 0:
             y = self._node(x.reshape(-1, layer.vqk.shape[1]), (len(layer.vqk),))
@@ -54,7 +54,7 @@ class StandIn(nn.Module):
 
 
 class Integers:
-    """Quantized layers by name as operators of ONNX: weights dequantized from integers, inputs rounded in place.
+    """Quantized layers by name as ONNX operators: weights are dequantized from integers, and inputs rounded.
 
     Attributes:
         op: the nodes made.
@@ -67,7 +67,7 @@ class Integers:
         self._made: dict[tuple[Any, ...], Value] = {}
 
     def layer(self, name: str, x: Value, output_padding: Sequence[int] | None) -> Value:
-        """Output of a layer for ``x``."""
+        """Return the output of a layer for ``x``."""
         layer: Any = self.layers[name]
         op = self.op
         bias = None if layer.bias is None else self._tensor(f"{name}.bias", layer.bias.float())
@@ -75,7 +75,7 @@ class Integers:
         given, where = {}, {}
         if layer.dims:
             given = {"strides": layer.stride, "pads": layer.zero_padding * 2, "dilations": layer.dilation}
-            # Attributes at their defaults would take room in the file.
+            # Attributes at their defaults would take space in the file.
             where = {n: value for n, value in given.items() if set(value) != {0 if n == "pads" else 1}}
         if self._over_patches(layer):
             kernel = layer.kernel_size
@@ -89,11 +89,11 @@ class Integers:
         return getattr(self, layer.onnx_operator)(name, x, bias, **where)
 
     def functions(self) -> list[Any]:
-        """Model-local functions that the nodes made so far call."""
+        """Return the model-local functions that the nodes made so far call."""
         return []
 
     def _over_patches(self, layer: DSLayer) -> bool:
-        """Whether the blocks of a layer's input are of what each output reads."""
+        """Return whether the input of a layer is divided into blocks over the patch of each output."""
         return layer.config.blocks == "flat" and layer.config.activation_bits is not None and layer.vqk.dim() > 2
 
     def _input(self, x: Value, layer: DSLayer, channels: int) -> Value:
@@ -118,7 +118,7 @@ class Integers:
         return self.op.Gemm(x, self._weight(name), bias, transB=1)
 
     def _weight(self, name: str) -> Value:
-        """Float32 weight of a layer in the layout of ONNX, which is PyTorch's."""
+        """Return the float32 weight of a layer in the layout of ONNX, which is PyTorch's."""
         return self._once(("weight", name), lambda: self._made_weight(name))
 
     def _made_weight(self, name: str) -> Value:
@@ -134,13 +134,13 @@ class Integers:
         return weight
 
     def _dequantized(self, name: str) -> Value:
-        """``KDS * VQK (+ shift)``, in the shape of the integers as :meth:`_parts` has them."""
+        """Return ``KDS * VQK (+ shift)``, in the shape of the integers from :meth:`_parts`."""
         op = self.op
         vqk, kds, shift, size = self._parts(name)
         depth = vqk.shape[1]
         if depth % size == 0:
             integers, scales = [self._integers(f"{name}.vqk", vqk)], [kds]
-        else:  # OpenVINO knows no short block
+        else:  # OpenVINO does not support a short block
             whole = depth - depth % size
             integers = [
                 self._integers(f"{name}.vqk", vqk[:, :whole]),
@@ -158,7 +158,9 @@ class Integers:
         return op.Add(weight, op.Gather(shift, places, axis=1))
 
     def _parts(self, name: str) -> tuple[Tensor, Value, Value | None, int]:
-        """Integers ``(O, D, ...)``, float32 scale and shift of their blocks ``(O, CB, ...)``, and the blocks' size."""
+        """Return integers ``(O, D, ...)``, float32 scale and shift of their blocks ``(O, CB, ...)``, and the block
+        size.
+        """
         layer = self.layers[name]
         vqk = layer.vqk.flatten(1) if layer.config.blocks == "flat" else layer.vqk
         ones = (1,) * (layer.vqk.dim() - vqk.dim()) if self._over_patches(layer) else ()
@@ -176,7 +178,7 @@ class Integers:
         return self._tensor(name, vqk, import_extra("onnx", "ml_dtypes").int4 if bits <= 4 else None)
 
     def _tensor(self, name: str, value: Tensor, dtype: Any = None) -> Value:
-        """Initialiser of the values of a tensor."""
+        """Return an initializer with the values of a tensor."""
         ir = self.op.ir
         value = value.detach().cpu().contiguous()
         tensor = ir.tensor(value.numpy().astype(dtype)) if dtype else ir.tensor_adapters.TorchTensor(value)
@@ -189,7 +191,7 @@ class Integers:
 
 
 def _block_of(op: Nodes, depth: Value, size: "int | Value") -> Value:
-    """Number of the block that each of ``depth`` values is in."""
+    """Return the index of the block of each of ``depth`` values."""
     places = op.Range(op.constant(0, np.int64), depth, op.constant(1, np.int64))
     return op.Div(places, op.constant(size, np.int64) if isinstance(size, int) else size)
 
@@ -210,7 +212,7 @@ class Floats(Integers):
 
 
 class Functions(Integers):
-    """Layers as calls of model-local functions, which a runtime may know by their names and replace by its own."""
+    """Layers as calls of model-local functions, which a runtime may recognize by name and replace by its own."""
 
     def __init__(self, layers: dict[str, DSLayer]):
         super().__init__(layers)
@@ -250,7 +252,7 @@ class Functions(Integers):
 
 
 def _function(name: str, inputs: list[str], attributes: list[str]) -> Any:
-    """Return the function of a name, which has these inputs and attributes."""
+    """Return a function with this name, these inputs and attributes."""
     op = Nodes(in_function=True)
     given = {part: op.ir.Value(name=part) for part in inputs}
     if "vqk" in given:

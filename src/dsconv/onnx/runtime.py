@@ -1,4 +1,4 @@
-"""An ONNX file as a network that :func:`dsconv.evaluate` and :func:`dsconv.compare` can run."""
+"""ONNX file as a network that :func:`dsconv.evaluate` and :func:`dsconv.compare` can run."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from dsconv.structures import tensors_in
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX file, run by ONNX Runtime on the CPU with as many threads as PyTorch has.
+    """ONNX file, run by ONNX Runtime on the CPU with as many threads as PyTorch has.
 
-    It takes the arguments of the model that was exported, and returns what that returns: one tensor, a tuple or a
-    dictionary of tensors; parts of parts by names such as ``boxes.0``.
+    It takes the arguments of the exported model, and returns the same structure: one tensor, a tuple or a dictionary of
+    tensors; nested tensors have names such as ``boxes.0``.
 
     Attributes:
-        preprocess: how its images are prepared, as the file's metadata say, or None where they do not.
+        preprocess: preprocessing of its images, from the file's metadata, or None if they do not state it.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
@@ -40,7 +40,7 @@ class OnnxNetwork(nn.Module):
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
-        # Otherwise weights in blocks are dequantized anew at every call.
+        # Otherwise weights in blocks are dequantized at every call.
         options.add_session_config_entry("session.disable_quant_qdq", str(int(_in_blocks(path))))
         self.session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         stated = self.session.get_modelmeta().custom_metadata_map
@@ -53,7 +53,7 @@ class OnnxNetwork(nn.Module):
         self._outputs: list[str | int] = [way[0] if len(way) == 1 else ".".join(map(str, way)) for way in ways]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Outputs for tensors on the CPU.
+        """Return the outputs for tensors on the CPU.
 
         Raises:
             ModelError: the file has another number of inputs.
