@@ -1,4 +1,4 @@
-"""The arithmetic of DSConv in plain PyTorch: its one definition, which everything else is checked against."""
+"""Arithmetic of DSConv in plain PyTorch: its single definition, against which everything else is checked."""
 
 from dsconv.names import ACTIVATION_SIGNS, WEIGHT_RULES, WEIGHT_SCALES, ActivationSign, WeightRule, WeightScale
 from dsconv.numerics.activations import (

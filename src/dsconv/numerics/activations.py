@@ -1,8 +1,8 @@
-"""Activations to block floating point (BFP), and back: small integer mantissas, one shared exponent per block.
+"""Conversion of activations to block floating point (BFP) and back: integer mantissas, one shared exponent per block.
 
-``x (N, C, *S)`` is cut into blocks of ``block_size`` channels, per image and position ``S``; a block never spans two
-of ``groups`` equal parts of the channels, and the last block of a part is short where it must be. A value is
-``mantissa * 2^exponent``.
+``x (N, C, *S)`` is divided into blocks of ``block_size`` channels, per image and position ``S``; a block never spans
+two of ``groups`` equal parts of the channels, and the last block of a part may be shorter. A value is ``mantissa *
+2^exponent``.
 """
 
 from typing import NamedTuple
@@ -16,19 +16,19 @@ from dsconv.names import ACTIVATION_SIGNS, ActivationSign
 from dsconv.numerics.weights import block_count, check_bits, check_block_size
 
 NONFINITE = -128
-"""Exponent of a block that holds a NaN or an infinity; no finite block has it. Its values dequantize to NaN."""
+"""Exponent of a block that contains a NaN or an infinity; no finite block has it. Its values dequantize to NaN."""
 
 SMALLEST = 2.0**-100
-"""A block whose largest magnitude is below this counts as all zero (mantissas 0, exponent 0)."""
+"""A block whose largest magnitude is below this is treated as zero (mantissas 0, exponent 0)."""
 
 
 def quantize_activation(
     x: Tensor, bits: int, block_size: int, *, sign: ActivationSign = "adaptive", groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Mantissas and exponents of ``x`` in block floating point.
+    """Return mantissas and exponents of ``x`` in block floating point.
 
     Per block, ``E = floor(log2 max|x|)`` and ``mantissa = clamp(round_half_even(x / 2^e))`` with ``e = E - m + 1``.
-    ``sign`` says how many magnitude bits ``m`` the ``bits`` leave:
+    ``sign`` determines how many of the ``bits`` are magnitude bits ``m``:
 
     =============  ==================================  ===================================  ============
     ``sign``       block without a negative value      other blocks                         bits a value
@@ -38,18 +38,18 @@ def quantize_activation(
     ``adaptive``   m = bits, [0, 2^bits - 1]           m = bits - 1, two's complement       bits
     =============  ==================================  ===================================  ============
 
-    At 8 bits m is 7 in all three, since mantissas live in int8.
+    At 8 bits m is 7 in all three, since mantissas are stored as int8.
 
     Args:
         x: float tensor ``(N, C, *S)``, read as float32.
         bits: 2..8.
-        block_size: channels that share an exponent, >= 1.
+        block_size: number of channels that share an exponent, >= 1.
         sign: the convention above.
-        groups: equal parts of the channels that blocks do not cross.
+        groups: number of equal parts of the channels that blocks do not cross.
 
     Returns:
-        Mantissas int8 ``(N, C, *S)`` and exponents int8 ``(N, groups * CB, *S)`` for ``CB`` blocks in a group.
-        A block with a NaN or an infinity has mantissas 0 and the exponent :data:`NONFINITE`.
+        Mantissas int8 ``(N, C, *S)`` and exponents int8 ``(N, groups * CB, *S)`` for ``CB`` blocks in a group. A block
+        with a NaN or an infinity has mantissas 0 and the exponent :data:`NONFINITE`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -68,10 +68,10 @@ def quantize_activation(
 
 
 def dequantize_activation(mantissa: Tensor, exponent: Tensor, block_size: int, *, groups: int = 1) -> Tensor:
-    """Float32 values ``mantissa * 2^exponent`` ``(N, C, *S)``; NaN where the exponent is :data:`NONFINITE`.
+    """Return float32 values ``mantissa * 2^exponent`` ``(N, C, *S)``; NaN if the exponent is :data:`NONFINITE`.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not match.
 
     >>> mantissa, exponent = torch.tensor([[1, 6, 12, 15]], dtype=torch.int8), torch.tensor([[-1]], dtype=torch.int8)
     >>> dequantize_activation(mantissa, exponent, block_size=4)
@@ -90,9 +90,9 @@ def dequantize_activation(mantissa: Tensor, exponent: Tensor, block_size: int, *
 def fake_quantize_activation(
     x: Tensor, bits: int, block_size: int, *, sign: ActivationSign = "adaptive", groups: int = 1
 ) -> Tensor:
-    """The values of ``dequantize_activation(quantize_activation(x))``, without the integers between, differentiable.
+    """Return the values of ``dequantize_activation(quantize_activation(x))`` without the integers, differentiably.
 
-    The gradient passes through rounding and clamping as if they were not there (straight-through estimator).
+    The gradient ignores rounding and clamping (straight-through estimator).
 
     >>> x = torch.tensor([[0.5, 3.0, 6.1, 7.9]], requires_grad=True)
     >>> fake_quantize_activation(x, bits=4, block_size=4)
@@ -101,7 +101,7 @@ def fake_quantize_activation(
     with torch.no_grad():
         blocks = _to_blocks(x, bits, block_size, sign, groups)
         value = join_blocks(scaled(blocks.mantissa, blocks.exponent.unsqueeze(2)), x.shape, groups)
-    # x - x is 0 and carries the gradient; in a block that is not finite it is NaN, as the value is.
+    # x - x is 0 and carries the gradient; in a block that is not finite it is NaN, like the value.
     return value + (x.float() - x.detach().float()) if torch.is_grad_enabled() and x.requires_grad else value
 
 
@@ -146,7 +146,8 @@ def _to_blocks(x: Tensor, bits: int, block_size: int, sign: str, groups: int) ->
 
 
 def round_blocks(split: Tensor, m: Tensor) -> Blocks:
-    """Mantissas of ``m`` magnitude bits and exponents of blocks ``(N, CB, size, *S)``, ``m`` int32 ``(N, CB, *S)``.
+    """Return mantissas of ``m`` magnitude bits and exponents of blocks ``(N, CB, size, *S)``, ``m`` int32 ``(N, CB,
+    *S)``.
 
     Mantissas are at most ``2^m - 1`` and at least ``-2^m``.
     """
@@ -154,7 +155,7 @@ def round_blocks(split: Tensor, m: Tensor) -> Blocks:
     largest = torch.maximum(high, -low)
     finite = torch.isfinite(largest)
     used = finite & (largest >= SMALLEST)
-    # frexp gives 0.5 <= |fraction| < 1, hence the 1: exact, where a floating-point log2 is not.
+    # frexp returns 0.5 <= |fraction| < 1, hence the 1: exact, where a floating-point log2 is not.
     magnitude_exponent = torch.frexp(torch.where(used, largest, 1.0)).exponent - 1
     exponent = torch.where(used, magnitude_exponent - m + 1, 0)
     # Twice half the power of two, because 2^-127 would be subnormal and may be flushed to zero.
@@ -173,7 +174,7 @@ def _check(x: Tensor, block_size: int, groups: int) -> None:
 
 
 def split_blocks(x: Tensor, block_size: int, groups: int) -> Tensor:
-    """Return ``(N, C, *S)`` as ``(N, groups * CB, size, *S)``, zeros filling the last block of a group."""
+    """Return ``(N, C, *S)`` as ``(N, groups * CB, size, *S)``; the last block of a group is padded with zeros."""
     channels = x.shape[1] // groups
     size = max(1, min(block_size, channels))
     blocks = block_count(channels, size)
@@ -192,12 +193,12 @@ def join_blocks(blocks: Tensor, shape: torch.Size, groups: int) -> Tensor:
 
 
 def _power_of_two(n: Tensor) -> Tensor:
-    """Float32 ``2^n`` for whole ``n`` in -126..127, from the bits."""
+    """Return float32 ``2^n`` for integers ``n`` in -126..127, from the bits."""
     return ((n.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
 def scaled(mantissa: Tensor, exponent: Tensor) -> Tensor:
-    """Return ``mantissa * 2^exponent``, NaN where the exponent is NONFINITE."""
+    """Return ``mantissa * 2^exponent``, NaN if the exponent is NONFINITE."""
     nonfinite = exponent == NONFINITE
     value = mantissa * _power_of_two(torch.where(nonfinite, 0, exponent))
     return torch.where(nonfinite, torch.nan, value)

@@ -1,13 +1,13 @@
-"""Rounds weights under a model of their inputs that needs no data: rule ``balanced``.
+"""Rounding of weights under a model of their inputs that needs no data: rule ``balanced``.
 
-The inputs of a channel at different taps are pixels side by side, with a correlation r; each channel has a mean m and a
-variance v, and channels do not depend on one another. With the error e of the weights, the expected squared error of
-an output is
+The inputs of a channel at different taps are neighbouring pixels with a correlation r; each channel has a mean m and a
+variance v, and channels are independent. With the error e of the weights, the expected squared error of an output is
 
     e' H e,    H = [same channel] v (1 if same tap else r) + m m'.
 
-This is what :func:`dsconv.numerics.rounding.round_to` does for any H, each block by itself. Here H is a diagonal, a
-constant for each channel and a rank of one, so that an integer costs a few operations, whatever the size of its block.
+:func:`dsconv.numerics.rounding.round_to` minimises this for any H, each block separately. Here H is the sum of a
+diagonal, a constant per channel and a rank-one matrix, so that an integer takes a few operations, whatever the size of
+its block.
 """
 
 from collections.abc import Callable
@@ -19,20 +19,21 @@ from torch import Tensor
 from dsconv.numerics.rounding import solve_held
 from dsconv.numerics.scales import round_rows
 
-# Without knowledge, inputs have a variance of 1 and this squared mean.
+# Without statistics, inputs have a variance of 1 and this squared mean.
 _MEAN_POWER = 0.4
 TAP_CORRELATION = 0.7
-# What is added to the diagonal of H, as a fraction of its mean.
+# Ridge added to the diagonal of H, as a fraction of its mean.
 _RIDGE = 0.1
-# Weights of a tap that are worked on at a time: few enough to stay in cache, and enough that calls of PyTorch take less
-# time than what they compute. Numbers of all taps, and of the normal equations of scales, at a time.
+# Number of weights of a tap that are processed at a time: small enough to stay in cache, and large enough that calls
+# of PyTorch take less time than the computation. Maximum number of values of all taps, and of the normal equations of
+# scales, at a time.
 _SLAB, _MOST = 1 << 16, 1 << 20
 
 
 class Model(NamedTuple):
     """``e' H e = sum_c own_c sum_t e_tc^2 + sum_c shared_c (sum_t e_tc)^2 + (sum_tc mean_c e_tc)^2``.
 
-    Each is ``(n, M)``: M kinds of rows, which follow one another in runs of equal length.
+    Each is ``(n, M)``: M kinds of rows, in consecutive runs of equal length.
     """
 
     own: Tensor
@@ -45,16 +46,18 @@ class Model(NamedTuple):
         return cls((1 - correlation) * variance, correlation * variance, mean)
 
     def regularized(self, ridge: float) -> "Model":
-        """With ``ridge mean(diag H)`` added to the diagonal; with 1 where all inputs are always zero."""
+        """Return the model with ``ridge mean(diag H)`` added to the diagonal; with 1 where all inputs are always
+        zero.
+        """
         diagonal = (self.own + self.shared + self.mean.square()).mean(0)
         return self._replace(own=self.own + torch.where(diagonal > 0, ridge * diagonal, 1.0))
 
     def rows(self, count: int) -> "Model":
-        """Return the model of each of ``count`` rows, ``(n, count)``; or ``(n, 1)`` where they are all of one kind."""
+        """Return the model of each of ``count`` rows, ``(n, count)``; or ``(n, 1)`` if all are of one kind."""
         return Model(*(_rows(value, count) for value in self))
 
     def value(self, e: Tensor) -> Tensor:
-        """``e' H e`` of errors ``(T, n, R)``: ``(R,)``."""
+        """Return ``e' H e`` of errors ``(T, n, R)``: ``(R,)``."""
         own, shared, mean = self.rows(e.shape[2])
         sums = e.sum(0)
         inner = torch.stack([(own * tap).mul_(tap).sum(0) for tap in e]).sum(0)
@@ -62,7 +65,7 @@ class Model(NamedTuple):
 
 
 def _rows(value: Tensor, count: int) -> Tensor:
-    """Spread ``(n, M)`` to ``(n, count)``; ``(n, 1)`` serves every row as it is, and takes less time."""
+    """Expand ``(n, M)`` to ``(n, count)``; ``(n, 1)`` broadcasts to every row and is faster."""
     return value if value.shape[1] == 1 else value.repeat_interleave(count // value.shape[1], 1)
 
 
@@ -80,19 +83,19 @@ Solver = Callable[[Tensor, Model, Model, int, bool], Result]
 def round_balanced(
     w: Tensor, known: tuple[Tensor, Tensor] | None, bits: int, shift: bool, solver: Solver | None = None
 ) -> Result:
-    """Integers, scales and shifts for which the expected error of each block's share of its output is small.
+    """Return integers, scales and shifts with a small expected error of each block's contribution to its output.
 
     Args:
-        w: float32 ``(T, n, R)``: R rows of n channels at T taps each, rows of one kind of inputs side by side.
-        known: mean and variance of the inputs, each ``(n, M)`` for M kinds, which R is a multiple of; None: nothing is
-            known of them.
+        w: float32 ``(T, n, R)``: R rows of n channels at T taps each, with rows of one kind of inputs contiguous.
+        known: mean and variance of the inputs, each ``(n, M)`` for M kinds, where R is a multiple of M; None if
+            unknown.
         bits: 2..8, width of the integers.
-        shift: whether a scale has a shift beside it.
+        shift: whether each scale has a shift.
         solver: a faster substitute for :func:`solve`; None is that itself.
 
     Returns:
-        Int8 integers ``(T, n, R)``, and float32 scales and shifts ``(T, 1, R)``. By the measure that rows are rounded
-        for, none is worse than by rule ``refined``.
+        Int8 integers ``(T, n, R)``, and float32 scales and shifts ``(T, 1, R)``. By the minimised measure, no row is
+        worse than with rule ``refined``.
 
     >>> w = torch.randn(9, 32, 100, generator=torch.Generator().manual_seed(0))
     >>> found = round_rows(w, 8, "refined", False, dim=1), round_balanced(w, None, 4, False)
@@ -109,20 +112,22 @@ def round_balanced(
 
 
 def solve(w: Tensor, model: Model, held: Model, half: int, shift: bool) -> Result:
-    """Return rows rounded for ``held``; one that by ``model`` is worse than by rule ``refined`` is rounded by that."""
-    unit = torch.maximum(w.amax((0, 1)), -w.amin((0, 1)))  # next to the largest float, squares would overflow
+    """Return rows rounded for ``held``; a row that is worse by ``model`` than with rule ``refined`` is rounded by the
+    latter.
+    """
+    unit = torch.maximum(w.amax((0, 1)), -w.amin((0, 1)))  # squares would overflow near the largest float
     unit = torch.where(unit == 0, 1.0, unit)
-    # In float64, so that what rows are worked on together does not show in the result.
+    # In float64, so that the result does not depend on which rows are processed together.
     target = w.double().mul_(1 / unit.double())
     found = _refit(target, held, _nearest_plane(target, held, half, shift), shift)
     found = _refit(target, held, _descend(target, held, found, half), shift)
 
-    # What is made for the output is not always better for it than what is made for the weights.
+    # A start for the output error is not always better for it than one for the weight error.
     plain = [round_rows(tap, half, "refined", shift, dim=0) for tap in w]
     q, a, c = (torch.stack(values).double() for values in zip(*plain, strict=True))
     refined = q, a / unit, c / unit
     better = model.value(_missed(target, found)) <= model.value(_missed(target, refined))
-    for value in found[1:]:  # float32 does not hold every scale of a huge weight
+    for value in found[1:]:  # float32 cannot represent every scale of a huge weight
         better &= (value * unit).float().isfinite().all(0).squeeze(0)
     q, a, c = (torch.where(better, new, old) for new, old in zip(found, refined, strict=True))
     return q.to(torch.int8), (a * unit).float(), (c * unit).float()
@@ -143,10 +148,10 @@ def _missed(target: Tensor, rounded: _Rounded) -> Tensor:
 
 
 def _nearest_plane(target: Tensor, model: Model, half: int, shift: bool) -> _Rounded:
-    """Column by column from the last to the first, each rounded to where the error is least with those before it free.
+    """Round the columns from the last to the first, each to the least error with those before it still free.
 
-    With errors e of the columns P that are rounded, what is free had best err by ``-H_FF^-1 H_FP e_P``. By Sherman and
-    Morrison that is, with N free taps of a channel, ``k = 1 / (own + N shared)`` and S its sum of errors,
+    With errors e of the rounded columns P, the best error of the free columns is ``-H_FF^-1 H_FP e_P``. By Sherman and
+    Morrison this is, with N free taps of a channel, ``k = 1 / (own + N shared)`` and S its sum of errors,
 
         -k (shared S + mean (sum mean S - sum N k mean shared S) / (1 + sum N k mean^2)).
     """
@@ -155,10 +160,10 @@ def _nearest_plane(target: Tensor, model: Model, half: int, shift: bool) -> _Rou
     scale, offset = (torch.zeros_like(target[:, :1]) for _ in range(2))
     sums, error = torch.zeros_like(target[0]), torch.empty_like(target[0])
     for tap in reversed(range(len(target))):
-        # Before its tap is rounded, and after it, a channel has one more free tap.
+        # A channel has one free tap more before its tap is rounded than afterwards.
         more, less = (count / (own + count * shared) for count in (tap + 1, tap))
         pull, push = (mean * (1 - share * shared) for share in (more, less))
-        # The columns that are still to come have `more`, those behind `less`.
+        # The columns still to be rounded have `more`, the finished ones `less`.
         power = mean.square() * torch.stack([more, less])
         spread = 1 + power[0].cumsum(0) + power[1].sum(0) - power[1].cumsum(0)
         gain = more / (tap + 1)
@@ -185,7 +190,7 @@ def _nearest_plane(target: Tensor, model: Model, half: int, shift: bool) -> _Rou
 
 
 def _descend(target: Tensor, model: Model, rounded: _Rounded, half: int) -> _Rounded:
-    """Moves each integer in turn to where the error is least, scales and the other integers being as they are."""
+    """Move each integer in turn to the value with the least error, with scales and the other integers fixed."""
     own, shared, mean = model.rows(target.shape[2])
     q, scale, shift = rounded
     q, error = q.clone(), _missed(target, rounded)
@@ -206,7 +211,7 @@ def _descend(target: Tensor, model: Model, rounded: _Rounded, half: int) -> _Rou
 
 
 def _refit(target: Tensor, model: Model, rounded: _Rounded, shift: bool) -> _Rounded:
-    """The same integers with the scales, and shifts, of each row that leave the least error, all fitted together."""
+    """Return the same integers with the scales, and shifts, of each row that minimise the error, fitted jointly."""
     own, shared, mean = model.rows(target.shape[2])
     q, scale, offset = rounded
     taps, factors = len(q), 1 + shift
@@ -223,7 +228,7 @@ def _refit(target: Tensor, model: Model, rounded: _Rounded, shift: bool) -> _Rou
         wanted = torch.addcmul(alike, own, target[tap])
         right[0, tap] = (level * wanted).sum(0)
         inner[0, tap] = (mean * level).sum(0)
-        if taps > 1:  # that of all taps of a channel
+        if taps > 1:  # the part of all taps of a channel
             weighted = shared * level
             for other in range(tap, taps):
                 normal[0, tap, 0, other] = normal[0, other, 0, tap] = (weighted * q[other]).sum(0)

@@ -1,10 +1,11 @@
-"""Measures of how far numbers are from what they stand for."""
+"""Measures of the difference between values and their quantized form."""
 
 import math
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """Signal to quantization noise ratio in dB of two powers: ``10 log10(signal / noise)``; infinite without noise.
+    """Return the signal-to-quantization-noise ratio in dB of two powers: ``10 log10(signal / noise)``; infinite without
+    noise.
 
     >>> sqnr_db(signal=5.0, noise=0.25)
     13.010299956639813

@@ -1,7 +1,7 @@
-"""Integers of 2..8 bits as a dense stream of bits, and back.
+"""Packing of integers of 2..8 bits to a dense bit stream, and unpacking.
 
 Value ``i`` is stored as ``q + 2^(bits-1)`` in bits ``i * bits .. (i + 1) * bits - 1`` of the stream; bit ``j`` of the
-stream is bit ``j % 8`` of byte ``j // 8``, the least significant first. The last byte is filled with zero bits.
+stream is bit ``j % 8`` of byte ``j // 8``, the least significant first. The last byte is padded with zero bits.
 """
 
 import math
@@ -14,7 +14,7 @@ from dsconv.numerics.weights import check_bits
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that ``count`` integers of ``bits`` bits take."""
+    """Return the number of bytes that ``count`` integers of ``bits`` bits take."""
     return -(-count * bits // 8)
 
 
@@ -44,10 +44,10 @@ def pack(q: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
-    """Inverse of :func:`pack`: int8 of ``shape``.
+    """Unpack int8 values of ``shape``; inverse of :func:`pack`.
 
     Raises:
-        ValueError: ``packed`` is not uint8 of the length that ``shape`` asks for.
+        ValueError: ``packed`` is not uint8 with the length required by ``shape``.
 
     >>> unpack(torch.tensor([240, 8], dtype=torch.uint8), bits=4, shape=(3,)).tolist()
     [-8, 7, 0]

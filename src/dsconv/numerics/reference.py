@@ -1,4 +1,4 @@
-"""The exact convolution of VQK, KDS and block floating point: the oracle of every faster path. Slow by design."""
+"""Exact convolution of VQK, KDS and block floating point: the oracle of every faster path. Slow by design."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from dsconv.numerics.weights import block_count
 
 
 class Reference(NamedTuple):
-    """``output`` float64 ``(N, O, *S)`` and ``bound``: how far a float32 path may be from it, same shape.
+    """``output`` float64 ``(N, O, *S)`` and ``bound``: maximum difference of a float32 path from it, same shape.
 
     ``bound = (terms + 1) * 2^-24 * sum |term|`` with one term per tap and block, and one more each with a shift.
     """
@@ -36,15 +36,15 @@ def reference_conv(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Reference:
-    """Convolution whose sums within a block are int64 and whose sums over blocks are float64.
+    """Return the convolution with int64 sums within a block and float64 sums over blocks.
 
     ``y[n,o,s] = bias[o] + sum over taps and blocks of KDS * 2^e * S``, ``S = sum over the block of VQK * mantissa``,
     plus ``KDS_shift * 2^e * sum mantissa`` with a shift.
 
     Args:
-        mantissa, exponent: of the input ``(N, C, *S)``, from :func:`dsconv.numerics.quantize_activation` with the same
+        mantissa, exponent: input ``(N, C, *S)``, from :func:`dsconv.numerics.quantize_activation` with the same
             ``block_size`` and ``groups``.
-        vqk, kds, kds_shift: of the weight ``(O, C/groups, *K)``.
+        vqk, kds, kds_shift: weight ``(O, C/groups, *K)``.
         bias: ``(O,)`` or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``, for as many dimensions as ``K`` has
             (none for a linear layer).

@@ -1,12 +1,12 @@
-"""Rounds the weights of a layer so that its output changes least, not the weights themselves.
+"""Rounding of a layer's weights that minimises the error of its output, rather than that of the weights.
 
-Of a layer, ``x`` is the centred input as the quantized network makes it, and ``y`` what the float network puts out at
-the same place. The mean squared error of a row of weights ``v`` is, but for a constant, a quadratic form,
+For a layer, ``x`` is the centred input computed by the quantized network, and ``y`` the output of the float network at
+the same position. The mean squared error of a row of weights ``v`` is, up to a constant, a quadratic form,
 
     E (y - v x)^2 = (v - t)' H (v - t) + const,    H = E x x',    t = H^-1 E x y,
 
-so ``t`` is what to round, and not the float weights ``w``: it makes up for what earlier layers did to ``x``. ``H``
-comes from few images, so it has ``ridge mean(diag H) I`` added to it, the same as a prior that ``v`` is near ``w``:
+so ``t`` is rounded instead of the float weights ``w``: it corrects the effect of earlier layers on ``x``. ``H`` is
+estimated from few images, so ``ridge mean(diag H) I`` is added to it, equivalent to a prior that ``v`` is near ``w``:
 
     t = w + H^-1 E x (y - w x).
 
@@ -21,31 +21,31 @@ from torch.nn import functional as F
 
 from dsconv.numerics.scales import round_rows
 
-# Holds scales where they are that the integers do not determine, as a fraction of what the others are held by.
+# Regularization of scales that the integers do not determine, as a fraction of that of the others.
 HELD = 1e-4
-# Numbers in the normal equations of the scales that are solved at a time.
+# Maximum number of values in the normal equations of the scales that are solved at a time.
 _CHUNK = 1 << 23
 
 
 class Blocks(NamedTuple):
-    """Which of the d columns share a scale: ``runs`` (taps) of ``width`` columns, each cut into blocks of ``size``."""
+    """Columns of d that share a scale: ``runs`` (taps) of ``width`` columns, each divided into blocks of ``size``."""
 
     runs: int
     width: int
     size: int
 
     def parts(self) -> list[slice]:
-        """The columns of each block; the last block of a run may be short."""
+        """Columns of each block; the last block of a run may be shorter."""
         starts = [(run * self.width, at) for run in range(self.runs) for at in range(0, self.width, self.size)]
         return [slice(run + at, run + min(at + self.size, self.width)) for run, at in starts]
 
     def sums(self, x: Tensor) -> Tensor:
-        """Sum of each block: ``(..., d)`` to ``(..., blocks)``."""
+        """Return the sum of each block: ``(..., d)`` to ``(..., blocks)``."""
         x = F.pad(torch.unflatten(x, -1, (self.runs, self.width)), (0, -self.width % self.size))
         return torch.unflatten(x, -1, (-1, self.size)).sum(-1).flatten(-2)
 
     def spread(self, scale: Tensor) -> Tensor:
-        """The scale of each column: ``(..., blocks)`` to ``(..., d)``."""
+        """Return the scale of each column: ``(..., blocks)`` to ``(..., d)``."""
         wide = torch.unflatten(scale, -1, (self.runs, -1)).repeat_interleave(self.size, -1)
         return wide[..., : self.width].flatten(-2)
 
@@ -58,13 +58,13 @@ class Rounded(NamedTuple):
     shift: Tensor | None
 
     def weight(self, blocks: Blocks) -> Tensor:
-        """The weights that these stand for."""
+        """Return the weights that these represent."""
         w = self.q * blocks.spread(self.scale)
         return w if self.shift is None else w + blocks.spread(self.shift)
 
 
 def regularized(h: Tensor, ridge: float) -> Tensor:
-    """``h + ridge mean(diag h) I``, which is positive definite also where inputs are always zero.
+    """Return ``h + ridge mean(diag h) I``, which is positive definite even if inputs are always zero.
 
     >>> regularized(torch.tensor([[[4.0, 0.0], [0.0, 0.0]]]), ridge=0.5)
     tensor([[[5., 0.],
@@ -75,7 +75,7 @@ def regularized(h: Tensor, ridge: float) -> Tensor:
 
 
 def regression_target(w: Tensor, h: Tensor, g: Tensor) -> Tensor:
-    """``w + g h^-1``, the weights that minimise ``E |y - v x|^2`` where ``g = E (y - w x) x'`` ``(G, R, d)``.
+    """Return ``w + g h^-1``, the weights that minimise ``E |y - v x|^2`` where ``g = E (y - w x) x'`` ``(G, R, d)``.
 
     >>> h, g = torch.tensor([[[2.0, 0.0], [0.0, 4.0]]]), torch.tensor([[[1.0, 1.0]]])
     >>> regression_target(torch.zeros(1, 1, 2), h, g)
@@ -85,30 +85,30 @@ def regression_target(w: Tensor, h: Tensor, g: Tensor) -> Tensor:
 
 
 def quadratic(e: Tensor, h: Tensor) -> Tensor:
-    """``e h e'`` of each row: ``(G, R)``."""
+    """Return ``e h e'`` of each row: ``(G, R)``."""
     return ((e @ h) * e).sum(-1)
 
 
 def round_to(target: Tensor, h: Tensor, blocks: Blocks, bits: int, *, shift: bool = False, sweeps: int = 3) -> Rounded:
-    """Integers, scales and shifts for which ``(v - target) h (v - target)'`` of each row is small.
+    """Return integers, scales and shifts for which ``(v - target) h (v - target)'`` of each row is small.
 
-    Columns are rounded one after the other, each making up for the errors of those before it; the scale of a block
-    is fitted as the block is entered. Then all scales of a row are fitted together by least squares, each integer in
-    turn moves to where the error is least, and the scales are fitted again.
+    Columns are rounded one after the other, each compensating the errors of those before it; the scale of a block is
+    fitted at its first column. Then all scales of a row are fitted jointly by least squares, each integer in turn moves
+    to the value with the least error, and the scales are fitted again.
 
     Args:
         target: float32 ``(G, R, d)``.
         h: float32 ``(G, d, d)``, positive definite.
         blocks: columns that share a scale.
         bits: 2..8, width of the integers.
-        shift: whether a block has a shift beside its scale.
-        sweeps: how often each integer has its turn at last.
+        shift: whether each block has a shift in addition to its scale.
+        sweeps: number of passes over the integers in the last phase.
 
     Returns:
-        A block that is all zero has integers 0 and scale 0.
+        Rounded weights; an all-zero block has integers 0 and scale 0.
 
-    Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ", ICLR 2023, in the form of Babai's nearest plane algorithm,
-    which is the same (Chen et al., "The Geometry of LLM Quantization", 2025); fits and descent are ours.
+    Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ", ICLR 2023, in the equivalent form of Babai's nearest plane
+    algorithm (Chen et al., "The Geometry of LLM Quantization", 2025); fits and descent are ours.
 
     >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
     <torch._C.Generator object at ...>
@@ -127,11 +127,11 @@ def round_to(target: Tensor, h: Tensor, blocks: Blocks, bits: int, *, shift: boo
 
 
 def nearest_plane(target: Tensor, h: Tensor, blocks: Blocks, bits: int, *, shift: bool = False) -> Rounded:
-    """Round column by column, from the last to the first, so that each makes up for the errors of those before it.
+    """Round column by column, from the last to the first; each column compensates the errors of those before it.
 
-    With ``h = L L'`` the error is ``|e L|^2``. Component k of ``e L`` holds ``e_k L_kk`` and the errors of the columns
-    after k, which are rounded already: column k is rounded to where that component is least. The scale and the shift
-    of a block are those of rule ``refined`` for what its columns would be without any rounding.
+    With ``h = L L'`` the error is ``|e L|^2``. Component k of ``e L`` contains ``e_k L_kk`` and the errors of the
+    columns after k, which are already rounded: column k is rounded to minimise that component. The scale and the shift
+    of a block are those of rule ``refined`` for the values that its columns would have without any rounding.
     """
     factor = torch.linalg.cholesky(h)
     half = 1 << (bits - 1)
@@ -140,7 +140,7 @@ def nearest_plane(target: Tensor, h: Tensor, blocks: Blocks, bits: int, *, shift
     scales, shifts = [], []
     for part in reversed(blocks.parts()):
         inner = factor[:, part, part]
-        # What the columns after this block leave in its components, and in the units of its weights.
+        # Errors of the columns after this block in its components, in units of its weights.
         carried = error[..., part.stop :] @ factor[:, part.stop :, part]
         wanted = target[..., part]
         free = wanted + torch.linalg.solve_triangular(inner, carried, upper=False, left=False)
@@ -163,9 +163,9 @@ def nearest_plane(target: Tensor, h: Tensor, blocks: Blocks, bits: int, *, shift
 
 
 def refit(target: Tensor, h: Tensor, blocks: Blocks, rounded: Rounded) -> Rounded:
-    """The same integers with the scales, and shifts, of each row that leave the least error, all fitted together.
+    """Return the same integers with the scales, and shifts, of each row that minimise the error, fitted jointly.
 
-    A row is ``z B``, its scales and shifts times what they multiply, so ``z = target h B' (B h B')^-1``.
+    A row is ``z B``, its scales and shifts times their factors, so ``z = target h B' (B h B')^-1``.
     """
     groups, rows, _ = target.shape
     step = max(1, _CHUNK // (blocks.sums(h[:1, :1]).numel() * (1 + (rounded.shift is not None))) ** 2 // groups)
@@ -197,7 +197,7 @@ def _refit(target: Tensor, h: Tensor, blocks: Blocks, rounded: Rounded) -> tuple
 
 
 def solve_held(normal: Tensor, right: Tensor, before: Tensor) -> Tensor:
-    """Solutions ``(..., k)`` of normal equations ``(..., k, k)``, lightly held where they were ``before``."""
+    """Return solutions ``(..., k)`` of normal equations ``(..., k, k)``, slightly regularized towards ``before``."""
     own = normal.diagonal(dim1=-2, dim2=-1)
     held = torch.where(own > 0, HELD * own, 1.0)
     solved: Tensor = torch.linalg.solve(normal + torch.diag_embed(held), right + held * before)
@@ -205,11 +205,11 @@ def solve_held(normal: Tensor, right: Tensor, before: Tensor) -> Tensor:
 
 
 def descend(target: Tensor, h: Tensor, blocks: Blocks, rounded: Rounded, bits: int, sweeps: int = 1) -> Rounded:
-    """Move each integer in turn to where the error is least, scales and the other integers being as they are."""
+    """Move each integer in turn to the value with the least error, with scales and the other integers fixed."""
     half = 1 << (bits - 1)
     q, scale, shift = rounded
     q = q.clone()
-    # Those of less than the smallest normal number have none that is finite.
+    # Scales below the smallest normal number have no finite inverse.
     inverse = torch.where(scale.abs() < torch.finfo(scale.dtype).tiny, 0.0, 1 / scale)
     error = target - Rounded(q, scale, shift).weight(blocks)
     diagonal = h.diagonal(dim1=-2, dim2=-1)

@@ -1,27 +1,27 @@
-"""Integers, scale and shift of rows of values, each row for itself.
+"""Integers, scale and shift of rows of values, each row independently.
 
-A row is what lies along dimension ``dim`` of a tensor and shares one scale; scale and shift have a size of 1 there.
-Integers are float and hold whole numbers.
+A row is a slice along dimension ``dim`` of a tensor and shares one scale; scale and shift have a size of 1 there.
+Integers are stored as floats.
 """
 
 import torch
 from torch import Tensor
 
-# Start values of a refined scale, as fractions of the one that maps the extreme value onto the last level.
+# Initial values of a refined scale, as fractions of the one that maps the extreme value onto the last level.
 _GRID = (1.0, 0.9, 0.8)
 
 
 def round_rows(w: Tensor, half: int, rule: str, shift: bool, dim: int = -1) -> tuple[Tensor, Tensor, Tensor]:
-    """Return integers, scale and shift of each row for itself, by rule ``paper`` or ``refined``.
+    """Return integers, scale and shift of each row independently, by rule ``paper`` or ``refined``.
 
     Args:
         w: float32, rows of n values along ``dim``.
         half: 2^(bits - 1).
         rule: ``paper`` or ``refined``.
-        shift: whether a scale has a shift beside it.
-        dim: along which rows lie. Sums over it are ordered otherwise than over another, which shows in last digits.
+        shift: whether each scale has a shift.
+        dim: dimension of the rows. The order of sums, and thus their last digits, depend on it.
     """
-    # Divided by its extreme value a row stays within [-1, 1], be it subnormal or huge.
+    # Divided by its extreme value a row stays within [-1, 1], even if it is subnormal or huge.
     low, high = w.amin(dim, keepdim=True), w.amax(dim, keepdim=True)
     largest = torch.maximum(-low, high)
     unit = torch.where(largest == 0, 1.0, largest)
@@ -46,26 +46,26 @@ def _side(w: Tensor, dim: int, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _signed_starts(extreme: Tensor, half: int) -> list[tuple[Tensor, Tensor]]:
-    """Scales that put the extreme value, or one a little smaller, onto the last level of either side."""
+    """Return scales that map the extreme value, or a slightly smaller one, onto the last level of either side."""
     zero = torch.zeros_like(extreme)
     negative = [(extreme * (-g / half), zero) for g in _GRID]
     return negative + [(extreme * (g / (half - 1)), zero) for g in _GRID]
 
 
 def _shifted_starts(low: Tensor, high: Tensor, half: int) -> list[tuple[Tensor, Tensor]]:
-    """Scales and shifts that spread the values, or a little less than their range, over all levels."""
+    """Return scales and shifts that spread the values, or slightly less than their range, over all levels."""
     middle, step = (low + high) / 2, (high - low) / (2 * half - 1)
     return [(step * g, middle + step * (g / 2)) for g in _GRID]
 
 
 def _round(w: Tensor, scale: Tensor, shift: Tensor, half: int) -> Tensor:
-    """``clamp(round_half_even((w - shift) / scale))``, 0 where the scale is 0."""
+    """Return ``clamp(round_half_even((w - shift) / scale))``, 0 if the scale is 0."""
     q = (w - shift).div_(torch.where(scale == 0, torch.inf, scale))
     return q.round_().clamp_(-half, half - 1)
 
 
 def _fit(w: Tensor, q: Tensor, shift: bool, dim: int) -> tuple[Tensor, Tensor]:
-    """Least-squares scale, and shift where asked for, of each row; a scale of 0 where q is constant (or zero)."""
+    """Return the least-squares scale, and shift if requested, of each row; a scale of 0 if q is constant (or zero)."""
     wq, qq = (w * q).sum(dim, keepdim=True), (q * q).sum(dim, keepdim=True)
     if not shift:
         return wq / torch.where(qq == 0, 1.0, qq), torch.zeros_like(wq)
@@ -77,7 +77,7 @@ def _fit(w: Tensor, q: Tensor, shift: bool, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _best_start(w: Tensor, starts: list[tuple[Tensor, Tensor]], half: int, shift: bool, dim: int) -> Tensor:
-    """Integers of the start that, its scale and shift fitted again, leaves the least squared error in each row."""
+    """Return integers of the start that, after refitting scale and shift, has the least squared error in each row."""
     best_scale, best_shift = starts[0]
     least: Tensor | None = None
     if len(starts) > 1:

@@ -1,7 +1,7 @@
-"""Weights to VQK (integers) and KDS (one float per block), and back.
+"""Conversion of weights to VQK (integers) and KDS (one float per block), and back.
 
-Layout everywhere: weight ``(O, C/groups, *K)`` with zero (linear) to three kernel dimensions, VQK the same,
-KDS and its optional shift ``(O, CB, *K)`` with ``CB = ceil(C / groups / block_size)``.
+Layout everywhere: weight ``(O, C/groups, *K)`` with zero (linear) to three kernel dimensions, VQK the same, KDS and its
+optional shift ``(O, CB, *K)`` with ``CB = ceil(C / groups / block_size)``.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from dsconv.names import WEIGHT_RULES, WEIGHT_SCALES, WeightRule, WeightScale
 from dsconv.numerics.balanced import Solver, most_rows, round_balanced
 from dsconv.numerics.scales import round_rows
 
-# Weights that are worked on at a time: a chunk bounds the extra memory, a part of it stays in cache.
+# Number of weights that are processed at a time: a chunk limits the extra memory, a part of it stays in cache.
 _CHUNK, _PART = 1 << 20, 1 << 18
 _NEWTON_STEPS = 8
 _MIN_BITS, _MAX_BITS = 2, 8
@@ -30,14 +30,14 @@ class QuantizedWeight(NamedTuple):
 
 
 class InputMoments(NamedTuple):
-    """What is known of a layer's inputs: ``mean`` and ``variance`` of each channel, float32 ``(groups, C/groups)``."""
+    """Known moments of a layer's inputs: ``mean`` and ``variance`` per channel, float32 ``(groups, C/groups)``."""
 
     mean: Tensor
     variance: Tensor
 
 
 def block_count(channels: int, block_size: int) -> int:
-    """Blocks that ``channels`` values fall into: ``ceil(channels / block_size)``."""
+    """Return the number of blocks for ``channels`` values: ``ceil(channels / block_size)``."""
     return -(-channels // block_size)
 
 
@@ -52,29 +52,30 @@ def quantize_weight(
     inputs: InputMoments | None = None,
     solver: Solver | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Variable quantized kernel and kernel distribution shift of a float weight.
+    """Return the variable quantized kernel and kernel distribution shift of a float weight.
 
     Args:
-        w: float weight ``(O, C/groups, *K)``: of a convolution of 1 to 3 dimensions, or of a linear layer ``(O, C)``.
+        w: float weight ``(O, C/groups, *K)``: of a convolution with 1 to 3 dimensions, or of a linear layer ``(O, C)``.
         bits: 2..8, width of the integers.
-        block_size: input channels that share one scale, >= 1; the last block of a tap is short where it must be.
-        groups: convolution groups. They divide ``O``; a block never spans two, as ``w`` holds the inputs of one.
-        rule: ``paper``: the value of largest magnitude, with its sign, lands on ``-2^(bits-1)``, the rest is rounded
-            half to even. ``refined``: the scale of either sign that leaves the least squared error, by rounding and
-            least squares in turn from several starts. ``balanced``: scales and integers together, so that the expected
-            error of a block's output is small, rather than that of its weights: errors come to cancel over a block,
-            and over the taps of each input channel.
-        scale: ``l2`` least squares, ``sum(w q) / sum(q^2)``; ``kl`` minimises ``sum T log(T / I)``,
-            ``T = softmax(w)``, ``I = softmax(scale q)`` per block, within half and one and a half times ``l2``.
-        inputs: under which ``balanced`` expects errors; None is a variance of 1 and a squared mean of 0.4 everywhere.
-        solver: what carries out ``balanced``: :func:`dsconv.ops.solve_balanced`, which is faster; None is PyTorch.
+        block_size: number of input channels that share one scale, >= 1; the last block of a tap may be shorter.
+        groups: convolution groups. They divide ``O``; a block never spans two, as ``w`` has the inputs of one.
+        rule: ``paper``: the value of largest magnitude, with its sign, is mapped to ``-2^(bits-1)``, and the rest is
+            rounded half to even. ``refined``: the scale of either sign with the least squared error, by alternating
+            rounding and least squares from several starts. ``balanced``: scales and integers are chosen jointly so that
+            the expected error of a block's output is small, rather than that of its weights: errors cancel over a
+            block, and over the taps of each input channel.
+        scale: ``l2`` least squares, ``sum(w q) / sum(q^2)``; ``kl`` minimises ``sum T log(T / I)``, ``T = softmax(w)``,
+            ``I = softmax(scale q)`` per block, between 0.5 and 1.5 times ``l2``.
+        inputs: moments for the expected error of ``balanced``; None is a variance of 1 and a squared mean of 0.4
+            everywhere.
+        solver: implementation of ``balanced``: :func:`dsconv.ops.solve_balanced`, which is faster; None is PyTorch.
 
     Returns:
-        VQK int8 ``(O, C/groups, *K)`` in ``[-2^(bits-1), 2^(bits-1) - 1]`` and KDS float32 ``(O, CB, *K)``.
-        An all-zero block has VQK 0 and KDS 0.
+        VQK int8 ``(O, C/groups, *K)`` in ``[-2^(bits-1), 2^(bits-1) - 1]`` and KDS float32 ``(O, CB, *K)``. An all-zero
+        block has VQK 0 and KDS 0.
 
     Raises:
-        ValueError: an argument is out of range, or ``w`` holds a NaN or an infinity.
+        ValueError: an argument is out of range, or ``w`` contains a NaN or an infinity.
 
     Source: Gennari do Nascimento et al., "DSConv: Efficient Convolution Operator", ICCV 2019, section 3.
 
@@ -99,10 +100,10 @@ def quantize_weight_shifted(
     inputs: InputMoments | None = None,
     solver: Solver | None = None,
 ) -> QuantizedWeight:
-    """As :func:`quantize_weight`, with a shift per block beside the scale: ``w ~ kds * vqk + kds_shift``.
+    """Quantize like :func:`quantize_weight`, with a shift per block: ``w ~ kds * vqk + kds_shift``.
 
-    The smallest and the largest value of a block land on the first and the last level; scale and shift are then the
-    least-squares line through the block, so that the errors of a block sum to zero. The other rules repeat rounding
+    The smallest and the largest value of a block are mapped to the first and the last level; scale and shift are then
+    the least-squares line through the block, so that the errors of a block sum to zero. The other rules repeat rounding
     and fitting from several starts. A block whose values are all equal has VQK 0, KDS 0 and that value as its shift.
 
     Returns:
@@ -120,10 +121,10 @@ def quantize_weight_shifted(
 
 
 def dequantize_weight(vqk: Tensor, kds: Tensor, block_size: int, kds_shift: Tensor | None = None) -> Tensor:
-    """Float32 weight ``(O, C/groups, *K)`` that VQK, KDS and the optional shift stand for: ``kds * vqk (+ kds_shift)``.
+    """Return the float32 weight ``(O, C/groups, *K)`` ``kds * vqk (+ kds_shift)``.
 
     Raises:
-        ValueError: the shapes of ``vqk`` and ``kds`` do not belong together.
+        ValueError: the shapes of ``vqk`` and ``kds`` do not match.
 
     >>> vqk, kds = torch.tensor([[[-8], [4], [2]]], dtype=torch.int8), torch.tensor([[[0.5], [1.0]]])
     >>> dequantize_weight(vqk, kds, block_size=2).flatten()
@@ -150,13 +151,13 @@ def dequantize_weight(vqk: Tensor, kds: Tensor, block_size: int, kds_shift: Tens
 
 
 def check_bits(name: str, bits: int) -> None:
-    """Raise ValueError unless ``bits`` is a whole number in 2..8."""
+    """Raise ValueError unless ``bits`` is an integer in 2..8."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not _MIN_BITS <= bits <= _MAX_BITS:
         raise ValueError(f"{name}: expected a whole number in {_MIN_BITS}..{_MAX_BITS}, got {bits!r}")
 
 
 def check_block_size(block_size: int) -> None:
-    """Raise ValueError unless ``block_size`` is a whole number of at least 1."""
+    """Raise ValueError unless ``block_size`` is an integer of at least 1."""
     check_whole("block_size", block_size, 1)
 
 
@@ -182,7 +183,7 @@ def _quantize(
         )
     if groups < 1 or w.shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of the {w.shape[0]} output channels, got {groups}")
-    # The extreme values tell without a temporary of the weight's size.
+    # Checking the extreme values needs no temporary of the weight's size.
     if w.numel() and not torch.isfinite(torch.stack(w.detach().aminmax())).all():
         bad = int((~torch.isfinite(w)).sum())
         raise ValueError(f"w: expected finite values, got {bad} NaN or infinite of {w.numel()}")
@@ -196,7 +197,7 @@ def _quantize(
     vqk = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     kds = w.new_empty((outputs, block_count(channels, block_size), *kernel), dtype=torch.float32)
     kds_shift = torch.zeros_like(kds)
-    # The short last block is solved by itself, so that no rule ever sees padding.
+    # The shorter last block is solved separately, so that no rule ever sees padding.
     for first, last, size in ((0, whole, block_size), (whole, channels, channels - whole)):
         if first == last or not w.numel():
             continue
@@ -282,9 +283,11 @@ def _by_block(value: Tensor, groups: int, size: int) -> Tensor:
 
 
 def _kl_scale(w: Tensor, q: Tensor, scale: Tensor, dim: int = 2) -> Tensor:
-    """Scale that minimises ``sum T log(T / I)``, ``T = softmax(w)``, ``I = softmax(scale q)``, by bounded Newton steps.
+    """Return the scale that minimises ``sum T log(T / I)``, ``T = softmax(w)``, ``I = softmax(scale q)``, by Newton
+    steps.
 
     The divergence is convex in the scale: its slope is ``sum (I - T) q`` and its curvature the variance of q under I.
+    Steps are bounded.
     """
     target = torch.softmax(w, dim)
     bounds = scale * 0.5, scale * 1.5

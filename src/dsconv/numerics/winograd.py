@@ -1,13 +1,13 @@
-"""3x3 convolutions by Winograd's F(2x2, 3x3) in integers: 17 products for 4 outputs, where a direct one takes 36.
+"""3x3 convolutions by Winograd's F(2x2, 3x3) in integers: 17 products for 4 outputs, instead of 36 for a direct one.
 
-An output tile of 2x2 pixels is ``A' M A`` with ``M[p] = sum over channels of U[p] * V[p]`` at 16 positions ``p``,
-``U = G g G'`` of the kernel and ``V = B' d B`` of the 4x4 pixels that the tile reads (Lavin and Gray, "Fast Algorithms
-for Convolutional Neural Networks", CVPR 2016). The products are of integers here: ``U`` is rounded once, when a layer
-is packed, with a scale for each position, output and block; ``V`` is rounded to 8 bits, with an exponent for each
-position, tile and block. At the centre, which adds up four pixels and so has the mean of the input and most of its
-energy, what the rounding of ``U`` leaves is rounded again: a second product makes up for most of the noise.
+An output tile of 2x2 pixels is ``A' M A`` with ``M[p] = sum over channels of U[p] * V[p]`` at 16 positions ``p``, ``U =
+G g G'`` of the kernel and ``V = B' d B`` of the 4x4 input pixels of the tile (Lavin and Gray, "Fast Algorithms for
+Convolutional Neural Networks", CVPR 2016). The products are integer products: ``U`` is rounded once, when a layer is
+packed, with a scale for each position, output and block; ``V`` is rounded to 8 bits, with an exponent for each
+position, tile and block. The centre position is a sum of four pixels and thus contains the mean of the input and most
+of its energy; there, the rounding error of ``U`` is rounded again: a second product compensates most of the noise.
 
-Positions are numbered row by row, and lie in one dimension of 16; the second product of the centre is number 16.
+Positions are numbered row by row, in one dimension of 16; the second product of the centre is number 16.
 """
 
 from collections.abc import Callable
@@ -25,19 +25,19 @@ TILE = 2
 """Output pixels of a tile in height and width."""
 POSITIONS = (TILE + 2) ** 2
 PRODUCTS = POSITIONS + 1
-_CENTRE = 5  # the position that adds up four pixels: no value there is negative behind a ReLU
+_CENTRE = 5  # the position that is a sum of four pixels: no value there is negative after a ReLU
 _POSITION_OF = [*range(POSITIONS), _CENTRE]
 MOST = 127
-"""The largest magnitude of an integer of ``U``."""
+"""Largest magnitude of an integer of ``U``."""
 MOST_OF_LANE = 128
-"""The largest sum of the integers of ``U`` of one sign in a lane: 255 times that fits 16 bits."""
-# Channels that meet in two lanes of 16 bits, those of each in pairs.
+"""Largest sum of the integers of ``U`` of one sign in a lane: 255 times that fits 16 bits."""
+# Channels that are accumulated in two 16-bit lanes, those of each in pairs.
 _LANE_CHANNELS, _LANES = 8, 2
-_COARSER = 1.01  # by how much a scale grows while rounding leaves a lane too full
+_COARSER = 1.01  # factor by which a scale grows while rounding overfills a lane
 
 
 class WinogradWeight(NamedTuple):
-    """``integers`` int8 ``(17, O, C)`` and ``scale`` float32 ``(17, O, CB)``: ``U`` is near their products."""
+    """``integers`` int8 ``(17, O, C)`` and ``scale`` float32 ``(17, O, CB)``, whose products approximate ``U``."""
 
     integers: Tensor
     scale: Tensor
@@ -48,17 +48,17 @@ Rounding = Callable[[Tensor, int], WinogradWeight]
 
 
 def winograd_weight(w: Tensor, block_size: int) -> WinogradWeight:
-    """Round the transformed kernel ``U = G g G'`` to integers, of 7 bits and a little more.
+    """Round the transformed kernel ``U = G g G'`` to integers of slightly more than 7 bits.
 
-    Per position, output and block the scale is the smallest at which no integer is beyond 127, and those of one sign
-    in a lane sum up to 128 at most. A lane is what instructions for bytes sum up in 16 bits: of eight channels of a
-    block that follow one another, the first, second, fifth and sixth, or the other four.
+    Per position, output and block the scale is the smallest for which no integer exceeds 127, and those of one sign in
+    a lane have a sum of at most 128. A lane is the set of values that byte instructions accumulate in 16 bits: of eight
+    consecutive channels of a block, the first, second, fifth and sixth, or the other four.
 
-    Every operation is rounded by itself, so that the integers are the same on every machine.
+    Every operation is rounded separately, so that the integers are the same on every machine.
 
     Args:
         w: float32 weight ``(O, C, 3, 3)``.
-        block_size: input channels that share a scale, >= 1.
+        block_size: number of input channels that share a scale, >= 1.
 
     Raises:
         ValueError: ``w`` has another shape, or ``block_size`` is below 1.
@@ -83,7 +83,7 @@ def winograd_weight(w: Tensor, block_size: int) -> WinogradWeight:
 
 
 def dequantize_winograd_weight(weight: WinogradWeight, block_size: int) -> Tensor:
-    """Return the float32 ``U (16, O, C)`` that integers and scales stand for."""
+    """Return the float32 ``U (16, O, C)`` represented by integers and scales."""
     products = weight.integers.float()
     for block, scale in zip(torch.split(products, block_size, 2), weight.scale.unbind(2), strict=True):
         block.mul_(scale.unsqueeze(2))
@@ -94,27 +94,27 @@ def dequantize_winograd_weight(weight: WinogradWeight, block_size: int) -> Tenso
 def fake_winograd_weight(w: Tensor, block_size: int, rounding: Rounding = winograd_weight) -> Tensor:
     """Return ``U (16, O, C)`` of :func:`winograd_weight` in float32, differentiably.
 
-    The gradient passes through the rounding to that of ``G g G'``.
+    The gradient passes straight through the rounding to ``G g G'``.
 
     Args:
         w: float32 weight ``(O, C, 3, 3)``.
-        block_size: input channels that share a scale, >= 1.
-        rounding: what rounds: :func:`dsconv.ops.round_winograd` is faster, and has the same bits.
+        block_size: number of input channels that share a scale, >= 1.
+        rounding: rounding function: :func:`dsconv.ops.round_winograd` is faster and bitwise equal.
     """
     with torch.no_grad():
         rounded = dequantize_winograd_weight(rounding(w, block_size), block_size)
     if not (torch.is_grad_enabled() and w.requires_grad):
         return rounded
-    # One product of matrices; what it rounds in another way cancels out.
+    # One matrix product; its different rounding cancels out.
     g = _kernel_side(torch.eye(3, dtype=torch.float32, device=w.device), 0)
     u = (torch.kron(g, g) @ w.flatten(2).flatten(0, 1).T).view_as(rounded)
     return rounded + (u - u.detach())
 
 
 def winograd_shift(weight: WinogradWeight, block_size: int) -> Tensor:
-    """Return what mantissas of 0 to 255 add to the sums at the centre for being stored less 128.
+    """Return the correction of the sums at the centre for mantissas of 0 to 255, which are stored less 128.
 
-    ``128 * scale * sum of the integers`` of each block, added up over both products, float32 ``(O, CB)``, to be
+    It is ``128 * scale * sum of the integers`` of each block, summed over both products, float32 ``(O, CB)``, to be
     multiplied by ``2^e``.
     """
     first, second = (
@@ -125,13 +125,14 @@ def winograd_shift(weight: WinogradWeight, block_size: int) -> Tensor:
 
 
 def winograd_input(x: Tensor, padding: tuple[int, int]) -> Tensor:
-    """Transform the tiles that a convolution reads: ``V = B' d B``, float32 ``(N, C, 16, TH, TW)``.
+    """Transform the input tiles of a convolution: ``V = B' d B``, float32 ``(N, C, 16, TH, TW)``.
 
-    Rows come first; each of the two sums or differences of a value is rounded by itself.
+    Rows come first; each of the two sums or differences of a value is rounded separately.
 
     Args:
         x: ``(N, C, H, W)``, read as float32.
-        padding: zeros on both sides of height and width. Beyond them tiles that stand out of the output read zeros.
+        padding: zeros on both sides of height and width. Tiles that extend beyond the output read zeros outside of
+            them.
 
     >>> winograd_input(torch.ones(1, 1, 4, 4), (0, 0)).view(4, 4)
     tensor([[0., 0., 0., 0.],
@@ -152,18 +153,18 @@ def winograd_input(x: Tensor, padding: tuple[int, int]) -> Tensor:
 
 
 def quantize_winograd_input(v: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Round the transformed tiles: mantissas of 8 bits, an exponent for each position, tile and block.
+    """Round the transformed tiles: 8-bit mantissas, an exponent for each position, tile and block.
 
-    As :func:`dsconv.numerics.quantize_activation` at 8 bits; but where no value of a block is negative at the position
-    that adds up four pixels, its mantissas are 0 to 255.
+    The rounding is that of :func:`dsconv.numerics.quantize_activation` at 8 bits; but if no value of a block is
+    negative at the centre position, the sum of four pixels, its mantissas are 0 to 255.
 
     Args:
-        v: float32 ``(N, C, 16, TH, TW)`` of :func:`winograd_input`.
-        block_size: channels that share an exponent, >= 1.
+        v: float32 ``(N, C, 16, TH, TW)`` from :func:`winograd_input`.
+        block_size: number of channels that share an exponent, >= 1.
 
     Returns:
-        Mantissas int16 of the shape of ``v`` and exponents int8 ``(N, CB, 16, TH, TW)``. A block that holds a NaN or an
-        infinity, as sums beyond float32's range are, has mantissas 0 and the exponent :data:`NONFINITE`.
+        Mantissas int16 in the shape of ``v`` and exponents int8 ``(N, CB, 16, TH, TW)``. A block that contains a NaN or
+        an infinity, such as a sum that overflows float32, has mantissas 0 and the exponent :data:`NONFINITE`.
 
     >>> v = winograd_input(torch.tensor([[1.0, 2, 3, 4]]).repeat(4, 1)[None, None], (0, 0))
     >>> mantissa, exponent = quantize_winograd_input(v, block_size=8)
@@ -175,7 +176,7 @@ def quantize_winograd_input(v: Tensor, block_size: int) -> tuple[Tensor, Tensor]
 
 
 def winograd_output(m: Tensor, size: tuple[int, int]) -> Tensor:
-    """Transform sums back: ``A' M A`` of ``m (N, O, 16, TH, TW)``, cut to ``size``: ``(N, O, *size)``.
+    """Transform sums back: ``A' M A`` of ``m (N, O, 16, TH, TW)``, cropped to ``size``: ``(N, O, *size)``.
 
     Rows come first. The first of two outputs is ``m0 + (m1 + m2)``, the second ``(m1 - m2) - m3``.
     """
@@ -192,7 +193,7 @@ def winograd_conv(x: Tensor, u: Tensor, bias: Tensor | None, padding: tuple[int,
         u: float32 ``(16, O, C)``, the integers of ``U`` times their scales.
         bias: ``(O,)`` or None.
         padding: zeros on both sides of height and width.
-        block_size: input channels that share a scale or an exponent.
+        block_size: number of input channels that share a scale or an exponent.
 
     Returns:
         Float32 ``(N, O, H + 2 * padding - 2, W + 2 * padding - 2)``.
@@ -217,17 +218,17 @@ def reference_winograd(
     *,
     bias: Tensor | None = None,
 ) -> Reference:
-    """Compute the layer with sums of a block in int64, and all others in float64.
+    """Compute the layer with int64 sums within a block, and float64 for all others.
 
     Args:
-        mantissa, exponent: of :func:`quantize_winograd_input` with the same ``block_size``.
-        weight: of :func:`winograd_weight` with it.
+        mantissa, exponent: from :func:`quantize_winograd_input` with the same ``block_size``.
+        weight: from :func:`winograd_weight` with the same ``block_size``.
         size: height and width of the output.
         bias: ``(O,)`` or None.
 
     Returns:
-        ``output`` float64 ``(N, O, *size)``; ``bound`` is ``(2 * CB + 7) * 2^-24`` times the sum without signs of what
-        is added up for an output: of ``CB`` blocks and their shifts, four more sums of the transform, and the bias.
+        ``output`` float64 ``(N, O, *size)``; ``bound`` is ``(2 * CB + 7) * 2^-24`` times the sum of the magnitudes of
+        all terms of an output: those of ``CB`` blocks and their shifts, four more sums of the transform, and the bias.
     """
     images, channels, _, *tiles = mantissa.shape
     m = torch.zeros(images, weight.integers.shape[1], POSITIONS, *tiles, dtype=torch.float64, device="cpu")
@@ -241,7 +242,7 @@ def reference_winograd(
             scales = scale[None, :, None, None] * power[:, None, p]
             m[:, :, p] += scales * sums
             total[:, :, p] += (scales * sums).abs()
-            if p == _CENTRE:  # where mantissas may be stored less 128, which a term of its own makes up for
+            if p == _CENTRE:  # where mantissas may be stored less 128, which an extra term corrects
                 total[:, :, p] += 2 * 128 * scales * integers.sum(1).abs()[None, :, None, None]
     output, bound = winograd_output(m, size), _sums_without_signs(total, size)
     if bias is not None:
@@ -260,20 +261,20 @@ def _transformed(w: Tensor) -> Tensor:
 
 
 def _kernel_side(g: Tensor, dim: int) -> Tensor:
-    """``G`` along a dimension of three, which becomes one of four."""
+    """Apply ``G`` along a dimension of three, which becomes one of four."""
     first, middle, last = g.unbind(dim)
     outer = first + last
     return torch.stack([first, (outer + middle) * 0.5, (outer - middle) * 0.5, last], dim)
 
 
 def _input_side(d: Tensor, dim: int, tiles: int) -> Tensor:
-    """``B'`` along a dimension that holds tiles two apart, which becomes one of four and one of tiles."""
+    """Apply ``B'`` along a dimension with tiles at a stride of two, which becomes one of four and one of tiles."""
     d0, d1, d2, d3 = (d.narrow(dim, i, 2 * tiles - 1)[(slice(None),) * dim + (slice(None, None, 2),)] for i in range(4))
     return torch.stack([d0 - d2, d1 + d2, d2 - d1, d1 - d3], dim)
 
 
 def _output_side(m: Tensor, dim: int) -> Tensor:
-    """``A'`` along a dimension of four, which becomes one of two."""
+    """Apply ``A'`` along a dimension of four, which becomes one of two."""
     m0, m1, m2, m3 = m.unbind(dim)
     return torch.stack([m0 + (m1 + m2), (m1 - m2) - m3], dim)
 
@@ -295,15 +296,15 @@ def _round_tiles(v: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _round_for_lanes(split: Tensor) -> tuple[Tensor, Tensor]:
-    """Return integers ``(rows, CB, size)``, as floats, and scales ``(rows, CB)``: 0 and NaN where one is not finite."""
+    """Return integers ``(rows, CB, size)``, as floats, and scales ``(rows, CB)``: 0 and NaN for non-finite blocks."""
     finite = split.isfinite().all(2)
     split = torch.where(finite.unsqueeze(2), split, 0.0)
-    # Divided first, so that no sum is beyond float32's range.
+    # Divided first, so that no sum overflows float32.
     scale = torch.maximum(split.abs().amax(2) / MOST, _fullest(_lanes(split / MOST_OF_LANE)))
     scale = torch.where(scale > 0, scale, 1.0)
     q = _rounded(split, scale)
     while bool((full := _fullest(_lanes(q)) > MOST_OF_LANE).any()):
-        # Scales next to the smallest float, as those of unused channels can be, grow by steps of floats.
+        # Scales near the smallest float, as those of unused channels can be, grow by single float steps.
         coarser = torch.maximum(scale * _COARSER, torch.nextafter(scale, torch.full_like(scale, torch.inf)))
         scale = torch.where(full, coarser, scale)
         q[full] = _rounded(split[full], scale[full])
@@ -315,13 +316,13 @@ def _rounded(split: Tensor, scale: Tensor) -> Tensor:
 
 
 def _lanes(split: Tensor) -> Tensor:
-    """Return ``(..., size)`` as ``(..., eights, 2, 2, 2)``: the last but one dimension is that of lanes."""
+    """Return ``(..., size)`` as ``(..., eights, 2, 2, 2)``: the second to last dimension is that of lanes."""
     missing = -split.shape[-1] % _LANE_CHANNELS
     return torch.unflatten(F.pad(split, (0, missing)), -1, (-1, _LANE_CHANNELS // 4, _LANES, 2))
 
 
 def _fullest(lanes: Tensor) -> Tensor:
-    """Return the largest sum of values of one sign in a lane, added up in order."""
+    """Return the largest sum of values of one sign in a lane, added in order."""
     largest = torch.zeros(lanes.shape[:-4], dtype=lanes.dtype, device=lanes.device)
     for values in (lanes.clamp(min=0), (-lanes).clamp(min=0)):
         pairs = values[..., 0] + values[..., 1]

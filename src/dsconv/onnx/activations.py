@@ -90,9 +90,7 @@ def _through_blocks(op: Nodes, blocks: Value, units: Pair, limits: Pair, symmetr
     top = op.Mul(limit, lsb)
     if symmetric is True:
         value = op.Max(op.Neg(top), value)
-    elif (
-        symmetric is not False
-    ):  # only known when the function is called: an additional operator, harmless in the other case
+    elif symmetric is not False:  # known only at call time: one more negative level unless symmetric
         value = op.Max(op.Sub(op.Mul(op.Sub(symmetric, op.constant(1.0)), lsb), top), value)
     return op.Min(top, value)
 
