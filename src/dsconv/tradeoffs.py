@@ -138,8 +138,7 @@ class Tradeoff(Printed):
     interrupted: bool = False
 
     def front(self, cost: Cost = "bytes") -> tuple[Candidate, ...]:
-        """Return the Pareto front: candidates for which no other is at least as cheap and as accurate, and better in
-        one.
+        """Return the Pareto front: no other candidate is as cheap and as accurate as these, and better in one of both.
 
         They are sorted by decreasing cost; candidates whose cost or accuracy is unknown are omitted.
         """

@@ -201,9 +201,7 @@ class _Training:
 
     @torch.no_grad()
     def _variances(self) -> tuple[list[float], dict[str, float]]:
-        """Return the variance of each layer's output in the teacher, and the mean power per image of non-logit
-        outputs.
-        """
+        """Return the output variance of each of the teacher's layers, and the mean power per image of non-logits."""
         x, found = self.x[self.ours[:_SEEN]], []
         with noting_outputs(self.pairs) as noted:
             outputs, kinds = self._taught(x)
@@ -290,9 +288,7 @@ class _Training:
         return Adaptation(recipe, *images, self.seed, tuple(self.looks), self._best_step(), stopped, measure)
 
     def _gradients(self, network: nn.Module, step: int) -> tuple[Tensor, str | None]:
-        """Return loss, KL and error of the features ``(3,)`` of a step over all processes; and where they are not
-        finite.
-        """
+        """Return loss, KL and feature error ``(3,)`` of a step over all processes, and where a value is not finite."""
         recipe = self.recipe
         share = recipe.batch_size // self.processes.count
         part = slice(self.processes.rank * share, (self.processes.rank + 1) * share)

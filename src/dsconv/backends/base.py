@@ -31,11 +31,13 @@ class Operation(NamedTuple):
 
 
 Uses = tuple[int, int, list[tuple[int, int]], int, float, float]
-"""Numbers of the result, the residual, and the quantized tensors with the channel there that the first one becomes; the
-number of the activation in :data:`dsconv.ops.ACTIVATIONS`, its alpha and its beta."""
+"""Numbers of the result and the residual; the quantized tensors with the first channel of the result in each; number of
+the activation in :data:`dsconv.ops.ACTIVATIONS`, its alpha and its beta.
+"""
 MapOperation = tuple[int, int, float, float, int, Any, Any]
-"""Number in :data:`dsconv.ops.OPERATIONS`; that of the activation, alpha and beta; number of the tensor that is the
-operand, constants of all channels that are, else it is alpha; constants that are added."""
+"""Number in :data:`dsconv.ops.OPERATIONS`; number of the activation, its alpha and beta; number of the tensor or the
+per-channel constants that are the operand, otherwise it is alpha; constants that are added.
+"""
 
 
 class Executable(Protocol):

@@ -1,6 +1,4 @@
-"""Comparison of whole networks with other runtimes in one process. Install them by ``pip install
-'dsconv[bench,mnn]'``.
-"""
+"""Comparison of networks with other runtimes in one process. Requires ``pip install 'dsconv[bench,mnn]'``."""
 
 from dsconv.benchmarking.bench import bench
 from dsconv.benchmarking.profiling import Profile, profile

@@ -15,9 +15,7 @@ from typing import Any
 
 
 def elsewhere(function: str, *arguments: object, made: Path) -> str:
-    """Call a function of this file in another process; return how it ended if it did not write ``made``, else
-    ``""``.
-    """
+    """Call a function of this file in another process; return an empty string, or how it failed to write ``made``."""
     command = [sys.executable, "-P", __file__, function, *map(str, arguments)]
     # The converter writes files into the current folder, which is deleted with the models.
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=made.parent)

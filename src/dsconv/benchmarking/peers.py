@@ -128,9 +128,7 @@ class OnnxModels:
         return path
 
     def _mnn(self, kind: str) -> Path:
-        """Return a float32 model, or one quantized by MNN's tool, which reads images as text and crashes without
-        shapes.
-        """
+        """Return a float32 model, or one from MNN's quantizer, which reads images as text and needs their shapes."""
         path = self.folder / f"{kind}.mnn"
         if kind == "float32":
             _make(path, "convert", self.float32, path)
@@ -218,9 +216,7 @@ class Case:
     threads: int
 
     def named(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the tensors of the arguments by the ``names`` of a file's inputs; unused inputs are missing in a
-        file.
-        """
+        """Return the tensors of the arguments by the ``names`` of a file's inputs, which lack unused ones."""
         tensors = dict(zip(self.onnx.inputs, self.x.tensors, strict=True))
         return {name: tensors[name] for name in names}
 

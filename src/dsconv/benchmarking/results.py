@@ -91,9 +91,7 @@ class Bench(Printed):
         return ", ".join([self.network, *sizes])
 
     def ratio(self, timing: Timing) -> float | None:
-        """Return compiled dsconv's median time over that of ``timing``: below 1 dsconv is faster. None if not
-        available.
-        """
+        """Return the time of compiled dsconv over that of ``timing``: below 1 dsconv is faster. None without it."""
         return self._over(timing, (OURS, timing.batch_size, timing.threads))
 
     def speedup(self, timing: Timing) -> float | None:

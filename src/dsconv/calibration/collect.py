@@ -28,9 +28,7 @@ def blocks_of(layer: DSLayer) -> Blocks:
 
 
 def as_rows(layer: DSLayer, value: Tensor) -> Tensor:
-    """Return a weight ``(O, C/groups, *K)``, or a tensor of the size of the KDS, as ``(G, R, d)`` or ``(G, R,
-    blocks)``.
-    """
+    """Return a weight ``(O, C/groups, *K)``, or a KDS-sized tensor, as ``(G, R, d)`` or ``(G, R, blocks)``."""
     tapwise = value if layer.config.blocks == "flat" or value.dim() == 2 else value.flatten(2).mT
     return tapwise.reshape(layer.groups, len(value) // layer.groups, -1)
 
@@ -65,9 +63,7 @@ def batched(layer: Any, value: Tensor) -> Tensor:
 
 
 def outputs_at(layer: DSLayer, y: Tensor, where: Tensor) -> Tensor:
-    """Return float32 ``(n, O)``: the output ``y`` of ``layer``, or of its float original, at positions ``where
-    (n,)``.
-    """
+    """Return float32 ``(n, O)``: the output ``y`` of ``layer``, or of its original, at positions ``where (n,)``."""
     if layer.dims == 0:
         return y.reshape(-1, y.shape[-1])[where].float()
     return _channels_at(y, (len(y), *y.shape[2:]), where).float()
@@ -165,9 +161,7 @@ class Moments:
         return bias
 
     def error(self, v: Tensor, bias: Tensor) -> float:
-        """Return the mean squared error of the outputs of ``v`` and ``bias``, relative to their variance; NaN if that
-        is 0.
-        """
+        """Return the mean squared error of outputs of ``v`` and ``bias``, relative to their variance; NaN without."""
         change = v - self.w
         squares = self.noise - 2 * (change * self.g).sum(2) + quadratic(change, self.h)
         squares = squares + (self.bias(v) - bias).square()

@@ -93,9 +93,7 @@ def _one(labels: list[Labels]) -> Labels:
 
 
 def prepared_as(images: Images, given: Preprocess | None, *models: nn.Module) -> Preprocess | None:
-    """Return the preprocessing of ``images``: that of a folder, ``given``, or that of the first of ``models`` with
-    one.
-    """
+    """Return the preprocessing of ``images``: that of a folder, ``given``, or the first one of ``models``."""
     folder = images.folder if isinstance(images, Batches) else images
     if isinstance(folder, ImageFolder):
         return folder.preprocess

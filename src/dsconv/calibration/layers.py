@@ -190,9 +190,7 @@ def _alike(f: Mapping[str, Output], q: Mapping[str, Output], images: int) -> boo
 
 
 def nonfinite_layer(model: nn.Module, x: Batch) -> str | None:
-    """Return the name of the first layer of ``model`` whose output for the images ``x`` contains a NaN or an
-    infinity.
-    """
+    """Return the name of the first layer of ``model`` whose output for images ``x`` is not finite."""
     begun: list[str] = []
 
     def look(name: str, output: Any) -> None:

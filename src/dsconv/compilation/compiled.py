@@ -87,8 +87,10 @@ class CompiledModel(nn.Module):
             self.plan = self._compile_parts(example, error)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output for arguments of any batch size; other image sizes, memory layouts and non-tensor arguments
-        are captured first, and the last 16 captures are kept.
+        """Return the output for arguments of any batch size.
+
+        Other image sizes, memory layouts and non-tensor arguments are captured first, and the last 16 captures are
+        kept.
         """
         inputs = Inputs(*args, **kwargs)
         with PyTorchOnOneThread():
@@ -196,8 +198,7 @@ class CompiledModel(nn.Module):
         fast_start: bool = False,
         other_sizes: bool = True,
     ) -> Saved:
-        """Write the network as a file that runs without PyTorch: with ``dsconv_runtime`` in Python, with libdsconv in
-        C.
+        """Write the network as a file that runs without PyTorch: by ``dsconv_runtime`` in Python, by libdsconv in C.
 
         The file contains the steps of the plan, the weights at their bit width, the names of inputs and outputs as in
         :func:`dsconv.export_onnx`, and the preprocessing if the model has one. Its outputs are bitwise equal to those

@@ -1,4 +1,4 @@
-"""Rewrites a captured graph: an operator behind a layer moves into it, and one without an effect goes."""
+"""Rewriting of a captured graph: operators are fused into the layer before them, and those without effect removed."""
 
 from functools import partial
 from typing import Any
@@ -16,11 +16,11 @@ _VIEWS = (_aten.reshape.default, _aten.view.default, _aten.unsqueeze.default)
 
 
 def fuse(module: fx.GraphModule) -> None:
-    """Rewrite the graph of ``module``, which holds functional ATen and ``dsconv`` operators, in place.
+    """Rewrite the graph of ``module``, which contains functional ATen and ``dsconv`` operators, in place.
 
-    A BatchNorm, a sum with another tensor, and an activation, that follow a convolution or linear layer become its gain
-    and offset, its residual and its activation: it computes them in the same order, so that no bit changes but those of
-    activations of our own. Their names are kept in ``node.meta["fused"]``.
+    A BatchNorm, a sum with another tensor, and an activation after a convolution or linear layer become its gain and
+    offset, its residual and its activation: it computes them in the same order, so that the result is bitwise equal
+    except for activations with our own rounding. Their names are kept in ``node.meta["fused"]``.
     """
     graph = module.graph
     take_parts_as_slices(graph)
@@ -51,7 +51,7 @@ def _does_nothing(node: fx.Node) -> bool:
 
 
 def _name_optional(node: fx.Node) -> None:
-    """Pass by name what has a default: an argument given by its place could not be given another value by its name."""
+    """Pass arguments with a default by name: a positional argument could not be overridden by name."""
     target: Any = node.target
     required = [argument for argument in target._schema.arguments if not argument.has_default_value()]
     named = target._schema.arguments[len(required) : len(node.args)]
@@ -78,7 +78,7 @@ def _take_batchnorm(module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _take_constants(module: fx.GraphModule, node: fx.Node) -> None:
-    """Take a product or a sum with constants: a layer rounds both together, a model one after the other."""
+    """Fuse a product or a sum with constants: a layer rounds both together, a model one after the other."""
     follower = only_user(node)
     kinds = {_aten.mul.Tensor: "mul", _aten.add.Tensor: "add"}
     if follower is None or follower.target not in kinds or follower.kwargs or node.kwargs.get("gain") is not None:
@@ -91,7 +91,7 @@ def _take_constants(module: fx.GraphModule, node: fx.Node) -> None:
         torch.full((node.meta["val"].shape[1],), 1.0, dtype=torch.float32, device=node.meta["val"].device) * operand
     )
     if not bool(values.isfinite().all()):
-        return  # zero times it would not be nothing
+        return  # zero times it would not be zero
     nothing = torch.full_like(values, -0.0) if kind == "mul" else torch.ones_like(values)
     _affine(module, node, kind, *((values, nothing) if kind == "mul" else (nothing, values)))
     node.meta |= {key: follower.meta[key] for key in ("val", *LAYOUT) if key in follower.meta}
@@ -110,7 +110,7 @@ def _affine(module: fx.GraphModule, node: fx.Node, called: str, gain: Tensor, of
 
 
 def constant(module: fx.GraphModule, node: Any) -> Tensor | None:
-    """The tensor of the model that a node stands for; None where it is another one."""
+    """Return the tensor of the model that a node represents; None for another node."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         if isinstance(node, fx.Node) and node.target in _VIEWS:
             of = constant(module, node.args[0])
@@ -127,7 +127,7 @@ def _take_residual(node: fx.Node, order: dict[fx.Node, int]) -> None:
     if add is None or add.target is not _aten.add.Tensor or add.kwargs:
         return
     other = add.args[1] if add.args[0] is node else add.args[0]
-    # It has to be there already. Where both are convolutions, the later one takes the earlier one.
+    # It must exist already. If both are convolutions, the later one adds the earlier one.
     if isinstance(other, fx.Node) and other is not node and order[other] < order[node] and _like(node, other):
         _replace(node, add, "add", residual=other)
 
@@ -142,7 +142,7 @@ def _take_activation(module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _replace(node: fx.Node, follower: fx.Node, called: str, seen_as: fx.Node | None = None, **arguments: Any) -> None:
-    """Let ``node`` with ``arguments`` stand for ``follower``, its only reader, perhaps in another shape."""
+    """Replace ``follower``, the only reader of ``node``, by ``node`` with ``arguments``, perhaps in another shape."""
     node.kwargs = {**node.kwargs, **arguments}
     node.meta["fused"].append(called)
     last = node if seen_as is None else seen_as

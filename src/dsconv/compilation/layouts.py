@@ -1,8 +1,8 @@
-"""Memory layouts of a model's tensors: what PyTorch computes may depend on them, in its last bits.
+"""Memory layouts of a model's tensors, which can affect the last bits of PyTorch's results.
 
-A captured graph is run once, operator by operator as the model runs, for each layout of its input; every node then
-knows the strides that its tensor has in the model. A program gives PyTorch's operators tensors of these strides where
-the bits could depend on them, and uses a layout of its own elsewhere.
+A captured graph is run once, operator by operator as in the model, for each layout of its input; every node then
+records the strides of its tensor in the model. A program passes tensors with these strides to PyTorch's operators if
+the bits may depend on them, and uses its own layout elsewhere.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ LAYOUT = ("strides", "sizes")
 
 
 def are_lines(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether strides are those of a contiguous tensor, but for dimensions of size 1."""
+    """Return whether strides are those of a contiguous tensor, except for dimensions of size 1."""
     expected = 1
     for size, stride in reversed(list(zip(sizes, strides, strict=True))):
         if size != 1 and stride != expected:
@@ -29,31 +29,31 @@ def are_lines(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def are_pixels(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether strides are those of images or volumes in channels-last format, but for dimensions of size 1."""
+    """Return whether strides are those of channels-last images or volumes, except for dimensions of size 1."""
     order = (0, *range(2, len(sizes)), 1)
     return len(sizes) in (4, 5) and are_lines([sizes[d] for d in order], [strides[d] for d in order])
 
 
 def lies_in_lines(node: Any) -> bool:
-    """Whether the model has the tensor of ``node`` contiguous; True where that is not recorded."""
+    """Return whether the tensor of ``node`` is contiguous in the model; True if that is not recorded."""
     return "strides" not in node.meta or are_lines(node.meta["sizes"], node.meta["strides"])
 
 
 def lies_in_pixels(node: Any) -> bool:
-    """Whether the model has the tensor of ``node`` in channels-last format, and not contiguous at the same time."""
+    """Return whether the tensor of ``node`` is channels-last in the model, and not contiguous at the same time."""
     return not lies_in_lines(node) and are_pixels(node.meta["sizes"], node.meta["strides"])
 
 
 def in_one_format(node: Any) -> bool:
-    """Whether the model has the tensor of ``node`` in one of PyTorch's formats; True where that is not recorded.
+    """Return whether the tensor of ``node`` has one of PyTorch's formats in the model; True if that is not recorded.
 
-    PyTorch has a BatchNorm of its own, with other roundings, for other tensors.
+    PyTorch has a separate BatchNorm, with different rounding, for other tensors.
     """
     return lies_in_lines(node) or lies_in_pixels(node)
 
 
 def restrided(x: Tensor, strides: Strides) -> Tensor:
-    """``x`` in memory of these strides; a copy where the values lie elsewhere now.
+    """Return ``x`` in memory with these strides; a copy if it has other strides.
 
     >>> x = torch.zeros(2, 3, 4, 4, dtype=torch.float32)
     >>> restrided(x, (48, 1, 12, 3)).is_contiguous(memory_format=torch.channels_last)
@@ -68,7 +68,7 @@ def restrided(x: Tensor, strides: Strides) -> Tensor:
 
 
 def order_in_memory(x: Tensor) -> tuple[int, ...]:
-    """Return the dimensions of ``x``, those with the largest strides first; a single image counts as the slowest.
+    """Return the dimensions of ``x`` by decreasing stride; the batch dimension counts as the slowest for one image.
 
     >>> order_in_memory(torch.zeros(1, 3, 4, 4, dtype=torch.float32).to(memory_format=torch.channels_last))
     (0, 2, 3, 1)
@@ -79,25 +79,25 @@ def order_in_memory(x: Tensor) -> tuple[int, ...]:
 
 
 def in_layout_of(x: Tensor, images: int) -> Tensor:
-    """Return zeros for so many images, whose values lie in the order of those of ``x``."""
+    """Return zeros for ``images`` images, with the same order of dimensions in memory as ``x``."""
     order, sizes = order_in_memory(x), [images, *x.shape[1:]]
     zeros = torch.zeros([sizes[dim] for dim in order], dtype=x.dtype, device=x.device)
     return zeros.permute([order.index(dim) for dim in range(x.dim())])
 
 
 def zeros_like(inputs: Inputs, count: int) -> Inputs:
-    """Return arguments of the sizes and layouts of ``inputs`` for so many samples, all of them zeros."""
+    """Return arguments of zeros with the sizes and layouts of ``inputs`` for ``count`` samples."""
     both = zip(inputs.tensors, inputs.batched, strict=True)
     return inputs.filled(in_layout_of(x, count) if batched else x for x, batched in both)
 
 
 def record(module: fx.GraphModule, inputs: Inputs) -> None:
-    """Run the graph of ``module`` for ``inputs``, and keep strides and sizes of every tensor in ``node.meta``."""
+    """Run the graph of ``module`` for ``inputs``, and record strides and sizes of every tensor in ``node.meta``."""
     _Recorder(module).run(*inputs.tensors)
 
 
 def hold_for_batches(module: fx.GraphModule, images: int) -> bool:
-    """Whether strides that were recorded for a batch hold for others: images lie one after another, or are the same."""
+    """Return whether strides recorded for a batch hold for others: images are consecutive in memory, or shared."""
     for node in module.graph.nodes:
         strides, sizes = node.meta.get("strides"), node.meta.get("sizes")
         if node.op == "call_function" and strides and len(sizes) in (2, 4, 5) and sizes[0] == images and strides[0]:

@@ -1,6 +1,6 @@
-"""From a captured graph to steps: most for the executable of a backend, the others for PyTorch.
+"""Lowering of a captured graph to steps: most for the executable of a backend, the others for PyTorch.
 
-The step that makes a tensor writes it in every format that is wanted (:mod:`dsconv.compilation.values`).
+The step that computes a tensor writes it in every required format (:mod:`dsconv.compilation.values`).
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,10 @@ from dsconv.compilation.values import Quantized, Seen, Value
 
 
 class Lowered(NamedTuple):
-    """The steps of a graph, its inputs, the nodes that it returns, and those for tensors or parts of the model.
+    """Steps of a graph, its inputs, the nodes that it returns, and those for tensors or parts of the model.
 
-    ``batch`` is the batch size, or its symbol;
-    ``values`` are the tensors of images by node; ``renamed`` are nodes that stand for the tensor of images of another
-    one, in another shape; ``counts`` those that stand for the batch size.
+    ``batch`` is the batch size, or its symbol; ``values`` are the image tensors by node; ``renamed`` are nodes that
+    represent the image tensor of another one, in another shape; ``counts`` those that represent the batch size.
     """
 
     steps: list[Step]
@@ -40,7 +39,7 @@ def lower(module: fx.GraphModule, batch: Any) -> Lowered:
     """Return the steps of a graph after :func:`dsconv.compilation.fusion.fuse`.
 
     Args:
-        module: takes tensors.
+        module: a graph module whose inputs are tensors.
         batch: the batch size, or its symbol.
     """
     return _Lowering(module, batch).lowered()
@@ -52,13 +51,13 @@ def _value(node: fx.Node, seen: Seen) -> Value:
 
 
 def _may_be_of_any_dim(node: fx.Node) -> bool:
-    """Whether channels may be another dimension than the second in a result: not in that of a step for images."""
+    """Return whether channels may be another dimension than the second in a result, which excludes steps for images."""
     known = operator_of(node)
     return node.op == "call_function" and (known.lower is None or known.keeps_channels or known.renames is not None)
 
 
 def _is_read_last(node: fx.Node) -> bool:
-    """Whether layer norms or linear layers read a tensor, or what others make of it, by its last dimension."""
+    """Return whether layer norms or linear layers read a tensor, or results computed from it, by its last dimension."""
     of: Any = node.meta["val"].shape
     reading, seen = list(node.users), {node}
     while reading:
@@ -88,7 +87,7 @@ class _Lowering:
         self.placeholders = tuple(node for node in module.graph.nodes if node.op == "placeholder")
 
     def lowered(self) -> Lowered:
-        # What is neither images nor rows is for PyTorch alone.
+        # Tensors that are neither images nor rows are only for PyTorch.
         sources = [value for node in self.placeholders if (value := self.value(node)) is not None]
         for source in sources:
             source.outside = True
@@ -114,14 +113,14 @@ class _Lowering:
         self._write_quantized(sources)
         nodes = [node for node in self.module.graph.nodes if node.op in ("get_attr", "call_function")]
         constants: dict[fx.Node, Any] = {node: v for node in nodes if (v := self.constant(node)) is not None}
-        # Graphs of regions, as autocast makes them, are called by PyTorch's operators.
+        # Graphs of regions, such as those of autocast, are called by PyTorch's operators.
         attributes = [node for node in nodes if node.op == "get_attr" and node not in constants]
         constants |= {node: attrgetter(str(node.target))(self.module) for node in attributes}
         made = self.values, self.renamed, tuple(self.counts)
         return Lowered(self.steps, self.placeholders, tuple(output.args[0]), constants, self.batch, *made)
 
     def value(self, node: Any) -> Value | None:
-        """The tensor of images that a node makes; None where it makes something else."""
+        """Return the image tensor that a node makes; None if it makes something else."""
         if node not in self.values:
             seen = self._see(node) if isinstance(node, fx.Node) else None
             if seen is None:
@@ -148,14 +147,14 @@ class _Lowering:
         first = node.args[0] if node.op == "call_function" and node.args else None
         if known.renames is not None and isinstance(first, fx.Node) and (seen := self._see(first)) is not None:
             found = known.renames(node, seen, self.batch)
-            # Whoever makes a tensor for PyTorch has its channels where PyTorch's layers look for them.
+            # A step that makes a tensor for PyTorch places its channels where PyTorch's layers expect them.
             if found is not None and (found.dim == 1 or self._is_own(first)):
                 self.renamed[node] = first
                 return found
         inputs = node.all_input_nodes if known.keeps_channels else ()
         alike = [n for n in inputs if self._see(n) is not None and n.meta["val"].dim() == made.dim()]
         if alike:
-            # One that is not as usual is known to be so.
+            # An unusual channel dimension is certain to be right.
             other = max(alike, key=self.channel_dim)
             rows = made.dim() == 2 and str(batch) != str(self.batch)
             if rows and str(batch) == str(other.meta["val"].shape[0]):
@@ -174,21 +173,21 @@ class _Lowering:
         return bool(node.args[1] == 0) and str(of.meta["val"].shape[0]) == str(self.batch)
 
     def _is_own(self, node: fx.Node) -> bool:
-        """Whether a step of the program itself makes the tensor of a node."""
+        """Return whether a step of the program itself makes the tensor of a node."""
         value = self.value(node)
         made = next((step for step in reversed(self.steps) if step.result is value), None)
         return made is not None and not isinstance(made, Call)
 
     def channel_dim(self, node: Any) -> int:
-        """The dimension of a tensor of images that is that of the channels."""
+        """Return the channel dimension of an image tensor."""
         seen = self._see(node) if isinstance(node, fx.Node) else None
         return 1 if seen is None else seen.dim
 
     def constant(self, node: Any) -> Tensor | None:
-        """A tensor of the model."""
+        """Return a tensor of the model."""
         return constant(self.module, node)
 
-    # What becomes of a node
+    # Lowering of a node
 
     def _steps(self, node: fx.Node) -> list[Step]:
         make = operator_of(node).lower
@@ -208,7 +207,7 @@ class _Lowering:
         return Call(node=node, reads_values=reads, tensors=tensors, result=result, fused=fused)
 
     def _drop_unread(self, output: fx.Node) -> None:
-        """Leave out what only led to steps of the executable, such as batch sizes, or is a part of one."""
+        """Remove nodes that only lead to steps of the executable, such as batch sizes, or are part of one."""
         read = set(output.all_input_nodes)
         kept: list[Step] = []
         for step in reversed(self.steps):
@@ -220,10 +219,10 @@ class _Lowering:
             kept.append(step)
         self.steps = kept[::-1]
 
-    # Where everything lies
+    # Placement in memory
 
     def _ask_for_layouts(self, output: fx.Node) -> None:
-        """Have PyTorch compute in the layouts of the model what depends on them, and all that leads to it."""
+        """Let PyTorch use the layouts of the model for results that depend on them, and for their inputs."""
         asked = set(output.all_input_nodes)
         asked.update(self.values[n].node for n in output.all_input_nodes if n in self.values)
         for step in reversed(self.steps):
@@ -237,7 +236,7 @@ class _Lowering:
                 asked.update(self.values[n].node for n in node.all_input_nodes if n in self.values)
 
     def _place_concatenations(self) -> None:
-        """Give pieces a place in what they are concatenated to."""
+        """Place the pieces of concatenations inside the whole."""
         all_of_them = [value for value in dict.fromkeys(self.values.values()) if value.pieces]
         for value in all_of_them:
             for wanted, quantized in value.quantized.items():
@@ -263,7 +262,7 @@ class _Lowering:
                         piece.home, piece.first = value, first
 
     def _write_quantized(self, sources: Sequence[Value]) -> None:
-        """Have each step write its result in the formats that are wanted, or put a step behind it that does."""
+        """Let each step write its result in the required formats, or add a step after it that does."""
         steps = [step for source in sources for step in self._quantizing(source)]
         for step in self.steps:
             result = step.result
@@ -287,7 +286,7 @@ class _Lowering:
         self.steps = steps
 
     def _quantizing(self, value: Value, done: Sequence[tuple[Quantized, int]] = ()) -> list[Step]:
-        """Return the steps that quantize what is there in float32 and is not done yet, and views of it."""
+        """Return the steps that quantize the float32 value and views of it, as far as this is not ``done`` yet."""
         covered = {id(q) for q, _ in [*done, *(part for piece in value.pieces for part in piece.parts)]}
         targets = [(q, 0) for q in value.quantized.values() if id(q) not in covered]
         steps: list[Step] = []

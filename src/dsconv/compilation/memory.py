@@ -1,4 +1,4 @@
-"""Places of buffers in one piece of memory."""
+"""Placement of buffers in one block of memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ ALIGNMENT = 64
 
 @dataclass(eq=False)
 class Buffer:
-    """Memory that is needed from step ``first`` to step ``last``, both included.
+    """Memory that is needed from step ``first`` to step ``last``, inclusive.
 
     Attributes:
         size: in bytes, a multiple of 64.
-        offset: where :func:`place` put it.
+        offset: set by :func:`place`.
     """
 
     size: int
@@ -21,16 +21,16 @@ class Buffer:
     offset: int = 0
 
     def use(self, step: int) -> None:
-        """Say that a step needs it."""
+        """Record that a step needs it."""
         self.first, self.last = min(self.first, step), max(self.last, step)
 
     def meets(self, other: "Buffer") -> bool:
-        """Whether there is a step that needs both."""
+        """Return whether there is a step that needs both."""
         return self.first <= other.last and other.first <= self.last
 
 
 def place(buffers: Sequence[Buffer]) -> int:
-    """Set the offset of each buffer such that none overlaps another one while both are needed; returns the end.
+    """Set the offset of each buffer such that none overlaps another one while both are needed; return the end.
 
     The largest come first, each at the lowest offset at which it fits: "Greedy by Size for Offset Calculation" of
     Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020.

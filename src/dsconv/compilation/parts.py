@@ -1,4 +1,4 @@
-"""Models that cannot be captured as a whole, such as detectors with their post-processing: compiled part by part."""
+"""Part-by-part compilation of models that cannot be captured as a whole, such as detectors with post-processing."""
 
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -15,7 +15,7 @@ from dsconv.layers import DSLayer
 
 
 class Part(nn.Module):
-    """Stands for a module of a model: is called as it is, by a program, and has its attributes."""
+    """Replacement for a module of a model: it is called in the same way, runs a program, and has its attributes."""
 
     def __init__(self, program: nn.Module):
         super().__init__()
@@ -34,16 +34,16 @@ class Part(nn.Module):
 
 
 def compile_parts(model: nn.Module, inputs: Inputs, make: Callable[[nn.Module, Inputs], nn.Module]) -> list[str]:
-    """Replace the largest modules of ``model`` that ``make`` makes programs of by these; return their names.
+    """Replace the largest modules of ``model`` that ``make`` can compile by their programs; return their names.
 
     Args:
-        model: is run once on ``inputs``, by which each module shows what it is called with.
+        model: run once on ``inputs`` to record the arguments of each module.
         make: raises ModelError for a module that cannot be captured.
     """
     calls: dict[str, Inputs] = {}
 
     def note(name: str, args: Any, kwargs: Any) -> None:
-        # One that is called with what no program takes may have modules that are not.
+        # A module whose arguments are not supported may contain modules whose arguments are.
         with suppress(DataError):
             calls.setdefault(name, Inputs(*args, **kwargs))
 
@@ -75,7 +75,7 @@ def compile_parts(model: nn.Module, inputs: Inputs, make: Callable[[nn.Module, I
 
 
 def plan_of_parts(model: nn.Module, names: list[str]) -> Plan:
-    """Return the table of a model with parts: their steps, and one for all that PyTorch runs between them."""
+    """Return the table of a model with parts: their steps, and one for everything that PyTorch runs between them."""
     parts: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     plans: dict[str, Plan] = {name: part.program.plan for name, part in parts.items()}
     steps = [
@@ -89,5 +89,5 @@ def plan_of_parts(model: nn.Module, names: list[str]) -> Plan:
 
 
 def _has_layers(module: nn.Module) -> bool:
-    """Whether it consists of more than a quantized layer, and has one."""
+    """Return whether it contains a quantized layer, and is not just one."""
     return not isinstance(module, DSLayer) and any(isinstance(m, DSLayer) for m in module.modules())

@@ -1,4 +1,4 @@
-"""What a compiled network consists of, as a table."""
+"""Table of the steps of a compiled network."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,14 @@ class PlanStep:
     """One operator of a compiled network.
 
     Attributes:
-        name: of the module it comes from; empty for what the model calls itself.
-        operator: what is called.
-        backend: ``integers (ISA)``, ``float32 (ISA)`` of our own kernels, or ``PyTorch``.
-        fused: what it computes besides, in order: ``bias``, ``batch_norm``, ``add``, an activation, and ``quantize``:
-            it writes its output as mantissas and exponents for the layers that read it. ``in the next step``: the next
-            one computes both, some lines at a time, and nothing is written between them.
-        shape: of its output for a batch of one.
-        weight_bytes: of what it reads besides its input.
+        name: name of the module it comes from; empty for operators called by the model itself.
+        operator: the operator that is called.
+        backend: ``integers (ISA)``, ``float32 (ISA)`` for our own kernels, or ``PyTorch``.
+        fused: other operations that it computes, in order: ``bias``, ``batch_norm``, ``add``, an activation, and
+            ``quantize``: it writes its output as mantissas and exponents for the layers that read it. ``in the next
+            step``: the next one computes both, some lines at a time, without writing the tensor between them.
+        shape: shape of its output for a batch of one.
+        weight_bytes: size of its operands other than its input.
     """
 
     name: str
@@ -40,11 +40,11 @@ class PlanStep:
 
 @dataclass(frozen=True)
 class Plan(Printed):
-    """The steps of a compiled network in the order in which they run; prints as a table.
+    """Steps of a compiled network in execution order; prints as a table.
 
     Attributes:
-        memory_bytes: of all that lies between its steps, for one image.
-        weight_bytes: of all packed weights, KDS, shifts and biases; what several steps read counts once.
+        memory_bytes: size of all tensors between its steps, for one image.
+        weight_bytes: size of all packed weights, KDS, shifts and biases; shared ones are counted once.
     """
 
     steps: tuple[PlanStep, ...]

@@ -1,4 +1,4 @@
-"""Runs the steps of a network: most in one call of an executable, over one piece of memory; some in PyTorch."""
+"""Execution of the steps of a network: most in one call of an executable, on one block of memory; some in PyTorch."""
 
 import math
 import time
@@ -24,16 +24,16 @@ from dsconv.ops import use_threads
 from dsconv.structures import paths_in
 from dsconv.threads import PyTorchOnOneThread, threads
 
-_GAP = 16  # values, a line of cache
-_SPARE = 4  # pieces of memory that are kept for the next calls
+_GAP = 16  # values, a cache line
+_SPARE = 4  # blocks of memory that are kept for the next calls
 
 
 class OtherLayout(Exception):
-    """PyTorch made a tensor of other strides than recorded: its choice of a kernel may follow from batch or threads."""
+    """PyTorch made a tensor with other strides than recorded: its kernels may depend on batch or threads."""
 
 
 class _Segment(NamedTuple):
-    """Steps ``first`` to ``last``, not included: of the executable, or one of PyTorch."""
+    """Steps ``first`` to ``last``, exclusive: of the executable, or one of PyTorch."""
 
     first: int
     last: int
@@ -41,11 +41,11 @@ class _Segment(NamedTuple):
 
 
 class _Output:
-    """Stands for an output."""
+    """Placeholder for an output."""
 
 
 class Axis(IntEnum):
-    """What a dimension of an input or output runs over; ONE is of one value."""
+    """Meaning of a dimension of an input or output; ONE has a single value."""
 
     ONE = 0
     CHANNELS = 1
@@ -55,7 +55,7 @@ class Axis(IntEnum):
 
 
 class Port(NamedTuple):
-    """An input or output ``(N, *shape)``: the tensor that it is; None is an input that nothing reads."""
+    """Input or output ``(N, *shape)`` and the tensor that it is; None is an input that nothing reads."""
 
     value: Value | None
     shape: tuple[int, ...]
@@ -63,13 +63,13 @@ class Port(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Where a tensor lies in the memory of a sample.
+    """Location of a tensor in the memory of a sample.
 
     Attributes:
-        key: tensors of the same one lie in the same memory.
-        base: number of its address; 0 is that of all that lies between steps.
-        pixel: values for each pixel.
-        lines: whether a channel has its pixels side by side, else a pixel its channels.
+        key: tensors with the same key are in the same memory.
+        base: index of its address; 0 is the memory between steps.
+        pixel: values per pixel.
+        lines: whether the pixels of a channel are contiguous, otherwise the channels of a pixel.
         first: the first channel of the tensor there.
     """
 
@@ -80,19 +80,19 @@ class Memory(NamedTuple):
     first: int
 
 
-_PORT_SAMPLES = 2  # so many tell how far samples lie apart
+_PORT_SAMPLES = 2  # number of samples that determines the distance between samples
 
 
 class Program:
-    """The steps of a captured network, ready to run over batches of images.
+    """Steps of a captured network, ready to run over batches of images.
 
     Attributes:
-        steps: in order.
-        backend: what executes them, but for those of PyTorch.
-        memory_bytes: of what lies between steps, for one image.
-        images_at_once: a larger batch is run in parts of so many, or as many as there are threads; None where it is
-            not, for PyTorch computes something that may depend on other images.
-        cached_bytes: what lies between steps is to have room in so many, where a batch is run in parts.
+        steps: the steps in order.
+        backend: backend that executes them, except those of PyTorch.
+        memory_bytes: size of the memory between steps, for one image.
+        images_at_once: maximum number of images, or the number of threads, in one run; larger batches are split. None
+            if they are not split, because PyTorch's results may depend on other images.
+        cached_bytes: limit for the memory between steps when a batch is split.
         joins: whether steps may be computed together.
     """
 
@@ -100,7 +100,7 @@ class Program:
         self._inputs, self._outputs, self._structure = lowered.inputs, lowered.outputs, structure
         given = [node.meta["val"] for node in self._inputs]
         self._only = lowered.batch if isinstance(lowered.batch, int) else None
-        # Of each input, whether it has a row for each sample.
+        # For each input, whether it has a row for each sample.
         self._batched = [x.dim() > 0 and str(x.shape[0]) == str(lowered.batch) for x in given]
         self._device = given[0].device
         self.backend, self._executable = lowering(self._device)
@@ -123,11 +123,11 @@ class Program:
             if step.joined is not None:
                 self._executable.join()
         self._segments = self._segments_of_calls()
-        # What steps of the executable make outside the memory: the network's outputs.
+        # Results of steps of the executable outside the memory: the network's outputs.
         made = {s.result for s in self.steps if s.result in self._bases and not s.in_pytorch}
         self._returns = {v: base for v, base in self._bases.items() if v in made}
         calls = [step for step in self.steps if step.in_pytorch]
-        # What is there as a tensor of its own, in the layout of the model where that matters.
+        # Nodes with a tensor of their own, in the layout of the model where that matters.
         self._as_in_model = {*self._inputs, *self.constants, *(step.node for step in calls)}
         nodes = {n for step in calls for n in (step.node, *step.node.all_input_nodes)}
         nodes.update(node for node in self._outputs if isinstance(node, fx.Node))
@@ -136,17 +136,17 @@ class Program:
         self._alone = any_batch and self._treats_images_alone()
         self.cached_bytes = self.backend.cached_bytes if self._alone else None
         self.images_at_once = None if self.cached_bytes is None else self.cached_bytes // max(1, self.memory_bytes)
-        self._most_images: int | None = None  # for which there was memory
+        self._most_images: int | None = None  # for which there was enough memory
         self._repeated = self.backend.repeated(self._run, not any(step.in_pytorch for step in self.steps))
         self._spare: deque[Tensor] = deque(maxlen=_SPARE)
 
     def __call__(self, xs: Sequence[Tensor], seconds: Tensor | None = None) -> Any:
         """Run the network on its inputs; add the time of each step to float64 ``seconds (steps,)``, if given.
 
-        A batch for which a GPU has not enough memory is run in parts, and so are later ones as large.
+        A batch that exceeds the memory of a GPU is split, as are later ones of the same size.
 
         Raises:
-            torch.OutOfMemoryError: one image is too large, or the network computes something from several.
+            torch.OutOfMemoryError: one image is too large, or the network computes something from several images.
             OtherLayout: the recorded strides do not hold for this batch or number of threads.
         """
         with PyTorchOnOneThread():
@@ -157,7 +157,7 @@ class Program:
                 except torch.OutOfMemoryError:
                     if not self._alone or at_once < 2:
                         raise
-                # What that run had is free again here, where nothing refers to the error any more.
+                # Memory of the failed run is free here, since nothing refers to the error any more.
                 self._most_images = at_once // 2
 
     def _at_once(self, images: int) -> int:
@@ -184,7 +184,7 @@ class Program:
     # Memory
 
     def _comes_as_read(self, source: Value) -> bool:
-        """Whether an input lies in lines of channels, and all that reads it takes those as well as pixels."""
+        """Return whether an input is NCHW and all of its readers accept that as well as NHWC."""
         recorded = source.node.meta
         if not lies_in_lines(source.node) and are_pixels(recorded["sizes"], recorded["strides"]):
             return False
@@ -192,7 +192,7 @@ class Program:
         return all(step.takes_lines() for step in readers)
 
     def _treats_images_alone(self) -> bool:
-        """Whether parts of a batch give parts of its result."""
+        """Return whether the results for parts of a batch are parts of the whole result."""
         return all(node in self._values for node in self._outputs) and all(
             operator_of(step.node).returns == "nothing"
             or (operator_of(step.node).by_image and step.node in self._values)
@@ -201,13 +201,13 @@ class Program:
         )
 
     def _pixel(self, root: Value) -> int:
-        """How many values after a pixel the next one begins."""
+        """Return the stride from one pixel to the next, in values."""
         return root.size[0] + (_GAP if root in self._spread else 0)
 
     def _find_spread(self) -> set[Value]:
-        """Tensors with a gap behind each pixel: a power of two apart, pixels would share few places in a cache.
+        """Return the tensors with a gap after each pixel: at power-of-two strides, pixels would share few cache sets.
 
-        Only layers and maps can do with gaps: PyTorch sums in another order then.
+        Only layers and maps support gaps: PyTorch would sum in another order.
         """
         able, unable = set[Value](), set[Value]()
         for step in self.steps:
@@ -224,7 +224,7 @@ class Program:
 
     def _plan_memory(self) -> None:
         end = len(self.steps)
-        # What PyTorch returns may be a view of what it read, which is needed as long.
+        # A tensor returned by PyTorch may be a view of its input, which must live as long.
         outputs = [self._own(node) for node in self._outputs if isinstance(node, fx.Node)]
         last: dict[fx.Node, int] = dict.fromkeys([*outputs, *(root.node for root in self._returned_from)], end)
         for index, step in reversed(list(enumerate(self.steps))):
@@ -254,7 +254,7 @@ class Program:
         buffer.use(last)
 
     def _sum_in_place(self) -> None:
-        """Where a residual is read for the last time, the sum takes its place."""
+        """Let a sum replace its residual in memory, if that is read for the last time."""
         for index, step in enumerate(self.steps):
             result, other = step.result, step.residual
             if step.reads() is None or result is None or other is None:
@@ -268,7 +268,7 @@ class Program:
                 self._buffers[result] = its
 
     def quantized_bytes(self, q: Quantized) -> int:
-        """Return how much memory a quantized tensor takes, for an image."""
+        """Return the size of a quantized tensor in bytes, for an image."""
         form = q.format
         grid = (*q.size, *q.pad)
         return self._executable.quantized_bytes(form.depth, form.block_size, form.groups, grid, form.shift, q.frames)
@@ -276,7 +276,7 @@ class Program:
     # Steps of the executable
 
     def _segments_of_calls(self) -> list[_Segment]:
-        """All steps, with what PyTorch does alone."""
+        """Return segments for all steps, with PyTorch's steps alone."""
         segments: list[_Segment] = []
         for index, step in enumerate(self.steps):
             call = step if isinstance(step, Call) else None
@@ -287,7 +287,7 @@ class Program:
         return segments
 
     def value(self, of: Value | None) -> int:
-        """Return the number of a float32 tensor in the executable; -1 of none."""
+        """Return the number of a float32 tensor in the executable; -1 for None."""
         if of is None:
             return -1
         if of not in self._ids:
@@ -295,7 +295,7 @@ class Program:
         return self._ids[of]
 
     def quantized(self, of: Quantized | None) -> int:
-        """Return the number of a quantized tensor in the executable; -1 of none."""
+        """Return the number of a quantized tensor in the executable; -1 for None."""
         if of is None:
             return -1
         if of not in self._ids:
@@ -303,7 +303,7 @@ class Program:
         return self._ids[of]
 
     def memory_of(self, of: Value) -> Memory:
-        """Return where a float32 tensor lies."""
+        """Return the location of a float32 tensor."""
         root, first = of.place()
         lines = root in self._as_they_come
         pixel = root.size[0] if lines else self._pixel(root)
@@ -329,16 +329,16 @@ class Program:
         return self._buffers[of].offset, *sizes, lane_bits, form.bits, sign, form.shift, of.frames
 
     def constant(self, tensor: Tensor | None) -> Any:
-        """Return a tensor as the executable takes it."""
+        """Return a tensor in the form that the executable takes."""
         return self.backend.constant(tensor)
 
     def output_names(self, taken: Sequence[str]) -> list[str]:
-        """Return the names that outputs have in a file, of which none is among those that are ``taken``."""
+        """Return the names of outputs in a file, different from those already ``taken``."""
         ways = paths_in(self._structure([_Output() for _ in self._outputs]), _Output)
         return [output_name(way, taken) for way, _ in ways]
 
     def ports(self) -> tuple[list[Port], list[Port | None]]:
-        """Return which tensors its inputs and outputs are; None for an output that no step makes of each sample."""
+        """Return the tensors of its inputs and outputs; None for an output that no step makes for each sample."""
         images, env = _PORT_SAMPLES, dict[fx.Node, Any](self.constants)
         env.update(dict.fromkeys(self._counts, images))
         memory = torch.empty(max(1, self._executable.bytes(images) // 4), dtype=torch.float32, device=self._device)
@@ -375,7 +375,7 @@ class Program:
         return self._port(value, made)
 
     def _port(self, value: Value, made: Tensor) -> Port | None:
-        """An input or output that is ``made`` of all of a value, whose dimensions run over something each."""
+        """Return the port of an input or output that consists of all of a value, with a meaning for each dimension."""
         _, _, _, (channels, height, width), (image, channel, y, x) = self.place_of(value)
         frame = height // value.frames
         over = {
@@ -396,7 +396,8 @@ class Program:
     # Running
 
     def _run(self, xs: Sequence[Tensor], seconds: Tensor | None = None) -> list[Any]:
-        # What is done for every call takes long where the network has just emptied the caches: little is.
+        # Work done on every call takes long after the network has replaced the contents of the caches: it is kept
+        # small.
         images = self._count(xs)
         env: dict[fx.Node, Any] = {**self.constants, **dict.fromkeys(self._counts, images)}
         env.update(zip(self._inputs, xs, strict=True))
@@ -440,7 +441,7 @@ class Program:
         memory: Tensor,
         addresses: list[Any],
     ) -> None:
-        """A step, by PyTorch; ``kept`` holds tensors in layouts of the model, and what steps of the executable read."""
+        """Run a step in PyTorch; ``kept`` has tensors in the model's layouts, and inputs of steps of the executable."""
         for value in step.reads_values:
             if value.node not in env:
                 env[value.node] = self._view(value, images, env, memory)
@@ -468,17 +469,17 @@ class Program:
 
     def _check_layout(self, node: fx.Node, made: Tensor) -> None:
         strides = self._strides.get(node)
-        # Parts of a batch may be of one image, whose stride says nothing.
+        # Parts of a batch may have one image, whose stride is arbitrary.
         if strides is not None and made.stride()[1:] != strides[1:]:
             raise OtherLayout(f"{node}: recorded {strides}, got {made.stride()}")
 
     def _in_layout(self, node: Any, made: Any) -> Any:
-        """An output with the strides that it has in the model."""
+        """Return an output with its strides in the model."""
         strides = self._strides.get(node)
         return made if strides is None or not isinstance(made, Tensor) else restrided(made, strides)
 
     def _view(self, value: Value, images: int, env: dict[fx.Node, Any], memory: Tensor) -> Tensor:
-        """A native value as PyTorch sees it."""
+        """Return a value of the program as a PyTorch tensor."""
         root, first = value.place()
         channels, height, width = root.size
         if root.outside:
@@ -493,13 +494,13 @@ class Program:
         return _of_node(memory.as_strided(shape, strides, at), value)
 
     def _own(self, node: fx.Node) -> fx.Node:
-        """The node whose tensor of images a node renames; itself where it does not."""
+        """Return the node whose image tensor a node renames, or the node itself."""
         while node in self._renamed:
             node = self._renamed[node]
         return node
 
     def _tensor(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        """A tensor that is there, perhaps under another shape."""
+        """Return an existing tensor, perhaps under another shape."""
         if node not in env and node in self._renamed:
             rest: Any = fx.node.map_arg(node.args[1:], lambda n: env[n])
             made: Any = node.target
@@ -519,7 +520,7 @@ class Program:
         return _copied(made) if inside else made
 
     def _memory(self, size: int) -> Tensor:
-        """Float32 memory of so many bytes that no other call uses at this time."""
+        """Return float32 memory of ``size`` bytes that no other call uses at this time."""
         try:
             memory = self._spare.pop()
         except IndexError:
@@ -530,12 +531,12 @@ class Program:
 
 
 def _pixels(x: Tensor, value: Value) -> Tensor:
-    """The values of a node's tensor, those of a pixel side by side; a copy where they are not yet."""
+    """Return the values of a node's tensor with the channels of a pixel contiguous; a copy if necessary."""
     return x.movedim(value.dim, -1).contiguous()
 
 
 def _of_node(pixels: Tensor, value: Value) -> Tensor:
-    """A tensor ``(N, H, W, C)`` as the node of a value has it."""
+    """Return a tensor ``(N, H, W, C)`` in the shape of a value's node."""
     dims = value.node.meta["val"].dim()
     if dims < 4:
         pixels = pixels.flatten(0 if dims == 2 else 1, 2)
@@ -545,7 +546,7 @@ def _of_node(pixels: Tensor, value: Value) -> Tensor:
 
 
 def _strides(node: fx.Node, batch: Any) -> tuple[int, ...] | None:
-    """Of a tensor of images, those that it has in the model."""
+    """Return the strides of an image tensor in the model."""
     made = node.meta.get("val")
     strides: tuple[int, ...] | None = node.meta.get("strides")
     of_images = isinstance(made, Tensor) and made.dim() > 0 and str(made.shape[0]) == str(batch)
@@ -553,11 +554,11 @@ def _strides(node: fx.Node, batch: Any) -> tuple[int, ...] | None:
 
 
 def _copied(x: Tensor) -> Tensor:
-    """A copy with the strides of ``x``."""
+    """Return a copy with the strides of ``x``."""
     once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
     return torch.empty_strided(once.shape, once.stride(), dtype=x.dtype, device=x.device).copy_(once).expand(x.shape)
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """An output of parts of a batch as that of the whole."""
+    """Return an output for the whole batch, joined from those of its parts."""
     return torch.cat(list(parts)) if len(parts) > 1 and isinstance(parts[0], Tensor) else parts[0]

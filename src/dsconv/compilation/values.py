@@ -1,9 +1,9 @@
 """Tensors of a program.
 
-A tensor of images ``(N, C, H, W)``, ``(N, C)`` or ``(N, C, D, H, W)`` is a :class:`Value`. It exists as float32, whose
-channels lie side by side, where somebody wants it so, and quantized in every :class:`Format` in which a layer wants it;
-the step that makes it writes all of them. Concatenated tensors are written where the whole will be needed, and some
-channels of a tensor are read where it lies.
+An image tensor ``(N, C, H, W)``, ``(N, C)`` or ``(N, C, D, H, W)`` is a :class:`Value`. It exists as float32 with
+contiguous channels, if that is required, and quantized in every :class:`Format` that a layer requires; the step that
+makes it writes all of them. Concatenated tensors are written into the memory of the whole, and slices of channels are
+read in place.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import fx
 
 
 class Seen(NamedTuple):
-    """The tensor of a node as images: channels, height and width, and the dimension that is that of the channels.
+    """Tensor of a node as images: channels, height and width, and the channel dimension.
 
     A tensor ``(N * H * W, C)`` has the pixels of all images as rows.
     """
@@ -24,7 +24,7 @@ class Seen(NamedTuple):
 
 
 class Format(NamedTuple):
-    """How a layer wants its input quantized: blocks of ``block_size`` over ``depth`` values of each of the groups."""
+    """Quantization of a layer's input: blocks of ``block_size`` over ``depth`` values of each of the groups."""
 
     depth: int
     block_size: int
@@ -37,7 +37,7 @@ class Format(NamedTuple):
 
 @dataclass(eq=False)
 class Quantized:
-    """A value in one format, with a border of zeros around each frame as wide as any layer that reads it needs."""
+    """Value in one format, with a border of zeros around each frame, as wide as required by any layer that reads it."""
 
     format: Format
     size: tuple[int, int]
@@ -47,20 +47,20 @@ class Quantized:
 
 @dataclass(eq=False)
 class Value:
-    """A tensor of images.
+    """Image tensor.
 
     Attributes:
-        size: channels, height and width; the frames of a volume lie one below the other.
-        dim: the dimension of its node's tensor that is that of the channels.
-        frames: their number.
-        direct: whether the step that makes it can quantize it as well.
-        in_float: whether it is wanted in float32.
-        outside: it is not in the program's memory: an input, an output, or made by PyTorch.
-        quantized: it in every format that is wanted.
+        size: channels, height and width; the frames of a volume are stacked vertically.
+        dim: the channel dimension of its node's tensor.
+        frames: number of frames.
+        direct: whether the step that makes it can also quantize it.
+        in_float: whether it is required in float32.
+        outside: whether it is outside the program's memory: an input, an output, or made by PyTorch.
+        quantized: its quantized forms in every required format.
         pieces: the values of which it is a concatenation.
-        home: the value whose memory it is a part of, from channel ``first`` on: it is one of its pieces or views.
-        views: values that are some of its channels.
-        parts: quantized concatenations that this is a part of, and from which channel on.
+        home: the value whose memory contains it, from channel ``first`` on: it is one of its pieces or views.
+        views: values that are slices of its channels.
+        parts: quantized concatenations that contain it, and the first channel in each.
     """
 
     node: fx.Node
@@ -78,7 +78,7 @@ class Value:
     parts: list[tuple[Quantized, int]] = field(default_factory=list)
 
     def want(self, wanted: Format, pad: tuple[int, int] = (0, 0)) -> Quantized:
-        """Return it in that format, with a border of at least ``pad``."""
+        """Return its quantized form in that format, with a border of at least ``pad``."""
         if self.home is not None and self.home.size == self.size:
             return self.home.want(wanted, pad)
         _, height, width = self.size
@@ -88,14 +88,14 @@ class Value:
         return found
 
     def place(self) -> tuple["Value", int]:
-        """Return the value whose memory it has, and its first channel there."""
+        """Return the value whose memory contains it, and its first channel there."""
         if self.home is None:
             return self, 0
         root, first = self.home.place()
         return root, first + self.first
 
     def root(self) -> "Value":
-        """Return the value whose memory it has."""
+        """Return the value whose memory contains it."""
         return self.place()[0]
 
     def places(self) -> list[tuple["Value", int]]:
@@ -106,13 +106,13 @@ class Value:
         return list(zip(self.pieces, ends, strict=False))
 
     def parts_are_blocks(self, wanted: Format) -> bool:
-        """Tell whether each piece, as it is made, can be quantized for its part."""
+        """Return whether each piece, as it is made, can be quantized separately."""
         alone = len(set(self.pieces)) == len(self.pieces)
         whole = all(first % wanted.block_size == 0 for _, first in self.places())
         return alone and whole and wanted.groups == 1 and all(piece.direct for piece in self.pieces)
 
     def index_of(self, part: Sequence["Value"]) -> int | None:
-        """Return where the values ``part`` lie among its pieces, one after another."""
+        """Return the index at which the values ``part`` are consecutive pieces of it."""
         for at in range(len(self.pieces) - len(part) + 1):
             if all(a is b for a, b in zip(self.pieces[at:], part, strict=False)):
                 return at

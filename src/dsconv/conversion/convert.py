@@ -241,9 +241,7 @@ def _check_overrides(config: QuantConfig, layers: list[FoundLayer]) -> None:
 
 
 def _keep_attributes(layer: nn.Module, quantized: nn.Module, memo: dict[int, Any]) -> None:
-    """Copy the attributes that a model set on a layer, as builders from lists of layers do, so that it can read
-    them.
-    """
+    """Copy the attributes that a model set on a layer, as builders from lists of layers do."""
     if (kind := kind_of(layer)) is not None:
         for name, value in vars(layer).items():
             known = name.startswith("_") or name in _attributes_of(kind)  # type: ignore[arg-type]

@@ -83,9 +83,7 @@ def replaced(module: nn.Module) -> str | None:
 
 
 class _Carrier:
-    """Rebinds functions of a copy to the parts of the copy. ``memo`` is that of :func:`copy.deepcopy`, before it
-    runs.
-    """
+    """Rebinds functions of a copy to the copy's parts. ``memo`` is that of :func:`copy.deepcopy`, before it runs."""
 
     def __init__(self, memo: dict[int, Any], isolate: bool):
         self.memo, self.isolate = memo, isolate
@@ -100,9 +98,7 @@ class _Carrier:
     def reaches(
         self, value: Any, kinds: type | tuple[type, ...] = (nn.Module, Tensor), beside: Iterable[Any] = ()
     ) -> bool:
-        """Return whether ``value`` refers to a module or tensor of the original, at any depth, except through
-        ``beside``.
-        """
+        """Return whether ``value`` refers to a module or tensor of the original, at any depth, except in ``beside``."""
         self._look()
         seen = {id(one): one for one in beside}
         stack = [value]
@@ -119,9 +115,7 @@ class _Carrier:
         return False
 
     def attributes(self, module: nn.Module) -> dict[str, Any]:
-        """Return the objects that may refer to modules of the original: attributes, or the hooks of a module from
-        ``memo``.
-        """
+        """Return what may refer to modules of the original: attributes, or the hooks of modules from ``memo``."""
         names = HOOKS if id(module) in self._given else vars(module)
         return {name: vars(module)[name] for name in names if name != "_modules"}
 

@@ -207,9 +207,7 @@ def _is_one_of(module: nn.Module, types: Collection[type[nn.Module]]) -> bool:
 
 
 def after_normalizing(batchnorm: _BatchNorm) -> nn.Module:
-    """Return the remainder of a BatchNorm after folding: ``nn.Identity``, or a sequence of copies of its own
-    modules.
-    """
+    """Return the remainder of a BatchNorm after folding: ``nn.Identity``, or copies of its own modules in sequence."""
     parts = OrderedDict((name, copied(part)) for name, part in batchnorm.named_children())
     return (nn.Sequential(parts) if parts else nn.Identity()).train(batchnorm.training)
 

@@ -284,9 +284,7 @@ class _Graph:
                 yield _Call(node, kind, given, given.get("weight"), given.get("bias"))
 
     def why_float(self, call: _Call) -> tuple[list[str], str]:
-        """Return the parameters from which the weight of a call is computed, and the reason if it must stay in
-        float.
-        """
+        """Return the parameters from which the weight of a call is computed, and why it must stay in float, if so."""
         if not isinstance(call.weight, fx.Node):
             return [], "its weight is a fixed tensor, not a parameter"
         sources = self._sources(call.weight)

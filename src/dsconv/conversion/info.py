@@ -52,9 +52,7 @@ class ModelInfo:
 
     @classmethod
     def from_stored(cls, data: Mapping[str, Any]) -> "ModelInfo":
-        """Return the ModelInfo for the data of :meth:`stored`, with a QuantConfig as ``config``; ignore unknown
-        names.
-        """
+        """Return the ModelInfo for the data of :meth:`stored`, with a QuantConfig as ``config``; ignore other names."""
         kept = {name: value for name, value in data.items() if name in vars(cls(QuantConfig())).keys() - _NOT_STORED}
         return cls(**{**kept, "affine": tuple(data["affine"]), "biases": tuple(data["biases"])})
 

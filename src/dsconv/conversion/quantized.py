@@ -38,8 +38,7 @@ def check_inference(qmodel: nn.Module, doing: str) -> None:
 
 
 def check_original(name: str, layer: DSLayer, there: nn.Module | None, network: str = "reference") -> None:
-    """Raise ModelError unless ``there`` can be the layer ``name`` of the float ``network`` that ``layer`` was made
-    from.
+    """Raise ModelError unless ``there`` can be the layer ``name`` of the float ``network`` behind ``layer``.
 
     Raises:
         ModelError: there is none, or it has another class or shape.

@@ -1,6 +1,4 @@
-"""Images for calibration and evaluation: preprocessing, folders, inputs, and conversion of every ``images``
-argument.
-"""
+"""Images for calibration and evaluation: preprocessing, folders, inputs, and reading of ``images`` arguments."""
 
 from typing import TYPE_CHECKING
 

@@ -146,8 +146,7 @@ AnyBatch = TypeVar("AnyBatch", Tensor, Inputs, Batch)
 
 
 def as_inputs(example: Any) -> Inputs:
-    """Return an example of a model's arguments as Inputs: a tuple contains all arguments, anything else is the only
-    one.
+    """Return an example of a model's arguments as Inputs: a tuple has all arguments, anything else is the only one.
 
     >>> as_inputs((torch.zeros(1, 3), torch.zeros(1, 2)))
     Inputs(float32 (1, 3), float32 (1, 2))
@@ -196,8 +195,9 @@ def in_float32(x: Batch) -> Batch:
 
 
 def by_sample(x: Batch) -> Tensor:
-    """Return the values of each sample as float32 ``(N, values)`` on the CPU; images of several sizes are cut to the
-    number of values of the smallest.
+    """Return the values of each sample as float32 ``(N, values)`` on the CPU.
+
+    Images of several sizes are cut to the number of values of the smallest.
 
     >>> by_sample(Inputs(torch.ones(2, 2), torch.zeros(2, dtype=torch.int64)))
     tensor([[1., 1., 0.],

@@ -1,5 +1,4 @@
-"""Distance between the outputs of a quantized network and those of its reference: the single definition used
-everywhere.
+"""Distance between outputs of a quantized network and those of its reference: the single definition for all uses.
 
 The kind of a network's outputs is determined from the shape of its main output, the one called ``logits`` or else the
 first:

@@ -454,9 +454,7 @@ def _class_name(model: nn.Module) -> str:
 
 
 def checksum(entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Return SHA-256 over all entries except the checksum, and name, dtype, shape and bytes of all tensors, in
-    order.
-    """
+    """Return SHA-256 over all entries but the checksum, and name, dtype, shape and bytes of all tensors, in order."""
     digest = hashlib.sha256()
     described: list[Any] = [[name, entries[name]] for name in sorted(entries) if name != "checksum"]
     described += [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]

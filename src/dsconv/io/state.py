@@ -96,8 +96,7 @@ class StateFile:
             raise self.refusal(f"record {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
 
     def check_tensors(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-        """Raise FileFormatError unless names, shapes and kinds (integers or floats) of tensors match those
-        ``expected``.
+        """Raise FileFormatError unless names, shapes and kinds (integers or floats) match those of ``expected``.
 
         Raises:
             FileFormatError: it states the first difference.

@@ -33,9 +33,7 @@ class Affine(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_batchnorm(cls, batchnorm: _BatchNorm) -> Self:
-        """Return the Affine of a BatchNorm with running statistics: ``gamma / sqrt(var + eps)``, ``beta - mean *
-        scale``.
-        """
+        """Return ``gamma / sqrt(var + eps)`` and ``beta - mean * scale`` of a BatchNorm with running statistics."""
         assert batchnorm.running_mean is not None
         assert batchnorm.running_var is not None
         made = cls(batchnorm.num_features)

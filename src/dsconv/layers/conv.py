@@ -104,9 +104,7 @@ class DSConvNd(DSLayer):
         return y if x.dim() == batched.dim() else y.squeeze(0)
 
     def padded(self, x: Tensor) -> Tensor:
-        """Return ``x (N, C, *S)``, with a batch dimension of one if it has none, and all padding but
-        ``zero_padding``.
-        """
+        """Return ``x (N, C, *S)``, with a batch dimension added if missing, and all padding but ``zero_padding``."""
         if x.dim() not in (self.dims + 1, self.dims + 2) or x.shape[-self.dims - 1] != self.in_channels:
             raise ValueError(
                 f"{type(self).__name__}: expected input (N, {self.in_channels}, ...) of {self.dims + 2} dimensions, "
@@ -122,8 +120,7 @@ class DSConvNd(DSLayer):
         return F.pad(x, border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def windows(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """Return the receptive field of each output in ``x (N, C, *S)``: ``(N, C, *S_out, *K)``, a view of a padded
-        copy.
+        """Return the input window of each output in ``x (N, C, *S)``: ``(N, C, *S_out, *K)``, a view of a padded copy.
 
         Args:
             x: input.

@@ -130,9 +130,7 @@ class DSLayer(nn.Module):
         self.bias = nn.Parameter(zeros) if bias else None
 
     def blockwise(self, weight: Tensor) -> Tensor:
-        """Return ``weight (O, C/groups, *K)`` in the arithmetic's layout: ``(O, C/groups * K)`` for flattened
-        blocks.
-        """
+        """Return ``weight (O, C/groups, *K)`` as the arithmetic uses it: ``(O, C/groups * K)`` for flattened blocks."""
         return weight.flatten(1) if self.config.blocks == "flat" else weight
 
     def dequantized_weight(self) -> Tensor:
@@ -216,8 +214,7 @@ class DSLayer(nn.Module):
         self.config = self.config.model_copy(update={"algorithm": name})
 
     def quantized(self, weight: Tensor, inputs: InputMoments | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return VQK int8 in the shape of ``weight (O, C/groups, *K)``, and KDS and shift (or None) float32, per the
-        config.
+        """Return VQK int8 in the shape of ``weight (O, C/groups, *K)``, and KDS and shift (or None) in float32.
 
         Raises:
             ValueError: the weight contains a NaN or an infinity.
@@ -462,9 +459,7 @@ class DSLayer(nn.Module):
 
     @classmethod
     def float_input_shape(cls, layer: Any, extra: int) -> tuple[int, ...]:
-        """Return the shape of an input of the float ``layer``, ``extra`` longer than the receptive field of an
-        output.
-        """
+        """Return the shape of an input of the float ``layer``, ``extra`` longer than the window of an output."""
         raise NotImplementedError(cls.__name__)
 
     @classmethod

@@ -45,15 +45,11 @@ class DSConvTransposeNd(DSConvNd):
         return transposed_layout(weight, self.groups)
 
     def dequantized_weight(self) -> Tensor:
-        """Return the float32 weight ``(C, O/groups, *K)`` represented by VQK and KDS, in the layout of the float
-        layer.
-        """
+        """Return the float32 weight ``(C, O/groups, *K)`` that VQK and KDS represent, in the float layer's layout."""
         return transposed_layout(self.conv_weight(), self.groups)
 
     def windows(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """See the base class. The taps are reversed: this is a convolution of inputs with zeros inserted between
-        them.
-        """
+        """See the base class. The taps are reversed: this is a convolution of inputs with zeros between them."""
         taken = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)))
         spread[:, :, *(slice(None, None, s) for s in self.stride)] = x

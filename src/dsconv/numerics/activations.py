@@ -146,8 +146,7 @@ def _to_blocks(x: Tensor, bits: int, block_size: int, sign: str, groups: int) ->
 
 
 def round_blocks(split: Tensor, m: Tensor) -> Blocks:
-    """Return mantissas of ``m`` magnitude bits and exponents of blocks ``(N, CB, size, *S)``, ``m`` int32 ``(N, CB,
-    *S)``.
+    """Return mantissas of ``m`` bits and exponents of blocks ``(N, CB, size, *S)``, ``m`` int32 ``(N, CB, *S)``.
 
     Mantissas are at most ``2^m - 1`` and at least ``-2^m``.
     """

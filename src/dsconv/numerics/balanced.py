@@ -46,9 +46,7 @@ class Model(NamedTuple):
         return cls((1 - correlation) * variance, correlation * variance, mean)
 
     def regularized(self, ridge: float) -> "Model":
-        """Return the model with ``ridge mean(diag H)`` added to the diagonal; with 1 where all inputs are always
-        zero.
-        """
+        """Return the model with ``ridge mean(diag H)`` added to the diagonal; with 1 if all inputs are always zero."""
         diagonal = (self.own + self.shared + self.mean.square()).mean(0)
         return self._replace(own=self.own + torch.where(diagonal > 0, ridge * diagonal, 1.0))
 
@@ -112,9 +110,7 @@ def round_balanced(
 
 
 def solve(w: Tensor, model: Model, held: Model, half: int, shift: bool) -> Result:
-    """Return rows rounded for ``held``; a row that is worse by ``model`` than with rule ``refined`` is rounded by the
-    latter.
-    """
+    """Return rows rounded for ``held``; a row that ``model`` rates worse than rule ``refined`` uses that rule."""
     unit = torch.maximum(w.amax((0, 1)), -w.amin((0, 1)))  # squares would overflow near the largest float
     unit = torch.where(unit == 0, 1.0, unit)
     # In float64, so that the result does not depend on which rows are processed together.

@@ -4,8 +4,7 @@ import math
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """Return the signal-to-quantization-noise ratio in dB of two powers: ``10 log10(signal / noise)``; infinite without
-    noise.
+    """Return the signal-to-quantization-noise ratio ``10 log10(signal / noise)`` in dB; infinite without noise.
 
     >>> sqnr_db(signal=5.0, noise=0.25)
     13.010299956639813

@@ -283,11 +283,10 @@ def _by_block(value: Tensor, groups: int, size: int) -> Tensor:
 
 
 def _kl_scale(w: Tensor, q: Tensor, scale: Tensor, dim: int = 2) -> Tensor:
-    """Return the scale that minimises ``sum T log(T / I)``, ``T = softmax(w)``, ``I = softmax(scale q)``, by Newton
-    steps.
+    """Return the scale that minimises ``sum T log(T / I)``, ``T = softmax(w)``, ``I = softmax(scale q)``.
 
     The divergence is convex in the scale: its slope is ``sum (I - T) q`` and its curvature the variance of q under I.
-    Steps are bounded.
+    It is minimised by bounded Newton steps.
     """
     target = torch.softmax(w, dim)
     bounds = scale * 0.5, scale * 1.5

@@ -236,9 +236,7 @@ def _exported(qmodel: nn.Module, inputs: Inputs, style: str, opset: int) -> Any:
 
 
 def _captured(qmodel: nn.Module, inputs: Inputs, opset: int) -> tuple[Any, list[Way]]:
-    """Return the network as an ``onnx_ir.Model`` with a node named after each layer in its place; and the path to each
-    output in the network's result.
-    """
+    """Return the network as an ``onnx_ir.Model`` with a named node for each layer, and the path to each output."""
     stand_ins: dict[nn.Module, nn.Module] = {
         layer: StandIn(name, layer) for name, layer in quantized_layers(qmodel).items()
     }

@@ -158,9 +158,7 @@ class Integers:
         return op.Add(weight, op.Gather(shift, places, axis=1))
 
     def _parts(self, name: str) -> tuple[Tensor, Value, Value | None, int]:
-        """Return integers ``(O, D, ...)``, float32 scale and shift of their blocks ``(O, CB, ...)``, and the block
-        size.
-        """
+        """Return integers ``(O, D, ...)``, float32 scale and shift of blocks ``(O, CB, ...)``, and the block size."""
         layer = self.layers[name]
         vqk = layer.vqk.flatten(1) if layer.config.blocks == "flat" else layer.vqk
         ones = (1,) * (layer.vqk.dim() - vqk.dim()) if self._over_patches(layer) else ()

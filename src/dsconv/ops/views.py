@@ -39,8 +39,9 @@ def windows(
 def patches(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """What each output of a convolution reads: ``(N, C, *S)`` to ``(N, C * prod(kernel), *S_out)``, the taps of a
-    channel side by side.
+    """Return the input window of each output of a convolution, with the taps of a channel contiguous.
+
+    Shapes are ``(N, C, *S)`` for the input and ``(N, C * prod(kernel), *S_out)`` for the result.
     """
     dims = len(kernel)
     x = windows(x, kernel, stride, padding, dilation)

@@ -1,14 +1,15 @@
-"""Front ends: what turns a model into the compiler's graph.
+"""Front ends, which convert a model to the compiler's graph.
 
 A front end is a module of this folder with two functions:
 
-- ``takes(model) -> bool``: whether it is for a model.
+- ``takes(model) -> bool``: whether it supports a model.
 - ``graph(model, inputs, any_batch) -> Graph``: the graph of a model for arguments of the sizes and memory layouts of
-  ``inputs``, for any batch or theirs alone; or a :class:`dsconv.errors.ModelError`, which says why there is none.
+  ``inputs``, for any batch size or theirs alone; or a :class:`dsconv.errors.ModelError` with the reason why there is
+  none.
 
 The graph has a placeholder for each tensor of the arguments and returns a list. Its nodes call functional ATen
-operators, and those of ``torch.ops.dsconv`` for quantized layers; ``node.meta["val"]`` has shape and dtype of
-each result. Tensors of the model are ``get_attr`` nodes.
+operators, and those of ``torch.ops.dsconv`` for quantized layers; ``node.meta["val"]`` has the shape and dtype of each
+result. Tensors of the model are ``get_attr`` nodes.
 """
 
 from typing import Protocol
@@ -31,7 +32,7 @@ _FRONT_ENDS: tuple[_FrontEnd, ...] = (pytorch,)
 
 
 def graph_of(model: nn.Module, inputs: Inputs, any_batch: bool = True) -> Graph:
-    """Return the graph of ``model`` by the first front end that takes it.
+    """Return the graph of ``model`` from the first front end that supports it.
 
     Raises:
         ModelError: it cannot be captured for ``inputs``.

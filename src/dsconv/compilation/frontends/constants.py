@@ -1,4 +1,4 @@
-"""Constant folding: computes once, when a graph is made, all that follows from constants alone."""
+"""Constant folding: values that depend on constants alone are computed once, when a graph is made."""
 
 import operator
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor, fx
 
 
 def fold_constants(module: fx.GraphModule) -> None:
-    """Replace all that does not depend on the input of ``module`` by its values.
+    """Replace all nodes that do not depend on the input of ``module`` by their values.
 
-    Grids and anchors of detectors are such: their sizes are known once that of the images is. What is made of chance,
-    or of memory that nothing has written, stays as it is.
+    Examples are grids and anchors of detectors, whose sizes are known once that of the images is. Random values and
+    uninitialized memory are not folded.
     """
     values: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
@@ -20,7 +20,7 @@ def fold_constants(module: fx.GraphModule) -> None:
         elif _is_fixed(node) and all(source in values for source in node.all_input_nodes):
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
-    # The caller may write to what is returned: it is made anew.
+    # The caller may write to returned tensors: they are created on each call.
     returned = {node for node in module.graph.nodes if node.op == "output"}
     for node in reversed(module.graph.nodes):
         if node in values and not returned.isdisjoint(node.users):

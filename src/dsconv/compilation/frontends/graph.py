@@ -1,4 +1,4 @@
-"""The result of a front end: a graph, and the structure of the model's output."""
+"""Result of a front end: a graph, and the structure of the model's output."""
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -11,17 +11,17 @@ from dsconv.errors import ModelError
 from dsconv.structures import PLAIN, leaves, mapped, paths_in
 
 RETURNED = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-"""The types that a graph returns of a model's output; the rest of it is the same for all inputs."""
+"""Types of output values that a graph returns; the rest of the output is the same for all inputs."""
 
 _Structure = Callable[[Sequence[Any]], Any]
 
 
 class Graph(NamedTuple):
-    """A graph, and what makes the model's output of what the graph returns.
+    """Graph, and the conversion of its result to the model's output.
 
     Attributes:
         module: has a placeholder for each tensor of the inputs, and returns a list.
-        structure: takes such a list.
+        structure: converts such a list to the model's output.
     """
 
     module: fx.GraphModule
@@ -29,14 +29,14 @@ class Graph(NamedTuple):
 
 
 class _Place:
-    """Stands for something that a graph returns."""
+    """Placeholder for a value that a graph returns."""
 
 
 def structure_of(output: Any) -> _Structure:
-    """Return what puts other tensors in the places of those of an ``output``.
+    """Return a function that replaces the tensors of an ``output`` by others.
 
     Raises:
-        ModelError: there is no tensor in it, or an object that may hold some out of sight.
+        ModelError: it has no tensor, or an object that may contain tensors that cannot be found.
 
     >>> x = torch.zeros(1, dtype=torch.float32)
     >>> structure_of({"a": x, "b": [x, "c"]})([1, 2])
@@ -61,5 +61,5 @@ def structure_of(output: Any) -> _Structure:
 
 
 def returned_in(output: Any) -> list[Any]:
-    """Return what a graph returns of an ``output``."""
+    """Return the values of an ``output`` that a graph returns."""
     return [found for _, found in paths_in(output, RETURNED)]

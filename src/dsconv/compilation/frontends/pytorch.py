@@ -1,4 +1,4 @@
-"""The front end of PyTorch's modules: from a model to a graph of functional operators, by :mod:`torch.export`."""
+"""Front end for PyTorch modules: converts a model to a graph of functional operators, by :mod:`torch.export`."""
 
 import operator
 import os
@@ -26,23 +26,23 @@ _aten = torch.ops.aten
 
 
 def takes(model: nn.Module) -> bool:
-    """Tell whether this front end is for ``model``: it is for every module."""
+    """Return whether this front end supports ``model``: it supports every module."""
     return isinstance(model, nn.Module)
 
 
 def graph(model: nn.Module, inputs: Inputs, any_batch: bool) -> Graph:
-    """Return the graph of ``model`` for sizes and layouts of ``inputs``, and any batch or theirs alone.
+    """Return the graph of ``model`` for sizes and layouts of ``inputs``, and any batch size or theirs alone.
 
     Raises:
         ModelError: :mod:`torch.export` cannot capture it.
     """
     try:
         with torch.no_grad(), simulated_whole(), warnings.catch_warnings():
-            # PyTorch warns of its own use of what it deprecated.
+            # PyTorch warns of its own use of a deprecated feature.
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
             captured = exported(model, inputs, any_batch)
             module = captured.program.module(check_guards=False)
-            # PyTorch's own way to functional operators takes three times as long as the capture.
+            # PyTorch's own functionalization takes three times as long as the capture.
             if not isinstance(module, fx.GraphModule) or not make_functional(module.graph):
                 module = captured.program.run_decompositions({}).module(check_guards=False)
                 assert isinstance(module, fx.GraphModule)
@@ -56,7 +56,7 @@ def graph(model: nn.Module, inputs: Inputs, any_batch: bool) -> Graph:
         ) from error
     assert isinstance(module, fx.GraphModule)
     for node in module.graph.nodes:
-        if node.target is _aten.view.default:  # of a tensor that has another layout than in the trace, it needs a copy
+        if node.target is _aten.view.default:  # for a tensor with another layout than in the trace, it needs a copy
             node.target = _aten.reshape.default
     with torch.no_grad():
         fold_constants(module)
@@ -64,12 +64,12 @@ def graph(model: nn.Module, inputs: Inputs, any_batch: bool) -> Graph:
 
 
 class Exported(NamedTuple):
-    """A program that takes the tensors of a model's arguments one by one and returns a tuple.
+    """Program that takes the tensors of a model's arguments one by one and returns a tuple.
 
     Attributes:
         program: its names of modules are those of the model.
-        structure: makes the model's output of the tuple.
-        output: of the model, with tensors of the trace.
+        structure: converts the tuple to the model's output.
+        output: output of the model, with tensors of the trace.
     """
 
     program: torch.export.ExportedProgram
@@ -78,18 +78,18 @@ class Exported(NamedTuple):
 
 
 def exported(model: nn.Module, inputs: Inputs, any_batch: bool = True) -> Exported:
-    """Program of ``model`` for sizes and memory layouts of ``inputs``, and any batch or theirs alone.
+    """Export ``model`` for sizes and memory layouts of ``inputs``, and any batch size or theirs alone.
 
     Raises:
-        Exception: whatever PyTorch raises; :func:`needs_one_batch` tells some of it from the rest.
+        Exception: any error of PyTorch; :func:`needs_one_batch` identifies one cause.
     """
-    # A batch of one would be taken for a constant.
+    # A batch of one would be treated as a constant.
     example = zeros_like(inputs, 2 if any_batch else len(inputs))
     batch = {0: torch.export.Dim("batch", min=1, max=1 << 16)} if any_batch else None
     shapes = tuple(batch if batched else None for batched in inputs.batched)
     with torch.no_grad():
         capturable = Capturable(model, inputs)
-        # Not by hooks of the model: those behind a forward that fails do not run within a capture.
+        # Not by hooks of the model: hooks after a failed forward do not run within a capture.
         flat = Flat(capturable.model, example, capturable.traced)
         # ``forward(*tensors)`` has its inputs as one tuple.
         program = torch.export.export(flat, tuple(example.tensors), dynamic_shapes=(shapes,), strict=False)
@@ -101,15 +101,15 @@ def exported(model: nn.Module, inputs: Inputs, any_batch: bool = True) -> Export
 
 
 class Flat(nn.Module):
-    """A model as one that takes tensors and returns a tuple, whatever classes its arguments and outputs are of.
+    """Model that takes tensors and returns a tuple, whatever the classes of the original arguments and outputs.
 
     Args:
-        model: whose parameters have names that begin with ``model.``.
-        inputs: whose arguments other than tensors it is called with.
-        around: what each call is within.
+        model: its parameters get names that begin with ``model.``.
+        inputs: provide the arguments other than tensors.
+        around: context manager for each call.
 
     Attributes:
-        latest: holds the output of the latest call, where no capture sets it back.
+        latest: the output of the latest call, if no capture resets it.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Flat(nn.Module):
     ):
         super().__init__()
         self.model, self.inputs, self.around = model, inputs, around
-        self.training = model.training  # which exporters set back, in the model too
+        self.training = model.training  # which exporters reset, in the model too
         self.latest = SimpleNamespace(output=None)
 
     def forward(self, *tensors: Tensor) -> tuple[Any, ...]:
@@ -128,7 +128,7 @@ class Flat(nn.Module):
 
 
 def reason(error: BaseException) -> str:
-    """`` at LINE of the model's code: WHY`` of what :func:`exported` raised, as far as it is known."""
+    """Return `` at LINE of the model's code: WHY`` for an error of :func:`exported`, as far as known."""
     ours = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
     why = one_line(str(error).strip().split("\n\n")[0].replace("\n", " "), 600)
     for raised in (error, error.__cause__, error.__context__):
@@ -140,16 +140,16 @@ def reason(error: BaseException) -> str:
 
 
 def needs_one_batch(error: BaseException) -> bool:
-    """Whether :func:`exported` failed since the model takes the batch size as a number."""
+    """Return whether :func:`exported` failed because the model uses the batch size as a number."""
     return "Constraints violated" in str(error) or (isinstance(error, TypeError) and "SymInt" in str(error))
 
 
 def make_functional(graph: fx.Graph) -> bool:
-    """Replace what changes tensors in place by what returns new ones, and drop what does nothing in inference.
+    """Replace in-place operators by functional ones, and remove those without effect in inference.
 
     Returns:
-        Whether it was done: it is not where ``graph`` holds another operator than those of common networks, or where
-        another tensor may see a change.
+        Whether this was done: not if ``graph`` has an operator that common networks do not use, or if the change may be
+            visible in another tensor.
     """
     for node in list(graph.nodes):
         is_input = operator_of(node).is_input
@@ -167,7 +167,7 @@ def make_functional(graph: fx.Graph) -> bool:
         if functional(node):
             changed = node.args[0]
             if changed not in shared or list(shared.values()).count(shared[changed]) != 1:
-                return False  # it is not the only one, or the model's own
+                return False  # there are other tensors, or it belongs to the model
             shared[node] = shared.pop(changed)
         elif operator_of(node).returns == "new":
             shared[node] = node
@@ -185,7 +185,7 @@ def make_functional(graph: fx.Graph) -> bool:
 
 
 def _join_batchnorms(graph: fx.Graph) -> None:
-    """What decompositions made of a BatchNorm that is not in training mode is one operator again."""
+    """Replace the decomposition of a BatchNorm that is not in training mode by one operator."""
     for node in list(graph.nodes):
         read = node.args[0] if node.target is operator.getitem else None
         if isinstance(read, fx.Node) and read.target is _aten._native_batch_norm_legit_no_training.default:

@@ -1,4 +1,4 @@
-"""Keeps a model's state out of a capture by :mod:`torch.export`, and its constants known during one."""
+"""Isolation of a model's state from a capture by :mod:`torch.export`, with constant values known during it."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,9 +18,9 @@ from dsconv.layers import DSLayer
 from dsconv.layers.readonly import writes
 from dsconv.layers.stand_in import StandIn
 
-_LARGEST_KNOWN = 1 << 16  # values: weights that are computed from others are not kept a second time
-_WARM_BATCHES = range(3, 1 << 16)  # of these the first of which nothing is kept: a cache of it would not change
-# Functions of tensors whose arguments beside these are sizes.
+_LARGEST_KNOWN = 1 << 16  # values: weights computed from others are not stored a second time
+_WARM_BATCHES = range(3, 1 << 16)  # the first one that is not stored anywhere: a cache of it would not change
+# Functions of tensors whose other arguments are sizes.
 _TAKE_SIZES = (
     *("expand", "narrow", "permute", "repeat", "reshape", "roll", "select", "tile", "unflatten", "view"),
     *("new_empty", "new_full", "new_ones", "new_zeros"),
@@ -29,17 +29,18 @@ _RANDOM = ("bernoulli", "dropout", "multinomial", "normal", "poisson", "rand")
 
 
 class Capturable:
-    """A copy of ``model`` that :func:`torch.export.export` captures for the sizes of ``inputs`` and any batch, if its
-    forward runs within :meth:`traced`.
+    """Copy of ``model`` for :func:`torch.export.export` with the sizes of ``inputs`` and any batch size.
 
-    - The copy shares parameters and buffers. What its forward sets is restored, since a graph has no place for it:
-      every capture begins with the state of ``model``.
-    - Numbers and truth values that follow from parameters and buffers alone are known while the copy is captured, so
-      that it may branch on them.
-    - Another copy is run before, which fills what the model keeps outside itself, as ``functools.lru_cache`` does:
-      tensors of a capture that stayed there would break the model.
-    - Attributes whose first size was the batch size of that run are set to those of an empty batch, so that
-      ``if self.shape != x.shape`` holds for every batch.
+    Its forward must run within :meth:`traced`.
+
+    - The copy shares parameters and buffers. Attributes set by its forward are restored, since a graph cannot represent
+      them: every capture begins with the state of ``model``.
+    - Numbers and booleans that depend on parameters and buffers alone are known while the copy is captured, so that it
+      may branch on them.
+    - Another copy is run before, which fills caches of the model outside itself, such as ``functools.lru_cache``:
+      tensors of a capture that remained there would break the model.
+    - Attributes whose first size was the batch size of that run are set to those of an empty batch, so that ``if
+      self.shape != x.shape`` holds for every batch.
 
     Attributes:
         model: the copy.
@@ -51,9 +52,9 @@ class Capturable:
 
     @contextmanager
     def traced(self) -> Iterator[None]:
-        """To be entered for each call of ``model`` within a capture."""
+        """Context manager for each call of ``model`` within a capture."""
         restore = _kept(self.model)
-        # torch.export takes a buffer that is set for one that is to be changed.
+        # torch.export treats a buffer that is set as a mutated one.
         watching = vars(nn.modules.module).get("_global_buffer_registration_hooks", {})
         hooks = dict(watching)
         watching.clear()
@@ -81,7 +82,7 @@ def _as_after_no_images(model: nn.Module, inputs: Inputs) -> nn.Module:
     except ModelError:
         raise
     except Exception:
-        return made  # its capture says why, or is of another batch
+        return made  # its capture reports the reason, or is for another batch
     modules = dict(made.named_modules())
     for name, module in warm.named_modules():
         for key, after in _seen(module).items():
@@ -92,13 +93,13 @@ def _as_after_no_images(model: nn.Module, inputs: Inputs) -> nn.Module:
 
 
 def _copy(model: nn.Module, share: Callable[[nn.Module], bool]) -> nn.Module:
-    """A copy with the parameters of ``model`` and, of modules that it says, the buffers."""
+    """Return a copy that shares the parameters of ``model`` and the buffers of modules selected by ``share``."""
     shared = [*model.parameters(), *(b for m in model.modules() if share(m) for b in m.buffers(recurse=False))]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def _seen(module: nn.Module) -> dict[str, Any]:
-    """Attributes that may follow from the batch size."""
+    """Return the attributes that may depend on the batch size."""
     found = {**vars(module), **module._buffers}
     return {
         key: list(value) if isinstance(value, list) else value
@@ -116,7 +117,7 @@ def _numbers(value: Any) -> bool:
 
 
 def _first_size(value: Any) -> int | None:
-    """Return the first size that a value stands for: a number itself, the first of several, the length of a tensor."""
+    """Return the first size of a value: a number itself, the first of several, the length of a tensor."""
     if isinstance(value, int):
         return value
     if isinstance(value, Tensor):
@@ -125,7 +126,7 @@ def _first_size(value: Any) -> int | None:
 
 
 def _of_no_images(now: Any, after: Any, batch: int) -> Any:
-    """``now`` with a first size of 0, if that of ``after`` was the size of the ``batch``."""
+    """Return ``now`` with a first size of 0, if that of ``after`` was the size of the ``batch``."""
     if type(now) is not type(after):
         return now
     if isinstance(now, int):
@@ -137,7 +138,7 @@ def _of_no_images(now: Any, after: Any, batch: int) -> Any:
 
 
 def _kept(model: nn.Module) -> Callable[[], None]:
-    """What sets the attributes of all modules to what they are now."""
+    """Return a function that resets the attributes of all modules to their current values."""
     kept = [(module, _shallow(vars(module))) for module in model.modules()]
 
     def restore() -> None:
@@ -149,19 +150,19 @@ def _kept(model: nn.Module) -> Callable[[], None]:
 
 
 def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Attributes, and containers among them as they are now."""
+    """Return attributes, with copies of the containers among them."""
     return {key: copy.copy(value) if type(value) in (dict, list, set) else value for key, value in attributes.items()}
 
 
 class _Constants(TorchFunctionMode):
-    """While a graph is traced, computes what follows from constants alone on their values as well.
+    """Evaluates functions of constants on their values as well, while a graph is traced.
 
-    ``known`` are pairs of what stands for a parameter or buffer in the trace, and its value.
+    ``known`` are pairs of the traced stand-in for a parameter or buffer, and its value.
     """
 
     def __init__(self, known: Iterable[tuple[Tensor, Tensor]]):
         super().__init__()
-        # By id, which is of one tensor for as long as that is kept here.
+        # By id, which is unique as long as the tensor is kept here.
         self.known = {id(traced): (traced, value) for traced, value in known}
         self.changed: dict[int, Tensor] = {}
 
@@ -190,7 +191,7 @@ class _Constants(TorchFunctionMode):
         try:
             traced = pytree.tree_leaves(func(*args, **kwargs))
             same = [a.shape == b.shape for a, b in zip(traced, made, strict=True) if isinstance(b, Tensor)]
-        except Exception:  # sizes that follow from values
+        except Exception:  # sizes that depend on values
             same = [False]
         if not all(same):
             traced = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in made]
@@ -200,7 +201,7 @@ class _Constants(TorchFunctionMode):
         return pytree.tree_unflatten(traced, shape)
 
     def _value(self, leaf: Any) -> Any:
-        """The value of a tensor; None where it depends on the input."""
+        """Return the value of a tensor; None if it depends on the input."""
         if not isinstance(leaf, Tensor) or id(leaf) in self.changed:
             return None
         if id(leaf) in self.known:
@@ -209,7 +210,7 @@ class _Constants(TorchFunctionMode):
         return leaf if own else None
 
     def _number(self, leaf: Any, is_size: bool) -> Any:
-        """A known size, or a slice of known ends, as numbers."""
+        """Return a known size, or a slice with known ends, as numbers."""
         if isinstance(leaf, slice):
             return slice(*(self._number(end, True) for end in (leaf.start, leaf.stop, leaf.step)))
         value = self._value(leaf) if is_size else None
@@ -219,7 +220,7 @@ class _Constants(TorchFunctionMode):
             return value.item()
 
     def _forget(self, tensors: Sequence[Tensor]) -> None:
-        """Tensors that are changed in place, and their views."""
+        """Forget the values of tensors that are changed in place, and of their views."""
         for tensor in tensors[:1]:
             value = self._value(tensor)
             if value is not None:
@@ -231,12 +232,12 @@ class _Constants(TorchFunctionMode):
 
 
 def _is_unknown(leaf: Any) -> bool:
-    """What depends on the input, or stands for the weight of a layer."""
+    """Return whether a value depends on the input, or represents the weight of a layer."""
     return _is_of_trace(leaf) or isinstance(leaf, StandIn)
 
 
 def _is_of_trace(leaf: Any) -> bool:
-    """A number that depends on the input."""
+    """Return whether a number depends on the input."""
     if isinstance(leaf, slice):
         return any(map(_is_of_trace, (leaf.start, leaf.stop, leaf.step)))
     return isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool)

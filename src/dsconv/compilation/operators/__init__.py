@@ -1,4 +1,4 @@
-"""A file for each kind of step, with all that the compiler knows of its operators; ``operator.py`` is their base.
+"""Kinds of steps, one per file, with the compiler's knowledge of their operators; ``operator.py`` is the base.
 
 A new kind of step is a new file here.
 """

@@ -1,7 +1,8 @@
-"""Activations: a layer or a map computes the one behind it; one that stands alone is a map.
+"""Activations: fused into the layer or map before them; a separate one is a map.
 
-Those of the first kind have PyTorch's bits. Those with an exponential are rounded in our way, which is the same for all
-instruction sets, layouts and numbers of threads: libraries, and PyTorch's vectors and single values, differ in it.
+Activations without an exponential are bitwise equal to PyTorch's. Those with an exponential have our own rounding,
+which is the same for all instruction sets, layouts and numbers of threads: libraries, and PyTorch's vector and scalar
+code, differ in it.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Averages over as many windows as are asked for."""
+"""Averages over a given number of windows."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +17,7 @@ from dsconv.compilation.operators.views import changes_nothing
 from dsconv.compilation.values import Value
 
 Span = tuple[int, int]
-"""From which row or column to before which."""
+"""First row or column, and the end (exclusive)."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -25,7 +25,7 @@ class AdaptiveAverage(OfOne):
     """Averages over windows of ``rows`` and ``columns``.
 
     Attributes:
-        at_once: whether a sum is divided by the number of pixels, or by that of rows and then by that of columns.
+        at_once: whether a sum is divided by the number of pixels, or by the number of rows and then by that of columns.
     """
 
     rows: list[Span]
@@ -38,7 +38,7 @@ class AdaptiveAverage(OfOne):
 
 
 def spans(size: int, result: int) -> list[Span]:
-    """Return which of ``size`` rows or columns each of the result is made of.
+    """Return the span of ``size`` rows or columns for each row or column of the result.
 
     >>> spans(5, 3)
     [(0, 2), (1, 4), (3, 5)]
@@ -58,7 +58,7 @@ def _average(lowering: Lowering, node: fx.Node) -> Step | None:
         return _windows(node, source, result) if read.meta["val"].dim() == 3 else None
     pixels, at_once = lies_in_pixels(read), None
     if not read.meta["val"].is_cpu:
-        at_once = False  # PyTorch's order there is not followed
+        at_once = False  # PyTorch's order there is not reproduced
     elif pixels or lies_in_lines(read):
         at_once = _divides_at_once(source.size, result.size[1:], pixels, backend())
     if at_once is None:
@@ -70,7 +70,7 @@ def _average(lowering: Lowering, node: fx.Node) -> Step | None:
 
 @cache
 def _divides_at_once(size: tuple[int, int, int], out: tuple[int, int], pixels: bool, _: str) -> bool | None:
-    """Find by trying how PyTorch divides for images in that layout; None where it does so in another way."""
+    """Determine by trials how PyTorch divides for images in that layout; None if it uses another method."""
     x = noise(size, pixels)
     rows, columns = (spans(have, want) for have, want in zip(size[1:], out, strict=True))
 
@@ -82,7 +82,7 @@ def _divides_at_once(size: tuple[int, int, int], out: tuple[int, int], pixels: b
 
 
 def _windows(node: fx.Node, source: Value, result: Value) -> Step | None:
-    """Averages over windows that meet, of a size that divides that of the image, in an order of our own."""
+    """Average over adjacent windows whose size divides that of the image, in our own order."""
     if any(size % made for size, made in zip(source.size[1:], result.size[1:], strict=True)):
         return None
     kernel = [size // made for size, made in zip(source.size[1:], result.size[1:], strict=True)]

@@ -1,4 +1,4 @@
-"""Averages of whole images, and the order in which they are summed up."""
+"""Averages of whole images, and the order of their sums."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -13,16 +13,16 @@ from dsconv.compilation.operators.operator import Ids, Lowering, OfOne, Step, re
 from dsconv.compilation.operators.trying import backend, made, noise
 from dsconv.ops import arguments_of
 
-# The last bits of a sum follow from its order, and that of PyTorch from the lanes of the vectors that it was built for.
+# The last bits of a sum depend on its order, and PyTorch's order on the vector width that it was built for.
 _LANES = (8, 16, 4)
-_TRIED = 16  # channels: enough that no other order rounds all of them alike, and few even of large images
+_TRIED = 16  # channels: enough that no other order rounds all of them the same way, and few even for large images
 _LARGE = (_TRIED, 64, 64)
 OWN_LANES = 8  # on every processor
 
 
 @dataclass(eq=False, kw_only=True)
 class Average(OfOne):
-    """The average of every channel of an image, in the order that so many lanes give."""
+    """Average of every channel of an image, in the order given by the number of lanes."""
 
     lanes: int
     name: ClassVar[str | None] = "dsconv.average"
@@ -32,9 +32,9 @@ class Average(OfOne):
 
 
 def lanes_of_pytorch(size: tuple[int, int, int]) -> int | None:
-    """With how many lanes an ``Average`` has the bits of PyTorch's, for images ``(C, H, W)``; or None.
+    """Return the number of lanes with which ``Average`` equals PyTorch bitwise for images ``(C, H, W)``, or None.
 
-    Found by trying, so that another PyTorch with another order goes unharmed.
+    It is determined by trials, so that a PyTorch with another order does no harm.
 
     >>> lanes_of_pytorch((64, 7, 7)) in (None, 4, 8, 16)
     True
@@ -46,7 +46,7 @@ def lanes_of_pytorch(size: tuple[int, int, int]) -> int | None:
 def _lanes_of_pytorch(size: tuple[int, int, int], _: str) -> int | None:
     channels, height, width = size
     if channels == 1:
-        return None  # a sum over all there is, which is cut up among threads
+        return None  # a sum over the whole tensor, which is divided among threads
     x = noise((min(channels, _TRIED), height, width))
 
     def averages(lanes: int) -> Tensor:
@@ -54,7 +54,7 @@ def _lanes_of_pytorch(size: tuple[int, int, int], _: str) -> int | None:
 
     expected = x.mean((2, 3), keepdim=True)
     found = [lanes for lanes in _LANES if torch.equal(averages(lanes), expected)]
-    if len(found) > 1 and size != _LARGE:  # of small images: the same as of all others
+    if len(found) > 1 and size != _LARGE:  # several fit for small images: use the same as for all others
         usual = _lanes_of_pytorch(_LARGE, _)
         return usual if usual in found else found[0]
     return next(iter(found), None)
@@ -70,7 +70,7 @@ def average_of_image(lowering: Lowering, node: fx.Node) -> Step | None:
     over = [dim for dim in range(1, dims) if dim != lowering.channel_dim(read)]
     if dims == 2 or sorted(dim % dims for dim in given.get("dim") or over) != over or given.get("dtype") is not None:
         return None
-    # PyTorch takes an average of another layout in another order.
+    # PyTorch sums in another order for another layout.
     here = read.meta["val"].is_cpu and lies_in_lines(read)
     lanes = (lanes_of_pytorch(source.size) if here else None) or OWN_LANES
     source.in_float = result.in_float = True

@@ -18,7 +18,7 @@ from dsconv.ops import arguments_of
 Between = tuple[int, int, float, float]
 """Two rows or columns, and their weights."""
 Order = tuple[int, int, int]
-"""The number of channels that PyTorch sums up on vectors, and the orders of the sums of these and of the others."""
+"""Number of channels that PyTorch sums in vectors, and the orders of the sums of these and of the others."""
 
 _LINES, _ABOVE_FIRST, _BELOW_FIRST = range(3)
 _OWN_ORDER: Order = (0, _LINES, _LINES)
@@ -27,13 +27,13 @@ MOST_OF_SMALL = 128
 
 @dataclass(eq=False, kw_only=True)
 class Bilinear(OfOne):
-    """Pixels between rows and columns of the source.
+    """Interpolated pixels between rows and columns of the source.
 
     Attributes:
-        corners: whether those of both images are one upon the other.
-        scales: how many times as many rows and columns there are, where the operator is told so.
-        order: of its sums.
-        pixels: whether the channels of a pixel lie side by side in the source, as the model has it.
+        corners: whether the corners of both images are aligned.
+        scales: scale factors of rows and columns, if the operator has them.
+        order: order of its sums.
+        pixels: whether the source is NHWC in the model.
     """
 
     corners: bool
@@ -50,7 +50,7 @@ class Bilinear(OfOne):
     def orders(self) -> tuple[Order | None, Order | None]:
         """Return the order for images of at most ``MOST_OF_SMALL`` rows and columns together, and for larger ones.
 
-        PyTorch has a kernel of its own for the former. None: no order has its bits.
+        PyTorch has a separate kernel for the former. None: no order is bitwise equal.
         """
         assert self.result is not None
         times = [made / have for made, have in zip(self.result.size[1:], self.source.size[1:], strict=True)]
@@ -64,13 +64,13 @@ class Bilinear(OfOne):
 
 
 def places(size: int, result: int, corners: bool, scale: float | None) -> list[Between]:
-    """Return between which rows, or columns, of ``size`` those of the result lie, as PyTorch computes it in float32.
+    """Return the pairs of ``size`` rows or columns around those of the result, as PyTorch computes them in float32.
 
     >>> places(2, 4, False, None)
     [(0, 1, 1.0, 0.0), (0, 1, 0.75, 0.25), (0, 1, 0.25, 0.75), (1, 1, 0.75, 0.25)]
     """
     if result == size:
-        # A copy: the next row has no part in it, not even where it is not finite.
+        # A copy: the next row is not used, even if it is not finite.
         return [(i, i, 1.0, 0.0) for i in range(size)]
     index = np.arange(result, dtype=np.float32)
     if corners:
@@ -100,7 +100,7 @@ def _bilinear(lowering: Lowering, node: fx.Node) -> Step | None:
         given["align_corners"],
         tuple(given.get("scale_factors") or (given.get("scales_h"), given.get("scales_w"))),
     )
-    # On other devices PyTorch's order is not followed.
+    # On other devices PyTorch's order is not reproduced.
     order: Order | None = _OWN_ORDER
     if read.meta["val"].is_cpu:
         order = _order(source.size, result.size[1:], corners, scales, pixels, backend())
@@ -114,7 +114,7 @@ def _bilinear(lowering: Lowering, node: fx.Node) -> Step | None:
 def _places(
     size: tuple[int, int, int], out: tuple[int, int], corners: bool, scales: tuple[float | None, ...]
 ) -> list[list[Between]]:
-    """Return those of rows and of columns."""
+    """Return the pairs for rows and for columns."""
     return [places(have, want, corners, scale) for have, want, scale in zip(size[1:], out, scales, strict=True)]
 
 
@@ -127,9 +127,9 @@ def _order(
     pixels: bool,
     _: str,
 ) -> Order | None:
-    """Find by trying the order of sums that has PyTorch's bits for images in that layout; None where none has.
+    """Determine by trials the order of sums that equals PyTorch bitwise for images in that layout; None if none does.
 
-    So another PyTorch with another order goes unharmed.
+    A PyTorch with another order then does no harm.
     """
     x = noise(size, pixels)
     rows, columns = _places(size, out, corners, scales)

@@ -1,4 +1,4 @@
-"""Concatenations of channels: their pieces are written in place, as far as they can be."""
+"""Concatenations of channels, whose pieces are written in place if possible."""
 
 from collections.abc import Sequence
 
@@ -21,12 +21,12 @@ def _concatenation(lowering: Lowering, node: fx.Node) -> Step | None:
     if any(piece.size[1:] != result.size[1:] for piece in pieces):
         return None
     result.pieces = tuple(inner for piece in _joined(pieces) for inner in piece.pieces or (piece,))
-    # This step stands for the pieces that have to be put together here.
+    # This step represents the pieces that must be copied.
     return Map(node=node, result=result, source=result)
 
 
 def _joined(pieces: Sequence[Value]) -> list[Value]:
-    """Return the pieces, with a value in the place of views that are all of it, one after another."""
+    """Return the pieces, with a value in place of consecutive views that cover it."""
     joined: list[Value] = []
     for piece in pieces:
         joined.append(piece)

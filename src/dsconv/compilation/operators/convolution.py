@@ -15,17 +15,17 @@ from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.numerics.winograd import PRODUCTS, TILE
 from dsconv.ops import FLOAT_BITS, WEIGHTS, arguments_of, checked_sizes
 
-# What two layers pass on; less stays in the second cache anyway.
+# Minimum size of the tensor between two joined layers; a smaller one stays in the L2 cache anyway.
 LEAST_JOINED_BYTES = 1 << 19
 
 
 @dataclass(eq=False, kw_only=True)
 class Convolution(Step):
-    """A convolution or linear layer.
+    """Convolution or linear layer.
 
     Attributes:
-        arguments: of its operator, by name.
-        sizes: of one image (:func:`dsconv.ops.checked_sizes`).
+        arguments: arguments of its operator, by name.
+        sizes: sizes for one image (:func:`dsconv.ops.checked_sizes`).
         quantized: its input; None for flattened blocks and Winograd, which read ``source``.
     """
 
@@ -64,9 +64,9 @@ class Convolution(Step):
         return self.depthwise and not self.in_integers and self.sizes.outputs == self.sizes.channels
 
     def makes_lines(self) -> bool:
-        """Tell whether it can make some lines of float32 outputs at a time, and makes nothing else."""
+        """Return whether it can make some lines of float32 outputs at a time, and makes nothing else."""
         sizes = self.sizes
-        # The input of the network stays where it is; any other one might be written over before the next step.
+        # The input of the network is never overwritten; any other one might be before the next step.
         there = self.quantized is not None or (sizes.flat and not self.depthwise and self.source.root().outside)
         alone = not self.targets and self.residual is None
         return there and alone and sizes.groups == 1 and not (sizes.winograd or sizes.transposed or sizes.volume)
@@ -102,9 +102,9 @@ class Convolution(Step):
 
 
 def join_steps(steps: Sequence[Step]) -> None:
-    """Have steps computed together with the convolution before, some lines at a time, if only they read its outputs.
+    """Join steps with the convolution before them, some lines at a time, if only they read its outputs.
 
-    What lies between them then stays in the caches, which is worth it where it is large.
+    The tensor between them then stays in the caches, which pays if it is large.
     """
     for before, between, step in joinable(steps):
         if 4 * math.prod(between.size) >= LEAST_JOINED_BYTES:
@@ -113,7 +113,7 @@ def join_steps(steps: Sequence[Step]) -> None:
 
 
 def joinable(steps: Sequence[Step]) -> Iterator[tuple[Convolution, Value, Step]]:
-    """Yield convolutions, what lies between, and steps that may be computed together with them, however large it is."""
+    """Yield convolutions, the tensor in between, and steps that may be joined with them, whatever its size."""
     for before, step in pairwise(steps):
         between = before.result
         if not isinstance(before, Convolution) or not before.makes_lines() or not step.reads_lines() or between is None:
@@ -126,7 +126,7 @@ def joinable(steps: Sequence[Step]) -> Iterator[tuple[Convolution, Value, Step]]
 
 
 def sums_integers(given: dict[str, Any]) -> bool:
-    """Whether a call of an operator with these arguments does; the activations of depthwise layers may stay float."""
+    """Return whether such a call sums integers; the activations of depthwise layers may stay float."""
     return bool(given["activation_bits"] != FLOAT_BITS)
 
 

@@ -15,7 +15,7 @@ from dsconv.compilation.operators.views import changes_nothing
 
 @dataclass(eq=False, kw_only=True)
 class Flatten(OfOne):
-    """All values of an image as channels of one pixel, those of a channel one after another."""
+    """All values of an image as channels of one pixel, in channel-major order."""
 
     name: ClassVar[str | None] = "dsconv.flatten"
 

@@ -1,6 +1,6 @@
-"""Maps of values: sums, products, BatchNorm, activations, norms over channels, and copies.
+"""Elementwise operations: sums, products, BatchNorm, activations, norms over channels, and copies.
 
-Operations that follow one another are one map, which makes all of them while a few pixels are in the cache.
+Consecutive operations are one map, which computes all of them while a few pixels are in the cache.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +29,11 @@ from dsconv.ops import ACTIVATIONS, OPERATIONS
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One of :data:`dsconv.ops.OPERATIONS`; its operand is a tensor, constants of all channels, or ``alpha``.
+    """One of :data:`dsconv.ops.OPERATIONS`; its operand is a tensor, per-channel constants, or ``alpha``.
 
     Attributes:
-        called: as the plan calls it.
-        offset: of all channels, is added last.
+        called: its name in the plan.
+        offset: per-channel offset, added last.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Operation:
     offset: Tensor | None = None
 
     def numbers(self, ids: Ids) -> MapOperation:
-        """Return it as an executable takes it."""
+        """Return it in the form that an executable takes."""
         numbers = OPERATIONS.index(self.kind), ACTIVATIONS.index(self.activation)
         tensors = ids.constant(self.constants), ids.constant(self.offset)
         return (*numbers, self.alpha, self.beta, ids.value(self.value), *tensors)
@@ -80,7 +80,7 @@ def activation(settings: Settings) -> Operation:
 
 
 def mapped(lowering: Lowering, node: fx.Node, source: Value, *operations: Operation) -> Step:
-    """Return the map of a node, which takes the place of the map before it that nothing else reads."""
+    """Return the map of a node, which extends the map before it if nothing else reads that."""
     result, earlier = lowering.value(node), _map_for(lowering, node, source)
     assert result is not None
     result.direct = True
@@ -104,7 +104,7 @@ def _map_for(lowering: Lowering, node: fx.Node, value: Value) -> Map | None:
 def per_channel(given: Any, constant: Constant, of: Tensor, dim: int) -> float | Tensor | None:
     """Return an operand of a tensor whose channels are dimension ``dim``: a number, or float32 ``(C,)``.
 
-    None where ``given`` is something else.
+    None if ``given`` is something else.
     """
     if isinstance(given, int | float) and not isinstance(given, bool):
         return float(given)
@@ -121,7 +121,7 @@ def per_channel(given: Any, constant: Constant, of: Tensor, dim: int) -> float |
 def batchnorm_terms(norm: fx.Node, constant: Callable[[Any], Tensor | None]) -> tuple[Tensor, Tensor] | None:
     """Return ``gain`` and ``offset`` of a BatchNorm, which PyTorch computes as ``x * gain + offset``, rounded once.
 
-    None where it is in training mode, or not of numbers that are known and finite in float32.
+    None if it is in training mode, or its values are unknown or not finite in float32.
     """
     arguments: Any = norm.args
     _, *nodes, training, _, eps, _ = arguments
@@ -130,7 +130,7 @@ def batchnorm_terms(norm: fx.Node, constant: Callable[[Any], Tensor | None]) -> 
     given = [value for value, n in zip(values, nodes, strict=True) if n is not None]
     if training or mean is None or var is None or any(v is None or v.dtype != torch.float32 for v in given):
         return None
-    # The very bits that PyTorch uses: its results for 1 without a mean and a bias, and for 0 with them.
+    # The exact bits that PyTorch uses: its results for 1 without a mean and a bias, and for 0 with them.
     zeros = torch.zeros_like(mean)
     with torch.no_grad():
         gain = torch.batch_norm(zeros[None] + 1, weight, None, zeros, var, False, 0.0, eps, False)[0]
@@ -146,7 +146,7 @@ def _batchnorm(lowering: Lowering, node: fx.Node) -> Step | None:
     return mapped(lowering, node, source, Operation("scale", "batch_norm", constants=gain, offset=offset))
 
 
-# What an operator does with its first argument as x, and what with its second.
+# Operations of an operator with its first argument as x, and with its second.
 _BINARY = {
     "add": ("add", "add"),
     "sub": ("subtract", "subtract_from"),
@@ -157,13 +157,13 @@ _BINARY = {
 
 
 def _binary(lowering: Lowering, node: fx.Node) -> Step | None:
-    """A sum, difference, product or quotient of two tensors, or of one and constants."""
+    """Return the step of a sum, difference, product or quotient of two tensors, or of one and constants."""
     result = lowering.value(node)
     if result is None or node.kwargs or len(node.args) != 2:
         return None
     name = node.target._opname  # type: ignore[union-attr]
     first, second = node.args
-    # The one that is of full size is x; if both are, one whose map can go on.
+    # The one of full size is x; if both are, one whose map can be extended.
     pairs = list(zip((first, second), (second, first), _BINARY[name], strict=True))
     pairs.sort(key=lambda pair: not _goes_on(lowering, node, pair[0]))
     for x, other, kind in pairs:
@@ -186,7 +186,7 @@ def _goes_on(lowering: Lowering, node: fx.Node, x: Any) -> bool:
 
 
 def _alike(lowering: Lowering, of: Any, node: fx.Node) -> bool:
-    """Whether two tensors have the same dimensions, in the same order."""
+    """Return whether two tensors have the same dimensions, in the same order."""
     dims = of.meta["val"].dim() == node.meta["val"].dim()
     return dims and lowering.channel_dim(of) == lowering.channel_dim(node)
 

@@ -1,4 +1,4 @@
-"""Norms and softmax, in float32 and in an order of our own, which does not depend on layouts and instruction sets."""
+"""Norms and softmax, in float32 and in our own order, which does not depend on layouts and instruction sets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ def _normalized(lowering: Lowering, node: fx.Node, called: str, groups: int, giv
 
 
 def _terms(lowering: Lowering, channels: int, given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None] | None:
-    """Return copies of weight and bias, None each where there is none; None where they are not the model's."""
+    """Return copies of weight and bias, each None if missing; None if they are not the model's."""
     terms = []
     for name in ("weight", "bias"):
         tensor = lowering.constant(given[name])

@@ -1,7 +1,7 @@
-"""The compiler's facts about operators, and the base of the steps of a program.
+"""Properties of operators for the compiler, and the base class of a program's steps.
 
-A file holds the facts about some ATen or ``dsconv`` operators (:func:`register`), the steps that execute them, and the
-way from a node of a captured graph to such a step. The passes of the compiler ask for these by node.
+A file registers the properties of some ATen or ``dsconv`` operators (:func:`register`), the steps that execute them,
+and the lowering from a node of a captured graph to such a step. The passes of the compiler look these up by node.
 """
 
 import math
@@ -20,24 +20,24 @@ from dsconv.ops import ACTIVATIONS
 Settings = dict[str, Any]
 """Arguments ``activation``, ``alpha`` and ``beta`` of a layer."""
 Constant = Callable[[Any], Tensor | None]
-"""Returns the tensor of the model that a node stands for; None where it is another one."""
+"""Returns the tensor of the model that a node represents; None for another node."""
 
 
 class Ids(Protocol):
     """Numbers of tensors in an executable."""
 
     def constant(self, tensor: Tensor | None) -> Any:
-        """Return a tensor of the model as the executable takes it."""
+        """Return a tensor of the model in the form that the executable takes."""
 
     def value(self, of: Value | None) -> int:
-        """Return the number of a float32 tensor; -1 of none."""
+        """Return the number of a float32 tensor; -1 for None."""
 
     def quantized(self, of: Quantized | None) -> int:
-        """Return the number of a quantized tensor; -1 of none."""
+        """Return the number of a quantized tensor; -1 for None."""
 
 
 class Lowering(Protocol):
-    """The graph that is being lowered to steps."""
+    """Graph that is being lowered to steps."""
 
     module: fx.GraphModule
     absorbed: set[fx.Node]
@@ -45,25 +45,25 @@ class Lowering(Protocol):
     steps: list["Step"]
 
     def value(self, node: Any) -> Value | None:
-        """Return the tensor of images that a node makes; None where it makes something else."""
+        """Return the image tensor that a node makes; None if it makes something else."""
 
     def channel_dim(self, node: Any) -> int:
-        """Return the dimension of a tensor of images that is that of the channels."""
+        """Return the channel dimension of an image tensor."""
 
     def constant(self, node: Any) -> Tensor | None:
-        """Return the tensor of the model that a node stands for; None where it is another one."""
+        """Return the tensor of the model that a node represents; None for another node."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Step:
-    """One thing to do; ``result`` and ``targets`` are written by it.
+    """One step of a program, which writes ``result`` and ``targets``.
 
     Attributes:
-        node: the last one of the graph that it computes.
+        node: the last node of the graph that it computes.
         residual: a tensor that is added before the activation.
-        fused: names of what it computes besides.
-        targets: quantized tensors, and the channel there that its first one becomes.
-        joined: the step before, where both are computed together, some lines at a time.
+        fused: names of other operations that it computes.
+        targets: quantized tensors, and the first channel of the result in each.
+        joined: the step before, if both are computed together, some lines at a time.
     """
 
     node: fx.Node
@@ -78,15 +78,15 @@ class Step:
 
     in_pytorch: ClassVar[bool] = False
     takes_gaps: ClassVar[bool] = False
-    """Whether its float32 tensors may have a gap behind each pixel."""
+    """Whether its float32 tensors may have a gap after each pixel."""
     writes_parts: ClassVar[bool] = False
     """Whether it makes some channels of its result after others."""
     name: ClassVar[str | None] = None
-    """As the plan calls it; None: as its operator is called."""
+    """Its name in the plan; None uses the name of its operator."""
     in_integers: ClassVar[bool] = False
 
     def sources(self) -> Iterable[Value]:
-        """Float32 tensors that it reads, but for the residual."""
+        """Float32 tensors that it reads, except the residual."""
         raise NotImplementedError
 
     def reads(self) -> Quantized | None:
@@ -94,11 +94,11 @@ class Step:
         return None
 
     def takes_lines(self) -> bool:
-        """Tell whether its input may lie in lines of channels (NCHW)."""
+        """Return whether its input may be NCHW."""
         return False
 
     def reads_lines(self) -> bool:
-        """Tell whether it can be computed together with a step that makes lines of what it reads."""
+        """Return whether it can be joined with a step that makes its input line by line."""
         return False
 
     def add(self, to: Executable, ids: Ids) -> None:
@@ -110,11 +110,11 @@ class Step:
         return ()
 
     def macs(self) -> int:
-        """Multiply-adds for an image; 0 where it is no layer."""
+        """Multiply-adds per image; 0 if it is not a layer."""
         return 0
 
     def bytes(self, quantized_bytes: Callable[[Quantized], int]) -> int:
-        """Return how much it reads and writes for an image, constants included, each tensor once."""
+        """Return the number of bytes read and written per image, including constants, each tensor once."""
         values = sum(4 * math.prod(value.size) for value in self.float_values())
         tensors = sum(constant.nbytes for constant in self.constants() if constant is not None)
         return values + tensors + sum(map(quantized_bytes, self.quantized_tensors()))
@@ -128,7 +128,7 @@ class Step:
             yield self.result
 
     def quantized_tensors(self) -> Iterator[Quantized]:
-        """Tensors that it reads and writes quantized."""
+        """Quantized tensors that it reads and writes."""
         if (read := self.reads()) is not None:
             yield read
         if self.joined is not None and (read := self.joined.reads()) is not None:
@@ -136,7 +136,7 @@ class Step:
         yield from (quantized for quantized, _ in self.targets)
 
     def uses(self, ids: Ids) -> Uses:
-        """Return its result, residual, targets and activation as an executable takes them."""
+        """Return its result, residual, targets and activation in the form that an executable takes."""
         result = self.result if self.result is not None and self.result.in_float else None
         targets = [(ids.quantized(quantized), first) for quantized, first in self.targets]
         activation = ACTIVATIONS.index(self.activation)
@@ -155,7 +155,7 @@ class OfOne(Step):
 
 @dataclass(eq=False, kw_only=True)
 class Moves(OfOne):
-    """A step that puts values elsewhere, as they are; ``kind`` is what the plan calls it."""
+    """Step that moves values unchanged; ``kind`` is its name in the plan."""
 
     kind: str
 
@@ -169,23 +169,24 @@ class Moves(OfOne):
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """Facts about an operator of PyTorch or of dsconv, whoever executes it.
+    """Properties of an operator of PyTorch or of dsconv, whatever executes it.
 
     Attributes:
         returns: a ``new`` tensor, perhaps a ``view`` of its first input, or ``nothing`` of tensors; None: unknown.
-        in_place: whether PyTorch has a twin of it that writes to its first input.
-        rounds: ``alike``: PyTorch gives the same bits for every layout of its input; None: it may not.
-        makes_rows: the layout of its result does not follow from that of its input.
-        by_image: it treats every image as if it were alone, where it makes a tensor of images.
-        fuses: it takes a BatchNorm, a sum and an activation behind it.
-        is_input, equals_input: whether a node returns its very input, or a tensor of the same values.
-        activation: the settings of a layer that computes it last, for a node; None: the layer cannot.
-        keeps_channels: its result has its channels in the dimension in which its first input of images has them.
-        reads_last: whether a node takes the last dimension of its input for that of the channels.
-        renames: a node whose result is that very tensor of images under another shape, or with its channels in another
-            dimension: its :class:`~dsconv.compilation.values.Seen`, for that of its input and the batch size; or None.
-        lower: makes a step of a node; None: PyTorch executes the node.
-        own_bits: that step may round in another way than PyTorch (docs/kernels.md).
+        in_place: whether PyTorch has a variant that writes to its first input.
+        rounds: ``alike``: PyTorch returns the same bits for every layout of its input; None: it may not.
+        makes_rows: the layout of its result does not depend on that of its input.
+        by_image: it processes every image independently, if it makes an image tensor.
+        fuses: a BatchNorm, a sum and an activation after it can be fused into it.
+        is_input, equals_input: whether a node returns its input itself, or a tensor with the same values.
+        activation: for a node, the settings of a layer that computes it last; None: the layer cannot.
+        keeps_channels: the channel dimension of its result is that of its first image input.
+        reads_last: whether a node uses the last dimension of its input as the channels.
+        renames: for a node whose result is the same image tensor under another shape, or with another channel
+            dimension: returns its :class:`~dsconv.compilation.values.Seen` from that of its input and the batch size;
+            or None.
+        lower: makes a step from a node; None: PyTorch executes the node.
+        own_bits: that step may round differently from PyTorch (docs/kernels.md).
     """
 
     returns: Literal["new", "view", "nothing"] | None = None
@@ -211,10 +212,10 @@ _in_place: dict[Any, Any] = {}
 
 
 def register(namespace: str, names: str, **facts: Any) -> None:
-    """Say what is known of some operators: ``register("aten", "relu relu6", returns="new")``.
+    """Register properties of some operators: ``register("aten", "relu relu6", returns="new")``.
 
     Raises:
-        ValueError: something is known of one already.
+        ValueError: one is already registered.
     """
     for name in names.split():
         packet = getattr(getattr(torch.ops, namespace), name)
@@ -228,14 +229,14 @@ def register(namespace: str, names: str, **facts: Any) -> None:
 
 
 def operator_of(node: fx.Node) -> Operator:
-    """Return what is known of the operator of a node."""
+    """Return the properties of the operator of a node."""
     packet = getattr(node.target, "overloadpacket", None)
     return _PYTHON if packet is None else _operators.get(packet, _UNKNOWN)
 
 
 @contextmanager
 def bits_of_pytorch() -> Iterator[None]:
-    """Leave operators that have bits of our own to PyTorch: what is compiled meanwhile has the bits of the model."""
+    """Let PyTorch run operators with our own rounding: models compiled in the block equal PyTorch bitwise."""
     before = dict(_operators)
     own = {packet: known for packet, known in before.items() if known.own_bits}
     _operators.update({packet: replace(known, lower=None, activation=None) for packet, known in own.items()})
@@ -246,26 +247,26 @@ def bits_of_pytorch() -> Iterator[None]:
 
 
 def functional(node: fx.Node) -> Any:
-    """Return the operator that does the same as the in-place one of a node; None where it is none."""
+    """Return the functional variant of a node's in-place operator; None if there is none."""
     return _in_place.get(node.target)
 
 
 def activation_of(node: fx.Node | None, constant: Constant) -> Settings | None:
-    """Return the settings of a layer that computes a node last; None where it cannot."""
+    """Return the settings of a layer that computes a node last; None if it cannot."""
     known = _UNKNOWN if node is None else operator_of(node)
     return None if node is None or known.activation is None else known.activation(node, constant)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """Return the node that reads a node, if it is one alone."""
+    """Return the node that reads a node, if it is the only one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def fixed(tensor: Tensor) -> Tensor:
-    """Return a dense copy for a step that keeps its address: a model's own moves when it is shared with a process."""
+    """Return a dense copy for a step that stores its address: sharing a model with a process moves its tensors."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def of_images(lowering: Lowering, node: fx.Node) -> bool:
-    """Tell whether a node makes a tensor ``(N, C, H, W)`` of one."""
+    """Return whether a node makes a tensor ``(N, C, H, W)`` from one."""
     return node.meta["val"].dim() == 4 and lowering.channel_dim(node) == lowering.channel_dim(node.args[0]) == 1

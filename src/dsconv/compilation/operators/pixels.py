@@ -1,4 +1,4 @@
-"""Pads, crops, and nearest neighbours: every pixel of the result is one of the source, or a constant."""
+"""Pads, crops, and nearest neighbours: every pixel of the result is a pixel of the source, or a constant."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ _CONSTANT = (_aten.pad.default, _aten.constant_pad_nd.default)
 
 @dataclass(eq=False, kw_only=True)
 class Pixels(Moves):
-    """The pixels at ``rows`` and ``columns`` of the source; where one of these is -1, ``fill``."""
+    """Pixels at ``rows`` and ``columns`` of the source; ``fill`` if one of these is -1."""
 
     rows: list[int]
     columns: list[int]
@@ -50,7 +50,7 @@ def _kind(node: fx.Node) -> str:
 
 
 def _places(chain: list[fx.Node], size: tuple[int, int]) -> tuple[list[int], list[int], float] | None:
-    """Return rows and columns of the source, and what stands where there is none; found by asking PyTorch for them."""
+    """Return rows and columns of the source, and the fill value; determined by running PyTorch on indices."""
     height, width = size
     y = torch.arange(height, dtype=torch.float32, device="cpu")[:, None].expand(height, width)
     x = torch.arange(width, dtype=torch.float32, device="cpu").expand(height, width)
@@ -65,7 +65,7 @@ def _places(chain: list[fx.Node], size: tuple[int, int]) -> tuple[list[int], lis
         _, *rest = given.values()
         places = node.target(places, *rest)  # type: ignore[operator]
     y, x = places[0].long()
-    # -1 stands in whole rows and columns, or nowhere.
+    # -1 fills whole rows and columns, or does not occur.
     rows, columns = y.amax(1), x.amax(0)
     inside = (rows[:, None] >= 0) & (columns >= 0)
     alike = torch.where(inside, rows[:, None], -1).equal(y) and torch.where(inside, columns, -1).equal(x)
@@ -73,7 +73,7 @@ def _places(chain: list[fx.Node], size: tuple[int, int]) -> tuple[list[int], lis
 
 
 def _crops(node: Any) -> bool:
-    """Tell whether a node is a slice of rows or columns."""
+    """Return whether a node is a slice of rows or columns."""
     if not isinstance(node, fx.Node) or node.target is not _aten.slice.Tensor or node.meta["val"].dim() != 4:
         return False
     return arguments_of(node.target, node.args, node.kwargs)["dim"] % 4 in (2, 3)
@@ -84,7 +84,7 @@ def _slice(lowering: Lowering, node: fx.Node) -> Step | None:
         channels(lowering, node)
         return None
     if lowering.value(node.args[0]) is not None and of_images(lowering, node) and _crops(only_user(node)):
-        lowering.absorbed.add(node)  # the next one takes both
+        lowering.absorbed.add(node)  # the next one handles both
         return None
     return _pixels(lowering, node)
 

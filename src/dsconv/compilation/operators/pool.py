@@ -12,10 +12,10 @@ from dsconv.ops import arguments_of
 
 @dataclass(eq=False, kw_only=True)
 class Pool(OfOne):
-    """A maximum or an average over windows: (kernel, stride, padding, dilation), each of height and width.
+    """Maximum or average over windows: (kernel, stride, padding, dilation), each for height and width.
 
     Attributes:
-        ceil: whether a last window may go beyond the end.
+        ceil: whether a last window may extend beyond the end.
     """
 
     window: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Operators that PyTorch executes, and the facts about those that have no step of their own."""
+"""Operators that PyTorch executes, and the properties of those without a step of their own."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from dsconv.ops import arguments_of
 
 @dataclass(eq=False, kw_only=True)
 class Call(Step):
-    """A node that PyTorch computes.
+    """Node that PyTorch computes.
 
     Attributes:
-        reads_values: the tensors of images among its inputs.
-        tensors: those of the model.
-        faithful: whether it is given tensors in the memory layout that they have in the model.
+        reads_values: the image tensors among its inputs.
+        tensors: its tensors of the model.
+        faithful: whether it gets tensors in the memory layout of the model.
     """
 
     reads_values: tuple[Value, ...]
@@ -46,7 +46,7 @@ class Call(Step):
         yield from self.reads_values
 
     def add(self, to: Executable, ids: Ids) -> None:
-        to.skip()  # so that both number steps alike
+        to.skip()  # so that both number the steps equally
 
 
 def _converts_nothing(node: fx.Node) -> bool:
@@ -55,8 +55,8 @@ def _converts_nothing(node: fx.Node) -> bool:
     return converts and bool(node.meta["val"].dtype == of.meta["val"].dtype)
 
 
-register("dsconv", "simulated", returns="new")  # a layer that no backend covers
-# These round nothing.
+register("dsconv", "simulated", returns="new")  # a layer that no backend supports
+# These do not round.
 register(
     "aten",
     "concat detach_ embedding flip gather index_select lift_fresh_copy masked_fill movedim "
@@ -66,7 +66,7 @@ register(
 register("aten", "sym_size _assert_tensor_metadata", returns="nothing", rounds="alike")
 register("aten", "dropout feature_dropout", returns="view", rounds="alike", is_input=lambda node: not node.args[2])
 register("aten", "to", returns="view", rounds="alike", is_input=_converts_nothing, equals_input=changes_nothing)
-# These round every value alone, and in the same way in vectors and outside them.
+# These round every value independently, and equally in vector and scalar code.
 register(
     "aten",
     "abs amax amin ceil eq floor ge gt le logical_and logical_not logical_or lt maximum minimum ne round "

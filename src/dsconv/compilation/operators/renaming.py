@@ -1,6 +1,6 @@
-"""Operators that give a tensor of images another shape, or its channels another dimension, and move no value.
+"""Operators that give an image tensor another shape, or its channels another dimension, without moving values.
 
-Programs hold the channels of a pixel side by side, whatever dimension they are. So they have nothing to do here.
+Programs store the channels of a pixel contiguously, whatever their dimension, so these operators need no step.
 """
 
 import math
@@ -13,7 +13,7 @@ from dsconv.compilation.values import Seen
 
 
 def reshaped(node: fx.Node, source: Seen, batch: Any) -> Seen | None:
-    """Return how a node sees images whose dimensions other than those of size 1 stay; or whose pixels are rows."""
+    """Return a node's view of images whose dimensions other than those of size 1 stay, or whose pixels are rows."""
     read: Any = node.args[0]
     before, after = read.meta["val"].shape, node.meta["val"].shape
     channels, *image = source.size
@@ -25,7 +25,7 @@ def reshaped(node: fx.Node, source: Seen, batch: Any) -> Seen | None:
     if len(before) == 2 and str(before[0]) != str(batch):  # rows
         kept = list(after[1:-1]) in (image, [math.prod(image)] if image[0] == 1 else None)
         return Seen(source.size, len(after) - 1) if kept and after[-1] == channels else None
-    if channels == 1:  # whose dimension is one of many of size 1
+    if channels == 1:  # whose dimension is one of several of size 1
         return Seen(source.size, 1) if len(after) > 2 and size_of(after, 1) == source.size else None
     ones = [[d for d in range(1, len(shape)) if shape[d] != 1] for shape in (before, after)]
     if [before[d] for d in ones[0]] != [after[d] for d in ones[1]]:
@@ -35,14 +35,14 @@ def reshaped(node: fx.Node, source: Seen, batch: Any) -> Seen | None:
 
 
 def to_rows(node: fx.Node) -> bool:
-    """Tell whether a node makes rows of the last dimension of its input, as linear layers want them."""
+    """Return whether a node makes rows of the last dimension of its input, as linear layers require."""
     read: Any = node.args[0]
     before, after = read.meta["val"].shape, node.meta["val"].shape
     return len(before) > 2 and len(after) == 2 and before[-1] == after[-1] and str(before[0]) != str(after[0])
 
 
 def size_of(shape: Any, dim: int) -> tuple[int, int, int]:
-    """Return channels, height and width of images whose channels are dimension ``dim``; frames lie in a column."""
+    """Return channels, height and width of images with channel dimension ``dim``; frames are stacked vertically."""
     *frames, height, width = [1, 1] + [n for d, n in enumerate(shape) if d not in (0, dim)]
     return shape[dim], math.prod(frames) * height, width
 

@@ -1,4 +1,4 @@
-"""Shuffles: channels among themselves, channels to pixels, and pixels to channels."""
+"""Shuffles: channel shuffle, channels to pixels, and pixels to channels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from dsconv.compilation.values import Value
 _aten = torch.ops.aten
 _RESHAPES = (_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default)
 Loop = tuple[int, ...]
-"""Size; the channels, rows and columns that a turn goes on in the source; and those in the result."""
+"""Size; the strides in channels, rows and columns of the source; and those of the result."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Shuffle(Moves):
-    """The values of an image in another order, as nested loops, the outermost first."""
+    """Values of an image in another order, as nested loops, the outermost first."""
 
     loops: Sequence[Loop]
 
@@ -51,7 +51,7 @@ def _channel_shuffle(lowering: Lowering, node: fx.Node) -> Step | None:
 
 
 def channel_shuffle_of_views(lowering: Lowering, node: fx.Node) -> Step | None:
-    """Return the step of a reshape that ends a channel shuffle: channels in groups, these exchanged, and one again."""
+    """Return the step of a reshape that ends a channel shuffle: split into groups, transpose, and merge."""
     chain = [node]
     while len(chain) < 3 and chain[-1].args and isinstance(of := chain[-1].args[0], fx.Node):
         if of.target not in (_aten.clone.default, _aten.contiguous.default):
@@ -88,7 +88,7 @@ def _factor(lowering: Lowering, node: fx.Node) -> tuple[Value, Value, int] | Non
 
 
 def _to_pixels(size: tuple[int, int, int], factor: int) -> tuple[Loop, ...]:
-    """``factor * factor`` channels of a pixel as so many pixels of a channel, of which there are fewer then."""
+    """Return loops that turn ``factor * factor`` channels of a pixel into as many pixels of a channel."""
     channels, height, width = size
     rows = ((height, 0, 1, 0, 0, factor, 0), (factor, factor, 0, 0, 0, 1, 0))
     columns = ((width, 0, 0, 1, 0, 0, factor), (factor, 1, 0, 0, 0, 0, 1))

@@ -1,6 +1,6 @@
 """Trials of steps on noise, to compare their results with those of PyTorch.
 
-PyTorch does not say in which order it sums up. A step that may sum up in several takes the one that has its bits.
+PyTorch does not document its order of summation. A step that supports several uses the one that is bitwise equal.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from dsconv.backends.base import Uses
 
 
 def backend() -> str:
-    """Return which one makes it: results of trying hold for that alone."""
+    """Return the name of the backend, for which alone results of trials hold."""
     found, _ = lowering()
     return found.describe()
 
@@ -27,12 +27,12 @@ def noise(size: tuple[int, int, int], pixels: bool = False) -> Tensor:
 
 
 def made(x: Tensor, out: tuple[int, int], add: Callable[[Any, int, int], None]) -> Tensor:
-    """Return what a step makes of an image: ``(1, C, *out)``.
+    """Return the result of a step for an image: ``(1, C, *out)``.
 
     Args:
         x: the image, ``(1, C, H, W)``.
         out: height and width of the result.
-        add: appends the step to an executable, for the numbers there of the image and of the result.
+        add: appends the step to an executable, given the numbers of the image and of the result.
     """
     executing, program = lowering()
     x = x.contiguous(memory_format=torch.channels_last)
@@ -50,5 +50,5 @@ def made(x: Tensor, out: tuple[int, int], add: Callable[[Any, int, int], None]) 
 
 
 def alone(result: int) -> Uses:
-    """Return what a step is given that writes this float32 tensor and does nothing else."""
+    """Return the uses of a step that writes this float32 tensor and nothing else."""
     return result, -1, [], 0, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Views: some channels of a tensor are read where they lie, and what changes nothing is no step."""
+"""Views: slices of channels are read in place, and operators without effect need no step."""
 
 import operator
 from typing import Any
@@ -15,13 +15,13 @@ _PARTS = (_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.defaul
 
 
 def changes_nothing(node: fx.Node) -> bool:
-    """Tell whether a node that moves values, or converts them, has shape and dtype of its input."""
+    """Return whether a node that moves or converts values has the shape and dtype of its input."""
     of: Any = node.args[0]
     return bool(node.meta["val"].dtype == of.meta["val"].dtype and _shape(node) == _shape(of))
 
 
 def take_parts_as_slices(graph: fx.Graph) -> None:
-    """Replace each part that is taken of a split or a chunk by a slice, one of ``unbind`` by a ``select``."""
+    """Replace each part of a split or a chunk by a slice, and each part of ``unbind`` by a ``select``."""
     for node in list(graph.nodes):
         of: Any = node.args[0] if node.target is operator.getitem else None
         if not isinstance(of, fx.Node) or of.target not in (*_PARTS, _aten.unbind.int):
@@ -43,7 +43,7 @@ def take_parts_as_slices(graph: fx.Graph) -> None:
 
 
 def bounds(node: fx.Node) -> tuple[int, int] | None:
-    """Return the dimension of a slice of step 1 or a ``narrow``, and where it begins; None of another."""
+    """Return the dimension and the start of a slice of step 1 or a ``narrow``; None for another node."""
     given = arguments_of(node.target, node.args, node.kwargs)
     sizes = given["self"].meta["val"].shape
     dim, start = given["dim"] % len(sizes), given["start"] or 0
@@ -53,7 +53,7 @@ def bounds(node: fx.Node) -> tuple[int, int] | None:
 
 
 def channels(lowering: Lowering, node: fx.Node) -> None:
-    """Have some channels of a tensor read where they lie."""
+    """Let a slice of channels be read in place."""
     source, result, found = lowering.value(node.args[0]), lowering.value(node), bounds(node)
     if source is None or result is None or found is None or result.size[1:] != source.size[1:]:
         return
@@ -66,7 +66,7 @@ def channels(lowering: Lowering, node: fx.Node) -> None:
 
 
 def take_expansions_as_they_are(graph: fx.Graph) -> None:
-    """Have products and sums read a tensor that is expanded to the size of the other one without that."""
+    """Let products and sums read a tensor without its expansion to the size of the other one."""
     for node in list(graph.nodes):
         if node.target not in (_aten.expand.default, _aten.expand_as.default):
             continue

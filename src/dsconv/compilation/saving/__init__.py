@@ -1,1 +1,1 @@
-"""Files of compiled networks, for what runs them without PyTorch (docs/compiled-files.md)."""
+"""Files of compiled networks, for execution without PyTorch (docs/compiled-files.md)."""

@@ -1,4 +1,4 @@
-"""FlatBuffers of tables and structs that are declared as classes, field by field in the order of the schema."""
+"""FlatBuffers with tables and structs declared as classes, field by field in the order of the schema."""
 
 import struct
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ _SCALARS: dict[str, Any] = {
     "float": numbers.Float32Flags,
     "double": numbers.Float64Flags,
 }
-"""What FlatBuffers calls them, in the annotations of the classes."""
+"""FlatBuffers' names of the number types, for the annotations of the classes."""
 
 
 class Scalar(NamedTuple):
-    """The type of a number, as an annotation: its name in the schema."""
+    """Type of a number, as an annotation: its name in the schema."""
 
     name: str
 
 
 class Struct:
-    """Base of dataclasses of numbers, which lie side by side as in C; annotations name their types."""
+    """Base of dataclasses of numbers, laid out as in C; annotations name their types."""
 
     @classmethod
     def layout(cls) -> tuple[struct.Struct, int]:
@@ -45,17 +45,17 @@ class Struct:
 
 
 class Table:
-    """Base of dataclasses whose fields are numbers, texts, structs, tables, or sequences of these; None is left out."""
+    """Base of dataclasses with numbers, strings, structs, tables, or sequences of these; None is omitted."""
 
     union: ClassVar[tuple[type["Table"], ...]] = ()
-    """The tables that a field of the type ``Table`` may be, in the order of the schema."""
+    """Possible tables of a field of the type ``Table``, in the order of the schema."""
 
     def written(self, builder: flatbuffers.Builder) -> int:
-        """Write the table, and return where it lies."""
+        """Write the table, and return its offset."""
         of: Any = type(self)
         kinds = _kinds(of)
         given = {name: getattr(self, name) for name in kinds}
-        # A table lies behind everything that it only points to.
+        # A table comes after everything that it only points to.
         behind = {
             name: _behind(builder, kinds[name], value)
             for name, value in given.items()
@@ -88,7 +88,7 @@ def encoded(table: Table, identifier: bytes) -> bytes:
 
 @cache
 def _kinds(of: Any) -> dict[str, Any]:
-    """Return the types of the fields: a Scalar, or a class, or ``[Scalar]`` or ``[class]`` of sequences."""
+    """Return the types of the fields: a Scalar or a class, or ``[Scalar]`` or ``[class]`` for sequences."""
     hints, found = get_type_hints(of, include_extras=True), {}
     for field in fields(of):
         hint = hints[field.name]

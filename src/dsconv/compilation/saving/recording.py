@@ -1,4 +1,4 @@
-"""Writes down the steps of a program, where it otherwise appends them to an executable."""
+"""Recording of the steps of a program, which are otherwise appended to an executable."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -17,17 +17,17 @@ from dsconv.compilation.saving.flatbuffer import Table
 from dsconv.compilation.values import Quantized, Value
 
 Layer = tuple[Tensor, Tensor, Tensor | None]
-"""Weights, KDS and shift of a layer as the kernels read them."""
+"""Weights, KDS and shift of a layer in the layout of the kernels."""
 
 
 class Recording:
-    """The steps of a program as tables.
+    """Steps of a program as tables.
 
-    An :class:`dsconv.backends.base.Executable` that keeps what it is told, and the
+    An :class:`dsconv.backends.base.Executable` that records its calls, and the
     :class:`~dsconv.compilation.operators.operator.Ids` of its tensors.
 
     Args:
-        program: that of one size.
+        program: the program for one size.
         constant: returns the number of a constant in the file.
         weights: returns the number of the weights of a layer.
     """
@@ -185,7 +185,7 @@ class Recording:
 
     @property
     def _source(self) -> Value:
-        """What the step that is written down reads."""
+        """Return the input of the step that is being recorded."""
         assert isinstance(self._step, OfOne)
         return self._step.source
 
@@ -194,14 +194,14 @@ _AXES = {"d": "depth", "h": "height", "w": "width"}
 
 
 def _more(sizes: Any, axis: str, name: str) -> int:
-    """How many outputs of a transposed convolution lie behind the last one that the formula gives."""
+    """Return how many outputs of a transposed convolution exceed the size given by the formula."""
     kernel, stride, pad, dilation = (getattr(sizes, f"{of}_{axis}") for of in ("kernel", "stride", "pad", "dilation"))
     least = (getattr(sizes, name) - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1
     return int(getattr(sizes, f"out_{name}") - least) if sizes.transposed else 0
 
 
 def _loops(size: tuple[int, int, int], loops: Sequence[tuple[int, ...]]) -> list[schema.Loop]:
-    """Loops, of which the outermost over all rows or columns of the source have no size of their own."""
+    """Return loops; outermost ones over all rows or columns of the source have no size of their own."""
     made = [schema.Loop(*loop) for loop in loops]
     for dimension, number in enumerate((-1, -2), 1):
         for loop, (turns, *reads) in zip(made, loops, strict=True):
@@ -212,7 +212,7 @@ def _loops(size: tuple[int, int, int], loops: Sequence[tuple[int, ...]]) -> list
 
 
 def _places(places: Sequence[int], size: int) -> schema.Places:
-    """Rows or columns of a source of so many by a rule, if one holds for them."""
+    """Return rows or columns of a source of ``size`` as a rule, if one applies."""
     repeat = len(places) // size
     if repeat > 1 and list(places) == [i // repeat for i in range(size * repeat)]:
         return schema.Places(step=1, repeat=repeat)
@@ -227,7 +227,7 @@ def _places(places: Sequence[int], size: int) -> schema.Places:
 
 
 def _longest_run(places: Sequence[int]) -> tuple[int, int, int]:
-    """The first and last of the longest run of places in equal steps, and the step."""
+    """Return the first and last index of the longest run of places in equal steps, and the step."""
     best, first = (0, 0, 1), 0
     for last in range(1, len(places)):
         step = places[last] - places[last - 1]

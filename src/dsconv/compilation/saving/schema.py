@@ -1,4 +1,4 @@
-"""The tables of csrc/network/network.fbs, which says what they mean."""
+"""Tables of csrc/network/network.fbs, which documents them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Writes a compiled network as a file."""
+"""Writing of a compiled network to a file."""
 
 import hashlib
 import struct
@@ -27,42 +27,42 @@ from dsconv.ops import winograd_weights
 
 FORMAT = 1
 PREFIX = struct.Struct("<8sIIQQQII16x")
-"""Magic, version of the format, zero; bytes of the header, beginning and bytes of the data; CRC-32 of both."""
+"""Magic, format version, zero; header size in bytes, offset and size of the data; CRC-32 of both."""
 ALIGNMENT = 64
-# Kernels may read so many bytes behind their constants.
+# Kernels may read this many bytes past their constants.
 _READ_PAST_END = 64
-# Weights as the kernels read them are used where they lie in the file, if they are hardly larger than their integers.
+# Weights in the kernels' layout are used in place in the file, if they are hardly larger than their integers.
 _LARGEST_PACKED = 1.1
 
 
 class Size(NamedTuple):
-    """The programs for inputs of one size: of one sample and of several."""
+    """Programs for inputs of one size: for one sample and for several."""
 
     one: Program
     several: Program
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Return those of a sample of each input."""
+        """Return the shapes of a sample of each input."""
         return [port.shape for port in self.one.ports()[0]]
 
 
 Probe = Callable[[int, int, bool], Size]
-"""Returns the programs for inputs of so many more rows and columns, one for both where the last argument is true.
+"""Returns the programs for inputs with more rows and columns, one for all batch sizes if the last argument is true.
 
-It raises a ModelError where there are none.
+It raises a ModelError if there are none.
 """
-# Where programs of these many more rows and columns are the same, they are so for all, or for all such steps of both.
+# If programs for these many more rows and columns are the same, they are the same for all, or for all multiples.
 _FAR, _OTHERS = (32, 64), {1: (19, 5), 32: (96, 32)}
 
 
 class Saved(NamedTuple):
-    """What a file of a compiled network takes.
+    """Result of writing a compiled network to a file.
 
     Attributes:
         bytes: size of the file.
-        size_step: heights and widths of images may differ by multiples of so many from those that were given: 1 is any
-            size that is large enough for the network, 0 no other size.
-        why_fixed: why there is no other size; empty where there is.
+        size_step: heights and widths of images may differ by multiples of this from the given ones: 1 is any size that
+            is large enough for the network, 0 no other size.
+        why_fixed: reason why no other size is accepted; empty if one is.
     """
 
     bytes: int
@@ -71,7 +71,7 @@ class Saved(NamedTuple):
 
 
 class _Data:
-    """What lies behind the header, each piece once."""
+    """Data after the header, without duplicates."""
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
@@ -90,7 +90,7 @@ class _Data:
 
 
 class _Network:
-    """The tables of a file, and its data."""
+    """Tables of a file, and its data."""
 
     def __init__(self, layers: Iterable[DSLayer], fast_start: bool):
         self.data, self._fast_start = _Data(), fast_start
@@ -98,11 +98,11 @@ class _Network:
         self.weights: list[schema.Weights] = []
         self.programs: list[schema.Program] = []
         self._numbers: dict[bytes, int] = {}
-        # A captured graph has copies of what layers have packed.
+        # A captured graph has copies of the packed weights of layers.
         self._layers = {_digest(layer.packed[0]): layer for layer in layers if layer.packed is not None}
 
     def add(self, size: Size) -> None:
-        """Add the programs of one size, which are those of other sizes too where these have the same tables."""
+        """Add the programs for one size; other sizes with the same tables share them."""
         for made in self._programs(size):
             known = self._find(made)
             if known is None:
@@ -111,7 +111,7 @@ class _Network:
                 known.sizes = [*known.sizes, *made.sizes]
 
     def add_free(self, probe: Probe) -> str:
-        """Add programs for sizes that nobody has named, where there are such; returns why not."""
+        """Add programs for sizes that were not given, if possible; return the reason if not."""
         first = self.programs[0]
         both = first.one_sample and first.several_samples
         try:
@@ -133,7 +133,7 @@ class _Network:
         return "steps for other sizes are others, in a way that does not follow from the sizes"
 
     def _programs(self, size: Size) -> list[schema.Program]:
-        """The tables for one sample and for several, or one for both."""
+        """Return the tables for one sample and for several, or one for both."""
         one, several = self._program(size.one), self._program(size.several)
         one.one_sample, several.several_samples = True, True
         for program in (one, several):
@@ -143,11 +143,11 @@ class _Network:
         return [one, several]
 
     def _find(self, made: schema.Program) -> schema.Program | None:
-        """The program with the same steps, for as many samples."""
+        """Return the program with the same steps, for the same number of samples."""
         return next((known for known in self.programs if _alike([known], [made])), None)
 
     def _program(self, program: Program) -> schema.Program:
-        """The tables of a program, without the size."""
+        """Return the tables of a program, without the size."""
         recording = Recording(program, self._constant, self._layer)
         inputs, outputs = ([recording.port(port) for port in ports if port is not None] for ports in program.ports())
         cached_bytes, any_size = program.cached_bytes or 0, 0
@@ -188,13 +188,13 @@ class _Network:
 
 
 def _same_steps(one: schema.Program, other: schema.Program) -> bool:
-    """Whether programs are the same but for the sizes of inputs, from which all others follow."""
+    """Return whether programs are equal except for the input sizes, which determine all other sizes."""
     neither: dict[str, Any] = {"one_sample": False, "several_samples": False, "sizes": (), "size_step": 0}
     return replace(one, **neither) == replace(other, **neither)
 
 
 def _alike(one: Sequence[schema.Program], other: Sequence[schema.Program]) -> bool:
-    """Whether programs of two sizes are the same."""
+    """Return whether programs for two sizes are equal."""
     return len(one) == len(other) and all(
         (a.one_sample, a.several_samples) == (b.one_sample, b.several_samples) and _same_steps(a, b)
         for a, b in zip(one, other, strict=True)
@@ -211,17 +211,17 @@ def write(
     classes: Sequence[str] | None,
     fast_start: bool,
 ) -> Saved:
-    """Write the programs of a network for several sizes of its inputs, and for all that follow from these.
+    """Write the programs of a network for several sizes of its inputs, and for all sizes that share their steps.
 
     Args:
-        path: is replaced when the file is complete.
-        sizes: without steps of PyTorch.
-        probe: makes those of further sizes; None where the file is to take no others.
-        layers: of which the programs were made.
-        names: of inputs and outputs.
-        preprocess: how images are prepared, in JSON.
-        classes: their names.
-        fast_start: all weights are as the kernels read them.
+        path: replaced when the file is complete.
+        sizes: programs without steps of PyTorch.
+        probe: makes the programs for further sizes; None if the file is for no others.
+        layers: layers of which the programs were made.
+        names: names of inputs and outputs.
+        preprocess: preprocessing of the images, as JSON.
+        classes: names of the classes.
+        fast_start: store all weights in the layout of the kernels.
     """
     made = _Network(layers, fast_start)
     for size in sizes:
@@ -246,7 +246,7 @@ def write(
 
 
 def check_saved(program: Program, names: Sequence[str]) -> None:
-    """Check that a program can be saved.
+    """Raise an error if a program cannot be saved.
 
     Raises:
         ModelError: PyTorch computes some of its steps or outputs.
@@ -274,6 +274,6 @@ def _digest(packed: Layer) -> bytes:
 
 
 def _bits(vqk: Tensor, bits: int) -> np.ndarray[Any, Any]:
-    """Integers of ``bits`` bits side by side, the lowest bits first, less the smallest one."""
+    """Return integers of ``bits`` bits as a dense bit stream, lowest bits first, with the smallest one subtracted."""
     unsigned = (vqk.detach().cpu().to(torch.int16) + (1 << (bits - 1))).to(torch.uint8).flatten().numpy()
     return np.packbits(np.unpackbits(unsigned[:, None], axis=1, count=bits, bitorder="little"), bitorder="little")
