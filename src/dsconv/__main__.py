@@ -1,4 +1,4 @@
-"""``dsconv`` and ``python -m dsconv``: the command line, which can be stopped while it is imported, runs or exits."""
+"""``dsconv`` and ``python -m dsconv``: the command line, which can be stopped during import, execution and exit."""
 
 import signal
 import sys
@@ -14,12 +14,12 @@ def main() -> None:
 
         run()
     except BaseException as error:
-        # Modules that are stopped while they are imported may raise anything.
+        # Modules whose import is interrupted may raise any error.
         if not isinstance(error, SystemExit) and (code := stopping.exit_code()):
             sys.exit(code)
         raise
     finally:
-        # The interpreter is taken down: there is nothing left to stop, and its exit code is settled.
+        # The interpreter is shutting down: there is nothing left to stop, and its exit code is set.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -1,4 +1,4 @@
-"""What the demo computes: the embedded network under several settings, on digits that it has never seen."""
+"""Computation of the demo: the embedded network under several settings, on unseen digits."""
 
 import time
 from collections.abc import Callable
@@ -32,7 +32,7 @@ _STATED = {"weight_bits", "activation_bits", "activation_sign", "block_size", "w
 
 @dataclass(frozen=True)
 class Demo:
-    """The float network, those made from it by name of the setting, and all figures as plain data."""
+    """Float network, quantized networks by name of the setting, and all figures as plain data."""
 
     network: nn.Module
     quantized: dict[str, nn.Module]
@@ -43,11 +43,11 @@ def run(folder: Path, on_step: Callable[[str], None] = lambda name: None) -> Dem
     """Quantize the embedded network under all ``SETTINGS``, measure each, and write the preset ``default`` to a file.
 
     Args:
-        folder: where ``FILE_NAME`` goes; made if it does not exist.
-        on_step: is called with the name of each setting before its turn.
+        folder: folder for ``FILE_NAME``; created if it does not exist.
+        on_step: called with the name of each setting before it is processed.
 
     Raises:
-        OSError: ``folder`` cannot be made or written to.
+        OSError: ``folder`` cannot be created or written to.
     """
     written = folder / FILE_NAME
     try:

@@ -1,4 +1,4 @@
-"""Packages whose names are imported at first use, so that what does not compute does not wait for PyTorch."""
+"""Lazy imports of a package's names, so that code without computations does not wait for PyTorch."""
 
 import importlib
 import sys
@@ -14,7 +14,7 @@ def lazily(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[
 
     Args:
         package: its ``__name__``.
-        homes: modules, to the names that the package has from each.
+        homes: maps modules to the names that the package has from each.
     """
     home_of = {name: home for home, names in homes.items() for name in names}
 
@@ -40,7 +40,7 @@ def lazily(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[
 
 
 def import_with(triggers: Sequence[str], module: str) -> None:
-    """Import ``module`` as soon as the first of ``triggers`` has been imported: now, if it has.
+    """Import ``module`` as soon as the first of ``triggers`` has been imported, or now if one is already imported.
 
     While a trigger is being imported, ``module`` waits for it, so that it may depend on all of them.
     """
@@ -51,7 +51,7 @@ def import_with(triggers: Sequence[str], module: str) -> None:
 
 
 class _After:
-    """Finds ``triggers`` as the other finders do; when none of them is being executed any more, imports ``module``."""
+    """Finds ``triggers`` as the other finders do; imports ``module`` when none of them is being executed any more."""
 
     def __init__(self, triggers: Sequence[str], module: str):
         self.triggers, self.module, self.asking, self.executing = triggers, module, False, 0

@@ -1,4 +1,4 @@
-"""Ctrl-C and the signals by which a system ends a process, for the command line: all end a command in the same way."""
+"""Ctrl-C and termination signals for the command line: all of them end a command in the same way."""
 
 import os
 import signal
@@ -14,9 +14,9 @@ _received: list[int] = []
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise KeyboardInterrupt for SIGTERM and SIGHUP, too, while the block lasts, so that it leaves nothing half done.
+    """Raise KeyboardInterrupt also for SIGTERM and SIGHUP within the block, so that no incomplete results remain.
 
-    A signal that is ignored (``nohup``), or that somebody else handles, stays as it is.
+    A signal that is ignored (``nohup``), or has another handler, is unchanged.
     """
     before = install()
     try:
@@ -27,7 +27,7 @@ def stoppable() -> Iterator[None]:
 
 
 def install() -> dict[int, Any]:
-    """Install the handlers of :func:`stoppable`, and return those before them."""
+    """Install the handlers of :func:`stoppable`, and return the previous ones."""
     _received.clear()
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -37,13 +37,13 @@ def install() -> dict[int, Any]:
 
 
 def exit_code() -> int | None:
-    """Return the exit code that shells give to a process that was ended by the signal received, None without one."""
+    """Return the exit code that shells report for the received signal, None without a signal."""
     return 128 + _received[0] if _received else None
 
 
 def _stop(process: int, number: int, frame: object) -> None:
     if os.getpid() != process and number != signal.SIGINT:
-        # A process that was forked off, which its parent ends so.
+        # A forked process, which is ended by its parent with this signal.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return

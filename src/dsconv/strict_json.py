@@ -1,4 +1,4 @@
-"""JSON that others wrote: what Python's parser lets pass, or ends in other errors for, is a ValueError here."""
+"""Strict parsing of untrusted JSON: input that Python's parser accepts or fails on otherwise raises ValueError."""
 
 import json
 import math
@@ -11,11 +11,11 @@ _BRACKETS = re.compile(r"[\[\]{}]")
 
 
 def loads(text: str | bytes, *, finite: bool = True) -> Any:
-    """Return the value of a JSON text, in UTF-8 where it is bytes; with NaN and infinities unless ``finite``.
+    """Return the value of a JSON text, UTF-8 if it is bytes; with NaN and infinities unless ``finite``.
 
     Raises:
-        ValueError: it is no JSON, or it has a name twice, NaN or infinity, more than 64 levels, a number too large for
-            Python, or characters that are none.
+        ValueError: it is not JSON, or it has a duplicate name, NaN or infinity, more than 64 levels, a number too large
+            for Python, or invalid characters.
 
     >>> loads('{"a": [1, 2.5]}')
     {'a': [1, 2.5]}
@@ -39,7 +39,7 @@ def loads(text: str | bytes, *, finite: bool = True) -> Any:
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """Return a figure as JSON has it: an infinite or undefined one is None."""
+    """Return a figure for JSON: an infinite or undefined one becomes None."""
     return value if value is None or math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""YAML that users wrote, of the values that JSON has: what else YAML allows is a ValueError that names its line."""
+"""Strict parsing of users' YAML, restricted to the values of JSON: anything else is a ValueError with its line."""
 
 import math
 from typing import Any
@@ -10,11 +10,11 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 def loads(text: str | bytes) -> Any:
-    """Return the value of a YAML text, in UTF-8 where it is bytes, read by PyYAML's safe loader.
+    """Return the value of a YAML text, UTF-8 if it is bytes, read by PyYAML's safe loader.
 
     Raises:
-        ValueError: it is no YAML, or it has a name twice, a name that is no text, an alias, a tag, a date, NaN or
-            infinity, more than 64 levels, or several documents.
+        ValueError: it is not YAML, or it has a duplicate name, a name that is not a string, an alias, a tag, a date,
+            NaN or infinity, more than 64 levels, or several documents.
         MissingExtraError: PyYAML is not installed: ``pip install 'dsconv[yaml]'``.
 
     >>> loads("weight_bits: 3\\nlinear: float\\noverrides: {'layer4.*': {weight_bits: 2}}")
@@ -28,7 +28,7 @@ def loads(text: str | bytes) -> Any:
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
-        # These are told by events, before anything follows them: aliases may stand for any number of copies.
+        # Checked on events, before any alias is expanded: aliases may represent any number of copies.
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -1,4 +1,4 @@
-"""Tensors within lists, tuples, dictionaries and dataclasses, as models take and return them."""
+"""Tensors within lists, tuples, dictionaries and dataclasses, as used for model inputs and outputs."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 Way = tuple[str | int, ...]
-"""The keys, places and names of fields that lead to something."""
+"""Keys, indices and names of fields on the path to a value."""
 
 PLAIN = (int, float, complex, str, bytes, slice, Enum, torch.dtype, torch.device, type(None))
-"""What holds no tensors out of sight."""
+"""Types that cannot contain tensors."""
 
 _Kinds = type | tuple[type, ...]
 
 
 def mapped(change: Callable[[Any], Any], tree: Any, leaf: _Kinds = Tensor) -> Any:
-    """Return ``tree`` with everything of the type ``leaf`` replaced by what ``change`` makes of it; the rest is copied.
+    """Return ``tree`` with everything of the type ``leaf`` replaced by the result of ``change``; the rest is copied.
 
     >>> mapped(lambda n: n + 1, {"a": [1, 2.5], "b": (3,)}, int)
     {'a': [2, 2.5], 'b': (4,)}
@@ -39,7 +39,7 @@ def mapped(change: Callable[[Any], Any], tree: Any, leaf: _Kinds = Tensor) -> An
 
 
 def leaves(tree: Any) -> Iterator[tuple[Way, Any]]:
-    """Yield everything that is no container, in the order of :func:`mapped`, and the way to it.
+    """Yield everything that is not a container, in the order of :func:`mapped`, with its path.
 
     >>> list(leaves({"a": [1, None], "b": (3,)}))
     [(('a', 0), 1), (('a', 1), None), (('b', 0), 3)]
@@ -54,7 +54,7 @@ def leaves(tree: Any) -> Iterator[tuple[Way, Any]]:
 
 
 def paths_in(tree: Any, leaf: _Kinds = Tensor) -> list[tuple[Way, Any]]:
-    """Return everything of the type ``leaf``, and the way to it.
+    """Return everything of the type ``leaf``, with its path.
 
     >>> paths_in({"a": [1, 2.5], "b": (3,)}, int)
     [(('a', 0), 1), (('b', 0), 3)]
@@ -63,7 +63,7 @@ def paths_in(tree: Any, leaf: _Kinds = Tensor) -> list[tuple[Way, Any]]:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Return all tensors of a structure, in their order."""
+    """Return all tensors of a structure, in order."""
     return [tensor for _, tensor in paths_in(tree)]
 
 
@@ -72,7 +72,7 @@ def _is_dataclass(tree: Any) -> bool:
 
 
 def _items(tree: Any) -> Mapping[Any, Any] | None:
-    """Return the contents of a container by key, field or place; None where ``tree`` is no container."""
+    """Return the contents of a container by key, field or index; None if ``tree`` is not a container."""
     if _is_dataclass(tree):
         return {field.name: getattr(tree, field.name) for field in fields(tree) if field.init}
     if isinstance(tree, Mapping):

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class Printed:
-    """A result that prints as the table of its ``__rich__``: as text, and in notebooks as HTML.
+    """Result that prints as the table of its ``__rich__``: as text, and in notebooks as HTML.
 
     >>> class Sizes(Printed):
     ...     def __rich__(self):
@@ -18,7 +18,7 @@ class Printed:
     """
 
     def __rich__(self) -> Any:
-        """Return what rich prints: a table, a text, or a group of these."""
+        """Return an object for rich: a table, a text, or a group of these."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -29,7 +29,7 @@ class Printed:
 
 
 def as_text(table: Any) -> str:
-    """What rich prints of ``table``, 140 columns wide and without colours.
+    """Return the text that rich prints for ``table``, 140 columns wide and without colours.
 
     >>> as_text("no table, but as wide").rstrip()
     'no table, but as wide'
@@ -43,7 +43,7 @@ def as_text(table: Any) -> str:
 
 
 def as_html(shown: Any) -> str:
-    """Return a table, a text, or a group of these as elements of HTML, whose words are escaped.
+    """Return a table, a text, or a group of these as HTML elements, with escaped text.
 
     >>> as_html("no [bold]table[/bold], 1 < 2")
     '<p>no table, 1 &lt; 2</p>'
@@ -69,7 +69,7 @@ def as_html(shown: Any) -> str:
     return "\n".join(lines)
 
 
-# What rich's styles of rows are in a notebook, whose background may be light or dark.
+# Notebook equivalents of rich's row styles, for light and dark backgrounds.
 _STYLES = {"bold": "font-weight: bold", "italic": "font-style: italic", "yellow": "opacity: 0.6"}
 
 
@@ -79,7 +79,7 @@ def _row(element: str, cells: Any, style: str = "") -> str:
 
 
 def _words(text: Any) -> str:
-    """Return a text of rich, or markup, as HTML."""
+    """Return a rich text, or markup, as HTML."""
     from rich.text import Text
 
     plain = text.plain if isinstance(text, Text) else Text.from_markup(text).plain

@@ -1,4 +1,4 @@
-"""The threads that kernels and PyTorch compute on."""
+"""Threads of the kernels and of PyTorch."""
 
 import ctypes
 import os
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 @cache
 def parallel() -> str:
-    """What runs the tasks of a convolution: ``DSCONV_PARALLEL``, else ``torch`` where PyTorch offers it, else ``pool``.
+    """Return the threading library of convolutions: ``DSCONV_PARALLEL``, else ``torch`` if available, else ``pool``.
 
-    ``torch`` is PyTorch's own threads, ``pool`` as many threads of our own, ``serial`` the calling thread alone. In a
-    process that was forked, ``pool`` takes the place of ``torch``: PyTorch's threads do not survive a fork.
+    ``torch`` is PyTorch's own threads, ``pool`` the same number of our own threads, ``serial`` the calling thread
+    alone. In a forked process, ``pool`` replaces ``torch``: PyTorch's threads do not survive a fork.
 
     Raises:
-        ConfigError: ``DSCONV_PARALLEL`` is none of these, or ``torch`` where PyTorch does not offer its threads.
+        ConfigError: ``DSCONV_PARALLEL`` is none of these, or ``torch`` if PyTorch does not provide its threads.
     """
     wanted = os.environ.get("DSCONV_PARALLEL")
     if wanted not in (None, "torch", "pool", "serial"):
@@ -38,7 +38,7 @@ def parallel() -> str:
 
 
 def threads() -> int:
-    """Return how many threads kernels run on: as many as PyTorch has outside of :class:`PyTorchOnOneThread`."""
+    """Return the number of threads of the kernels: that of PyTorch outside of :class:`PyTorchOnOneThread`."""
     return _state.threads or torch.get_num_threads()
 
 
@@ -60,14 +60,14 @@ if hasattr(os, "register_at_fork"):
 
 
 class PyTorchOnOneThread:
-    """Within it, in a process that was forked, PyTorch computes on the calling thread; kernels keep their threads.
+    """Lets PyTorch use only the calling thread in the block, in a forked process; kernels keep their threads.
 
     A fork copies the calling thread alone. PyTorch's threads (OpenMP) are missing in the child, which waits for them
-    for ever if its parent used them.
+    forever if its parent used them.
 
     Args:
-        always: do so in every process. Many operations on few numbers each gain little by more threads, and take many
-            times as long where other processes use the cores: the threads wait for one another after each.
+        always: do so in every process. Many small operations gain little from threads, and take many times as long if
+            other processes use the cores, because the threads synchronize after each operation.
     """
 
     def __init__(self, *, always: bool = False):
@@ -98,7 +98,7 @@ def with_pytorch_on_one_thread(function: Callable[P, T]) -> Callable[P, T]:
 
 @cache
 def torch_parallel_for() -> int:
-    """Address of libtorch's ``torch_parallel_for``, or 0."""
+    """Return the address of libtorch's ``torch_parallel_for``, or 0."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         run = ctypes.CDLL(str(library)).torch_parallel_for

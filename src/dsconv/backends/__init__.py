@@ -1,4 +1,4 @@
-"""The backends that execute quantized layers, and which of them executes a layer."""
+"""Backends that execute quantized layers, and the choice between them."""
 
 from typing import NamedTuple
 
@@ -10,21 +10,21 @@ from dsconv.backends.simulate import prepare, quantized, run_whole
 from dsconv.ops import is_simulated
 
 BACKENDS: list[Backend] = [cpu, cuda, simulate]
-"""In the order of preference; the last one covers everything. ``base.py`` says what each has to offer."""
+"""Backends by preference; the last one supports everything. ``base.py`` defines their interface."""
 SIMULATION: Backend = simulate
 IN_FLOAT = "PyTorch float"
-"""What executes a layer that is not quantized."""
+"""Name of the execution of a layer that is not quantized."""
 
 
 class Execution(NamedTuple):
-    """The name of the backend that executes a layer, and if that is the simulation, the reason for it."""
+    """Name of the backend that executes a layer, and, for the simulation, the reason."""
 
     name: str
     reason: str | None = None
 
 
 def choose(operation: Operation, device: torch.device | str = "cpu") -> tuple[Backend, str]:
-    """Return the first backend that covers an operation on ``device``, and why those before it do not."""
+    """Return the first backend that supports an operation on ``device``, and why those before it do not."""
     reasons: list[str] = []
     for backend in BACKENDS:
         if backend.device in (None, torch.device(device).type):
@@ -47,7 +47,7 @@ def lowering(device: torch.device | str = "cpu") -> tuple[Backend, Executable]:
 
 
 def execution(operation: Operation, device: torch.device | str = "cpu") -> Execution:
-    """Tell what executes an operation on ``device`` when no gradient is asked for.
+    """Return how an operation is executed on ``device`` when no gradient is required.
 
     Raises:
         ConfigError: ``DSCONV_MAX_ISA`` is not the name of an instruction set.

@@ -1,4 +1,4 @@
-"""The interface of backends, and the operation of a layer that they execute."""
+"""Interface of backends, and the operation of a layer that they execute."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -9,15 +9,15 @@ from dsconv.config import LayerConfig
 
 
 class Operation(NamedTuple):
-    """The computation of a quantized layer, without its tensors.
+    """Computation of a quantized layer, without its tensors.
 
     Attributes:
-        shape: of VQK, ``(O, C/groups, *K)``; a linear layer has no ``K``.
+        shape: shape of VQK, ``(O, C/groups, *K)``; a linear layer has no ``K``.
         config: the settings of the layer.
         transposed: whether it is a transposed convolution.
         groups, stride, padding, dilation, output_padding: those of a convolution, with ``padding`` zeros on both sides
-            of each dimension. Whether a backend covers a layer depends on none of them but ``groups``, and on these
-            where its input stays float and ``shape[1]`` is 1: depthwise layers have several.
+            of each dimension. Of these, only ``groups`` affects whether a backend supports a layer, and only if its
+            input stays float and ``shape[1]`` is 1: depthwise layers have several.
     """
 
     shape: tuple[int, ...]
@@ -41,11 +41,11 @@ per-channel constants that are the operand, otherwise it is alpha; constants tha
 
 
 class Executable(Protocol):
-    """The steps of a network over one piece of memory; a run executes some that follow one another.
+    """Steps of a network on one block of memory; a run executes a range of them.
 
-    Tensors have numbers, -1 of none, and every step is one call that appends it. Sizes are of one image: channels,
-    height and width; the frames of a volume lie one below the other. Weights and other constants are what
-    :meth:`Backend.constant` makes of tensors that the caller keeps.
+    Tensors have numbers, -1 for None, and every step is appended by one call. Sizes are for one image: channels, height
+    and width; the frames of a volume are stacked vertically. Weights and other constants are the results of
+    :meth:`Backend.constant` for tensors that the caller keeps alive.
     """
 
     def values(
@@ -54,10 +54,10 @@ class Executable(Protocol):
         """Return the number of a float32 tensor.
 
         Args:
-            base: the address of a run that it lies at. Base 0 is the memory between steps.
-            offset: bytes from there, for an image.
-            first: values from there to its first one.
-            strides: of image, channel, row and pixel, in values.
+            base: index of its address in a run. Base 0 is the memory between steps.
+            offset: offset from there in bytes, for an image.
+            first: offset from there to its first value, in values.
+            strides: strides of image, channel, row and pixel, in values.
         """
 
     def quantized(
@@ -77,17 +77,17 @@ class Executable(Protocol):
 
         Args:
             depth: channels of a group.
-            grid: height and width, and how many zeros lie around it in each.
-            lane_bits: of the weights that it meets, 4 or 8.
+            grid: height and width, and the zero padding around each.
+            lane_bits: bits of the weights that it is multiplied with, 4 or 8.
             sign: number in :data:`dsconv.numerics.ACTIVATION_SIGNS`.
-            shift: whether its blocks are summed up for a KDS shift.
-            frames: that an image has, one grid each.
+            shift: whether its blocks are summed for a KDS shift.
+            frames: number of frames of an image, one grid each.
         """
 
     def quantized_bytes(
         self, depth: int, block_size: int, groups: int, grid: tuple[int, int, int, int], shift: bool, frames: int = 1
     ) -> int:
-        """Return how much memory such a tensor takes, for an image."""
+        """Return the memory of such a tensor in bytes, for an image."""
 
     def convolve(
         self,
@@ -108,9 +108,9 @@ class Executable(Protocol):
         """Append a convolution of :func:`dsconv.ops.checked_sizes`, of a float32 or a quantized tensor."""
 
     def join(self) -> None:
-        """Say that nobody but the last step reads what the step before writes: both may be computed together.
+        """Join the last two steps: only the last step reads the result of the one before, so both may run together.
 
-        The last one is a depthwise layer of float activations or a pooling, the one before a convolution.
+        The last one is a depthwise layer with float activations or a pooling, the one before a convolution.
         """
 
     def map(self, source: int, operations: Sequence[MapOperation], uses: Uses) -> None:
@@ -169,29 +169,30 @@ class Executable(Protocol):
         """Append a step that the caller executes."""
 
     def bytes(self, images: int) -> int:
-        """Return how much memory the steps need between them."""
+        """Return the size of the memory between the steps."""
 
     def run(self, images: int, bases: Sequence[Any], first: int, last: int, seconds: Any) -> None:
-        """Execute steps ``first`` to ``last``, not included, for so many images.
+        """Execute steps ``first`` to ``last``, exclusive, for ``images`` images.
 
         Args:
-            bases: tensors that values lie in, as constants are.
-            seconds: a float64 for each step, to which its time is added, or none, likewise.
+            bases: tensors that contain the values, in the form of constants.
+            seconds: float64 tensor, or None, in the form of constants; the time of each step is added to it.
         """
 
 
 class Backend(Protocol):
-    """A module of these functions, or an object with these methods.
+    """Module of these functions, or an object with these methods.
 
-    A graph that :mod:`torch.export` captures holds the operators that :meth:`run` calls. The compiler makes steps of
-    those that it knows (``dsconv::conv2d``, ``convolution`` and ``linear``), appends them to what :meth:`lower`
-    returns, and leaves all others to PyTorch.
+    A graph captured by :mod:`torch.export` contains the operators that :meth:`run` calls. The compiler converts those
+    that it supports (``dsconv::conv2d``, ``convolution`` and ``linear``) to steps, appends them to the result of
+    :meth:`lower`, and leaves all others to PyTorch.
 
     Attributes:
-        device: type of the devices that it computes on; None is all of them.
-        keeps_memory: whether programs keep the memory of a run for the next ones; else PyTorch does, which knows the
-            stream and the graph that use it.
-        cached_bytes: a larger batch is run in parts whose memory between steps is about this large; None: as a whole.
+        device: type of the devices that it supports; None is all of them.
+        keeps_memory: whether programs keep the memory of a run for the next ones; otherwise PyTorch does, which knows
+            the stream and the graph that use it.
+        cached_bytes: a larger batch is split so that the memory between steps has about this size; None: it is not
+            split.
     """
 
     device: str | None
@@ -199,29 +200,29 @@ class Backend(Protocol):
     cached_bytes: int | None
 
     def describe(self, in_integers: bool = True) -> str:
-        """Return the name that summaries and plans show, for what computes in integers or in float32."""
+        """Return the name that summaries and plans show, for computations in integers or in float32."""
 
     def covers(self, operation: Operation) -> str:
-        """Return why it cannot execute an operation; an empty text where it can."""
+        """Return why it cannot execute an operation; an empty string if it can."""
 
     def pack(self, operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None) -> Any:
-        """Return the weights in the form that :meth:`run` reads: of VQK int8 ``(O, C/groups, *K)``, KDS and shift.
+        """Return the weights in the form that :meth:`run` reads: from VQK int8 ``(O, C/groups, *K)``, KDS and shift.
 
         Raises:
-            ValueError: shapes or dtypes that do not belong together.
+            ValueError: shapes or dtypes do not match.
         """
 
     def run(self, operation: Operation, packed: Any, bias: Tensor | None, x: Tensor) -> Tensor:
         """Return the output for ``x (N, C, *S)``, or ``(..., C)`` for a linear layer, in the dtype of ``x``."""
 
     def lower(self) -> Executable | None:
-        """Return an executable for the steps of a network; None where it executes layers alone."""
+        """Return an executable for the steps of a network; None if it only executes single layers."""
 
     def constant(self, tensor: Tensor | None) -> Any:
-        """Return a tensor as its executables take it: its address, 0 of none, or the tensor itself."""
+        """Return a tensor in the form that its executables take: its address, 0 for None, or the tensor itself."""
 
     def repeated(self, run: Callable[[Sequence[Tensor]], Any], alone: bool) -> Callable[[Sequence[Tensor]], Any]:
-        """Return what does as ``run``, a function of a network's input, in less time when it is called again.
+        """Return a function equivalent to ``run``, a function of a network's input, that is faster when called again.
 
-        ``alone`` says that no step of it is PyTorch's.
+        ``alone`` means that PyTorch executes none of its steps.
         """

@@ -1,4 +1,4 @@
-"""The backend for integers on the CPU: a :class:`dsconv.backends.Backend` by the operators of :mod:`dsconv.ops.cpu`."""
+"""Backend for integers on the CPU: a :class:`dsconv.backends.Backend` by the operators of :mod:`dsconv.ops.cpu`."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Weights = tuple[packing.Packed, tuple[int, int, int, str, int]]
 
 device: str | None = "cpu"
 keeps_memory = True
-# Memory of this size stays in the caches; more images at a time would not.
+# Memory of this size stays in the caches; that of more images at a time would not.
 cached_bytes: int | None = 10 << 20
 
 
@@ -35,7 +35,7 @@ def covers(operation: Operation) -> str:
 
 
 def takes_floats(operation: Operation) -> bool:
-    """Whether float activations are covered: in depthwise layers of images, with one block a filter and no shift."""
+    """Return whether float activations are supported: in 2-D depthwise layers, one block per filter, no shift."""
     config, (_, inputs, *kernel) = operation.config, operation.shape
     one_block = config.blocks == "flat" and math.prod(kernel) <= config.block_size and not config.weight_shift
     return inputs == 1 < operation.groups and one_block and len(kernel) < 3 and not operation.transposed
@@ -57,7 +57,7 @@ def run(operation: Operation, packed: Weights, bias: Tensor | None, x: Tensor) -
         rows = x.float() if x.dim() == 2 else x.float().reshape(-1, x.shape[-1])
         y: Tensor = torch.ops.dsconv.linear(rows, *weights, bias, *settings)
         return (y if x.dim() == 2 else y.view(*x.shape[:-1], operation.shape[0])).to(x.dtype)
-    # The kernels know two dimensions or three: one more in front, of size 1, where there is but one.
+    # The kernels support two or three dimensions: for one, another of size 1 is added in front.
     missing = len(operation.shape) == 3
     dtype, x = x.dtype, x.float().unsqueeze(2) if missing else x.float()
     kernel, stride, dilation = (

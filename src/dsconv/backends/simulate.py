@@ -1,6 +1,6 @@
-"""The backend that simulates layers in float32: dequantized weights times activations in block floating point.
+"""Backend that simulates layers in float32: dequantized weights times activations in block floating point.
 
-It covers all layers, on every device. The gradient passes straight through the rounding of activations.
+It supports all layers, on every device. The gradient passes straight through the rounding of activations.
 """
 
 import json
@@ -43,7 +43,7 @@ def pack(operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | Non
 def prepare(operation: Operation, weight: Tensor) -> Tensor:
     """Return a float32 weight ``(O, C/groups, *K)`` as :func:`run` reads it, differentiably.
 
-    For Winograd that is its rounded transform ``U (16, O, C)``, and the weight itself otherwise.
+    For Winograd this is its rounded transform ``U (16, O, C)``, otherwise the weight itself.
     """
     config = operation.config
     return fake_winograd_weight(weight, config.block_size, round_winograd) if config.algorithm == "winograd" else weight
@@ -72,7 +72,7 @@ def run(operation: Operation, packed: Tensor, bias: Tensor | None, x: Tensor) ->
     return _CONV[dims - 1](x_q, weight, bias, stride, padding, dilation, groups).to(x.dtype)
 
 
-# The simulation of a layer as one operator, for graphs that no gradient passes through.
+# Simulation of a layer as one operator, for graphs without gradients.
 _library: Any = torch.library.Library("dsconv", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("simulated(Tensor x, Tensor vqk, Tensor kds, Tensor? kds_shift, Tensor? bias, str operation) -> Tensor")
 
@@ -80,7 +80,7 @@ _library.define("simulated(Tensor x, Tensor vqk, Tensor kds, Tensor? kds_shift, 
 def run_whole(
     operation: Operation, vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, bias: Tensor | None, x: Tensor
 ) -> Tensor:
-    """Do as :func:`pack` and :func:`run`, by the operator ``dsconv::simulated``."""
+    """Run :func:`pack` and :func:`run`, by the operator ``dsconv::simulated``."""
     given = operation._replace(config=operation.config.model_dump())._asdict()  # type: ignore[arg-type]
     y: Tensor = torch.ops.dsconv.simulated(x, vqk, kds, kds_shift, bias, json.dumps(given))
     return y
@@ -117,7 +117,7 @@ def lower() -> None:
 
 
 def quantized(x: Tensor, config: LayerConfig, groups: int) -> Tensor:
-    """Return float32 ``x (N, C, *S)`` after the rounding that ``config`` asks for."""
+    """Return float32 ``x (N, C, *S)`` after the rounding defined by ``config``."""
     if config.activation_bits is None:
         return x.float()
     return fake_quantize_activation(x, config.activation_bits, config.block_size, sign=config.sign, groups=groups)

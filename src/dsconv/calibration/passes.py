@@ -112,7 +112,7 @@ class Passes:
             raise ModelError(self._nonfinite(failed))
 
     def _batch(self, pair: Pair, seen: int) -> int:
-        """Return the batch that ``pair`` uses after ``seen``: back and forth, so that the last one suits the next layer.
+        """Return the batch for ``pair`` after ``seen``: back and forth, so that the last one serves the next layer.
 
         The order depends on the layer only, wherever a calibration begins, because it affects the last digits of sums.
         """

@@ -1,4 +1,4 @@
-"""A small ResNet with trained weights, and held-out handwritten digits to try it on: everything the demo needs."""
+"""Small ResNet with trained weights, and held-out handwritten digits for the demo."""
 
 from dsconv.demo.network import PREPROCESS, DigitsResNet, digits_resnet, load_digits, load_network
 

@@ -1,7 +1,7 @@
-"""The demo's network, its weights and its images, all read from inside the package.
+"""Network of the demo, its weights and its images, all read from inside the package.
 
-Made by ``scripts/train_demo.py`` from the test part of *Optical Recognition of Handwritten Digits* (E. Alpaydin and
-C. Kaynak, UCI Machine Learning Repository, CC BY 4.0) as scikit-learn distributes it.
+Created by ``scripts/train_demo.py`` from the test part of *Optical Recognition of Handwritten Digits* (E. Alpaydin and
+C. Kaynak, UCI Machine Learning Repository, CC BY 4.0) as distributed by scikit-learn.
 """
 
 from importlib.resources import files
@@ -16,11 +16,11 @@ from dsconv.data import Preprocess
 from dsconv.errors import DataError
 
 PREPROCESS = Preprocess(resize=(8, 8), channels="gray")
-"""How a picture of one digit, ink white on black, becomes the network's input."""
+"""Preprocessing of a picture of one digit, white ink on black."""
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al., "Deep Residual Learning", CVPR 2016)."""
+    """Two 3x3 convolutions with a shortcut (He et al., "Deep Residual Learning", CVPR 2016)."""
 
     def __init__(self, inputs: int, planes: int, stride: int):
         super().__init__()
@@ -69,7 +69,7 @@ def _asset(name: str) -> dict[str, Tensor]:
 
 
 def digits_resnet(pretrained: bool = True) -> DigitsResNet:
-    """A ``DigitsResNet`` in eval mode, with the trained weights or with random ones: ``dsconv/digits_resnet``."""
+    """Return a ``DigitsResNet`` in eval mode, with the trained weights or random ones: ``dsconv/digits_resnet``."""
     with torch.device("cpu"):
         network = DigitsResNet().float()
     if pretrained:
@@ -78,7 +78,7 @@ def digits_resnet(pretrained: bool = True) -> DigitsResNet:
 
 
 def load_network() -> nn.Module:
-    """The trained network: float32, on the CPU, in eval mode.
+    """Return the trained network: float32, on the CPU, in eval mode.
 
     >>> images, labels = load_digits()
     >>> bool((load_network()(images).argmax(1) == labels).float().mean() > 0.985)
@@ -92,9 +92,9 @@ def load_digits(split: Literal["test"] = "test") -> tuple[Tensor, Tensor]: ...
 @overload
 def load_digits(split: Literal["unlabelled"]) -> tuple[Tensor, None]: ...
 def load_digits(split: str = "test") -> tuple[Tensor, Tensor | None]:
-    """Images float32 (N, 1, 8, 8) in 0..1, ready for the network, and labels int64 (N,) in 0..9.
+    """Return images float32 (N, 1, 8, 8) in 0..1, ready for the network, and labels int64 (N,) in 0..9.
 
-    ``"test"`` holds 540 digits that the network has never seen; ``"unlabelled"`` holds 256 of its training digits,
+    ``"test"`` has 540 digits that the network was not trained on; ``"unlabelled"`` has 256 of its training digits,
     without labels (None), for calibration.
 
     Raises:
@@ -107,5 +107,5 @@ def load_digits(split: str = "test") -> tuple[Tensor, Tensor | None]:
     if split not in ("test", "unlabelled"):
         raise DataError(f'split: expected "test" or "unlabelled", got {split!r}')
     digits = _asset("digits.safetensors")
-    # The files hold ink counts 0..16. Paper stays 0, so that the zero padding of a convolution is paper too.
+    # The files contain ink counts 0..16. Paper is 0, so that the zero padding of a convolution is paper too.
     return digits[f"{split}_images"].float() / 16, digits.get(f"{split}_labels")

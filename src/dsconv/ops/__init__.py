@@ -1,6 +1,6 @@
-"""Operators on tensors: in integers on the CPU (:mod:`dsconv.ops.cpu`), and views that convolutions need.
+"""Operators on tensors: integer kernels on the CPU (:mod:`dsconv.ops.cpu`), and views for convolutions.
 
-:mod:`dsconv.backends` says which of them a layer is executed by; within :func:`simulated`, it is none.
+:mod:`dsconv.backends` determines which of them executes a layer; within :func:`simulated`, none does.
 """
 
 import threading
@@ -16,7 +16,7 @@ from dsconv.ops.views import patches, pixels_format, transposed_layout, windows
 
 
 class _State(threading.local):
-    # Set for each thread, and not in the class: torch.compile watches for changes of what an instance holds.
+    # Set per thread, and not in the class: torch.compile guards the attributes of an instance.
     def __init__(self) -> None:
         self.simulated = False
         self.whole = False
@@ -27,7 +27,7 @@ _state = _State()
 
 @contextmanager
 def simulated() -> Iterator[None]:
-    """Within it, the layers that this thread runs are simulated in float, for comparison or export to other formats.
+    """Simulate the layers that this thread runs in the block in float, for comparison or export to other formats.
 
     >>> import torch, dsconv
     >>> layer, x = dsconv.nn.DSConv2d.from_float(torch.nn.Conv2d(64, 8, 3)), torch.randn(1, 64, 5, 5)
@@ -46,7 +46,7 @@ def simulated() -> Iterator[None]:
 
 @contextmanager
 def simulated_whole() -> Iterator[None]:
-    """Within it, a simulated layer that this thread runs is one operator of captured graphs, ``dsconv::simulated``."""
+    """Make each simulated layer that this thread runs in the block one graph operator, ``dsconv::simulated``."""
     before, _state.whole = _state.whole, True
     try:
         yield
@@ -55,12 +55,12 @@ def simulated_whole() -> Iterator[None]:
 
 
 def is_simulated_whole() -> bool:
-    """Whether :func:`simulated_whole` is in effect in this thread."""
+    """Return whether :func:`simulated_whole` is active in this thread."""
     return _state.whole
 
 
 def is_simulated() -> bool:
-    """Whether :func:`simulated` is in effect in this thread."""
+    """Return whether :func:`simulated` is active in this thread."""
     return _state.simulated
 
 

@@ -1,4 +1,4 @@
-"""The arguments of ``dsconv::conv2d``, ``dsconv::convolution`` and ``dsconv::linear``, and what they have to be."""
+"""Arguments of ``dsconv::conv2d``, ``dsconv::convolution`` and ``dsconv::linear``, and their validation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from dsconv.numerics import ACTIVATION_SIGNS
 from dsconv.numerics.winograd import PRODUCTS
 from dsconv.ops.native import extension
 
-TOO_LARGE = 1 << 31  # for a size, a stride or a number of anything
-# The tensors that a layer reads besides its input, in the order of csrc/bindings.cpp.
+TOO_LARGE = 1 << 31  # for a size, a stride or any count
+# Tensors that a layer reads in addition to its input, in the order of csrc/bindings.cpp.
 WEIGHTS = ("weight", "kds", "kds_shift", "bias", "gain", "offset")
-# In the order of csrc/kernels/kernels.h, and so is ACTIVATION_SIGNS.
+# In the order of csrc/kernels/kernels.h, like ACTIVATION_SIGNS.
 ACTIVATIONS = (
     *("none", "relu", "clamp", "leaky_relu", "hardswish", "silu"),
     *("hardsigmoid", "sigmoid", "elu", "exp", "gelu", "gelu_tanh", "mish", "softplus", "tanh"),
@@ -28,18 +28,18 @@ OPERATIONS = (
 
 
 FLOAT_BITS = 32
-"""The bits of activations that stay float32."""
+"""Value of the activation bits for activations that stay float32."""
 
 
 def takes_floats(channels: int, groups: int, taps: int, flat: bool, block_size: int) -> bool:
-    """Whether activations of a convolution of images may stay float: it is depthwise, and a filter is one block."""
+    """Return whether activations of a 2-D convolution may stay float: it is depthwise, and a filter is one block."""
     return flat and groups == channels > 1 and taps <= block_size
 
 
 class Geometry(NamedTuple):
-    """The windows of a convolution, in depth if it has one, height and width, and its groups.
+    """Windows of a convolution, in depth if it has one, height and width, and its groups.
 
-    ``output_padding`` is that of a transposed convolution, and None of any other.
+    ``output_padding`` is that of a transposed convolution, and None for any other.
     """
 
     kernel_size: Sequence[int]
@@ -63,7 +63,7 @@ _NUMBERS = {2: "two", 3: "three"}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a convolution of images, as ``ConvSizes`` of the extension has them."""
+    """Sizes of a 2-D convolution, like ``ConvSizes`` of the extension."""
 
     images: int
     channels: int
@@ -91,7 +91,7 @@ class Sizes:
 
     @property
     def border(self) -> tuple[int, int]:
-        """Zeros around a quantized input: none, for kernels that read no pixel where padding is."""
+        """Zero padding around a quantized input: none, for kernels that read no pixel in the padding."""
         return 0, 0
 
 
@@ -105,12 +105,12 @@ def sizes_of(
     *,
     native: bool = True,
 ) -> Any:
-    """Sizes of a convolution of ``x (N, C, H, W)`` or ``(N, C, D, H, W)``.
+    """Return the sizes of a convolution of ``x (N, C, H, W)`` or ``(N, C, D, H, W)``.
 
-    They are a ``ConvSizes`` of the extension, or, if not ``native``, the :class:`Sizes` of one of images.
+    They are a ``ConvSizes`` of the extension, or, if not ``native``, the :class:`Sizes` of a 2-D convolution.
     """
     groups, transposed, volume = geometry.groups, geometry.output_padding is not None, len(x) == 5
-    # The extension takes the blocks of a tap of depthwise layers for flattened blocks of one value.
+    # The extension treats the blocks of a tap of depthwise layers as flattened blocks of one value.
     if native and groups == x[1] > 1 and not (flat or transposed or volume):
         flat, block_size = True, 1
     make: Any = Sizes
@@ -138,16 +138,16 @@ def sizes_of(
 
 
 class Shapes(NamedTuple):
-    """The sizes of a call (``ConvSizes`` of the extension), and the output and the weights that belong to it."""
+    """Sizes of a call (``ConvSizes`` of the extension), and the shapes of its output and weights."""
 
     sizes: Any
     output: tuple[int, ...]
-    """Height and width, behind the depth if there is one."""
+    """Height and width, preceded by the depth if there is one."""
     weights: tuple[tuple[str, torch.dtype, tuple[int]], ...]
 
 
 class Call(NamedTuple):
-    """The arguments of ``convolution``. Those of ``linear`` are of a convolution with a kernel of one pixel."""
+    """Arguments of ``convolution``. Those of ``linear`` are for a convolution with a kernel of one pixel."""
 
     x: Tensor
     weight: Tensor
@@ -185,7 +185,7 @@ class Call(NamedTuple):
         return Geometry(*where, self.groups, extra)
 
     def shapes(self, x: tuple[int, ...]) -> Shapes:
-        """Return those for an input of the shape ``x (N, C, H, W)`` or ``(N, C, D, H, W)``."""
+        """Return the shapes for an input of shape ``x (N, C, H, W)`` or ``(N, C, D, H, W)``."""
         return shapes_of(x, self.outputs, self.geometry, self.block_size, self.flat, self.weight_bits, self.algorithm)
 
 
@@ -193,7 +193,7 @@ def linear_call(x: Any, weight: Any, kds: Any, kds_shift: Any, bias: Any, *rest:
     return Call(x, weight, kds, kds_shift, bias, *PIXEL[:5], False, *rest, **named)
 
 
-# Networks make the same few calls over and over.
+# Networks repeat the same few calls.
 @lru_cache(maxsize=4096)
 def shapes_of(
     x: tuple[int, ...],
@@ -220,11 +220,11 @@ def shapes_of(
 
 
 def addresses_of(name: str, shapes: Shapes, weights: Sequence[Tensor | None]) -> list[int]:
-    """Of weights that are what they have to be; 0 where there are none."""
+    """Return the addresses of valid weights; 0 for missing ones."""
     addresses = []
     for (argument, dtype, shape), value in zip(shapes.weights, weights, strict=True):
         if value is None:
-            if argument in ("weight", "kds"):  # PyTorch takes None for a tensor
+            if argument in ("weight", "kds"):  # PyTorch treats None as a tensor
                 raise ValueError(f"dsconv::{name}: {argument}: expected {dtype} {shape}, got None")
             addresses.append(0)
             continue
@@ -239,21 +239,21 @@ def addresses_of(name: str, shapes: Shapes, weights: Sequence[Tensor | None]) ->
 
 
 def arguments_of(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call of an operator by name, those left out with their defaults."""
+    """Return all arguments of a call of an operator by name, including defaults."""
     given = {a.name: a.default_value for a in operator._schema.arguments}
     return given | dict(zip(given, args, strict=False)) | kwargs
 
 
 def checked_sizes(x: tuple[int, ...], given: dict[str, Any]) -> Any:
-    """Return the sizes of a call of ``conv2d``, ``convolution`` or ``linear`` on one image of shape ``x``.
+    """Return the sizes of a call of ``conv2d``, ``convolution`` or ``linear`` for one image of shape ``x``.
 
-    They are a ``ConvSizes`` for weights that the extension packed, else :class:`Sizes`.
+    They are a ``ConvSizes`` for weights packed by the extension, otherwise :class:`Sizes`.
 
     Raises:
-        ValueError: the weights do not belong to such a call.
+        ValueError: the weights do not match such a call.
     """
     call = (Call if "flat" in given else linear_call)(**given)
-    if call.weight.dtype != torch.uint8:  # of another backend
+    if call.weight.dtype != torch.uint8:  # packed by another backend
         check_geometry((1, *x), call.outputs, call.geometry)
         return sizes_of((1, *x), call.outputs, call.geometry, call.block_size, call.flat, native=False)
     shapes = call.shapes((1, *x))
@@ -262,7 +262,7 @@ def checked_sizes(x: tuple[int, ...], given: dict[str, Any]) -> Any:
 
 
 def check_input(name: str, x: Tensor | None, dims: int, *, anywhere: bool = False) -> None:
-    if x is None:  # which PyTorch takes for a tensor
+    if x is None:  # which PyTorch treats as a tensor
         raise ValueError(f"dsconv::{name}: expected float32 x of {dims} dimensions, got None")
     here = anywhere or x.is_cpu
     if x.dtype != torch.float32 or x.dim() != dims or not here or x.layout is not torch.strided:

@@ -1,10 +1,10 @@
-"""DSConv in integers on the CPU, by the kernels of the extension ``dsconv._C``.
+"""Integer execution of DSConv on the CPU, by the kernels of the extension ``dsconv._C``.
 
-``dsconv::conv2d``, ``dsconv::convolution``, which is any convolution of two or three dimensions, and ``dsconv::linear``
-take packed weights (:func:`pack`) and return ``activation((y + bias) * gain + offset + residual)``, the same bits on
-every instruction set, number of threads and split of the batch; see the exactness notes in docs/numerics.md. ``gain``
-and ``offset`` are a BatchNorm, and rounded once. Their overloads ``out`` write into memory that is there.
-``dsconv::quantize_activation`` returns what :func:`dsconv.numerics.quantize_activation` does.
+``dsconv::conv2d``, ``dsconv::convolution``, for any convolution of two or three dimensions, and ``dsconv::linear`` take
+packed weights (:func:`pack`) and return ``activation((y + bias) * gain + offset + residual)``, bitwise equal for every
+instruction set, number of threads and split of the batch; see the exactness notes in docs/numerics.md. ``gain`` and
+``offset`` are a BatchNorm, and rounded once. Their overloads ``out`` write into existing memory.
+``dsconv::quantize_activation`` returns the result of :func:`dsconv.numerics.quantize_activation`.
 """
 
 import math
@@ -50,7 +50,7 @@ _WEIGHTS = "Tensor weight, Tensor kds, Tensor? kds_shift, Tensor? bias"
 _WHERE = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool flat"
 for _name, _arguments in (
     ("conv2d", f"Tensor x, {_WEIGHTS}, {_WHERE}, {_SETTINGS}, str algorithm='direct'"),
-    # Transposed where it has an output padding.
+    # Transposed if it has an output padding.
     ("convolution", f"Tensor x, {_WEIGHTS}, {_WHERE}, {_SETTINGS}, str algorithm='direct', int[]? output_padding=None"),
     ("linear", f"Tensor x, {_WEIGHTS}, {_SETTINGS}"),
 ):
@@ -75,7 +75,7 @@ def _executable(
     alpha: float,
     beta: float,
 ) -> Callable[..., None]:
-    """Takes the addresses of the input, the weights, the residual and the output."""
+    """Return a function of the addresses of the input, the weights, the residual and the output."""
     s = sizes
     taps = s.kernel_h * s.kernel_w
     in_float = not s.volume and takes_floats(s.channels, s.groups, taps, s.flat, s.block_size)
@@ -98,14 +98,14 @@ def _residual(name: str, residual: Tensor, y: Tensor) -> Tensor:
         )
     if residual.stride() != y.stride():
         return torch.empty_like(y).copy_(residual)
-    # The sum may take the place of what is added, but not lie across it.
+    # The sum may replace the residual in place, but not overlap it partially.
     if residual.data_ptr() != y.data_ptr() and _meet(residual, y):
         raise ValueError(f"dsconv::{name}: out: expected memory of its own, or that of the residual, it shares a part")
     return residual
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:
-    """Whether two dense tensors share memory."""
+    """Return whether two dense tensors share memory."""
     return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
@@ -130,15 +130,15 @@ def _check_out(name: str, out: Tensor, shape: tuple[int, ...], read: Sequence[Te
 
 
 def empty_output(x: Tensor, outputs: int, size: Sequence[int], groups: int = 1) -> Tensor:
-    """Return memory for the output of a convolution of ``x (N, C, *S)``, in the layout that graphs count on."""
-    # Depthwise with several filters a channel writes lines.
+    """Return memory for the output of a convolution of ``x (N, C, *S)``, in the layout that graphs assume."""
+    # Depthwise layers with several filters per channel write NCHW.
     lines = groups == x.shape[1] and groups not in (1, outputs) and x.dim() == 4
     layout = pixels_format(x.dim()) if _channels_last(x) and not lines else torch.contiguous_format
     return torch.empty((x.shape[0], outputs, *size), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 class _Ready(NamedTuple):
-    """A convolution, and the tensors that it reads and writes."""
+    """Convolution, and the tensors that it reads and writes."""
 
     run: Callable[..., None]
     addresses: tuple[int, ...]
@@ -178,11 +178,11 @@ def _ready_convolution(name: str, c: Call, out: Tensor | None) -> _Ready:
         _check_out(name, out, (len(x), c.outputs, *shapes.output), (x, *weights))
     y = out
     transposed = c.output_padding is not None
-    if transposed:  # neighbouring pixels of a phase do not lie side by side, so that their channels have to
+    if transposed:  # neighbouring pixels of a phase are not contiguous, so their channels must be
         if out is None or not out.is_contiguous(memory_format=pixels_format(out.dim())):
             size = (len(x), c.outputs, *shapes.output)
             y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=pixels_format(x.dim()))
-    elif out is None or (c.groups == x.shape[1] > 1 and x.dim() == 4):  # depthwise writes in the layout of x
+    elif out is None or (c.groups == x.shape[1] > 1 and x.dim() == 4):  # depthwise layers write in the layout of x
         made = empty_output(x, c.outputs, shapes.output, c.groups)
         y = out if out is not None and out.stride() == made.stride() else made
     assert y is not None
@@ -190,7 +190,7 @@ def _ready_convolution(name: str, c: Call, out: Tensor | None) -> _Ready:
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """Return those of image, channel, line and pixel. Frames lie one below the other."""
+    """Return the strides of image, channel, line and pixel. Frames are stacked vertically."""
     return (*x.stride()[:2], *x.stride()[-2:])
 
 
@@ -215,7 +215,8 @@ def _any_convolution(*args: Any, **named: Any) -> Call:
     return c
 
 
-# What compilers and the device meta see. All checks but those of the weights' sizes are those of a real call.
+# Implementations for compilers and the device meta. All checks except those of the weights' sizes are those of a real
+# call.
 
 
 def _check_fake(name: str, c: Call, dims: int, out: Tensor | None) -> None:
@@ -248,7 +249,7 @@ def _fake_convolution(name: str, c: Call, dims: int, out: Tensor | None) -> Tens
 def _ready_linear(*args: Any, out: Tensor | None = None, **named: Any) -> _Ready:
     c = linear_call(*args, **named)
     check_input("linear", c.x, 2)
-    # A row of pixels whose channels lie side by side. The weights are checked against a row of at least one.
+    # A row of pixels with contiguous channels. The weights are checked against a row of at least one.
     row = (1, c.x.shape[-1], 1, max(1, c.x.shape[0]))
     shapes, weights = shapes_of(row, c.outputs, PIXEL, c.block_size, False, c.weight_bits), c.weights
     addresses = addresses_of("linear", shapes, weights)
@@ -275,17 +276,17 @@ def _linear_fake(*args: Any, out: Tensor | None = None, **named: Any) -> Tensor:
 def bind(
     operator: Literal["conv2d", "linear"], x: Tensor, *args: Any, out: Tensor, **named: Any
 ) -> Callable[[], Tensor]:
-    """A call of an operator on tensors that stay where they are, without what PyTorch does for every call.
+    """Return a call of an operator on tensors that stay in place, without PyTorch's overhead per call.
 
     Args:
         operator: ``conv2d`` or ``linear``.
-        x, args, out, named: what its overload ``out`` takes. What the tensors hold may change from call to call.
+        x, args, out, named: arguments of its overload ``out``. The contents of the tensors may change between calls.
 
     Returns:
-        What writes into ``out`` and returns it, as often as it is called.
+        A function that writes into ``out`` and returns it, and may be called repeatedly.
 
     Raises:
-        ValueError: the arguments do not belong together, or a tensor would have to be copied for every call.
+        ValueError: the arguments do not match, or a tensor would have to be copied for every call.
 
     >>> from dsconv import LayerConfig
     >>> x, out = torch.ones(3, 64), torch.empty(3, 8)
@@ -364,6 +365,6 @@ for _name, _kernel, _fake in (
     ("linear.out", _linear, _linear_fake),
     ("quantize_activation", _quantize_activation, _quantize_activation_fake),
 ):
-    # Of other devices and layouts as well, so that the checks refuse them and not PyTorch's dispatcher.
+    # For other devices and layouts as well, so that the checks reject them instead of PyTorch's dispatcher.
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dsconv::{_name}", _fake, lib=_library)

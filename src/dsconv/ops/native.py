@@ -1,4 +1,4 @@
-"""The extension ``dsconv._C``, the instruction set that its kernels use, and their threads."""
+"""Extension ``dsconv._C``, the instruction set that its kernels use, and their threads."""
 
 import os
 from functools import cache
@@ -12,7 +12,7 @@ from dsconv.threads import parallel, threads, torch_parallel_for
 
 @cache
 def extension() -> ModuleType | None:
-    """``dsconv._C``, ready to run; None where it is not built."""
+    """Return ``dsconv._C``, initialized; None if it is not built."""
     try:
         import dsconv._C as module
     except ImportError:
@@ -22,7 +22,7 @@ def extension() -> ModuleType | None:
 
 
 def use_threads() -> None:
-    """Have the next tasks run on as many threads as PyTorch has."""
+    """Let the next tasks run on as many threads as PyTorch has."""
     module = extension()
     if module is not None:
         module.expect_threads(threads())
@@ -36,7 +36,7 @@ class KernelThreads:
     def __enter__(self) -> None:
         use_threads()
         before, wanted = torch.get_num_threads(), threads()
-        # Threads that start later take the number that any thread set last, so it is set only where it differs.
+        # New threads use the number set last by any thread, so it is set only if it differs.
         self._before = before if parallel() == "torch" and wanted != before else None
         if self._before is not None:
             torch.set_num_threads(wanted)
@@ -47,7 +47,7 @@ class KernelThreads:
 
 
 def peak_rate(seconds: float) -> float:
-    """Return how many multiply-adds a second one thread reaches in dot products with everything in its first cache."""
+    """Return the multiply-adds per second of one thread in dot products with all data in the L1 cache."""
     module = extension()
     assert module is not None
     rate: float = module.peak_rate(isa(), seconds)
@@ -56,7 +56,7 @@ def peak_rate(seconds: float) -> float:
 
 @cache
 def isa() -> str | None:
-    """The instruction set that convolutions use: the best that has kernels, but none above ``DSCONV_MAX_ISA``.
+    """Return the instruction set of convolutions: the best one with kernels, but none above ``DSCONV_MAX_ISA``.
 
     Raises:
         ConfigError: ``DSCONV_MAX_ISA`` is not the name of an instruction set.

@@ -1,4 +1,4 @@
-"""Weights of a layer as the kernels read them."""
+"""Packing of a layer's weights in the layout of the kernels."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ MAX_BLOCK_SIZE = 512
 
 
 class Packed(NamedTuple):
-    """A layer's weight, KDS and shift in the order in which the kernels read them."""
+    """Weight, KDS and shift of a layer in the order in which the kernels read them."""
 
     weight: Tensor
     kds: Tensor
@@ -25,7 +25,7 @@ class Packed(NamedTuple):
 
 
 def kernel_block_size(weight_shape: Sequence[int], config: LayerConfig) -> int | None:
-    """Block size as the kernels see it; a single short block is filled up. None where they do not cover it."""
+    """Return the block size for the kernels; a single short block is padded. None if they do not support it."""
     taps = torch.Size(weight_shape[2:]).numel()
     depth = weight_shape[1] * (taps if config.blocks == "flat" else 1)
     size = config.block_size if block_count(depth, config.block_size) > 1 else -(-depth // 8) * 8
@@ -42,24 +42,24 @@ def pack(
     *,
     transposed: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> Packed:
-    """Weights of a covered layer as the kernels read them, on the CPU.
+    """Pack the weights of a supported layer in the layout of the kernels, on the CPU.
 
     Args:
         vqk: int8 ``(O, C/groups, *K)`` with up to three kernel dimensions.
         kds, kds_shift: ``(O, CB, *K)``, or ``(O, CB)`` for flattened blocks.
-        config: its settings, which the kernels cover (:mod:`dsconv.backends.cpu`).
+        config: its settings, which the kernels support (:mod:`dsconv.backends.cpu`).
         groups: convolution groups.
-        transposed: stride and dilation of a transposed convolution, on which the order of its taps depends.
+        transposed: stride and dilation of a transposed convolution, which determine the order of its taps.
 
     Raises:
-        ValueError: shapes or dtypes that do not belong together.
+        ValueError: shapes or dtypes do not match.
     """
     check_layer(vqk, kds, kds_shift, config)
     if config.algorithm == "winograd":
         return _pack_winograd(vqk, kds, kds_shift, config)
     block_size = kernel_block_size(vqk.shape, config)
     assert block_size is not None
-    # Any image will do whose output has a pixel: the packed layout does not depend on it.
+    # Any image whose output has a pixel will do: the packed layout does not depend on it.
     where = [(1,) * (vqk.dim() - 2)] * 2 if transposed is None else transposed
     kernel, stride, dilation = (two_or_more(of, 1) for of in (vqk.shape[2:], *where))
     none = (0,) * len(kernel)
@@ -73,7 +73,7 @@ def pack(
 
 
 def two_or_more(sizes: Sequence[int], fill: int) -> tuple[int, ...]:
-    """Return sizes of a convolution for each dimension that the kernels know: two or three.
+    """Return sizes of a convolution for each dimension that the kernels support: two or three.
 
     >>> two_or_more((3,), 1), two_or_more((2, 3, 3), 1)
     ((1, 3), (2, 3, 3))
@@ -84,7 +84,7 @@ def two_or_more(sizes: Sequence[int], fill: int) -> tuple[int, ...]:
 def winograd_weights(
     vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weights of a layer by Winograd as they are packed, and their scales and shift before that.
+    """Return the weights of a Winograd layer in packed form, and their scales and shift before packing.
 
     Returns:
         Integers ``(O, C, products)``, scales ``(O, CB, products)``, and the shift of the centre ``(O, CB)``, float32.
@@ -133,7 +133,7 @@ def check_layer(vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: Laye
     """Check the tensors of a layer.
 
     Raises:
-        ValueError: shapes, dtypes or integers that do not belong together.
+        ValueError: shapes, dtypes or integers do not match.
     """
     flat = config.blocks == "flat"
     blocks = block_count(vqk[:1].numel() if flat else vqk.shape[1], config.block_size)

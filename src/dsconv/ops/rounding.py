@@ -1,4 +1,4 @@
-"""The rounding of weights by kernels: rule ``balanced``, and the transformed weights of Winograd."""
+"""Rounding of weights by kernels: rule ``balanced``, and the transformed weights of Winograd."""
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ _MOST_TAPS, _MOST_COLUMNS = 128, 1 << 18
 
 
 def solve_balanced(w: Tensor, model: Model, held: Model, half: int, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Do as :func:`dsconv.numerics.balanced.solve`, which defines it, by the kernels where they cover it.
+    """Compute :func:`dsconv.numerics.balanced.solve`, which defines the result, by kernels where these support it.
 
-    The kernels sum in another order, the same on every processor. They cover weights on the CPU, of up to 128 taps.
+    The kernels sum in another order, the same on every processor. They support weights on the CPU, with up to 128 taps.
 
     >>> from dsconv.numerics import quantize_weight
     >>> w = torch.randn(8, 32, 3, 3)
@@ -38,9 +38,9 @@ def solve_balanced(w: Tensor, model: Model, held: Model, half: int, shift: bool)
 
 
 def round_winograd(w: Tensor, block_size: int) -> WinogradWeight:
-    """Return what :func:`dsconv.numerics.winograd_weight` defines, bit for bit, by the kernels where they cover it.
+    """Return the result of :func:`dsconv.numerics.winograd_weight`, bitwise equal, by kernels where supported.
 
-    They cover float32 weights on the CPU.
+    They support float32 weights on the CPU.
 
     >>> integers, scale = round_winograd(torch.ones(4, 64, 3, 3, dtype=torch.float32), block_size=32)
     >>> integers.shape, scale.shape

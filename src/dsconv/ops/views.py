@@ -1,4 +1,4 @@
-"""Views of tensors that convolutions need: what their outputs read, and the layouts of their weights."""
+"""Views of tensors for convolutions: input windows of outputs, and layouts of weights."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def pixels_format(dims: int) -> torch.memory_format:
-    """Return the memory format in which the channels of a pixel lie side by side, of a tensor of so many dimensions.
+    """Return the memory format with contiguous channels for a tensor with ``dims`` spatial dimensions.
 
     >>> pixels_format(4), pixels_format(2)
     (torch.channels_last, torch.contiguous_format)
@@ -17,7 +17,7 @@ def pixels_format(dims: int) -> torch.memory_format:
 
 
 def transposed_layout(weight: Tensor, groups: int) -> Tensor:
-    """``(O, C/groups, *K)`` to PyTorch's layout of transposed convolutions ``(C, O/groups, *K)``, and back.
+    """Convert ``(O, C/groups, *K)`` to PyTorch's layout of transposed convolutions ``(C, O/groups, *K)``, or back.
 
     >>> import torch
     >>> transposed_layout(torch.zeros(6, 4, 3, 3), groups=2).shape
@@ -29,7 +29,7 @@ def transposed_layout(weight: Tensor, groups: int) -> Tensor:
 def windows(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """What each output reads, as a view of padded ``x (N, C, *S)``: ``(N, C, *S_out, *kernel)``."""
+    """Return the input window of each output, as a view of padded ``x (N, C, *S)``: ``(N, C, *S_out, *kernel)``."""
     x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
     for d in range(len(kernel)):
         x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]

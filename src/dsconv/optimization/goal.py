@@ -20,12 +20,12 @@ class Target(Strict):
     """Figures that a network must reach on images that no step has used; all given figures must hold.
 
     Attributes:
-        agreement: least share of images with the same class as the float network, in percent.
-        kl: largest mean KL divergence of the logits from those of the float network, in nats.
-        top1_drop: largest difference of top-1 between the float network and the quantized one, in percent points; it
+        agreement: minimum percentage of images with the same class as the float network.
+        kl: maximum mean KL divergence of the logits from those of the float network, in nats.
+        top1_drop: maximum difference of top-1 between the float network and the quantized one, in percentage points; it
             needs labels.
-        distance: largest distance from the float network, as :class:`dsconv.evaluation.Comparison` has it: for outputs
-            that are no logits, and for a metric of your own.
+        distance: maximum distance from the float network, as in :class:`dsconv.evaluation.Comparison`: for outputs that
+            are not logits, and for a metric of your own.
 
     Raises:
         ConfigError: a value is out of range or a name is unknown.
@@ -42,7 +42,7 @@ class Goal:
     """A budget and a target, by name; either may be empty.
 
     Attributes:
-        budget: the most that a network may take.
+        budget: maximum cost of a network.
         target: fields of :class:`Target`.
     """
 
@@ -57,10 +57,10 @@ class Goal:
         *,
         images: bool,
     ) -> "Goal":
-        """Return what users pass as a goal.
+        """Return the goal described by the arguments of users.
 
         Raises:
-            ConfigError: a name is unknown, a value out of range, or a target is given without ``images``.
+            ConfigError: a name is unknown, a value is out of range, or a target is given without ``images``.
         """
         wanted = _target_of(target)
         limits = {} if budget is None else limits_of(budget)
@@ -74,7 +74,7 @@ class Goal:
         return cls(limits, wanted)
 
     def check_labels(self, labelled: bool) -> None:
-        """Raise DataError where the target needs labels and there are none."""
+        """Raise DataError if the target needs labels and there are none."""
         if "top1_drop" in self.target and not labelled:
             raise DataError(
                 "target: top1_drop needs labels, got images without: pass labelled ones (class folders, labels.csv or "
@@ -82,7 +82,7 @@ class Goal:
             )
 
     def check_figures(self, found: Comparison) -> None:
-        """Raise ConfigError where the outputs of the network have no figure that the target is about."""
+        """Raise ConfigError if the outputs of the network do not have a figure of the target."""
         for name in self.target:
             if _figure(name, found) is None:
                 raise ConfigError(
@@ -92,20 +92,20 @@ class Goal:
 
     @property
     def by_time(self) -> bool:
-        """Whether the fastest network is wanted, and not the smallest."""
+        """Whether the fastest network is wanted, rather than the smallest."""
         return "ms" in self.budget
 
     def cost(self, attempt: Attempt) -> float:
-        """Return what is to be as small as possible: milliseconds or bytes."""
+        """Return the cost to minimise: milliseconds or bytes."""
         return _taken("ms", attempt) if self.by_time else attempt.bytes
 
     def over(self, attempt: Attempt) -> dict[str, float]:
-        """Return by how much the budget is exceeded, by name; nothing where it is kept."""
+        """Return the excess over the budget, by name; empty if it is kept."""
         excess = {name: _taken(name, attempt) - limit for name, limit in self.budget.items()}
         return {name: value for name, value in excess.items() if not value <= 1e-9}
 
     def short(self, attempt: Attempt) -> dict[str, float]:
-        """Return by how much the target is missed, by name; nothing where it is met."""
+        """Return the distance from the target, by name; empty if it is met."""
         missed = {name: self._missed(name, attempt) for name in self.target}
         return {name: value for name, value in missed.items() if not value <= 1e-9}
 
@@ -122,28 +122,28 @@ class Goal:
         return "misses target" if self.short(attempt) else "meets target" if self.target else ""
 
     def best(self, attempts: Sequence[Attempt]) -> Attempt:
-        """Return the one to keep, see :meth:`rank`."""
+        """Return the best attempt, see :meth:`rank`."""
         return min(attempts, key=self.rank)
 
     def rank(self, attempt: Attempt) -> tuple[int, float, float]:
         """Return a key that is smaller for the better attempt.
 
-        First are those that keep the budget and meet the target, of which the smallest (or fastest) is best, or without
-        a target the closest to float. Then come those that keep the budget, by how much they miss the target; last
-        those that do not keep it, by how much they exceed it.
+        Attempts that keep the budget and meet the target come first; the smallest (or fastest) of them is best, or
+        without a target the closest to float. They are followed by those that keep the budget, ordered by the distance
+        from the target, and those that do not, ordered by the excess.
         """
         distance = attempt.evaluation.distance
         distance = math.inf if math.isnan(distance) else distance
         if over := self.over(attempt):
             return 2, max(value / self.budget[name] for name, value in over.items()), distance
         if short := self.short(attempt):
-            # Percent points are taken as they are.
+            # Percentage points are used without scaling.
             scales = {name: self.target[name] if name in ("kl", "distance") else 1.0 for name in short}
             return 1, max(value / scales[name] for name, value in short.items()), distance
         return (0, self.cost(attempt), distance) if self.target else (0, distance, self.cost(attempt))
 
     def shortfall(self, attempt: Attempt) -> str | None:
-        """Return by how much an attempt misses budget and target, without a full stop; None where it does not."""
+        """Return the amount by which an attempt misses budget and target, without a full stop; None if it does not."""
         said = [
             f"{_said(name, _taken(name, attempt))}, {_number(name, value)} above the budget of {self.budget[name]:g}"
             for name, value in self.over(attempt).items()
@@ -175,7 +175,7 @@ def _number(name: str, value: float) -> str:
 
 
 def _taken(name: str, attempt: Attempt) -> float:
-    """Return what an attempt takes of a limit; infinite where it is not known."""
+    """Return the cost of an attempt for a limit; infinite if unknown."""
     taken = getattr(attempt, name)
     return math.inf if taken is None else float(taken)
 

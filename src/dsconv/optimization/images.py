@@ -1,4 +1,4 @@
-"""The images of an optimization: some for its steps, the others to measure on, which no step sees."""
+"""Images of an optimization: one part for its steps, and one for measurements, which no step uses."""
 
 from typing import NamedTuple
 
@@ -11,17 +11,17 @@ from dsconv.data.folder import Labelled, Labels
 from dsconv.data.inputs import Batch, in_batches
 
 _FEWEST, _ENOUGH, _GOOD = 8, 64, 500
-# Images to measure on, at most: more say little more, and take time at each attempt.
+# Maximum number of images to measure on: more add little information, and take time at each attempt.
 _MOST_MEASURED = 500
 
 
 class Parts(NamedTuple):
-    """Images in two parts that have none in common.
+    """Images in two disjoint parts.
 
     Attributes:
-        steps: for search, calibration and adaptation, in random order; None where ``measured`` are noise.
-        labels: of these, which a metric may read; None where there are none.
-        measured: batches to measure on, with labels where there are any.
+        steps: images for search, calibration and adaptation, in random order; None if ``measured`` is noise.
+        labels: their labels, which a metric may use; None if there are none.
+        measured: batches to measure on, with labels if there are any.
     """
 
     steps: Batch | None
@@ -30,12 +30,12 @@ class Parts(NamedTuple):
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of images of either part."""
+        """Number of images of each part."""
         steps = 0 if self.steps is None else len(self.steps)
         return {"steps": steps, "measured": sum(len(x) for x, _ in self.measured)}
 
     def searched(self, count: int, batch_size: int) -> list[Labelled] | None:
-        """Return ``count`` of the images for the steps in batches, with labels where there are any."""
+        """Return ``count`` of the images for the steps in batches, with labels if there are any."""
         return None if self.steps is None else _batches(self.steps[:count], self.labels, batch_size)
 
 
@@ -48,7 +48,7 @@ def split(
     model: nn.Module,
     progress: bool,
 ) -> Parts:
-    """Return ``limit`` images at most in two parts of equal size, drawn at random; copies of an image are left out.
+    """Return at most ``limit`` images in two parts of equal size, drawn at random; copies of an image are omitted.
 
     Raises:
         DataError: there are fewer than 8 different images, or unusable ones.

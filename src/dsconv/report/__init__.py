@@ -1,4 +1,4 @@
-"""Pictures of what was found, and a page that holds all of it: ``pip install 'dsconv[report]'``."""
+"""Pictures of results, and a page that contains all of them: ``pip install 'dsconv[report]'``."""
 
 from dsconv.report.benches import draw_benches
 from dsconv.report.contents import Report

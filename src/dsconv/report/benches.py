@@ -1,4 +1,4 @@
-"""Times of networks in several runtimes as bars."""
+"""Bar charts of the times of networks in several runtimes."""
 
 import math
 import os
@@ -15,19 +15,19 @@ from dsconv.report.pictures import COLOURS
 _BAR_INCHES = 0.26
 _MOST_INCHES = 16
 _RUNTIMES = dict(zip((OURS, "PyTorch", "ONNX Runtime", "OpenVINO", "MNN"), COLOURS, strict=False))
-# Of a runtime's colour; the rest is white.
+# Opacity of a runtime's colour, on white.
 _SHADES = {"float32": 0.35, "bf16": 0.65, "not compiled": 0.5, "direct": 0.8, "winograd": 0.8, "Winograd": 0.8}
 
 
 def draw_benches(path: str | os.PathLike[str], benches: Sequence[Bench]) -> Path:
     """Write a picture: for each network, a group of bars for each batch size and number of threads.
 
-    A bar is the median time per image, with its quartiles, and above those of other runtimes stands dsconv's time over
-    theirs.
+    A bar is the median time per image, with its quartiles; the label above the bar of another runtime is the ratio of
+    dsconv's time to its time.
 
     Args:
-        path: of the file; its suffix is the format, such as ``.png`` or ``.svg``. Never left half written.
-        benches: one or more, each of a network.
+        path: path of the file, written atomically; its suffix is the format, such as ``.png`` or ``.svg``.
+        benches: one or more, each for one network.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -87,7 +87,7 @@ def _panel(axis: Any, bench: Bench, names: Sequence[str]) -> None:
 
 
 def _spread(timing: Timing | None) -> tuple[float, float]:
-    """How far the quartiles of the time per image lie below and above its median."""
+    """Return the distances of the quartiles of the time per image from its median, below and above."""
     if timing is None:
         return math.nan, math.nan
     below, above = timing.median_ms - timing.first_quartile_ms, timing.third_quartile_ms - timing.median_ms

@@ -1,4 +1,4 @@
-"""The contents of a report on a quantized network, as plain data."""
+"""Contents of a report on a quantized network, as plain data."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,18 +17,18 @@ from dsconv.report.distribution import Distribution
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Facts about a quantized layer; None where it was not measured.
+    """Facts about a quantized layer; None if not measured.
 
     Attributes:
         summary: its settings and sizes.
-        weights: of the float network, and what VQK and KDS stand for.
-        inputs: of the layer in the float network, and what it reads in the quantized one, as mantissas and exponents.
-            Without a reference both are of the quantized network.
-        exponents: number of blocks of the input by their exponent e, a value being ``mantissa * 2^e``.
-        zero_blocks: number of those that are all zero, and have none.
+        weights: weights of the float network, and those represented by VQK and KDS.
+        inputs: inputs of the layer in the float network, and in the quantized one as mantissas and exponents. Without a
+            reference, both are from the quantized network.
+        exponents: number of blocks of the input by their exponent e, where a value is ``mantissa * 2^e``.
+        zero_blocks: number of all-zero blocks, which have no exponent.
         output_sqnr_db: as in :class:`dsconv.evaluation.Comparison`.
-        kl: divergence in nats that it causes alone; None of outputs that are no logits.
-        distance: what it causes alone by the report's ``sensitivity_measure``.
+        kl: divergence in nats caused by this layer alone; None for outputs that are not logits.
+        distance: distance caused by this layer alone, by the report's ``sensitivity_measure``.
     """
 
     summary: LayerSummary
@@ -43,21 +43,21 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that a page shows.
+    """Contents of a page.
 
     Attributes:
-        name: of the network.
+        name: name of the network.
         reference: name of the float network, None without one.
-        images: folder that the images are from, None where it was none.
-        config: the settings it was quantized with, None where unknown.
-        preprocess: how the images were prepared, or are to be where there are none; None where unknown.
-        accuracy: beside the reference, or alone, or None without images.
-        task: as a user said it, None where it is told by the outputs.
+        images: folder of the images, None if they are not from a folder.
+        config: the settings it was quantized with, None if unknown.
+        preprocess: preprocessing of the images, or the required one without images; None if unknown.
+        accuracy: comparison with the reference, or evaluation without one, or None without images.
+        task: task given by the user, None if it is determined from the outputs.
         sensitivity_images: number of images that ``Layer.distance`` was measured on.
-        sensitivity_measure: name of that, see :class:`dsconv.mixed.Sensitivity`.
+        sensitivity_measure: name of that distance, see :class:`dsconv.mixed.Sensitivity`.
         classes: names of the classes.
-        missing: for each part of the page that has no data, why; what to type stands between backticks.
-        warnings: what a reader has to know before anything else.
+        missing: for each part of the page without data, the reason; commands to type are in backticks.
+        warnings: warnings shown at the top of the page.
     """
 
     name: str
@@ -80,17 +80,17 @@ class Report:
 
     @property
     def int8_bytes(self) -> int:
-        """With every weight in 8 bits, a float32 scale for each output channel, and all else as it is."""
+        """Size with all weights in 8 bits and a float32 scale per output channel, and everything else unchanged."""
         rows = self.summary.layers
         return sum(row.bytes_before // 4 + 4 * row.shape[0] for row in rows if row.shape) + self.summary.other_bytes
 
     @property
     def comparison(self) -> Comparison | None:
-        """``accuracy`` where there is a reference."""
+        """``accuracy`` if there is a reference."""
         return self.accuracy if isinstance(self.accuracy, Comparison) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: the figures of the page, without its images."""
+        """Return plain data, ready for JSON: the figures of the page, without its images."""
         seen = [asdict(disagreement) for disagreement in self.disagreements]
         return {
             "name": self.name,

@@ -1,4 +1,4 @@
-"""The images, or other inputs, on which two networks differ most."""
+"""Images, or other inputs, on which two networks differ most."""
 
 import io
 import math
@@ -17,7 +17,7 @@ _PIXELS = 160
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Answer of a network to an image: the class of the largest logit, and its probability."""
+    """Answer of a network for an image: the class of the largest logit, and its probability."""
 
     index: int
     probability: float
@@ -25,14 +25,14 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Disagreement:
-    """An image, or another input, that the two networks see differently.
+    """Image, or another input, on which the two networks differ.
 
     Attributes:
-        name: of its file, or its number.
-        distance: of the outputs: KL divergence of logits in nats, else relative error.
-        jpeg: the image as the networks see it, small; None where the input is no image.
-        label: its class, None where unknown.
-        reference, quantized: answers of classifiers; None of other networks.
+        name: name of its file, or its number.
+        distance: distance of the outputs: KL divergence of logits in nats, otherwise relative error.
+        jpeg: thumbnail of the preprocessed image; None if the input is not an image.
+        label: its class, None if unknown.
+        reference, quantized: answers of classifiers; None for other networks.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Disagreement:
 
 
 class Worst:
-    """The inputs on which two networks differ most, of those seen so far; those with two classes come first."""
+    """Inputs on which two networks differ most, among those seen so far; those with two classes come first."""
 
     def __init__(self) -> None:
         self._seen = 0
         self._kept: list[tuple[tuple[bool, float], int, Tensor | None, int | None, tuple[Answer, Answer] | None]] = []
 
     def add(self, x: Batch, labels: Tensor | None, far: Tensor, logits: tuple[Tensor, Tensor] | None) -> None:
-        """Look at a batch, of which :func:`dsconv.compare` tells ``each`` this."""
+        """Add a batch, with the arguments that :func:`dsconv.compare` passes to ``each``."""
         same = [True] * len(far)
         if logits is not None:
             same = (logits[0].argmax(1) == logits[1].argmax(1)).tolist()
@@ -90,7 +90,7 @@ def _answer(logits: Tensor) -> Answer:
 def _jpeg(x: Tensor, preprocess: Preprocess | None) -> bytes:
     if len(x) not in (1, 3):
         x, preprocess = x.mean(0, keepdim=True), None
-    if preprocess is None:  # from its darkest value to its brightest
+    if preprocess is None:  # from its darkest to its brightest value
         low, high = x.aminmax()
         std = 1 / max(float(high - low), 1e-30)
         preprocess = Preprocess(mean=-float(low) * std, std=std)

@@ -11,8 +11,8 @@ from dsconv.layers import DSLayer
 from dsconv.numerics import sqnr_db
 
 BINS = 64
-_WEIGHTS = 1 << 17  # looked at in a layer
-# The share of values at each end that a histogram counts in its outermost bins.
+_WEIGHTS = 1 << 17  # number of weights of a layer that are used
+# Fraction of values at each end that a histogram counts in its outermost bins.
 _TAIL = 5e-4
 _WEIGHTS_DIFFER_DB = 3.0
 
@@ -24,10 +24,10 @@ class Distribution:
     Attributes:
         low, high: ends of the histogram's :data:`BINS` equal bins; values beyond are counted in the outermost.
         before, after: number of values in each.
-        figures: for each statistic its values before and after.
+        figures: values of each statistic before and after.
         sqnr_db: ``10 log10(sum before^2 / sum (before - after)^2)``, value by value.
-        moved: first Wasserstein distance between the two distributions over the standard deviation of ``before``: how
-            far a value moves, on average, where both are sorted. 0 is the same distribution.
+        moved: first Wasserstein distance between the two distributions divided by the standard deviation of ``before``:
+            the mean difference of values after sorting both. 0 means equal distributions.
     """
 
     low: float
@@ -40,7 +40,7 @@ class Distribution:
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor) -> "Distribution":
-        """Compare finite values, at least one, with those that take their place, in the same order.
+        """Compare finite values, at least one, with their quantized counterparts, in the same order.
 
         >>> found = Distribution.of(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, 3.0]))
         >>> round(found.moved, 2), found.figures["maximum"]
@@ -79,7 +79,7 @@ def of_weights(before: nn.Module, layer: DSLayer) -> Distribution:
 
 
 def differ(weights: Distribution, layer: DSLayer) -> bool:
-    """Tell whether they are further apart than they were when ``layer`` was made."""
+    """Return whether they differ by more than they did when ``layer`` was made."""
     known = layer.weight_sqnr_db
     return known is not None and weights.sqnr_db < known - _WEIGHTS_DIFFER_DB
 

@@ -1,4 +1,4 @@
-"""Measures what a report tells of a quantized network: see :func:`gather`."""
+"""Measurements for a report on a quantized network: see :func:`gather`."""
 
 import os
 from collections.abc import Sequence
@@ -50,24 +50,24 @@ def gather(
     data_range: float | None = None,
     metric: Metric | None = None,
 ) -> Report:
-    """Measure what a report tells of a quantized network. What cannot be known is None, and said in ``missing``.
+    """Measure the contents of a report on a quantized network. Unknown parts are None, with a reason in ``missing``.
 
     Args:
         qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`, on the CPU.
-        name: of the network; None is how :func:`dsconv.zoo.build` was told, or its class.
+        name: name of the network; None uses its name in :func:`dsconv.zoo.build`, or its class.
         reference: the float network it was made from.
-        images, preprocess, limit, batch_size, workers: as in :func:`dsconv.evaluate`; passed over more than once.
+        images, preprocess, limit, batch_size, workers: as in :func:`dsconv.evaluate`; iterated more than once.
         classes: names of the classes, by index; by default those of a folder's class folders.
-        sensitivity_images: number of images on which each layer is quantized alone; 0 is not at all.
-        input_shape: ``(C, H, W)`` of the image that steps are timed on; None is that of ``images``.
-        runs: that are timed, at least 2; 0 is none.
-        benches: of :func:`dsconv.bench` or :func:`dsconv.benchmarking.results.read_benches`.
+        sensitivity_images: number of images on which each layer is quantized alone; 0 omits this.
+        input_shape: ``(C, H, W)`` of the image used for timing steps; None is that of ``images``.
+        runs: number of timed runs, at least 2; 0 omits them.
+        benches: from :func:`dsconv.bench` or :func:`dsconv.benchmarking.results.read_benches`.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
         task, data_range, metric: as in :func:`dsconv.compare`.
 
     Raises:
-        ConfigError, DataError, ModelError: as :func:`dsconv.compare` and :func:`dsconv.sensitivity`; ``reference`` is
-            another network than ``qmodel`` was made from.
+        ConfigError, DataError, ModelError: as :func:`dsconv.compare` and :func:`dsconv.sensitivity`; or ``qmodel`` was
+            not made from ``reference``.
 
     >>> import dsconv
     >>> net = dsconv.zoo.build("dsconv/digits_resnet")
@@ -184,7 +184,7 @@ def _name(model: nn.Module, info: ModelInfo | None) -> str:
 
 
 def _missing(reference: nn.Module | None, source: Batches | None, info: ModelInfo | None) -> dict[str, str]:
-    """For each part that has no data, what to pass to get it."""
+    """Return, for each part without data, the argument needed to get it."""
     made_from = (info and info.architecture) or "MODEL"
     calls = {
         "reference": f"`--reference {made_from}` (in Python `reference=`)",
@@ -217,7 +217,7 @@ def _random(shape: Sequence[int] | None) -> Tensor | None:
 
 
 def _profile(qmodel: nn.Module, example: Batch | None, runs: int) -> Profile | str:
-    """Times of the steps, or why there are none."""
+    """Return the times of the steps, or why there are none."""
     if not runs:
         return "Pass `--runs 20` (in Python `runs=20`)."
     if example is None:

@@ -16,16 +16,16 @@ from dsconv.layers import DSLayer
 from dsconv.numerics import NONFINITE, dequantize_activation, quantize_activation
 from dsconv.report.distribution import Distribution
 
-_VALUES = 1 << 15  # of a layer's input that are kept
+_VALUES = 1 << 15  # number of values of a layer's input that are kept
 _LEAST_ROWS = 16
-_PATCHES = 1 << 23  # values of the images of a batch that are cut into patches
+_PATCHES = 1 << 23  # number of values of a batch's images that are converted to patches
 
 
 @dataclass
 class Sample:
-    """A sample of a layer's inputs: rows ``(P, C)`` of what blocks are cut from, in both networks at the same places.
+    """Sample of a layer's inputs: rows ``(P, C)`` that are divided into blocks, at the same positions in both networks.
 
-    Kept are the rows of the least random keys, which makes it a sample of all that was offered.
+    The rows with the smallest random keys are kept, which makes it a sample of all rows added.
     """
 
     keys: Tensor
@@ -33,7 +33,7 @@ class Sample:
     after: Tensor
 
     def add(self, keys: Tensor, before: Tensor, after: Tensor) -> None:
-        """Offer more rows, with a key each."""
+        """Add more rows, with a key each."""
         self.keys = torch.cat([self.keys, keys])
         kept = self.keys.topk(min(len(self.keys), _rows_of(after.shape[1])), largest=False).indices
         self.keys = self.keys[kept]
@@ -46,14 +46,14 @@ def _rows_of(channels: int) -> int:
 
 @contextmanager
 def sampled(layers: Mapping[str, DSLayer], reference: nn.Module | None) -> Iterator[dict[str, Sample]]:
-    """Hook the layers and their namesakes in the reference, which is to run before; yield samples of their inputs."""
+    """Hook the layers and their namesakes in the reference, which must run first; yield samples of their inputs."""
     samples: dict[str, Sample] = {}
     expected: defaultdict[str, deque[Tensor]] = defaultdict(deque)
     calls: Counter[tuple[str, bool]] = Counter()
 
     def draw(name: str, is_float: bool, args: Any, kwargs: Any) -> tuple[Tensor, torch.Generator]:
         calls[name, is_float] += 1
-        generator = torch.Generator().manual_seed(calls[name, is_float])  # the same places in both networks
+        generator = torch.Generator().manual_seed(calls[name, is_float])  # the same positions in both networks
         return _rows_read(layers[name], args[0] if args else next(iter(kwargs.values())), generator), generator
 
     def remember(name: str, args: Any, kwargs: Any) -> None:
@@ -84,7 +84,7 @@ def sampled(layers: Mapping[str, DSLayer], reference: nn.Module | None) -> Itera
 
 
 def _rows_read(layer: Any, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows ``(P, C)`` at random places of a layer's input ``x``, on the CPU in float32."""
+    """Return rows ``(P, C)`` at random positions of a layer's input ``x``, on the CPU in float32."""
     if layer.dims == 0:
         x = x.reshape(-1, x.shape[-1], 1)
     elif x.dim() == layer.vqk.dim() - 1:

@@ -1,4 +1,4 @@
-"""A report as one page of HTML that needs nothing but itself: no network, no scripts."""
+"""Report as one self-contained HTML page, without network access or scripts."""
 
 import base64
 import datetime
@@ -28,7 +28,7 @@ _SIGNS = {
     "auto": "a sign beside the bits in layers whose input can be negative",
 }
 
-# Figures of a network by itself: title, field and unit.
+# Figures of a single network: title, field and unit.
 _ACCURACIES = (("mIoU", "miou", "%"), ("PSNR", "psnr_db", "dB"), ("SSIM", "ssim", ""))
 _MEASURES = {
     "agreement": "agreement, %",
@@ -42,7 +42,7 @@ _MEASURES = {
 
 
 def write_page(path: str | os.PathLike[str], report: Report) -> Path:
-    """Write a report as a page of HTML, never left half written.
+    """Write a report as an HTML page, atomically.
 
     Raises:
         MissingExtraError: jinja2 is not installed.
@@ -50,18 +50,18 @@ def write_page(path: str | os.PathLike[str], report: Report) -> Path:
     """
     text, path = page(report), as_path(path)
     with replacing(path) as beside:
-        # Names of files may hold bytes that are no characters.
+        # Names of files may contain invalid bytes.
         beside.write_bytes(text.encode("utf-8", "backslashreplace"))
     return path
 
 
 def write_report(path: str | os.PathLike[str], qmodel: nn.Module, **options: Any) -> Path:
-    """Measure a quantized network and write what was found as one page of HTML.
+    """Measure a quantized network and write the results as one HTML page.
 
     Args:
-        path: of the file, which is replaced where there is one.
+        path: path of the file, which is replaced if it exists.
         qmodel: from :func:`dsconv.quantize` or :func:`dsconv.load`.
-        options: of :func:`dsconv.report.gather`, such as ``reference`` and ``images``.
+        options: options of :func:`dsconv.report.gather`, such as ``reference`` and ``images``.
 
     Raises:
         ConfigError, DataError, ModelError: as :func:`dsconv.report.gather`.
@@ -82,11 +82,11 @@ def write_report(path: str | os.PathLike[str], qmodel: nn.Module, **options: Any
 
 
 def page(report: Report) -> str:
-    """The page as text."""
+    """Return the page as text."""
     jinja2 = import_extra("report", "jinja2")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dsconv", "report"),
-        autoescape=True,  # names of files, layers and classes are a user's
+        autoescape=True,  # names of files, layers and classes come from users
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -124,7 +124,7 @@ def page(report: Report) -> str:
 
 
 def _steps(counts: Sequence[int], most: int, width: float, base: float, *, log: bool) -> str:
-    """Outline of a histogram as the path of an SVG, its columns ``width`` wide in all and ``base`` high at most."""
+    """Return the outline of a histogram as an SVG path, with a total ``width`` and a maximum height ``base``."""
     step = width / len(counts)
     tops = [base * (1 - _height(count, most, log=log)) for count in counts]
     points = "".join(f"V{top:.1f}H{step * (i + 1):.1f}" for i, top in enumerate(tops))
@@ -132,32 +132,32 @@ def _steps(counts: Sequence[int], most: int, width: float, base: float, *, log: 
 
 
 def _height(count: int, most: int, *, log: bool = False) -> float:
-    """Of a column, 0..1; on a logarithmic scale that a single value still shows on."""
+    """Return the height of a column, 0..1; the logarithmic scale keeps a single value visible."""
     return math.log1p(count) / math.log1p(most) if log else count / most
 
 
 def _log_range(values: Sequence[float]) -> tuple[int, int]:
-    """Whole powers of ten, as exponents, between which the positive ones of ``values`` lie."""
+    """Return the exponents of the powers of ten that enclose the positive ``values``."""
     logs = [math.log10(value) for value in values if value > 0 and math.isfinite(value)]
     low = math.floor(min(logs, default=0.0))
     return low, max(low + 1, math.ceil(max(logs, default=1.0)))
 
 
 def _part(value: float, low: float, high: float, *, log: bool = False) -> float:
-    """Length of a bar, 0..1, between these values, or these powers of ten; 0 for what is none."""
+    """Return the length of a bar, 0..1, between these values, or these powers of ten; 0 for a missing value."""
     if math.isnan(value) or (log and value <= 0):
         return 0.0
     return min(1.0, max(0.0, ((math.log10(value) if log else value) - low) / (high - low)))
 
 
 def _by_setting(timings: Sequence[Timing]) -> list[tuple[tuple[int, int], list[Timing]]]:
-    """By batch size and number of threads."""
+    """Return the timings by batch size and number of threads."""
     grouped = itertools.groupby(timings, key=lambda timing: (timing.batch_size, timing.threads))
     return [(setting, list(group)) for setting, group in grouped]
 
 
 def _settings(row: LayerSummary) -> str:
-    """In words: bits, block and where the sign of an activation goes."""
+    """Return the settings in words: bits, block size and sign convention of activations."""
     activations = (
         f"activations {row.activation_bits} bits {row.activation_sign}"
         if row.activation_bits
@@ -171,12 +171,12 @@ def _settings(row: LayerSummary) -> str:
 
 
 def _digits(value: float) -> str:
-    """As :func:`dsconv.benchmarking.results.digits`, and of the smallest times a little more."""
+    """Format like :func:`dsconv.benchmarking.results.digits`, with more digits for the smallest times."""
     return digits(value) if value >= 0.1 else f"{value:.4f}"
 
 
 def _shown(found: Comparison | None) -> dict[str, str]:
-    """The measures that an output has, with their titles."""
+    """Return the measures that an output has, with their titles."""
     outputs = found.outputs.values() if found is not None else ()
     return {name: title for name, title in _MEASURES.items() if any(getattr(one, name) is not None for one in outputs)}
 

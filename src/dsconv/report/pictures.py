@@ -1,4 +1,4 @@
-"""Weights before and after, the error of each layer, what a search for its bits found, and networks side by side."""
+"""Pictures of weights before and after, the error of each layer, search results, and comparisons of networks."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from dsconv.errors import ConfigError, import_extra
 from dsconv.files import as_path, replacing
 from dsconv.tradeoffs import Candidate, Cost, Tradeoff
 
-# Okabe and Ito's, which the colour-blind can tell apart.
+# The palette of Okabe and Ito, which is suitable for colour-blind readers.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _FLOAT = "#BBBBBB"
 _MARKERS = "osD^v"
@@ -33,10 +33,10 @@ def draw(
     """Write a picture: histograms of weights before and after, and the output SQNR of every layer as bars.
 
     Args:
-        path: of the file; its suffix is the format, such as ``.png`` or ``.svg``. Never left half written.
+        path: path of the file, written atomically; its suffix is the format, such as ``.png`` or ``.svg``.
         network: the float network.
         quantized: the networks made from it, by the name of their settings. Histograms show the first two.
-        layer_sqnr_db: for each of these, the output SQNR in dB by layer, as :func:`dsconv.compare` measures it.
+        layer_sqnr_db: for each of these, the output SQNR in dB by layer, as measured by :func:`dsconv.compare`.
         layers: names of the layers whose weights are shown.
 
     Raises:
@@ -65,7 +65,7 @@ def draw(
 def draw_sensitivity(
     path: str | os.PathLike[str], layers: Mapping[str, Mapping[str, float]], measure: str = "KL divergence"
 ) -> Path:
-    """Write a picture of what each layer costs alone.
+    """Write a picture of the cost of each layer alone.
 
     Args:
         path: as in :func:`draw`.
@@ -97,12 +97,12 @@ def draw_pareto(
     chosen: tuple[float, float],
     measure: str = "KL divergence",
 ) -> Path:
-    """Write a picture of the least distance from the float network that is predicted at each size.
+    """Write a picture of the least predicted distance from the float network at each size.
 
     Args:
         path: as in :func:`draw`.
-        curve: effective bits a weight and distance.
-        chosen: the same of the selection made.
+        curve: pairs of effective bits per weight and distance.
+        chosen: the same for the selected point.
         measure: name of the distance, see :class:`dsconv.mixed.Sensitivity`.
 
     Raises:
@@ -120,14 +120,14 @@ def draw_pareto(
 
 
 def draw_tradeoff(path: str | os.PathLike[str], found: Tradeoff) -> Path:
-    """Write a picture of the accuracy of networks over their size, and over their time where it was measured.
+    """Write a picture of the accuracy of networks over their size, and over their time if it was measured.
 
-    Those on the Pareto front are filled and joined by a line; the broken line is the float network. Times have their
+    Networks on the Pareto front are filled and joined by a line; the dashed line is the float network. Times have their
     quartiles.
 
     Args:
         path: as in :func:`draw`.
-        found: with accuracies.
+        found: a tradeoff with accuracies.
 
     Raises:
         ConfigError: there are no accuracies.
@@ -167,7 +167,7 @@ def draw_tradeoff(path: str | os.PathLike[str], found: Tradeoff) -> Path:
 
 
 def _place(candidate: Candidate, cost: Cost) -> tuple[float, float]:
-    """Megabytes or milliseconds, and accuracy."""
+    """Return megabytes or milliseconds, and accuracy."""
     return _cost(candidate, cost), math.nan if candidate.accuracy is None else candidate.accuracy
 
 

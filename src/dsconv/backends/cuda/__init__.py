@@ -1,7 +1,7 @@
-"""The backend for integers on GPUs: a :class:`dsconv.backends.Backend` by kernels in Triton.
+"""Backend for integers on GPUs: a :class:`dsconv.backends.Backend` by Triton kernels.
 
-Sums within a block are of integers, by the matrix instructions for bytes; terms are added in the order in which the
-kernels for CPUs add them, so that layers give the same bits. Triton is imported when a layer comes to a GPU.
+Sums within a block are integer sums, by the matrix instructions for bytes; terms are added in the same order as in the
+CPU kernels, so that layers are bitwise equal. Triton is imported when a layer is moved to a GPU.
 """
 
 import math
@@ -20,7 +20,7 @@ from dsconv.ops import FLOAT_BITS, packing
 device: str | None = "cuda"
 keeps_memory = False
 cached_bytes: int | None = None
-_MOST_TAPS = 31  # as many bits say which of them lie inside the image
+_MOST_TAPS = 31  # as many bits mark those inside the image
 _LEAST_CAPABILITY = (8, 0)
 
 
@@ -90,7 +90,7 @@ def repeated(run: Callable[[Sequence[Tensor]], Any], alone: bool) -> Callable[[S
     return Graphs(run, alone)
 
 
-# The operators of dsconv.ops on tensors of GPUs.
+# Operators of dsconv.ops on GPU tensors.
 
 
 def _layers() -> Any:
@@ -100,7 +100,7 @@ def _layers() -> Any:
 
 
 def register(key: str) -> Any:
-    """Execute ``dsconv::conv2d`` and ``dsconv::linear`` by these kernels for a dispatch key; keep what it returns."""
+    """Execute ``dsconv::conv2d`` and ``dsconv::linear`` by these kernels for a dispatch key; keep the result."""
     library: Any = torch.library.Library("dsconv", "IMPL")  # type: ignore[no-untyped-call]
     for name in ("conv2d", "linear"):
         for overload in ("", ".out"):

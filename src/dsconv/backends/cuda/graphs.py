@@ -1,4 +1,4 @@
-"""A network as a CUDA graph for each size of its input."""
+"""CUDA graphs of a network, one for each size of its input."""
 
 import threading
 import warnings
@@ -11,7 +11,7 @@ from torch import Tensor
 from dsconv.backends.cuda import tuning
 
 _KEPT = 8
-# Tiles would be timed beside another capture, and its memory would be counted twice.
+# Otherwise tiles would be timed during another capture, and its memory counted twice.
 _capturing = threading.Lock()
 
 
@@ -23,11 +23,11 @@ class _Captured(NamedTuple):
 
 
 class Graphs:
-    """Runs a function of tensors as often as it is called; its outputs are the caller's own.
+    """Runs a function of tensors repeatedly; its outputs belong to the caller.
 
-    The first call for a size tries tiles and captures a graph, which the next ones replay; the 8 used last are kept.
-    What cannot be captured, for PyTorch waits for the GPU in it or memory is short, is run as it is. Calls from several
-    threads wait for one another.
+    The first call for a size tries tiles and captures a graph, which the next calls replay; the 8 used last are kept. A
+    function that cannot be captured, because PyTorch waits for the GPU in it or memory is short, is run directly. Calls
+    from several threads wait for one another.
     """
 
     def __init__(self, run: Callable[[Sequence[Tensor]], list[Any]], alone: bool):
@@ -44,7 +44,7 @@ class Graphs:
             if key not in self._captured:
                 with _capturing:
                     found = self._capture(xs)
-                while len(self._captured) >= _KEPT:  # the capture has waited until none of them is replayed any more
+                while len(self._captured) >= _KEPT:  # the capture has waited until none of them is being replayed
                     del self._captured[next(iter(self._captured))]
                 self._captured[key] = found
             found = self._captured[key] = self._captured.pop(key)
@@ -60,12 +60,12 @@ class Graphs:
         return outputs
 
     def _capture(self, xs: Sequence[Tensor]) -> _Captured | None:
-        """Return None where that is not possible."""
+        """Capture a graph; return None if that is not possible."""
         held = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in xs]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            if self._alone:  # PyTorch would compute with what no kernel has written
+            if self._alone:  # PyTorch would use memory that no kernel has written
                 with tuning.compiling():
                     self._run(held)
             with tuning.trying():
@@ -75,7 +75,7 @@ class Graphs:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may ask for memory meanwhile.
+            # Other threads may allocate memory meanwhile.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 outputs = self._run(held)
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Launches kernels on tensors. Pixels lie behind one another, the channels of each side by side."""
+"""Launches of kernels on tensors. Pixels are stored one after another, with contiguous channels."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,19 +12,19 @@ from dsconv.backends.cuda.layouts import Form, Rows, empty_rows, filled, whole_p
 from dsconv.ops.arguments import Sizes
 
 _INT32 = (1 << 31) - 1
-_SMALL = 1 << 14  # height and width that fit into one number, with kernels that leave the image
-_PIXELS = 32  # of a tile of kernels that are as fast as memory is
+_SMALL = 1 << 14  # maximum height and width that fit into one number, for kernels that read outside the image
+_PIXELS = 32  # of a tile of memory-bound kernels
 
 
 class Pixels(NamedTuple):
-    """Float32 pixels: a tensor that begins with the first channel of the first one, and values from one to the next."""
+    """Float32 pixels: a tensor that begins with the first channel of the first one, and the stride in values."""
 
     values: Tensor
     stride: int
 
 
 class Target(NamedTuple):
-    """Where outputs are quantized: rows, and the channel there that the first output becomes."""
+    """Destination of quantized outputs: rows, and the channel there of the first output."""
 
     rows: Rows
     first: int = 0
@@ -40,7 +40,7 @@ class Weights(NamedTuple):
 
 
 class PostOps(NamedTuple):
-    """What turns a sum into an output: ``activation((sum + bias) * gain + offset + residual)``."""
+    """Epilogue that converts a sum to an output: ``activation((sum + bias) * gain + offset + residual)``."""
 
     bias: Tensor | None = None
     gain: Tensor | None = None
@@ -55,7 +55,7 @@ _NO_FORM = Form(1, 32, 1, 0, "adaptive", False)
 
 
 class _Ends(NamedTuple):
-    """Arguments of kernels for what they write."""
+    """Arguments of kernels for their outputs."""
 
     y: Tensor
     y_stride: int
@@ -65,7 +65,7 @@ class _Ends(NamedTuple):
 
     @property
     def row_values(self) -> int:
-        """Values, or bytes of a quantized pixel, from one pixel to the next."""
+        """Stride from one pixel to the next, in values, or in bytes for a quantized pixel."""
         return max(self.y_stride, self.places[0])
 
 
@@ -91,14 +91,14 @@ def _ends(y: Pixels | None, target: Target | None, outputs: int, default: Tensor
 
 
 def fits(target: Target, tile: int = 64) -> bool:
-    """Whether a kernel can quantize its outputs for a target: these are blocks of a tile of so many outputs."""
+    """Return whether a kernel can quantize its outputs for a target: blocks must fit a tile of so many outputs."""
     form = target.rows.form
     whole = filled(form.block_size) == form.block_size or form.blocks == 1
     return form.groups == 1 and whole and filled(form.block_size) <= tile
 
 
 def quantize(x: Tensor, strides: tuple[int, int, int, int], size: tuple[int, int, int], target: Target) -> None:
-    """Quantize float32 images ``size (C, H, W)`` of strides (image, channel, row, pixel) in values."""
+    """Quantize float32 images ``size (C, H, W)`` with strides (image, channel, row, pixel) in values."""
     rows, first = target
     form = rows.form
     channels, height, width = size
@@ -118,14 +118,14 @@ def quantize(x: Tensor, strides: tuple[int, int, int, int], size: tuple[int, int
 
 
 def windows(sizes: Sizes, form: Form, strides: tuple[int, int, int, int], device: torch.device) -> Tensor:
-    """Return where the values of a window lie (:func:`kernels.quantize_windows`), for an input of these strides."""
+    """Return the offsets of a window's values (:func:`kernels.quantize_windows`), for an input with these strides."""
     s, (_, channel, row, pixel) = sizes, strides
     window = ((s.kernel_h, s.dilation_h * row, s.dilation_h), (s.kernel_w, s.dilation_w * pixel, s.dilation_w))
     return _windows(form, channel, window, device)
 
 
 def quantize_windows(x: Tensor, strides: tuple[int, int, int, int], sizes: Sizes, rows: Rows, table: Tensor) -> None:
-    """Quantize what each output of a convolution reads, as pixels of ``rows``; ``table`` is of :func:`windows`."""
+    """Quantize the input window of each output of a convolution, as pixels of ``rows``; see :func:`windows`."""
     s, form = sizes, rows.form
     image, _, row, pixel = strides
     images = rows.pixels // max(1, s.out_height * s.out_width)
@@ -142,10 +142,10 @@ def quantize_windows(x: Tensor, strides: tuple[int, int, int, int], sizes: Sizes
 
 @lru_cache(maxsize=256)
 def _windows(form: Form, channel: int, window: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
-    """Return where the values of a window lie, int32 ``(blocks * filled, 3)``: see :func:`kernels.quantize_windows`.
+    """Return the offsets of a window's values, int32 ``(blocks * filled, 3)``: see :func:`kernels.quantize_windows`.
 
-    A window is the size, and the values and pixels from one tap to the next, of rows and of columns. What fills up a
-    block lies outside every image.
+    A window is given by the size, and the values and pixels between taps, for rows and columns. The padding of a block
+    refers to positions outside every image.
     """
     (height, row, down), (width, column, right) = window
     table = torch.full((form.blocks, filled(form.block_size), 3), -_SMALL, dtype=torch.int32, device="cpu")
@@ -172,7 +172,7 @@ def convolve(
     y: Pixels | None,
     target: Target | None = None,
 ) -> None:
-    """Convolve quantized pixels to so many output pixels, to float32, a target that :func:`fits`, or both."""
+    """Convolve quantized pixels to output pixels, as float32, as a target that :func:`fits`, or both."""
     s, form = sizes, source.form
     flat = s.flat or (s.kernel_h, s.kernel_w) == (1, 1)
     dense = flat and (s.flat or (s.stride_h, s.stride_w, s.pad_h, s.pad_w) == (1, 1, 0, 0))
@@ -269,10 +269,9 @@ def pool(
     y: Pixels | None,
     target: Target | None = None,
 ) -> None:
-    """Maxima over windows of images of ``size (C, H, W)``, or averages.
+    """Compute maxima over windows of images of ``size (C, H, W)``, or averages.
 
-    ``divisor`` is that of averages; None: they are maxima, 0: the pixels in a window,
-    -1: these and zeros around the image.
+    ``divisor`` is that of averages; None: they are maxima, 0: the pixels in a window, -1: these and zero padding.
     """
     channels, height, width = size
     ends = _ends(y, target, channels, x.values)
@@ -301,9 +300,9 @@ def change(
     operand: tuple[Tensor, int, int, int] | None = None,
     offset: Tensor | None = None,
 ) -> None:
-    """Do one operation on all values.
+    """Apply one operation to all values.
 
-    ``operand`` is a tensor, and the values from pixel to pixel, image to image, and channel to channel.
+    ``operand`` is a tensor, and its strides from pixel to pixel, image to image, and channel to channel, in values.
     """
     tile = {"TILE_P": 16, "TILE_O": 64}
     b, *b_strides = operand or (x.values, 0, 0, 0)
@@ -317,12 +316,12 @@ def change(
 
 
 def _is_wide(*ends: int) -> bool:
-    """Whether a place does not fit into 32 bits."""
+    """Return whether an offset does not fit into 32 bits."""
     return max(ends) > _INT32
 
 
 def _reach(strides: tuple[int, ...], size: tuple[int, ...]) -> int:
-    """Values from the first to the last one, which are more than there are where some are left out."""
+    """Return the extent from the first to the last value, which exceeds their number if some are skipped."""
     return sum(abs(stride) * (n - 1) for stride, n in zip(strides, size, strict=True))
 
 

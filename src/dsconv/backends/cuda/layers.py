@@ -1,4 +1,4 @@
-"""Layers on tensors: the operators of :mod:`dsconv.ops` by kernels in Triton."""
+"""Layers on GPU tensors: the operators of :mod:`dsconv.ops` by Triton kernels."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def run(name: str, *args: Any, out: Tensor | None = None, **named: Any) -> Tenso
     """Execute ``conv2d`` or ``linear``.
 
     Raises:
-        ValueError: the arguments do not belong together.
+        ValueError: the arguments do not match.
     """
     if name == "linear":
         c = linear_call(*args, **named)
@@ -94,7 +94,7 @@ def _strides(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def form_of(s: Sizes, bits: int, sign: str, shift: bool) -> Form:
-    """Return how the input of a convolution is quantized."""
+    """Return the quantization format of a convolution's input."""
     depth = s.channels // s.groups * (s.kernel_h * s.kernel_w if s.flat else 1)
     return Form(depth, s.block_size, s.groups, bits, sign, shift)
 
@@ -120,7 +120,7 @@ def _check_weights(name: str, c: Call, s: Sizes) -> None:
         raise ValueError(
             f"dsconv::{name}: weight: expected {dtype}, got {c.weight.dtype}: it was packed for another device"
         )
-    together = c.kds_shift is not None and not c.kds_shift.numel()  # KDS and shift lie in one number
+    together = c.kds_shift is not None and not c.kds_shift.numel()  # KDS and shift share one number
     if c.kds.dtype != (torch.int32 if together else torch.float32):
         raise ValueError(f"dsconv::{name}: kds: expected float32, or int32 beside an empty shift, got {c.kds.dtype}")
     each, shifts = (c.outputs,), (0,) if together else scales

@@ -1,14 +1,13 @@
-"""What lies where on a GPU.
+"""Memory layouts on a GPU.
 
-Quantized activations (:class:`Rows`) are a row of mantissas for each pixel: int8 ``(pixels, row_bytes)``, with the
-blocks of a row, group by group, filled up to :func:`filled` bytes. Scales ``2^e`` and terms of a shift are float32
-``(blocks, pixels)``, so that those of neighbouring pixels are read together. A scale is NaN where a block is not
-finite.
+Quantized activations (:class:`Rows`) have a row of mantissas per pixel: int8 ``(pixels, row_bytes)``, with the blocks
+of a row, group by group, padded to :func:`filled` bytes. Scales ``2^e`` and terms of a shift are float32 ``(blocks,
+pixels)``, so that those of neighbouring pixels are read together. A scale is NaN if a block is not finite.
 
-Weights (:func:`pack`) are int8 ``(terms, outputs, filled)``, a term for each tap and block, those of up to 4 bits two
-terms in a byte: the low nibble is the first one's. The outputs of each group are filled up to a multiple of 64. KDS
-are ``(terms, outputs)``: float32, and a shift likewise; where both are float16, int32 that hold a KDS in the low half
-and its shift in the high one, and an empty tensor in the place of the shift.
+Weights (:func:`pack`) are int8 ``(terms, outputs, filled)``, with a term for each tap and block; with up to 4 bits, two
+terms share a byte, the first in the low nibble. The outputs of each group are padded to a multiple of 64. KDS are
+``(terms, outputs)``: float32, and a shift likewise; if both are float16, they are int32 with the KDS in the low half
+and its shift in the high half, and an empty tensor replaces the shift.
 """
 
 from typing import NamedTuple
@@ -21,12 +20,12 @@ from dsconv.numerics import block_count
 from dsconv.ops import packing
 
 PANEL = 64
-"""Outputs of a group are filled up to a multiple of these."""
-_SMALLEST_BLOCK = 32  # that matrix instructions take
+"""The outputs of a group are padded to a multiple of this."""
+_SMALLEST_BLOCK = 32  # size for matrix instructions
 
 
 def filled(block_size: int) -> int:
-    """Bytes of a block in rows and weights.
+    """Return the bytes of a block in rows and weights.
 
     >>> filled(8), filled(48), filled(64)
     (32, 64, 64)
@@ -35,12 +34,12 @@ def filled(block_size: int) -> int:
 
 
 def whole_panels(outputs: int) -> int:
-    """Outputs of a group with those that fill it up."""
+    """Return the outputs of a group including padding."""
     return -(-outputs // PANEL) * PANEL
 
 
 class Form(NamedTuple):
-    """How activations are quantized: ``depth`` channels in each of the groups, in blocks."""
+    """Quantization format of activations: ``depth`` channels in each of the groups, in blocks."""
 
     depth: int
     block_size: int
@@ -51,7 +50,7 @@ class Form(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """Blocks of a group."""
+        """Number of blocks of a group."""
         return block_count(self.depth, self.block_size)
 
     @property
@@ -59,12 +58,12 @@ class Form(NamedTuple):
         return self.groups * self.blocks * filled(self.block_size)
 
     def bytes(self, pixels: int) -> int:
-        """Memory of so many pixels."""
+        """Return the memory of ``pixels`` pixels in bytes."""
         return pixels * (self.row_bytes + self.groups * self.blocks * (8 if self.shift else 4))
 
 
 class Rows(NamedTuple):
-    """Quantized pixels: mantissas, scales and terms of the shift, which are the scales where there is none."""
+    """Quantized pixels: mantissas, scales and terms of the shift, which are the scales if there is no shift."""
 
     form: Form
     pixels: int
@@ -74,7 +73,7 @@ class Rows(NamedTuple):
 
 
 def rows_in(memory: Tensor, form: Form, pixels: int) -> Rows:
-    """Lay rows into contiguous int8 ``memory`` of at least ``form.bytes(pixels)``, aligned to 16 bytes."""
+    """Place rows in contiguous int8 ``memory`` of at least ``form.bytes(pixels)``, aligned to 16 bytes."""
     ends = [pixels * form.row_bytes]
     for _ in range(2 if form.shift else 1):
         ends.append(ends[-1] + 4 * pixels * form.groups * form.blocks)
@@ -91,7 +90,7 @@ def empty_rows(form: Form, pixels: int, device: torch.device) -> Rows:
 def pack(
     vqk: Tensor, kds: Tensor, kds_shift: Tensor | None, config: LayerConfig, groups: int, depthwise: bool
 ) -> packing.Packed:
-    """Weights of a layer as the kernels read them, on the device of VQK.
+    """Pack the weights of a layer in the layout of the kernels, on the device of VQK.
 
     Args:
         vqk: int8 ``(O, C/groups, *K)`` with up to two kernel dimensions.
@@ -101,7 +100,7 @@ def pack(
         depthwise: its activations stay float: weights are float32 ``(taps, O)``, and KDS ``(O,)``.
 
     Raises:
-        ValueError: shapes or dtypes that do not belong together.
+        ValueError: shapes or dtypes do not match.
     """
     packing.check_layer(vqk, kds, kds_shift, config)
     if depthwise:
@@ -129,7 +128,7 @@ def pack(
 
 
 def _by_term(values: Tensor, groups: int) -> Tensor:
-    """Return ``(taps, blocks, O, ...)`` as ``(taps * blocks, groups * filled outputs, ...)``, zeros filling them up."""
+    """Return ``(taps, blocks, O, ...)`` as ``(taps * blocks, groups * padded outputs, ...)``, padded with zeros."""
     taps, blocks, outputs, *rest = values.shape
     made = values.new_zeros((taps * blocks, groups, whole_panels(outputs // groups), *rest))
     made[:, :, : outputs // groups] = values.reshape(taps * blocks, groups, outputs // groups, *rest)

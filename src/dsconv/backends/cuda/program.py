@@ -1,4 +1,4 @@
-"""The steps of a network as launches over one piece of memory: a :class:`dsconv.backends.base.Executable`."""
+"""Steps of a network as kernel launches on one block of memory: a :class:`dsconv.backends.base.Executable`."""
 
 import math
 import time
@@ -41,7 +41,7 @@ class _Quantized(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run: its images, and the tensors that values lie in; the first one is the memory between steps."""
+    """Run: its images, and the tensors that contain the values; the first one is the memory between steps."""
 
     images: int
     bases: Sequence[Any]
@@ -51,7 +51,7 @@ Launch = Callable[[Run], None]
 
 
 def _kept(values: Sequence[float], dtype: torch.dtype) -> Callable[[torch.device], Tensor]:
-    """Return what gives them as a tensor on a device. It is made once: a graph that is captured cannot copy lists."""
+    """Return a function for the values as a tensor on a device, made once: CUDA graphs cannot copy lists."""
 
     @cache
     def on(device: torch.device) -> Tensor:
@@ -61,7 +61,7 @@ def _kept(values: Sequence[float], dtype: torch.dtype) -> Callable[[torch.device
 
 
 class CudaProgram:
-    """Steps that launch kernels, most of them one."""
+    """Steps that launch kernels, usually one each."""
 
     def __init__(self) -> None:
         self._values: list[_Value] = []
@@ -104,19 +104,19 @@ class CudaProgram:
         return self._end * images
 
     def _pixels(self, value: int, run: Run) -> Pixels:
-        """A value whose pixels lie behind one another."""
+        """Return a value stored as consecutive pixels."""
         v = self._values[value]
         memory = run.bases[v.base].flatten()
         return Pixels(memory[(0 if v.base else v.offset * run.images // 4) + v.first :], v.strides[3])
 
     def _in_pixels(self, value: int, run: Run) -> Pixels:
-        """A value in pixels, copied where its channels lie in lines, as those of an input may."""
+        """Return a value as pixels, copied if it is NCHW, as an input may be."""
         if self._values[value].strides[1] == 1:
             return self._pixels(value, run)
         return Pixels(self._tensor(value, run).contiguous().flatten(), self._values[value].size[0])
 
     def _tensor(self, value: int, run: Run) -> Tensor:
-        """A value as ``(N, H, W, C)``."""
+        """Return a value as ``(N, H, W, C)``."""
         v = self._values[value]
         channels, height, width = v.size
         image, channel, row, pixel = v.strides
@@ -169,7 +169,7 @@ class CudaProgram:
         run: Run,
         compute: Callable[[Pixels | None, Target | None], None],
     ) -> None:
-        """Have something computed and written to float32 and all targets, one of them along with it."""
+        """Compute a result and write it to float32 and all targets, one of them in the same kernel."""
         along = next((t for t in targets if launch.fits(t)), None)
         others = [t for t in targets if t is not along]
         if others and y is None:
@@ -233,7 +233,7 @@ class CudaProgram:
         self._launches.append(step)
 
     def join(self) -> None:
-        pass  # a GPU gains nothing: all of a step's pixels are computed at once
+        pass  # no benefit on a GPU: all of a step's pixels are computed at once
 
     def pool(
         self,
@@ -304,7 +304,7 @@ class CudaProgram:
     # Steps by PyTorch's own kernels
 
     def _by_pytorch(self, source: int, compute: Callable[[Tensor], Tensor], uses: Uses) -> None:
-        """Compute ``(N, H, W, C)`` of one."""
+        """Compute a step from a value as ``(N, H, W, C)``."""
 
         def step(run: Run) -> None:
             made = compute(self._tensor(source, run))

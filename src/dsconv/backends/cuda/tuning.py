@@ -1,7 +1,7 @@
-"""Which tile a convolution is cut into: a few are tried, and the fastest is kept for its sizes on this GPU.
+"""Choice of the tile of a convolution: a few are tried, and the fastest is kept for its sizes on this GPU.
 
-They are tried where a network is captured (:func:`trying`); elsewhere, what was found is used, or a guess. What was
-found is kept for the next process in ``tiles.json``, in the folder ``DSCONV_CACHE``, or in ``~/.cache/dsconv``.
+Tiles are tried when a network is captured (:func:`trying`); elsewhere, a stored result or a guess is used. Results are
+stored for the next process in ``tiles.json``, in the folder ``DSCONV_CACHE``, or in ``~/.cache/dsconv``.
 """
 
 import json
@@ -21,8 +21,7 @@ from dsconv.files import replacing
 
 
 class Tile(NamedTuple):
-    """Pixels and outputs of a program, its warps, the stages of its loop, and the most registers of a thread,
-    0: any."""
+    """Pixels and outputs of a program, its warps, loop stages, and maximum registers per thread (0: any)."""
 
     pixels: int
     outputs: int
@@ -33,11 +32,11 @@ class Tile(NamedTuple):
 
 LARGE = (Tile(128, 64, 4, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4, 3, 128), Tile(64, 64, 4, 3, 168))
 SMALL = (Tile(16, 64, 2, 4), Tile(16, 64, 4, 3), Tile(32, 64, 2, 4), Tile(16, 64, 4, 5))
-_FEW = 1 << 18  # outputs below which a GPU is not filled by large tiles
+_FEW = 1 << 18  # number of outputs below which large tiles do not occupy a GPU
 
 
 class Problem(NamedTuple):
-    """The sizes of a convolution on which its speed depends."""
+    """Sizes of a convolution that determine its speed."""
 
     pixels: int
     outputs: int
@@ -45,10 +44,10 @@ class Problem(NamedTuple):
     terms: int
     block: int
     quantized: int
-    """Bytes of a block of the quantized result, 0: there is none."""
+    """Bytes of a block of the quantized result, 0 if there is none."""
 
     def tiles(self) -> list[Tile]:
-        """Return those that are tried, the most likely one first."""
+        """Return the tiles to try, the most likely one first."""
         few = self.pixels * self.outputs * self.groups < _FEW * 4
         fit = [t for t in (SMALL if few else LARGE) if self.outputs % t.outputs == 0 and self.quantized <= t.outputs]
         if self.block > 128:  # whose tiles of inputs are large
@@ -60,7 +59,7 @@ _found: dict[tuple[str, Problem], Tile] = {}
 
 
 class _Mode(threading.local):
-    """What launches do on this thread; others go on computing meanwhile."""
+    """Mode of launches on this thread; other threads are not affected."""
 
     trying = False
     compiling = False
@@ -71,7 +70,7 @@ _mode = _Mode()
 
 @contextmanager
 def trying() -> Iterator[None]:
-    """Within it, tiles are tried for convolutions whose sizes are new."""
+    """Try tiles for convolutions with new sizes within the block."""
     before, _mode.trying = _mode.trying, True
     known = len(_found)
     try:
@@ -84,9 +83,9 @@ def trying() -> Iterator[None]:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Within it, kernels are not launched but compiled, several at a time, with every tile that may be tried."""
+    """Compile kernels in parallel within the block instead of launching them, with every tile that may be tried."""
     mode = getattr(triton, "AsyncCompileMode", None)
-    if mode is None:  # an older Triton: they are compiled one by one when they are launched
+    if mode is None:  # an older Triton: kernels are compiled one by one when they are launched
         yield
         return
     _mode.compiling = True
@@ -136,7 +135,7 @@ def run(
 
 
 def _time(launch: Callable[[Tile], None], tile: Tile) -> float:
-    """Milliseconds of a launch, the median of some; infinite where it does not fit the GPU."""
+    """Return the median time of a launch in milliseconds; infinite if it does not fit the GPU."""
     try:
         launch(tile)
     except triton.runtime.errors.OutOfResources:
@@ -173,11 +172,11 @@ def _load() -> None:
         for device, problem, tile in json.loads(_path().read_text(encoding="utf-8")):
             _found.setdefault((device, Problem(*problem)), Tile(*tile))
     except (OSError, ValueError, TypeError):
-        return  # not there, or of another version: tiles are tried again
+        return  # missing, or of another version: tiles are tried again
 
 
 def _save() -> None:
-    _load.__wrapped__()  # what other processes have found meanwhile
+    _load.__wrapped__()  # results of other processes
     rows = [[device, list(problem), list(tile)] for (device, problem), tile in sorted(_found.items())]
     try:
         _path().parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""``dsconv.from_onnx``: an ONNX file as a network of PyTorch."""
+"""``dsconv.from_onnx``: imports an ONNX file as a PyTorch network."""
 
 import json
 import math
@@ -33,7 +33,7 @@ from dsconv.onnx.importing.values import Sizes, Unsupported, Value
 
 __all__ = ["OPERATORS", "from_onnx"]
 
-# Each adds its operators to the table.
+# Each registers its operators in the table.
 _PARTS = (activations, arithmetic, layers, pooling, quantized, reductions, resizing, shapes, sizes)
 _DOMAINS = ("", "ai.onnx")
 _SHOWN = 3
@@ -45,18 +45,18 @@ _OF_RUN_TIME = {
     "GRU": "recurrent layers",
     "RNN": "recurrent layers",
 }
-# Constants of these are made by their own functions, or when the network runs.
+# Constants of these are computed by their own functions, or when the network runs.
 _FOLDS_ITSELF = {
     *("ConstantOfShape", "QuantizeLinear", "DequantizeLinear"),
     *("Range", "Pad", "Resize", "Upsample", "ConvTranspose"),
 }
-# Their outputs have the shape of their inputs, which are broadcast.
+# Operators whose outputs have the shape of their broadcast inputs.
 _BROADCAST = {
     *("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Log", "Neg", "Abs", "Erf", "Tanh", "Sigmoid", "Relu", "Clip"),
     *("Softmax", "LayerNormalization", "HardSigmoid", "HardSwish", "Cast", "Where", "Min", "Max", "Gelu", "Softplus"),
     *("BatchNormalization", "LeakyRelu", "Reciprocal"),
 }
-# Theirs have as many dimensions as the first one.
+# Operators whose outputs have the rank of the first input.
 _OF_RANK = {
     *("Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Concat", "Split"),
     *("Pad", "Resize", "Upsample", "InstanceNormalization", "GroupNormalization", "DepthToSpace", "SpaceToDepth"),
@@ -65,22 +65,22 @@ _OF_RANK = {
 
 
 def from_onnx(path: str | os.PathLike[str]) -> ImportedNetwork:
-    """Return the network of an ONNX file, in evaluation mode, for :func:`dsconv.quantize` and all else.
+    """Import the network of an ONNX file, in evaluation mode, for :func:`dsconv.quantize` and all other functions.
 
-    Convolutions and linear layers are those of ``torch.nn``, with the names that the file has for them. BatchNorm
-    stays. Any batch size is taken, also where the file has a fixed one. Outputs are those of ONNX Runtime up to the
-    rounding of float32. docs/onnx.md lists what is taken, and what becomes of it.
+    Convolutions and linear layers become ``torch.nn`` layers with the names from the file. BatchNorm is kept. Any batch
+    size is accepted, even if the file has a fixed one. Outputs equal those of ONNX Runtime up to float32 rounding.
+    docs/onnx.md lists the supported operators and their conversion.
 
     Args:
-        path: of the file. Weights in other files are read from its folder and the folders below, and from nowhere else.
+        path: path of the file. External weights are read only from its folder and the folders below.
 
     Returns:
         A graph module. Its inputs have the names and order of the file; it returns one tensor, or a tuple of them in
         the order of the file.
 
     Raises:
-        FileFormatError: it is no ONNX file, is incomplete, or its weights are missing or outside its folder.
-        ModelError: it has operators that are not supported, or is of an opset before 7.
+        FileFormatError: it is not an ONNX file, is incomplete, or its weights are missing or outside its folder.
+        ModelError: it has operators that are not supported, or an opset below 7.
         MissingExtraError: the extra ``dsconv[onnx]`` is not installed.
         OSError: it cannot be read.
 
@@ -98,20 +98,20 @@ def from_onnx(path: str | os.PathLike[str]) -> ImportedNetwork:
         _check_operators(source)
         network = _built(source)
         patterns.join(network)
-        network.eval()  # with what the patterns made
+        network.eval()  # including the modules made by the patterns
         if (stated := source.metadata.get("dsconv.preprocess")) is not None:
             set_preprocess(network, Preprocess(**json.loads(stated)))
     except (DSConvError, OSError):
         raise
     except MemoryError:
         raise ModelError(f"{place}: it asks for more memory than there is") from None
-    except Exception as error:  # whatever names, attributes and tensors that fit nothing end in
+    except Exception as error:  # inconsistent names, attributes and tensors may raise anything
         raise broken(place, f"{type(error).__name__}: {first_line(error)}") from error
     return network
 
 
 def _check_operators(source: Source) -> None:
-    """Refuse operators that are not in the table, all of them at once."""
+    """Raise an error that lists all operators that are not in the table."""
     wrong: dict[str, list[str]] = defaultdict(list)
     for node in source.graph.node:
         if node.domain not in _DOMAINS or node.op_type not in OPERATORS:
@@ -138,7 +138,7 @@ def _built(source: Source) -> ImportedNetwork:
     failed: set[str] = set()
     for node in source.graph.node:
         if failed.intersection(node.input):
-            # Its input is what cannot be had.
+            # Its input is not available.
             failed.update(node.output)
             continue
         builder.node = node
@@ -165,7 +165,7 @@ def _built(source: Source) -> ImportedNetwork:
 
 
 def _broadcast(shapes: list[list[int | None] | None]) -> list[int | None] | None:
-    """Return the shape that ``shapes`` come to together, None where one of them is not known."""
+    """Return the broadcast shape of ``shapes``, None if one of them is unknown."""
     known = [shape for shape in shapes if shape is not None]
     rank = max(map(len, known), default=0)
     aligned: list[list[int | None]] = [[*[1] * (rank - len(shape)), *shape] for shape in known]
@@ -191,7 +191,7 @@ def _added(builder: Builder) -> tuple[Value, ...]:
         led = any(builder.leads(value) for value in given)
         result = OPERATORS[node.op_type](builder, attributes, *inputs)
         for value in result if isinstance(result, tuple) else (result,):
-            # Most operators keep the batch where it is; those that do not say so.
+            # Most operators keep the batch dimension; those that do not mark it.
             if isinstance(value, fx.Node) and "onnx_leads" not in value.meta:
                 builder.lead(value, led)
             if isinstance(value, fx.Node) and node.op_type in _BROADCAST and builder.rank(value) is None:

@@ -52,7 +52,7 @@ def celu(op: Builder, a: Attributes, x: Value) -> fx.Node:
 
 @operator("Selu")
 def selu(op: Builder, a: Attributes, x: Value) -> fx.Node:
-    """Add a SELU; one of other constants than the usual ones is an ELU of a multiple."""
+    """Add a SELU; one with other constants than the usual ones is a scaled ELU."""
     alpha, gamma = a.get("alpha", 1.67326319217681884765625), a.get("gamma", 1.05070102214813232421875)
     if abs(alpha - 1.6732632) < 1e-5 and abs(gamma - 1.0507010) < 1e-5:
         return op.call(F.selu, op.tensor(x))
@@ -76,13 +76,13 @@ def swish(op: Builder, a: Attributes, x: Value) -> fx.Node:
 
 @operator("ThresholdedRelu")
 def thresholded_relu(op: Builder, a: Attributes, x: Value) -> fx.Node:
-    """Keep what is above a threshold."""
+    """Keep values above a threshold."""
     return op.call(F.threshold, op.tensor(x), a.get("alpha", 1.0), 0.0)
 
 
 @operator("HardSigmoid")
 def hard_sigmoid(op: Builder, a: Attributes, x: Value) -> fx.Node:
-    """Add a hard sigmoid; one of another slope than PyTorch's in single steps."""
+    """Add a hard sigmoid; one with another slope than PyTorch's as separate operations."""
     alpha, beta = a.get("alpha", 0.2), a.get("beta", 0.5)
     source = op.tensor(x)
     if abs(alpha - 1 / 6) < 1e-6 and beta == 0.5:
@@ -100,7 +100,7 @@ def clip(op: Builder, a: Attributes, x: Value, low: Value = None, high: Value = 
         return source
     least = a.get("min") if low is None else op.weight(low, "bound").item()
     most = a.get("max") if high is None else op.weight(high, "bound").item()
-    # Before opset 11 the largest float stands for no bound.
+    # Before opset 11 the largest float means no bound.
     largest = float(np.finfo(np.float32).max)
     least = None if isinstance(least, float) and least <= -largest else least
     most = None if isinstance(most, float) and most >= largest else most
@@ -119,7 +119,7 @@ def clip(op: Builder, a: Attributes, x: Value, low: Value = None, high: Value = 
 
 @operator("Softmax", "LogSoftmax")
 def softmax(op: Builder, a: Attributes, x: Value) -> fx.Node:
-    """Add a softmax or its logarithm; before opset 13, over all dimensions from one on."""
+    """Add a softmax or its logarithm; before opset 13, over all dimensions from ``axis`` on."""
     is_log = op.node.op_type == "LogSoftmax"
     source, axis = op.tensor(x), a.get("axis", -1 if op.opset >= 13 else 1)
     dims = op.dims(x)
@@ -130,7 +130,7 @@ def softmax(op: Builder, a: Attributes, x: Value) -> fx.Node:
 
 @operator("Identity", "Dropout")
 def same(op: Builder, a: Attributes, x: Value, *unused: Value) -> Any:
-    """Return the input; a Dropout of a network in evaluation does nothing."""
+    """Return the input; a Dropout has no effect in evaluation."""
     if op.more_outputs():
         raise Unsupported("its mask as an output")
     return x

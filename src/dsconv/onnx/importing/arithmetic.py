@@ -53,7 +53,7 @@ def _binary(function: Any, op: Builder, a: Attributes, x: Value, y: Value) -> fx
     if function in _TENSORS_ONLY:
         return op.call(function, op.tensor(x), op.tensor(y))
     right = op.operand(y, x)
-    # A number first has no method of a tensor; in a sum or product the order does not matter.
+    # A number has no tensor methods as the first operand; the order does not matter in a sum or product.
     left: Any = op.operand(x, y) if function in (torch.add, torch.mul) and isinstance(right, fx.Node) else op.tensor(x)
     return op.call(function, left, right) if isinstance(left, fx.Node) else op.call(function, right, left)
 
@@ -63,27 +63,27 @@ OPERATORS.update({name: partial(_binary, function) for name, function in _BINARY
 
 
 def _is_whole(op: Builder, x: Value, y: Value) -> bool:
-    """Whether two tensors are whole numbers, as far as it is known."""
+    """Return whether two tensors are integers, as far as known."""
     kinds = [value.dtype.kind for value in (x, y) if isinstance(value, np.ndarray)]
     return bool(kinds) and kinds[0] in "iu"
 
 
 @operator("Div")
 def div(op: Builder, a: Attributes, x: Value, y: Value) -> fx.Node:
-    """Divide; whole numbers towards zero."""
+    """Divide; integers are rounded towards zero."""
     rounding = {"rounding_mode": "trunc"} if _is_whole(op, x, y) or isinstance(x, Sizes) else {}
     return op.call(torch.div, op.tensor(x), op.operand(y, x), **rounding)
 
 
 @operator("Mod")
 def mod(op: Builder, a: Attributes, x: Value, y: Value) -> fx.Node:
-    """Return the remainder, of the divisor's sign or, with ``fmod``, of the dividend's."""
+    """Return the remainder with the sign of the divisor or, with ``fmod``, of the dividend."""
     return op.call(torch.fmod if a.get("fmod", 0) else torch.remainder, op.tensor(x), op.operand(y, x))
 
 
 @operator("Sum", "Max", "Min", "Mean")
 def several(op: Builder, a: Attributes, first: Value, *more: Value) -> fx.Node:
-    """Add up, or compare, any number of tensors."""
+    """Reduce any number of tensors by a sum or a comparison."""
     kind = op.node.op_type
     function = {"Max": torch.maximum, "Min": torch.minimum}.get(kind, torch.add)
     total = op.tensor(first)
@@ -94,13 +94,13 @@ def several(op: Builder, a: Attributes, first: Value, *more: Value) -> fx.Node:
 
 @operator("Where")
 def where(op: Builder, a: Attributes, condition: Value, x: Value, y: Value) -> fx.Node:
-    """Choose between two tensors."""
+    """Select elements from two tensors."""
     return op.call(torch.where, op.tensor(condition), op.tensor(x), op.tensor(y))
 
 
 @operator("Cast")
 def cast(op: Builder, a: Attributes, x: Value) -> fx.Node:
-    """Change the type."""
+    """Change the dtype."""
     if a.get("to") not in TYPES:
         raise Unsupported(f"the type {a.get('to')}")
     return op.call(FUNCTIONS["torch.to"], op.tensor(x), TYPES[a.get("to")])
@@ -108,7 +108,7 @@ def cast(op: Builder, a: Attributes, x: Value) -> fx.Node:
 
 @operator("CumSum")
 def cumulative_sum(op: Builder, a: Attributes, x: Value, axis: Value) -> fx.Node:
-    """Add up along a dimension."""
+    """Compute cumulative sums along a dimension."""
     if a.get("exclusive", 0) or a.get("reverse", 0):
         raise Unsupported("exclusive or reverse")
     return op.call(torch.cumsum, op.tensor(x), op.ints(axis, "axis")[0])
@@ -116,12 +116,12 @@ def cumulative_sum(op: Builder, a: Attributes, x: Value, axis: Value) -> fx.Node
 
 @operator("Einsum")
 def einsum(op: Builder, a: Attributes, *given: Value) -> fx.Node:
-    """Add up products as an equation says."""
+    """Compute the sum of products given by an equation."""
     return op.call(torch.einsum, a.text("equation", ""), *[op.tensor(value) for value in given])
 
 
 @operator("Trilu")
 def triangle(op: Builder, a: Attributes, x: Value, diagonal: Value = None) -> fx.Node:
-    """Keep what is above, or below, a diagonal."""
+    """Keep the values above, or below, a diagonal."""
     k = 0 if diagonal is None else op.ints(diagonal, "diagonal")[0]
     return op.call(torch.triu if a.get("upper", 1) else torch.tril, op.tensor(x), k)

@@ -1,4 +1,4 @@
-"""The network that is made while an ONNX graph is read, and what operators need to add to it."""
+"""Builder of the network while an ONNX graph is read, with helpers for its operators."""
 
 import keyword
 import re
@@ -15,7 +15,7 @@ from dsconv.onnx.importing.network import ImportedNetwork, add
 from dsconv.onnx.importing.reading import Source, broken
 from dsconv.onnx.importing.values import Attributes, Number, Numbers, Rounded, Sizes, Unsupported, Value, as_tensor
 
-# What exporters append to the name of a layer for its weight.
+# Suffixes that exporters append to the name of a layer for its weight.
 _WEIGHT = re.compile(r"(?P<layer>.+?)(?:[._](?:weights?|kernel|w)(?:_0)?|/kernel(?:/read)?|:0)")
 # A gigabyte of float32.
 _MOST_ELEMENTS = 1 << 28
@@ -23,13 +23,13 @@ _DIMS, _LEADS = "onnx_dims", "onnx_leads"
 
 
 class Builder:
-    """The network so far, and the values of the ONNX graph by their names.
+    """Network so far, and the values of the ONNX graph by name.
 
     Attributes:
-        opset: version of ONNX's own operators.
+        opset: version of the standard ONNX operators.
         node: the ``NodeProto`` that is being added.
-        batch: size of the batch that the file fixes, None where it leaves it free.
-        values: of the graph, by name.
+        batch: batch size if the file fixes it, otherwise None.
+        values: values of the graph, by name.
     """
 
     def __init__(self, source: Source):
@@ -57,7 +57,7 @@ class Builder:
     # Values.
 
     def value(self, name: str) -> Value:
-        """Return the value of a name, None where an input of a node is left out."""
+        """Return the value of a name, None for an omitted input of a node."""
         if not name:
             return None
         if name not in self.values and name in self.source.tensors:
@@ -67,7 +67,7 @@ class Builder:
         return self.values[name]
 
     def remember(self, name: str, value: Value) -> None:
-        """Take note of an output of the graph's node, and of its shape as far as that is known."""
+        """Record an output of the graph's node, and its shape as far as known."""
         self.values[name] = value
         if isinstance(value, fx.Node):
             dims = self.source.shapes.get(name)
@@ -88,7 +88,7 @@ class Builder:
         raise Unsupported("an input is missing")
 
     def operand(self, value: Value, other: Value) -> "fx.Node | Number":
-        """Return a tensor, or the number that stands for a constant of one value beside the tensor ``other``."""
+        """Return a tensor, or a number for a constant with one value that is combined with the tensor ``other``."""
         if isinstance(value, np.ndarray) and value.size == 1 and not isinstance(other, np.ndarray):
             rank = self.rank(other)
             if value.ndim == 0 or (rank is not None and value.ndim <= rank):
@@ -100,7 +100,7 @@ class Builder:
         if id(array) not in self._constants:
             name = self.free_name("constant")
             add(self.root, name, as_tensor(array))
-            # Held, so that no other array gets its id.
+            # Kept alive, so that no other array gets its id.
             self._constants[id(array)] = array, name
         made = self.graph.get_attr(self._constants[id(array)][1])
         made.meta[_DIMS] = list(array.shape)
@@ -120,7 +120,7 @@ class Builder:
         """Return the values of a constant, or sizes.
 
         Raises:
-            Unsupported: they are computed from what a tensor holds.
+            Unsupported: they depend on the values of a tensor.
         """
         if isinstance(value, Sizes):
             return list(value.values)
@@ -129,20 +129,20 @@ class Builder:
         raise Unsupported("a size or place is computed from what a tensor holds")
 
     def ints(self, value: Value, what: str) -> list[int]:
-        """Return the values of a constant of whole numbers."""
+        """Return the values of an integer constant."""
         return [int(number) for number in self.weight(value, what).reshape(-1)]
 
     def sizes(self, values: Numbers, scalar: bool = False, whole: bool = True) -> Value:
-        """Return sizes; a constant where all of them are known."""
+        """Return sizes; a constant if all of them are known."""
         if any(isinstance(value, fx.Node) for value in values):
             return Sizes(tuple(values), scalar)
         array = np.array(values, dtype=np.int64 if whole else np.float32)
         return array.reshape(()) if scalar else array.reshape(-1)
 
-    # Facts that are known of tensors.
+    # Known properties of tensors.
 
     def dims(self, value: Value) -> list[int | None] | None:
-        """Return the shape that the file has for a tensor; None where it is not known, or a size of it."""
+        """Return the shape of a tensor from the file; None if it, or one of its sizes, is unknown."""
         if isinstance(value, np.ndarray):
             return list(value.shape)
         if isinstance(value, Sizes):
@@ -150,7 +150,7 @@ class Builder:
         return value.meta.get(_DIMS) if isinstance(value, fx.Node) else None
 
     def rank(self, value: Value) -> int | None:
-        """Return the number of dimensions, None where it is not known."""
+        """Return the number of dimensions, None if unknown."""
         dims = self.dims(value)
         return None if dims is None else len(dims)
 
@@ -158,7 +158,7 @@ class Builder:
         """Return the number of dimensions.
 
         Raises:
-            Unsupported: it is not known.
+            Unsupported: it is unknown.
         """
         rank = self.rank(value)
         if rank is None:
@@ -166,38 +166,38 @@ class Builder:
         return rank
 
     def axis(self, value: Value, dim: int) -> int:
-        """Return a dimension counted from the front, where that can be told."""
+        """Return a dimension counted from the front, if that is known."""
         rank = self.rank(value)
         return dim + rank if dim < 0 and rank is not None else dim
 
     def leads(self, value: Value) -> bool:
-        """Tell whether the first dimension of a tensor is that of the batch."""
+        """Return whether the first dimension of a tensor is the batch."""
         return isinstance(value, fx.Node) and bool(value.meta.get(_LEADS))
 
     def shaped(self, value: fx.Node, dims: "list[int | None] | None") -> fx.Node:
-        """Take note of the shape of a tensor, which goes for where the file does not tell it."""
+        """Record the shape of a tensor, which is used if the file does not state it."""
         if dims is not None:
             value.meta[_DIMS] = dims
         return value
 
     def lead(self, value: fx.Node, leads: bool) -> fx.Node:
-        """State whether the first dimension of ``value`` is that of the batch."""
+        """Record whether the first dimension of ``value`` is the batch."""
         value.meta[_LEADS] = leads
         return value
 
     def fixes_batch(self, value: Value) -> bool:
-        """Tell whether the file fixes the batch of a tensor, which the network does not."""
+        """Return whether the file fixes the batch size of a tensor, which the network does not."""
         return self.batch is not None and self.leads(value)
 
     def batch_of_file(self, value: Value) -> fx.Node:
-        """Return the node of a tensor whose images are taken by number: where the file fixes the batch, it stays so."""
+        """Return the node of a tensor whose images are indexed: its batch size stays fixed if the file fixes it."""
         node, dims = self.tensor(value), self.dims(value)
         if not self.fixes_batch(value) or not dims or dims[0] is None:
             return node
         return self.shaped(self.lead(self.call(of_batch, node, dims[0]), False), dims)
 
     def size(self, value: Value, dim: int) -> "int | fx.Node":
-        """Return a size of a tensor: a number where the file fixes it and it is no batch."""
+        """Return a size of a tensor: a number if the file fixes it and it is not the batch."""
         dims = self.dims(value)
         free = dim == 0 and self.leads(value)
         if dims is not None and dims[dim] is not None and not free:
@@ -215,7 +215,7 @@ class Builder:
         return self.graph.call_function(function, args, kwargs)
 
     def layer(self, make: Callable[[], nn.Module], x: Value, *key: Any) -> fx.Node:
-        """Add a call of a module, which is the same for the same node but for its input, and the same ``key``."""
+        """Add a call of a module, shared by nodes that are equal except for their input and have the same ``key``."""
         attributes = tuple(sorted(a.SerializeToString(deterministic=True) for a in self.node.attribute))
         whole = (self.node.op_type, *self.node.input[1:], attributes, *key)
         if whole not in self._layers:
@@ -227,7 +227,7 @@ class Builder:
         return self.graph.call_module(self._layers[whole], (self.tensor(x),))
 
     def _layer_name(self) -> str:
-        """Name of the layer that a node is, as the network was written before it was exported."""
+        """Return the name of the layer of a node, as in the network before its export."""
         if len(self.node.input) > 1 and (found := _WEIGHT.fullmatch(self.node.input[1])):
             return found["layer"]
         name: str = self.node.name or self.node.output[0]
@@ -240,11 +240,11 @@ class Builder:
             if kept and part.startswith(f"{kept[-1]}."):
                 kept.pop()
             kept.append(part)
-        # The names of indexed containers repeat those of what holds them.
+        # The names of indexed containers repeat those of their parents.
         return ".".join(kept)
 
     def free_name(self, hint: str, module: bool = False) -> str:
-        """Return a name like ``hint`` that nothing in the network has; modules may be inside of others by dots."""
+        """Return an unused name similar to ``hint``; modules may be nested, with dots in their names."""
         parts = [re.sub(r"\W+", "_", part, flags=re.ASCII).strip("_") for part in hint.split(".")]
         parts = [part for part in parts if part] or ["part"]
         if parts[0][0].isdigit() and not module:
@@ -258,7 +258,7 @@ class Builder:
         return name
 
     def _is_taken(self, name: str) -> bool:
-        """Whether a name is one of another part, or of one that holds or is held by another one."""
+        """Return whether a name is used by another part, or is a prefix of a used name or the other way round."""
         return any(
             name == other or other.startswith(f"{name}.") or name.startswith(f"{other}.") for other in self._names
         ) or hasattr(fx.GraphModule, name.partition(".")[0])
@@ -270,20 +270,20 @@ class Builder:
         return ImportedNetwork(self.root, self.graph, "ImportedNetwork").eval()
 
     def check_elements(self, count: int) -> None:
-        """Refuse a constant that is larger than any network needs.
+        """Reject a constant that is larger than any network needs.
 
         Raises:
-            Unsupported: it is.
+            Unsupported: it is too large.
         """
         if count > _MOST_ELEMENTS:
             raise Unsupported(f"a constant of {count:,} elements")
 
     def more_outputs(self) -> bool:
-        """Tell whether anything reads more than the first output of the node."""
+        """Return whether an output of the node other than the first is used."""
         return any(name in self._read for name in self.node.output[1:])
 
     def fold(self) -> list[np.ndarray] | None:
-        """Return the outputs of the node for its constant inputs, None where the reference implementation cannot."""
+        """Return the outputs of the node for its constant inputs, None if the reference implementation fails."""
         onnx = import_extra("onnx", "onnx")
         names = [name for name in self.node.input if name]
         feeds: dict[str, Any] = {name: self.value(name) for name in names}
@@ -297,7 +297,7 @@ class Builder:
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self.opset)])
         try:
             results = import_extra("onnx", "onnx.reference").ReferenceEvaluator(model).run(None, feeds)
-        except Exception:  # of many kinds: it has gaps of its own
+        except Exception:  # of many kinds: it is incomplete
             return None
         return [np.asarray(result) for result in results]
 

@@ -1,4 +1,4 @@
-"""Functions that imported networks call: those of PyTorch, and what ONNX has beyond them."""
+"""Functions that imported networks call: those of PyTorch, and additional ones of ONNX."""
 
 import math
 import operator
@@ -20,7 +20,7 @@ def size(x: Tensor, dim: int) -> int:
 
 
 def tensor_of(values: Sequence[Any], scalar: bool, dtype: torch.dtype) -> Tensor:
-    """Return a tensor of numbers: one dimension of them, or a scalar."""
+    """Return a tensor of numbers: one-dimensional, or a scalar."""
     parts = [torch.scalar_tensor(value, dtype=dtype, device="cpu") for value in values]
     return parts[0] if scalar else torch.stack(parts)
 
@@ -29,7 +29,7 @@ def of_batch(x: Tensor, count: int) -> Tensor:
     """Return ``x``, whose first size must be ``count``.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is another size.
     """
     if x.size(0) != count:
         raise ValueError(
@@ -40,12 +40,12 @@ def of_batch(x: Tensor, count: int) -> Tensor:
 
 
 def for_batch(value: Tensor, like: Tensor) -> Tensor:
-    """Repeat ``value``, of a batch of one, for the batch of ``like``."""
+    """Repeat ``value``, with a batch size of one, for the batch of ``like``."""
     return value.expand(like.size(0), *[-1] * (value.dim() - 1))
 
 
 def sliced(x: Tensor, dim: int, start: int, end: int | None, step: int) -> Tensor:
-    """Return ``x[start:end:step]`` of a dimension, as Python has it for lists; ``step`` may be negative."""
+    """Return ``x[start:end:step]`` along a dimension, with Python's semantics for lists; ``step`` may be negative."""
     if step > 0:
         rest = [slice(None)] * (x.dim() - 1 - dim if dim >= 0 else -dim - 1)
         return x[(..., slice(start, end, step), *rest)]
@@ -54,7 +54,7 @@ def sliced(x: Tensor, dim: int, start: int, end: int | None, step: int) -> Tenso
 
 
 def gathered(x: Tensor, indices: Tensor, dim: int) -> Tensor:
-    """Return ``x`` at ``indices`` of a dimension, now those of ``indices``; negative ones count back."""
+    """Return ``x`` at ``indices`` along a dimension, which gets the shape of ``indices``; negative ones count back."""
     dim = dim % x.dim()
     indices = torch.where(indices < 0, indices + x.size(dim), indices)
     shape = (*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :])
@@ -62,12 +62,12 @@ def gathered(x: Tensor, indices: Tensor, dim: int) -> Tensor:
 
 
 def gathered_elements(x: Tensor, indices: Tensor, dim: int) -> Tensor:
-    """Return ``torch.gather``, where negative ``indices`` count back."""
+    """Return ``torch.gather``, with support for negative ``indices``."""
     return torch.gather(x, dim, torch.where(indices < 0, indices + x.size(dim), indices))
 
 
 def expanded(x: Tensor, shape: Size) -> Tensor:
-    """Broadcast ``x`` and ``shape`` to each other: a size of one in either takes that of the other."""
+    """Broadcast ``x`` and ``shape`` to each other: a size of one in either becomes that of the other."""
     own = [1] * (len(shape) - x.dim()) + list(x.shape)
     given = [1] * (x.dim() - len(shape)) + list(shape)
     return x.expand(
@@ -76,21 +76,21 @@ def expanded(x: Tensor, shape: Size) -> Tensor:
 
 
 def depth_to_space(x: Tensor, block: int) -> Tensor:
-    """Move channels ``(N, b * b * C, H, W)`` into blocks of pixels ``(N, C, b * H, b * W)``, the channels last."""
+    """Move channels ``(N, b * b * C, H, W)`` into blocks of pixels ``(N, C, b * H, b * W)``, where C varies fastest."""
     n, c, h, w = x.shape
     parts = x.reshape(n, block, block, c // block**2, h, w).permute(0, 3, 4, 1, 5, 2)
     return parts.reshape(n, c // block**2, h * block, w * block)
 
 
 def space_to_depth(x: Tensor, block: int) -> Tensor:
-    """Move blocks of pixels ``(N, C, b * H, b * W)`` into channels ``(N, b * b * C, H, W)``, the channels last."""
+    """Move blocks of pixels ``(N, C, b * H, b * W)`` into channels ``(N, b * b * C, H, W)``, where C varies fastest."""
     n, c, h, w = x.shape
     parts = x.reshape(n, c, h // block, block, w // block, block).permute(0, 3, 5, 1, 2, 4)
     return parts.reshape(n, c * block**2, h // block, w // block)
 
 
 def flat_softmax(x: Tensor, dim: int) -> Tensor:
-    """Return the softmax over all dimensions from ``dim`` on, as ONNX had it before opset 13."""
+    """Return the softmax over all dimensions from ``dim`` on, as in ONNX before opset 13."""
     return F.softmax(x.flatten(dim), -1).reshape(x.shape)
 
 
@@ -100,20 +100,20 @@ def flat_log_softmax(x: Tensor, dim: int) -> Tensor:
 
 
 def flattened(x: Tensor, dim: int) -> Tensor:
-    """Return a matrix: the dimensions before ``dim`` in one, those from it on in the other."""
+    """Return a matrix: the dimensions before ``dim`` merged into one, and the others into another."""
     dim = dim % (x.dim() + 1)
     return x.reshape(math.prod(x.shape[:dim]), math.prod(x.shape[dim:]))
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
-    """Return ``x`` where it is not negative, else ``x * slope``; ``slope`` is broadcast."""
+    """Return ``x`` if it is not negative, else ``x * slope``; ``slope`` is broadcast."""
     return torch.where(x < 0, x * slope, x)
 
 
 def same_padded(
     x: Tensor, kernel: Size, stride: Size, dilation: Size, value: float = 0.0, lower: bool = False
 ) -> Tensor:
-    """Pad ``x (N, C, *S)`` as :func:`dsconv.layers.conv.same_upper`; ``lower``: the odd one before, not after."""
+    """Pad ``x (N, C, *S)`` as :func:`dsconv.layers.conv.same_upper`; ``lower``: odd element before instead of after."""
     pads = same_upper(x.shape[2:], kernel, stride, dilation)
     return F.pad(x, [p for pair in reversed(pads) for p in (reversed(pair) if lower else pair)], value=value)
 
@@ -124,11 +124,11 @@ def average_pool(
     """Return averages over windows of ``x (N, C, *S)``.
 
     Args:
-        x, kernel, stride: as PyTorch has them.
-        pads: zeros as :func:`torch.nn.functional.pad` takes them; None is the least for ``ceil(S / stride)`` windows.
-        ceil: count windows that only begin in the input.
-        counts_padding: divide by the size of the window, else by that of its part in the input.
-        lower: without ``pads``, the odd zero comes before.
+        x, kernel, stride: as in PyTorch.
+        pads: zero padding as for :func:`torch.nn.functional.pad`; None is the least for ``ceil(S / stride)`` windows.
+        ceil: include windows that only begin in the input.
+        counts_padding: divide by the size of the window, otherwise by that of its part in the input.
+        lower: without ``pads``, an odd zero is put before.
     """
     pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(kernel) - 1]
 
@@ -142,13 +142,13 @@ def average_pool(
 
 
 def places(result: int, source: int, scale: float | None, coordinates: str, device: torch.device) -> Tensor:
-    """Return where in ``source`` pixels each of ``result`` lies, in float32 ``(result,)``.
+    """Return the position in ``source`` pixels of each of ``result`` pixels, float32 ``(result,)``.
 
     Args:
         result, source: numbers of pixels.
-        scale: of the result; None is the ratio of both.
+        scale: scale factor of the result; None is the ratio of both.
         coordinates: ``coordinate_transformation_mode`` of ONNX.
-        device: of the result.
+        device: device of the result.
     """
     x = torch.arange(result, dtype=torch.float32, device=device)
     if coordinates == "align_corners":
@@ -162,7 +162,7 @@ def places(result: int, source: int, scale: float | None, coordinates: str, devi
 
 
 def resized_nearest(x: Tensor, sizes: Size, scales: Sequence[float] | None, coordinates: str, rounding: str) -> Tensor:
-    """Resize ``x (N, C, *S)`` to ``sizes`` by taking the nearest pixel, as ``Resize`` of ONNX rounds its place."""
+    """Resize ``x (N, C, *S)`` to ``sizes`` by nearest neighbour, with the rounding modes of ONNX's ``Resize``."""
     for place, result in enumerate(sizes):
         dim, scale = place + 2, None if scales is None else scales[place]
         at = places(result, x.size(dim), scale, coordinates, x.device)
@@ -243,6 +243,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         )
     },
 }
-"""By the names that files have for them. No other function is part of a network, whatever a file says."""
+"""Functions by their names in files. No other function is part of a network, whatever a file contains."""
 
 NAMES = {function: name for name, function in FUNCTIONS.items()}

@@ -24,7 +24,7 @@ Pads = list[tuple[int, int]]
 
 
 def filled(module: nn.Module, **tensors: "np.ndarray | Tensor | None") -> Any:
-    """Return ``module`` with these parameters and buffers; one that is None stays as it is."""
+    """Return ``module`` with these parameters and buffers; those that are None are unchanged."""
     for name, value in tensors.items():
         if value is not None:
             value = as_tensor(value) if isinstance(value, np.ndarray) else value
@@ -37,7 +37,7 @@ def filled(module: nn.Module, **tensors: "np.ndarray | Tensor | None") -> Any:
 
 
 def window(attributes: Attributes, kernel: list[int]) -> tuple[list[int], list[int], "Pads | str"]:
-    """Return stride, dilation and zeros before and after each dimension; ``upper`` or ``lower``: those of ``SAME``."""
+    """Return stride, dilation and padding before and after each dimension; ``upper`` or ``lower``: that of ``SAME``."""
     ones, dims = [1] * len(kernel), len(kernel)
     stride, dilation = attributes.ints("strides", ones) or ones, attributes.ints("dilations", ones) or ones
     match attributes.text("auto_pad", "NOTSET"):
@@ -55,7 +55,7 @@ def window(attributes: Attributes, kernel: list[int]) -> tuple[list[int], list[i
 
 @operator("Conv")
 def conv(op: Builder, a: Attributes, x: Value, weight: Value, bias: Value = None) -> fx.Node:
-    """Add a convolution; one whose weight is computed, as a function."""
+    """Add a convolution; one with a computed weight, as a function."""
     rank, stated = op.known_rank(weight), a.ints("kernel_shape")
     kernel = list(weight.shape[2:]) if isinstance(weight, np.ndarray) else stated
     if kernel is None or (stated is not None and stated != kernel):
@@ -91,7 +91,7 @@ def conv(op: Builder, a: Attributes, x: Value, weight: Value, bias: Value = None
 
 
 def _zeros_before(node: fx.Node, dims: int) -> "tuple[fx.Node, Pads] | None":
-    """Return the input of a node that only adds zeros at the borders of images, and how many."""
+    """Return the input of a node that only adds zero padding to images, and the padding."""
     if node.target is not F.pad or node.args[2:] != ("constant", 0.0):
         return None
     source, border = node.args[:2]
@@ -122,7 +122,7 @@ def conv_transpose(op: Builder, a: Attributes, x: Value, weight: Value, bias: Va
             raise Unsupported("auto_pad with a stride larger than the kernel")
         upper = a.text("auto_pad", "") == "SAME_UPPER"
         pads = [(t // 2, t - t // 2) if upper else (t - t // 2, t // 2) for t in total]
-    # Less padding after is more output there.
+    # Less padding after the input gives more output there.
     after = [m + before - behind for m, (before, behind) in zip(more, pads, strict=True)]
     cut = [max(0, -m) for m in after]
     sizes = w.shape[0], w.shape[1] * a.get("group", 1), kernel, stride, [before for before, _ in pads]
@@ -148,7 +148,7 @@ def linear(op: Builder, x: Value, weight: np.ndarray, bias: "np.ndarray | None")
 
 @operator("Gemm")
 def gemm(op: Builder, a: Attributes, x: Value, weight: Value, bias: Value = None) -> fx.Node:
-    """Add a linear layer, or a product of matrices where the weight is computed."""
+    """Add a linear layer, or a matrix product if the weight is computed."""
     alpha, beta = a.get("alpha", 1.0), a.get("beta", 1.0)
     if isinstance(weight, np.ndarray) and not a.get("transA", 0):
         weight = weight if a.get("transB", 0) else weight.T
@@ -171,7 +171,7 @@ def gemm(op: Builder, a: Attributes, x: Value, weight: Value, bias: Value = None
 
 @operator("MatMul")
 def matmul(op: Builder, a: Attributes, x: Value, y: Value) -> fx.Node:
-    """Add a linear layer, or a product of matrices where both are computed."""
+    """Add a linear layer, or a matrix product if both operands are computed."""
     if isinstance(y, np.ndarray) and y.ndim == 2 and isinstance(x, fx.Node) and y.dtype.kind == "f":
         return linear(op, x, y.T, None)
     return op.call(torch.matmul, op.tensor(x), op.tensor(y))
@@ -253,7 +253,7 @@ def local_response_norm(op: Builder, a: Attributes, x: Value) -> fx.Node:
 
 @operator("PRelu")
 def parametric_relu(op: Builder, a: Attributes, x: Value, slope: Value) -> fx.Node:
-    """Add a PReLU; one whose slopes are no channels', as a function."""
+    """Add a PReLU; one whose slopes are not per channel, as a function."""
     rank = op.rank(x)
     if isinstance(slope, np.ndarray) and rank is not None:
         whole = (1,) * (rank - slope.ndim) + slope.shape

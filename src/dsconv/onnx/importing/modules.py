@@ -1,4 +1,4 @@
-"""The modules that imported networks are made of, and how files describe them."""
+"""Modules of imported networks, and their description in files."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +12,10 @@ from dsconv.layers.conv import SAME_UPPER, Pads, same_upper
 
 
 class _Padded:
-    """A convolution with zeros around its input that PyTorch's own cannot add.
+    """Convolution with zero padding that PyTorch's own does not support.
 
     Attributes:
-        pads: before and after each dimension, or ``same_upper`` (:func:`dsconv.layers.conv.same_upper`).
+        pads: padding before and after each dimension, or ``same_upper`` (:func:`dsconv.layers.conv.same_upper`).
     """
 
     def __init__(self, *args: Any, pads: Pads | str, **kwargs: Any):
@@ -25,7 +25,7 @@ class _Padded:
             raise ValueError(f"pads: expected {SAME_UPPER!r} or numbers, got {self.pads!r}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output for ``x (N, C, *S)``."""
+        """Return the output for ``x (N, C, *S)``."""
         layer: Any = super()
         pads: Any = self.pads
         if pads == SAME_UPPER:
@@ -66,19 +66,19 @@ MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     )
     for kind in kinds
 }
-"""Classes of modules by the names that files have for them, and their arguments, which are attributes too."""
+"""Classes of modules by their names in files, and their arguments, which are also attributes."""
 
 _WITH_BIAS = (nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm)
 
 
 def describe_module(module: nn.Module) -> list[Any] | None:
-    """Return class and arguments of the float module that ``module`` is, or was quantized or folded from.
+    """Return class and arguments of the float module that ``module`` is, or was made from by quantizing or folding.
 
-    None where it is none of :data:`MODULES`.
+    Return None if it is none of :data:`MODULES`.
     """
     if isinstance(module, Affine):
         return ["BatchNorm2d", {"num_features": len(module.scale)}]
-    if type(module) is nn.Identity:  # a BatchNorm that was folded; its size does not matter any more
+    if type(module) is nn.Identity:  # a folded BatchNorm, whose size does not matter any more
         return ["BatchNorm2d", {"num_features": 1}]
     if isinstance(module, DSLayer):
         return _described_layer(module)
@@ -109,7 +109,7 @@ def made(name: str, values: dict[str, Any]) -> nn.Module:
     """Return the module of a description, without weights.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the description is not valid.
     """
     if name not in MODULES:
         raise ValueError(f"there is no module {name!r} in imported networks")

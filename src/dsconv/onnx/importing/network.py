@@ -1,4 +1,4 @@
-"""Imported networks: graphs of PyTorch's functions and modules, and their description in files, which is plain data."""
+"""Imported networks: graphs of PyTorch's functions and modules, and their description as plain data in files."""
 
 import copy
 import json
@@ -20,15 +20,15 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).val
 
 
 class ImportedNetwork(fx.GraphModule):
-    """A network that :func:`dsconv.from_onnx` read. Its ``code`` shows what it computes, ``graph`` can be changed.
+    """Network imported by :func:`dsconv.from_onnx`. Its ``code`` shows the computation, and ``graph`` can be changed.
 
-    Copies keep attributes and hooks, which those of other graph modules lose.
+    Copies keep attributes and hooks, unlike those of other graph modules.
     """
 
     def recompile(self) -> Any:
-        """Write the code of the graph anew."""
+        """Regenerate the code of the graph."""
         code = super().recompile()
-        # PyTorch's own way to call it prints to stderr where that fails.
+        # PyTorch's own call wrapper prints to stderr on errors.
         if "__call__" in vars(type(self)):
             del type(self).__call__
         return code
@@ -43,10 +43,10 @@ class ImportedNetwork(fx.GraphModule):
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
-    """Return what :func:`build` makes an imported network of, without its weights, as plain data.
+    """Return the description from which :func:`build` makes an imported network, without its weights, as plain data.
 
-    ``model`` may be quantized: it is described as it was before. None where it is no imported network, or where it was
-    changed to one with other functions or modules.
+    ``model`` may be quantized: its original is described. None if it is not an imported network, or was changed to use
+    other functions or modules.
     """
     if not isinstance(model, ImportedNetwork):
         return None
@@ -71,7 +71,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
             arguments = {name: _plain(value) for name, value in node.kwargs.items()}
             nodes.append([node.op, node.name, target, [_plain(value) for value in node.args], arguments])
         described = {"nodes": nodes, "modules": modules, "constants": constants}
-        # As it is when it was read again.
+        # In the form in which it is read again.
         plain: dict[str, Any] = json.loads(json.dumps(described, allow_nan=False))
         return plain
     except (KeyError, AttributeError, TypeError, ValueError):
@@ -79,12 +79,12 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
 
 def build(described: dict[str, Any]) -> ImportedNetwork:
-    """Return the network of a description, with weights and constants of any value.
+    """Return the network of a description, with arbitrary weights and constants.
 
-    Only functions and modules of imported networks are part of it, and no text of the description is run.
+    It contains only functions and modules of imported networks, and no text of the description is executed.
 
     Raises:
-        ModelError: it is no such description.
+        ModelError: the description is not valid.
     """
     try:
         root, graph, known = nn.Module(), fx.Graph(), dict[str, fx.Node]()
@@ -114,7 +114,7 @@ def build(described: dict[str, Any]) -> ImportedNetwork:
         network = ImportedNetwork(root, graph, "ImportedNetwork")
     except ModelError:
         raise
-    except Exception as error:  # whatever PyTorch says of arguments that fit nothing
+    except Exception as error:  # PyTorch may raise anything for invalid arguments
         reason = one_line(f"{type(error).__name__}: {error}", 300)
         raise ModelError(
             f"the file describes no network that dsconv can build ({reason}): get or write it again"
@@ -123,7 +123,7 @@ def build(described: dict[str, Any]) -> ImportedNetwork:
 
 
 def add(root: nn.Module, name: str, part: "nn.Module | Tensor") -> None:
-    """Put a module or a buffer into ``root`` under a name with dots, and modules that hold it where there are none."""
+    """Add a module or a buffer to ``root`` under a dotted name, with parent modules as needed."""
     *path, last = name.split(".")
     for step in path:
         if step not in root._modules:
@@ -136,7 +136,7 @@ def add(root: nn.Module, name: str, part: "nn.Module | Tensor") -> None:
 
 
 def _checked(name: str) -> str:
-    """Return a name from a file: PyTorch writes such names into code."""
+    """Return a valid name from a file; PyTorch writes such names into code."""
     parts = name.split(".")
     if not all(_PART.fullmatch(part) and not keyword.iskeyword(part) for part in parts):
         raise ValueError(f"{name!r} is no name")
@@ -150,7 +150,7 @@ def _there(name: str, described: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return an argument of a node as JSON has it."""
+    """Return an argument of a node in JSON form."""
     match value:
         case fx.Node():
             return {"node": value.name}

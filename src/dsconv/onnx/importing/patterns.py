@@ -1,4 +1,4 @@
-"""Operators that exporters take apart, put together again; and constants that layers can take up."""
+"""Patterns of operators that exporters decompose, and folding of constants into layers."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ _CLOSE = 1e-4
 
 
 def join(network: ImportedNetwork) -> None:
-    """Replace parts of a network by the operators of PyTorch that compute the same, and fold constants into layers."""
+    """Replace parts of a network by equivalent PyTorch operators, and fold constants into layers."""
     for rule in (_layer_norms, _affine, _activations, _activations):
         for node in list(network.graph.nodes):
             rule(network, node)
@@ -63,7 +63,7 @@ def _replace(network: ImportedNetwork, node: fx.Node, function: Callable[..., An
 
 
 def _activations(network: ImportedNetwork, node: fx.Node) -> None:
-    """SiLU, hard sigmoid, hard swish, Mish and GELU."""
+    """Replace SiLU, hard sigmoid, hard swish, Mish and GELU."""
     if not _is(node, torch.mul, torch.div):
         return
     if (x := _hard_sigmoid_of(node)) is not None:
@@ -124,7 +124,7 @@ def _factors(node: Any) -> tuple[float, list[fx.Node]]:
 
 
 def _gelu_of(node: fx.Node) -> "tuple[fx.Node, str] | None":
-    """Return ``x`` and kind of ``x * (1 + erf(x / sqrt(2))) / 2``, or of the approximation by tanh."""
+    """Return ``x`` and kind of ``x * (1 + erf(x / sqrt(2))) / 2``, or of its tanh approximation."""
     number, tensors = _factors(node)
     if not math.isclose(number, 0.5, rel_tol=_CLOSE) or len(tensors) != 2:
         return None
@@ -142,7 +142,7 @@ def _gelu_of(node: fx.Node) -> "tuple[fx.Node, str] | None":
 
 
 def _is_tanh_argument(node: Any, x: fx.Node) -> bool:
-    """Whether a node is ``sqrt(2 / pi) * (x + 0.044715 x^3)``."""
+    """Return whether a node is ``sqrt(2 / pi) * (x + 0.044715 x^3)``."""
     scale, tensors = _factors(node)
     if not math.isclose(scale, math.sqrt(2 / math.pi), rel_tol=_CLOSE) or len(tensors) != 1:
         return False
@@ -168,7 +168,7 @@ def _constant(network: ImportedNetwork, value: Any) -> Tensor | None:
 
 
 def _of_channels(layer: nn.Module, value: Tensor, rank: int | None) -> Tensor | None:
-    """Return a constant beside the output of a layer as one number a channel, else None."""
+    """Return a constant combined with the output of a layer as one number per channel, else None."""
     channels = _channels(layer)
     if value.numel() == 1:
         return value.reshape(1).expand(channels) if rank is None or value.dim() <= rank else None
@@ -219,7 +219,7 @@ def _uses(network: ImportedNetwork, call: fx.Node) -> int:
 
 @torch.no_grad()
 def _take_up(layer: Any, target: Any, row: Tensor) -> None:
-    """Multiply the outputs of a layer by a number a channel, or add it to them, in place."""
+    """Multiply the outputs of a layer by a number per channel, or add it to them, in place."""
     row = row.to(layer.weight.dtype)
     if target in (torch.add, torch.sub):
         signed = row if target is torch.add else -row
@@ -240,7 +240,7 @@ def _take_up(layer: Any, target: Any, row: Tensor) -> None:
 
 
 def _layer_norms(network: ImportedNetwork, node: fx.Node) -> None:
-    """``(x - mean) / sqrt(var + eps) * scale + shift`` over the last dimension."""
+    """Replace ``(x - mean) / sqrt(var + eps) * scale + shift`` over the last dimension."""
     if not _is(node, torch.add):
         return
     for product, shift in _orders(node):

@@ -22,12 +22,12 @@ def _border(pads: Pads) -> list[int]:
 
 
 def _overhangs(op: Builder, x: Value, kernel: list[int], stride: list[int], pads: Pads) -> bool:
-    """Whether padding after the image is what lets the last window reach beyond it, and no more (Caffe's way)."""
+    """Return whether padding after the image only lets the last window extend beyond it (Caffe's convention)."""
     dims = op.dims(x) or [None] * (len(kernel) + 2)
     for size, k, s, (before, after) in zip(dims[2:], kernel, stride, pads, strict=True):
         if before or k < s or not 0 <= after < s:
             return False
-        # Known to be as many windows, or for every size.
+        # The number of windows must be equal for the known size, or for every size.
         if after not in (0, s - 1) and (size is None or (size + after - k) // s != -((k - size) // s)):
             return False
         if after == 0 and s > 1 and (size is None or (size - k) % s):

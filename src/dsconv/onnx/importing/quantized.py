@@ -1,4 +1,4 @@
-"""Models that are quantized already: weights are dequantized, and what rounds activations is left out."""
+"""Import of quantized models: weights are dequantized, and rounding of activations is removed."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from dsconv.onnx.importing.table import operator
 from dsconv.onnx.importing.values import Attributes, Rounded, Unsupported, Value
 
 _ALREADY = "the model is quantized already, and its weights cannot be told from its activations: take the float model"
-# What has no negative outputs, so that cutting them off does nothing.
+# Functions without negative outputs, for which clipping at zero has no effect.
 _NOT_NEGATIVE = (F.relu, F.relu6, F.hardsigmoid)
-# Unsigned types of ONNX: of 8, 16 and 4 bits.
+# Unsigned types of ONNX, with 8, 16 and 4 bits.
 _UNSIGNED = (0, 2, 4, 21)
 
 
 def _beside(part: np.ndarray, x: np.ndarray, a: Attributes) -> np.ndarray:
-    """Return a scale or zero point in a shape that is broadcast with ``x``: one, one a channel, or one a block."""
+    """Return a scale or zero point in a shape that broadcasts with ``x``: a scalar, per channel, or per block."""
     axis = a.get("axis", 1)
     if part.size == 1:
         return part.reshape(())
@@ -31,9 +31,9 @@ def _beside(part: np.ndarray, x: np.ndarray, a: Attributes) -> np.ndarray:
 
 @operator("QuantizeLinear")
 def quantize(op: Builder, a: Attributes, x: Value, scale: Value, zero: Value = None) -> Any:
-    """Round a constant; take note of a tensor that is rounded.
+    """Round a constant; record that a tensor is rounded.
 
-    Quantizers leave out a ReLU whose output is rounded to numbers from zero on: it is put back.
+    Quantizers omit a ReLU whose output is rounded to an unsigned range: it is restored.
     """
     if isinstance(x, np.ndarray) and isinstance(scale, np.ndarray) and isinstance(zero, np.ndarray):
         if zero.dtype.kind not in "iu":
@@ -54,9 +54,9 @@ def quantize(op: Builder, a: Attributes, x: Value, scale: Value, zero: Value = N
 
 @operator("DequantizeLinear")
 def dequantize(op: Builder, a: Attributes, x: Value, scale: Value, zero: Value = None) -> Any:
-    """Return the float values of a constant, or a tensor as it was before it was rounded."""
+    """Return the float values of a constant, or a tensor before its rounding."""
     if isinstance(x, np.ndarray) and isinstance(scale, np.ndarray) and isinstance(zero, np.ndarray | None):
-        # Differences of integers of 8 and 16 bits are exact in float32; those of 32 bits have no zero point.
+        # Differences of 8- and 16-bit integers are exact in float32; 32-bit integers have no zero point.
         steps = x.astype(np.float32) - (0 if zero is None else _beside(zero.astype(np.float32), x, a))
         return (steps * _beside(scale.astype(np.float32), x, a)).astype(scale.dtype)
     if not isinstance(x, Rounded):
@@ -66,5 +66,5 @@ def dequantize(op: Builder, a: Attributes, x: Value, scale: Value, zero: Value =
 
 @operator("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
 def refuse(op: Builder, a: Attributes, *given: Value) -> None:
-    """Refuse integers that are multiplied."""
+    """Reject products of integers."""
     raise Unsupported(_ALREADY)

@@ -1,4 +1,4 @@
-"""ONNX files: read, and refused where they are broken, or name files outside their own folder."""
+"""Reading of ONNX files; damaged ones, and those that refer to files outside their folder, are rejected."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dsconv.errors import FileFormatError, ModelError, import_extra, one_line
 
 OLDEST_OPSET = 7
 _DOMAINS = ("", "ai.onnx")
-# Tensors that shape inference may need the values of are smaller.
+# Tensors whose values shape inference may need are smaller.
 _SMALL_BYTES = 4096
 _EXTERNAL = 1  # TensorProto.EXTERNAL
 _GET_AGAIN = "export or download it again"
@@ -19,16 +19,16 @@ _GET_AGAIN = "export or download it again"
 
 @dataclass
 class Source:
-    """An ONNX file without the bytes of its large tensors.
+    """ONNX file without the bytes of its large tensors.
 
     Attributes:
-        path: of the file.
-        graph: its graph, in which functions of the file are inlined.
-        tensors: those that it holds (``TensorProto``), by name.
-        inputs: those of the graph that are none of ``tensors``.
-        opset: version of ONNX's own operators.
-        shapes: of values, by name, as far as they are known; a size that is not is None.
-        metadata: what the file says of itself.
+        path: path of the file.
+        graph: its graph, with functions of the file inlined.
+        tensors: the stored tensors (``TensorProto``), by name.
+        inputs: inputs of the graph that are not among ``tensors``.
+        opset: version of the standard ONNX operators.
+        shapes: shapes of values, by name, as far as known; an unknown size is None.
+        metadata: metadata of the file.
     """
 
     path: Path
@@ -40,10 +40,10 @@ class Source:
     metadata: dict[str, str]
 
     def array(self, tensor: Any) -> np.ndarray:
-        """Return the values of a ``TensorProto``, from beside the file where they are there.
+        """Return the values of a ``TensorProto``, from an external file if they are stored there.
 
         Raises:
-            FileFormatError: they are not there, incomplete, or outside the folder of the file.
+            FileFormatError: they are missing, incomplete, or outside the folder of the file.
         """
         onnx = import_extra("onnx", "onnx")
         if tensor.data_location == _EXTERNAL:
@@ -59,7 +59,7 @@ class Source:
         return array
 
     def _external(self, tensor: Any) -> bytes:
-        """Bytes of a tensor in another file, which lies in the folder of this one or below."""
+        """Return the bytes of a tensor in another file, which must be in the folder of this one or below."""
         entries = {entry.key: entry.value for entry in tensor.external_data}
         name = entries.get("location", "")
         what = f"{self.path}: the weights {tensor.name!r} are in {name!r}"
@@ -87,16 +87,16 @@ class Source:
 
 
 def broken(path: Path, reason: str) -> FileFormatError:
-    """Return the error of a file that does not hold what it says."""
+    """Return the error for a file with inconsistent contents."""
     return FileFormatError(f"{path}: {one_line(reason, 400)}: {_GET_AGAIN}")
 
 
 def read(path: Path) -> Source:
-    """Return what is in an ONNX file.
+    """Return the contents of an ONNX file.
 
     Raises:
-        FileFormatError: it is none, or broken.
-        ModelError: it is of a version, or of operators, that are not supported.
+        FileFormatError: it is not an ONNX file, or damaged.
+        ModelError: its version, or one of its operators, is not supported.
         OSError: it cannot be read.
     """
     onnx = import_extra("onnx", "onnx")
@@ -132,10 +132,10 @@ def read(path: Path) -> Source:
 
 
 def input_types(path: Path) -> dict[str, tuple[np.dtype[Any], list[int | str]]]:
-    """Return dtype and shape of each input of an ONNX file, by name; a size that is free is its name, or empty.
+    """Return dtype and shape of each input of an ONNX file, by name; a free size is its name, or empty.
 
     Raises:
-        FileFormatError, ModelError, OSError: as :func:`read`, or a shape is not there.
+        FileFormatError, ModelError, OSError: as :func:`read`, or a shape is missing.
     """
     onnx, source = import_extra("onnx", "onnx"), read(path)
     types: dict[str, tuple[np.dtype[Any], list[int | str]]] = {}
@@ -159,7 +159,7 @@ def _opset(path: Path, model: Any, newest: int) -> int:
 
 
 def _without_large_tensors(onnx: Any, model: Any) -> Any:
-    """Return a copy whose large tensors are inputs: those of more than 2 GB could not be handed to ONNX otherwise."""
+    """Return a copy whose large tensors are inputs, since ONNX cannot process models above 2 GB."""
     light = onnx.ModelProto()
     light.ir_version = max(model.ir_version, 4)
     light.opset_import.extend(model.opset_import)
@@ -181,7 +181,7 @@ def _without_large_tensors(onnx: Any, model: Any) -> Any:
 def _shapes(onnx: Any, model: Any) -> dict[str, list[int | None]]:
     try:
         graph = onnx.shape_inference.infer_shapes(model).graph
-    except Exception:  # what it cannot tell is found without it, or missed with an error of its own
+    except Exception:  # shapes that it cannot infer are found without it, or cause an error of their own when needed
         graph = model.graph
     return dict(_known([*graph.value_info, *graph.input, *graph.output]))
 

@@ -1,4 +1,4 @@
-"""Sums and the like over dimensions."""
+"""Reductions over dimensions."""
 
 import operator as python
 from functools import partial
@@ -14,7 +14,7 @@ from dsconv.onnx.importing.values import Attributes, Unsupported, Value
 
 
 def _over(op: Builder, a: Attributes, x: Value, axes: Value) -> "list[int] | None":
-    """Return the dimensions of a reduction, None where it does nothing."""
+    """Return the dimensions of a reduction, None if it has no effect."""
     known = a.ints("axes") if axes is None else op.ints(axes, "axes")
     if known:
         return [op.axis(x, axis) for axis in known]
@@ -50,7 +50,7 @@ OPERATORS.update(
 
 @operator("ReduceL2", "ReduceL1", "ReduceSumSquare", "ReduceLogSum")
 def norm(op: Builder, a: Attributes, x: Value, axes: Value = None) -> fx.Node:
-    """Add up squares, absolute values or the like."""
+    """Reduce by a norm or a similar function."""
     kind, source = op.node.op_type, op.tensor(x)
     over = _over(op, a, x, axes)
     if over is None:
@@ -72,7 +72,7 @@ def product(op: Builder, a: Attributes, x: Value, axes: Value = None) -> fx.Node
 
 @operator("ArgMax", "ArgMin")
 def place(op: Builder, a: Attributes, x: Value) -> fx.Node:
-    """Return the place of the largest or smallest value."""
+    """Return the index of the largest or smallest value."""
     if a.get("select_last_index", 0):
         raise Unsupported("select_last_index")
     function = torch.argmax if op.node.op_type == "ArgMax" else torch.argmin
@@ -81,7 +81,7 @@ def place(op: Builder, a: Attributes, x: Value) -> fx.Node:
 
 @operator("TopK")
 def largest(op: Builder, a: Attributes, x: Value, k: Value = None) -> Any:
-    """Return the largest or smallest values and their places."""
+    """Return the largest or smallest values and their indices."""
     count = a.get("k") if k is None else op.numbers(k)[0]
     how = a.get("axis", -1), bool(a.get("largest", 1)), bool(a.get("sorted", 1))
     found = op.call(torch.topk, op.tensor(x), count, *how)

@@ -18,7 +18,7 @@ _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 @operator("Resize", "Upsample")
 def resize(op: Builder, a: Attributes, x: Value, *given: Value) -> fx.Node:
-    """Resize images to known sizes, by a factor, or by a factor that is computed from sizes."""
+    """Resize images to known sizes, by a factor, or by a factor computed from sizes."""
     mode, nearest = a.text("mode", "nearest"), a.text("nearest_mode", "round_prefer_floor")
     coordinates = a.text("coordinate_transformation_mode", "half_pixel")
     inputs: tuple[Value, ...] = (*given, None, None, None)
@@ -63,7 +63,7 @@ def _check(a: Attributes, coordinates: str, mode: str) -> None:
 def _plan(
     op: Builder, x: Value, scales: Value, target: Value, axes: "list[int] | None"
 ) -> "tuple[list[float] | None, list[Any]]":
-    """Return factors of the spatial dimensions, or None, and the sizes that they come to."""
+    """Return factors of the spatial dimensions, or None, and the resulting sizes."""
     rank = op.rank(x)
     given = op.numbers(target if scales is None else scales)
     if axes is not None:
@@ -96,7 +96,7 @@ def _times(op: Builder, size: "int | fx.Node", factor: Any) -> Any:
 
 
 def _same(divisor: Any, size: Any) -> bool:
-    """Whether a divisor is a size as a fraction."""
+    """Return whether a divisor is a size as a fraction."""
     return (divisor.args[0] is size) if isinstance(divisor, fx.Node) else divisor == size
 
 
@@ -108,7 +108,7 @@ def _interpolated(op: Builder, x: fx.Node, factors: "list[float] | None", sizes:
 
 @operator("GridSample")
 def grid_sample(op: Builder, a: Attributes, x: Value, grid: Value) -> fx.Node:
-    """Take pixels at places that are computed."""
+    """Sample pixels at computed positions."""
     mode = {"linear": "bilinear", "cubic": "bicubic"}.get(name := a.text("mode", "bilinear"), name)
     how = mode, a.text("padding_mode", "zeros"), bool(a.get("align_corners", 0))
     return op.call(F.grid_sample, op.tensor(x), op.tensor(grid), *how)

@@ -1,4 +1,4 @@
-"""Shapes of tensors, and parts of them."""
+"""Shapes of tensors, and indexing."""
 
 import math
 import operator as python
@@ -44,7 +44,7 @@ def constant(op: Builder, a: Attributes) -> Any:
 
 @operator("ConstantOfShape")
 def filled(op: Builder, a: Attributes, shape: Value) -> Any:
-    """Return a tensor of one value."""
+    """Return a tensor filled with one value."""
     value = op.source.array(a.get("value")) if "value" in a else np.zeros(1, np.float32)
     sizes = op.numbers(shape)
     if any(isinstance(size, fx.Node) for size in sizes):
@@ -76,7 +76,7 @@ def elements(op: Builder, a: Attributes, x: Value) -> Any:
 
 @operator("Reshape")
 def reshape(op: Builder, a: Attributes, x: Value, target: Value = None) -> fx.Node:
-    """Change the shape. A batch that the file fixes stays free."""
+    """Change the shape. A batch size that the file fixes stays free."""
     source, leads = op.tensor(x), op.leads(x)
     sizes: list[Any] = op.numbers(target) if target is not None else list(a.ints("shape") or [])
     if not a.get("allowzero", 0):
@@ -96,7 +96,7 @@ def reshape(op: Builder, a: Attributes, x: Value, target: Value = None) -> fx.No
 
 
 def _is_flatten(op: Builder, x: Value, sizes: list[Any]) -> bool:
-    """Whether ``sizes`` are the batch, and all others of ``x`` in one."""
+    """Return whether ``sizes`` are the batch and all other dimensions of ``x`` merged."""
     dims = op.dims(x)
     if len(sizes) != 2 or not dims or len(dims) < 2:
         return False
@@ -107,7 +107,7 @@ def _is_flatten(op: Builder, x: Value, sizes: list[Any]) -> bool:
 
 @operator("Flatten")
 def flatten(op: Builder, a: Attributes, x: Value) -> fx.Node:
-    """Make a matrix."""
+    """Flatten to a matrix."""
     axis = op.axis(x, a.get("axis", 1))
     return op.call(torch.flatten, op.tensor(x), 1) if axis == 1 else op.call(flattened, op.tensor(x), axis)
 
@@ -143,7 +143,7 @@ def unsqueeze(op: Builder, a: Attributes, x: Value, axes: Value = None) -> fx.No
 
 @operator("Squeeze")
 def squeeze(op: Builder, a: Attributes, x: Value, axes: Value = None) -> fx.Node:
-    """Drop dimensions of size one."""
+    """Remove dimensions of size one."""
     places = a.ints("axes") if axes is None else op.ints(axes, "axes")
     if places is None:
         dims = op.dims(x)
@@ -155,7 +155,7 @@ def squeeze(op: Builder, a: Attributes, x: Value, axes: Value = None) -> fx.Node
     if not places:
         return y
     for place in sorted(places, reverse=min(places) >= 0):
-        # Of one that has another size, PyTorch would make nothing of it.
+        # PyTorch ignores a dimension of another size.
         y = op.call(torch.squeeze, y, place)
     dims = op.dims(x)
     return op.shaped(op.lead(y, leads), dims and [size for dim, size in enumerate(dims) if dim not in places])
@@ -163,7 +163,7 @@ def squeeze(op: Builder, a: Attributes, x: Value, axes: Value = None) -> fx.Node
 
 @operator("Concat")
 def concat(op: Builder, a: Attributes, *given: Value) -> fx.Node:
-    """Join tensors. A constant of the batch that the file fixes is repeated."""
+    """Concatenate tensors. A constant with the batch size fixed by the file is repeated."""
     axis, parts = op.axis(given[0], a.get("axis")), [op.tensor(value) for value in given]
     if len(parts) == 1:
         return parts[0]
@@ -177,7 +177,7 @@ def concat(op: Builder, a: Attributes, *given: Value) -> fx.Node:
 
 @operator("Split")
 def split(op: Builder, a: Attributes, x: Value, sizes: Value = None) -> Any:
-    """Cut a tensor into parts."""
+    """Split a tensor into parts."""
     axis, count = op.axis(x, a.get("axis", 0)), len(op.node.output)
     source = op.batch_of_file(x) if axis == 0 else op.tensor(x)
     known: Any = a.ints("split") if sizes is None else op.numbers(sizes)
@@ -194,7 +194,7 @@ def split(op: Builder, a: Attributes, x: Value, sizes: Value = None) -> Any:
 
 @operator("Slice")
 def cut(op: Builder, a: Attributes, x: Value, starts: Value = None, ends: Value = None, *more: Value) -> fx.Node:
-    """Take a part along some dimensions."""
+    """Slice a tensor along some dimensions."""
     first = a.ints("starts") or [] if starts is None else op.numbers(starts)
     last = a.ints("ends") or [] if ends is None else op.numbers(ends)
     given = (*more, None, None)
@@ -214,11 +214,11 @@ def cut(op: Builder, a: Attributes, x: Value, starts: Value = None, ends: Value 
 
 @operator("Gather")
 def gather(op: Builder, a: Attributes, x: Value, indices: Value) -> fx.Node:
-    """Take places of a dimension."""
+    """Select indices of a dimension."""
     axis, dims = op.axis(x, a.get("axis", 0)), op.dims(x)
     flat = axis == 0 and op.fixes_batch(x) and dims is not None and len(dims) == 1
     if flat and isinstance(indices, np.ndarray) and indices.ndim > 1:
-        # PyTorch's exporter writes contiguous strides so.
+        # PyTorch's exporter writes contiguous strides this way.
         whole = np.array_equal(indices.reshape(-1), np.arange((dims or [0])[0] or 0))
         if whole:
             return op.call(torch.reshape, op.tensor(x), [-1, *indices.shape[1:]])
@@ -235,13 +235,13 @@ def gather(op: Builder, a: Attributes, x: Value, indices: Value) -> fx.Node:
 
 @operator("GatherElements")
 def gather_elements(op: Builder, a: Attributes, x: Value, indices: Value) -> fx.Node:
-    """Take one place of a dimension for each element."""
+    """Select one index of a dimension for each element."""
     return op.call(gathered_elements, op.tensor(x), op.tensor(indices), a.get("axis", 0))
 
 
 @operator("Expand")
 def expand(op: Builder, a: Attributes, x: Value, target: Value) -> fx.Node:
-    """Repeat dimensions of size one."""
+    """Expand dimensions of size one."""
     return op.call(expanded, op.tensor(x), op.numbers(target))
 
 
@@ -253,7 +253,7 @@ def tile(op: Builder, a: Attributes, x: Value, repeats: Value) -> fx.Node:
 
 @operator("Range")
 def count(op: Builder, a: Attributes, start: Value, end: Value, step: Value) -> Any:
-    """Count from a number to another."""
+    """Return a range of numbers."""
     numbers = [op.numbers(value)[0] for value in (start, end, step)]
     known = [value.dtype for value in (start, end, step) if isinstance(value, np.ndarray)]
     whole = not known or known[0].kind in "iu"
@@ -266,7 +266,7 @@ def count(op: Builder, a: Attributes, start: Value, end: Value, step: Value) -> 
 
 @operator("Pad")
 def pad(op: Builder, a: Attributes, x: Value, pads: Value = None, value: Value = None, axes: Value = None) -> fx.Node:
-    """Add to the borders, or cut from them."""
+    """Pad the borders, or crop them."""
     given: list[Any] = (a.ints("pads") or []) if pads is None else op.numbers(pads)
     fill = a.get("value", 0.0) if value is None else op.weight(value, "value").item()
     pairs = list(zip(given[: len(given) // 2], given[len(given) // 2 :], strict=True))
@@ -281,7 +281,7 @@ def pad(op: Builder, a: Attributes, x: Value, pads: Value = None, value: Value =
     mode = a.text("mode", "constant")
     if mode == "constant":
         return op.call(F.pad, op.tensor(x), [n for pair in reversed(pairs) for n in pair], mode, fill)
-    # PyTorch has these for all dimensions after the channels alone.
+    # PyTorch supports these only for all dimensions after the channels.
     pairs = [(0, 0)] * (rank - 2 - len(pairs)) + pairs
     names = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}
     if len(pairs) != rank - 2 or mode not in names:

@@ -1,4 +1,4 @@
-"""Operators on sizes: numbers of Python in the place of tensors, so that networks take images of other sizes."""
+"""Operators on sizes: Python numbers instead of tensors, so that networks accept images of other sizes."""
 
 import math
 import operator as python
@@ -30,7 +30,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _applied(op: Builder, function: Callable[..., Any], *numbers: Any) -> Any:
-    """The result of a function of numbers: a number, or a node where some are known only later."""
+    """Return the result of a function of numbers: a number, or a node if some are known only at run time."""
     if not any(isinstance(number, fx.Node) for number in numbers):
         return function(*numbers)
     return op.call(function, *numbers)
@@ -38,7 +38,7 @@ def _applied(op: Builder, function: Callable[..., Any], *numbers: Any) -> Any:
 
 @on_sizes("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min")
 def arithmetic(op: Builder, a: Attributes, x: Value, y: Value) -> Any:
-    """Compute with numbers, one by one."""
+    """Compute with numbers, element by element."""
     if isinstance(x, fx.Node) or isinstance(y, fx.Node):
         return NotImplemented
     left, right = op.numbers(x), op.numbers(y)
@@ -75,14 +75,14 @@ def negative(op: Builder, a: Attributes, x: Sizes) -> Any:
 
 @on_sizes("Floor", "Ceil")
 def rounded(op: Builder, a: Attributes, x: Sizes) -> Any:
-    """Round fractions; they stay floats until they are cast, which does nothing more to them."""
+    """Round fractions; they stay floats until they are cast, which does not change their value."""
     function = math.floor if op.node.op_type == "Floor" else math.ceil
     return op.sizes([_applied(op, function, n) if _is_float(n) else n for n in x.values], x.scalar)
 
 
 @on_sizes("Cast")
 def cast(op: Builder, a: Attributes, x: Sizes) -> Any:
-    """Make fractions of whole numbers, or the other way round."""
+    """Convert integers to floats, or the other way round."""
     if a.get("to") in _FLOATS:
         values = [n if _is_float(n) else _applied(op, torch.sym_float, n) for n in x.values]
     else:
@@ -92,7 +92,7 @@ def cast(op: Builder, a: Attributes, x: Sizes) -> Any:
 
 @on_sizes("Gather")
 def gather(op: Builder, a: Attributes, x: Value, indices: Value) -> Any:
-    """Take some of the numbers."""
+    """Select some of the numbers."""
     if not isinstance(x, Sizes) or not isinstance(indices, np.ndarray):
         return NotImplemented
     return op.sizes([x.values[int(place)] for place in indices.reshape(-1)], indices.ndim == 0)
@@ -100,7 +100,7 @@ def gather(op: Builder, a: Attributes, x: Value, indices: Value) -> Any:
 
 @on_sizes("Slice")
 def cut(op: Builder, a: Attributes, x: Value, starts: Value = None, ends: Value = None, *more: Value) -> Any:
-    """Take a range of the numbers."""
+    """Slice the numbers."""
     if not isinstance(x, Sizes):
         return NotImplemented
     first = (a.ints("starts") or [0])[0] if starts is None else op.ints(starts, "starts")[0]
@@ -111,7 +111,7 @@ def cut(op: Builder, a: Attributes, x: Value, starts: Value = None, ends: Value 
 
 @on_sizes("Concat")
 def concat(op: Builder, a: Attributes, *given: Value) -> Any:
-    """Join lists of numbers."""
+    """Concatenate lists of numbers."""
     if any(isinstance(value, fx.Node) for value in given):
         return NotImplemented
     return op.sizes([number for value in given for number in op.numbers(value)])
@@ -119,7 +119,7 @@ def concat(op: Builder, a: Attributes, *given: Value) -> Any:
 
 @on_sizes("Split")
 def split(op: Builder, a: Attributes, x: Value, sizes: Value = None) -> Any:
-    """Cut a list of numbers into parts."""
+    """Split a list of numbers into parts."""
     if not isinstance(x, Sizes):
         return NotImplemented
     count = len(op.node.output)
@@ -131,14 +131,14 @@ def split(op: Builder, a: Attributes, x: Value, sizes: Value = None) -> Any:
 
 @on_sizes("Unsqueeze", "Squeeze", "Identity")
 def kept(op: Builder, a: Attributes, x: Sizes, *axes: Value) -> Any:
-    """Make one number a list, or the other way round."""
+    """Convert a number to a list, or the other way round."""
     scalar = {"Unsqueeze": False, "Squeeze": True}.get(op.node.op_type, x.scalar)
     return op.sizes(x.values, scalar)
 
 
 @on_sizes("Reshape")
 def reshape(op: Builder, a: Attributes, x: Value, target: Value = None) -> Any:
-    """Make one number a list, or the other way round."""
+    """Convert a number to a list, or the other way round."""
     if not isinstance(x, Sizes):
         return NotImplemented
     shape = a.ints("shape") if target is None else op.ints(target, "shape")
@@ -167,7 +167,7 @@ def equal(op: Builder, a: Attributes, x: Value, y: Value) -> Any:
 
 @on_sizes("Where")
 def where(op: Builder, a: Attributes, condition: Value, x: Value, y: Value) -> Any:
-    """Choose between numbers where it is known which."""
+    """Select numbers if the condition is known."""
     if not isinstance(condition, np.ndarray) or isinstance(x, fx.Node) or isinstance(y, fx.Node):
         return NotImplemented
     chosen = condition.reshape(-1).tolist()

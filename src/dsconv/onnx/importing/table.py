@@ -1,4 +1,4 @@
-"""The table of ONNX operators that can be imported, which the files of this package fill."""
+"""Table of the ONNX operators that can be imported, to which the files of this package add."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 Lowering = TypeVar("Lowering", bound=Callable[..., Any])
 
 OPERATORS: dict[str, Callable[..., Any]] = {}
-"""By the operator's type: what adds it to a network, called with the builder, the node's attributes and its inputs.
+"""Functions by operator type, called with the builder, the node's attributes and its inputs.
 
-Returns the output, or a tuple of them.
+They add the operator to a network and return the output, or a tuple of outputs.
 """
 
 ON_SIZES: dict[str, Callable[..., Any]] = {}
-"""The same for nodes that have :class:`Sizes` among their inputs, in the place of the former."""
+"""The same for nodes with :class:`Sizes` among their inputs, which take precedence."""
 
 
 def operator(*types: str) -> Callable[[Lowering], Lowering]:

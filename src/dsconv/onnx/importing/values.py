@@ -26,14 +26,14 @@ TYPES = {
     11: torch.float64,
     16: torch.bfloat16,
 }
-"""Types of tensors, by their numbers in ONNX."""
+"""Dtypes of tensors, by their numbers in ONNX."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A tensor of one dimension, or a scalar, whose values are numbers and some of them are known only later.
+    """One-dimensional tensor, or a scalar, of numbers of which some are known only at run time.
 
-    Sizes of inputs are such numbers. They are no tensors, so that :mod:`torch.export` can follow them.
+    Sizes of inputs are such numbers. They are not tensors, so that :mod:`torch.export` can trace them.
     """
 
     values: tuple[Number | fx.Node, ...]
@@ -42,7 +42,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Rounded:
-    """What ``QuantizeLinear`` returns for a tensor of the network: the tensor before it is rounded."""
+    """Result of ``QuantizeLinear`` for a tensor of the network: the tensor before rounding."""
 
     node: fx.Node
 
@@ -51,11 +51,11 @@ Value = np.ndarray | fx.Node | Sizes | Rounded | None
 
 
 class Unsupported(Exception):
-    """A node has no equivalent in a network of PyTorch; says what of it."""
+    """A node has no equivalent in a PyTorch network; the message gives the reason."""
 
 
 class Attributes:
-    """The attributes of a node, by their types."""
+    """Attributes of a node, by type."""
 
     def __init__(self, node: Any):
         helper = import_extra("onnx", "onnx").helper
@@ -65,7 +65,7 @@ class Attributes:
         return name in self._values
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return a value as ONNX has it."""
+        """Return a value as stored by ONNX."""
         return self._values.get(name, default)
 
     def text(self, name: str, default: str) -> str:
@@ -74,7 +74,7 @@ class Attributes:
         return value.decode() if isinstance(value, bytes) else str(value)
 
     def ints(self, name: str, default: Sequence[int] | None = None) -> list[int] | None:
-        """Return a list of whole numbers."""
+        """Return a list of integers."""
         value = self._values.get(name, default)
         return None if value is None else [int(number) for number in value]
 
@@ -83,12 +83,12 @@ def as_tensor(array: np.ndarray) -> Tensor:
     """Return a copy of an array.
 
     Raises:
-        Unsupported: PyTorch has no tensors of its type.
+        Unsupported: PyTorch does not support its dtype.
     """
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(np.array(array.view(np.int16))).view(torch.bfloat16)
     try:
-        # Arrays without dimensions become numbers of NumPy on the way.
+        # Zero-dimensional arrays become NumPy numbers on the way.
         return torch.from_numpy(np.array(array, order="C"))
     except TypeError:
         raise Unsupported(f"a constant of {array.dtype}, which PyTorch does not compute with") from None
