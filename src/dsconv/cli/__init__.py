@@ -1,4 +1,4 @@
-"""The command line. Each command is a module here: it reads its options, calls the library and prints."""
+"""Command line. Each command is a module here: it reads its options, calls the library and prints."""
 
 import io
 import sys
@@ -93,7 +93,7 @@ for command, examples in _EXAMPLES.items():
 @app.command(cls=Command, hidden=True)
 @wraps(tradeoff, assigned=("__annotations__",))
 def compare(**options: Any) -> None:
-    """Do what dsconv tradeoff does: its former name, for one version."""
+    """Run dsconv tradeoff under its former name, for one version."""
     print("dsconv compare is deprecated: use dsconv tradeoff, which does the same", file=sys.stderr)
     tradeoff(**options)
 
@@ -114,11 +114,11 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 a mistake to mend, 2 wrong usage, 130 interrupted, 143 terminated."""
+    """Run the command line. Exit codes: 0 done, 1 fixable error, 2 wrong usage, 130 interrupted, 143 terminated."""
     warnings.showwarning = lambda message, *_: print(f"warning: {one_paragraph(message)}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Names of files and layers may hold characters that the terminal, or any, encoding lacks.
+            # Names of files and layers may contain characters that the encoding of the terminal lacks.
             stream.reconfigure(errors="backslashreplace")
     with stopping.stoppable():
         try:
@@ -128,9 +128,9 @@ def main() -> None:
 
 
 def _exit(error: BaseException) -> int | str | None:
-    """Return what ``sys.exit`` takes for what ended a command."""
+    """Return the argument of ``sys.exit`` for the exception that ended a command."""
     failed = not isinstance(error, SystemExit) or bool(error.code)
-    # What is stopped while it is imported may raise anything.
+    # Interrupted imports may raise any error.
     if failed and (code := stopping.exit_code()):
         return code
     match error:

@@ -1,4 +1,4 @@
-"""``dsconv adapt``: a quantized network is trained on unlabelled images to do what its float original does."""
+"""``dsconv adapt``: trains a quantized network on unlabelled images to match its float original."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,10 +52,10 @@ def adapt(
     channels: opt.Channels = None,
     interpolation: opt.Interpolation = None,
 ) -> None:
-    """Train a quantized network to put out, on your images, what its float original does.
+    """Train a quantized network on your images to match its float original.
 
-    The images need no labels. A part of them is held back, and the state that does best on these is kept.
-    Started by torchrun, several processes train it together, and the first of them writes OUT.
+    The images need no labels. Some of them are held back, and the state with the best result on these is kept. If
+    started by torchrun, several processes train the network together, and the first of them writes OUT.
     """
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), str(file), model, reference)

@@ -1,4 +1,4 @@
-"""``dsconv bench``: quantized networks beside other runtimes, whole, in turns in one process."""
+"""``dsconv bench``: times quantized networks and other runtimes, in turns in one process."""
 
 import inspect
 from dataclasses import replace
@@ -86,11 +86,11 @@ def bench(
     channels: opt.Channels = None,
     interpolation: opt.Interpolation = None,
 ) -> None:
-    """Time quantized networks beside PyTorch, ONNX Runtime, OpenVINO and MNN.
+    """Time quantized networks against PyTorch, ONNX Runtime, OpenVINO and MNN.
 
-    All run in this process, in turns; other runtimes run a FILE as the float network that it stands for. Ctrl-C ends it
-    with the figures so far. An ONNX file says what it takes, several tensors too, of which --size gives the last free
-    sizes; other networks that take more than images are for dsconv.bench in Python.
+    All run in this process, in turns; other runtimes run the float network of a FILE. Ctrl-C ends the command with the
+    figures so far. An ONNX file states its inputs, which may be several tensors; --size sets their last free sizes.
+    Other networks with more inputs than images need dsconv.bench in Python.
     """
     options = locals()
     mistakes = Mistakes()
@@ -108,7 +108,7 @@ def bench(
     for name in models_or_files:
         given = mistakes.check(read_preparation, options, name, model, needed=data is not None)
         mistakes.check(check_source, name, model if is_quantized_file(name) else None)
-        if not is_onnx(_original(name, model) or ""):  # which says it
+        if not is_onnx(_original(name, model) or ""):  # which states it
             mistakes.check(check_size, options, name, shape)
     mistakes.check(check_weights, weights)
     mistakes.check(check_data, data)
@@ -141,7 +141,7 @@ def bench(
             if isinstance(inputs, dsconv.Inputs):
                 result = replace(result, calibration=f"{_RANDOM} random samples")
             found.append(result)
-            # Errors in a later network leave what was measured.
+            # If a later network fails, the measurements so far are kept.
             if out:
                 with replacing(out) as beside:
                     beside.write_text(json_text(_as_dict(found)) + "\n", "utf-8")
@@ -162,7 +162,7 @@ def bench(
 
 
 def _original(name: str, model: str | None) -> str | None:
-    """Return the name of the float network, as far as it is known without building one."""
+    """Return the name of the float network, as far as known without building one."""
     if not is_quantized_file(name):
         return name
     return model or header_of(Path(name)).get("architecture")
@@ -203,7 +203,7 @@ def _inputs(
     data: Path | None,
     limit: int,
 ) -> "Tensor | Inputs | tuple[int, ...]":
-    """Return ``limit`` images of a folder, or the shape of random ones, or what an ONNX file takes."""
+    """Return ``limit`` images of a folder, or the shape of random ones, or the inputs of an ONNX file."""
     from dsconv import zoo
 
     unstated = data is None and not given
@@ -226,7 +226,7 @@ def _inputs(
 
 
 def _several(network: "nn.Module") -> list[str]:
-    """Return the names of the arguments that a network must be called with, where these are more than one."""
+    """Return the names of the required arguments of a network, if there is more than one."""
     parameters = inspect.signature(network.forward).parameters.values()
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
@@ -234,7 +234,7 @@ def _several(network: "nn.Module") -> list[str]:
 
 
 def _numbers(option: str, text: str, most: int | None = None) -> list[int]:
-    """``1,8`` as numbers of 1 to ``most``."""
+    """Return ``1,8`` as numbers of 1 to ``most``."""
     numbers = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
     if min(numbers) < 1 or (most is not None and max(numbers) > most):
         limit = "whole numbers from 1" if most is None else f"numbers from 1 to {most}, the cores that there are"

@@ -1,4 +1,4 @@
-"""``dsconv calibrate``: a quantized network is rounded again on unlabelled images."""
+"""``dsconv calibrate``: rounds a quantized network again on unlabelled images."""
 
 import time
 from pathlib import Path
@@ -56,10 +56,11 @@ def calibrate(
     channels: opt.Channels = None,
     interpolation: opt.Interpolation = None,
 ) -> None:
-    """Round the weights of a quantized network again so that, on your images, each layer puts out what it did in float.
+    """Round the weights of a quantized network again so that its layer outputs match the float model on your images.
 
-    FILE, or MODEL quantized as --preset or --config say. The images need no labels, and there is no training. A part
-    of them is held back; where calibration makes the network worse on these, OUT is the network as it was.
+    The network is FILE, or MODEL quantized according to --preset or --config. The images need no labels, and there is
+    no training. Some of them are held back; if calibration makes the network worse on these, OUT is the uncalibrated
+    network.
     """
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), file_or_model, model, reference)

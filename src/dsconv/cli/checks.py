@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def is_quantized_file(name: str) -> bool:
-    """Tell whether an argument is a file that ``dsconv quantize`` wrote, or a folder that holds one, and no model."""
+    """Return whether an argument is a file from ``dsconv quantize``, or a folder with one, rather than a model."""
     path = Path(name)
     if is_onnx(name):
         return False
@@ -26,14 +26,14 @@ def is_quantized_file(name: str) -> bool:
 
 
 def check_there(path: Path) -> None:
-    """Raise what is wrong where there is no file of a quantized network, and no folder that may hold one."""
-    if not path.is_file() and not path.is_dir():  # a pipe would be waited for
+    """Raise an error if there is no file of a quantized network, and no folder that may contain one."""
+    if not path.is_file() and not path.is_dir():  # reading a pipe would block
         raise FileNotFoundError(f"{path}: expected a file written by dsconv, there is none")
     check_not_compiled(path)
 
 
 def check_file(path: Path, *models: str | None) -> None:
-    """Raise what is wrong with a quantized file, as far as its header tells; ``models`` are to load it into."""
+    """Raise an error for an invalid quantized file, as far as its header shows; ``models`` are to load it into."""
     check_there(path)
     header = header_of(path)
     architecture = header.get("architecture")
@@ -50,38 +50,38 @@ def check_file(path: Path, *models: str | None) -> None:
 
 
 def check_source(name: str, *models: str | None) -> None:
-    """Raise what is wrong with an argument that is a quantized file or a float model."""
+    """Raise an error for an invalid argument that is a quantized file or a float model."""
     check_file(Path(name), *models) if is_quantized_file(name) else check_model_name(name)
 
 
 def check_goes_with_file(name: str, *models: str | None) -> None:
-    """Raise wrong usage where ``--reference`` or ``--model`` is given beside a float model."""
+    """Raise a usage error if ``--reference`` or ``--model`` is given with a float model."""
     if any(models) and not is_quantized_file(name):
         raise typer.BadParameter("--reference and --model go with a quantized FILE, not with a float model.")
 
 
 def check_own_settings(names: Iterable[str], preset: str, config: Path | None, weights: str | None = None) -> None:
-    """Raise wrong usage where settings, or weights, are given and ``names`` are all quantized files."""
+    """Raise a usage error if settings, or weights, are given and ``names`` are all quantized files."""
     if (preset, config, weights or "default") != ("default", None, "default") and all(map(is_quantized_file, names)):
         options = "--preset and --config" if weights is None else "--preset, --config and --weights"
         raise typer.BadParameter(f"a quantized FILE has its own settings: {options} go with a float model.")
 
 
 def check_own_weights(name: str, reference: str | None, weights: str) -> None:
-    """Raise wrong usage where weights are given for a quantized file, and there is no ``--reference``."""
+    """Raise a usage error if weights are given for a quantized file without ``--reference``."""
     if weights != "default" and not reference and is_quantized_file(name):
         raise typer.BadParameter("a quantized FILE has its own weights: --weights are those of --reference.")
 
 
 def check_data(path: Path | None) -> None:
-    """Raise DataError where a folder of images is none."""
+    """Raise DataError if a folder of images does not exist."""
     if path is not None and not path.is_dir():
         what = "is a file, not a folder" if path.exists() else "does not exist"
         raise DataError(f"--data: the image folder {path} {what}")
 
 
 def check_out(force: bool, **paths: Path | None) -> None:
-    """Raise what is wrong with the files that a command is to write, by the names of their options."""
+    """Raise an error if a command cannot write its files, which are given by the names of their options."""
     wrong: list[str] = []
     seen: dict[Path, str] = {}
     for option, path in paths.items():
@@ -102,7 +102,7 @@ def check_out(force: bool, **paths: Path | None) -> None:
 
 
 def check_plot(plot: Path | None) -> None:
-    """Raise what is wrong with the format of a picture, or that nothing is there to draw it."""
+    """Raise an error for an unsupported format of a picture, or if the package for drawing it is missing."""
     if plot is None:
         return
     known = import_extra("report", "matplotlib.figure").Figure().canvas.get_supported_filetypes()
@@ -113,13 +113,13 @@ def check_plot(plot: Path | None) -> None:
 
 
 def check_extras(extra: str, *packages: str) -> None:
-    """Raise MissingExtraError where one of the packages that ``extra`` installs is missing."""
+    """Raise MissingExtraError if one of the packages that ``extra`` installs is missing."""
     for package in packages:
         check_extra(extra, package)
 
 
 def state_beside(out: Path, resume: bool, work: str) -> Path:
-    """Return the file from which ``work`` that was stopped is resumed: there is one if, and only if, that is asked."""
+    """Return the file for resuming ``work``; check that it exists if, and only if, ``resume`` is set."""
     state = out.with_name(f"{out.name}.state")
     if state.exists() != resume:
         there, todo = ("no", "leave out --resume") if resume else ("a", f"add --resume, or delete {state}")
@@ -128,7 +128,7 @@ def state_beside(out: Path, resume: bool, work: str) -> Path:
 
 
 def read_classes(path: Path | None) -> list[str] | None:
-    """Return the names of a file, one a line; None without a file."""
+    """Return the names in a file, one per line; None without a file."""
     if path is None:
         return None
     try:
@@ -147,7 +147,7 @@ def read_classes(path: Path | None) -> list[str] | None:
 
 
 def read_config(preset: str, path: Path | None) -> "QuantConfig":
-    """Return the settings of a preset, or of the file that takes its place."""
+    """Return the settings of a preset, or of the file that replaces it."""
     if path is None:
         return dsconv.QuantConfig.preset(preset)
     if preset != "default":
@@ -156,7 +156,7 @@ def read_config(preset: str, path: Path | None) -> "QuantConfig":
 
 
 def header_of(path: Path) -> dict[str, Any]:
-    """Return what a quantized file says of its network; nothing where it is damaged, of which loading tells more."""
+    """Return the metadata of a quantized file; empty if it is damaged, which loading reports in detail."""
     from safetensors import safe_open
 
     from dsconv.data import Preprocess
@@ -172,5 +172,5 @@ def header_of(path: Path) -> dict[str, Any]:
             said["preprocess"] = Preprocess(**said["preprocess"])
         said["described"] = "network" in entries
         return said if isinstance(said["architecture"], str | None) else {}
-    except Exception:  # of many kinds, each of which loading turns into an error of its own
+    except Exception:  # of many kinds, each of which loading converts to its own error
         return {}

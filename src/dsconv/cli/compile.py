@@ -1,4 +1,4 @@
-"""``dsconv compile``: a quantized network as a file that runs without PyTorch."""
+"""``dsconv compile``: writes a quantized network as a file that runs without PyTorch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,4 @@
-"""``dsconv demo``: the embedded network under several settings, a file and a picture."""
+"""``dsconv demo``: runs the embedded network under several settings, and writes a file and a picture."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def demo(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Quantize a small network for handwritten digits in several ways and show what each costs."""
+    """Quantize a small network for handwritten digits in several ways and show the cost of each."""
     place = next((folder for folder in (out, *out.parents) if folder.exists()), out)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise OSError(f"{out}: not a folder that can be written to: choose another")

@@ -1,4 +1,4 @@
-"""``dsconv evaluate``: how good a network is on a folder of images, and how close to its float original."""
+"""``dsconv evaluate``: accuracy of a network on a folder of images, and its distance from its float original."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,7 +52,8 @@ def evaluate(
 ) -> None:
     """Measure a quantized file, or a float model, on a folder of images.
 
-    With --reference: agreement, KL divergence and SQNR too, of each output. Ctrl-C ends it with the figures so far.
+    With --reference, agreement, KL divergence and SQNR of each output are also shown. Ctrl-C ends the command with the
+    figures so far.
     """
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), file_or_model, model, reference)
@@ -95,7 +96,7 @@ def evaluate(
         result = dsconv.compare(original, network, images, metric=metric_of(metric), **options)
     else:
         result = dsconv.evaluate(network, images, **options)
-    # What executes a layer depends on where it is.
+    # The backend of a layer depends on its device.
     quantization = _quantization(network.to(device))
     if as_json:
         facts = {"model": file_or_model, "reference_model": reference, "data": str(data), "quantization": quantization}
@@ -108,7 +109,7 @@ def evaluate(
 
 
 def _quantization(network: "nn.Module") -> dict[str, Any] | None:
-    """Return what an accuracy is to be read with; None for a float network."""
+    """Return the settings that qualify an accuracy; None for a float network."""
     from dsconv.conversion import model_info
 
     info = model_info(network)

@@ -1,4 +1,4 @@
-"""``dsconv export``: a quantized file as an ONNX file, for other runtimes."""
+"""``dsconv export``: writes a quantized file as an ONNX file for other runtimes."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,12 +57,13 @@ def export(
     channels: opt.Channels = None,
     interpolation: opt.Interpolation = None,
 ) -> None:
-    """Write a quantized network as an ONNX file, of any batch size.
+    """Write a quantized network as an ONNX file, with any batch size.
 
-    With --data: how close ONNX Runtime's outputs of the file are to those of dsconv, and the time both take.
+    With --data, the distance of ONNX Runtime's outputs for the file from those of dsconv, and the time of both, are
+    shown.
     """
     options = locals()
-    # Without images, ranges for int8 are those of noise, which is prepared as images are.
+    # Without images, ranges for int8 are those of noise with the preprocessing of images.
     needed = data is not None or style == "int8"
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, options, str(file), model, needed=needed)
@@ -97,7 +98,7 @@ def export(
     images, folder = None, None
     if data is not None:
         assert preprocess is not None
-        # Read before the export, so that it does not end in an error.
+        # Read before the export, so that bad images are reported first.
         images = read_images(data, preprocess, limit)
         folder = image_folder(data, preprocess, names)
     say(f"exporting as {style}")

@@ -1,4 +1,4 @@
-"""``dsconv inspect``: what a file of a quantized model holds."""
+"""``dsconv inspect``: shows the contents of a file of a quantized model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ def inspect(
     ],
     as_json: opt.Json = False,
 ) -> None:
-    """Show what a quantized file holds, from the file alone; its checksum is verified."""
+    """Show the contents of a quantized file, from the file alone; its checksum is verified."""
     if file.is_dir():
         file /= "model.safetensors"
     check_there(file)
@@ -38,6 +38,6 @@ def inspect(
         f"preparation of images: {Preprocess(**header.preprocess) if header.preprocess else 'not stated'}",
         f"calibrated on: {header.calibrated_on or 'no'} images; adapted on: {header.adapted_on or 'no'} images",
     )
-    # A file may say anything, and a terminal obeys some of it.
+    # A file may contain anything, including control sequences for the terminal.
     print(*(one_line(line, 10_000) for line in lines), sep="\n")
     print_table(summary)

@@ -1,4 +1,4 @@
-"""Mistakes in the arguments of a command: they are found together and first, before PyTorch is imported."""
+"""Mistakes in the arguments of a command, which are reported together, before PyTorch is imported."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Mistakes:
-    """Collects what is wrong with the arguments of a command, so that one error names all of it.
+    """Collects mistakes in the arguments of a command, so that one error lists all of them.
 
     >>> mistakes = Mistakes()
     >>> number = mistakes.check(int, "7")
@@ -28,7 +28,7 @@ class Mistakes:
         self._others: list[DSConvError | OSError] = []
 
     def check(self, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return ``check(...)``, or note the mistake that it raises; the value is then None, and :meth:`end` raises."""
+        """Return ``check(...)``, or record the mistake that it raises and return None; :meth:`end` then raises it."""
         try:
             return check(*args, **kwargs)
         except typer.BadParameter as error:
@@ -38,12 +38,12 @@ class Mistakes:
         return None  # type: ignore[return-value]
 
     def usage(self, wrong: bool, message: str) -> None:
-        """Note ``message`` as wrong usage if it is ``wrong``."""
+        """Record ``message`` as a usage error if ``wrong``."""
         if wrong:
             self._usage.append(typer.BadParameter(message))
 
     def end(self) -> None:
-        """Raise one error that names all mistakes, if there are any: of wrong usage, if one of them is."""
+        """Raise one error that lists all mistakes, if there are any: a usage error, if one of them is."""
         found = [*self._usage, *self._others]
         if len(found) == 1:
             raise found[0]
@@ -56,10 +56,10 @@ class Mistakes:
 
 
 class Command(TyperCommand):
-    """A command that names all wrong values of its options at once, not the first alone."""
+    """Command that reports all invalid values of its options at once, instead of only the first."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As that of the class above; raises ``typer.BadParameter`` of all that it finds."""
+        """Parse the arguments as the base class does; raise ``typer.BadParameter`` with all errors."""
         wrong: list[typer.BadParameter] = []
 
         def collecting(handle: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +84,7 @@ class Command(TyperCommand):
 
 
 def numbered(errors: list[Any]) -> str:
-    """Return them as one paragraph.
+    """Return errors as one paragraph.
 
     >>> numbered(["a: expected 1, got 2.", "no b"])
     '2 mistakes: (1) a: expected 1, got 2; (2) no b'
@@ -94,7 +94,7 @@ def numbered(errors: list[Any]) -> str:
 
 
 def one_paragraph(error: object) -> str:
-    """Return what an error says, in one line."""
+    """Return the message of an error in one line."""
     if isinstance(error, OSError) and error.filename is not None:
         error = f"{os.fsdecode(error.filename)}: {error.strerror}"
     return " ".join(str(error).split())

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def begin(threads: int | None = None, device: str = "cpu") -> None:
-    """Import PyTorch, and have it use ``threads`` threads.
+    """Import PyTorch, and let it use ``threads`` threads.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: the device does not exist.
     """
     import torch
 
@@ -35,7 +35,7 @@ def begin(threads: int | None = None, device: str = "cpu") -> None:
 
 
 def load_file(path: Path, model: str | None, reference: str | None = None) -> "nn.Module":
-    """Return the quantized network of a file: loaded into ``model``, else as the file says, else into ``reference``."""
+    """Return the quantized network of a file: loaded into ``model``, else as the file states, else ``reference``."""
     from dsconv import zoo
 
     if model:
@@ -51,7 +51,7 @@ def load_file(path: Path, model: str | None, reference: str | None = None) -> "n
 
 
 def build(name: str, weights: str) -> "nn.Module":
-    """Return the float model of a name, and say so."""
+    """Build the float model called ``name``, and print a message."""
     from dsconv import zoo
 
     say(f"building {name} with weights {weights}")
@@ -59,7 +59,7 @@ def build(name: str, weights: str) -> "nn.Module":
 
 
 def load_or_quantize(name: str, config: "QuantConfig", *, weights: str, model: str | None) -> "nn.Module":
-    """Return the quantized network of a file, or a float model of that name, quantized; and say so."""
+    """Return the quantized network of a file, or of a float model of that name; print a message."""
     if is_quantized_file(name):
         say(f"loading {name}")
         return load_file(Path(name), model)
@@ -69,14 +69,14 @@ def load_or_quantize(name: str, config: "QuantConfig", *, weights: str, model: s
 
 
 def metric_of(name: str | None) -> "Metric | None":
-    """Return the function of ``--metric``."""
+    """Return the function given by ``--metric``."""
     from dsconv import zoo
 
     return None if name is None else zoo.function_of("metric", name)[1]
 
 
 def original_of(qmodel: "nn.Module", file: str) -> str:
-    """Return the name of the float model that a file says its network was made from."""
+    """Return the name of the float model from which a file's network was made, as stated in the file."""
     from dsconv.conversion import model_info
 
     info = model_info(qmodel)
@@ -103,12 +103,12 @@ def read_images(data: Path, preprocess: "Preprocess", limit: int) -> "Tensor":
 
 
 def random_inputs(path: Path, size: list[int], count: int) -> "Inputs":
-    """Return ``count`` samples of what an ONNX file takes: floats of a normal distribution, integers of 1.
+    """Return ``count`` random samples of an ONNX file's inputs: normally distributed floats, ones for integers.
 
-    The last free sizes of each tensor are the last ones of ``size``, that of :func:`read_size`.
+    ``size``, from :func:`read_size`, sets the last free sizes of each tensor.
 
     Raises:
-        DataError: a size is free, and ``size`` does not tell it; or PyTorch has no numbers of the type of a tensor.
+        DataError: a size is free and not set by ``size``; or PyTorch has no random numbers of the dtype of a tensor.
     """
     import numpy as np
     import torch
@@ -143,7 +143,7 @@ def random_inputs(path: Path, size: list[int], count: int) -> "Inputs":
 
 
 def image_folder(data: Path, preprocess: "Preprocess", classes: list[str] | None) -> "ImageFolder":
-    """Return the images of ``--data``, and say how its class folders are ordered."""
+    """Return the images of ``--data``, and print the order of its class folders."""
     from dsconv.data import ImageFolder
 
     folder = ImageFolder(data, preprocess, classes)
@@ -154,7 +154,7 @@ def image_folder(data: Path, preprocess: "Preprocess", classes: list[str] | None
 
 @contextmanager
 def resumable(state: Path) -> Iterator[None]:
-    """Say, where the block is stopped, that its work goes on from ``state``."""
+    """Print a message that the work can be resumed from ``state`` if the block is stopped."""
     try:
         yield
     except (KeyboardInterrupt, OSError, ConfigError):

@@ -1,4 +1,4 @@
-"""``dsconv optimize``: a network is quantized as small, as fast or as close to float as asked for."""
+"""``dsconv optimize``: quantizes a network within a budget or to a target of accuracy."""
 
 import re
 from pathlib import Path
@@ -91,11 +91,11 @@ def optimize(
     channels: opt.Channels = None,
     interpolation: opt.Interpolation = None,
 ) -> None:
-    """Quantize a trained network as small, fast or close to float as asked for: the whole work in one command.
+    """Quantize a trained network within a budget or to a target of accuracy, in one command.
 
-    Tries a few recipes of search, calibration and adaptation, and keeps the smallest network that meets the target
-    (with --ms the fastest), or without a target the closest to float within the budget. Times are on --threads, or
-    else 1. If budget or target is not met, OUT is the network that comes closest, and the exit code 1.
+    A few recipes of search, calibration and adaptation are tried. The command keeps the smallest network that meets the
+    target (with --ms the fastest), or without a target the closest to float within the budget. Times are on --threads,
+    or else 1. If budget or target is not met, OUT is the network that comes closest, and the exit code 1.
     """
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), model)
@@ -167,7 +167,7 @@ def optimize(
 
 
 def _seconds(text: str) -> float | None:
-    """Return ``90``, ``90s``, ``10m`` or ``2h`` in seconds; None of ``none``."""
+    """Return ``90``, ``90s``, ``10m`` or ``2h`` in seconds; None for ``none``."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
     if text != "none" and (found is None or not float(found[1])):
         raise typer.BadParameter(f"--time-limit: expected a time above 0 as 90s, 10m or 2h, or none, got {text!r}.")
@@ -185,7 +185,7 @@ def _say_attempt(attempt: "Attempt") -> None:
 def _report(
     page: Path, found: "Optimization", network: object, preprocess: "Preprocess", classes: list[str] | None
 ) -> bool:
-    """Write a report on the network that was kept, unless what writes it is not installed, and say so."""
+    """Write a report on the selected network and print a message; skip it if the required package is missing."""
     try:
         check_extras("report", "jinja2")
     except MissingExtraError as missing:
@@ -207,7 +207,7 @@ def _report(
 
 
 def _repeated(found: "Optimization", model: str, settings: Path, data: Path | None) -> list[str]:
-    """Return the commands that quantize the network with the settings found, and do what was done then."""
+    """Return the commands that quantize the network with the settings found, and repeat the further steps."""
     if not found.best.calibrated:
         return [f"dsconv quantize {model} --config {settings} --out again.safetensors"]
     commands = [f"dsconv calibrate {model} --config {settings} --data {data} --out again.safetensors"]

@@ -25,7 +25,7 @@ UNLABELLED_HELP = "Folder of images, which need no labels."
 
 
 def choice(names: Sequence[str], **options: Any) -> Any:
-    """Return the option of one of ``names``, which shells complete; the command checks it, with all other mistakes."""
+    """Return the option of one of ``names``, with completion; the command validates it with all other arguments."""
     return typer.Option(metavar="|".join(names), autocompletion=lambda: list(names), **options)
 
 

@@ -1,4 +1,4 @@
-"""Prints for the commands: figures on stdout, all else on stderr."""
+"""Output of the commands: figures on stdout, everything else on stderr."""
 
 import json
 import math
@@ -10,25 +10,25 @@ _quiet = False
 
 
 def hush(quiet: bool) -> bool:
-    """Settle whether :func:`say` is to be ``quiet`` for the command that begins, and return that."""
+    """Set whether :func:`say` is ``quiet`` for the command that begins, and return that."""
     global _quiet
     _quiet = quiet
     return quiet
 
 
 def say(message: str) -> None:
-    """Print on stderr what a command is doing, unless it is to be quiet."""
+    """Print the activity of a command on stderr, unless it is quiet."""
     if not _quiet:
         warn(message)
 
 
 def warn(message: str) -> None:
-    """Print on stderr what a user has to know."""
+    """Print a message for the user on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 def print_table(table: Any) -> None:
-    """Print a table as wide as the window; in a file or a pipe there is none to fit into."""
+    """Print a table as wide as the window, or without a limit to a file or a pipe."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
@@ -36,7 +36,7 @@ def print_table(table: Any) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Print strict JSON: a figure that is infinite or undefined becomes null."""
+    """Print strict JSON: an infinite or undefined figure becomes null."""
     print(json_text(data))
 
 

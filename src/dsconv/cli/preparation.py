@@ -1,4 +1,4 @@
-"""Preparation of images: as options and networks state it, and the size of an image."""
+"""Preprocessing of images, from options and networks, and the size of an image."""
 
 import re
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def read_size(text: str | None) -> list[int]:
-    """Return ``224``, ``224x320`` or ``1x28x28`` as ``[C, H, W]`` without what is not given."""
+    """Return ``224``, ``224x320`` or ``1x28x28`` as ``[C, H, W]``, without values that are not given."""
     numbers = [int(number) for number in re.findall(r"\d+", text or "")]
     if text is not None and ("x".join(map(str, numbers)) != text or len(numbers) > 3 or 0 in numbers):
         raise typer.BadParameter(f"--size: expected PIXELS, HEIGHTxWIDTH or CHANNELSxHEIGHTxWIDTH, got {text!r}.")
@@ -29,22 +29,22 @@ def read_size(text: str | None) -> list[int]:
 
 
 def check_one_size(size: str | None, *others: str | None) -> None:
-    """Raise wrong usage where ``--size`` is given, and ``--resize`` or ``--crop`` too."""
+    """Raise a usage error if ``--size`` is given together with ``--resize`` or ``--crop``."""
     if size and any(others):
         raise typer.BadParameter("choose one of --size and --resize, --crop.")
 
 
 def read_preparation(options: Mapping[str, Any], *names: str | None, needed: bool = True) -> dict[str, Any]:
-    """Return what a command's options say of the preparation of images, as fields of :class:`Preprocess`.
+    """Return the preprocessing given by a command's options, as fields of :class:`Preprocess`.
 
     Args:
-        options: of the command, by name.
-        names: quantized files and float models that may say how images are prepared, the first one that does counts.
-        needed: images are to be prepared.
+        options: options of the command, by name.
+        names: quantized files and float models that may store a preprocessing; the first one that does is used.
+        needed: whether images must be preprocessed.
 
     Raises:
-        ConfigError: an option has an unusable value, or one that does not go with what the first file says.
-        DataError: preparation is needed, and neither the options nor any of ``names`` can say it.
+        ConfigError: an option has an invalid value, or one that contradicts the first file.
+        DataError: preprocessing is needed, and neither the options nor any of ``names`` state it.
     """
     from dsconv.data.preprocess import Preprocess, laid_over
 
@@ -59,7 +59,7 @@ def read_preparation(options: Mapping[str, Any], *names: str | None, needed: boo
 
 
 def check_one_preparation(files: list[Path], given: dict[str, Any] | None) -> None:
-    """Raise DataError where quantized files that are to see the same images say that these are prepared differently."""
+    """Raise DataError if quantized files for the same images store different preprocessing."""
     from dsconv.data.preprocess import Preprocess, laid_over
 
     said = {str(file): known for file in files if isinstance(known := _said(str(file)), Preprocess)}
@@ -74,7 +74,7 @@ def check_one_preparation(files: list[Path], given: dict[str, Any] | None) -> No
 
 
 def check_size(options: Mapping[str, Any], name: str, size: list[int] | None) -> None:
-    """Raise DataError where neither the options nor a quantized file say of which size images are."""
+    """Raise DataError if neither the options nor a quantized file state the size of images."""
     from dsconv.data.preprocess import laid_over
 
     said, given = _said(name), _given(options)
@@ -87,12 +87,12 @@ def check_size(options: Mapping[str, Any], name: str, size: list[int] | None) ->
 def preparation_of(
     given: Mapping[str, Any], name: str, *networks: "nn.Module | None", size: list[int] | None = None
 ) -> "Preprocess":
-    """Return how images are prepared: as the first of ``networks`` that knows says, with what is ``given`` laid over.
+    """Return the preprocessing of the first of ``networks`` that has one, overridden by what is ``given``.
 
-    The ``size`` of :func:`read_size`, where it is given, takes the place of resize and crop.
+    If ``size`` from :func:`read_size` is given, it replaces resize and crop.
 
     Raises:
-        DataError: nothing is given, and none of them knows.
+        DataError: nothing is given, and no network has a preprocessing.
     """
     from dsconv import zoo
     from dsconv.data.preprocess import laid_over
@@ -105,12 +105,12 @@ def preparation_of(
 
 
 def say_preparation(preprocess: "Preprocess", data: Path | None) -> None:
-    """Say how images, or the noise that takes their place, are prepared."""
+    """Print the preprocessing of images, or of the noise that replaces them."""
     say(f"{'noise' if data is None else f'images of {data}'}: {preprocess}")
 
 
 def image_shape(preprocess: "Preprocess | None", name: str, size: list[int]) -> tuple[int, int, int]:
-    """Return ``(C, H, W)`` of what a network takes: of :func:`read_size`, else of how images are prepared."""
+    """Return ``(C, H, W)`` of a network's input: from :func:`read_size`, otherwise from the preprocessing."""
     gray = size[:-2] == [1] or (preprocess is not None and preprocess.channels == "gray")
     pixels = size[-2:] or (preprocess and (preprocess.crop or preprocess.resize))
     if not isinstance(pixels, list | tuple):
@@ -120,7 +120,7 @@ def image_shape(preprocess: "Preprocess | None", name: str, size: list[int]) -> 
 
 
 def unknown_preparation(name: str) -> DataError:
-    """Return the one answer of all commands where the preparation of images is needed and nothing states it."""
+    """Return the common error of all commands for a preprocessing that is needed but not stated."""
     return DataError(
         f"{name} does not say how its images are prepared: give --resize, --crop, --mean, --std, --scale or "
         "--channels, as it was trained; what is left out of them has its default"
@@ -134,7 +134,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _said(name: str) -> "Preprocess | Literal['later'] | None":
-    """Return how ``name`` says that images are prepared; ``later``: that is known once the network is built."""
+    """Return the preprocessing stated by ``name``; ``later``: it is known once the network is built."""
     if not is_quantized_file(name) or not (header := header_of(Path(name))):
         return "later"
     if header["preprocess"] is not None:
@@ -144,9 +144,9 @@ def _said(name: str) -> "Preprocess | Literal['later'] | None":
 
 
 def _value(text: str) -> Any:
-    """``none``, a number, several as in ``0.5,0.5,0.5`` or ``224x320``, or a word; Preprocess checks which it takes."""
+    """Parse ``none``, a number, several as in ``0.5,0.5,0.5`` or ``224x320``, or a word; Preprocess validates it."""
     try:
-        # A number may begin with its point, as in .5, which JSON does not know.
+        # A number may begin with a point, as in .5, which JSON does not allow.
         numbers = strict_json.loads(f"[{re.sub(r'(?<![0-9])[.](?=[0-9])', '0.', text).replace('x', ',')}]")
     except ValueError:
         return None if text == "none" else text

@@ -1,4 +1,4 @@
-"""``dsconv profile``: where the time of a compiled network goes."""
+"""``dsconv profile``: times the steps of a compiled network."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""``dsconv quantize``: a trained network goes in, a file of its low-bit integers comes out."""
+"""``dsconv quantize``: quantizes a trained network and writes a file of its low-bit integers."""
 
 import time
 from collections.abc import Mapping
@@ -82,7 +82,7 @@ def quantize(
     channels: opt.Channels = None,
     interpolation: opt.Interpolation = None,
 ) -> None:
-    """Quantize a trained network and write it to a file, which also says how images are prepared."""
+    """Quantize a trained network and write it to a file, which also stores the preprocessing of images."""
     options = locals()
     mistakes = Mistakes()
     mistakes.check(check_model_name, model)
@@ -101,7 +101,7 @@ def quantize(
     qmodel = dsconv.quantize(network, settings, preprocess=given or None)
     seconds = time.perf_counter() - start
     preprocess = zoo.preprocess_of(qmodel)
-    # Not needed here, but by whatever is to read images for this file.
+    # Not needed here, but by commands that read images for this file.
     if preprocess is None:
         warn(f"note: {unknown_preparation(model)}")
     else:
@@ -118,7 +118,7 @@ def quantize(
 
 
 def _config(options: Mapping[str, Any]) -> "QuantConfig":
-    """Return the settings that the options of the command state, over those of the preset or the file."""
+    """Return the settings from the options of the command, on top of those of the preset or the file."""
     given = {name: value for name, value in options.items() if value is not None}
     changes = {name: value for name, value in given.items() if name in dsconv.LayerConfig.model_fields}
     if given["weights_only"]:

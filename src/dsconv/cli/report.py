@@ -1,4 +1,4 @@
-"""``dsconv report``: all that can be said of a quantized file, as one page of HTML."""
+"""``dsconv report``: writes an HTML page with all figures of a quantized file."""
 
 import json
 from pathlib import Path
@@ -50,9 +50,9 @@ def report(
     channels: opt.Channels = None,
     interpolation: opt.Interpolation = None,
 ) -> None:
-    """Write a page of HTML on a quantized file: size, accuracy, distributions, errors and times of its layers.
+    """Write an HTML page on a quantized file: size, accuracy, distributions, errors and times of its layers.
 
-    It opens without a network. Parts that need --reference, --data or --bench say so where these are missing.
+    It opens without a network connection. Parts that need --reference, --data or --bench state so if these are missing.
     """
     options = locals()
     mistakes = Mistakes()
@@ -123,7 +123,7 @@ def report(
 
 
 def _check_bench(path: Path | None) -> None:
-    """Raise what is wrong with a file of ``dsconv bench``, as far as its outermost structure tells."""
+    """Raise an error for an invalid file of ``dsconv bench``, as far as its outermost structure shows."""
     if path is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""``dsconv search``: the bits of each layer that cost the least accuracy under a budget."""
+"""``dsconv search``: chooses the bits of each layer that cost the least accuracy under a budget."""
 
 from pathlib import Path
 from typing import Annotated
@@ -62,9 +62,9 @@ def search(
     channels: opt.Channels = None,
     interpolation: opt.Interpolation = None,
 ) -> None:
-    """Choose the bits of each layer so that the network strays least within a budget. Images need no labels.
+    """Choose the bits of each layer so that the network stays closest to float within a budget. Images need no labels.
 
-    Tries weights of 2 to 8 bits over the settings of --preset or --config, one layer at a time.
+    The command tries weights of 2 to 8 bits on top of the settings of --preset or --config, one layer at a time.
     """
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), model)

@@ -1,4 +1,4 @@
-"""``dsconv sensitivity``: what each layer costs in accuracy when it alone is quantized."""
+"""``dsconv sensitivity``: accuracy cost of each layer when it alone is quantized."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,11 +51,11 @@ def sensitivity(
     channels: opt.Channels = None,
     interpolation: opt.Interpolation = None,
 ) -> None:
-    """Show how far the network strays when one layer of it alone is quantized, without labels.
+    """Measure the distance from float when one layer alone is quantized, without labels.
 
-    That is the KL divergence of logits, the relative error of other outputs, or --metric.
+    The distance is the KL divergence of logits, the relative error of other outputs, or --metric.
 
-    Layers are quantized as --preset or --config say, or are those of FILE.
+    Layers are quantized according to --preset or --config, or taken from FILE.
     """
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), file_or_model, model, reference)

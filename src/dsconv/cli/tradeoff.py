@@ -1,4 +1,4 @@
-"""``dsconv tradeoff``: several quantized files of one network, side by side."""
+"""``dsconv tradeoff``: compares several quantized files of one network."""
 
 from pathlib import Path
 from typing import Annotated
@@ -62,10 +62,10 @@ def tradeoff(
     channels: opt.Channels = None,
     interpolation: opt.Interpolation = None,
 ) -> None:
-    """Show size, bits and settings of several quantized files of one network; with --data what they cost in accuracy.
+    """Show size, bits and settings of several quantized files of one network; with --data also their accuracy.
 
-    Accuracy is that of --reference, or else of the float model that the first file names; it is measured on --device.
-    Times are of the CPU, on --threads or else 1. Ctrl-C ends it with the figures so far.
+    Accuracy is relative to --reference, or else to the float model that the first file names; it is measured on
+    --device. Times are CPU times, on --threads or else 1. Ctrl-C ends the command with the figures so far.
     """
     options = locals()
     mistakes = Mistakes()
@@ -111,7 +111,7 @@ def tradeoff(
     original = None
     if data is not None or time:
         name = reference or model or original_of(network, first)
-        # To the time of a network its weights do not matter.
+        # The weights of a network do not affect its time.
         original = zoo.build(name, weights=weights if data is not None else "random")
     preprocess, images, time_shape = None, None, None
     if data is not None:

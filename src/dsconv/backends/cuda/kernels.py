@@ -1,7 +1,7 @@
-"""Kernels in Triton. Arguments are pointers and sizes; :mod:`dsconv.backends.cuda.layouts` says what lies where.
+"""Triton kernels. Arguments are pointers and sizes; :mod:`dsconv.backends.cuda.layouts` describes the layouts.
 
-All sums within a block are of integers, and every product and sum of floats rounds as it is written: ``tl.fma`` where
-it is rounded once. So results have the bits of the kernels for CPUs wherever terms are added in the same order.
+All sums within a block are integer sums, and every floating-point product and sum rounds as written: ``tl.fma`` rounds
+once. Results are therefore bitwise equal to those of the CPU kernels if terms are added in the same order.
 """
 
 import triton
@@ -16,7 +16,7 @@ _INFINITY_BITS = tl.constexpr(0x7F800000)
 _NAN_BITS = tl.constexpr(0x7FFFFFFF)
 
 
-# Sizes of which there is no need to compile a kernel of its own for each.
+# Sizes for which kernels are not specialized.
 _ANY_SIZE = (
     *(
         "P",
@@ -36,7 +36,7 @@ _ANY_SIZE = (
 )
 
 
-# Activations, in the order of operations of csrc/kernels/activation.h. Comparisons are such that a NaN stays one.
+# Activations, in the order of operations of csrc/kernels/activation.h. Comparisons propagate NaN.
 
 
 @triton.jit
@@ -51,13 +51,13 @@ def _bits(x):
 
 @triton.jit
 def _power_of_two(n):
-    """Float32 2^n for -126 <= n <= 127."""
+    """Return float32 2^n for -126 <= n <= 127."""
     return _float((n + 127) << 23)
 
 
 @triton.jit
 def _fma(a, b, c):
-    """``a * b + c`` rounded once; ``b`` and ``c`` may be numbers."""
+    """Return ``a * b + c`` rounded once; ``b`` and ``c`` may be numbers."""
     return tl.fma(a, tl.zeros_like(a) + b, tl.zeros_like(a) + c)
 
 
@@ -161,8 +161,7 @@ def _activated(v, KIND: tl.constexpr, alpha, beta):
 
 @triton.jit
 def _factor_and_scale(largest, m):
-    """2^(1 - e), twice the factor of values since that itself could be subnormal,
-    and 2^e; 0 and NaN where there is none."""
+    """Return 2^(1 - e), twice the factor of values, which could be subnormal, and 2^e; 0 and NaN if there is none."""
     exponent = largest & _INFINITY_BITS
     used = (largest >= _SMALLEST_BITS) & (largest < _INFINITY_BITS)
     factor = tl.where(used, _float(((254 + m) << 23) - exponent), 0.0)
@@ -178,11 +177,10 @@ def _store_blocks(
 ):  # fmt: skip
     """Quantize x (blocks, channels, rows) and store it from a column and a block on, up to a column ``end``.
 
-    ``live`` are the rows there are. Where a block is not finite, its scale is NaN,
-    and its mantissas are any.
+    ``live`` marks existing rows. If a block is not finite, its scale is NaN, and its mantissas are arbitrary.
     """
     bits = _bits(x)
-    # Of integers: NaN is above all. What has no signs needs none to be taken away.
+    # As integers: NaN is above all other values. Without negative values, no sign has to be removed.
     largest = tl.max(bits if POSITIVE else bits & 0x7FFFFFFF, axis=1)
     ADAPTS: tl.constexpr = BITS < 8 and SIGN == "adaptive" and not POSITIVE
     M: tl.constexpr = BITS - 1 if BITS == 8 or SIGN == "included" else BITS
@@ -214,10 +212,10 @@ def _finish(
     BIAS: tl.constexpr, BATCHNORM: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, STORE: tl.constexpr,
     QBLOCK: tl.constexpr, QBITS: tl.constexpr, QSIGN: tl.constexpr, QSHIFT: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Turn sums (outputs, pixels) into outputs, and store these, quantize them, or both.
+    """Convert sums (outputs, pixels) to outputs, and store these, quantize them, or both.
 
-    residual is added where there is one; r are the pixels and o the outputs,
-    live and there those of them that there are (all outputs, unless RAGGED).
+    residual is added if there is one; r are the pixels and o the outputs, live and there mark the existing ones (all
+    outputs, unless RAGGED).
     """
     keep = there[:, None] & live[None, :]
     if BIAS:
@@ -246,7 +244,7 @@ def _finish(
 
 @triton.jit
 def _nibbles(p, ASM: tl.constexpr):
-    """Both four-bit integers of a byte, times 16: so no sign has to be extended."""
+    """Return both four-bit integers of a byte, times 16, so that no sign extension is needed."""
     if ASM:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }",
@@ -266,7 +264,9 @@ def _add_block(
     pixel = base + offset
     if SMALL:
         at = corners + place
-        inside = ((at | (limits - at)) & -2147450880) == 0  # the signs of row and column, and of what is left of them
+        inside = (
+            (at | (limits - at)) & -2147450880
+        ) == 0  # signs of row and column, and of their distances to the limits
     else:
         inside = ((inside_bits >> tap) & 1) != 0
     x = tl.load(x_ptr + pixel[None, :] * row_bytes + (b * BLOCK + j)[:, None], mask=inside[None, :], other=0)
@@ -293,7 +293,7 @@ def _add_block(
 
 @triton.jit
 def _next(b, tap, kw, offset, place, first, last, KW, line, dilation_h, column):
-    """The next block, which may be the first one of the next tap."""
+    """Return the next block, which may be the first one of the next tap."""
     b += 1
     wraps = (b == last).to(tl.int32)
     kw += wraps
@@ -324,7 +324,7 @@ def convolve(
     if WIDE:
         r = r.to(tl.int64)
     live = r < P
-    # A bit for each tap. Triton keeps what comes out of a loop in one layout: that in which scales are loaded fastest.
+    # A bit per tap. Triton keeps results of a loop in one layout: the one in which scales are loaded fastest.
     inside_bits = tl.zeros((TILE_P,), tl.int32)
     limits = (height - 1) * 65536 + width - 1
     if DENSE:
@@ -338,7 +338,7 @@ def convolve(
         ih0 = (at // out_width) * stride_h - pad_h
         iw0 = (at % out_width) * stride_w - pad_w
         base = r // (out_height * out_width) * (height * width) + ih0 * width + iw0
-        # Row and column in one number, so that one comparison says whether both are inside.
+        # Row and column in one number, so that one comparison tells whether both are inside.
         corners = tl.where(live, (ih0 * 65536 + iw0).to(tl.int32), -(1 << 30))
         for tap in range(taps):
             ih = ih0 + (tap // KW) * dilation_h
@@ -355,7 +355,7 @@ def convolve(
     acc = tl.zeros((TILE_O, TILE_P), tl.float32)
     where = r_ptr + r[None, :] * r_stride + channel[:, None]
     residual = acc
-    if RESIDUAL and not LOOP:  # on its way while the only term is; a loop needs the registers
+    if RESIDUAL and not LOOP:  # loaded while the only term is; a loop needs the registers
         residual = tl.load(where, mask=there[:, None] & live[None, :], other=0.0)
     b = first
     tap = 0
@@ -449,7 +449,7 @@ def depthwise(
             where = x_ptr + pixel[None, :] * x_stride + (o // MULTIPLIER)[:, None]
             x = tl.load(where, mask=inside[None, :] & there[:, None], other=0.0)
             w = tl.load(w_ptr + (kh * KW + kw) * channels + o, mask=there, other=0.0)
-            # Taps in the padding change nothing, where weights are finite.
+            # Taps in the padding have no effect if weights are finite.
             acc = tl.fma(x, w[:, None].broadcast_to(acc.shape), acc)
     acc = acc * tl.load(k_ptr + o, mask=there, other=0.0)[:, None]
     residual = acc
@@ -463,7 +463,7 @@ def depthwise(
             BIAS, BATCHNORM, RESIDUAL, ACTIVATION, STORE, QBLOCK, QBITS, QSIGN, QSHIFT, True)  # fmt: skip
 
 
-# What lies between layers
+# Operations between layers
 
 
 @triton.jit(do_not_specialize=_ANY_SIZE)
@@ -474,7 +474,7 @@ def quantize(
     QBLOCK: tl.constexpr, QBITS: tl.constexpr, QSIGN: tl.constexpr, QSHIFT: tl.constexpr, WIDE: tl.constexpr,
     TILE_P: tl.constexpr,
 ):  # fmt: skip
-    """Quantize float32 images, `pixels` each, of any strides; a program takes one block of some pixels."""
+    """Quantize float32 images, `pixels` each, with any strides; a program handles one block of some pixels."""
     r = tl.program_id(0) * TILE_P + tl.arange(0, TILE_P)
     if WIDE:
         r = r.to(tl.int64)
@@ -488,7 +488,7 @@ def quantize(
     there = (j < size) & (within < channels)
     at = r % pixels
     place = r // pixels * image_stride + at // width * row_stride + at % width * pixel_stride
-    # In the order of quantize_windows.
+    # In the same order as in quantize_windows.
     x = tl.load(x_ptr + place[:, None] + c[None, :] * channel_stride, mask=there[None, :] & live[:, None], other=0.0)
     values = tl.reshape(tl.trans(x.to(tl.float32)), (1, QBLOCK, TILE_P))
     _store_blocks(values, qm_ptr, qs_ptr, qt_ptr, r, live, q_column + block * QBLOCK, q_row_bytes, q_block + block, P,
@@ -502,9 +502,9 @@ def quantize_windows(
     QBLOCK: tl.constexpr, QBITS: tl.constexpr, QSIGN: tl.constexpr, QSHIFT: tl.constexpr,
     WIDE: tl.constexpr, SMALL: tl.constexpr, TILE_P: tl.constexpr,
 ):  # fmt: skip
-    """Quantize what each output reads as a pixel of many channels.
+    """Quantize the input window of each output as a pixel of many channels.
 
-    The table says where each of these lies: values, rows and columns from the first value of a window.
+    The table has the offset of each of these: values, rows and columns from the first value of a window.
     """
     r = tl.program_id(0) * TILE_P + tl.arange(0, TILE_P)
     if WIDE:
@@ -516,7 +516,7 @@ def quantize_windows(
     at = r % (out_height * out_width)
     ih0 = (at // out_width) * stride_h - pad_h
     iw0 = (at % out_width) * stride_w - pad_w
-    # Pixels come first: where nothing lies side by side, Triton has neighbours load along the first dimension.
+    # Pixels come first: without contiguous values, Triton lets neighbouring threads load along the first dimension.
     if SMALL:  # as in _add_block
         corners = tl.where(live, (ih0 * 65536 + iw0).to(tl.int32), -(1 << 30))
         place = corners[:, None] + (down * 65536 + right)[None, :]
@@ -524,7 +524,7 @@ def quantize_windows(
     else:
         rows, columns = ih0[:, None] + down[None, :], iw0[:, None] + right[None, :]
         inside = live[:, None] & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-        inside = inside & (down >= 0)[None, :]  # what fills up a block
+        inside = inside & (down >= 0)[None, :]  # padding of a block
     first = r // (out_height * out_width) * image_stride + ih0 * row_stride + iw0 * pixel_stride
     x = tl.load(x_ptr + first[:, None] + offset[None, :], mask=inside, other=0.0)
     values = tl.reshape(tl.trans(x.to(tl.float32)), (1, QBLOCK, TILE_P))
@@ -541,7 +541,7 @@ def pool(
     QBLOCK: tl.constexpr, QBITS: tl.constexpr, QSIGN: tl.constexpr, QSHIFT: tl.constexpr,
     WIDE: tl.constexpr, TILE_P: tl.constexpr, TILE_O: tl.constexpr,
 ):  # fmt: skip
-    """Maxima or averages over windows; the divisor is that of averages, 0: the pixels in a window, -1: zeros count."""
+    """Compute maxima or averages over windows; divisor of averages, 0: the pixels in a window, -1: zeros count."""
     r = tl.program_id(0) * TILE_P + tl.arange(0, TILE_P)
     if WIDE:
         r = r.to(tl.int64)
@@ -582,9 +582,9 @@ def change(
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr,
     TILE_P: tl.constexpr, TILE_O: tl.constexpr,
 ):  # fmt: skip
-    """One operation of :data:`dsconv.ops.OPERATIONS` on every value, which may stay in its place.
+    """Apply one operation of :data:`dsconv.ops.OPERATIONS` to every value, perhaps in place.
 
-    The operand b is a number, alpha; constants of channels; or a tensor.
+    The operand b is a number, alpha; per-channel constants; or a tensor.
     """
     r = tl.program_id(0) * TILE_P + tl.arange(0, TILE_P)
     if WIDE:
