@@ -87,7 +87,7 @@ def compile(
 
 
 def _others(saved: "Saved") -> str:
-    """What other sizes of images a file takes."""
+    """Return a description of the other image sizes that a file accepts."""
     match saved.size_step:
         case 0:
             return f"no other size, since {saved.why_fixed}"

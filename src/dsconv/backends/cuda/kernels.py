@@ -264,9 +264,7 @@ def _add_block(
     pixel = base + offset
     if SMALL:
         at = corners + place
-        inside = (
-            (at | (limits - at)) & -2147450880
-        ) == 0  # signs of row and column, and of their distances to the limits
+        inside = ((at | (limits - at)) & -2147450880) == 0  # signs of row, column, and their distances to the limits
     else:
         inside = ((inside_bits >> tap) & 1) != 0
     x = tl.load(x_ptr + pixel[None, :] * row_bytes + (b * BLOCK + j)[:, None], mask=inside[None, :], other=0)
