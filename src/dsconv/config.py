@@ -225,11 +225,11 @@ class QuantConfig(LayerConfig):
 
         ``paper``
             The published method: 4-bit weights and activations in blocks of 32, every convolution including the first,
-                ``extra`` sign, float32 KDS, image input and linear layers left in float32.
+            ``extra`` sign, float32 KDS, image input and linear layers left in float32.
         ``default``
             For current processors: 4-bit weights in blocks of 64 with float16 scale and shift (4.5 bits per weight),
-                ``balanced`` rounding, 8-bit mantissas; first and depthwise convolutions and small layers at 8 bits, the
-                depthwise ones with float activations.
+            ``balanced`` rounding, 8-bit mantissas; first and depthwise convolutions and small layers at 8 bits, the
+            depthwise ones with float activations.
         ``w4a4``
             ``default`` with 4-bit mantissas, which have an extra sign bit if the input of a layer can be negative.
         ``w8a8``

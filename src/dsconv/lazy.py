@@ -40,7 +40,7 @@ def lazily(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[
 
 
 def import_with(triggers: Sequence[str], module: str) -> None:
-    """Import ``module`` as soon as the first of ``triggers`` has been imported, or now if one is already imported.
+    """Import ``module`` now if the first of ``triggers`` is imported already, otherwise as soon as one of them is.
 
     While a trigger is being imported, ``module`` waits for it, so that it may depend on all of them.
     """

@@ -63,8 +63,8 @@ class Recipe(Strict):
             Continues from the integers and scales of a quantized or calibrated network.
         ``paper``
             The published recipe: 960 images, Adam with a constant learning rate of 1e-5, VQK and KDS recomputed from
-                float weights in each step, logits only. It is meant for the result of :func:`dsconv.quantize`, not for
-                calibrated networks.
+            float weights in each step, logits only. It is meant for the result of :func:`dsconv.quantize`, not for
+            calibrated networks.
         """
         check_choice("recipe", name, RECIPES)
         return cls(**{**_RECIPES[cast(RecipeName, name)], **changes})

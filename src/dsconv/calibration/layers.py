@@ -102,7 +102,7 @@ def pairs_of(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str] = N
 
 
 def choose_algorithms(pairs: Sequence[Pair], qmodel: nn.Module, images: Batch) -> None:
-    """Let layers whose algorithm is ``auto`` and that were not calibrated before choose it based on ``images``."""
+    """Let layers with the setting ``auto`` choose their algorithm again, based on ``images`` instead of noise."""
     info = model_info(qmodel)
     choosing: dict[nn.Module, Pair] = {}
     for pair in pairs:

@@ -90,8 +90,8 @@ class Program:
         steps: the steps in order.
         backend: backend that executes them, except those of PyTorch.
         memory_bytes: size of the memory between steps, for one image.
-        images_at_once: maximum number of images, or the number of threads, in one run; larger batches are split. None
-            if they are not split, because PyTorch's results may depend on other images.
+        images_at_once: a larger batch is run in parts of this size, or of the number of threads if that is larger. None
+            if it is not split, because PyTorch's results may depend on other images.
         cached_bytes: limit for the memory between steps when a batch is split.
         joins: whether steps may be computed together.
     """

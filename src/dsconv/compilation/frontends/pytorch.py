@@ -149,7 +149,7 @@ def make_functional(graph: fx.Graph) -> bool:
 
     Returns:
         Whether this was done: not if ``graph`` has an operator that common networks do not use, or if the change may be
-            visible in another tensor.
+        visible in another tensor.
     """
     for node in list(graph.nodes):
         is_input = operator_of(node).is_input
