@@ -67,8 +67,8 @@ class LayerConfig(Strict):
             instance after a ReLU; layers and files record the selected value.
         kds_dtype: ``float32``, ``float16`` or ``bfloat16``. A layer whose KDS exceed the range of float16 keeps
             float32.
-        blocks: ``tap``: blocks of input channels at each kernel position; ``flat``: blocks of the flattened ``C/groups
-            * K`` values that one output reads, which suits convolutions with few input channels.
+        blocks: ``tap``: blocks of input channels at each kernel position; ``flat``: blocks of the flattened
+            ``C/groups * K`` values that one output reads, which suits convolutions with few input channels.
         algorithm: ``direct`` or ``winograd``. Winograd requires a 3x3 convolution with stride and dilation 1, one group
             and ``tap`` blocks, see :func:`dsconv.numerics.winograd_conv`; it ignores ``activation_bits`` unless that is
             None. ``auto`` selects Winograd if the layer allows it and the noise of its output, estimated from its
@@ -146,7 +146,7 @@ class LayerConfig(Strict):
 
 
 Settings = dict[str, Any] | Literal["float"] | None
-"""Fields that differ from LayerConfig, ``"float"`` to leave the layer in float, or None for no difference."""
+"""Fields of LayerConfig that differ, ``"float"`` to leave the layer in float, or None for no difference."""
 
 _EDGE: dict[str, Any] = {
     "weight_bits": 8,

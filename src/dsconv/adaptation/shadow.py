@@ -1,7 +1,7 @@
 """Trainable substitutes for a layer's VQK and KDS: float values that are quantized each time they are used.
 
-The gradient passes straight through the rounding. A shadow returns the weight that its layer uses, float32 ``(O,
-C/groups, *K)``, and finally the integers, scales and shifts that represent the same weight.
+The gradient passes straight through the rounding. A shadow returns the weight that its layer uses, float32
+``(O, C/groups, *K)``, and finally the integers, scales and shifts that represent the same weight.
 """
 
 from typing import NamedTuple, Protocol, cast

@@ -40,8 +40,8 @@ class Calibration(Printed):
         images: number of images, including those held back.
         seed: seed of the choice of positions in them.
         held_back: number of images that no layer was fitted to, used to compare the two networks.
-        measure: measure of the comparison: ``KL divergence`` of logits in nats, at a temperature of 4, or ``relative
-            error`` of outputs that are not logits, or ``KL divergence and relative error``, which are added.
+        measure: measure of the comparison: ``KL divergence`` of logits in nats, at a temperature of 4, or
+            ``relative error`` of outputs that are not logits, or ``KL divergence and relative error``, which are added.
         before, after: distances of the given and of the calibrated network on the images held back; infinite if one
             computes a NaN.
         chance: standard error of their difference, 0 for one image.

@@ -24,8 +24,9 @@ class PlanStep:
         operator: the operator that is called.
         backend: ``integers (ISA)``, ``float32 (ISA)`` for our own kernels, or ``PyTorch``.
         fused: other operations that it computes, in order: ``bias``, ``batch_norm``, ``add``, an activation, and
-            ``quantize``: it writes its output as mantissas and exponents for the layers that read it. ``in the next
-            step``: the next one computes both, some lines at a time, without writing the tensor between them.
+            ``quantize``: it writes its output as mantissas and exponents for the layers that read it.
+            ``in the next step``: the next one computes both, some lines at a time, without writing the tensor between
+            them.
         shape: shape of its output for a batch of one.
         weight_bytes: size of its operands other than its input.
     """

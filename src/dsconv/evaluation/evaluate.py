@@ -48,8 +48,8 @@ def evaluate(
         on_interrupt: effect of Ctrl-C: ``"raise"`` raises KeyboardInterrupt, ``"partial"`` returns the figures so far,
             if there are any.
         task: kind of the outputs, ``classification``, ``segmentation``, ``images`` or ``other``; None determines it
-            from the shape of the main output: ``(N, classes)``; ``(N, classes, H, W)``; ``(N, 1, H, W)`` or ``(N, 3, H,
-            W)``; any other.
+            from the shape of the main output: ``(N, classes)``; ``(N, classes, H, W)``; ``(N, 1, H, W)`` or
+            ``(N, 3, H, W)``; any other.
         data_range: range of the pixel values, such as 1 or 255; None uses the range of each image, from minimum to
             maximum.
 

@@ -61,9 +61,9 @@ class DSLayer(nn.Module):
 
     Attributes:
         vqk: int8 buffer ``(O, C/groups, *K)``, the variable quantized kernel.
-        kds: buffer of ``config.kds_dtype``, the kernel distribution shift: ``(O, CB, *K)`` for blocks per tap, ``(O,
-            CB)`` for flattened blocks. Keeps its dtype when the layer is cast, since a narrower dtype would change the
-            weights.
+        kds: buffer of ``config.kds_dtype``, the kernel distribution shift: ``(O, CB, *K)`` for blocks per tap,
+            ``(O, CB)`` for flattened blocks. Keeps its dtype when the layer is cast, since a narrower dtype would
+            change the weights.
         kds_shift: like ``kds``, or None without a shift.
         bias: parameter ``(O,)`` or None.
         weight_like: parameter ``(0,)`` with the dtype and device of a float weight, for models that query their

@@ -105,8 +105,8 @@ class Sensitivity(Printed):
         fixed_bytes: size of the weights that are not quantized, because the config leaves them in float.
         fixed_weights: number of these weights.
         other_bytes: size of everything that is not a layer's weight.
-        measure: meaning of ``Trial.distance``: ``KL divergence`` of logits, ``relative error`` of other outputs, ``KL
-            divergence and relative error``, or the name of a metric.
+        measure: meaning of ``Trial.distance``: ``KL divergence`` of logits, ``relative error`` of other outputs,
+            ``KL divergence and relative error``, or the name of a metric.
     """
 
     trials: tuple[Trial, ...]

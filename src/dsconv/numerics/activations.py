@@ -1,8 +1,8 @@
 """Conversion of activations to block floating point (BFP) and back: integer mantissas, one shared exponent per block.
 
 ``x (N, C, *S)`` is divided into blocks of ``block_size`` channels, per image and position ``S``; a block never spans
-two of ``groups`` equal parts of the channels, and the last block of a part may be shorter. A value is ``mantissa *
-2^exponent``.
+two of ``groups`` equal parts of the channels, and the last block of a part may be shorter. A value is
+``mantissa * 2^exponent``.
 """
 
 from typing import NamedTuple

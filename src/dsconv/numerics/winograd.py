@@ -1,9 +1,9 @@
 """3x3 convolutions by Winograd's F(2x2, 3x3) in integers: 17 products for 4 outputs, instead of 36 for a direct one.
 
-An output tile of 2x2 pixels is ``A' M A`` with ``M[p] = sum over channels of U[p] * V[p]`` at 16 positions ``p``, ``U =
-G g G'`` of the kernel and ``V = B' d B`` of the 4x4 input pixels of the tile (Lavin and Gray, "Fast Algorithms for
-Convolutional Neural Networks", CVPR 2016). The products are integer products: ``U`` is rounded once, when a layer is
-packed, with a scale for each position, output and block; ``V`` is rounded to 8 bits, with an exponent for each
+An output tile of 2x2 pixels is ``A' M A`` with ``M[p] = sum over channels of U[p] * V[p]`` at 16 positions ``p``,
+``U = G g G'`` of the kernel and ``V = B' d B`` of the 4x4 input pixels of the tile (Lavin and Gray, "Fast Algorithms
+for Convolutional Neural Networks", CVPR 2016). The products are integer products: ``U`` is rounded once, when a layer
+is packed, with a scale for each position, output and block; ``V`` is rounded to 8 bits, with an exponent for each
 position, tile and block. The centre position is a sum of four pixels and thus contains the mean of the input and most
 of its energy; there, the rounding error of ``U`` is rounded again: a second product compensates most of the noise.
 

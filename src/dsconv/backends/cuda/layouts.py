@@ -1,8 +1,8 @@
 """Memory layouts on a GPU.
 
 Quantized activations (:class:`Rows`) have a row of mantissas per pixel: int8 ``(pixels, row_bytes)``, with the blocks
-of a row, group by group, padded to :func:`filled` bytes. Scales ``2^e`` and terms of a shift are float32 ``(blocks,
-pixels)``, so that those of neighbouring pixels are read together. A scale is NaN if a block is not finite.
+of a row, group by group, padded to :func:`filled` bytes. Scales ``2^e`` and terms of a shift are float32
+``(blocks, pixels)``, so that those of neighbouring pixels are read together. A scale is NaN if a block is not finite.
 
 Weights (:func:`pack`) are int8 ``(terms, outputs, filled)``, with a term for each tap and block; with up to 4 bits, two
 terms share a byte, the first in the low nibble. The outputs of each group are padded to a multiple of 64. KDS are

@@ -39,8 +39,8 @@ class Capturable:
       may branch on them.
     - Another copy is run before, which fills caches of the model outside itself, such as ``functools.lru_cache``:
       tensors of a capture that remained there would break the model.
-    - Attributes whose first size was the batch size of that run are set to those of an empty batch, so that ``if
-      self.shape != x.shape`` holds for every batch.
+    - Attributes whose first size was the batch size of that run are set to those of an empty batch, so that
+      ``if self.shape != x.shape`` holds for every batch.
 
     Attributes:
         model: the copy.
