@@ -101,7 +101,7 @@ class Student(nn.Module):
 
     @contextmanager
     def training_(self) -> Iterator[None]:
-        """Within the block, the layers use the shadows, and nothing else requires gradients."""
+        """Let the layers use the shadows within the block, in which nothing else requires gradients."""
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         trained = {id(p) for p in self.trained().values()}
         try:

@@ -88,7 +88,7 @@ class OnnxModels:
 
     @cached_property
     def float32(self) -> Path:
-        """Return the file exported by PyTorch."""
+        """File exported by PyTorch."""
         import_extra("bench", "onnx")
         if self.images.of_images:
             raise NotRun("an ONNX file has a fixed number of inputs, and the network takes a list of images")
@@ -112,12 +112,12 @@ class OnnxModels:
 
     @cached_property
     def int8(self) -> Path:
-        """Return a Q/DQ file with uint8 activations, one scale per tensor, and int8 weights, one scale per output."""
+        """Q/DQ file with uint8 activations, one scale per tensor, and int8 weights, one scale per output."""
         return self._quantized("int8.onnx", None)
 
     @cached_property
     def int8_layers(self) -> Path:
-        """Return the same with Q/DQ around convolutions and matrix products only."""
+        """The same with Q/DQ around convolutions and matrix products only."""
         return self._quantized("int8_layers.onnx", list(_LAYERS))
 
     def _quantized(self, name: str, operators: list[str] | None) -> Path:

@@ -34,7 +34,7 @@ def as_rows(layer: DSLayer, value: Tensor) -> Tensor:
 
 
 def from_rows(layer: DSLayer, rows: Tensor, shape: torch.Size) -> Tensor:
-    """Inverse of :func:`as_rows`."""
+    """Invert :func:`as_rows`."""
     if layer.config.blocks == "flat" or len(shape) == 2:
         return rows.reshape(shape)
     return rows.reshape(shape[0], -1, shape[1]).mT.reshape(shape)

@@ -148,7 +148,7 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
 
     @cached_property
     def is_doubtful(self) -> bool:
-        """Return whether the class folders, sorted as text, are not in the order of the numbers in their names."""
+        """Whether the class folders, sorted as text, are not in the order of the numbers in their names."""
 
         def by_numbers(name: str) -> list[str | int]:
             return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]

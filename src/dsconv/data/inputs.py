@@ -102,7 +102,7 @@ class Inputs:
         return made
 
     def structure(self) -> str:
-        """Text of everything except the tensors; equal for arguments that differ in their tensors alone."""
+        """Return a text of everything except the tensors; equal for arguments that differ in their tensors alone."""
         return "" if self._is_one_tensor() else repr(mapped(lambda _: None, (self.args, self.kwargs)))
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:

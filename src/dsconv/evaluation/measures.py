@@ -124,12 +124,12 @@ class Teller:
 
     @property
     def task(self) -> Task:
-        """Return the task of the batches so far."""
+        """Task of the batches so far."""
         return "other" if self._kinds is None else self._kinds.task
 
     @property
     def measure(self) -> MeasureName:
-        """Return the name of the distance of the batches so far."""
+        """Name of the distance of the batches so far."""
         return "relative error" if self._kinds is None else self._kinds.measure
 
 

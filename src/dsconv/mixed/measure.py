@@ -118,7 +118,7 @@ class Sensitivity(Printed):
     measure: str = "KL divergence"
 
     def layers(self) -> dict[str, list[Trial]]:
-        """Trials by layer."""
+        """Return the trials by layer."""
         return {name: list(group) for name, group in itertools.groupby(self.trials, key=lambda trial: trial.layer)}
 
     @cached_property

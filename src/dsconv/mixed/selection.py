@@ -78,7 +78,7 @@ class SearchResult(Printed):
 
     @property
     def table(self) -> "Table":
-        """Return a table with a row for every layer, for rich to print."""
+        """Table with a row for every layer, for rich to print."""
         from rich import box
         from rich.markup import escape
         from rich.table import Table
@@ -128,7 +128,7 @@ class Budget(BaseModel):
 
     @property
     def limits(self) -> dict[str, float]:
-        """Return the limits that are set, by name."""
+        """Limits that are set, by name."""
         return self.model_dump(exclude_none=True)
 
 

@@ -184,7 +184,7 @@ def split_blocks(x: Tensor, block_size: int, groups: int) -> Tensor:
 
 
 def join_blocks(blocks: Tensor, shape: torch.Size, groups: int) -> Tensor:
-    """Inverse of :func:`split_blocks`."""
+    """Invert :func:`split_blocks`."""
     channels = shape[1] // groups
     if blocks.shape[1] * blocks.shape[2] == shape[1]:
         return blocks.flatten(1, 2)

@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
     size: int
 
     def parts(self) -> list[slice]:
-        """Columns of each block; the last block of a run may be shorter."""
+        """Return the columns of each block; the last block of a run may be shorter."""
         starts = [(run * self.width, at) for run in range(self.runs) for at in range(0, self.width, self.size)]
         return [slice(run + at, run + min(at + self.size, self.width)) for run, at in starts]
 

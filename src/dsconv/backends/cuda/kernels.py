@@ -426,7 +426,7 @@ def depthwise(
     QBLOCK: tl.constexpr, QBITS: tl.constexpr, QSIGN: tl.constexpr, QSHIFT: tl.constexpr,
     WIDE: tl.constexpr, TILE_P: tl.constexpr, TILE_O: tl.constexpr,
 ):  # fmt: skip
-    """Depthwise convolution of float32 activations: products are added tap by tap, from 0 on, each rounded once."""
+    """Convolve float32 activations depthwise: products are added tap by tap, from 0 on, each rounded once."""
     r = tl.program_id(0) * TILE_P + tl.arange(0, TILE_P)
     if WIDE:
         r = r.to(tl.int64)

@@ -52,7 +52,7 @@ class Capturable:
 
     @contextmanager
     def traced(self) -> Iterator[None]:
-        """Context manager for each call of ``model`` within a capture."""
+        """Return a context manager for each call of ``model`` within a capture."""
         restore = _kept(self.model)
         # torch.export treats a buffer that is set as a mutated one.
         watching = vars(nn.modules.module).get("_global_buffer_registration_hooks", {})

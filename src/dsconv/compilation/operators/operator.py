@@ -86,11 +86,11 @@ class Step:
     in_integers: ClassVar[bool] = False
 
     def sources(self) -> Iterable[Value]:
-        """Float32 tensors that it reads, except the residual."""
+        """Return the float32 tensors that it reads, except the residual."""
         raise NotImplementedError
 
     def reads(self) -> Quantized | None:
-        """The quantized tensor that it reads."""
+        """Return the quantized tensor that it reads."""
         return None
 
     def takes_lines(self) -> bool:
@@ -106,7 +106,7 @@ class Step:
         raise NotImplementedError
 
     def constants(self) -> Sequence[Tensor | None]:
-        """Tensors of the model that it reads."""
+        """Return the tensors of the model that it reads."""
         return ()
 
     def macs(self) -> int:
@@ -120,7 +120,7 @@ class Step:
         return values + tensors + sum(map(quantized_bytes, self.quantized_tensors()))
 
     def float_values(self) -> Iterator[Value]:
-        """Tensors that it reads and writes in float32."""
+        """Yield the tensors that it reads and writes in float32."""
         yield from self.sources()
         if self.residual is not None:
             yield self.residual
@@ -128,7 +128,7 @@ class Step:
             yield self.result
 
     def quantized_tensors(self) -> Iterator[Quantized]:
-        """Quantized tensors that it reads and writes."""
+        """Yield the quantized tensors that it reads and writes."""
         if (read := self.reads()) is not None:
             yield read
         if self.joined is not None and (read := self.joined.reads()) is not None:

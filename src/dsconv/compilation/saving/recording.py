@@ -185,7 +185,7 @@ class Recording:
 
     @property
     def _source(self) -> Value:
-        """Return the input of the step that is being recorded."""
+        """Input of the step that is being recorded."""
         assert isinstance(self._step, OfOne)
         return self._step.source
 
