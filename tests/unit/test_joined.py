@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extensio
 
 @pytest.fixture(autouse=True)
 def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(convolution, "LEAST_JOINED_BYTES", 0)
 
 
 def depthwise(channels: int, size: Any = 3, padding: Any = 1, **settings: Any) -> nn.Conv2d:
@@ -127,7 +127,7 @@ def test_the_input_of_the_first_is_kept_until_the_second_is_done() -> None:
 
 
 def test_small_tensors_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "_LEAST_BYTES", 4 * 32 * 9 * 9 + 1)
+    monkeypatch.setattr(convolution, "LEAST_JOINED_BYTES", 4 * 32 * 9 * 9 + 1)
 
     def run(net: Any, x: Tensor) -> Tensor:
         return net.second(net.expand(net.first(x)))

@@ -77,7 +77,6 @@ def test_a_state_that_is_as_it_was_written_is_resumed(finished: tuple[str, Path]
 
 CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "no records": lambda parts, tensors: parts.update(data=[]),
-    "no records and no tensors": lambda parts, tensors: (parts.update(data=[]), tensors.clear()),
     "a record less": lambda parts, tensors: parts["data"].pop(0),
     "a record twice": lambda parts, tensors: parts["data"].append(parts["data"][-1]),
     "no list": lambda parts, tensors: parts.update(data={"name": "0"}),
@@ -119,6 +118,23 @@ CALIBRATED: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
 def test_a_crafted_state_of_a_calibration_is_refused(name: str, tmp_path: Path) -> None:
     calibrate(tmp_path / "finished", False)
     refused("calibrate", crafted(tmp_path / "finished", tmp_path / "state", CALIBRATED[name]))
+
+
+def without_records(parts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    parts.update(data=[])
+    tensors.clear()
+
+
+def test_a_training_without_records_is_refused(tmp_path: Path) -> None:
+    adapt(tmp_path / "finished", False)
+    refused("adapt", crafted(tmp_path / "finished", tmp_path / "state", without_records))
+
+
+def test_a_calibration_that_was_stopped_before_its_first_layer_is_resumed(tmp_path: Path) -> None:
+    whole = calibrate(tmp_path / "finished", False)
+    resumed = calibrate(crafted(tmp_path / "finished", tmp_path / "state", without_records), True)
+    for (name, value), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
 
 
 @pytest.mark.parametrize("step", [-1, 0, 99])

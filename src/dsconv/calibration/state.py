@@ -38,7 +38,8 @@ class State:
             self._file.remove()  # there is nothing to resume yet
         else:
             data, self.tensors = found
-            layers = self._file.records(CalibratedLayer, data)
+            # An interrupt may leave the file that is written only to try.
+            layers = [] if data == [] else self._file.records(CalibratedLayer, data)
             self.done = {layer.name: layer for layer in layers}
             if len(self.done) < len(layers):
                 raise self._file.refusal("it has a layer twice")
