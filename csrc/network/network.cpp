@@ -561,7 +561,7 @@ bool Network::may_be(const std::vector<Shape>& shapes) const {
 
 std::int64_t Network::size_step() const { return free_one_ ? std::max(free_one_->size_step(), free_several_->size_step()) : 0; }
 
-// What is said of inputs of a size that the network does not take.
+// Returns the message for inputs of a size that the network does not take.
 std::string Network::expected_for(std::span<const Shape> given) const {
   std::string expected, got;
   for (std::size_t i = 0; i < given.size(); ++i) got += (i ? " and " : "") + text_of(given[i]);

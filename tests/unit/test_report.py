@@ -187,7 +187,7 @@ def look(worst: Worst, x: Any, f: Tensor, q: Tensor) -> None:
 
 
 def test_images_of_two_classes_come_before_those_of_larger_divergence() -> None:
-    worst, x = Worst(), torch.zeros(8, 1, 4, 4)
+    worst, x = Worst(), torch.zeros(8, 1, 4, 4, dtype=torch.float32)
     f = torch.tensor([[9.0, 0.0, 0.0]] * 4 + [[0.1, 0.0, 0.0]] * 4)
     q = f.clone()
     q[0, 0], q[1, 0] = 1.0, 2.0  # far, and the class stays
