@@ -46,7 +46,7 @@ class Recording:
         self.quantizeds: list[schema.QuantizedTensor] = []
         self.steps: list[schema.Step] = []
         self._step: Step
-        joined = {step: before for before, _, step in joinable(program.steps)} if program.joins else {}
+        joined = {step for _, _, step in joinable(program.steps)} if program.joins else set()
         for self._step in program.steps:
             self._step.add(self, self)  # type: ignore[arg-type]
             self.steps[-1].joined = self._step in joined
