@@ -13,6 +13,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --constraint constraints.txt
+# The tools of the build are in the environment, so that an installation that adds an extra compiles nothing again.
+INSTALL_HERE = $(INSTALL) --no-build-isolation --config-settings build-dir=$(CURDIR)/build/package --editable
 INSTALL_CPU = $(INSTALL) --no-deps --retries 2 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: help demo test coverage native lint bench docs clean
@@ -38,11 +40,13 @@ native: $(VENV)/dev.stamp  ## test the C++ code under AddressSanitizer and Undef
 	build/native/kernels_test 150 1 & other=$$!; build/native/kernels_test 150 2 && wait $$other
 	build/native/network_test 1500 1 csrc/test/corpus/*.dsconv
 
-lint: $(VENV)/dev.stamp  ## check style, formatting and types
+lint: $(VENV)/dev.stamp  ## check style, formatting, types, spelling and prose
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp) examples/deploy/*.c examples/deploy/cpp/*.cpp)
 	$(BIN)/mypy
+	$(BIN)/codespell $(shell git ls-files '*.py' '*.md' '*.cpp' '*.h' '*.c' '*.j2' '*.toml' '*.yml' '*.cff' Makefile)
+	$(BIN)/python scripts/check_prose.py
 
 bench: $(VENV)/dev.stamp  ## measure the accuracy of real networks; ARGS goes to the script
 	$(BIN)/python benchmarks/accuracy.py $(ARGS)
@@ -66,16 +70,17 @@ $(VENV)/torch.stamp: constraints.txt
 
 $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@echo "installing dsconv$(if $(DSCONV_NO_EXTENSION),,: compiling its kernels takes about 3 minutes of processor time; once, and after changes of csrc/)"
-	@$(INSTALL) --editable '.[report]'
+	@$(INSTALL) cmake nanobind ninja scikit-build-core
+	@$(INSTALL_HERE) '.[report]'
 	@$(BIN)/python -c 'from dsconv.cpu import cpu_info; print(cpu_info())'
 	@touch $@
 
 # torchvision has to match the build of torch, so it comes from the same place.
 # dsconv-runtime is built in build/runtime, from which tests install the C library.
 $(VENV)/dev.stamp: $(VENV)/package.stamp $(wildcard cmake/* include/* runtime/*.* runtime/src/*/*.py)
-	@echo "installing the tools of development: downloads about 300 MB, once; dsconv is compiled again where csrc/ changed"
+	@echo "installing the tools of development: downloads about 300 MB, once; dsconv-runtime is compiled where csrc/ changed"
 	@$(INSTALL_CPU) torchvision
-	@$(INSTALL) --editable '.[dev,docs]'
+	@$(INSTALL_HERE) '.[dev,docs]'
 	@$(if $(DSCONV_NO_EXTENSION),true,CMAKE_BUILD_PARALLEL_LEVEL=2 $(PIP) install --no-deps --no-build-isolation \
 		--config-settings build-dir=$(CURDIR)/build/runtime ./runtime) || echo "dsconv-runtime is not installed: its tests are left out"
 	@touch $@

@@ -4,21 +4,19 @@ include(GNUInstallDirs)
 
 include(cmake/schema.cmake)
 
-# All sources once, for both libraries.
-add_library(dsconv_objects OBJECT ${network_sources} ${sources})
-target_compile_features(dsconv_objects PRIVATE cxx_std_20)
-target_compile_options(dsconv_objects PRIVATE ${options})
-use_schema(dsconv_objects)
+# Once for both libraries.
+add_library(network OBJECT ${network_sources})
+use_options(network)
+use_schema(network)
 # Where there are others, the scalar kernels are for processors of long ago: small is enough.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   set_source_files_properties(csrc/isa/scalar.cpp PROPERTIES COMPILE_OPTIONS -Os)
 endif()
 set_source_files_properties(${network_sources} csrc/program/program.cpp PROPERTIES COMPILE_OPTIONS -Os)
-set_target_properties(dsconv_objects PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
 
-add_library(dsconv SHARED $<TARGET_OBJECTS:dsconv_objects>)
+add_library(dsconv SHARED $<TARGET_OBJECTS:network> $<TARGET_OBJECTS:kernels>)
 set_target_properties(dsconv PROPERTIES VERSION ${DSCONV_VERSION} SOVERSION 1)
-add_library(dsconv_static STATIC $<TARGET_OBJECTS:dsconv_objects>)
+add_library(dsconv_static STATIC $<TARGET_OBJECTS:network> $<TARGET_OBJECTS:kernels>)
 set_target_properties(dsconv_static PROPERTIES OUTPUT_NAME dsconv)
 foreach(library dsconv dsconv_static)
   set_target_properties(${library} PROPERTIES LINKER_LANGUAGE CXX)

@@ -25,8 +25,10 @@ add_custom_command(OUTPUT ${generated}/network_generated.h
 
 set(network_sources csrc/network/c_api.cpp csrc/network/file.cpp csrc/network/geometry.cpp csrc/network/network.cpp ${generated}/network_generated.h)
 
-function(use_schema target)
-  target_compile_definitions(${target} PRIVATE DSCONV_VERSION="${DSCONV_VERSION}")
-  target_include_directories(${target} PRIVATE include ${generated})
-  target_include_directories(${target} SYSTEM PRIVATE ${FLATBUFFERS_INCLUDE})
+function(use_schema)
+  foreach(target ${ARGN})
+    target_compile_definitions(${target} PRIVATE DSCONV_VERSION="${DSCONV_VERSION}")
+    target_include_directories(${target} PRIVATE include ${generated})
+    target_include_directories(${target} SYSTEM PRIVATE ${FLATBUFFERS_INCLUDE})
+  endforeach()
 endfunction()

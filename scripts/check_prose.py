@@ -1,6 +1,6 @@
-"""Check the prose of the repository: lines of Markdown that are too long, and docstrings that begin with no verb or noun.
+"""Check the prose of the repository: the length of Markdown lines, and the first words of docstrings.
 
-Tables, links alone and code are as long as they have to be. Prints what is wrong with file and line, and exits with 1 then.
+Tables, links alone and code may be longer. Print each mistake with file and line; exit with 1 if there are any.
 """
 
 import ast

@@ -210,7 +210,7 @@ def _figures(found: Summary, evaluation: Evaluation | None) -> Iterator[tuple[st
         of, what = ("pixels of the", "outputs") if evaluation.task != "classification" else ("", "logits")
         if evaluation.agreement is not None and evaluation.kl is not None:
             yield f"{of} same class in %, {evaluation.images:,} images".strip(), "", f"{evaluation.agreement:.2f}"
-            yield "KL divergence of the logits in nats", "", f"{evaluation.kl:.4f}"
+            yield "KL divergence of the logits in nats", "", f"{evaluation.kl:.3g}"
         yield f"SQNR of the {what} in dB", "", f"{evaluation.logit_sqnr_db:.1f}"
 
 

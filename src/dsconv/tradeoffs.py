@@ -333,7 +333,7 @@ def columns_of(candidates: Sequence[Candidate]) -> Columns:
         "PSNR dB": lambda c: _text("{:.1f}", getattr(c.evaluation, "psnr_db", None)),
         "SSIM": lambda c: _text("{:.4f}", getattr(c.evaluation, "ssim", None)),
         "agreement %": lambda c: _text("{:.2f}", getattr(c.evaluation, "agreement", None)),
-        "KL": lambda c: _text("{:.4f}", getattr(c.evaluation, "kl", None)),
+        "KL": lambda c: _text("{:.3g}", getattr(c.evaluation, "kl", None)),
         "SQNR dB": lambda c: _text("{:.1f}", getattr(c.evaluation, "logit_sqnr_db", None)),
         **{measure: lambda c: _text("{:.4g}", getattr(c.evaluation, "distance", None)) for measure in measures},
         "ms": lambda c: None if c.ms is None else digits(c.ms),

@@ -53,7 +53,8 @@ def test_file_settings_and_report_are_written(cli: Cli, model: tuple[str, ...], 
     qnet = dsconv.load(out, zoo.build(model[0]))
     assert dsconv.summary(qnet).effective_bits == best["effective_bits"] <= 6
     assert zoo.preprocess_of(qnet) is not None and found["reference"]["top1"] is not None
-    assert "agreement" in (tmp_path / "net.html").read_text()
+    page = (tmp_path / "net.html").read_text()
+    assert "agreement" in page and all(f"<td>{row['name']}</td>" in page for row in found["attempts"])
     assert all(row["name"] in done.stderr for row in found["attempts"])
     # The file is there: it is replaced with --force alone.
     done = cli("optimize", *model, "--data", digits, "--effective-bits", 6, "--out", out)

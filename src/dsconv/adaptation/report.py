@@ -84,7 +84,7 @@ class Adaptation(Printed):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
         for column in ("step", "s", "learning rate", "loss", name, "features", f"{name} held back"):
             table.add_column(column, justify="right")
-        shown = ("{}", "{:.0f}", "{:.2g}", "{:.4f}", "{:.4f}", "{:.2%}", "{:.4f}")
+        shown = ("{}", "{:.0f}", "{:.2g}", "{:.3g}", "{:.3g}", "{:.2%}", "{:.3g}")
         for look in self.looks:
             values = asdict(look).values()
             cells = ["" if value is None else text.format(value) for value, text in zip(values, shown, strict=True)]

@@ -201,6 +201,7 @@ def _report(
         classes=classes or (),
         sensitivity_images=0,
         task=found.best.evaluation.task,
+        optimization=found,
         input_shape=image_shape(preprocess, page.stem, []) if found.synthetic else None,
     )
     return True

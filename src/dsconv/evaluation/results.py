@@ -207,7 +207,7 @@ class Comparison(Evaluation):
         closeness = Table("", Column("quantized against reference", justify="right"))
         if self.task == "classification" and len(self.outputs) <= 1:
             closeness.add_row("agreement", f"{self.agreement:.2f} %")
-            closeness.add_row("KL divergence", f"{self.kl:.4f} nats")
+            closeness.add_row("KL divergence", f"{self.kl:.3g} nats")
             closeness.add_row("logit SQNR", f"{self.logit_sqnr_db:.2f} dB")
         for name, value in self.metrics.items():
             closeness.add_row(escape(name), f"{value:.6g}")

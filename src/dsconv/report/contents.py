@@ -13,6 +13,7 @@ from dsconv.evaluation import Comparison, Evaluation
 from dsconv.names import Task
 from dsconv.report.disagreements import Disagreement
 from dsconv.report.distribution import Distribution
+from dsconv.tables import Printed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class Report:
         sensitivity_images: number of images that ``Layer.distance`` was measured on.
         sensitivity_measure: name of that distance, see :class:`dsconv.mixed.Sensitivity`.
         classes: names of the classes.
+        optimization: the :class:`dsconv.optimization.Optimization` that made the network, for its table of attempts.
         missing: for each part of the page without data, the reason; commands to type are in backticks.
         warnings: warnings shown at the top of the page.
     """
@@ -73,6 +75,7 @@ class Report:
     sensitivity_measure: str = "KL divergence"
     disagreements: list[Disagreement] = field(default_factory=list)
     classes: Sequence[str] = ()
+    optimization: Printed | None = None
     profile: Profile | None = None
     benches: Sequence[Bench] = ()
     missing: dict[str, str] = field(default_factory=dict)
@@ -90,7 +93,7 @@ class Report:
         return self.accuracy if isinstance(self.accuracy, Comparison) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, ready for JSON: the figures of the page, without its images."""
+        """Return plain data, ready for JSON: the figures of the page, without its images and attempts."""
         seen = [asdict(disagreement) for disagreement in self.disagreements]
         return {
             "name": self.name,

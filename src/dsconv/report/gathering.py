@@ -27,6 +27,7 @@ from dsconv.report.contents import Layer, Report
 from dsconv.report.disagreements import Worst
 from dsconv.report.distribution import differ, of_weights
 from dsconv.report.inputs import facts_of, sampled
+from dsconv.tables import Printed
 from dsconv.zoo import preprocess_of
 
 
@@ -49,6 +50,7 @@ def gather(
     task: Task | None = None,
     data_range: float | None = None,
     metric: Metric | None = None,
+    optimization: Printed | None = None,
 ) -> Report:
     """Measure the contents of a report on a quantized network. Unknown parts are None, with a reason in ``missing``.
 
@@ -64,6 +66,7 @@ def gather(
         benches: from :func:`dsconv.bench` or :func:`dsconv.benchmarking.results.read_benches`.
         progress: show the progress on stderr, as :func:`dsconv.evaluate` does.
         task, data_range, metric: as in :func:`dsconv.compare`.
+        optimization: what :func:`dsconv.optimize` returned with this network: the page shows its table of attempts.
 
     Raises:
         ConfigError, DataError, ModelError: as :func:`dsconv.compare` and :func:`dsconv.sensitivity`; or ``qmodel`` was
@@ -171,6 +174,7 @@ def gather(
         sensitivity_measure=measure,
         disagreements=disagreements,
         classes=classes or (folder and folder.classes) or (),
+        optimization=optimization,
         profile=None if isinstance(times, str) else times,
         benches=benches,
         missing=missing,
