@@ -31,7 +31,7 @@ def commands() -> str:
 
 
 def names(module: str) -> str:
-    """Return directives of mkdocstrings for the public names of a module: where each is defined, and its name to import."""
+    """Return a directive of mkdocstrings for each public name of a module, headed by the name to import."""
     source = importlib.import_module(module)
     blocks = []
     for name in source.__all__:
