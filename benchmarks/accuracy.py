@@ -14,6 +14,7 @@ those evaluated; the only rows that see any say so.
 
 import argparse
 import json
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,48 +61,62 @@ RECIPE = dsconv.Recipe()
 HEAD = """\
 # Results
 
-Made by `python benchmarks/accuracy.py`: real pretrained networks, quantized with no data at all, evaluated on labelled
-images. Quantized layers ran in integers, by the kernels of this library, which return the same on every machine.
+This page gives the accuracy of real pretrained networks, quantized without any data unless a row says otherwise, and
+evaluated on labelled images. `python benchmarks/accuracy.py` measures it and writes this page. Quantized layers run in
+integers, on the kernels of this library, which return the same bits on every machine.
 
-Machine: {machine}.
+{machine}
 
-- **bits** are effective bits per weight over all convolution and linear weights, scales, shifts and layers left in
-  float32 included; in brackets those of the quantized layers alone. **MB** is the size of the file but for its header.
-- **agreement** is the share of images with the same top-1 class as the float network, **KL** the mean of
-  KL(softmax(float) || softmax(quantized)) in nats, **SQNR** that of the logits.
-- No step of the quantization sees an image, but for the rows that say so. What the method is, though, was chosen by
-  looking at some of these images: two constants of the `balanced` rule, among a handful, with 250 of the 650 ImageNet
-  images, its rounding and its use of BatchNorm with 100 to 200 of them and those of ResNet-20, and the kind of noise of
-  the `searched` rows, out of three, with 150 and the CIFAR images; what a small layer is, and its bits, with 130 and
-  EfficientNet-Lite0. On those networks the figures may flatter it a little. ResNet-18 and its images had no part in any
-  of this.
+How to read the tables:
+
+- **bits**: effective bits per weight over all convolution and linear weights, including scales, shifts and layers left
+  in float32; in brackets, over the quantized layers alone. **MB**: size of the file without its header.
+- **agreement**: percentage of images with the same top-1 class as the float network. **KL**: mean of
+  KL(softmax(float) || softmax(quantized)) in nats. **SQNR**: of the logits.
+- **seconds**: time on one thread of all steps in the name of a row, on a machine that also did other work.
 - The standard error of a top-1 difference is about one point for 650 images: read KL and agreement first.
-- `paper` rows quantize every convolution per tap, the first too, with float32 KDS, and leave the image and the linear
-  layers in float32. Their activation convention is in the name (see [Choosing bits and blocks](choosing.md)).
-- `w4a4` and `default` use the `balanced` rule with a shift and float16 KDS, 8 bits in the first convolution, and
-  quantize linear layers too. Rows of `w4a4` name the convention of all layers; the preset itself takes `extra` for
-  layers whose input can be negative, all of Tiny Darknet, and `adaptive` for others, all of the other networks here.
-- Convolutions are direct but in rows with *Winograd*: with `algorithm="auto"`, as the presets have it, 3x3 layers are
-  computed by Winograd, whose transformed inputs have 8 bits, where that adds 1 dB of noise at most. Bits of weights,
-  and the sizes of files, are the same.
-- Small layers, those with at most a 512th of a network's weights, have as many bits as others but in rows with *small
-  layers*, where they have 8. *Winograd, small layers* are the presets as they are.
-- `searched` rows are what `dsconv.search` made of these presets with a budget of {budget} bits a weight, of `w3a4` with
-  {small_budget}, of `w2a4` with {smallest_budget}: bits by layer, 8-bit activations only where the weights have 8 bits
-  too, but for `default`. It ranks layers on {seen} images of noise, or on as many unlabelled photographs, none of which
-  is evaluated.
-- `w3a4` and `w2a4` are `w4a4` with weights of 3 and 2 bits. *No shift* is without the shift, in blocks of 32; that it
-  serves calibrated networks better was learned from these figures.
-- `calibrated` rows went through `dsconv.calibrate` then, with {calibrated} unlabelled photographs, none of which is
-  evaluated (see [Calibrating](calibrate.md)).
-- `adapted` rows went through `dsconv.adapt` after that, with all unlabelled photographs and the recipe `default` (see
-  [Adapting](adapt.md)). Those of CIFAR and Tiny-ImageNet are of the sets that the networks were trained on, and tell
-  less of others.
-- Other formats quantize all layers, weights and activations alike. *Round to nearest*: weights with one scale an
-  output, activations with a scale and a zero point an image. MX formats and NVFP4: in blocks along the channels. These
-  are simulated in float32; *ONNX Runtime int8* is what that runtime makes and executes, with ranges of activations from
-  {seen} unlabelled photographs.
-- **seconds** is what all that the name of a row says took one thread, on a machine that did other work too.
+
+Rows of dsconv:
+
+- `paper` rows quantize every convolution per tap, including the first, with float32 KDS. The image and the linear
+  layers stay in float32. The activation convention is in the name (see [Choosing bits and blocks](choosing.md)).
+- `w4a4` and `default` use the `balanced` rule with a shift and float16 KDS, with 8 bits in the first convolution. They
+  quantize linear layers too. Rows of `w4a4` name one convention for all layers. The preset itself selects `extra` for
+  layers whose input can be negative (all of Tiny Darknet), and `adaptive` for the others (all of the other networks
+  here).
+- `w3a4` and `w2a4` are `w4a4` with weights of 3 and 2 bits. *No shift*: without the shift, in blocks of 32. These
+  figures themselves showed that this serves calibrated networks better.
+- *Winograd*: with `algorithm="auto"`, as in the presets. 3x3 layers are computed by Winograd, whose transformed inputs
+  have 8 bits, if that adds at most 1 dB of noise. Bits of weights and file sizes are the same. In all other rows,
+  convolutions are direct.
+- *Small layers*: layers with at most 1/512 of a network's weights have 8 bits. In all other rows, they have as many
+  bits as the others. *Winograd, small layers* are the presets unchanged.
+- `searched` rows apply `dsconv.search` to these presets, with a budget of {budget} bits per weight ({small_budget} for
+  `w3a4`, {smallest_budget} for `w2a4`). It selects bits per layer, and 8-bit activations only for layers with 8-bit
+  weights (`default` has 8-bit activations everywhere). It ranks layers on {seen} images of noise, or on {seen}
+  unlabelled photographs, none of which is evaluated.
+- `calibrated` rows then run `dsconv.calibrate` on {calibrated} unlabelled photographs, none of which is evaluated (see
+  [Calibrating](calibrate.md)).
+- `adapted` rows then run `dsconv.adapt` on all unlabelled photographs with the recipe `default` (see
+  [Adapting](adapt.md)). For CIFAR and Tiny-ImageNet, these photographs come from the sets on which the networks were
+  trained, so the rows say less about other cases.
+
+Other formats quantize all layers, weights and activations alike:
+
+- *Round to nearest* has weights with one scale per output, and activations with a scale and a zero point per image. MX
+  formats and NVFP4 have blocks along the channels. All of these are simulated in float32.
+- *ONNX Runtime int8* is made and executed by that runtime, with activation ranges from {seen} unlabelled photographs.
+
+**Selection on these images.** Only the rows that say so use images for quantization. However, some choices of the
+method itself were made with images that are also evaluated here, so the figures of those networks may be slightly
+optimistic:
+
+- two constants of the `balanced` rule, selected from a handful, with 250 of the 650 ImageNet images;
+- the rounding of that rule and its use of BatchNorm, with 100 to 200 of the ImageNet images and those of ResNet-20;
+- the kind of noise of the `searched` rows, out of three, with 150 of the ImageNet images and the CIFAR images;
+- the definition of a small layer, and its bits, with 130 of the ImageNet images and EfficientNet-Lite0.
+
+ResNet-18 and its images had no part in any of this.
 """
 
 
@@ -332,11 +347,12 @@ def markdown(results: dict[str, Any]) -> str:
     """The page: for each network a table of presets, one of other formats, and one of weight rules."""
     figures = {"budget": BUDGET, "small_budget": SMALL_BUDGET, "seen": SEEN, "calibrated": CALIBRATED}
     figures["smallest_budget"] = SMALLEST_BUDGET
-    lines = [HEAD.format(machine=results["machine"], **figures)]
+    machine_line = textwrap.fill(f"Machine: {results['machine']}.", 120, break_on_hyphens=False)
+    lines = [HEAD.format(machine=machine_line, **figures)]
     tables = {
         "presets": ("setting", []),
-        "baselines": ("other format", ["What other number formats make of all layers:", ""]),
-        "rules": ("weight rule", ["Weight rules, everything else as in preset `default` (W4A8):", ""]),
+        "baselines": ("other format", ["Other number formats, applied to all layers:", ""]),
+        "rules": ("weight rule", ["Weight rules, with all other settings as in preset `default` (W4A8):", ""]),
     }
     for name, rows in results["networks"].items():
         images, top1 = rows[0]["images"], rows[0]["float_top1"]

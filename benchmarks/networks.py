@@ -18,6 +18,7 @@ import os
 import resource
 import sys
 import tempfile
+import textwrap
 import time
 import types
 from collections import Counter
@@ -115,10 +116,10 @@ _FILES = {
 _SIDES = 64, 96, 128, 160, 192, 224, 240, 256, 288, 320, 384, 512, 768
 # Why those that fail do, where what is measured does not say it.
 _REASONS = {
-    "torchvision/vit_b_32": "an older result, by PyTorch's kernel for all of an attention, which has bits of its own",
+    "torchvision/vit_b_32": "an older result, with PyTorch's fused kernel for attention, which rounds differently",
     "ultralytics/yolov3-tiny.yaml": "an older result, not measured by layer",
     "smp/unet": "an older result, not measured by layer",
-    "onnx/rapidocr_det": "all layers agree; the Sigmoid after the last errs by 1.4e-7 in ONNX Runtime, near 0 too",
+    "onnx/rapidocr_det": "all layers agree; ONNX Runtime's Sigmoid after the last has an error of 1.4e-7, also near 0",
 }
 _ENCODERS = {"dpt": "tu-vit_tiny_patch16_224"}  # of segmentation-models-pytorch; others have ResNet-18
 _IMAGES = 2
@@ -570,7 +571,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     """Return the page: totals, a table for each section, and what is left to PyTorch."""
     kept = [results[name] for name in names() if name in results]
     usable = [result for result in kept if _usable(result)]
-    parts = [_PAGE.format(where="; ".join(dict.fromkeys(r["where"] for r in kept if "where" in r))), totals(usable)]
+    machines = "; ".join(dict.fromkeys(result["where"] for result in kept if "where" in result))
+    parts = [_PAGE.format(where=_wrapped(f"Machines: {machines}.")), totals(usable)]
     for section, networks in NETWORKS.items():
         library = section.partition(",")[0]
         own = [f"{library}/{name}" for name in networks.split()]
@@ -581,9 +583,13 @@ def page(results: dict[str, dict[str, Any]]) -> str:
             head = [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
             parts.append("\n".join([*head, *map(row, tried_ones)]))
         if absent:
-            parts.append(f"Not tried yet: {', '.join(absent)}.")
+            parts.append(_wrapped(f"Not tried yet: {', '.join(absent)}."))
     parts += ["## What is left to PyTorch", by_operator(usable), "## What stays in float", by_reason(usable)]
     return "\n\n".join(parts) + "\n"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
 def totals(usable: list[dict[str, Any]]) -> str:
@@ -599,9 +605,9 @@ def totals(usable: list[dict[str, Any]]) -> str:
         line("quantized", lambda r: "layers" in r),
         line("saved and loaded", lambda r: "layers" in r and "load" not in r["failed"]),
         line("compiled", lambda r: "compiled_db" in r),
-        line("compiled, with the bits of the quantized network", _compiles),
+        line("compiled; bitwise equal to the quantized network, except own rounding", _compiles),
         line(
-            f"folded and compiled, with the bits of the folded network, of {len(foldable)} that have BatchNorms",
+            f"folded and compiled; bitwise equal to the folded network, of {len(foldable)} with BatchNorms",
             lambda r: r.get("folded_db") == math.inf,
             foldable,
         ),
@@ -629,24 +635,27 @@ def by_reason(usable: list[dict[str, Any]]) -> str:
 
 _PAGE = """# Networks
 
-What works for which architecture. Each network has random weights, BatchNorms that normalise, and an input of the
-smallest size that it takes. Made by `python benchmarks/networks.py --page docs/networks.md` on {where}.
+This page shows which architectures dsconv can quantize, save, compile and export. Each network has random weights,
+BatchNorms that normalise, and an input of the smallest size that it accepts.
+`python benchmarks/networks.py --page docs/networks.md` measures it and writes this page.
 
-- *quantized*, *in float*: how many layers are quantized, by preset `default` (with weight rule `paper`, since
-  the weights are random), and how many weights stay in float ([why](#what-stays-in-float)).
-- *loads*: the network that is loaded from its file has the same bits.
-- *compiled*: how near the output of [`dsconv.compile`](kernels.md#programs) is to that of the quantized network. Some
-  operators have bits of their own there, such as exponentials and norms. A number of dB is bold unless a program that
-  leaves these to PyTorch has the bits of the network. (The network has those of PyTorch's operators then, since the
-  kernel that PyTorch has for all of an `nn.MultiheadAttention` is turned off by `torch.backends.mha`.)
-- *folded*: whether such a program of the network after `dsconv.fold_batchnorm` has the bits of that.
-- *steps*, *by PyTorch*: of the program, and those that PyTorch executes, which the last column names.
-- *ONNX*: how near ONNX Runtime is to the network with 8 bits, in style `qdq`. Sums in another order differ in their
-  last digits, which tips over a rounding here and there, and deep networks of random weights enlarge that.
-- *by layer*: the network is run once more, each of its layers on what that layer gets in ONNX Runtime, so that nothing
-  is enlarged. This is the lowest agreement of all layers and of all that is between two layers; an error in any
-  operator lowers it. A file agrees where it is 80 dB or more; older results that lack it agree from 30 dB of *ONNX* on.
-"""
+{where}
+
+- *quantized*, *in float*: number of layers that are quantized, by preset `default` (with weight rule `paper`, because
+  the weights are random), and number of weights that stay in float ([reasons](#what-stays-in-float)).
+- *loads*: whether the network loaded from its file is bitwise equal.
+- *compiled*: agreement of the output of [`dsconv.compile`](kernels.md#programs) with the quantized network. Some
+  operators, such as exponentials and norms, have their own rounding there. A number of dB is bold unless a program that
+  leaves these operators to PyTorch is bitwise equal. (For this comparison, `torch.backends.mha` turns off PyTorch's
+  fused kernel for `nn.MultiheadAttention`, so that the network uses the same operators.)
+- *folded*: whether such a program of the network after `dsconv.fold_batchnorm` is bitwise equal to the folded network.
+- *steps*, *by PyTorch*: number of steps of the program, and of those that PyTorch executes; the last column names them.
+- *ONNX*: agreement of ONNX Runtime with the 8-bit network, in style `qdq`. Sums in a different order differ in their
+  last digits, which occasionally changes a rounding, and deep networks of random weights amplify that.
+- *by layer*: the network is run once more, and each of its layers gets the input that it has in ONNX Runtime, so that
+  no difference is amplified. The figure is the lowest agreement of all layers and of all operators between two layers,
+  so an error in any operator lowers it. A file agrees from 80 dB on. Older results lack this figure; they agree from 30
+  dB of *ONNX* on."""
 
 
 if __name__ == "__main__":
