@@ -1,6 +1,6 @@
-"""Check the prose of the repository: lines of Markdown that are too long, and docstrings that begin with no verb or noun.
+"""Check the prose of the repository: the length of lines of Markdown, and the first words of docstrings.
 
-Tables, links alone and code are as long as they have to be. Prints what is wrong with file and line, and exits with 1 then.
+Tables, lone links and code may be longer. Prints each violation with file and line, and exits with 1 if there is one.
 """
 
 import ast

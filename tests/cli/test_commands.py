@@ -309,7 +309,7 @@ def test_ctrl_c_in_a_search_which_is_then_resumed(
     monkeypatch.setattr("dsconv.mixed.measure.compare", stop)
     done = cli(*search, "--effective-bits", "4.5")
     assert done.code == 130 and not done.stdout and "Traceback" not in done.stderr
-    assert f"what is done is in {state}; the same command with --resume" in done.stderr
+    assert f"progress is saved in {state}; run the same command with --resume" in done.stderr
     assert os.listdir(tmp_path) == [state.name]
     done = cli(*search, "--effective-bits", "4.5")
     assert done.code == 1 and f"error: {state}: there is a search to resume: add --resume" in done.stderr
@@ -406,7 +406,7 @@ def test_ctrl_c_in_a_calibration_which_is_then_resumed(cli: Callable[..., Any], 
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and not stdout and "Traceback" not in stderr
-    assert f"what is done is in {state}; the same command with --resume" in " ".join(stderr.split())
+    assert f"progress is saved in {state}; run the same command with --resume" in " ".join(stderr.split())
     assert sorted(os.listdir(tmp_path)) == [state.name, "slow.py"]
 
     done = cli(*arguments)

@@ -64,7 +64,12 @@ def unstated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dsconv.save(qnet, tmp_path_factory.mktemp("files") / "unstated.safetensors")
 
 
-PREPARATION, NO_DATA, NO_FILE, EXISTS = "how its images are prepared", "does not exist", "there is none", "add --force"
+PREPARATION, NO_DATA, NO_FILE, EXISTS = (
+    "the preprocessing of its images",
+    "does not exist",
+    "there is none",
+    "add --force",
+)
 WRONG = {
     "quantize torchvision/resnet18 --weights none.pt --preset best --crop big --out {there}": (
         "torchvision is not installed: pip install 'dsconv[zoo]'",
@@ -368,7 +373,7 @@ def test_a_quiet_command_still_warns(cli: Cli, tmp_path: Path, factory: Path, di
     assert (
         done.stderr
         == f"note: {factory}:net does not say how its images are prepared: give --resize, --crop, --mean, "
-        + ("--std, --scale or --channels, as it was trained; what is left out of them has its default\n")
+        + ("--std, --scale or --channels as in its training; options left out keep their defaults\n")
     )
     done = cli("evaluate", tmp_path / "none.safetensors", "--data", digits, "--quiet", "--mean", "0")
     assert done.code == 1 and "none.safetensors" in done.stderr
@@ -405,9 +410,9 @@ def test_a_compiled_file_is_recognized(tmp_path: Path, digits: Path, quantized_f
     for words, (code, stdout, stderr, torch) in zip(commands, found, strict=True):
         text = " ".join(stderr.split())
         assert code == 1 and not stdout and not torch, (words, text)
-        assert f"{file}: a compiled network, written by dsconv compile" in text and "dsconv_runtime" in text, words
+        assert f"{file}: is a compiled network of dsconv compile" in text and "dsconv_runtime" in text, words
         assert "libdsconv" in text and text.count("a compiled network") == 1, words
-    with pytest.raises(dsconv.errors.FileFormatError, match="a compiled network, written by dsconv compile"):
+    with pytest.raises(dsconv.errors.FileFormatError, match="is a compiled network of dsconv compile"):
         dsconv.load(file)
 
 

@@ -241,7 +241,7 @@ def test_a_bug_still_shows_where_it_is(dsconv_cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("search {net} --out {tmp}/a", "say what to keep to"),
+        ("search {net} --out {tmp}/a", "expected a budget, got none"),
         ("search {net} --out {tmp}/a --effective-bits few", "--effective-bits"),
         (
             "search {net} --out {tmp}/a --effective-bits 4 --preset paper --config x.json",
@@ -273,7 +273,10 @@ def test_wrong_usage_of_sensitivity_and_search(
         ),
         ("search {net} --out {tmp}/a --effective-bits 4 --data {tmp}/none", ["does not exist"]),
         ("search {net} --out {tmp}/a --effective-bits 4 --config {tmp}/none.json", ["none.json"]),
-        ("search {factory}:net --out {tmp}/a --effective-bits 4", ["does not say how its images", "--crop"]),
+        (
+            "search {factory}:net --out {tmp}/a --effective-bits 4",
+            ["does not state the preprocessing of its images", "--crop"],
+        ),
         ("search {factory}:net --out {tmp}/a --effective-bits 4 --crop 8", ["cannot run on images", "3, 8, 8"]),
         ("sensitivity {factory}:net --channels gray", ["a crop or a size to resize to"]),
         ("sensitivity {factory}:no_layers --crop 8", ["no convolution"]),
@@ -319,7 +322,7 @@ def test_wrong_usage_of_calibrate(
         ("{net} --data {digits} --out {tmp}/no/such/a", ["no/such", "written to"]),
         ("{net} --data {digits} --channels rgb", ["cannot run on images", "3, 8, 8"]),
         ("{net} --data {digits} --device tpu9", ["'tpu9'"]),
-        ("{factory}:net --data {digits}", ["does not say how its images", "--crop"]),
+        ("{factory}:net --data {digits}", ["does not state the preprocessing of its images", "--crop"]),
         ("{factory}:no_layers --data {digits} --crop 8", ["no convolution"]),
         ("{tmp}/there --data {digits}", ["there", "safetensors"]),
         (

@@ -40,13 +40,13 @@ def test_an_onnx_file_is_quantized_and_evaluated(
     assert "layer3.downsample.0" in done.stdout
     # How images are prepared stays with the user.
     done = cli("evaluate", file, "--data", digits)
-    assert done.code == 1 and "does not say how its images are prepared: give --resize" in done.stderr
+    assert done.code == 1 and "does not state the preprocessing of its images: give --resize" in done.stderr
     moved = model.rename(model.with_name("moved.onnx"))
     try:
         done = cli("evaluate", file, "--data", digits, *PREPARATION)
         assert done.code == 0, done.stderr
         done = cli("calibrate", file, "--data", digits, "--out", tmp_path / "c.safetensors", *PREPARATION)
-        assert done.code == 1 and "which is not there: name it with --reference" in done.stderr
+        assert done.code == 1 and "which does not exist: name it with --reference" in done.stderr
         done = cli("evaluate", file, "--reference", moved, "--data", digits, *PREPARATION)
         assert done.code == 0, done.stderr
     finally:

@@ -57,7 +57,7 @@ def test_file_settings_and_report_are_written(cli: Cli, model: tuple[str, ...], 
     assert all(row["name"] in done.stderr for row in found["attempts"])
     # The file is there: it is replaced with --force alone.
     done = cli("optimize", *model, "--data", digits, "--effective-bits", 6, "--out", out)
-    assert done.code == 1 and done.stderr.count("there is such a file already") == 3
+    assert done.code == 1 and done.stderr.count("the file exists") == 3
 
 
 def test_without_images(cli: Cli, model: tuple[str, ...], tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_what_was_stopped_is_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(steps, "calibrate", stop)
         done = cli(*command)
-    assert done.code == 130 and f"stopped: what is done is in {out}.state" in done.stderr
+    assert done.code == 130 and f"stopped: progress is saved in {out}.state" in done.stderr
     assert written(tmp_path) == {"net.safetensors.state"}
     done = cli(*command)
     assert done.code == 1 and "add --resume" in done.stderr
@@ -135,7 +135,7 @@ def test_without_the_extra_there_is_no_report_and_that_is_told(
 @pytest.mark.parametrize(
     ("options", "code", "expected"),
     [
-        ("--kl 0.1", 2, "name a folder of them, with --data"),
+        ("--kl 0.1", 2, "give a folder of them, with --data"),
         ("--classes names.txt", 2, "--classes are those of the images"),
         ("--time-limit soon", 2, "--time-limit: expected a time above 0 as 90s, 10m or 2h, or none, got 'soon'"),
         ("--time-limit 0m", 2, "--time-limit: expected"),

@@ -16,7 +16,7 @@ Cli = Callable[..., Any]
 # The digits are read as the network of the demo reads them: white is 1.
 STATED = Preprocess(resize=(8, 8), channels="gray")
 OPTIONS = ("--resize", "8x8", "--channels", "gray")
-UNKNOWN = "does not say how its images are prepared: give --resize, --crop, --mean, --std, --scale or --channels"
+UNKNOWN = "does not state the preprocessing of its images: give --resize, --crop, --mean, --std, --scale or --channels"
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_where_it_is_unknown_every_command_refuses_in_the_same_words(
     assert done.code == 1 and not done.stdout
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     name = words[1]
-    assert error == (f"error: {name} {UNKNOWN}, as it was trained; what is left out of them has its default"), error
+    assert error == (f"error: {name} {UNKNOWN} as in its training; options left out keep their defaults"), error
     assert not list(tmp_path.iterdir())
 
 
@@ -219,7 +219,7 @@ def test_files_that_say_different_things_are_not_compared_on_the_same_images(
     assert cli("quantize", "dsconv/digits_resnet", "--preset", "paper", "--mean", "0.5", "--out", other).code == 0
     tradeoff = ("tradeoff", quantized_file, other, "--data", digits, "--limit", 2)
     done = cli(*tradeoff)
-    assert done.code == 1 and str(other) in done.stderr and "prepared differently" in done.stderr
+    assert done.code == 1 and str(other) in done.stderr and "different preprocessing" in done.stderr
     assert "mean 0, " in done.stderr and "mean 0.5, " in done.stderr
     assert cli(*tradeoff, "--mean", "0.5").code == 0
 

@@ -80,7 +80,7 @@ def test_a_training_that_is_ended_leaves_its_state_and_no_partial_file(
         assert process.stderr is not None
         rest = process.stderr.read()
     assert process.returncode == code and "Traceback" not in rest, rest
-    assert f"stopped: what is done is in {out}.state" in rest
+    assert f"stopped: progress is saved in {out}.state" in rest
     assert sorted(os.listdir(tmp_path)) == ["log.csv", "out.safetensors.state"]
 
 

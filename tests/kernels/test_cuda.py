@@ -311,7 +311,7 @@ def test_weights_that_were_packed_otherwise_are_refused(gpu: str) -> None:
         call(x, weights.weight[:, :, :32], weights.kds, None, None, *where, *settings)
     settled = (*weights, None, *where, *settings)
     for given, message in (
-        ({"gain": torch.ones(8, dtype=torch.float32, device=gpu)}, "offset: expected one"),
+        ({"gain": torch.ones(8, dtype=torch.float32, device=gpu)}, "offset: expected a tensor with a gain"),
         (
             {
                 "gain": torch.ones(7, dtype=torch.float32, device=gpu),
@@ -458,7 +458,7 @@ def test_sizes_used_last_are_kept_as_graphs_and_what_cannot_be_captured_runs(mon
     assert same(graphs([sizes[0]])[0], torch.zeros(0, 2))  # no images are no graph
     runs.clear()
     cuda_of_torch.graph.side_effect = RuntimeError("operation not permitted when stream is capturing\nmore")
-    with pytest.warns(UserWarning, match=r"not captured as a CUDA graph for \(11, 2\).*stream is capturing$"):
+    with pytest.warns(UserWarning, match=r"cannot be captured as a CUDA graph for \(11, 2\).*stream is capturing$"):
         assert same(graphs([sizes[11]])[0], torch.ones(11, 2))
     assert same(graphs([sizes[11]])[0], torch.ones(11, 2)) and runs == [11] * 5  # it is not tried again
 

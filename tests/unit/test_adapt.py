@@ -187,7 +187,7 @@ def test_recomputed_weights_keep_to_the_rule(teacher: tnn.Module, images: Tensor
             # Rule `paper`: the largest value of each block has the first level.
             assert all((block.amin(1) == -2).all() for block in _blocks(module, module.vqk))
     calibrated = dsconv.calibrate(start, teacher, images[:32])
-    with pytest.raises(ModelError, match="recipe default"):
+    with pytest.raises(ModelError, match="recipe 'default'"):
         dsconv.adapt(calibrated, teacher, images, recipe="paper")
 
 
@@ -197,13 +197,15 @@ def test_a_state_no_better_is_not_kept(teacher: tnn.Module, images: Tensor) -> N
     better = dsconv.adapt(start, teacher, images, recipe={**QUICK, "steps": 40, "lr": 0.3, "patience": 2})
     adaptation = model_info(better).adaptation
     assert adaptation.best_step == 0 and [look.step for look in adaptation.looks] == [0, 4, 8]
-    assert adaptation.stopped == "no better for 2 looks"
+    assert adaptation.stopped == "no improvement for 2 looks"
     layers = [(a, b) for a, b in zip(start.modules(), better.modules(), strict=True) if isinstance(a, DSLayer)]
     assert all(torch.equal(a.vqk, b.vqk) and torch.equal(a.kds, b.kds) for a, b in layers)
 
 
 def test_a_nan_ends_it_and_says_where(teacher: tnn.Module, student: tnn.Module, images: Tensor) -> None:
-    with pytest.warns(UserWarning, match=r"at step \d+, NaN or infinities began in .*'.*: the state of step 0 is kept"):
+    with pytest.warns(
+        UserWarning, match=r"at step \d+, NaN or infinities appeared in .*'.*: the state of step 0 is kept"
+    ):
         better = dsconv.adapt(student, teacher, images, recipe={**QUICK, "lr": 1e30})
     assert model_info(better).adaptation.best_step == 0
     with torch.inference_mode():

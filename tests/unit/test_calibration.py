@@ -612,7 +612,7 @@ def worse(x: Tensor, qnet: tnn.Module, net: tnn.Module, monkeypatch: pytest.Monk
         return found._replace(scale=found.scale * 10)
 
     monkeypatch.setattr(module, "round_to", off)
-    with pytest.warns(UserWarning, match="kept is the network as it was given: on 4 images held back"):
+    with pytest.warns(UserWarning, match="the given network is kept: on 4 held-back images"):
         return dsconv.calibrate(qnet, net, x)
 
 
@@ -647,9 +647,7 @@ def test_a_network_that_calibration_makes_worse_is_returned_as_it_was(monkeypatc
     with torch.inference_mode():
         f, q = net(held_out).double(), qnet(held_out).double()
     assert table.before == pytest.approx(float(divergence(f, q, 4.0).mean()), rel=1e-2)
-    assert "Kept is the network as it was given" in str(table) and f"{table.before:.4g} as given" in " ".join(
-        str(table).split()
-    )
+    assert "The given network is kept" in str(table) and f"{table.before:.4g} before" in " ".join(str(table).split())
     made = table.to_dict()
     assert (made["kept"], made["held_back"], made["before"]) == ("given", 4, table.before)
 
@@ -678,7 +676,7 @@ def test_a_difference_within_chance_is_no_reason_to_drop_a_calibration() -> None
     table = Calibration((), 128, 0, 16, "KL divergence", before=0.02, after=0.021, chance=0.002)
     assert table.kept == "calibrated" and replace(table, after=0.0221).kept == "given"
     assert replace(table, after=math.inf).kept == "given" and replace(table, chance=0.0).kept == "given"
-    assert "0.02 as given and 0.021 calibrated, give or take 0.002" in table.verdict
+    assert "0.02 before and 0.021 after calibration (standard error 0.002)" in table.verdict
     before, after = torch.rand(2, 16, dtype=torch.float64)
     expected = float((after - before).std()) / 4
     assert chance(before, after) == pytest.approx(expected)

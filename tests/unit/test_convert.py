@@ -288,7 +288,7 @@ def test_a_model_with_nothing_to_quantize_is_an_error() -> None:
     for model in (tnn.ReLU(), tnn.Sequential(tnn.BatchNorm2d(3)), tnn.Sequential()):
         with pytest.raises(ModelError, match="has no convolution or linear layer to quantize"):
             dsconv.quantize(model)
-    with pytest.raises(ModelError, match=r"no layer is left to quantize \(0: the config leaves it in float\)"):
+    with pytest.raises(ModelError, match=r"no layer can be quantized \(0: the config leaves it in float\)"):
         dsconv.quantize(tnn.Sequential(tnn.Linear(4, 4)), "paper")
 
 

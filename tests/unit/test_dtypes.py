@@ -14,7 +14,7 @@ from dsconv.conversion import model_info
 from dsconv.errors import DSConvError, ModelError
 from dsconv.layers.inputs import as_input_of, dtype_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*images are few", "ignore:kept is the network")
+pytestmark = pytest.mark.filterwarnings("ignore:.*images are few", "ignore:the given network is kept")
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 _generator = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(16, 3, 12, 12, generator=_generator) + torch.randn(16, 3, 1, 1, generator=_generator)

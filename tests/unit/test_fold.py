@@ -449,7 +449,9 @@ def test_a_model_that_cannot_be_followed_is_an_error_that_names_the_line() -> No
 def test_a_forward_of_the_instance_is_an_error() -> None:
     quantized = dsconv.quantize(tnn.Sequential(tnn.Conv2d(8, 8, 1), tnn.BatchNorm2d(8)).eval(), CONFIG)
     quantized.forward = quantized[0].forward
-    with pytest.raises(ModelError, match=r"in the place of its class's.*fold the model that it was made from"):
+    with pytest.raises(
+        ModelError, match=r"the forward of its class was replaced.*fold the model before the replacement"
+    ):
         dsconv.fold_batchnorm(quantized)
 
 

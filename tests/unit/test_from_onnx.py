@@ -211,7 +211,7 @@ def test_a_file_that_takes_images_of_its_batch_by_number_runs_with_that_batch(tm
     case = Case("first image", [("Gather", "x i", "y", {"axis": 0})], (1, 4, 6, 6), {"i": np.array(0, np.int64)})
     net, x = imported(model_of(case, fixed=True), tmp_path), torch.randn(2, 4, 6, 6)
     assert torch.equal(net(x[:1]), x[0])
-    with pytest.raises(ValueError, match="run the network with the batch of the file"):
+    with pytest.raises(ValueError, match="run the network with the batch size of the file"):
         net(x)
 
 
@@ -535,16 +535,16 @@ def test_weights_outside_of_the_folder_of_the_model_are_not_read(tmp_path: Path)
     (folder / "up").symlink_to(tmp_path)
     for location in (str(outside), "../w.bin", "a/../../w.bin", "link.bin", "up/w.bin", "", "w\0.bin"):
         with pytest.raises(
-            FileFormatError, match=r"in the folder of the model or below|out of the folder of the model"
+            FileFormatError, match=r"in the folder of the model or below|a link to outside the folder of the model"
         ):
             dsconv.from_onnx(external(folder, location))
 
 
 def test_weights_that_are_missing_or_too_short_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match=r"'w' are in 'none.bin', and there is no such file"):
+    with pytest.raises(FileFormatError, match=r"'w' are in 'none.bin', which does not exist"):
         dsconv.from_onnx(external(tmp_path, "none.bin"))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FileFormatError, match="there is no such file"):
+    with pytest.raises(FileFormatError, match="which does not exist"):
         dsconv.from_onnx(external(tmp_path, "pipe"))
     (tmp_path / "w.bin").write_bytes(b"1234")
     for more in ({}, {"length": 1152}, {"offset": -4}, {"offset": "x"}, {"offset": 8}):

@@ -428,7 +428,7 @@ def test_layers_of_a_network_that_returns_whole_numbers_are_ranked_by_a_metric_a
     net, x = Largest().eval(), photographs(4)
     assert dsconv.compare(net, dsconv.quantize(net), x).outputs["output"].agreement > 50
     with pytest.raises(
-        ModelError, match="expected outputs of floats, by which layers are ranked, got none: pass metric="
+        ModelError, match="expected floating-point outputs, by which layers are ranked, got none: pass metric="
     ):
         dsconv.sensitivity(net, images=x)
     found = dsconv.sensitivity(net, {"weight_bits": 2}, images=x, metric=lambda f, q, _: (f != q).float().mean((1, 2)))

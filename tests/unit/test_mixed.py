@@ -179,7 +179,7 @@ class TestSensitivity:
             ({"choices": [{"weight_bits": 9}]}, ConfigError, "choices: weight_bits.*9"),
             ({"choices": [{"bits": 4}]}, ConfigError, "choices: bits: unknown setting"),
             ({"config": "w5"}, ConfigError, "preset: expected one of"),
-            ({"images": None}, ConfigError, "noise takes their place.*preprocess"),
+            ({"images": None}, ConfigError, "images: got none.*preprocess"),
             ({"images": None, "preprocess": PREPROCESS, "limit": 0}, ConfigError, "limit"),
             ({"images": torch.zeros(0, 3, 8, 8)}, DataError, "no images"),
             ({"images": images()[:, :2]}, ModelError, "cannot run on images"),
@@ -194,7 +194,7 @@ class TestSensitivity:
     def test_a_quantized_network_of_another_kind_is_refused(self) -> None:
         model, x = net(), images()
         quantized = dsconv.quantize(model)
-        with pytest.raises(ConfigError, match="choices: a quantized network has made its own"):
+        with pytest.raises(ConfigError, match="choices: the settings of a quantized network are already chosen"):
             sensitivity(model, quantized, images=x, choices=FEW)
         with pytest.raises(ModelError, match=r"model: expected a Conv2d '2' .*, got a ReLU"):
             sensitivity(nn.Sequential(model[0], nn.Flatten(), nn.ReLU()), quantized, images=x)

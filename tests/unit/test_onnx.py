@@ -447,7 +447,7 @@ def test_layers_of_other_kinds_are_right_in_int8_too(tmp_path: Path) -> None:
         ({"opset": 99}, "opset: expected 21 to"),
         ({"style": "float", "opset": 17}, "opset: expected 18 to"),
         ({"images": torch.zeros(2, 1, 8, 8)}, "style 'int8' alone"),
-        ({"full_range": True}, "full_range: weights are rounded to int8 for style 'int8' alone, got style 'qdq'"),
+        ({"full_range": True}, "full_range: only style 'int8' rounds weights to int8, got style 'qdq'"),
         ({"style": "int8", "full_range": 1}, "full_range: expected True or False, got 1"),
         (
             {"style": "int8", "images": torch.zeros(2, 3, 8, 8, dtype=torch.float32)},

@@ -93,11 +93,11 @@ def test_ranges_of_noise_are_not_guessed_in_silence(tmp_path: Path) -> None:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="needs the extra 'onnx'")
     qnet = dsconv.quantize(plain())
-    with pytest.warns(UserWarning, match=r"does not say how its images are prepared.*Pass images"):
+    with pytest.warns(UserWarning, match=r"does not state its preprocessing.*Pass images"):
         dsconv.export_onnx(qnet, torch.zeros(1, 3, 8, 8), tmp_path / "a.onnx", "int8")
     zoo.set_preprocess(qnet, STATED)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*how its images are prepared")
+        warnings.filterwarnings("error", message=".*does not state its preprocessing")
         dsconv.export_onnx(qnet, torch.zeros(1, 3, 8, 8), tmp_path / "a.onnx", "int8")
 
 

@@ -239,7 +239,7 @@ def test_an_input_that_is_only_returned_is_refused(tmp_path: Path) -> None:
             return super().forward(x), other
 
     fast = compiled(Returned(), x=dsconv.Inputs(images(), torch.zeros(1, 7, dtype=torch.float32)))
-    with pytest.raises(ModelError, match="output 'y_1' is no tensor that the network's steps make"):
+    with pytest.raises(ModelError, match="output 'y_1' is not a tensor that the network's steps compute"):
         fast.save(tmp_path / "net.dsconv")
 
 

@@ -159,7 +159,7 @@ def test_mistakes_are_told_before_anything_runs(networks: dict[str, nn.Module], 
         tradeoff({})
     with pytest.raises(ConfigError, match="none called 'float32', got paper, float32"):
         tradeoff({"paper": networks["paper"], "float32": networks["w8a8"]})
-    with pytest.raises(ConfigError, match="reference: images need the float network"):
+    with pytest.raises(ConfigError, match="reference: expected the float network"):
         tradeoff(networks, images=IMAGES)
     with pytest.raises(ConfigError, match="threads from 1"):
         tradeoff(networks, network, time_shape=(1, 8, 8), threads=0)

@@ -186,7 +186,7 @@ def read_benches(path: str | os.PathLike[str]) -> list[Bench]:
     try:
         return TypeAdapter(dict[str, list[Bench]]).validate_json(Path(path).read_bytes())["networks"]
     except (ValidationError, KeyError, RecursionError):
-        raise FileFormatError(f"{os.fspath(path)}: expected JSON that dsconv bench --out wrote") from None
+        raise FileFormatError(f"{os.fspath(path)}: expected JSON written by dsconv bench --out") from None
 
 
 def plural(threads: int) -> str:

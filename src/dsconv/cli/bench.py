@@ -211,7 +211,7 @@ def _inputs(
     if is_onnx(float_name) and unstated and (several or (not size and zoo.preprocess_of(qmodel) is None)):
         return random_inputs(Path(float_name), size, _RANDOM)
     if several:
-        todo = "leave out --data and what prepares it" if is_onnx(float_name) else "an ONNX file says what they are"
+        todo = "leave out --data and its preprocessing" if is_onnx(float_name) else "an ONNX file describes its inputs"
         raise DataError(
             f"{name} takes more than images, {', '.join(several)}: {todo}, or call dsconv.bench in Python on "
             f"dsconv.Inputs({', '.join(several)})"
@@ -237,6 +237,6 @@ def _numbers(option: str, text: str, most: int | None = None) -> list[int]:
     """Return ``1,8`` as numbers of 1 to ``most``."""
     numbers = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
     if min(numbers) < 1 or (most is not None and max(numbers) > most):
-        limit = "whole numbers from 1" if most is None else f"numbers from 1 to {most}, the cores that there are"
+        limit = "whole numbers from 1" if most is None else f"numbers from 1 to {most}, the number of cores"
         raise typer.BadParameter(f"{option}: expected {limit}, separated by commas, got {text!r}.")
     return numbers

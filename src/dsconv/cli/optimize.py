@@ -104,9 +104,9 @@ def optimize(
     budget, target = ({n: v for n, v in each.items() if v is not None} for each in (limits, figures))
     mistakes.usage(
         bool(target) and data is None,
-        "--agreement, --kl, --top1-drop and --distance are measured on images: name a folder of them, with --data.",
+        "--agreement, --kl, --top1-drop and --distance are measured on images: give a folder of them, with --data.",
     )
-    mistakes.usage(classes is not None and data is None, "--classes are those of the images: name these, with --data.")
+    mistakes.usage(classes is not None and data is None, "--classes are those of the images: give these, with --data.")
     seconds = mistakes.check(_seconds, time_limit)
     settings, page = out.with_suffix(".json"), out.with_suffix(".html")
     mistakes.usage(out in (settings, page), f"--out: expected a name as net.safetensors, got {out.name!r}.")
@@ -163,7 +163,7 @@ def optimize(
         files = [f"{out}: {out.stat().st_size:,} bytes", str(settings), *([str(page)] if reported else [])]
         print(f"Wrote {', '.join(files)}. The same settings without the search: {' && '.join(again)}")
     if found.shortfall is not None:
-        raise DSConvError(f"budget or target is not met: {found.shortfall}; {out} is the network that comes closest")
+        raise DSConvError(f"budget or target is not met: {found.shortfall}; {out} holds the network that comes closest")
 
 
 def _seconds(text: str) -> float | None:

@@ -150,7 +150,7 @@ def _settings(name: str, text: str) -> "Settings":
         pairs = [pair.split(":") for pair in text.split(",")]
         found = {key.strip(): _value(value) for key, value in pairs}
         if len(found) < len(pairs):
-            raise ValueError("a setting is there twice")
+            raise ValueError("a setting is given twice")
         return found
     except ValueError as error:
         raise ConfigError(

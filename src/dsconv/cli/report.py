@@ -131,4 +131,4 @@ def _check_bench(path: Path | None) -> None:
     except (ValueError, TypeError, KeyError, RecursionError):
         networks = None
     if not isinstance(networks, list):
-        raise FileFormatError(f"{path}: expected JSON that dsconv bench --out wrote")
+        raise FileFormatError(f"{path}: expected JSON written by dsconv bench --out")

@@ -70,7 +70,9 @@ def search(
     given = mistakes.check(read_preparation, locals(), model)
     limits = {"effective_bits": effective_bits, "bytes": max_bytes, "ms": ms, "activation_bits": activation_bits}
     budget = {name: value for name, value in limits.items() if value is not None}
-    mistakes.usage(not budget, "say what to keep to: --effective-bits, --bytes, --ms or --activation-bits.")
+    mistakes.usage(
+        not budget, "expected a budget, got none: give --effective-bits, --bytes, --ms or --activation-bits."
+    )
     settings = mistakes.check(read_config, preset, config)
     mistakes.check(check_model_name, model)
     mistakes.check(check_weights, weights)

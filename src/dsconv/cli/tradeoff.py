@@ -77,14 +77,14 @@ def tradeoff(
     mistakes.usage(len(set(files)) < len(files), "a FILE is given twice: name each once.")
     mistakes.usage(
         data is None and bool(plot or given or classes or weights != "default" or (reference and not time)),
-        "--plot, --reference, --weights, --classes and the preparation of images are about accuracy: say on which "
-        "images, with --data.",
+        "--plot, --reference, --weights, --classes and the preprocessing of images concern accuracy: give the images, "
+        "with --data.",
     )
     mistakes.usage(
         data is None and bool(task or data_range or metric),
-        "--task, --data-range and --metric are about accuracy: say on which images, with --data.",
+        "--task, --data-range and --metric concern accuracy: give the images, with --data.",
     )
-    mistakes.usage(size is not None and not time, "--size is of the image of --time.")
+    mistakes.usage(size is not None and not time, "--size is the size of the image of --time: add --time.")
     mistakes.usage(
         out is not None and out.suffix not in _OUT_SUFFIXES,
         f"--out: expected a name that ends in {' or '.join(_OUT_SUFFIXES)}, got {out and out.name!r}.",

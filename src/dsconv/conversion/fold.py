@@ -249,12 +249,12 @@ def _uses(qmodel: nn.Module, names: Mapping[nn.Module, str]) -> _Uses:
     except Exception as error:
         if replaced(qmodel):
             raise ModelError(
-                f"model {kind}: it has a forward in the place of its class's, which torch.fx cannot follow"
-                f"{line_of(error)}: fold the model that it was made from"
+                f"model {kind}: the forward of its class was replaced, and torch.fx cannot trace the replacement"
+                f"{line_of(error)}: fold the model before the replacement"
             ) from error
         raise ModelError(
-            f"model {kind}: torch.fx cannot follow its forward{line_of(error)} ({reason_of(error)}), so "
-            "what reads each layer is not known: take decisions that depend on tensors out of it or into a function "
+            f"model {kind}: torch.fx cannot trace its forward{line_of(error)} ({reason_of(error)}), so the consumers "
+            "of each layer are unknown: move branches that depend on tensors out of it or into a function "
             "marked by torch.fx.wrap, or fold parts: model.part = dsconv.fold_batchnorm(model.part)"
         ) from error
     return _Uses(found.graph, names, found.read)

@@ -118,8 +118,8 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
             )
         if tree.lost:
             raise DataError(
-                f"The link {tree.lost[0]} beside the class folders leads nowhere: restore what it leads to or, if it "
-                "is none of the classes, delete it. Left out, it could change the class indices of the other folders."
+                f"The link {tree.lost[0]} beside the class folders is broken: restore its target or, if it is not a "
+                "class, delete it. Leaving it out could change the class indices of the other folders."
             )
         self.left_out += tree.twice
         if self.classes is None:

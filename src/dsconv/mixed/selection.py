@@ -316,7 +316,9 @@ def _why_not(measured: Sensitivity, limits: Mapping[str, float]) -> str:
                 f"{name} of {limit:g} is less than the {least:.6g} of the smallest choices: allow more, or "
                 "pass choices of fewer bits or larger blocks"
             )
-    return f"no choice keeps all of {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: allow more"
+    return (
+        f"no selection is within all of {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: allow more"
+    )
 
 
 def _pareto(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Mapping[str, float]) -> tuple[Point, ...]:
@@ -362,7 +364,7 @@ def limits_of(budget: float | Mapping[str, float] | Budget) -> dict[str, float]:
             found = error.errors()[0]
             known = ", ".join(Budget.model_fields)
             raise ConfigError(
-                f"budget: {'.'.join(map(str, found['loc']))}: {found['msg']}, got {found['input']!r}; it takes a "
+                f"budget: {'.'.join(map(str, found['loc']))}: {found['msg']}, got {found['input']!r}; expected a "
                 f"number of effective bits, or a dictionary of {known}"
             ) from None
     if not budget.limits:

@@ -403,6 +403,6 @@ def _check_numbers(time_limit: float | None, limit: int, batch_size: int, seed: 
         check_whole(name, value, least)
     check_whole("threads", threads, 1)
     if threads > cores():
-        raise ConfigError(f"threads: expected at most the {cores()} cores there are, got {threads}")
+        raise ConfigError(f"threads: expected at most {cores()}, the number of cores, got {threads}")
     if time_limit is not None and not time_limit > 0:
         raise ConfigError(f"time_limit: expected seconds above 0, or None, got {time_limit}")

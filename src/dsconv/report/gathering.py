@@ -80,7 +80,9 @@ def gather(
         check_module("reference", reference)
     layers = quantized_layers(qmodel)
     if sensitivity_images < 0 or (runs < 2 and runs != 0):
-        raise ConfigError(f"expected sensitivity_images from 0 and runs 0 or from 2, got {sensitivity_images}, {runs}")
+        raise ConfigError(
+            f"sensitivity_images, runs: expected at least 0, and 0 or at least 2, got {sensitivity_images}, {runs}"
+        )
     info, known = model_info(qmodel), summary(qmodel)
     if reference is not None:
         modules = dict(reference.named_modules(remove_duplicate=False))
