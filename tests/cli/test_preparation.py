@@ -50,9 +50,9 @@ def test_what_quantize_is_told_is_in_the_file_and_in_all_that_is_made_from_it(
     model = ("--model", f"{mine}:silent")
     file, calibrated, adapted = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "c"))
     done = cli("quantize", f"{mine}:silent", *OPTIONS, "--out", file, "--json")
-    assert done.code == 0 and f"images are to be prepared by: {STATED}" in done.stderr
+    assert done.code == 0 and f"preprocessing of images: {STATED}" in done.stderr
     assert json.loads(done.stdout)["preprocess"] == STATED.model_dump(mode="json")
-    assert f"preparation of images: {STATED}" in cli("inspect", file).stdout
+    assert f"preprocessing of images: {STATED}" in cli("inspect", file).stdout
 
     evaluated = cli("evaluate", file, *model, "--data", digits, "--json")
     assert evaluated.code == 0 and f"images of {digits}: {STATED}\n" in evaluated.stderr

@@ -97,7 +97,7 @@ def test_no_command_replaces_what_is_no_file(command: str, cli: Callable[..., An
 def test_a_bug_says_that_it_is_one(tmp_path: Path, quantized_file: Path) -> None:
     done = run(tmp_path, "import dsconv.io\ndsconv.io.describe = lambda path: 1 / 0\n", "inspect", quantized_file)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
-    assert done.stderr.rstrip().endswith("error: this is a bug of dsconv: please report it, with the lines above")
+    assert done.stderr.rstrip().endswith("error: this is a bug in dsconv: please report it with the lines above")
 
 
 def test_names_that_the_terminal_cannot_show_are_printed_as_escapes(tmp_path: Path, quantized_file: Path) -> None:

@@ -45,22 +45,22 @@ if TYPE_CHECKING:
 
 _RANDOM = 8
 
-_DATA_HELP = "Images to run, and to calibrate the int8 models of other runtimes on, in place of random ones."
-_SECONDS_HELP = "Seconds for each network, batch size and number of threads, once all are warm (10); at least 5 turns."
+_DATA_HELP = "Images to run, and for calibrating the int8 models of other runtimes, in place of random ones."
+_SECONDS_HELP = "Seconds per network, batch size and number of threads, after warm-up (10); at least 5 turns."
 
 
 def bench(
     models_or_files: Annotated[
         list[str], typer.Argument(metavar="MODEL_OR_FILE...", help=opt.FILE_HELP, show_default=False)
     ],
-    against: Annotated[str, typer.Option(metavar="NAME,...", help="Runtimes to measure beside dsconv.")] = ",".join(
+    against: Annotated[str, typer.Option(metavar="NAME,...", help="Runtimes to compare with dsconv.")] = ",".join(
         PEERS
     ),
     batch_size: Annotated[
         str, typer.Option(metavar="IMAGES,...", help="Images per batch: one number or several.")
     ] = "1",
     threads: Annotated[
-        str, typer.Option(metavar="THREADS,...", help="Threads of the CPU for each runtime: one number or several.")
+        str, typer.Option(metavar="THREADS,...", help="CPU threads of each runtime: one number or several.")
     ] = "1",
     size: opt.Size = None,
     data: Annotated[Path | None, typer.Option(metavar="DIR", help=_DATA_HELP)] = None,
@@ -70,7 +70,9 @@ def bench(
     config: opt.Config = None,
     model: opt.ModelOrReference = None,
     seconds: Annotated[float | None, typer.Option(min=0.001, help=_SECONDS_HELP)] = None,
-    turns: Annotated[int | None, typer.Option(min=2, help="Turns of each runtime, in place of --seconds.")] = None,
+    turns: Annotated[
+        int | None, typer.Option(min=2, help="Number of turns of each runtime, in place of --seconds.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write all figures here.")
     ] = None,

@@ -15,8 +15,8 @@ from dsconv.cli.preparation import preparation_of, read_preparation, say_prepara
 from dsconv.files import replacing
 from dsconv.names import check_metric_name, check_model_name, check_task, check_weights
 
-_LIMITS = "The budget: one of these, or several that all hold"
-_RESUME_HELP = "Continue a search that was stopped, from the file beside OUT that it left; the budget may be another."
+_LIMITS = "Budget: one limit, or several, which all hold"
+_RESUME_HELP = "Continue a stopped search from its state file beside OUT; the budget may differ."
 _OUT_HELP = "File to write: settings for dsconv quantize --config."
 
 
@@ -25,18 +25,21 @@ def search(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.json", help=_OUT_HELP, show_default=False)],
     effective_bits: Annotated[
         float | None,
-        typer.Option(min=0, help="Bits a weight, KDS and layers in float included.", rich_help_panel=_LIMITS),
+        typer.Option(min=0, help="Bits per weight, including KDS and float layers.", rich_help_panel=_LIMITS),
     ] = None,
     max_bytes: Annotated[
         float | None,
-        typer.Option("--bytes", min=0, help="Bytes of the quantized file, its header apart.", rich_help_panel=_LIMITS),
+        typer.Option("--bytes", min=0, help="Bytes of the quantized file without its header.", rich_help_panel=_LIMITS),
     ] = None,
     ms: Annotated[
         float | None,
-        typer.Option(min=0, help="Milliseconds of the layers on one image, timed here.", rich_help_panel=_LIMITS),
+        typer.Option(
+            min=0, help="Milliseconds of the layers per image, timed on this machine.", rich_help_panel=_LIMITS
+        ),
     ] = None,
     activation_bits: Annotated[
-        float | None, typer.Option(min=0, help="Bits of activations, mean over the weights.", rich_help_panel=_LIMITS)
+        float | None,
+        typer.Option(min=0, help="Bits of activations, averaged over the weights.", rich_help_panel=_LIMITS),
     ] = None,
     data: opt.Data = None,
     weights: opt.Weights = "default",
