@@ -200,7 +200,7 @@ class Tradeoff(Printed):
             yield "Interrupted: the figures cover fewer images or turns, or times are missing."
         if found is not None:
             measure = self.candidates[0].measure.removesuffix(" in percent").removesuffix(" in dB")
-            yield f"{found.images:,} images. front: no other is as cheap and as good in {measure}."
+            yield f"{found.images:,} images. front: no other network is as cheap and as good in {measure}."
             if found.missing:
                 yield found.missing
             if found.broken:

@@ -81,10 +81,10 @@ def test_a_file_of_classes_gives_the_order(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "classes.txt: expected names of classes, one a line, it is empty"),
-        ("zero\n\none\n", "classes.txt, line 2: expected the name of a class, the line is blank"),
-        ("zero\none\n\n", "classes.txt, line 3: expected the name of a class, the line is blank"),
-        ("zero\none\n zero\n", "classes.txt, line 3: 'zero' is the name of line 1 already"),
+        ("", "classes.txt: expected names of classes, one per line, got an empty file"),
+        ("zero\n\none\n", "classes.txt, line 2: expected the name of a class, got a blank line"),
+        ("zero\none\n\n", "classes.txt, line 3: expected the name of a class, got a blank line"),
+        ("zero\none\n zero\n", "classes.txt, line 3: 'zero' is already on line 1"),
         ("\n".join(NAMES[:9]), "sub-folder nine of"),
         ("\udcff", "expected names of classes as UTF-8 text"),
     ],

@@ -372,7 +372,7 @@ def test_a_quiet_command_still_warns(cli: Cli, tmp_path: Path, factory: Path, di
     assert done.code == 0
     assert (
         done.stderr
-        == f"note: {factory}:net does not say how its images are prepared: give --resize, --crop, --mean, "
+        == f"note: {factory}:net does not state the preprocessing of its images: give --resize, --crop, --mean, "
         + ("--std, --scale or --channels as in its training; options left out keep their defaults\n")
     )
     done = cli("evaluate", tmp_path / "none.safetensors", "--data", digits, "--quiet", "--mean", "0")

@@ -202,7 +202,7 @@ def test_the_report_says_how_images_were_prepared(cli: Cli, quantized_file: Path
     options = ("--data", digits, "--mean", "0.125", "--runs", 0, "--sensitivity-images", 0)
     assert cli("report", quantized_file, *options, "--out", tmp_path / "a.html").code == 0
     assert (
-        f"Images are prepared by: {Preprocess(**{**STATED.model_dump(), 'mean': 0.125})}."
+        f"Preprocessing of images: {Preprocess(**{**STATED.model_dump(), 'mean': 0.125})}."
         in (tmp_path / "a.html").read_text()
     )
 

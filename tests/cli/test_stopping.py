@@ -90,7 +90,7 @@ def test_no_command_replaces_what_is_no_file(command: str, cli: Callable[..., An
     os.mkfifo(pipe)
     given = [*command.split(), tmp_path] if "demo" in command else [*command.split(), pipe, "--force"]
     done = cli(*given)
-    assert done.code == 1 and "expected the name of a file to write, it is a pipe" in done.stderr
+    assert done.code == 1 and "expected the name of a file to write, got a pipe" in done.stderr
     assert pipe.is_fifo() and os.listdir(tmp_path) == [pipe.name]
 
 

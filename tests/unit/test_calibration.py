@@ -575,7 +575,7 @@ def test_images_of_another_preparation_are_told_with_their_figures() -> None:
     assert told[0].filename == __file__
     text = str(told[0].message)
     assert f"mean is {float(seen.mean()):.3g} and their deviation {float(seen.std()):.3g}" in text
-    assert "network's preparation makes them have 0.45 and 0.25" in text and "first BatchNorm, 'bn1'" in text
+    assert "preprocessed for this network have 0.45 and 0.25" in text and "first BatchNorm, 'bn1'" in text
     with pytest.warns(UserWarning, match=r"they are 16x16, the network's preparation makes them 8x8"):
         dsconv.calibrate(qnet, net, F.interpolate(images[:32], (16, 16)))
 

@@ -318,7 +318,7 @@ def test_a_file_says_that_the_signs_of_activations_were_chosen_and_which(tmp_pat
         header["settings"][0]["activation_sign"] = "auto"
 
     craft(path, unchosen)
-    with pytest.raises(FileFormatError, match="activation_sign: it is still to be chosen"):
+    with pytest.raises(FileFormatError, match="activation_sign is 'auto'"):
         dsconv.load(path, net)
 
 

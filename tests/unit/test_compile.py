@@ -335,7 +335,7 @@ def test_plan_prints_what_runs_and_by_what() -> None:
         and "1 by PyTorch" in text
         and f"integers ({native.isa()})" in text
     )
-    assert "MB between steps for an image" in text and fast.plan.memory_bytes > 0
+    assert "MB between steps per image" in text and fast.plan.memory_bytes > 0
     assert fast.plan.weight_bytes > 0
 
 

@@ -210,7 +210,7 @@ WRONG_YAML = {
     "weight_bit: 3": "weight_bit: unknown setting; known are weight_bits",
     "first_layer: {weight_bit: 3}": "first_layer: weight_bit: unknown setting",
     "weight_bits: nine": "weight_bits: ",
-    "weight_bits: .nan": "line 1: .nan is no number that JSON has",
+    "weight_bits: .nan": "line 1: .nan is not a number in JSON",
     "overrides:\n  0: float": "line 2: expected a name, got 0: put it in quotes",
     "overrides:\n  [a, b]: float": "line 2: expected a name, got a sequence",
     "overrides: {on: float}": "line 1: expected a name, got on: put it in quotes",

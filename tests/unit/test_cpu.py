@@ -108,7 +108,7 @@ def test_instruction_set_in_use_is_reported_with_the_reason(monkeypatch: pytest.
 
 
 @needs_extension
-@pytest.mark.parametrize(("name", "shown"), [("pool", "a pool of their own"), ("serial", "serial")])
+@pytest.mark.parametrize(("name", "shown"), [("pool", "their own thread pool"), ("serial", "serial")])
 def test_kind_of_threads_in_use_is_reported(name: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "parallel", lambda: name)
     assert cpu_info().parallel == shown and f"threads of the kernels  {shown}" in str(cpu_info())

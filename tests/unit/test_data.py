@@ -428,7 +428,7 @@ class TestImageFolder:
         assert folder.classes == ["a", "b"] and folder.labels.tolist() == [0, 1, 1]
         # Folders that two classes share are told, links back are not.
         assert [(Path(path).name, reason) for path, reason in folder.left_out] == [
-            (name, f"it is the same as {root}/b/more, and counts there") for name in ("more", "more too")
+            (name, f"it is the same as {root}/b/more and counts as part of it") for name in ("more", "more too")
         ]
 
     def test_an_image_counts_for_its_own_folder_before_that_of_a_link(self, tmp_path: Path) -> None:
@@ -487,7 +487,7 @@ class TestImageFolder:
     def test_a_class_folder_behind_a_broken_link_is_an_error(self, tmp_path: Path) -> None:
         save(tmp_path / "b/1.png")
         (tmp_path / "a").symlink_to("nowhere")
-        with pytest.raises(DataError, match=r"The link .*/a beside the class folders leads nowhere: restore"):
+        with pytest.raises(DataError, match=r"The link .*/a beside the class folders is broken: restore"):
             ImageFolder(tmp_path, PLAIN)
 
     def test_a_folder_of_broken_links_alone_says_so(self, tmp_path: Path) -> None:

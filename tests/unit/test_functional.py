@@ -308,5 +308,5 @@ def test_parameters_of_no_layer_have_a_line_and_a_layer_one_row() -> None:
     assert [row.name for row in found.layers] == ["0", "1.linear", "1.table.weight"]
     assert [row.name for row in found.parameters] == ["1.token", "1.scales.0"]
     assert found.layers[1].shape == (5, 6) and found.layers[1].bytes_after == 4 * (5 + 30)
-    assert "Parameters of no layer, in float: 1.token 1x1x6, 1.scales.0 8x1x1." in " ".join(str(found).split())
+    assert "Parameters outside layers, in float: 1.token 1x1x6, 1.scales.0 8x1x1." in " ".join(str(found).split())
     assert found.bytes_before == 4 * sum(p.numel() for p in net.parameters())

@@ -191,7 +191,7 @@ class TestSeveralOutputs:
         assert (size.agreement, size.sqnr_db, size.kl) == (100, None, None)
         assert found.to_dict()["outputs"]["out"]["kl"] == out.kl
         text = " ".join(as_text(found).split())
-        assert "aux.depth" in text and "task: segmentation; told apart by: KL divergence and relative error" in text
+        assert "aux.depth" in text and "task: segmentation; distance: KL divergence and relative error" in text
 
     def test_features_of_a_classifier_do_not_count(self) -> None:
         def make(one: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
@@ -259,8 +259,8 @@ class TestDetections:
         result = evaluate(Of(self.detect(0.0)), x)
         assert (result.task, result.images, result.nonfinite, result.top1) == ("other", 5, 1, None)
         text = " ".join(as_text(result).split())
-        assert "No accuracy: these outputs are no logits and no images" in text and "top-1" not in text
-        assert evaluate(Of(as_is), maps()).missing.startswith("No accuracy: labels that are maps")
+        assert "No accuracy: these outputs are neither logits nor images" in text and "top-1" not in text
+        assert evaluate(Of(as_is), maps()).missing.startswith("No accuracy: pass labels as maps")
         assert evaluate(Of(lambda x: x[:, :, 0, 0]), maps()).missing is None
 
 
@@ -434,7 +434,7 @@ def test_layers_of_a_network_that_returns_whole_numbers_are_ranked_by_a_metric_a
     found = dsconv.sensitivity(net, {"weight_bits": 2}, images=x, metric=lambda f, q, _: (f != q).float().mean((1, 2)))
     assert max(trial.distance for trial in found.trials) > 0
     assert all(trial.kl is None and trial.distance == trial.metric for trial in found.trials)
-    with pytest.raises(ModelError, match="expected outputs of floats, by which networks are told apart, got output"):
+    with pytest.raises(ModelError, match="expected floating-point outputs, by which networks are compared, got output"):
         dsconv.calibrate(dsconv.quantize(net), net, photographs())
 
 

@@ -432,7 +432,7 @@ class TestSearch:
     def test_as_text_and_data(self) -> None:
         found = search(net(), "w4a4", budget={"ms": 1e3}, images=images(), choices=FEW)
         text = " ".join(as_text(found.table).split())
-        assert str(found) == as_text(found.table) and "ms in these layers" in text and "bits a weight" in text
+        assert str(found) == as_text(found.table) and "ms in these layers" in text and "bits per weight" in text
         assert found.to_dict()["config"] == found.config.to_dict() and found.to_dict()["point"]["ms"] > 0
 
     @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ class TestSearch:
     def test_limits_that_contradict_one_another(self) -> None:
         layers, measured = table_of([[(1, 0.1), (9, 0.1)]])
         swapped = [replace(trial, ms=10.0 - trial.ms) for trial in layers[0]]
-        with pytest.raises(ConfigError, match="no choice keeps all of bytes 40, ms 2"):
+        with pytest.raises(ConfigError, match="no selection is within all of bytes 40, ms 2"):
             select([swapped], measured, {"bytes": 40, "ms": 2})
 
     def test_a_choice_that_makes_nan_is_not_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def test_a_report_says_how_its_images_were_prepared(photos: Path) -> None:
 
     found = gather(dsconv.quantize(plain(), preprocess=STATED), images=photos, runs=0)
     assert found.preprocess == STATED and found.to_dict()["preprocess"] == STATED.model_dump(mode="json")
-    assert f"Images are prepared by: {STATED}." in page(found)
+    assert f"Preprocessing of images: {STATED}." in page(found)
 
 
 @pytest.mark.parametrize("own", [STATED, STATED.model_dump()])

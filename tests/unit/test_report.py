@@ -343,7 +343,7 @@ def test_mistakes(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     wider.layer2.conv1 = nn.Conv2d(32, 63, 3)
     with pytest.raises(ModelError, match=r"'layer2.conv1' with a weight \(64, .* got a Conv2d with \(63"):
         gather(qmodel, reference=wider)
-    with pytest.raises(ConfigError, match="runs 0 or from 2, got 16, 1"):
+    with pytest.raises(ConfigError, match="0 or at least 2, got 16, 1"):
         gather(qmodel, runs=1)
     with pytest.raises(DataError, match="does not exist"):
         gather(qmodel, images=tmp_path / "none", preprocess=PREPROCESS)
@@ -474,7 +474,7 @@ def test_layers_that_never_run_run_twice_or_read_zeros() -> None:
     assert never.inputs is None and never.output_sqnr_db is None and never.weights is not None
     assert zeros.exponents == {} and zeros.zero_blocks > 0
     text = page(found)
-    assert "inputs not seen: it did not run" in text and "All blocks are zero" in text
+    assert "inputs not available: it did not run" in text and "All blocks are zero" in text
 
 
 def test_layers_made_by_hand() -> None:
@@ -482,7 +482,7 @@ def test_layers_made_by_hand() -> None:
     layer = nn.Conv2d(8, 8, 1)
     qmodel = nn.Sequential(dsconv.nn.DSConv2d.from_float(layer), nn.Flatten())
     found = gather(qmodel, reference=nn.Sequential(layer, nn.Flatten()), images=torch.randn(2, 8, 1, 1), runs=0)
-    assert found.config is None and "general settings are not known" in page(found)
+    assert found.config is None and "general settings are unknown" in page(found)
     assert found.layers[0].kl is not None
     single = gather(dsconv.quantize(nn.Linear(8, 3)), reference=nn.Linear(8, 3), runs=0)
     assert single.layers[0].summary.name == "" and "the network" in page(single)

@@ -147,10 +147,10 @@ def test_networks_of_different_originals_are_refused(networks: dict[str, nn.Modu
     other = dsconv.quantize(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3)))
     with pytest.raises(
         ModelError,
-        match="paper and other are not of one network: its layer 'conv1' has 288 weights in paper and 0 in other",
+        match="paper and other are of different networks: layer 'conv1' has 288 weights in paper and 0 in other",
     ):
         tradeoff({"paper": networks["paper"], "other": other})
-    with pytest.raises(ModelError, match="float32 and other are not of one network"):
+    with pytest.raises(ModelError, match="float32 and other are of different networks"):
         tradeoff({"other": other}, network, IMAGES)
 
 

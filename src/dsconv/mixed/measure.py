@@ -138,12 +138,12 @@ class Sensitivity(Printed):
         layers = self.layers()
         first = {name: trials[0].distance / trials[0].weights for name, trials in layers.items()}
         order = sorted(first, key=lambda name: -math.inf if math.isnan(first[name]) else -first[name])
-        kind = "of noise, in want of any" if self.synthetic else "without labels"
+        kind = "of noise" if self.synthetic else "without labels"
         table = Table(
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             caption=f"{in_words(self.measure)} with one layer quantized, on {self.images} images {kind}.\n"
-            f"rank: by {short(self.measure)} per weight, of the first choice.",
+            f"rank: by {short(self.measure)} per weight of the first choice.",
             caption_justify="left",
         )
         table.add_column("layer", overflow="fold")

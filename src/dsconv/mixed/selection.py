@@ -90,9 +90,9 @@ class SearchResult(Printed):
         table = Table(
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
-            caption=f"{point.effective_bits:.2f} bits a weight, activations of {point.activation_bits:.2f} bits on "
+            caption=f"{point.effective_bits:.2f} bits per weight, activations of {point.activation_bits:.2f} bits on "
             f"average over the weights, {point.bytes / 1e6:.2f} MB{times}.\n"
-            f"{short(measure)}: {in_words(measure)} with that layer alone quantized, on {images}; the sum is "
+            f"{short(measure)}: {in_words(measure)} with only that layer quantized, on {images}; the sum is "
             f"{shown(point.distance, measure)}.",
             caption_justify="left",
         )

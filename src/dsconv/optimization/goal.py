@@ -155,7 +155,7 @@ class Goal:
 
 
 _WORDS = {
-    "effective_bits": ("size", " bits a weight"),
+    "effective_bits": ("size", " bits per weight"),
     "bytes": ("size", " bytes"),
     "ms": ("time", " ms"),
     "agreement": ("agreement", " %"),

@@ -242,9 +242,9 @@ class _Recipes:
             return
         name, images = f"{chosen.name}, adapted", self.steps.parts.counts["steps"]
         if chosen.evaluation.distance <= _CLOSE_ALREADY and not self.goal.short(chosen):
-            self.left_out[name] = f"within {_CLOSE_ALREADY} of float, a training does not pay"
+            self.left_out[name] = f"the distance from float is already within {_CLOSE_ALREADY}"
         elif images < _FEWEST_IMAGES:
-            self.left_out[name] = f"a training needs {_FEWEST_IMAGES} images or more, there are {images}"
+            self.left_out[name] = f"training needs at least {_FEWEST_IMAGES} images, got {images}"
         else:
             self._try(chosen.name, lambda: chosen.config, calibrated=chosen.calibrated, adapted=chosen)
 
