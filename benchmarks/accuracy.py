@@ -124,7 +124,7 @@ class Setting:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What its figures depend on besides network and images."""
+        """Return the settings that the figures depend on besides network and images."""
         found: dict[str, Any] = {"config": self.config.to_dict()}
         if self.baseline:
             found["config"] = {"block_size": self.baseline.block}
@@ -321,7 +321,7 @@ class Work:
         return self.configs[key]
 
     def unlabelled(self, count: int | None = None) -> Tensor:
-        """As many images, evenly spaced, of those that are not evaluated; None is all."""
+        """Return that many evenly spaced images of those that are not evaluated; None for all."""
         pictures, _ = self.nets.images(self.nets.NETS[self.name][1], labelled=False)
         count = count or len(pictures)
         prepared: Tensor = self.nets.preprocess(self.name, pictures[:: len(pictures) // count][:count])

@@ -1,4 +1,4 @@
-"""What other number formats make of a network: the baselines of ``accuracy.py``.
+"""Other number formats, applied to networks: the baselines of ``accuracy.py``.
 
 Every convolution and linear layer is quantized, the first and the last too, weights and activations alike. But for
 ``ONNX Runtime int8``, which that runtime executes, the formats are simulated in float32.
@@ -182,7 +182,7 @@ class _Session(nn.Module):
 
 
 def onnxruntime_int8(network: nn.Module, images: Tensor) -> nn.Module:
-    """As ``onnxruntime.quantization.quantize_static`` makes it: ranges of activations from the images.
+    """Quantize with ``onnxruntime.quantization.quantize_static``: ranges of activations from the images.
 
     Weights take all of int8 where the processor adds products of bytes in 32 bits, and what cannot saturate elsewhere.
     """

@@ -1,4 +1,4 @@
-"""What unlabelled images bring, and a training on them: tables of docs/calibrate.md, docs/onnx.md and docs/adapt.md.
+"""Effect of unlabelled images and of training on them: tables of docs/calibrate.md, docs/onnx.md and docs/adapt.md.
 
     python benchmarks/images.py calibrate   # SqueezeNet, calibrated on 16 to 256 images
     python benchmarks/images.py int8        # int8 ONNX files with ranges from images, or from BatchNorms alone

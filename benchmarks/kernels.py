@@ -128,7 +128,7 @@ class Job:
 
 @dataclass
 class Contestant:
-    """What can compute a job.
+    """Something that can compute a job.
 
     Attributes:
         call: computes it once.
@@ -451,7 +451,7 @@ PEERS: dict[str, Callable[[Job, int], Contestant]] = {
 
 @dataclass
 class Result:
-    """What one contestant took for one layer; quartiles of its turns."""
+    """Time of one contestant for one layer; quartiles of its turns."""
 
     layer: str
     kind: str
@@ -772,7 +772,7 @@ def arguments() -> argparse.Namespace:
 
 
 def describe(given: argparse.Namespace) -> dict[str, Any]:
-    """Where and how this run measures; printed, and kept in the JSON file."""
+    """Return machine and settings of this run, which are printed and stored in the JSON file."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
     about = {"machine": machine(), "settings": settings}
     print(*machine_notes(about["machine"]), sep="\n")

@@ -1,4 +1,4 @@
-"""What every benchmark prints about where it ran."""
+"""Description of the machine, which every benchmark prints."""
 
 import platform
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""What works for which network: each architecture with random weights, through all that dsconv does with a network.
+"""Test each architecture, with random weights, on all operations that dsconv offers for a network.
 
     python benchmarks/networks.py --page docs/networks.md           # the networks that no result is kept of
     python benchmarks/networks.py --only timm/ --again --time       # these once more, with their time

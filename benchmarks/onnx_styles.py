@@ -1,4 +1,4 @@
-"""What each style of ONNX file gives on each runtime: bytes, milliseconds, and how close it stays to the network.
+"""Measure each style of ONNX file on each runtime: bytes, milliseconds, and distance from the network.
 
     python benchmarks/onnx_styles.py torchvision/resnet18 torchvision/mobilenet_v2 --size 224
 

@@ -1,4 +1,4 @@
-"""What ``dsconv.optimize`` makes of real networks by itself, beside the closest row of docs/results.md of that size.
+"""Compare the results of ``dsconv.optimize`` for real networks with the closest row of docs/results.md of that size.
 
     python benchmarks/optimize.py                                      # all networks, several minutes each
     python benchmarks/optimize.py --networks squeezenet1_1 --effective-bits 3.7 --time-limit 3600

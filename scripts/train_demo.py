@@ -76,7 +76,7 @@ def train(images: Tensor, labels: Tensor, epochs: int) -> DigitsResNet:
 
 @torch.inference_mode()
 def correct(network: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """How many of the images the network classifies correctly."""
+    """Return the number of images that the network classifies correctly."""
     return int((network(images).argmax(1) == labels).sum())
 
 

@@ -31,7 +31,7 @@ def commands() -> str:
 
 
 def names(module: str) -> str:
-    """What a module makes public, in the words of mkdocstrings: each where it is defined, by the name to import."""
+    """Return directives of mkdocstrings for the public names of a module: their definitions, under these names."""
     source = importlib.import_module(module)
     blocks = []
     for name in source.__all__:

@@ -51,7 +51,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """Of the digits network, its last layer in float, with everything that a report can hold."""
+    """Report of the digits network, with its last layer in float, that contains every part of a report."""
     network = load_network()
     qmodel = dsconv.quantize(network, {"weight_bits": 3, "activation_bits": 4, "last_layer": "float"})
     images, labels = (values[:64] for values in load_digits("test"))

@@ -1,4 +1,4 @@
-"""What the commands do for a user who does everything right."""
+"""Commands, used correctly."""
 
 import json
 import os
@@ -44,7 +44,7 @@ COMMANDS = (
 
 
 def strict_json(text: str) -> Any:
-    """As most languages read it: NaN and Infinity are no JSON."""
+    """Parse strict JSON, as most languages do: without NaN and Infinity."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")

@@ -123,7 +123,7 @@ def test_bench_of_another_network_of_several_inputs_names_the_python_function(
     cli: Callable[..., Any], several: Path, digits: Path
 ) -> None:
     done = cli("bench", f"{Path(__file__)}:captioned", "--size", 8)
-    assert done.code == 1 and "takes more than images, image, tokens, places: an ONNX file says" in done.stderr
+    assert done.code == 1 and "takes more than images, image, tokens, places: an ONNX file describes" in done.stderr
     assert "call dsconv.bench in Python on dsconv.Inputs(image, tokens, places)" in " ".join(done.stderr.split())
     done = cli("bench", several, "--data", digits, "--resize", 8)
     assert done.code == 1 and "leave out --data" in done.stderr

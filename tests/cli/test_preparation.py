@@ -1,4 +1,4 @@
-"""How images are prepared, on the command line: stated once, carried by files, overridden, refused where unknown."""
+"""Preprocessing on the command line: stated once, stored in files, overridden, and an error if it is unknown."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""How the integer kernels are called as PyTorch operators: compilers, arguments, memory. Results: test_cpu_ops.py."""
+"""Calls of the integer kernels as PyTorch operators: compilers, arguments, memory. Results: test_cpu_ops.py."""
 
 import gc
 import shutil
@@ -338,7 +338,7 @@ def test_cap_of_the_instruction_set_is_obeyed_and_checked(monkeypatch: pytest.Mo
 
 
 def growth_in_kilobytes(warm_up: int, calls: int, call: Callable[[int], object]) -> int:
-    """How much more memory the process holds after so many calls."""
+    """Return the growth of the memory of the process over a number of calls."""
 
     def resident() -> int:
         gc.collect()

@@ -1,4 +1,4 @@
-"""What the integer kernels compute. How their operators are called: test_cpu_calls.py."""
+"""Results of the integer kernels. Calls of their operators: test_cpu_calls.py."""
 
 from collections.abc import Callable
 from functools import partial

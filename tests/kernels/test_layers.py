@@ -78,7 +78,7 @@ def run_simulated(model: tnn.Module, *inputs: Tensor) -> Tensor:
 
 
 def assert_near(a: Tensor, b: Tensor) -> None:
-    """What the integers and the simulation of one layer may differ by."""
+    """Check that integers and simulation of one layer agree within the tolerance."""
     assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 

@@ -1,4 +1,4 @@
-"""What runs the tasks of the integer kernels: ``DSCONV_PARALLEL``. Each test is a process of its own."""
+"""Execution of the tasks of the integer kernels, by ``DSCONV_PARALLEL``. Each test starts its own process."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def eight_at_once(work):
 
 @cache
 def outcome(script: str = "", parallel: str = "pool") -> str:
-    """What a script that begins with LAYERS prints, and the digest of the output."""
+    """Return the output of a script that begins with LAYERS, and the digest of the network's output."""
     done = subprocess.run(
         [sys.executable, "-c", f"{LAYERS}{script}\nprint(dsconv.threads.parallel(), expected)"],
         capture_output=True,

@@ -66,7 +66,7 @@ def check(qnet: nn.Module, x: Tensor, path: Path, style: Any, runtimes: list[str
 
 
 def packed_bytes(qnet: nn.Module) -> int:
-    """Of integers at the widths that ONNX has for them, their scales and shifts."""
+    """Return the size of integers at the widths that ONNX has for them, with their scales and shifts."""
     layers = [layer for layer in qnet.modules() if isinstance(layer, DSLayer)]
     bits = sum(layer.vqk.numel() * (4 if layer.config.weight_bits <= 4 else 8) for layer in layers)
     return bits // 8 + sum(s.nbytes for layer in layers for s in (layer.kds, layer.kds_shift) if s is not None)

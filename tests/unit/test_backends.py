@@ -1,4 +1,4 @@
-"""Which backend executes a layer, and a backend that a test adds to the list."""
+"""Selection of the backend of a layer, and a backend that a test adds to the list."""
 
 from typing import Any
 

@@ -115,7 +115,7 @@ def records(model: tnn.Module) -> dict[str, CalibratedLayer]:
 
 
 def outputs(model: tnn.Module, names: dict[str, str], x: Tensor) -> dict[str, Tensor]:
-    """What modules put out, channels first, all calls together; ``names`` of what, by module."""
+    """Return the outputs of modules, channels first, with all calls concatenated; ``names`` by module."""
     found: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -620,7 +620,7 @@ def worse(x: Tensor, qnet: tnn.Module, net: tnn.Module, monkeypatch: pytest.Monk
 def test_the_ridge_is_the_numbers_that_are_fitted_for_each_sample(
     positions: int, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of an image, no more than 16 places count as samples."""
+    """Limit the samples to 16 positions per image."""
     module = importlib.import_module("dsconv.calibration.calibrate")
     regularized, ridges = module.regularized, []
 

@@ -171,7 +171,7 @@ def test_a_sum_that_broadcasts_or_scales_is_not_fused() -> None:
 
 
 class Joined(nn.Module):
-    """What each of ``JOINED`` makes of the output of a convolution of its own, of its input and of the constants."""
+    """Apply each of ``JOINED`` to the output of its own convolution, to its input and to the constants."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -275,7 +275,7 @@ X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(2))
 
 
 def fold(run: Callable[..., Any], change: Callable[[Any], Any] = lambda model: None) -> tuple[dict[str, str], str]:
-    """What was folded of a :class:`Net`, and why ``norm`` was not, after a check that its outputs stay the same."""
+    """Return what was folded of a :class:`Net`, and why ``norm`` was not; check that the outputs stay the same."""
     torch.manual_seed(0)
     model = Net(lambda m, x: m.another(m.other(m.norm(m.conv(x)))))
     quantized = dsconv.quantize(randomize(model, X), CONFIG)
@@ -391,7 +391,7 @@ def test_folding_again_changes_nothing() -> None:
 
 
 class Optional(tnn.Module):
-    """Where its argument is given, another module reads the convolution."""
+    """Module that feeds the convolution to another module if its argument is given."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ class Standardized(nn.Module):
 
 
 class WithNorm(nn.Conv2d):
-    """As detectors have it: a convolution, what normalizes it and an activation in one."""
+    """Convolution, normalization and activation in one module, as in detectors."""
 
     def __init__(self) -> None:
         super().__init__(CHANNELS, CHANNELS, 3, padding=1, bias=False)

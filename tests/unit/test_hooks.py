@@ -58,7 +58,7 @@ def with_kwargs(layer: Any) -> None:
 
 
 class Equalized:
-    """As StyleGAN's learning rates: the layer has no weight before it has run."""
+    """Hook like StyleGAN's learning rates: the layer has no weight before its first run."""
 
     def __init__(self, layer: Any):
         weight = layer.weight.detach()
@@ -267,7 +267,7 @@ def test_a_weight_that_the_forward_of_a_model_only_reads_is_quantized() -> None:
 
 
 class Masker:
-    """As tools for pruning have it: one object masks all layers, by a hook of one of them or of any module."""
+    """Mask all layers with one object, by a hook of one of them or of any module, as pruning tools do."""
 
     def __init__(self, model: tnn.Module):
         generator = torch.Generator().manual_seed(2)

@@ -1,4 +1,4 @@
-"""How images are prepared is an attribute of the network, which travels with all that is made from it."""
+"""Preprocessing is an attribute of the network, which is copied to all networks and files made from it."""
 
 import json
 import warnings

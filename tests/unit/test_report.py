@@ -1,4 +1,4 @@
-"""What a report says, against direct computation; and what the page makes of names, and of data that is missing."""
+"""Figures of a report against direct computation, and the page with unusual names and with missing data."""
 
 import html
 import importlib.resources
@@ -133,7 +133,7 @@ def test_kinds_of_layers(kind: str) -> None:
 
 
 def test_a_sample_is_fair_to_early_and_late() -> None:
-    """Of 50 batches of rows that hold the batch's number, each tenth of them makes about a tenth of what is kept."""
+    """Sample 50 batches of rows with the batch's number: each tenth of them makes about a tenth of the sample."""
     generator = torch.Generator().manual_seed(0)
     channels, rows = 64, 512
     parts = [torch.full((rows, channels), float(i)) for i in range(50)]
@@ -182,7 +182,7 @@ def test_disagreements_are_the_largest_and_named_past_broken_files(tmp_path: Pat
 
 
 def look(worst: Worst, x: Any, f: Tensor, q: Tensor) -> None:
-    """As :func:`dsconv.compare` has it look at a batch of a classifier."""
+    """Add a batch of a classifier as :func:`dsconv.compare` does."""
     worst.add(x, None, divergence(f.double(), q.double()), (f.double(), q.double()))
 
 
@@ -369,7 +369,7 @@ class Tags(HTMLParser):
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
-    """Of the network, its layers, the folder, its files, classes, runtimes: none becomes a tag or an attribute."""
+    """Check names of the network, layers, folder, files, classes and runtimes: none becomes a tag or an attribute."""
     folder = tmp_path / HOSTILE.replace("/", "")
     folder.mkdir()
     for name in ("a", "b"):

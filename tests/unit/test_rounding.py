@@ -168,7 +168,7 @@ def test_round_to_against_all_integers_of_a_small_row() -> None:
 
 
 def test_a_scale_without_a_finite_inverse_rounds_to_numbers() -> None:
-    """As fits find it where outputs do not depend on a block."""
+    """Fit a block that outputs do not depend on."""
     target, h, blocks = torch.randn(1, 3, 8), torch.eye(8).unsqueeze(0), Blocks(runs=1, width=8, size=4)
     scale = torch.tensor([5.6e-41, 0.1]).expand(1, 3, 2)
     found = descend(target, h, blocks, Rounded(torch.ones(1, 3, 8), scale, torch.zeros(1, 3, 2)), 4)

@@ -1,4 +1,4 @@
-"""What BatchNorms tell of the inputs of layers, and what quantization makes of it."""
+"""Statistics of layer inputs, derived from BatchNorms, and their use in quantization."""
 
 import copy
 import math

@@ -336,7 +336,7 @@ def test_balanced_has_finite_scales_of_the_largest_floats(seed: int, solver: Any
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("shift", [False, True])
 def test_balanced_expects_the_inputs_that_are_known(groups: int, shift: bool) -> None:
-    """Of outputs on inputs of such moments, the error is less than without knowing them."""
+    """Check that the output error on inputs of these moments is smaller than without knowing them."""
     generator = torch.Generator().manual_seed(0)
     channels = 24 // groups
     w = torch.randn(48, channels, generator=generator)

@@ -171,7 +171,7 @@ class Bench(Printed):
                 yield f"int8: {maker}, per channel, calibrated on {self.calibration}."
         yield from machine_notes(self.machine)
         if self.unsettled_turns:
-            yield f"{self.unsettled_turns} turns began while threads of another contestant might still have been spinning."
+            yield f"{self.unsettled_turns} turns began while another contestant's threads were possibly still spinning."
 
 
 def read_benches(path: str | os.PathLike[str]) -> list[Bench]:

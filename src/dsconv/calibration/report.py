@@ -58,7 +58,7 @@ class Calibration(Printed):
 
     @property
     def kept(self) -> Literal["calibrated", "given"]:
-        """Which network is the result: the calibrated one, unless it is further away by more than chance."""
+        """Resulting network: the calibrated one, unless it is further from float by more than the standard error."""
         # If both are infinite, neither is worse.
         return "calibrated" if self.after <= self.before + self.chance else "given"
 
