@@ -1,4 +1,4 @@
-"""Hook of MkDocs: docs/commands.md and docs/reference.md follow the code, at every build."""
+"""Hook of MkDocs that generates parts of docs/commands.md and docs/reference.md from the code at every build."""
 
 import importlib
 import inspect
@@ -13,19 +13,19 @@ _MARK = re.compile(r"<!-- (commands|names of (\S+)) -->")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The page, with what its marks ask for in their place."""
+    """Return the page with its marks replaced by the generated parts."""
     return _MARK.sub(lambda mark: names(mark[2]) if mark[2] else commands(), markdown)
 
 
 def commands() -> str:
-    """Every command with its arguments, options and examples, as typer documents them."""
+    """Return every command with its arguments, options and examples, as typer documents them."""
     call = [sys.executable, "-m", "typer", "dsconv.cli", "utils", "docs", "--name", "dsconv"]
     text = subprocess.run(call, check=True, capture_output=True, text=True).stdout
     text = text[text.index("\n## ") :]
     for command in cli.app.registered_commands:
         if command.hidden:
             text = re.sub(rf"(?s)\n## `dsconv {command.callback.__name__}`.*?(?=\n## |\Z)", "", text)
-    # Typer leaves these as they are; Markdown would set *.png, *.svg in italics and run examples together.
+    # Typer does not escape these; Markdown would set *.png, *.svg in italics and join examples.
     text = re.sub(r"(?m)^(\* `[^`]+`:)(.*)$", lambda line: line[1] + line[2].replace("*", r"\*"), text)
     return re.sub(r"(?m)^(dsconv|torchrun) .*$", r"```console\n\g<0>\n```", text)
 
