@@ -1,4 +1,4 @@
-"""The order of class folders is said, can be given, and is the same for every command that evaluates."""
+"""The order of class folders is printed, can be given, and is the same for every command that evaluates."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def folders(path: Path, names: list[str] | tuple[str, ...]) -> Path:
-    """Held-out digits in folders of these names."""
+    """Write held-out digits to folders with these names."""
     images, labels = load_digits("test")
     for label, name in enumerate(names):
         (path / name).mkdir(parents=True)

@@ -96,7 +96,7 @@ def test_quantize_inspect_and_evaluate_in_processes_of_their_own(
         "config",
     ):
         assert seen[figure] == made[figure], figure
-    # Of a layer in float (here the last) the file does not say of which class it was; SQNR are rounded.
+    # The file does not store the class of a layer in float (here the last one); SQNR are rounded.
     assert [layer | {"kind": "", "weight_sqnr_db": 0} for layer in seen["layers"]] == [
         layer | {"kind": "", "weight_sqnr_db": 0} for layer in made["layers"]
     ]
@@ -107,7 +107,7 @@ def test_quantize_inspect_and_evaluate_in_processes_of_their_own(
     images, labels = load_digits("test")
     expected = dsconv.compare(load_network(), dsconv.load(file), [(images[:60], labels[:60])])
     assert figures["images"] == 60
-    # The PNG files hold the images in steps of 1/255.
+    # The PNG files store the images in steps of 1/255.
     assert figures["quantized"]["top1"] == pytest.approx(expected.top1, abs=2)
     assert figures["agreement"] == pytest.approx(expected.agreement, abs=2)
     assert figures["logit_sqnr_db"] == pytest.approx(expected.logit_sqnr_db, abs=1)
@@ -226,7 +226,7 @@ def test_a_file_of_a_users_own_model(cli: Callable[..., Any], tmp_path: Path, fa
     done = cli("evaluate", file, "--data", digits, "--model", model, "--limit", 7, *GREY, "--json")
     assert done.code == 0, done.stderr
     assert strict_json(done.stdout)["images"] == 7
-    # The file can be looked at without its model.
+    # The file can be inspected without its model.
     assert cli("inspect", file).code == 0
 
 
@@ -263,7 +263,7 @@ def test_ctrl_c_prints_the_figures_so_far(digits: Path, factory: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests run in the background, the shell makes their processes ignore it.
+        # If the tests run in the background, the shell makes their processes ignore it.
         preexec_fn=interrupts.heeded,
     )
     assert process.stderr is not None
@@ -314,7 +314,7 @@ def test_ctrl_c_in_a_search_which_is_then_resumed(
     done = cli(*search, "--effective-bits", "4.5")
     assert done.code == 1 and f"error: {state}: there is a search to resume: add --resume" in done.stderr
 
-    # A budget that cannot be kept costs no trial that was made.
+    # An infeasible budget does not lose the finished trials.
     done = cli(*search, "--effective-bits", "1", "--resume")
     assert done.code == 1 and "error: budget: effective_bits of 1 is less" in done.stderr and state.exists()
     trials = calls - 1

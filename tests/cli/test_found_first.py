@@ -20,7 +20,7 @@ from dsconv.names import COMPILED_MAGIC
 
 Cli = Callable[..., Any]
 
-# Runs the command line on each list of arguments, and prints what came of it and whether PyTorch was imported.
+# Runs the command line on each list of arguments, and prints the result and whether PyTorch was imported.
 RUNNER = """
 import contextlib, io, json, sys
 for package in {missing}:
@@ -42,7 +42,7 @@ print(json.dumps(found))
 
 
 def run(*commands: list[Any], missing: tuple[str, ...] = ()) -> list[tuple[int, str, str, bool]]:
-    """Exit code, stdout, stderr and whether PyTorch was imported, of each command, one after the other."""
+    """Return exit code, stdout, stderr and whether PyTorch was imported, for each command."""
     done = subprocess.run(
         [sys.executable, "-c", RUNNER.format(missing=missing)],
         input=json.dumps([[str(word) for word in words] for words in commands]),
@@ -57,7 +57,7 @@ def run(*commands: list[Any], missing: tuple[str, ...] = ()) -> list[tuple[int, 
 
 @pytest.fixture(scope="module")
 def unstated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quantized file that names no float model and says nothing of images."""
+    """Return a quantized file that names no float model and states no preprocessing."""
     from torch import nn
 
     qnet = dsconv.quantize(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 3)), "paper")
@@ -184,7 +184,7 @@ def test_help_and_version_do_not_import_pytorch() -> None:
 
 
 def modules_after(*arguments: str, **environment: str) -> tuple[str, set[str]]:
-    """Stdout of ``dsconv`` on ``arguments`` in a process of its own, and the modules that it imported."""
+    """Return stdout of ``dsconv`` with ``arguments`` in a new process, and the modules that it imported."""
     code = (
         "import json, sys\n"
         "from dsconv.__main__ import main\n"
@@ -304,7 +304,7 @@ def test_the_reference_serves_as_the_model(cli: Cli, tmp_path: Path, digits: Pat
 
 
 NO_IMAGES = "reads no folder of images"
-# Options that every command has, but for these.
+# Options that all commands have, except these.
 LACKING = {
     "threads": {"inspect": "runs no network"},
     "device": {
@@ -357,7 +357,7 @@ def test_options_of_one_name_are_alike_in_every_command(option: str) -> None:
 def test_a_quiet_command_prints_its_figures_alone(
     words: str, cli: Cli, tmp_path: Path, quantized_file: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsconv.progress._FIRST_SECONDS", 0.0)  # of lines of progress, in place of a terminal's bar
+    monkeypatch.setattr("dsconv.progress._FIRST_SECONDS", 0.0)  # for progress lines, which replace a terminal's bar
     arguments = words.format(file=quantized_file, digits=digits, out=tmp_path).split()
     done = cli(*arguments, "--quiet")
     assert done.code == 0 and done.stdout

@@ -1,4 +1,4 @@
-"""``dsconv optimize``: what it prints and writes, and how it answers mistakes."""
+"""``dsconv optimize``: its output, its files, and its errors."""
 
 import importlib
 import json
@@ -19,13 +19,13 @@ PREPARED = ("--resize", "8x8", "--channels", "gray")
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time networks for moments only."""
+    """Shorten the timing of networks."""
     monkeypatch.setattr(steps, "_TIMED_SECONDS", 0.001)
 
 
 @pytest.fixture
 def model(factory: Path, tmp_path: Path) -> tuple[str, ...]:
-    """A small network of a user's, with weights that stay the same, and how its images are prepared."""
+    """Return the options for a small network of the user, with fixed weights, and for its preprocessing."""
     weights = tmp_path / "weights.pt"
     name = f"{factory}:net"
     if not weights.exists():
@@ -55,7 +55,7 @@ def test_file_settings_and_report_are_written(cli: Cli, model: tuple[str, ...], 
     assert zoo.preprocess_of(qnet) is not None and found["reference"]["top1"] is not None
     assert "agreement" in (tmp_path / "net.html").read_text()
     assert all(row["name"] in done.stderr for row in found["attempts"])
-    # The file is there: it is replaced with --force alone.
+    # The file exists: it is replaced only with --force.
     done = cli("optimize", *model, "--data", digits, "--effective-bits", 6, "--out", out)
     assert done.code == 1 and done.stderr.count("the file exists") == 3
 

@@ -13,7 +13,7 @@ from dsconv import zoo
 from dsconv.data import Preprocess
 
 Cli = Callable[..., Any]
-# The digits are read as the network of the demo reads them: white is 1.
+# The digits are read as the demo network expects them: white is 1.
 STATED = Preprocess(resize=(8, 8), channels="gray")
 OPTIONS = ("--resize", "8x8", "--channels", "gray")
 UNKNOWN = "does not state the preprocessing of its images: give --resize, --crop, --mean, --std, --scale or --channels"
@@ -21,7 +21,7 @@ UNKNOWN = "does not state the preprocessing of its images: give --resize, --crop
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's file of models, of which one offers a preparation."""
+    """Return a user's file of models, one of which states its preprocessing."""
     file = tmp_path_factory.mktemp("mine") / "mine.py"
     file.write_text(
         "import dsconv\n"
@@ -39,7 +39,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unstated(tmp_path_factory: pytest.TempPathFactory, mine: Path) -> Path:
-    """A quantized file that says nothing of images."""
+    """Return a quantized file that states no preprocessing."""
     qnet = dsconv.quantize(zoo.build(f"{mine}:silent"), "paper")
     return dsconv.save(qnet, tmp_path_factory.mktemp("files") / "unstated.safetensors")
 
@@ -226,7 +226,7 @@ def test_files_that_say_different_things_are_not_compared_on_the_same_images(
 
 @pytest.mark.slow
 def test_an_int8_file_of_a_real_network_keeps_its_accuracy(cli: Cli, shared: Path, nets: Any, tmp_path: Path) -> None:
-    """SqueezeNet of Caffe reads BGR of 0 to 255: prepared as plain RGB, its int8 file had no accuracy at all."""
+    """Check SqueezeNet of Caffe, which reads BGR of 0 to 255: with plain RGB, its int8 file would have no accuracy."""
     for package in ("onnx", "onnxruntime", "onnxscript", "torchvision"):
         pytest.importorskip(package, reason="needs the extras 'onnx' and 'zoo'")
     from dsconv.onnx import OnnxNetwork

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command at any time: with their exit code, no traceback, and nothing half written."""
+"""Ctrl-C and SIGTERM end a command at any time: with their exit code, no traceback, and no partial files."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals to send to one process")
 
-# Stops the process when it imports the module that is in the environment, once, and then fails as C extensions do.
+# Stops the process once, when it imports the module in the environment, and then fails as C extensions do.
 WHILE_IMPORTING = """\
 import os, signal, sys
 class Stop:

@@ -1,4 +1,4 @@
-"""``dsconv tradeoff``: what it prints and writes, and how it answers mistakes."""
+"""``dsconv tradeoff``: its output, its files, and its errors."""
 
 import csv
 import json

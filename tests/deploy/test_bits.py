@@ -1,4 +1,4 @@
-"""Networks without PyTorch have the bits of ``dsconv.compile``: steps of all kinds, tensors of all shapes."""
+"""The runtime without PyTorch has the bits of ``dsconv.compile``: steps of all kinds, tensors of all shapes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extensio
 
 
 class Of(nn.Module):
-    """Layers by name, and what is done with them."""
+    """Network of named layers with a given forward function."""
 
     def __init__(self, forward: Callable[..., Any], **layers: nn.Module):
         super().__init__()

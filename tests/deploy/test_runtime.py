@@ -1,4 +1,4 @@
-"""dsconv_runtime gives the bits of dsconv.compile, and refuses what it cannot use."""
+"""dsconv_runtime has the bits of dsconv.compile, and refuses invalid inputs."""
 
 import copy
 import doctest
@@ -273,7 +273,7 @@ def test_images_are_prepared_as_by_dsconv(
     )
     try:
         expected = preprocess(Image.fromarray(pixels)).numpy()
-    except ValueError:  # a side of no pixels, of a very long picture
+    except ValueError:  # a very long picture would get a side of 0 pixels
         return
     prepared = dsconv_runtime.prepare(pixels, preprocess.model_dump(mode="json"))
     assert prepared.dtype == np.float32 and prepared.flags.c_contiguous

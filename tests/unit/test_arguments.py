@@ -1,4 +1,4 @@
-"""Arguments of another kind than expected: an error of dsconv in one short paragraph that names the argument."""
+"""Arguments of an unexpected type: an error of dsconv in one short paragraph that names the argument."""
 
 import os
 from collections.abc import Callable

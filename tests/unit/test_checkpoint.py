@@ -1,4 +1,4 @@
-"""Files: what is loaded computes what was saved, bit for bit; and nothing that is broken or crafted is ever loaded."""
+"""Files: a loaded network has the bits of the saved one, and damaged or crafted files are never loaded."""
 
 import base64
 import json
@@ -31,7 +31,7 @@ X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Net(tnn.Module):
-    """Small, with a shared layer, tied parameters, BatchNorm, odd sizes and a buffer that is empty."""
+    """Small network with a shared layer, tied parameters, BatchNorm, odd sizes and an empty buffer."""
 
     def __init__(self, width: int = 9):
         super().__init__()
@@ -118,7 +118,7 @@ def test_a_file_loads_into_a_model_of_another_precision(saved: Path) -> None:
 
 
 class AsksForVersion(torch.nn.Module):
-    """Refuses tensors that do not say the version of their module, as torchvision's MNASNet does."""
+    """Module that refuses tensors without the version of their module, as torchvision's MNASNet does."""
 
     _version = 2
 
@@ -230,7 +230,7 @@ class Twice(tnn.Module):
         return self.last(self.again(self.conv(x)))
 
 
-# Of a Twice: 3-bit weights, one shift per block of 4.
+# File of a Twice: 3-bit weights, one shift per block of 4.
 OF_VERSION_1 = r"""
 c-q}nJ#W)M7!C_!VrD|oEeOd(_Stcqw2g#7NEC^sR7k|Zob7XRs$-|VOG=3%2E+!46)GX|1Na4?`~X(|01G<<0|Nu^o!!Q*)$$>P1dfN?^Z0$<d)|BR?)j
 OTdS=M;MpTfH2;zCDGee^^q_G#ogmctEE=s82jaxe`pe{lhB2mN=3QVsLBTj{2$v}SDo4II*vcXVzJ`>zUow}pdT|@%GrbMtbIgI;p8f<x-J)jaYvBZk_Y
@@ -361,7 +361,7 @@ def test_saving_what_was_loaded_gives_the_same_contents(saved: Path, tmp_path: P
     assert again.stat().st_size == saved.stat().st_size
 
 
-# What is broken
+# Damaged files
 
 
 def refused(path: Path, model: tnn.Module | None = None, match: str | None = None) -> str:
@@ -390,7 +390,7 @@ def test_bytes_at_the_end_are_refused(saved: Path) -> None:
 
 
 def check_changed(path: Path, data: bytes, changed: bytes, model: tnn.Module) -> None:
-    """A changed file is refused, unless only blanks between the parts of its JSON have changed."""
+    """Check that a changed file is refused, unless only blanks between the parts of its JSON have changed."""
     path.write_bytes(changed)
     (size,) = struct.unpack("<Q", data[:8])
     if changed[:8] == data[:8] and changed[8 + size :] == data[8 + size :]:
@@ -465,7 +465,7 @@ def test_a_path_without_a_file_is_an_error_that_names_it(tmp_path: Path) -> None
             dsconv.load(path, other())
 
 
-# What is crafted: a valid checksum over contents that make no sense
+# Crafted files: a valid checksum over invalid contents
 
 
 def craft(
@@ -473,7 +473,7 @@ def craft(
     change: Callable[[dict[str, Any], dict[str, Tensor]], None] = lambda header, tensors: None,
     entries: dict[str, str] | None = None,
 ) -> None:
-    """Rewrite a file with a changed header and tensors, and a checksum that is right again."""
+    """Rewrite a file with a changed header and tensors, and a valid checksum."""
     with safe_open(path, "pt") as file:
         texts = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -734,7 +734,7 @@ def test_no_pickle_that_a_file_names_is_read(saved: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are neither fetched nor read."""
+    """Make downloading or reading weights an error."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were asked for")

@@ -1,4 +1,4 @@
-"""Settings: what is accepted, how they merge, and what the presets mean."""
+"""Settings: accepted values, merging, and the presets."""
 
 import json
 import sys
@@ -198,7 +198,7 @@ def test_yaml_says_what_json_says(tmp_path: Path) -> None:
     configs.append(QuantConfig(overrides={"layer4.*": {"weight_bits": 2}, "fc": "float", "0": None}))
     for config in configs:
         assert QuantConfig.from_yaml(yaml.safe_dump(config.to_dict())) == config
-        assert QuantConfig.from_yaml(config.to_json()) == config  # which is YAML, too
+        assert QuantConfig.from_yaml(config.to_json()) == config  # JSON is also YAML
         for name, text in {"a.json": config.to_json(), "a.yaml": yaml.dump(config.to_dict())}.items():
             (tmp_path / name).write_text(text)
             assert QuantConfig.from_file(tmp_path / name) == config

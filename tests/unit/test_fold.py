@@ -1,4 +1,4 @@
-"""BatchNorm folded into quantized layers: the same outputs, only where that is right, and in files too."""
+"""BatchNorm folded into quantized layers: the same outputs, only where folding is correct, and also in files."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ CONFIG = dsconv.QuantConfig(activation_bits=8, block_size=8)
 
 
 def randomize(model: tnn.Module, x: Tensor) -> tnn.Module:
-    """Statistics near those of ``x``, and factors of both signs, none and far from one among them."""
+    """Set statistics near those of ``x``, and factors of both signs, including zero and values far from one."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(t: Tensor) -> Tensor:
@@ -54,13 +54,13 @@ def info(model: tnn.Module) -> Any:
 
 
 def check_layers(quantized: tnn.Module, folded: tnn.Module, x: Tensor) -> None:
-    """Every folded layer computes from the same input what it and its BatchNorm did, simulated and in integers."""
+    """Compare every folded layer with the layer and its BatchNorm on the same input, simulated and in integers."""
     inputs: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
         return lambda module, args: inputs.__setitem__(name, args[0])
 
-    # Hooks stand on a copy, since a model is compared as it was folded.
+    # Hooks are added to a copy, since the folded model must not change.
     watched = copy.deepcopy(quantized)
     for name in info(folded).folded.values():
         watched.get_submodule(name).register_forward_pre_hook(note(name))
@@ -231,8 +231,8 @@ def test_networks_compute_the_same(name: str) -> None:
     with torch.inference_mode():
         y = exact(x)
         assert quality(y, dsconv.fold_batchnorm(exact)(x)) > 100
-        # Float32 rounding tips mantissas now and then, and these tip others: the kernels and the simulation of one
-        # model differ as much. It stays within what two independent roundings of all activations would make.
+        # Float32 rounding occasionally changes the rounding of a mantissa, and then of others: the kernels and the
+        # simulation of one model differ as much. The error stays below two independent roundings of all activations.
         for simulated in (False, True):
             with ops.simulated() if simulated else nullcontext():
                 before = quantized(x)
@@ -251,11 +251,11 @@ def test_the_digits_keep_their_classes() -> None:
     assert dsconv.summary(folded).other_bytes < dsconv.summary(quantized).other_bytes
 
 
-# What is folded and what is not
+# Which BatchNorms are folded
 
 
 class Net(tnn.Module):
-    """A convolution and a BatchNorm that ``run`` calls, and others for it to use."""
+    """A convolution, a BatchNorm and other modules, which ``run`` calls."""
 
     def __init__(self, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -431,7 +431,7 @@ class Decides(tnn.Module):
         self.part = tnn.Sequential(tnn.Conv2d(8, 8, 1, bias=False), tnn.BatchNorm2d(8))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:  # a decision
+        if x.sum() > 0:  # a data-dependent branch
             x = -x
         return self.part(x)
 
@@ -473,7 +473,7 @@ def test_a_model_that_is_not_quantized_is_an_error() -> None:
 
 
 def saved_twice(folded: tnn.Module, float_model: tnn.Module | None, x: Tensor, folder: Path) -> Path:
-    """A file of ``folded`` after a check that it loads, and loads again when what was loaded is saved."""
+    """Return a file of ``folded``; check that it loads, and that the loaded network can be saved and loaded again."""
     path = folder / "folded.safetensors"
     model = folded
     for _ in range(2):
@@ -525,7 +525,7 @@ def test_a_file_that_folds_what_the_model_does_not_have_is_refused(tmp_path: Pat
 
 
 class NormAndAct(tnn.BatchNorm2d):
-    """Goes on to modules of its own, as timm's BatchNormAct2d."""
+    """BatchNorm that calls further modules of its own, like timm's BatchNormAct2d."""
 
     def __init__(self, channels: int, act: tnn.Module):
         super().__init__(channels)

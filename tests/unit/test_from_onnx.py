@@ -1,4 +1,4 @@
-"""Networks from ONNX files: names, batch, patterns, and what becomes of them in all other parts of the package."""
+"""Networks from ONNX files: names, batch, patterns, and their use in all other parts of the package."""
 
 import contextlib
 import json
@@ -133,9 +133,7 @@ def test_a_network_that_was_changed_is_saved_as_it_is(net: Any, x: torch.Tensor,
     changed.head = nn.Linear(16, 3)
     with torch.inference_mode():
         assert torch.equal(dsconv.load(dsconv.save(changed, tmp_path / "n.safetensors"))(x), changed(x))
-    changed.head = nn.Sequential(
-        nn.Linear(16, 3)
-    )  # no module of imported networks: the file cannot tell how to make it
+    changed.head = nn.Sequential(nn.Linear(16, 3))  # not a module of imported networks: the file cannot describe it
     with pytest.raises(ModelError, match="pass the float model"):
         dsconv.load(dsconv.save(changed, tmp_path / "n.safetensors"))
 
@@ -192,10 +190,10 @@ def test_the_batch_is_free_also_where_the_file_fixes_it(nodes: Any, fixed: bool,
     }
     constants = {name: np.array(shape, np.int64) for name, shape in shapes.items()}
     if not fixed:
-        # What does not name the batch.
+        # Shapes without the batch size.
         constants |= {name: np.array([-1, *shape[1:]], np.int64) for name, shape in shapes.items()}
         if any(inputs in ("c u", "f places") for _, inputs, *_ in nodes):
-            return  # a free batch is exported to other operators
+            return  # a free batch size gives other operators
     case = Case(
         "batch", nodes, (1, 4, 6, 6), {**constants, "c": floats(1, 1, 4), "places": np.arange(144).reshape(1, 4, 36)}
     )
@@ -413,7 +411,7 @@ def test_a_model_with_pairs_of_quantizers_gives_its_float_network(tmp_path: Path
     net, x = imported(model_of(case), tmp_path), input_of(case)
     weights = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d)]
     assert torch.allclose(weights[0], torch.from_numpy(integers * constants["ws"].reshape(-1, 1, 1, 1)))
-    # The quantizer after the layer stands for a ReLU.
+    # The quantizer after the layer represents a ReLU.
     assert functions(net) == {"F.relu"}
     with torch.no_grad():
         (wanted,) = expected(model_of(case), x=x)
@@ -663,5 +661,5 @@ def test_a_quantized_export_of_our_own_computes_the_same(style: Any, tmp_path: P
     path = dsconv.export_onnx(qnet, x, tmp_path / "net.onnx", style)
     again, wanted = dsconv.from_onnx(path), dsconv.onnx.OnnxNetwork(path)(x)
     with torch.inference_mode():
-        # A rounding may tip where sums differ in their last bits.
+        # If sums differ in their last bits, a rounding may change.
         assert (again(x) - wanted).norm() < 0.02 * wanted.norm()

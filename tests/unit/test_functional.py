@@ -1,4 +1,4 @@
-"""Convolutions and linears that modules call as functions are quantized as layers are, or listed with the reason."""
+"""Convolution and linear functions in modules are quantized like layers, or listed with the reason."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ def numbers(*shape: int) -> nn.Parameter:
 
 
 class Scaled(nn.Module):
-    """An equalized learning rate."""
+    """Layer with an equalized learning rate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_in_float_the_layers_do_what_the_functions_did(net: Net, x: Tensor) -> N
 
 
 def plain(first: nn.Module, scaled: Any) -> nn.Module:
-    """The layers that these two amount to."""
+    """Return the equivalent plain layers of these two."""
     layer = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
     layer.weight, layer.bias = nn.Parameter(scaled.weight * 0.5), nn.Parameter(scaled.bias * 2)
     return nn.Sequential(first, layer)

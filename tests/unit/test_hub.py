@@ -1,4 +1,4 @@
-"""Folders as the Hugging Face Hub has them: written, pushed and fetched. Nothing here reaches the network."""
+"""Folders in the format of the Hugging Face Hub: written, pushed and fetched. No test uses the internet."""
 
 import json
 import re

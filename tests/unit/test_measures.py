@@ -1,4 +1,4 @@
-"""Measures of outputs of any kind, against direct computation: maps, images, detections, and a metric of one's own."""
+"""Measures of outputs of any kind, against direct computation: maps, images, detections, and a custom metric."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from dsconv.tables import as_text
 
 
 class Of(nn.Module):
-    """Returns what a function makes of the images."""
+    """Network that applies a function to the images."""
 
     def __init__(self, make: Callable[[Tensor], Any]):
         super().__init__()
@@ -30,7 +30,7 @@ class Of(nn.Module):
 
 
 def noisy(x: Tensor) -> Tensor:
-    """The same noise for an image in any batch."""
+    """Add noise, the same for an image in any batch."""
     return x + 0.3 * (40 * x).sin()
 
 
@@ -104,7 +104,7 @@ class TestMaps:
         x = maps(channels=1)
         both = [closeness(f, q, x, task="segmentation") for f, q in ((as_is, noisy), (two(as_is), two(noisy)))]
         assert both[0].kl == pytest.approx(both[1].kl) and both[0].agreement == both[1].agreement < 100
-        # Without a word it would be an image.
+        # Without the argument it would be an image.
         assert closeness(as_is, noisy, x).task == "images"
 
     def test_sequences_are_logits_where_the_user_says_so(self) -> None:
@@ -231,7 +231,7 @@ class TestDetections:
         found = closeness(self.detect(0.0), self.detect(0.5), x, batch_size=2)
         boxes, labels = found.outputs["boxes"], found.outputs["labels"]
         assert (boxes.images, boxes.differing, labels.differing, labels.agreement) == (1, 4, 0, 100)
-        # An image that finds something else is as wrong as one that finds nothing.
+        # An image with other detections is as wrong as one without detections.
         assert boxes.relative_error == found.distance == 1
         text = " ".join(as_text(found).split())
         assert "boxes for 4 of 5 images" in text and "a metric of your own" in text

@@ -44,7 +44,7 @@ def images(count: int = 8) -> Tensor:
 
 
 def table_of(costs: list[list[tuple[int, float]]]) -> tuple[list[list[Trial]], Sensitivity]:
-    """Layers of 8 weights whose trials have these bytes and divergences."""
+    """Return layers of 8 weights whose trials have these bytes and divergences."""
     layers = [
         [
             Trial(str(i), {"weight_bits": 2 + j}, 2 + j, 4, 8, 8, size, kl, float(size))
@@ -66,7 +66,7 @@ class TestSyntheticImages:
 
     def test_neighbouring_pixels_are_alike_and_pictures_differ(self) -> None:
         x = synthetic_images(2, Preprocess(crop=64))
-        assert (x[..., 1:] - x[..., :-1]).std() < 0.9 * x.std()  # of white noise 1.4
+        assert (x[..., 1:] - x[..., :-1]).std() < 0.9 * x.std()  # it is 1.4 for white noise
         assert not torch.equal(x[0], x[1])
 
     def test_the_seed_alone_decides(self) -> None:
@@ -269,7 +269,7 @@ class TestResume:
         whole = search(model, "w4a4", **run)
         count = len(whole.sensitivity.trials)
         seen: list[Trial] = []
-        # Once and again: every trial is one where it stops.
+        # Stops at every trial in turn.
         for index in range(count):
             with pytest.raises(Stopped):
                 search(model, "w4a4", **run, state=file, resume=index > 0, on_trial=stop_after(1))
@@ -365,7 +365,7 @@ class TestSearch:
                 return (30 * self.loud(x) + 0.3 * self.quiet(x)).flatten(1)
 
         torch.manual_seed(0)
-        # With a shift, 3 bits for blocks of three weights are as good as 8 beside activations of 4.
+        # With a shift, 3 bits for blocks of three weights are as good as 8 bits, with 4-bit activations.
         config = QuantConfig.preset("w4a4", first_layer=None, weight_shift=False)
         model = Sum()
         even = dsconv.summary(dsconv.quantize(model, config)).effective_bits
@@ -413,7 +413,7 @@ class TestSearch:
         layers = found.sensitivity.layers()
         for trials in layers.values():
             assert [trial.settings["algorithm"] for trial in trials] == ["direct"] * 7 + ["auto"] * 7
-        # A linear layer has but one, and is measured once; the second convolution has both.
+        # A linear layer has only one, and is measured once; the second convolution has both.
         assert all((a.kl, a.ms) == (b.kl, b.ms) for a, b in zip(layers["6"][:7], layers["6"][7:], strict=True))
         assert any(a.kl != b.kl for a, b in zip(layers["2"][:7], layers["2"][7:], strict=True))
         assert search(net(), "w4a4", budget=5, images=images()).sensitivity.trials[0].settings == {"weight_bits": 2}

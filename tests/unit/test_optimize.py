@@ -1,4 +1,4 @@
-"""``dsconv.optimize``: what it tries, what it keeps, and how it answers mistakes."""
+"""``dsconv.optimize``: attempts, the selected network, and errors."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from dsconv.optimization.saved import remove_state
 
 @pytest.fixture(autouse=True, scope="module")
 def short() -> Iterator[None]:
-    """Time networks for moments only."""
+    """Shorten the timing of networks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "_TIMED_SECONDS", 0.001)
         yield
@@ -39,14 +39,14 @@ def images(count: int = 64, seed: int = 1) -> Tensor:
 
 
 def figures(found: Optimization) -> list[dict[str, Any]]:
-    """Return what attempts came to, but for times."""
+    """Return the figures of attempts without times."""
     timed = ("seconds", "first_quartile_ms", "median_ms", "third_quartile_ms")
     return [{k: v for k, v in attempt.to_dict().items() if k not in timed} for attempt in found.attempts]
 
 
 @pytest.fixture(scope="module")
 def small() -> Optimization:
-    """The network within 5 bits a weight."""
+    """Optimize a network within 5 bits per weight."""
     return dsconv.optimize(net(), images(), budget=5)
 
 
@@ -101,7 +101,7 @@ def test_of_networks_that_meet_a_target_the_smallest_is_kept(small: Optimization
     meet = [attempt for attempt in found.attempts if attempt.evaluation.kl <= target["kl"]]
     assert found.met and found.best is min(meet, key=lambda attempt: attempt.bytes)
     assert {attempt.verdict for attempt in meet} == {"meets target"}
-    # Some were tried on either side.
+    # Attempts exist on both sides of the target.
     assert len(meet) > 1 and any(attempt.verdict == "misses target" for attempt in found.attempts)
 
 
@@ -151,7 +151,7 @@ def test_labels_and_the_drop_of_top1() -> None:
 
 
 class Regression(nn.Module):
-    """A network of two inputs, whose outputs are no logits."""
+    """A network of two inputs, whose outputs are not logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ def test_a_metric_of_ones_own_is_the_distance() -> None:
 
 
 def interrupting(after: int) -> Callable[[Attempt], None]:
-    """Return what stops the work once so many attempts are done."""
+    """Return a callback that interrupts the work after a number of attempts."""
     left: Iterator[int] = iter(range(after - 1))
 
     def stop(_: Attempt) -> None:
@@ -202,7 +202,7 @@ def test_what_was_stopped_is_resumed_and_ends_in_the_same(
     measured: list[Any] = []
     monkeypatch.setattr(steps, "compare", lambda *args, **options: measured.append(args) or compare(*args, **options))
     again = dsconv.optimize(net(), images(), budget=5, state=state, resume=True)
-    assert len(measured) == 1  # the one that was left
+    assert len(measured) == 1  # the remaining one
     assert figures(again) == figures(small) and again.best.name == small.best.name
     for name, value in small.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name

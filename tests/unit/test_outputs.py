@@ -1,4 +1,4 @@
-"""Models that return dataclasses: every function takes them, or says in one sentence what to do."""
+"""Models that return dataclasses: every function accepts them, or states in one sentence what to do."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ class Named:
 
 @dataclass
 class First:
-    """The logits are the first tensor, behind a field that is none."""
+    """The logits are the first tensor, after a field that is not a tensor."""
 
     loss: Any
     scores: Any
@@ -39,7 +39,7 @@ class Registered:
 
 
 class Opaque:
-    """Holds its tensors where nobody sees them."""
+    """Class that hides its tensors."""
 
     def __init__(self, logits: Tensor):
         self.held = logits

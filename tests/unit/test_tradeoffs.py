@@ -1,4 +1,4 @@
-"""Networks side by side: the figures are those of the functions that measure one, and the front is the Pareto front."""
+"""Comparison of networks: figures are those of the functions for one network, and the front is the Pareto front."""
 
 import csv
 import io
