@@ -35,7 +35,7 @@ def test_a_page_of_everything(cli: Cli, tmp_path: Path, quantized_file: Path, di
     assert f"The reference is {NET}" in text and "PyTorch float32" in text
     assert sorted(os.listdir(tmp_path)) == ["bench.json", "classes.txt", "page.html"]
 
-    marked = "measured on a network of other settings"
+    marked = "measured on a network with other settings"
     found = json.loads(bench.read_text())
     found["networks"][0]["config"]["weight_bits"] = 2
     bench.write_text(json.dumps(found))

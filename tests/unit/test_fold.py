@@ -183,7 +183,7 @@ def test_numbers_that_float32_does_not_hold_are_not_folded() -> None:
             model[0].weight.mul_(1e5)
             getattr(model[1], name).fill_(value)
         folded = dsconv.fold_batchnorm(dsconv.quantize(model, CONFIG))
-        assert info(folded).not_folded == {"1": "folding it makes numbers that float32 does not hold"}
+        assert info(folded).not_folded == {"1": "folding it gives values that are not finite in float32"}
         assert not isinstance(folded[1], tnn.Identity)
 
 
@@ -375,7 +375,7 @@ def test_what_a_hook_or_the_model_reads_directly_is_not_folded() -> None:
         lambda model: model.norm.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
         lambda model: model.norm.register_forward_hook(lambda module, args, y: y + args[0]),
     ):
-        assert fold(run, hook)[1] == "a hook reads what passes between conv and it"
+        assert fold(run, hook)[1] == "a hook reads the tensor between conv and it"
     assert fold(lambda m, x: m.norm(m.conv(x)) * m.norm.weight.sum())[1] == "forward reads the tensors of norm directly"
     assert fold(lambda m, x: m.norm(m.conv(x)) * m.conv.weight.sum())[1] == "forward reads the tensors of conv directly"
 

@@ -239,13 +239,13 @@ def test_outputs_of_a_network_that_is_no_classifier_have_a_row_each() -> None:
     for name, output in found.comparison.outputs.items():
         row = text.partition(f'<tr><th scope="row">{name}')[2].partition("</tr>")[0]
         assert f"<td>{output.relative_error:.4g}</td>" in row and output.kind in row
-    assert "measured as segmentation, as the shape of its main output, classes, tells" in text
-    assert "Images by the distance of the outputs" in text and text.count("<img") == 3
+    assert "measured as segmentation, according to the shape of its main output, classes" in text
+    assert "Images are sorted by the distance of the outputs" in text and text.count("<img") == 3
     assert "top-5" not in text and "Distance alone" in text
     own = gather(qnet, reference=net, images=x, runs=0, metric=lost, task="other")
     text = page(own)
     assert own.sensitivity_measure == "lost" and f"<td>{own.comparison.metrics['lost']:.6g}</td>" in text
-    assert "as a user said" in text and json.loads(json.dumps(own.to_dict()))["sensitivity_measure"] == "lost"
+    assert "according to the user" in text and json.loads(json.dumps(own.to_dict()))["sensitivity_measure"] == "lost"
     alone = gather(qnet, images=x, runs=0)
     assert "maps of classes (N, H, W)" in page(alone)
 
