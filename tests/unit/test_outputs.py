@@ -81,10 +81,10 @@ def test_dataclasses_of_logits_are_taken_as_the_logits(kind: type) -> None:
 
 def test_classes_that_hide_their_tensors_are_named_with_what_to_do(tmp_path: Path) -> None:
     quantized = dsconv.quantize(net(Opaque), "w8a8")
-    with pytest.raises(ModelError, match=r"returns Opaque, and whose tensors cannot be determined: return tensors"):
+    with pytest.raises(ModelError, match=r"returns Opaque, whose tensors cannot be determined: return tensors"):
         dsconv.compile(quantized, X[:1])
     pytest.importorskip("onnxscript", reason="needs the extra dsconv[onnx]")
-    with pytest.raises(ModelError, match=r"returns Opaque, and whose tensors cannot be determined: return tensors"):
+    with pytest.raises(ModelError, match=r"returns Opaque, whose tensors cannot be determined: return tensors"):
         dsconv.export_onnx(quantized, X[:1], tmp_path / "net.onnx")
 
 
