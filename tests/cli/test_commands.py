@@ -356,7 +356,7 @@ def test_calibrate_a_model_and_a_file(
     done = cli("calibrate", quantized_file, "--data", digits, "--out", file, "--force", "--seed", "3")
     assert done.code == 0, done.stderr
     assert "Calibrated on 60 images, seed 3." in done.stdout and f"Wrote {file}: " in done.stdout
-    assert "7 images held back" in " ".join(done.stdout.split())
+    assert "7 held-back images" in " ".join(done.stdout.split())
     assert os.listdir(tmp_path) == [file.name]
     done = cli("calibrate", file, "--reference", NET, "--data", digits, "--out", tmp_path / "twice", "--memory", "0.01")
     assert done.code == 0, done.stderr

@@ -195,7 +195,7 @@ def test_the_text_says_who_did_not_run_and_what_else_to_know(monkeypatch: pytest
 
 def test_the_text_says_who_made_a_model_of_mnn() -> None:
     text = str(made_up(timing("dsconv", 4.0), timing("MNN int8 Winograd", 4.0)))
-    assert "int8: models of MNN's own tool, per channel, calibrated on 4 images." in text
+    assert "int8: models of MNN's converter, per channel, calibrated on 4 images." in text
     assert "onnxruntime.quantization" not in text
 
 

@@ -364,7 +364,7 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="were changed"):
         resume()
     dsconv.save(qnet, file)
-    with pytest.raises(FileFormatError, match="another file"):
+    with pytest.raises(FileFormatError, match="a safetensors file of another kind"):
         resume()
     file.write_bytes(good)
     resume()

@@ -683,13 +683,13 @@ def test_a_header_that_is_no_json_of_the_kind_is_refused(entry: str, text: str, 
 
 def test_a_name_that_is_there_twice_is_refused(saved: Path) -> None:
     craft(saved, entries={"folded": '{"norm": "conv", "norm": "fc"}'})
-    refused(saved, match="'norm' is there twice")
+    refused(saved, match="'norm' occurs twice")
     craft(saved, entries={"folded": "{}"})
     data = saved.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     (more,) = (data[8 : 8 + size].rstrip()[:-1] + b',"fc.bias":{"dtype":"F32","shape":[5],"data_offsets":[0,20]}}',)
     saved.write_bytes(struct.pack("<Q", len(more)) + more + data[8 + size :])
-    refused(saved, match="'fc.bias' is there twice")
+    refused(saved, match="'fc.bias' occurs twice")
 
 
 def test_preprocessing_that_makes_no_sense_never_loads_silently(saved: Path) -> None:

@@ -205,8 +205,8 @@ def test_yaml_says_what_json_says(tmp_path: Path) -> None:
 
 
 WRONG_YAML = {
-    "weight_bits: 3\nblock_size: 16\nweight_bits: 4": "line 3: the name 'weight_bits' is there twice",
-    "overrides:\n  fc: float\n  fc: float": "line 3: the name 'fc' is there twice",
+    "weight_bits: 3\nblock_size: 16\nweight_bits: 4": "line 3: the name 'weight_bits' occurs twice",
+    "overrides:\n  fc: float\n  fc: float": "line 3: the name 'fc' occurs twice",
     "weight_bit: 3": "weight_bit: unknown setting; known are weight_bits",
     "first_layer: {weight_bit: 3}": "first_layer: weight_bit: unknown setting",
     "weight_bits: nine": "weight_bits: ",

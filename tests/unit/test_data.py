@@ -480,7 +480,7 @@ class TestImageFolder:
                 "gone.png": "the link cannot be followed: No such file or directory",
                 "gone": "the link cannot be followed: No such file or directory",
                 "loop.png": "the link cannot be followed: Too many levels of symbolic links",
-                "2.HEIC": "this format is not read: convert it to PNG or JPEG",
+                "2.HEIC": "this format is not supported: convert it to PNG or JPEG",
                 "pipe.png": "it is not a regular file",
             }
 

@@ -234,7 +234,7 @@ class TestDetections:
         # An image with other detections is as wrong as one without detections.
         assert boxes.relative_error == found.distance == 1
         text = " ".join(as_text(found).split())
-        assert "boxes for 4 of 5 images" in text and "a metric of your own" in text
+        assert "boxes for 4 of 5 images" in text and "a custom metric" in text
         same = closeness(self.detect(0.0), self.detect(0.0), x)
         assert same.distance == 0 and same.missing is None and same.outputs["boxes"].images == 5
 
