@@ -1,15 +1,15 @@
 """Accuracy of real pretrained networks, float against quantized without labels; writes docs/results.md.
 
     python benchmarks/accuracy.py                            # everything, several hours on 2 cores
-    python benchmarks/accuracy.py --settings '*calibrated'   # besides what is known, only such rows
+    python benchmarks/accuracy.py --settings '*calibrated'   # known rows, and new ones of this kind only
     python benchmarks/accuracy.py --networks cifar_resnet20 --images 100 --out part.md --json part.json
 
-Figures are kept in the JSON file as they are made; a row that stands there already, for the same configuration and
+Figures are written to the JSON file as they are measured; a row that is already there, for the same configuration and
 images, is not measured again.
 
 The networks and images are those of ``nets.py`` in the folder DSCONV_SHARED (default: ``../shared`` beside the
-repository), and EfficientNet-Lite0 where its packages are installed. No step of the quantization sees an image of
-those evaluated; the only rows that see any say so.
+repository), and EfficientNet-Lite0 if its packages are installed. No step of the quantization sees an evaluated image;
+the rows that use other images say so.
 """
 
 import argparse
@@ -44,7 +44,7 @@ TITLES = {
     "tiny_darknet": "Tiny Darknet, ImageNet",
     LITE: "EfficientNet-Lite0, ImageNet",
 }
-# How images are prepared, by the name that it has for it.
+# Preprocessing of images, by its name in ``nets.py``.
 PREPARED: dict[str, dict[str, Any]] = {
     "rgb01": {},
     "caffe": {"mean": (104, 117, 123), "scale": 255, "channels": "bgr"},
@@ -53,7 +53,7 @@ PREPARED: dict[str, dict[str, Any]] = {
 }
 SIDES = {"imagenet": 224, "tinyimagenet": 64, "cifar10": 32}
 BATCH = 50
-# Bits a weight that the searched rows may come to, and on how many images, or of noise, layers are ranked.
+# Limits of bits per weight for the searched rows, and the number of images (or of noise) that rank the layers.
 BUDGET, SMALL_BUDGET, SMALLEST_BUDGET, SEEN = 4.7, 3.7, 2.8, 32
 CALIBRATED = 128
 # Recipe of the adapted rows.
@@ -122,10 +122,10 @@ ResNet-18 and its images had no part in any of this.
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the tables: its name, what is quantized, in which table it stands, and what is done with which images.
+    """A row of the tables: its name, its settings, its table, and the use of images.
 
-    Bits are ``searched`` with noise or images within a ``budget``, the network may be ``calibrated``, and then
-    ``adapted``. A ``baseline`` is quantized its own way.
+    Bits are ``searched`` with noise or images within a ``budget``; the network may be ``calibrated``, and then
+    ``adapted``. A ``baseline`` has its own quantization.
     """
 
     name: str
@@ -139,7 +139,7 @@ class Setting:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What its figures depend on besides network and images."""
+        """Return the settings that the figures depend on besides network and images."""
         found: dict[str, Any] = {"config": self.config.to_dict()}
         if self.baseline:
             found["config"] = {"block_size": self.baseline.block}
@@ -153,7 +153,7 @@ class Setting:
 
 
 def settings(name: str) -> list[Setting]:
-    """All rows of a network, each once."""
+    """Return all rows of a network, each once."""
     as_they_are = QuantConfig.preset
     preset = partial(as_they_are, algorithm="direct", small_layers=None)
     winograd = partial(as_they_are, small_layers=None)
@@ -230,7 +230,7 @@ def settings(name: str) -> list[Setting]:
 
 
 class Remembered(nn.Module):
-    """A reference network that computes each batch once; batches are known by where they lie in memory."""
+    """Reference network that computes each batch once; batches are identified by their memory address."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -247,9 +247,9 @@ class Remembered(nn.Module):
 def measure(
     nets: Any, name: str, limit: int | None, known: list[dict[str, Any]], wanted: str
 ) -> Iterator[dict[str, Any]]:
-    """Figures of one network under all settings, as they are made; those of ``known`` again where they are the same.
+    """Yield the figures of one network under all settings as they are measured; those in ``known`` are reused.
 
-    New ones only of settings whose name matches the pattern ``wanted``.
+    Only settings whose name matches the pattern ``wanted`` are measured.
     """
     network = nets.load(name)
     pictures, labels = nets.images(nets.NETS[name][1])
@@ -266,7 +266,7 @@ def measure(
         if not fnmatchcase(row.name, wanted):
             continue
         model, seconds = work.baseline(row.baseline) if row.baseline else work.quantized(row)
-        # Programs have the bits of their networks in a part of the time.
+        # Compiled programs give the same bits as their networks in less time.
         program = model if row.baseline else dsconv.compile(model, inputs[:1])
         result = dsconv.compare(reference, program, batches, per_layer=False)
         yield identity | {
@@ -281,7 +281,7 @@ def measure(
 
 
 def sizes(qmodel: nn.Module) -> dict[str, float]:
-    """Effective bits and megabytes of a quantized network."""
+    """Return effective bits and megabytes of a quantized network."""
     summary = dsconv.summary(qmodel)
     return {
         "effective_bits": summary.effective_bits,
@@ -291,7 +291,7 @@ def sizes(qmodel: nn.Module) -> dict[str, float]:
 
 
 class Work:
-    """Makes the networks of the rows, and how many seconds that took; what several rows need is made once."""
+    """Builds the networks of the rows, with the seconds that this took; shared parts are built once."""
 
     def __init__(self, nets: Any, name: str, network: nn.Module):
         self.nets, self.name, self.network = nets, name, network
@@ -299,12 +299,12 @@ class Work:
         self.calibrated: dict[Any, tuple[nn.Module, float]] = {}
 
     def baseline(self, baseline: Baseline) -> tuple[nn.Module, float]:
-        """The network in another number format."""
+        """Return the network in another number format."""
         images, start = self.unlabelled(SEEN), time.perf_counter()
         return baseline.make(self.network, images), time.perf_counter() - start
 
     def quantized(self, row: Setting) -> tuple[nn.Module, float]:
-        """The network that a row is about."""
+        """Return the network of a row."""
         key = json.dumps({**row.identity, "adapted": None})
         if key in self.calibrated:
             qmodel, seconds = self.calibrated[key]
@@ -323,7 +323,7 @@ class Work:
         return qmodel, seconds
 
     def searched(self, row: Setting) -> tuple[QuantConfig, float]:
-        """The config that a search within the budget makes of a row's."""
+        """Return the config that a search within the row's budget finds."""
         key = json.dumps([row.identity["config"], row.identity["search"]])
         if key not in self.configs:
             kind, side = self.nets.NETS[self.name][2], SIDES[self.nets.NETS[self.name][1]]
@@ -336,7 +336,7 @@ class Work:
         return self.configs[key]
 
     def unlabelled(self, count: int | None = None) -> Tensor:
-        """As many images, evenly spaced, of those that are not evaluated; None is all."""
+        """Return that many evenly spaced images of those that are not evaluated; None for all."""
         pictures, _ = self.nets.images(self.nets.NETS[self.name][1], labelled=False)
         count = count or len(pictures)
         prepared: Tensor = self.nets.preprocess(self.name, pictures[:: len(pictures) // count][:count])
@@ -344,7 +344,7 @@ class Work:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The page: for each network a table of presets, one of other formats, and one of weight rules."""
+    """Return the page: for each network a table of presets, one of other formats, and one of weight rules."""
     figures = {"budget": BUDGET, "small_budget": SMALL_BUDGET, "seen": SEEN, "calibrated": CALIBRATED}
     figures["smallest_budget"] = SMALLEST_BUDGET
     machine_line = textwrap.fill(f"Machine: {results['machine']}.", 120, break_on_hyphens=False)
@@ -403,7 +403,7 @@ def main() -> None:
                 f"{row['float_top1']:.1f}, agreement {row['agreement']:.1f}, KL {row['kl']:.4f}",
                 flush=True,
             )
-            # What has not had its turn is kept.
+            # Results that are not measured again yet are kept.
             later = [old for old in known.get(name, []) if all(old is not row for row in rows)]
             networks = known | results["networks"] | {name: rows + later}
             write(arguments.json, json.dumps(results | {"networks": networks}, indent=1))
@@ -411,7 +411,7 @@ def main() -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file by a new one, whole or not at all."""
+    """Replace a file atomically."""
     with replacing(path) as beside:
         beside.write_text(text + "\n")
 

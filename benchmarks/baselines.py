@@ -1,7 +1,7 @@
-"""What other number formats make of a network: the baselines of ``accuracy.py``.
+"""Other number formats, applied to networks: the baselines of ``accuracy.py``.
 
-Every convolution and linear layer is quantized, the first and the last too, weights and activations alike. But for
-``ONNX Runtime int8``, which that runtime executes, the formats are simulated in float32.
+Every convolution and linear layer is quantized, including the first and the last, weights and activations. All formats
+are simulated in float32, except ``ONNX Runtime int8``, which that runtime executes.
 """
 
 import copy
@@ -30,10 +30,11 @@ class Baseline:
 
     Attributes:
         name: of the format.
-        bits: of a weight but for its scales.
-        block: weights that share a scale; None is all that an output reads.
-        scale_bits: of a scale.
-        make: the network in that format, from the float network and unlabelled images ``(N, C, H, W)``.
+        bits: bits of a weight without scales.
+        block: number of weights that share a scale; None means all weights of an output.
+        scale_bits: bits of a scale.
+        make: function that returns the network in that format, from the float network and unlabelled images
+        ``(N, C, H, W)``.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Baseline:
     make: Callable[[nn.Module, Tensor], nn.Module]
 
     def sizes(self, network: nn.Module) -> dict[str, float]:
-        """Effective bits per weight of all layers, scales included, and megabytes of the whole network."""
+        """Return effective bits per weight of all layers, including scales, and megabytes of the whole network."""
         layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         weights = sum(layer.weight.numel() for layer in layers)
         reads = [layer.weight[0].numel() for layer in layers]
@@ -60,7 +61,7 @@ class Baseline:
 
 
 def shared_exponent(x: Tensor, block: int, largest: int, element: Rounding) -> Tensor:
-    """An MX format: blocks of ``block`` values share a power of two that makes the largest exponent ``largest``.
+    """Round to an MX format: blocks of ``block`` values share a power of two, which makes the top exponent ``largest``.
 
     Source: "OCP Microscaling Formats (MX) Specification", version 1.0, section 6.3.
     """
@@ -70,7 +71,7 @@ def shared_exponent(x: Tensor, block: int, largest: int, element: Rounding) -> T
 
 
 def nvfp4(x: Tensor) -> Tensor:
-    """E2M1 in blocks of 16 with an E4M3 scale each, and one float32 scale for the tensor.
+    """Round to E2M1 in blocks of 16 with an E4M3 scale each, and one float32 scale for the tensor.
 
     Source: NVIDIA, "Pretraining Large Language Models with NVFP4", 2025, appendix on the format.
     """
@@ -82,13 +83,13 @@ def nvfp4(x: Tensor) -> Tensor:
 
 
 def integer(bits: int, unit: float) -> Rounding:
-    """Two's complement numbers of ``bits``, in steps of ``unit``, without the most negative one."""
+    """Return the rounding to two's complement numbers of ``bits``, in steps of ``unit``, without the least one."""
     most = (1 << (bits - 1)) - 1
     return lambda x: (x / unit).round().clamp(-most, most) * unit
 
 
 def e2m1(x: Tensor) -> Tensor:
-    """Nearest of 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives.
+    """Round to the nearest of 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives.
 
     >>> e2m1(torch.tensor([0.2, 0.3, -2.4, 3.6, 5.1, 9.0]))
     tensor([ 0.0000,  0.5000, -2.0000,  4.0000,  6.0000,  6.0000])
@@ -98,24 +99,24 @@ def e2m1(x: Tensor) -> Tensor:
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
-    """``(..., n)`` to ``(..., blocks, size)``, filled up with zeros."""
+    """Reshape ``(..., n)`` to ``(..., blocks, size)``, padded with zeros."""
     return torch.unflatten(F.pad(x, (0, -x.shape[-1] % size)), -1, (-1, size))
 
 
 def joined(blocks: Tensor, x: Tensor) -> Tensor:
-    """Inverse of :func:`in_blocks`, ``x`` being what was cut."""
+    """Invert :func:`in_blocks`; ``x`` is its argument."""
     return blocks.flatten(-2)[..., : x.shape[-1]]
 
 
 def symmetric(x: Tensor, bits: int) -> Tensor:
-    """Integers with one scale for each row, which fits its largest value."""
+    """Round to integers with one scale per row, set by its largest value."""
     most = (1 << (bits - 1)) - 1
     scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / most
     return (x / scale).round().clamp(-most, most) * scale
 
 
 def between(x: Tensor, bits: int) -> Tensor:
-    """Integers with a scale and a zero point for each image ``(N, ...)``, which fit its smallest and largest value."""
+    """Round to integers with a scale and a zero point per image ``(N, ...)``, set by its smallest and largest value."""
     rows = x.flatten(1)
     low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
     scale = ((high - low).clamp_min(torch.finfo(torch.float32).tiny) / ((1 << bits) - 1)).view(-1, 1)
@@ -125,9 +126,9 @@ def between(x: Tensor, bits: int) -> Tensor:
 
 
 class Simulated(nn.Module):
-    """A convolution or linear layer with weights and inputs in another format, blocks running over the channels.
+    """Convolution or linear layer with weights and inputs in another format, in blocks of channels.
 
-    Where a layer reads fewer channels than a block holds, blocks run over all that an output reads.
+    If a layer reads fewer channels than a block holds, blocks span all inputs of an output.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, weight: Rounding, activation: Rounding, block: int | None):
@@ -157,7 +158,7 @@ class Simulated(nn.Module):
 
 
 def simulated(network: nn.Module, weight: Rounding, activation: Rounding, block: int | None) -> nn.Module:
-    """A copy of ``network`` with every convolution and linear layer in another format."""
+    """Return a copy of ``network`` with every convolution and linear layer in another format."""
     result = copy.deepcopy(network).requires_grad_(False)
     for name, layer in list(result.named_modules()):
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -168,7 +169,7 @@ def simulated(network: nn.Module, weight: Rounding, activation: Rounding, block:
 
 
 class _Session(nn.Module):
-    """A network as ONNX Runtime executes it."""
+    """Network that ONNX Runtime executes."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -182,9 +183,10 @@ class _Session(nn.Module):
 
 
 def onnxruntime_int8(network: nn.Module, images: Tensor) -> nn.Module:
-    """As ``onnxruntime.quantization.quantize_static`` makes it: ranges of activations from the images.
+    """Quantize with ``onnxruntime.quantization.quantize_static``: ranges of activations from the images.
 
-    Weights take all of int8 where the processor adds products of bytes in 32 bits, and what cannot saturate elsewhere.
+        Weights use all of int8 if the processor accumulates products of bytes in 32 bits, otherwise the range that
+    cannot saturate.
     """
     full_range = not {"avxvnni", "avx512vnni", "neondotprod"}.isdisjoint(dsconv.cpu_info().isa_found)
     with TemporaryDirectory() as folder:
@@ -194,7 +196,7 @@ def onnxruntime_int8(network: nn.Module, images: Tensor) -> nn.Module:
 
 
 def baselines() -> list[Baseline]:
-    """All of them."""
+    """Return all baselines."""
 
     def per_channel(bits: int) -> Baseline:
         def make(network: nn.Module, images: Tensor) -> nn.Module:

@@ -1,12 +1,12 @@
-"""Ways to deploy a network, each in processes of its own: size, cold start, memory and latency, as a table.
+"""Compare ways to deploy a network, each in its own processes: size, cold start, memory and latency, as a table.
 
     python benchmarks/deploy.py
     python benchmarks/deploy.py --network torchvision/mobilenet_v2 --threads 2
 
-Installed: bytes of the packages and what they need, NumPy aside; of the C library, stripped. Cold start: from the start
-of the process to its first result. Memory: the most that the process held until then. Latency: of one sample, the
-median of the runs after the first one. Random weights; the processes take turns, and medians over the rounds are
-printed, with the least and the most. It needs dsconv-runtime, onnxruntime, onnxscript, and a compiler of C++.
+Installed: bytes of the packages and their dependencies without NumPy; of the C library, stripped. Cold start: time from
+the start of the process to its first result. Memory: peak of the process until then. Latency: median over the runs of
+one sample after the first run. Weights are random; the processes take turns, and medians over the rounds are printed,
+with minimum and maximum. It needs dsconv-runtime, onnxruntime, onnxscript, and a C++ compiler.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from machine import describe
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(dsconv_runtime.__file__).parent
 
-# Each has names for the file, the shape of the input and the number of threads, and defines `run`.
+# Each script gets names for the file, the shape of the input and the number of threads, and defines `run`.
 PYTHON = """
 import os, sys, time
 import numpy
@@ -102,7 +102,7 @@ def main() -> None:
 def written(
     qnet: torch.nn.Module, x: torch.Tensor, folder: Path, given: argparse.Namespace
 ) -> dict[str, tuple[list[str], int, Path]]:
-    """Return command, bytes that are installed, and file of each way."""
+    """Return command, installed bytes and file of each way."""
     saved, compiled, fast = (folder / name for name in ("net.safetensors", "net.dsconv", "fast.dsconv"))
     dsconv.save(qnet, saved)
     network = dsconv.compile(qnet, x)
@@ -125,7 +125,7 @@ def written(
         "`dsconv_runtime`, fast start": (python(RUNTIME, fast), runtime, fast),
     }
     program, library = c_program(folder)
-    # The program gives each of its threads a run: one of them, which has the threads of the library.
+    # The program starts one run per thread: a single one uses the threads of the library.
     if given.threads == 1:
         for name, file in {"C++ program": compiled, "C++ program, fast start": fast}.items():
             ways[f"`libdsconv`, {name}"] = ([str(program), str(file), "1", str(given.runs)], library, file)
@@ -136,7 +136,7 @@ def written(
 
 
 def c_program(folder: Path) -> tuple[Path, int]:
-    """Return the program of examples/deploy/cpp, and the bytes of it and its library."""
+    """Return the program of examples/deploy/cpp, and its bytes with its library."""
     program, library = folder / "latency", folder / "libdsconv.so"
     shutil.copy(LIBRARY / library.name, library)
     subprocess.run(["strip", library], check=True)
@@ -148,7 +148,7 @@ def c_program(folder: Path) -> tuple[Path, int]:
 
 
 def measure(call: list[str]) -> tuple[float, float, float]:
-    """Return seconds to the first result, megabytes held until then, and the median milliseconds of further runs."""
+    """Return seconds to the first result, peak megabytes until then, and the median milliseconds of further runs."""
     start = time.perf_counter()
     with subprocess.Popen(call, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -169,7 +169,7 @@ def spread(values: tuple[float, ...]) -> str:
 
 
 def installed_bytes(package: str) -> int:
-    """Return the bytes of a package and of all that it needs, NumPy aside."""
+    """Return the bytes of a package and all its dependencies, without NumPy."""
     found: dict[str, int] = {"numpy": 0}
     waiting = [package]
     while waiting:
@@ -182,7 +182,7 @@ def installed_bytes(package: str) -> int:
             requirement = Requirement(text)
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 waiting.append(requirement.name)
-    if package == "dsconv":  # of an editable installation, the files are elsewhere
+    if package == "dsconv":  # the files of an editable installation are elsewhere
         found[package] = folder_bytes(Path(dsconv.__file__).parent)
     return sum(found.values())
 

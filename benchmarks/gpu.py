@@ -1,4 +1,4 @@
-"""Time of whole networks and of their convolutions on a GPU, beside PyTorch in half precision in the same run.
+"""Time whole networks and their convolutions on a GPU, in comparison with PyTorch in half precision in the same run.
 
     python benchmarks/gpu.py --json gpu.json --plot gpu.png                  # ResNet-50, a few minutes
     python benchmarks/gpu.py --networks resnet50,mobilenet_v2 --batches 1,32,256
@@ -7,15 +7,16 @@
 It needs an NVIDIA GPU, dsconv[gpu] and torchvision, and matplotlib for the picture. Weights and images are random.
 
 Networks: ours is the preset ``default`` with ``algorithm="direct"``, compiled by ``dsconv.compile``: a CUDA graph whose
-input and output are float32, copies of both included. PyTorch's are channels-last in bf16 or fp16: called as they are
-(eager), and by ``torch.compile(mode="reduce-overhead")``, which replays CUDA graphs as well. PyTorch has no convolution
+input and output are float32, including copies of both. PyTorch's are channels-last in bf16 or fp16: called directly
+(eager), and with ``torch.compile(mode="reduce-overhead")``, which also replays CUDA graphs. PyTorch has no convolution
 in int8 for GPUs.
 
-Layers: ours begins with a quantized input and ends with a float32 output; PyTorch's ``conv2d`` reads and writes bf16.
-Shares are of ceilings that are measured first: a copy within the GPU's memory, and matrix products of bf16 and int8.
+Layers: ours reads a quantized input and writes a float32 output; PyTorch's ``conv2d`` reads and writes bf16.
+Shares are relative to ceilings that are measured first: a copy within the GPU's memory, and matrix products of bf16 and
+int8.
 
-Contestants take turns. Before each turn a buffer larger than the L2 cache is written. Times are of CUDA events; a time
-is the median, with quartiles.
+Contestants take turns. Before each turn a buffer larger than the L2 cache is written. Times are measured with CUDA
+events; a time is the median, with quartiles.
 """
 
 import argparse
@@ -40,7 +41,7 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def times(contestants: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
-    """Quartiles in milliseconds of each contestant's turns, after one that is not counted."""
+    """Return quartiles in milliseconds of each contestant's turns, after one warm-up turn."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     found: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(turns + 1):
@@ -57,7 +58,7 @@ def times(contestants: dict[str, Callable[[], Any]], turns: int) -> dict[str, li
 
 
 def captured(run: Callable[[], Any], launches: int) -> Callable[[], Any]:
-    """Replay of so many launches, which take no time to start."""
+    """Return a replay of ``launches`` launches as a CUDA graph, without launch overhead."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -69,7 +70,7 @@ def captured(run: Callable[[], Any], launches: int) -> Callable[[], Any]:
 
 
 def ceilings(turns: int) -> dict[str, float]:
-    """Bytes a second of a copy, read and written; multiply-adds a second of matrix products."""
+    """Return bytes per second of a copy, read and written; multiply-adds per second of matrix products."""
     size = 8192
     a, b = (torch.randn(size, size, device="cuda") for _ in range(2))
     half = [x.bfloat16() for x in (a, b)]
@@ -90,7 +91,7 @@ def ceilings(turns: int) -> dict[str, float]:
 
 
 def network(name: str, batches: list[int], halves: list[str], turns: int) -> dict[str, Any]:
-    """Times of a network for each batch."""
+    """Return the times of a network for each batch size."""
     torch.manual_seed(0)
     net = zoo.build(f"torchvision/{name}", weights="random").eval()
     for module in net.modules():
@@ -135,12 +136,12 @@ def network(name: str, batches: list[int], halves: list[str], turns: int) -> dic
 
 
 def copy_of(net: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The network in half precision, channels last."""
+    """Return the network in half precision, channels last."""
     return copy.deepcopy(net).to(dtype).to(memory_format=torch.channels_last)
 
 
 def convolutions(name: str) -> list[tuple[nn.Conv2d, tuple[int, ...], int]]:
-    """Distinct convolutions of a network with blocks of 64 channels by tap, the sizes of their inputs, and how many."""
+    """Return distinct convolutions of a network with blocks of 64 channels by tap, their input sizes and counts."""
     net = zoo.build(f"torchvision/{name}", weights="random").eval().cuda()
     found: dict[Any, list[Any]] = {}
 
@@ -159,7 +160,7 @@ def convolutions(name: str) -> list[tuple[nn.Conv2d, tuple[int, ...], int]]:
 
 
 def layers(name: str, batches: list[int], ceiling: dict[str, float], turns: int) -> list[dict[str, Any]]:
-    """Times of a network's convolutions."""
+    """Return the times of a network's convolutions."""
     from dsconv.backends.cuda import launch, layers, tuning
     from dsconv.nn import DSConv2d
     from dsconv.ops.arguments import Geometry, sizes_of
@@ -212,7 +213,7 @@ def layers(name: str, batches: list[int], ceiling: dict[str, float], turns: int)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of the networks' times, in parts of the best compiled one."""
+    """Draw bars of the networks' times, relative to the best compiled one."""
     import matplotlib as mpl
 
     mpl.use("agg")

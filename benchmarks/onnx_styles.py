@@ -1,10 +1,9 @@
-"""What each style of ONNX file gives on each runtime: bytes, milliseconds, and how close it stays to the network.
+"""Measure each style of ONNX file on each runtime: bytes, milliseconds, and distance from the network.
 
     python benchmarks/onnx_styles.py torchvision/resnet18 torchvision/mobilenet_v2 --size 224
 
-Random weights, random images, one thread; every runtime takes its turn in every round. OpenVINO compiles for the batch
-of one, ONNX Runtime dequantizes weights in blocks once (``session.disable_quant_qdq``) or, as it does by itself, at
-every call.
+Random weights, random images, one thread; every runtime has a turn in every round. OpenVINO compiles for batch size
+one; ONNX Runtime dequantizes weights in blocks once (``session.disable_quant_qdq``) or, by default, at every call.
 """
 
 import argparse

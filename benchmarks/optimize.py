@@ -1,9 +1,9 @@
-"""What ``dsconv.optimize`` makes of real networks by itself, beside the closest row of docs/results.md of that size.
+"""Compare the results of ``dsconv.optimize`` for real networks with the closest row of docs/results.md of that size.
 
     python benchmarks/optimize.py                                      # all networks, several minutes each
     python benchmarks/optimize.py --networks squeezenet1_1 --effective-bits 3.7 --time-limit 3600
 
-It gets the unlabelled images, and is measured on the labelled ones. Networks and images are those of
+It uses the unlabelled images, and is measured on the labelled ones. Networks and images are those of
 ``benchmarks/accuracy.py``.
 """
 
@@ -18,7 +18,7 @@ from trained import shared_nets
 
 
 def best_known(name: str, most: float) -> dict[str, Any]:
-    """Return the row of docs/results.md with the least divergence in at most so many bits."""
+    """Return the row of docs/results.md with the least divergence within a number of bits."""
     rows = json.loads((ROOT / "benchmarks" / "accuracy.json").read_text())["networks"][name]
     within = [row for row in rows if row["table"] == "presets" and row["effective_bits"] <= most + 0.005]
     best: dict[str, Any] = min(within, key=lambda row: row["kl"])

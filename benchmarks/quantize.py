@@ -1,4 +1,4 @@
-"""Time and extra memory of quantizing whole networks (random weights: the work does not depend on their values).
+"""Measure time and extra memory of quantizing whole networks (with random weights, since values do not matter).
 
 python benchmarks/quantize.py
 python benchmarks/quantize.py --networks resnet18,vgg16 --threads 2 --presets default
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def measured(model: torch.nn.Module, preset: str, runs: int, weights_bytes: int) -> str:
-    """Time and memory of quantizing a network, as text."""
+    """Return time and memory of quantizing a network, as text."""
     config = QuantConfig.preset(preset)
     times = []
     machine.reset_peak()

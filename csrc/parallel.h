@@ -1,4 +1,4 @@
-// Runs independent tasks: on the threads of PyTorch, on a pool of our own, or one after another.
+// Runs independent tasks: on PyTorch's thread pool, on our own, or sequentially.
 #pragma once
 
 #include <atomic>
@@ -10,18 +10,18 @@ namespace dsconv {
 using Range = void (*)(std::int64_t begin, std::int64_t end, void* context);
 using ParallelFor = void (*)(std::int64_t begin, std::int64_t end, std::int64_t grain, Range, void* context);
 
-// Runs the tasks; null: one after another. Set before the first task; the child of a fork changes to its own pool.
+// Runs the tasks; null means sequentially. Set before the first task; the child of a fork switches to its own pool.
 inline std::atomic<ParallelFor> parallel_for{nullptr};
 
-// How many threads tasks are expected to run on, for work that costs more the finer it is cut.
+// Expected number of threads, for work whose total cost grows with the number of tasks.
 inline std::atomic<int> expected_threads{4};
 
-// Runs on a pool of as many threads as pool_threads last asked for, which starts at its first use.
+// Runs on a pool with the number of threads that pool_threads last set; it starts at its first use.
 void parallel_for_of_pool(std::int64_t begin, std::int64_t end, std::int64_t grain, Range, void* context);
 void pool_threads(int count);
 
-// Threads take one task after another, so that none waits for another that has longer ones. The caller gets the first
-// exception of a task when all others are done.
+// Threads take tasks dynamically, which balances tasks of different length. The first exception of a task is rethrown in
+// the caller after all tasks have finished.
 template <class Function>
 void parallel(std::int64_t tasks, Function function) {
   struct Context {
@@ -31,7 +31,7 @@ void parallel(std::int64_t tasks, Function function) {
     std::atomic<bool> failed{false};
     std::exception_ptr error{};
   } all{function, tasks};
-  // A thread goes on until nothing is left, whatever its range.
+  // A thread continues until no task is left, regardless of its range.
   const auto run = [](std::int64_t, std::int64_t, void* context) {
     Context& c = *static_cast<Context*>(context);
     try {

@@ -1,4 +1,4 @@
-// Memory that a thread keeps from call to call: new pages cost more than the arithmetic of a small layer.
+// Scratch memory that a thread keeps between calls: new pages cost more than the arithmetic of a small layer.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ class NoMemory : public std::bad_alloc {
   char what_[128];
 };
 
-// Large memory is given back after use. Every user, named by a type, has memory of its own.
+// Large memory is freed after use. Every user, identified by a type, has separate memory.
 template <class User>
 class Scratch {
  public:
@@ -29,7 +29,7 @@ class Scratch {
     kept_.release();
     const std::int64_t whole = (bytes + 63) / 64 * 64;
     kept_.data = static_cast<std::byte*>(::operator new(whole, std::align_val_t{64}, std::nothrow));
-    if (!kept_.data) throw NoMemory(whole);  // kept_ says that nothing is kept
+    if (!kept_.data) throw NoMemory(whole);  // kept_ is 0 already
     kept_.bytes = whole;
   }
   ~Scratch() {
@@ -38,7 +38,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // Returns room for the next `count` values.
+  // Returns space for the next `count` values.
   template <class T>
   T* take(std::int64_t count) {
     T* values = reinterpret_cast<T*>(kept_.data + taken_);

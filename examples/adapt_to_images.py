@@ -1,4 +1,4 @@
-"""3-bit weights, rounded and then trained on a folder of images without labels to do what the float network does.
+"""3-bit weights, rounded and then trained on a folder of images without labels to match the float network.
 
 python examples/adapt_to_images.py photos/                     # several hundred images or more; takes a while
 python examples/adapt_to_images.py photos/ --model torchvision/resnet18 --steps 2000
@@ -29,7 +29,7 @@ preprocess = zoo.preprocess_of(net)
 if options.size:
     preprocess = preprocess.model_copy(update={"resize": options.size, "crop": (options.size, options.size)})
 
-# A quarter of the images is kept apart: what helps on the others has to help on these.
+# A quarter of the images is held back to check that improvements generalize.
 images = torch.cat([x for x, _ in batches(options.data, preprocess=preprocess, limit=options.images)])
 images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
 held_out, ours = images[: len(images) // 4], images[len(images) // 4 :]

@@ -35,8 +35,8 @@ qnet = dsconv.quantize(net)
 with torch.inference_mode():
     expected = qnet(images).argmax(1)
 
-# qdq: integers of 4 bits with a scale per block; it computes what dsconv computes, slower than float32.
-# int8: rounded once more, a scale per tensor with ranges from the images; what runtimes are fast at.
+# qdq: 4-bit integers with a scale per block; the outputs match dsconv, slower than float32.
+# int8: rounded again, one scale per tensor with ranges from the images; fast on common runtimes.
 for style in ("qdq", "int8"):
     ranges = images if style == "int8" else None
     path = dsconv.export_onnx(qnet, images[:1], options.out / f"network.{style}.onnx", style, images=ranges)

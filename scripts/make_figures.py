@@ -19,7 +19,7 @@ from dsconv.files import replacing
 from dsconv.numerics import dequantize_weight, quantize_activation, quantize_weight, quantize_weight_shifted
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "figures"
-# Pages are light or dark: pictures have no background, words beside shapes a grey that both carry.
+# Pages are light or dark: pictures have no background, and words beside shapes have a grey that is readable on both.
 INTEGER, SCALE, FLOAT, INK, WORD = "#9fd3f3", "#f7c977", "#d4d4d4", "#1a1a1a", "#808080"
 BITS, BLOCK = 4, 8
 # Width of the labels, in cells.
@@ -48,7 +48,7 @@ def example() -> Example:
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure whose unit is a cell, of half an inch."""
+    """Return a figure whose unit is a cell, of half an inch."""
     figure = Figure((0.5 * width, 0.5 * height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
@@ -73,7 +73,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], widt
 
 
 def row(axes: Axes, y: float, label: str, cells: Sequence[str], colour: str) -> None:
-    """A label and 16 cells, with a gap between the blocks."""
+    """Draw a label and 16 cells, with a gap between the blocks."""
     word(axes, LEFT - 0.3, y + 0.5, label, ha="right")
     for i, text in enumerate(cells):
         box(axes, column(i), y, 1, text, colour, 10)
@@ -96,7 +96,7 @@ def decimals(values: torch.Tensor, digits: int = 2) -> list[str]:
 
 
 def blocks(e: Example) -> Figure:
-    """A row of weights becomes integers and a scale per block, a row of activations mantissas and exponents."""
+    """Draw a row of weights as integers and a scale per block, and a row of activations as mantissas and exponents."""
     figure, axes = canvas(20, 7.4)
     rows = [("weights", decimals(e.w), FLOAT), ("VQK", integers(e.vqk), INTEGER)]
     for y, (label, cells, colour) in enumerate(rows):
@@ -115,7 +115,7 @@ def blocks(e: Example) -> Figure:
 
 
 def rounding(e: Example) -> Figure:
-    """Activations of the two blocks on the grids of their exponents."""
+    """Draw activations of the two blocks on the grids of their exponents."""
     figure = Figure((10, 3.4))
     for block, axes in enumerate(figure.subplots(1, 2)):
         part = slice(block * BLOCK, (block + 1) * BLOCK)
@@ -142,7 +142,7 @@ def rounding(e: Example) -> Figure:
 
 
 def inner_loop(e: Example) -> Figure:
-    """The two blocks multiplied and summed as integers, then one multiply-add of floats for each."""
+    """Draw the two blocks multiplied and summed as integers, then one float multiply-add for each."""
     figure, axes = canvas(20, 8.4)
     row(axes, 0.2, "VQK", integers(e.vqk), INTEGER)
     row(axes, 1.3, "mantissas", integers(e.mantissa), INTEGER)
@@ -169,7 +169,7 @@ def inner_loop(e: Example) -> Figure:
 
 
 def levels(_: Example) -> Figure:
-    """64 real weights and the levels that a block offers them, without and with a shift."""
+    """Draw 64 real weights and the levels of a block, without and with a shift."""
     weight = dsconv.demo.load_network().get_submodule("layer3.conv2").weight.detach()
     block = weight[7:8, 32:96, 1:2, 1:2]
     rules = {
@@ -197,7 +197,7 @@ def levels(_: Example) -> Figure:
 
 
 def folding(_: Example) -> Figure:
-    """The same operations called one by one, and as a step of a program."""
+    """Draw the same operations called one by one, and as one step of a program."""
     figure, axes = canvas(23.4, 7.4)
     parts = ["quantize", "DSConv", "BatchNorm", "+ residual", "ReLU", "quantize", "DSConv"]
     word(axes, 0.1, 0.5, "one by one", 13, "left")
@@ -234,7 +234,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     e = example()
-    # Ids are hashes of what they name, with this salt in place of a random one.
+    # Ids are hashes of their contents, with this salt in place of a random one.
     with matplotlib.rc_context({"svg.hashsalt": "dsconv"}):
         for name, make in FIGURES.items():
             with replacing(out / f"{name}.svg") as beside:

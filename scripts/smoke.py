@@ -1,6 +1,6 @@
-"""What an installed dsconv must do: quantize the embedded network, run it, write it and read it back.
+"""Check an installed dsconv: quantize the embedded network, run it, write it and read it back.
 
-python scripts/smoke.py           # a wheel, which brings its kernels
+python scripts/smoke.py           # a wheel, which contains the kernels
 python scripts/smoke.py --pure    # an installation without the extension, which must say that it is slow
 """
 

@@ -1,4 +1,4 @@
-"""What an installed dsconv-runtime must do: run the network of digits, without dsconv and PyTorch.
+"""Check an installed dsconv-runtime: run the digits network, without dsconv and PyTorch.
 
 python scripts/smoke_runtime.py digits.dsconv
 """

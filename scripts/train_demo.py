@@ -1,4 +1,4 @@
-"""Trains the demo's network and writes the two files that ship inside ``dsconv.demo``.
+"""Train the demo's network and write the two files that are shipped in ``dsconv.demo``.
 
     python scripts/train_demo.py               # about a minute on one core; replaces the shipped files
     python scripts/train_demo.py --out DIR     # the same files, somewhere else
@@ -34,7 +34,7 @@ SOURCE = "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, 
 
 
 def split_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images, training labels, test images, test labels: uint8 (N, 1, 8, 8) in 0..16 and int64 (N,)."""
+    """Return training images and labels, test images and labels: uint8 (N, 1, 8, 8) in 0..16 and int64 (N,)."""
     from sklearn import datasets, model_selection  # type: ignore[import-untyped]
 
     digits = datasets.load_digits()
@@ -47,7 +47,7 @@ def split_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Shifts each image by at most one pixel each way and adds a little noise."""
+    """Shift each image by at most one pixel in each direction and add a little noise."""
     count, side = images.shape[0], images.shape[-1]
     windows = F.pad(images, (1, 1, 1, 1)).unfold(2, side, 1).unfold(3, side, 1)
     shifted = windows[torch.arange(count), :, torch.randint(3, (count,)), torch.randint(3, (count,))]
@@ -55,7 +55,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def train(images: Tensor, labels: Tensor, epochs: int) -> DigitsResNet:
-    """A ``DigitsResNet`` trained on float32 images in 0..1."""
+    """Return a ``DigitsResNet`` trained on float32 images in 0..1."""
     network = DigitsResNet()
     steps = epochs * -(-len(images) // BATCH)
     optimizer = torch.optim.SGD(network.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -76,7 +76,7 @@ def train(images: Tensor, labels: Tensor, epochs: int) -> DigitsResNet:
 
 @torch.inference_mode()
 def correct(network: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """How many of the images the network classifies correctly."""
+    """Return the number of images that the network classifies correctly."""
     return int((network(images).argmax(1) == labels).sum())
 
 
@@ -85,14 +85,14 @@ def report(right: int, count: int) -> str:
 
 
 def write(path: Path, tensors: dict[str, Tensor], key: str, value: str) -> None:
-    # One metadata entry only: safetensors writes several in no fixed order, and the file would not be reproducible.
+    # Only one metadata entry: safetensors writes several in no fixed order, and the file would not be reproducible.
     with replacing(path) as beside:
         beside.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {key: value}))
     print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def check(package: Path) -> int:
-    """0 where the shipped weights classify as many shipped test digits correctly as their file claims, else 1."""
+    """Return 0 if the shipped weights classify as many shipped test digits correctly as their file states, else 1."""
     with safe_open(package / "digits_resnet.safetensors", "pt") as file:
         claimed = int(file.metadata()["test_correct"])
     images, labels = load_digits("test")

@@ -1,4 +1,4 @@
-"""Documentation that holds: Python blocks run in the order of their page, commands exist, links lead somewhere."""
+"""Documentation is valid: Python blocks run in the order of their page, commands exist, links have targets."""
 
 import importlib.util
 import pkgutil
@@ -20,17 +20,17 @@ from dsconv import cli
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")])
 TERMINAL = ("", "console", "sh", "bash")
-# What a block needs is said in a comment above it: <!-- needs: MODULE, MODULE -->
+# A comment above a block states its requirements: <!-- needs: MODULE, MODULE -->
 BLOCK = re.compile(r"^(?:<!-- needs: (?P<needs>.+?) -->\n+)?```(?P<language>\S*)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
 def terminal(page: Path) -> str:
-    """The terminal blocks of a page."""
+    """Return the terminal blocks of a page."""
     return "".join(b["text"] for b in BLOCK.finditer(page.read_text("utf-8")) if b["language"] in TERMINAL)
 
 
 def commands(text: str) -> list[list[str]]:
-    """Words of each line, from the name of a program that is known here on."""
+    """Return the words of each line, from the name of a known program on."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -40,7 +40,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def parse(words: list[str]) -> None:
-    """Raise what the command line raises of unknown commands, unknown options and values out of range."""
+    """Raise the command line's errors for unknown commands, unknown options and values out of range."""
     group: Any = typer.main.get_command(cli.app)
     context = group.make_context("dsconv", words[1:])
     if not words[1].startswith("-"):
@@ -139,7 +139,7 @@ def test_names_of_dsconv_in_docstrings_and_pages_exist() -> None:
             try:
                 pkgutil.resolve_name(name := match[1] or match[2])
             except (AttributeError, ImportError):
-                # Fields of a dataclass or attributes of an instance are told of by its annotations.
+                # Annotations show the fields of a dataclass and the attributes of an instance.
                 of, _, attribute = name.rpartition(".")
                 try:
                     known = attribute in getattr(pkgutil.resolve_name(of), "__annotations__", {})

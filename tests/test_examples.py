@@ -1,4 +1,4 @@
-"""Every script of examples/ runs to its end, on a few small images."""
+"""Every script of examples/ runs successfully on a few small images."""
 
 import importlib.util
 import runpy
@@ -19,7 +19,7 @@ IMAGES, SIZE = 24, 32
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of smooth random pictures without labels."""
+    """Return a folder of smooth random pictures without labels."""
     folder = tmp_path_factory.mktemp("photos")
     noise = torch.rand(IMAGES, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     pictures = torch.nn.functional.interpolate(noise, size=(SIZE + 8, SIZE), mode="bicubic").clamp(0, 1)
@@ -30,7 +30,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Runs a script in an empty folder, which it returns."""
+    """Run a script in an empty folder, and return the folder."""
 
     def runs(script: str, *arguments: object) -> Path:
         monkeypatch.chdir(tmp_path)

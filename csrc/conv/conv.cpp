@@ -13,7 +13,7 @@ namespace dsconv {
 namespace {
 
 constexpr std::int64_t kTasks = 32;      // enough to balance the threads
-constexpr std::int64_t kWindows = 1024;  // outputs of a task that quantizes their windows
+constexpr std::int64_t kWindows = 1024;  // outputs per task, which quantizes their windows
 
 }  // namespace
 
@@ -37,11 +37,11 @@ void quantize_windows(const ConvSizes& g, const QuantizedTensor& to, const Kerne
                                    y * lines.next_line());
 }
 
-// A task quantizes its windows, and sums over them while they are in cache.
+// A task quantizes its windows, and computes their dot products while they are in cache.
 void convolve_flat(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Input& input, const Output& o) {
   static constexpr std::int64_t kTap[] = {0};
   const DotTasks tasks(g, l, kernels, o, kTap);
-  // Lines of some hundred outputs, whose input is rearranged once; fewer where there are not enough to balance the
+  // Lines with a few hundred outputs, whose input is rearranged once; fewer if there are too few lines to balance the
   // threads.
   const std::int64_t width = std::max<std::int64_t>(1, g.out_width), lines = std::max<std::int64_t>(1, g.out_height);
   const std::int64_t most = std::max<std::int64_t>(1, kWindows / width), shared = g.groups * g.images * lines / (kTasks / 2);
@@ -71,8 +71,8 @@ void convolve(const ConvSizes& g, const Layer& l, const Kernels& kernels, const 
   const Parts parts(g, q.grid(), o);
   const Part first_part = parts.at(0);
   const std::int64_t units = DotTasks(first_part.g, l, kernels, first_part.o, first_part.tap_row).units;
-  // Chunks of about the same size, of whole tiles. A task keeps its pixels in cache and goes through the weights; with
-  // few pixels there are more tasks, of some weights.
+  // Chunks of similar size, of whole tiles. A task keeps its pixels in cache and iterates over the weights; if there are
+  // few pixels, the weights are split into more tasks.
   const std::int64_t pixels = parts.pixels(), chunks = ceil_div(pixels, kernels.task_pixels);
   const std::int64_t even = ceil_div(pixels, std::max<std::int64_t>(1, chunks));
   const std::int64_t chunk = std::min<std::int64_t>(kernels.task_pixels, ceil_div(even, kernels.mr) * kernels.mr);
@@ -99,7 +99,7 @@ void convolve(const ConvSizes& whole, const Layer& l, const Kernels& kernels, co
   if (g.flat) return g.volume ? convolve_flat_frames(g, l, kernels, input, o) : convolve_flat(g, l, kernels, input, o);
   if (g.winograd) return convolve_winograd(g, l, kernels, input, o);
   if (g.kernel_size() == 1 && !g.pad_h && !g.pad_w && !g.transposed && !g.volume) {
-    // Pixels that a strided 1x1 convolution skips need not be quantized.
+    // Pixels that a strided 1x1 convolution skips are not quantized.
     input.strides.y *= g.stride_h, input.strides.x *= g.stride_w;
     g.height = g.out_height, g.width = g.out_width;
     g.stride_h = g.stride_w = 1;

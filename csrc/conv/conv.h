@@ -1,4 +1,4 @@
-// A whole convolution: quantizes the input, sums over it, writes the output.
+// A complete convolution: quantizes the input, computes dot products, and applies the epilogue.
 #pragma once
 
 #include <cstdint>
@@ -31,20 +31,20 @@ struct Input {
 struct Output {
   float* values;  // null where only targets are written
   Strides strides;
-  Input residual;                            // its values may be null; its channels are as far apart as those of the output
-  std::span<const QuantizedTarget> targets;  // the outputs are whole blocks of them
+  Input residual;                            // its values may be null; its channel stride is that of the output
+  std::span<const QuantizedTarget> targets;  // the outputs fill whole blocks of them
   Lattice lattice{};                         // of the targets
 };
 
-// Packs vqk (outputs, channels / groups, taps) to panels, one after another, wide where it has more than 4 bits; for
-// Winograd pairs of them, product by product, and then the sums of DotArgs.
+// Packs vqk (outputs, channels / groups, taps) into consecutive panels, wide if it has more than 4 bits; for Winograd
+// into pairs of panels, product by product, followed by the sums of DotArgs.
 void pack_weight(const ConvSizes&, const std::int8_t* vqk, int bits, std::uint8_t* packed);
-// Packs kds (outputs, blocks, taps) to [group][pair of panels][tap][block][kNR], so that tiles read sequentially.
+// Packs kds (outputs, blocks, taps) into [group][pair of panels][tap][block][kNR], so that tiles read it sequentially.
 void pack_kds(const ConvSizes&, const float* kds, float* packed);
 
 // Convolves from float to float.
 void convolve(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
-// Convolves a quantized input, with a border at least as wide as the padding; not for flattened blocks.
+// Convolves a quantized input whose border is at least as wide as the padding; flattened blocks are not supported.
 void convolve(const ConvSizes&, const Layer&, const Kernels&, const QuantizedTensor& input, const Output&);
 // Convolves by Winograd; the weights are wide, and the KDS shift is that of the centre.
 void convolve_winograd(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
@@ -53,12 +53,12 @@ void convolve_flat(const ConvSizes&, const Layer&, const Kernels&, const Input&,
 void convolve_flat_frames(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 void convolve_depthwise(const ConvSizes&, const Layer&, const Kernels&, const Input&, const Output&);
 
-// Convolves with a first layer and then with a depthwise one of float activations, some lines at a time: what lies between them
-// stays in the caches (joined.h).
+// Convolves with a first layer and then with a depthwise one of float activations, a few lines at a time: the intermediate
+// lines stay in cache (joined.h).
 struct FirstLayer;
 void convolve_joined(const FirstLayer&, const ConvSizes&, const Layer&, const Kernels&, const Output&);
 
-// Flattened blocks: quantizes the windows of some lines of outputs from line `top` on, to rows one after another.
+// Flattened blocks: quantizes the windows of some lines of outputs, from line `top` on, into consecutive rows.
 void quantize_windows(const ConvSizes&, const QuantizedTensor& to, const Kernels&, const Input&, std::int64_t group,
                       std::int64_t image, std::int64_t top, std::int64_t count);
 
@@ -67,7 +67,7 @@ void quantize_windows(const ConvSizes&, const QuantizedTensor& to, const Kernels
 void quantize_activation(const ConvSizes&, const Layer&, const Kernels&, const Input&, std::int8_t* mantissa,
                          std::int8_t* exponent);
 
-// Returns the multiply-adds per second that one thread reaches with one block and all data in the first cache: an upper
+// Returns the multiply-adds per second that one thread reaches with one block and all data in the L1 cache: an upper
 // bound for layers.
 double peak_rate(const Kernels&, double seconds);
 

@@ -17,9 +17,9 @@ const float* input_line(const ConvSizes& g, const Input& from, std::int64_t imag
   return inside ? from.values + image * from.strides.image + in_y * from.strides.y : nullptr;
 }
 
-// The tasks of a depthwise convolution: some lines of outputs each. Lanes are channels where those are contiguous
-// (by_channel), and then a task does all of them; else lanes are pixels of a line, and a task does the filters of one
-// input channel.
+// The tasks of a depthwise convolution: some lines of outputs each. Lanes are channels if those are contiguous
+// (by_channel), and a task computes all channels; otherwise lanes are pixels of a line, and a task computes the filters
+// of one input channel.
 class DepthwiseTasks {
  public:
   DepthwiseTasks(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Input& from, const Output& o)
@@ -56,18 +56,18 @@ class DepthwiseTasks {
   }
 
  private:
-  // A line of outputs, and the memory of its task.
+  // A line of outputs, and the scratch memory of its task.
   struct Line {
     std::int64_t image, part, y;
     PostOps post;
     const float** tap = nullptr;
     const float* zeros = nullptr;  // a pixel of the padding
-    float* few_taps = nullptr;     // the taps of a pixel of few channels, filled up to a vector
-    float* finished = nullptr;     // outputs that are not kept as floats
+    float* few_taps = nullptr;     // the taps of a pixel of few channels, padded to a vector
+    float* finished = nullptr;     // outputs that are not stored as floats
     float* rearranged = nullptr;
   };
 
-  // Fewer channels than are read at once: fills their post-ops up.
+  // Pads the post-ops if there are fewer channels than a vector reads.
   void pad_post(PostOps& post, float (&padded)[3][kMaxLanes]) const {
     const float** const given[] = {&post.bias, &post.gain, &post.offset};
     for (int i = 0; i < 3; ++i)
@@ -79,7 +79,7 @@ class DepthwiseTasks {
     return values ? values + t.image * s.image + channel * s.channel + t.y * s.y + x * s.x : nullptr;
   }
 
-  // Computes `lanes` outputs, of filter `output` or of the filters from there on, which read from tap[k][first].
+  // Computes `lanes` outputs, of filter `output` or of consecutive filters from there, which read from tap[k][first].
   void run_kernel(const Line& t, std::int64_t output, std::int64_t first, std::int64_t lanes, float* to,
                   const float* residual) const {
     DepthwiseArgs a{};
@@ -120,7 +120,7 @@ class DepthwiseTasks {
       }
       const std::int64_t whole = few_ ? g_.channels : g_.channels / kMaxLanes * kMaxLanes;
       run_kernel(t, 0, 0, whole, line + x * stride, residual(t, 0, x));
-      // The last vector overlaps the one before, so that nothing behind the last channel is read.
+      // The last vector overlaps the previous one, so that nothing beyond the last channel is read.
       const std::int64_t last = g_.channels - kMaxLanes;
       if (whole < g_.channels) run_kernel(t, last, last, kMaxLanes, line + x * stride + last, residual(t, last, x));
     }
@@ -132,7 +132,7 @@ class DepthwiseTasks {
   const Input& from_;
   const Output& o_;
   const std::int64_t taps_, filters_;  // filters of an input channel
-  const bool by_channel_, few_;        // few: fewer channels than are read at once
+  const bool by_channel_, few_;        // few: fewer channels than a vector reads
   const std::int64_t parts_;
   std::int64_t lines_, stripes_;  // lines of a task
 };

@@ -1,4 +1,4 @@
-// Depthwise convolutions of float activations whose channels are contiguous, some channels and lines at a time.
+// Depthwise convolutions of float activations in NHWC, some channels and lines at a time.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace dsconv {
 
-// A part is some channels, which are whole blocks of all targets.
+// A part is a range of channels that are whole blocks of all targets.
 class DepthwiseParts {
  public:
   DepthwiseParts(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Output& o)
@@ -21,7 +21,7 @@ class DepthwiseParts {
   const std::int64_t pixels;           // that are quantized together
 
   // Calls body(run), where run(image, begin, end, line_of) computes lines `begin` to `end` of the outputs of an image.
-  // line_of(y) is where line y of the input begins with the first channel of the part; its pixels lie `pixel_stride` apart.
+  // line_of(y) is the address of line y of the input, at the first channel of the part; `pixel_stride` separates its pixels.
   template <class Body>
   void with_part(std::int64_t part, std::int64_t pixel_stride, Body body) const {
     const std::int64_t first = part * channels, width = std::min(channels, g_.channels - first);
@@ -48,7 +48,7 @@ class DepthwiseParts {
 
  private:
   static constexpr std::int64_t kOutputs = DepthwiseLineArgs::kOutputs;
-  static constexpr std::int64_t kChannels = 64, kStaged = 4096;  // values that stay in the first cache
+  static constexpr std::int64_t kChannels = 64, kStaged = 4096;  // values that fit in the L1 cache
 
   static std::int64_t channels_of(const ConvSizes& g, const Output& o) {
     std::int64_t together = kChannels;

@@ -1,4 +1,4 @@
-// Dot products of some pixels times some outputs, and what becomes of them.
+// Dot products of some pixels times some outputs, and their epilogue.
 #pragma once
 
 #include <algorithm>
@@ -14,14 +14,14 @@ namespace dsconv {
 // The tasks of a direct convolution: dot products of some pixels times some outputs.
 class DotTasks : OutputTasks {
  public:
-  // The taps, from `first_tap` on, lie these distances in rows from a pixel's row.
+  // The distances in rows of the taps, from `first_tap` on, to a pixel's row.
   DotTasks(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Output& o, std::span<const std::int64_t> tap_row,
            std::int64_t first_tap = 0)
       : OutputTasks(g, l, kernels, o), tap_row_(tap_row), first_tap_(first_tap) {}
   using OutputTasks::units;
 
-  // Computes outputs of some units of a group at pixels `first` to `end`, kMaxTaskPixels at most. Their rows lie
-  // `row_stride` apart in a line, from row_of(image, y, x) on.
+  // Computes outputs of some units of a group at pixels `first` to `end`, at most kMaxTaskPixels. Their rows begin at
+  // row_of(image, y, x), with stride `row_stride` within a line.
   template <class RowOf>
   void run(const QuantizedRows& rows, RowOf row_of, std::int64_t row_stride, std::int64_t group, std::int64_t first,
            std::int64_t end, std::int64_t begin_unit, std::int64_t end_unit) const {
@@ -47,7 +47,7 @@ class DotTasks : OutputTasks {
   }
 
  private:
-  // Returns the part of the arguments that all units share.
+  // Returns the arguments that all units share.
   DotArgs dot_args(const QuantizedRows& rows, const Pixels& px, const std::int64_t* row) const {
     DotArgs a{};
     a.rows = rows;
@@ -60,7 +60,7 @@ class DotTasks : OutputTasks {
     return a;
   }
 
-  // Whether the kernels finish outputs while their sums are in registers.
+  // Whether the kernels apply the epilogue while the sums are in registers.
   bool finishes_at_once(const QuantizedRows& rows) const {
     return kernels_.dot_one_block && g_.taps() == 1 && tap_row_.size() == 1 && rows.blocks == 1 && !rows.overflow[0] &&
            !rows.int_acc && o_.values && channel_stride() == 1 && o_.targets.empty() && !o_.residual.values &&
@@ -76,7 +76,7 @@ class DotTasks : OutputTasks {
     const ActivationSettings activation = l_.post.activation;
     const bool bounds = has_bounds(activation.kind);
     if (!bounds) to.post.activation.kind = Activation::none;
-    // Other activations are computed of some outputs at a time, while they are in the first cache.
+    // Other activations are applied to some outputs at a time, while they are in the L1 cache.
     constexpr int kCachedValues = 4096;
     const int together = bounds ? px.count : std::max(1, kCachedValues / to.outputs);
     const std::int64_t* const row = a.row;
@@ -87,7 +87,7 @@ class DotTasks : OutputTasks {
     }
   }
 
-  // Activates outputs where they are, from pixel to pixel.
+  // Applies the activation to outputs in place, pixel by pixel.
   void activate(float* outputs, const std::int64_t* place, int pixels, int channels, const ActivationSettings& activation) const {
     MapArgs m{};
     m.operation = Operation::activate, m.activation = activation, m.channels = channels;

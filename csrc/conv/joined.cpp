@@ -7,7 +7,7 @@ namespace dsconv {
 
 void convolve_joined(const FirstLayer& first, const ConvSizes& g, const Layer& l, const Kernels& kernels, const Output& o) {
   const DepthwiseParts parts(g, l, kernels, o);
-  // Lines that are quantized together, and those of the first layer that they read.
+  // Lines that are quantized together, and the lines of the first layer that they read.
   const std::int64_t together = std::clamp<std::int64_t>(parts.pixels / g.out_width, 1, g.out_height);
   const std::int64_t read = (together - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
   const Stripes stripes(g.out_height, g.images * parts.count);
@@ -17,7 +17,7 @@ void convolve_joined(const FirstLayer& first, const ConvSizes& g, const Layer& l
     const std::int64_t begin = index * parts.channels, end = std::min(g.channels, begin + parts.channels);
     struct User;
     Scratch<User> scratch(LineRing::bytes(first.g, read, end - begin));
-    // Returns the end of the lines that those of outputs before `y` read.
+    // Returns the end of the lines that outputs before line `y` read.
     const auto end_of = [&](std::int64_t y) {
       return std::min(g.height, (y - 1) * g.stride_h - g.pad_h + (g.kernel_h - 1) * g.dilation_h + 1);
     };

@@ -1,4 +1,4 @@
-// Two steps together: the first one, a convolution, makes some lines of its outputs when the second one reads them.
+// Two fused steps: the first one, a convolution, computes lines of its outputs when the second one reads them.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +21,8 @@ struct FirstLayer {
 
 inline bool makes_lines(const ConvSizes& g) { return g.groups == 1 && !g.winograd && !g.transposed && !g.volume; }
 
-// How the lines of outputs of some images are shared out: as few tasks as balance the threads, since each makes the lines of
-// its halo once more.
+// Partition of the lines of outputs of some images: as few tasks as balance the threads, since each recomputes the lines of
+// its halo.
 struct Stripes {
   std::int64_t lines, count;  // of a stripe; stripes
 
@@ -35,7 +35,7 @@ struct Stripes {
   }
 };
 
-// Lines of some outputs of an image, in a ring that stays in the second cache.
+// Lines of some outputs of an image, in a ring buffer that fits in the L2 cache.
 class LineRing {
  public:
   // Windows of flattened blocks are quantized some lines at a time.
@@ -45,7 +45,7 @@ class LineRing {
     return kept(g, lines) * g.out_width * outputs * 4;
   }
 
-  // Keeps `lines` of those from `first_line` to before `last_line`, of outputs `begin` to `end`; `begin` is a multiple of kNR.
+  // Holds `lines` of the lines in [first_line, last_line), of outputs `begin` to `end`; `begin` is a multiple of kNR.
   LineRing(const FirstLayer& first, const Kernels& kernels, std::int64_t image, std::int64_t begin, std::int64_t end,
            std::int64_t lines, std::int64_t first_line, std::int64_t last_line, float* memory)
       : first_(first), kernels_(kernels), g_(some_outputs(first.g, end - begin)), l_(from_output(first, begin)),
@@ -55,12 +55,12 @@ class LineRing {
   const float* at(std::int64_t y) const { return memory_ + y % lines_ * line(); }
   std::int64_t line() const { return first_.g.out_width * outputs_; }
 
-  // Makes the lines before `end` that are not there yet.
+  // Computes the missing lines before `end`.
   void make(std::int64_t end) {
     if (made_ >= end) return;
     end = std::min(end + ahead(first_.g), last_);
     while (made_ < end) {
-      const std::int64_t count = std::min(end - made_, lines_ - made_ % lines_);  // that lie one after another
+      const std::int64_t count = std::min(end - made_, lines_ - made_ % lines_);  // that are consecutive in the ring
       g_.flat ? flat_lines(count) : direct_lines(count);
       made_ += count;
     }

@@ -8,7 +8,7 @@
 namespace dsconv {
 
 // The lines of an image that some lines of outputs read, rearranged so that the inputs of neighbouring outputs at a tap
-// are contiguous: every stride-th value of a line, with zeros where the image ends.
+// are contiguous: every stride-th value of a line, with zeros as padding.
 class LineBuffer {
  public:
   static std::int64_t bytes(const ConvSizes& g, std::int64_t channels, std::int64_t outputs) {
@@ -19,7 +19,7 @@ class LineBuffer {
   LineBuffer(const ConvSizes& g, std::int64_t channels, std::int64_t outputs, float* memory)
       : g_(g), channels_(channels), lines_(read_by(g, outputs)), length_(length(g)), memory_(memory) {}
 
-  // Reads the input of `outputs` lines of outputs from line y on.
+  // Reads the input of `outputs` lines of outputs, from line y on.
   void read(const float* from, const Strides& s, std::int64_t y) {
     float* to = memory_;
     for (std::int64_t channel = 0; channel < channels_; ++channel)
@@ -31,8 +31,8 @@ class LineBuffer {
       }
   }
 
-  // Returns the inputs of the first line of outputs at a place of the flattened channels and taps; those of the next
-  // line lie next_line() further on.
+  // Returns the inputs of the first line of outputs at an index of the flattened channels and taps; the distance to the
+  // next line is next_line().
   const float* at(std::int64_t place) const {
     const std::int64_t kx = place % g_.kernel_w * g_.dilation_w, row = place / g_.kernel_w;
     const std::int64_t line = row / g_.kernel_h * lines_ + row % g_.kernel_h * g_.dilation_h;
@@ -41,7 +41,7 @@ class LineBuffer {
   std::int64_t next_line() const { return g_.stride_h * g_.stride_w * length_; }
 
  private:
-  // Reads every stride-th value of a line, from pixel in_x on; zeros where there is no line.
+  // Reads every stride-th value of a line, from pixel in_x on; zeros if the line is null.
   void read_phase(const float* line, std::int64_t x_stride, std::int64_t in_x, float* to) const {
     if (!line) return void(std::fill_n(to, length_, 0.0f));
     const std::int64_t step = g_.stride_w * x_stride;

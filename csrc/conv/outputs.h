@@ -1,4 +1,4 @@
-// Turns sums of a convolution into outputs: epilogues and quantization of some pixels times some outputs.
+// Epilogue of a convolution: post-ops and quantization of the sums of some pixels times some outputs.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace dsconv {
 
-// The base of the tasks of a convolution, which compute the sums.
+// Base class of the tasks of a convolution, which compute the sums.
 class OutputTasks {
  public:
   OutputTasks(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Output& o)
@@ -22,16 +22,16 @@ class OutputTasks {
   const std::int64_t units;  // of the outputs of a group
 
  protected:
-  // The pixels of a task, and its memory.
+  // The pixels of a task, and its scratch memory.
   struct Pixels {
     std::int64_t group;
     int count;
     std::int64_t place[kMaxTaskPixels];           // of its outputs
     std::int64_t residual_place[kMaxTaskPixels];  // of its residuals
-    float *sums, *finished;                       // of a unit; outputs that are not kept as floats
+    float *sums, *finished;                       // of a unit; outputs that are not stored as floats
     std::int64_t* target_row;                     // [targets][count]
   };
-  // Outputs `begin` to `end` of a group, and their place in the output tensor.
+  // Outputs `begin` to `end` of a group, and their offset in the output tensor.
   struct Unit {
     std::int64_t begin, end;
     float* values;
@@ -49,7 +49,7 @@ class OutputTasks {
     px.target_row = scratch.template take<std::int64_t>(px.count * std::ssize(o_.targets));
   }
 
-  // Says where `count` neighbouring pixels lie from `first` on, which are those from `at` on of the task.
+  // Sets the offsets of `count` neighbouring pixels from `first` on, which are the pixels from `at` on of the task.
   void locate(std::int64_t first, std::int64_t count, int at, Pixels& px) const {
     const auto offsets = [&](const Strides& s, std::int64_t* to) {
       const auto of_line = [&s](std::int64_t image, std::int64_t y, std::int64_t x) { return image * s.image + y * s.y + x * s.x; };
@@ -103,8 +103,8 @@ class OutputTasks {
   }
 
  private:
-  // Returns how many pixels from p on are finished together. Outputs that lie far apart are quantized some at a time, while
-  // they are still in the first cache, and neighbours only.
+  // Returns how many pixels from p on share an epilogue. Outputs with a large stride are quantized in small groups of
+  // neighbours, while they are still in the L1 cache.
   int together(const Pixels& px, int p) const {
     if (!o_.values || o_.targets.empty()) return px.count - p;
     int count = 1;
@@ -112,7 +112,7 @@ class OutputTasks {
     return count;
   }
 
-  // Returns the block of the only target that a unit is, if it is one; of no pixels yet.
+  // Returns the block of the only target that a unit fills, if it fills one; its pixels are not set yet.
   std::optional<QuantizeArgs> block_of(const Pixels& px, const Unit& unit) const {
     if (o_.targets.size() != 1 || (o_.values && o_.strides.channel != 1)) return {};
     const QuantizedTarget& target = o_.targets.front();
@@ -123,7 +123,7 @@ class OutputTasks {
     return quantize_args(target.tensor, channel / layout.depth, block, px.target_row, 0);
   }
 
-  // Returns how many outputs of a group are finished before any is quantized: such that they are whole blocks of all
+  // Returns how many outputs of a group are computed before they are quantized: a number that fills whole blocks of all
   // targets.
   static std::int64_t unit_of(const ConvSizes& g, std::span<const QuantizedTarget> targets) {
     std::int64_t unit = kNR;

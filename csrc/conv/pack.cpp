@@ -11,7 +11,7 @@
 namespace dsconv {
 namespace {
 
-// Returns the taps in the order in which they are packed: phase by phase.
+// Returns the taps in packing order: phase by phase.
 std::vector<std::int64_t> tap_order(const ConvSizes& g) {
   std::vector<std::int64_t> order(g.taps());
   std::iota(order.begin(), order.end(), 0);
@@ -51,7 +51,7 @@ void pack_panel(const ConvSizes& g, const std::vector<std::int64_t>& order, cons
     }
 }
 
-// What takes away that flipped mantissas are 128 more, in the order of KDS.
+// Corrections for flipped mantissas, which are larger by 128, in the order of KDS.
 void pack_flip_sums(const ConvSizes& g, const std::int8_t* q, std::int32_t* packed) {
   const BlockLayout layout = g.layout();
   const std::int64_t taps = g.taps(), blocks = layout.blocks();

@@ -6,7 +6,7 @@
 namespace dsconv {
 namespace {
 
-// The taps of a phase, and how many lie before them in packed weights.
+// The taps of a phase, and the number of taps before them in packed weights.
 struct PhaseTaps {
   std::vector<std::int64_t> taps;
   std::int64_t before = 0;
@@ -31,7 +31,7 @@ Part Parts::at(std::int64_t index) const {
   p.first_tap = depth.before * h_.kernel * w_.kernel + depth.count() * (down.before * w_.kernel + down.count() * across.before);
   for (const std::int64_t kd : depth.taps) {
     const std::int64_t read = d_.place(frame, kd) + (d_.transposed ? 0 : frame * d_.stride);
-    if (read < 0 || read >= d_.size) {  // zeros, which add nothing; there are none but in front and behind
+    if (read < 0 || read >= d_.size) {  // zeros, which contribute nothing; they occur only before and after the frames
       if (p.tap_row.empty()) p.first_tap += down.count() * across.count();
       continue;
     }
@@ -54,7 +54,7 @@ Part Parts::at(std::int64_t index) const {
   return p;
 }
 
-// The frames that a frame of outputs reads are channels of its image.
+// The frames that a frame of outputs reads are handled as channels of its image.
 void convolve_flat_frames(const ConvSizes& g, const Layer& l, const Kernels& kernels, const Input& input, const Output& o) {
   ConvSizes plane = g;
   plane.images = g.out_depth, plane.channels = g.channels * g.kernel_d;

@@ -1,4 +1,4 @@
-// Transposed and 3-D convolutions as convolutions in two dimensions.
+// Decomposition of transposed and 3-D convolutions into 2-D convolutions.
 #pragma once
 
 #include <vector>
@@ -7,9 +7,9 @@
 
 namespace dsconv {
 
-// Outputs of a convolution that have the same taps: those of one phase in height and width, in one frame.
+// Outputs of a convolution with the same taps: those of one phase in height and width, in one frame.
 struct Part {
-  ConvSizes g;                        // of the whole, but for the outputs' depth, height and width
+  ConvSizes g;                        // of the whole convolution, except for the outputs' depth, height and width
   Output o;                           // begins with its first output
   std::int64_t first_tap;             // in the packed weights
   std::vector<std::int64_t> tap_row;  // of each tap: the distance in rows to row_of
@@ -20,7 +20,7 @@ struct Part {
   }
 };
 
-// The parts of a convolution of a quantized input that lies in `grid`. A direct one in two dimensions is one part.
+// The parts of a convolution of a quantized input in `grid`. A 2-D convolution that is not transposed is one part.
 class Parts {
  public:
   Parts(const ConvSizes& g, const PaddedGrid& grid, const Output& o)

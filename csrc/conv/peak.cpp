@@ -10,7 +10,7 @@
 namespace dsconv {
 
 double peak_rate(const Kernels& kernels, double seconds) {
-  constexpr int kDepth = 512, kRows = 24, kPanelBytes = kDepth / 8 * 64;  // weights and mantissas fit the first cache
+  constexpr int kDepth = 512, kRows = 24, kPanelBytes = kDepth / 8 * 64;  // weights and mantissas fit in the L1 cache
   std::vector<float> kds(kNR, 1.0f), sums(kRows * kNR);
   std::vector<BlockScale> scales(kRows, BlockScale{kMagicBits, std::bit_cast<float>(kMagicBits)});
   std::vector<std::int64_t> row(kRows);
@@ -25,7 +25,7 @@ double peak_rate(const Kernels& kernels, double seconds) {
   a.row = row.data(), a.pixels = kRows;
   a.tap_row = &tap, a.taps = 1;
   a.sums = sums.data();
-  // Data is aligned to 64 like that of a layer.
+  // Data is aligned to 64 bytes, as in layers.
   constexpr std::int64_t kMantissas = kRows * kDepth + kReadPastEnd, kWeights = 2 * kPanelBytes;
   const std::int64_t needed = kernels.workspace_bytes ? kernels.workspace_bytes(a) : 0;
   struct User;

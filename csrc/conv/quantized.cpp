@@ -79,7 +79,7 @@ void QuantizedTensor::fill_borders() const {
   parallel(format_.groups * images, [&](std::int64_t task) {
     const QuantizedRows r = of_group(task / images);
     const std::int64_t first = task % images * grid_.image();
-    // Down the sides, the end of a line and the beginning of the next are contiguous.
+    // At the left and right borders, the end of a line and the beginning of the next are contiguous.
     fill_zero(r, first, pad_h * line + pad_w);
     for (std::int64_t y = 0; y + 1 < height; ++y) fill_zero(r, first + (pad_h + y + 1) * line - pad_w, 2 * pad_w);
     fill_zero(r, first + (pad_h + height) * line - pad_w, pad_w + pad_h * line);
@@ -114,7 +114,7 @@ void quantize_into(const QuantizedTarget& target, const Kernels& kernels, const 
 
 namespace {
 
-// Part of an image: `height` lines of `width` pixels, the first one with this number.
+// Part of an image: `height` lines of `width` pixels, and the index of the first pixel.
 struct Patch {
   std::int64_t group, first_pixel, height, width;
 };
@@ -126,7 +126,7 @@ void copy_line(const float* from, std::int64_t stride, std::int64_t count, float
     for (std::int64_t x = 0; x < count; ++x) to[x] = from[x * stride];
 }
 
-// Quantizes a patch whose channels lie apart. Pixels that are not contiguous, or fewer than a vector, are copied first.
+// Quantizes a patch whose channels are not contiguous. Strided pixels, or fewer than a vector, are copied first.
 void quantize_planes(const QuantizedTensor& to, const Kernels& kernels, const float* values, const Strides& s, bool contiguous,
                      const Patch& patch) {
   const BlockLayout& layout = to.format().layout;
@@ -159,7 +159,7 @@ void quantize(const QuantizedTensor& to, const Kernels& kernels, const float* fr
   const auto [images, height, width, pad_h, pad_w] = to.grid();
   const std::int64_t depth = to.format().layout.depth;
   to.begin(0, to.format().groups * depth);
-  // A task is some hundred pixels: lines, or a part of one; fewer where they are copied.
+  // A task is a few hundred pixels: lines, or a part of one; fewer if they are copied.
   const bool contiguous = s.channel == 1 || (s.x == 1 && s.y == width);
   const std::int64_t most = contiguous ? 256 : 128, columns = std::clamp<std::int64_t>(width, 1, most);
   const std::int64_t lines = width > most ? 1 : std::clamp<std::int64_t>(most / columns, 1, std::max<std::int64_t>(1, height));

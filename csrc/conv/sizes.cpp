@@ -6,9 +6,9 @@ namespace dsconv {
 namespace {
 
 constexpr std::int64_t kMaxSize = std::int64_t{1} << 31;
-constexpr double kMaxValues = 1e15;  // of a tensor
+constexpr double kMaxValues = 1e15;  // in a tensor
 
-// Whether the outputs are as many as the rest says, all within range.
+// Whether the number of outputs matches the other sizes, and all are within range.
 bool agree(const Axis& a) {
   for (const std::int64_t size : {a.size, a.out, a.pad})
     if (size < 0 || size > kMaxSize) return false;
@@ -19,7 +19,7 @@ bool agree(const Axis& a) {
     const std::int64_t room = a.size + 2 * a.pad - span;
     return room >= 0 && room / a.stride + 1 == a.out;
   }
-  // The stride leaves open how far the last outputs go.
+  // The input size does not determine the outputs in the last stride.
   const std::int64_t more = a.out - ((a.size - 1) * a.stride - 2 * a.pad + span);
   return a.size >= 1 && a.out >= 1 && more >= 0 && more < std::max(a.stride, a.dilation);
 }
@@ -33,7 +33,7 @@ bool ConvSizes::valid() const {
   if (images < 0 || images > kMaxSize) return false;
   for (const std::int64_t size : {groups, block_size, channels, outputs})
     if (size < 1 || size > kMaxSize) return false;
-  // No size in bytes comes near the end of 64 bits.
+  // Sizes in bytes must not overflow 64 bits.
   const auto size = [](auto... factors) { return (1.0 * ... * static_cast<double>(factors)); };
   double padded = 1.0, taps_read = 1.0, made = size(images), taps = 1.0;
   for (const Axis& axis : axes) {
@@ -48,7 +48,7 @@ bool ConvSizes::valid() const {
   if (transposed && (flat || winograd)) return false;
   const bool square = kernel_h == 3 && kernel_w == 3 && stride_h == 1 && stride_w == 1 && dilation_h == 1 && dilation_w == 1;
   if (winograd && (!square || groups != 1 || flat || volume)) return false;
-  // |S| stays within 24 bits, and with it every sum within 32, up to this block size.
+  // Up to this block size |S| fits in 24 bits, and every sum in 32.
   return channels % groups == 0 && outputs % groups == 0 && (block_size % 8 == 0 || depthwise()) && block_size <= kMaxBlockSize;
 }
 

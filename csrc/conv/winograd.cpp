@@ -10,11 +10,11 @@ namespace {
 
 constexpr int kTile = 2;                                              // output pixels in height and width
 constexpr std::int64_t kMaxTiles = kMaxTaskPixels / (kTile * kTile);  // of a strip
-constexpr std::int64_t kStripBytes = 384 << 10;                       // of transformed input, which stays in the second cache
-constexpr std::int64_t kMinTiles = 32;                                // fewer do not make up for reading the weights
+constexpr std::int64_t kStripBytes = 384 << 10;                       // of transformed input, which fits in the L2 cache
+constexpr std::int64_t kMinTiles = 32;                                // with fewer, reading the weights dominates
 constexpr std::int64_t kTasks = 32;                                   // enough to balance the threads
 
-// The tiles of all images, one after another, row by row.
+// The tiles of all images, in row-major order.
 struct Tiles {
   const ConvSizes& g;
   std::int64_t down = ceil_div(g.out_height, kTile), across = ceil_div(g.out_width, kTile);
@@ -30,7 +30,7 @@ class WinogradTasks : OutputTasks {
         format_{g.layout(), 1, 8, Sign::adaptive, true, true} {}
   using OutputTasks::units;
 
-  // The transformed input of a strip: positions are images of one line, tiles its pixels.
+  // The transformed input of a strip: a position is an image of one line, whose pixels are tiles.
   PaddedGrid grid(std::int64_t tiles) const { return {kWinogradPositions, 1, tiles, 0, 0}; }
   std::int64_t bytes(std::int64_t tiles) const { return QuantizedTensor::bytes(format_, grid(tiles)); }
   QuantizedTensor transformed(std::int64_t tiles, std::byte* memory) const {
@@ -61,7 +61,7 @@ class WinogradTasks : OutputTasks {
     }
   }
 
-  // Computes outputs of some units at the tiles of a strip, which are transformed.
+  // Computes outputs of some units at the transformed tiles of a strip.
   void run(std::int64_t first, std::int64_t tiles, const QuantizedTensor& q, std::int64_t begin_unit, std::int64_t end_unit) const {
     Pixels px;
     px.group = 0, px.count = 0;
@@ -96,7 +96,7 @@ class WinogradTasks : OutputTasks {
     int at;
   };
 
-  // Finds the pixels that a tile reads; returns whether all lie inside the image. Those outside are zeros.
+  // Finds the pixels that a tile reads; returns whether all are inside the image. Those outside are zeros.
   bool pixels_of(std::int64_t tile, const float** pixel) const {
     const std::int64_t image = tile / tiles_.across / tiles_.down, top = tile / tiles_.across % tiles_.down * kTile - g_.pad_h,
                        left = tile % tiles_.across * kTile - g_.pad_w;
@@ -112,7 +112,7 @@ class WinogradTasks : OutputTasks {
     return inside;
   }
 
-  // Numbers the pixels of a strip, those of a line of tiles line by line, as runs of neighbours.
+  // Numbers the pixels of a strip, line by line within a line of tiles, as runs of consecutive pixels.
   void number_pixels(std::int64_t first, std::int64_t tiles, Pixels& px, int* pixel, std::vector<Run>& runs) const {
     for (std::int64_t t = first; t < first + tiles;) {
       const std::int64_t x = t % tiles_.across, line = t / tiles_.across, image = line / tiles_.down;
@@ -143,7 +143,7 @@ class WinogradTasks : OutputTasks {
     return a;
   }
 
-  // Sums up all products for kNR outputs from `from` on.
+  // Sums all products for kNR outputs, from `from` on.
   void sum(std::int64_t from, std::int64_t end, DotArgs& a, const std::int64_t* row, float* sums) const {
     const std::int64_t blocks = a.rows.blocks, pair = from / kNR;
     const bool overflow = std::find(a.rows.overflow, a.rows.overflow + blocks, 1) != a.rows.overflow + blocks;
@@ -166,7 +166,7 @@ class WinogradTasks : OutputTasks {
   const ActivationFormat format_;
 };
 
-// Copies an input whose channels lie apart to pixels of channels.
+// Copies an input whose channels are not contiguous to NHWC.
 Input channels_last(const ConvSizes& g, const Input& from, float* to) {
   parallel(g.images * g.height, [&](std::int64_t line) {
     const std::int64_t image = line / g.height, y = line % g.height;
@@ -203,7 +203,7 @@ void convolve_winograd(const ConvSizes& g, const Layer& l, const Kernels& kernel
       tasks.transform(strip * even, q, 0, count(strip));
       tasks.run(strip * even, count(strip), q, 0, tasks.units);
     });
-  // Few strips: all are transformed first, so that tasks of some of the outputs share them.
+  // Few strips: all are transformed first, so that tasks for different outputs share them.
   const std::int64_t bytes = (tasks.bytes(even) + 63) / 64 * 64, parts = ceil_div(kTasks, std::max<std::int64_t>(1, strips));
   struct Shared;
   Scratch<Shared> scratch(strips * bytes);

@@ -7,16 +7,16 @@ namespace dsconv::amx {
 namespace {
 
 constexpr int kTileRows = 16;
-constexpr int kMinPixels = 8;    // worth a tile of their own
+constexpr int kMinPixels = 8;    // minimum for a tile
 constexpr int kGroupBlocks = 3;  // dequantized at once: their sums are loaded and stored once
 
-// The workspace: accumulators of two groups, pixels gathered to the rows of two tiles, unpacked weights.
+// The workspace: accumulators of two groups, pixels gathered into the rows of two tiles, and unpacked weights.
 constexpr std::int64_t kBlockAccumulators = 2 * kTileRows * kNR;
 constexpr std::int64_t kAccumulatorBytes = 2 * kGroupBlocks * kBlockAccumulators * 4;
 constexpr std::int64_t kTileBytes = kTileRows * 64;
 constexpr std::int64_t kOctetBytes = 8 * kPanel;  // of unpacked weights
 
-// The octets of a product of tiles, and the products of a block. Zero weights fill up the last.
+// The octets of a tile product, and the products of a block. The last one is padded with zero weights.
 struct Depth {
   int octets, steps, last_steps;
   std::int64_t panel_bytes;
@@ -30,7 +30,7 @@ struct Depth {
   }
 };
 
-// Signed weights are multiplied by signed mantissas, which tiles alone do.
+// Signed weights are multiplied by signed mantissas, which only tiles support.
 int min_pixels(const DotArgs& a) { return a.weights() == Weights::signed_bytes ? 1 : kMinPixels; }
 
 std::int64_t workspace_bytes(const DotArgs& a) { return kAccumulatorBytes + 2 * kTileBytes + a.panels * Depth(a).panel_bytes; }
@@ -66,12 +66,12 @@ void unpack(const DotArgs& a, const Depth& depth, std::int8_t* to) {
   }
 }
 
-// The pixels of one tile. Those at a constant distance are loaded where they lie, others are gathered.
+// The pixels of one tile. Pixels with a constant stride are loaded directly, others are gathered.
 struct TilePixels {
   int count = 0;
   bool gathered;
   std::int64_t stride;                // in bytes
-  const std::int8_t* row[kTileRows];  // the first alone unless gathered
+  const std::int8_t* row[kTileRows];  // only the first is set unless gathered
   std::int8_t* copy;
 
   void take(const DotArgs& a, int from) {
@@ -81,7 +81,7 @@ struct TilePixels {
     while (run < left && run < 2 * kTileRows && pixel[run] - pixel[run - 1] == pixel[1] - pixel[0]) ++run;
     gathered = run < left && run < kMinPixels;
     if (gathered) count = left < kTileRows ? left : kTileRows;
-    else  // two tiles of nearly the same height are faster than a full one and a low one
+    else  // two tiles of similar height are faster than a full one and a small one
       count = run <= kTileRows ? run : run < 2 * kTileRows ? (run + 1) / 2 : kTileRows;
     stride = gathered ? 64 : count > 1 ? (pixel[1] - pixel[0]) * a.rows.row_bytes : 0;
     for (int m = 0; m < (gathered ? count : count > 0); ++m) row[m] = a.rows.mantissa + pixel[m] * a.rows.row_bytes;
@@ -94,7 +94,7 @@ struct TilePixels {
 }
 inline const std::int8_t* rows_from(const TilePixels& p, std::int64_t at) { return p.gathered ? gather(p, at) : p.row[0] + at; }
 
-// Tiles 0 and 1 accumulate the first pixels, a panel each, 2 and 3 the second; 4 and 5 hold pixels, 6 and 7 weights.
+// Tiles 0 and 1 accumulate the first pixels, one panel each, 2 and 3 the second ones; 4 and 5 hold pixels, 6 and 7 weights.
 void configure(const TilePixels* pixels, const Depth& depth) {
   TileConfig c;
   const auto shape = [&c](int tile, int rows, int row_bytes) {
@@ -110,7 +110,7 @@ void configure(const TilePixels* pixels, const Depth& depth) {
   TILE_CONFIGURE(c);
 }
 
-// Leaves the dot products of one block in tiles. Rows of pixels are read from `at` on.
+// Computes the dot products of one block, which stay in tiles. Rows of pixels are read from `at` on.
 template <int P>
 [[gnu::noinline]] void multiply(const TilePixels* pixels, std::int64_t at, const std::int8_t* w, const Depth& depth, int steps) {
   const bool both = pixels[1].count > 0;
@@ -149,14 +149,14 @@ inline void store_accumulators(const TilePixels* pixels, std::int32_t* acc) {
   }
 }
 
-// Blocks whose accumulators are stored one after another, and the data for adding them to the sums.
+// Blocks whose accumulators are stored consecutively, and the data for adding them to the sums.
 struct BlockGroup {
   int blocks, pixels;
-  bool first;  // sums hold nothing yet
+  bool first;  // sums are not initialized yet
   const std::int64_t* row;
   float* sums;
   const float *kds, *kds_shift;
-  std::int64_t scale_offset[kGroupBlocks];  // of a block's scale, from the first one of the pixel
+  std::int64_t scale_offset[kGroupBlocks];  // of a block's scale, relative to the pixel's first one
   std::int32_t* acc;
 };
 
@@ -216,8 +216,8 @@ inline void add_group(const DotArgs& a, const BlockGroup& g, int from, int to) {
   W != Weights::nibbles&& a.rows.int_acc ? with_form.template operator()<true>() : with_form.template operator()<false>();
 }
 
-// Sums the pixels of two tiles. While tiles multiply a block of one group, vectors add a part of the group before.
-// Accumulators are stored only then, so that nothing waits for a product that is not ready.
+// Sums the pixels of two tiles. While tiles multiply a block of one group, vectors add a part of the previous group.
+// Accumulators are stored only afterwards, so that nothing waits for an unfinished product.
 template <int P, Weights W, bool Shift>
 inline void sum_pixels(const DotArgs& a, const Depth& depth, const std::int8_t* w, const TilePixels* pixels, int from,
                        BlockGroup* groups, int& now) {
@@ -253,13 +253,13 @@ inline void sum_pixels(const DotArgs& a, const Depth& depth, const std::int8_t* 
   }
 }
 
-// Returns how many pixels are done.
+// Returns the number of pixels that were computed.
 template <int P, Weights W, bool Shift>
 int tiles(const DotArgs& a) {
   const Depth depth(a);
   std::int8_t* const copies = reinterpret_cast<std::int8_t*>(a.workspace + kAccumulatorBytes);
   std::int8_t* const unpacked = copies + 2 * kTileBytes;
-  // Signed weights are what tiles read, unless octets are to be filled up.
+  // Tiles read signed weights directly, unless octets need padding.
   const bool ready = W == Weights::signed_bytes && depth.panel_bytes == a.panel_bytes;
   if (!ready) unpack<W>(a, depth, unpacked);
   const std::int8_t* const weight = ready ? reinterpret_cast<const std::int8_t*>(a.weight) : unpacked;
@@ -279,7 +279,7 @@ int tiles(const DotArgs& a) {
     sum_pixels<P, W, Shift>(a, depth, weight, pixels, m, groups, now);
     m += pixels[0].count + pixels[1].count;
   }
-  TILE_RELEASE();  // others may use tiles on this thread
+  TILE_RELEASE();  // other code may use tiles on this thread
   add_group<P, W, Shift>(a, groups[now ^ 1], 0, groups[now ^ 1].pixels);
   return m;
 }
@@ -301,7 +301,7 @@ void dot(const DotArgs& a) {
   if (rest.pixels > 0) avx512vnni::kernels.dot(rest);
 }
 
-// A block of few octets leaves most of a tile empty.
+// A block of few octets would leave most of a tile empty.
 void dot_one_block(const DotArgs& a, const EpilogueArgs& to) { avx512vnni::kernels.dot_one_block(a, to); }
 
 }  // namespace

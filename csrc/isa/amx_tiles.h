@@ -1,5 +1,5 @@
 // The tile instructions of AMX: eight registers of up to 16 rows of 64 bytes. Tile numbers are literals. With
-// DSCONV_EMULATE_AMX they are plain C++ that stops where the processor would fault, so that tests need no AMX.
+// DSCONV_EMULATE_AMX they are plain C++ that aborts where the processor would fault, so that tests need no AMX.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace dsconv::amx {
 
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {};  // of each tile; one of no rows may not be used
+  std::uint16_t row_bytes[16] = {};  // of each tile; a tile without rows cannot be used
   std::uint8_t rows[16] = {};
 };
 static_assert(sizeof(TileConfig) == 64);
@@ -106,8 +106,8 @@ inline void dot(int c, int a, int b) {
 
 #else
 
-// Compilers do not know all that these instructions read: GCC 12 takes a tile load for one that reads nothing and a
-// configuration for one of 8 bytes. A barrier keeps earlier stores before them and later ones behind.
+// Compilers do not know all memory that these instructions read: GCC 12 assumes that a tile load reads nothing and that
+// a configuration reads 8 bytes. A compiler barrier keeps earlier stores before them and later ones after them.
 #define TILE_READS(from) __asm__ volatile("" : : "r"(from) : "memory")
 #define TILE_CONFIGURE(config)   \
   do {                           \

@@ -8,15 +8,15 @@ struct DotProduct {
   static constexpr bool kNibblePairs = true;
 
   static __m256i add(__m256i acc, __m256i w, __m256i x) {
-    // Bytes are widened first, because two of their products would saturate: even bytes in one vector, odd ones in the
-    // other.
+    // Bytes are widened first, because the sum of two of their products would saturate: even bytes in one vector, odd ones
+    // in the other.
     const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
     const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
     return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd)));
   }
 
   static __m256i add_octet(__m256i acc, __m256i w0, __m256i w1, __m256i x0, __m256i x1) {
-    // 16 bits hold the products of eight channels.
+    // 16 bits hold the sum of the products of eight channels.
     const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(x0, w0), _mm256_maddubs_epi16(x1, w1));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
@@ -24,7 +24,7 @@ struct DotProduct {
 
 using Tile = DotTile<Dot256<DotProduct>>;
 
-// Dot products of bytes with mantissas that were widened to 16 bits before: 0 and 2 of four, then 1 and 3.
+// Dot products of bytes with mantissas that are already widened to 16 bits: 0 and 2 of four, then 1 and 3.
 struct Words {
   using Vector = simd::X86_256;
   static constexpr int kMR = 3, kMantissaBytes = 2;
@@ -52,7 +52,7 @@ struct Words {
           const __m256i two = broadcast_four(x[m] + 8 * fours + 4 * odd);
           for (int v = 0; v < kTileVectors; ++v) {
             acc[m][v] += Vector::as_int(_mm256_madd_epi16(weight[v], two));
-            asm("" : "+x"(acc[m][v]));  // in a register: GCC would first multiply all, and then keep sums in memory
+            asm("" : "+x"(acc[m][v]));  // in a register: otherwise GCC multiplies all first and spills the sums to memory
           }
         }
       }
@@ -82,7 +82,7 @@ struct OneBlockWords {
   }
 };
 
-// Widens mantissas once, which all tiles of outputs read.
+// Widens the mantissas once for all tiles of outputs.
 DotArgs with_words(const DotArgs& a) {
   static constexpr std::int64_t kNoTap = 0;
   DotArgs words = a;

@@ -10,19 +10,19 @@
 namespace dsconv::avx512vnni {
 namespace {
 
-constexpr int kAccumulators = 14;  // of a tile, with as many float sums, in the 32 registers
+constexpr int kAccumulators = 14;  // per tile; with as many float sums, they fit in the 32 registers
 constexpr int kPrefetchBytes = 2048;
 
-// Broadcasts four bytes straight from memory.
+// Broadcasts four bytes from memory.
 inline __m512i broadcast_four(const std::int8_t* from) {
   std::int32_t four;
   __builtin_memcpy(&four, from, 4);
   return _mm512_set1_epi32(four);
 }
 
-// Prefetches weights. They come from a cache far away, or from memory, in three times as long as their dot products
-// take. Tiles of the first pixels ask for those of the next outputs, each for a fourth, and the first one for its own,
-// earlier than the processor would.
+// Prefetches weights. Loading them from the last-level cache or from memory takes three times as long as their dot
+// products. Each tile of the first pixels prefetches a quarter of the weights of the next outputs; the first tile also
+// prefetches its own, earlier than the hardware prefetcher.
 template <int Panels, Weights W>
 struct WeightPrefetch {
   static constexpr int kLines = W == Weights::nibbles ? 2 : 4;
@@ -46,7 +46,7 @@ struct WeightPrefetch {
   }
 };
 
-// Adds the products of an octet to accumulators; its second half to the second part, where there are two.
+// Adds the products of an octet to accumulators; those of its second half to the second part, if there are two.
 template <Weights W, int M, int P, int Parts>
 [[gnu::always_inline]] inline void add_octet(const std::uint8_t* w, std::int64_t panel_bytes, const std::int8_t* const (&x)[M],
                                              std::int64_t at, __m512i (&acc)[M][P][Parts]) {
@@ -62,7 +62,7 @@ template <Weights W, int M, int P, int Parts>
   };
   for (int p = 0; p < P; ++p) {
     const std::uint8_t* row = w + p * panel_bytes;
-    if constexpr (Parts == 2) __builtin_prefetch(row + kPrefetchBytes);  // a low tile waits for nothing else
+    if constexpr (Parts == 2) __builtin_prefetch(row + kPrefetchBytes);  // a small tile waits for nothing else
     weights[p] = _mm512_loadu_si512(row);
     if constexpr (W == Weights::nibbles) weights[p] = _mm512_and_si512(weights[p], low);
   }
@@ -74,7 +74,7 @@ template <Weights W, int M, int P, int Parts>
   add(Parts - 1, 4);
 }
 
-// Adds a block's accumulators, dequantized and times KDS, to the float sums.
+// Dequantizes a block's accumulators, multiplies by KDS, and adds the results to the float sums.
 template <bool IntAcc, bool Shift, int M, int P, int Parts>
 [[gnu::always_inline]] inline void add_block(__m512i (&acc)[M][P][Parts], const BlockScale* const (&scales)[M], std::int64_t block,
                                              const float* kds, const float* const (&shift_terms)[M], const float* shift,
@@ -94,12 +94,12 @@ template <bool IntAcc, bool Shift, int M, int P, int Parts>
   }
 }
 
-// A template, so that all sums stay in registers. Loops are known to run once at least, and a tap or a block changes
-// one offset for all pixels: otherwise the compiler keeps many more values than there are registers. All but low tiles
-// take octets in fours, since every turn of a loop copies the sums.
+// A template, so that all sums stay in registers. Loops are known to run at least once, and a tap or a block changes
+// one offset for all pixels: otherwise the compiler needs more registers than exist. All except small tiles process
+// four octets per iteration, since every iteration copies the sums.
 template <int M, int P, Weights W, bool IntAcc, bool Shift>
 void tile(const DotArgs& a, const std::int64_t* row, float* sums) {
-  // Low tiles have few sums: two of each, so that one does not wait for the other.
+  // Small tiles have few sums: two accumulators each break the dependency chain.
   constexpr int kParts = M * P <= 4 ? 2 : 1;
   const QuantizedRows& rows = a.rows;
   const std::int64_t row_bytes = rows.row_bytes, panel_bytes = a.panel_bytes, blocks = rows.blocks;
@@ -172,7 +172,7 @@ struct Tile {
   }
 };
 
-// The tile of dot_one_block.h: as many sums as with two panels, and room for what comes after them.
+// The tile of dot_one_block.h: as many sums as with two panels, with registers left for the epilogue.
 struct OneBlockTile {
   using Vector = simd::X86_512;
   static constexpr int kMR = 7, kVectors = 1;

@@ -7,11 +7,11 @@
 
 namespace dsconv {
 
-// Returns the kernels that this processor can run, of the weakest instruction set first.
+// Returns the kernels that this processor can run, from the weakest instruction set to the strongest.
 std::vector<const Kernels*> usable_kernels();
 
-// Returns the best of them whose instruction set is none above `at_most`, the value of DSCONV_MAX_ISA; empty: of any. Throws
-// std::invalid_argument where that names no instruction set.
+// Returns the best of them up to instruction set `at_most`, the value of DSCONV_MAX_ISA; empty means no limit. Throws
+// std::invalid_argument if the value is not an instruction set.
 const Kernels& best_kernels(std::string_view at_most);
 
 }  // namespace dsconv

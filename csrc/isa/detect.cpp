@@ -24,7 +24,7 @@ struct Registers {
 
 Registers cpuid(std::uint32_t leaf, std::uint32_t subleaf) {
   Registers r;
-  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);  // leaves zeros where the leaf does not exist
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);  // leaves zeros if the leaf does not exist
   return r;
 }
 
@@ -38,7 +38,7 @@ std::uint64_t xgetbv0() {
   return (std::uint64_t{high} << 32) | low;
 }
 
-// Linux kills a process that touches the AMX tiles before it has asked for them.
+// Linux kills a process that uses AMX tiles before it has requested permission.
 bool kernel_grants_amx() {
 #if defined(__linux__)
   constexpr long arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;

@@ -5,7 +5,7 @@
 
 namespace dsconv {
 
-// Returns the instruction sets that this processor has and the operating system lets this process use, weakest first.
+// Returns the instruction sets that processor and operating system support, detected at run time, weakest first.
 // x86-64: scalar, avx2, avxvnni, avx512vnni, amx. AArch64: scalar, neon, neondotprod.
 std::vector<std::string_view> isa_found();
 

@@ -1,4 +1,4 @@
-// The list of instruction sets. Dispatch, tests and benchmarks are all made from it.
+// The list of instruction sets. Dispatch, tests and benchmarks use it.
 #pragma once
 
 #include "../kernels/kernels.h"
@@ -20,7 +20,7 @@ inline constexpr const Kernels* kBuiltKernels[] = {&scalar::kernels, &neondotpro
 inline constexpr const Kernels* kBuiltKernels[] = {&scalar::kernels};
 #endif
 
-// Operators that instruction sets of x86 share, by the bits of their vectors.
+// Operators that x86 instruction sets share, by vector width in bits.
 namespace x86_256 { extern const VectorKernels kernels; }
 namespace x86_512 { extern const VectorKernels kernels; }
 

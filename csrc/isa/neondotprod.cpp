@@ -8,7 +8,7 @@
 namespace dsconv::neondotprod {
 namespace {
 
-// The dot products are of signed bytes: a nibble is one as it stands; a wide weight becomes one when its highest bit is
+// The dot products take signed bytes: a nibble is one already; a wide weight becomes one when its highest bit is
 // flipped, and then needs no zero point.
 struct Dot {
   using Vector = simd::Neon;

@@ -1,4 +1,4 @@
-// The reference that every other instruction set equals bit for bit. It sums blocks of any exponent.
+// The reference, whose results all other instruction sets reproduce bit for bit. It supports blocks of any exponent.
 #include "../simd/scalar.h"
 
 #include <bit>

@@ -1,12 +1,12 @@
-// Activations of vectors. All are made of operations that round alike everywhere, so that every instruction set gives the
-// same bits. Comparisons are such that a NaN stays one.
+// Activations of vectors. They use only operations that round identically everywhere, so that every instruction set gives
+// the same bits. Comparisons propagate NaN.
 #pragma once
 
 #include "kernels.h"
 
 namespace dsconv {
 
-// The exponential of v as (1 + p * r) * 2^n, for v of `least` to 89, or beyond these what they give.
+// The exponential of v as (1 + p * r) * 2^n, with v clamped to `least` .. 89.
 template <class V>
 struct Exponential {
   typename V::Float r, p;
@@ -18,7 +18,7 @@ struct Exponential {
     v = v > all(89.0f) ? all(89.0f) : v;   // infinity
     v = v < all(least) ? all(least) : v;   // 0
     const auto shifted = V::fma(v, all(1.44269504f), all(kMagic)), whole = shifted - kMagic;
-    // v - n ln 2. The first part of ln 2 has so few bits that n times it is exact.
+    // v - n ln 2. The first part of ln 2 has few enough bits that its product with n is exact.
     r = V::fma(whole, all(-1.42860677e-6f), V::fma(whole, all(-0.693145752f), v));
     // The minimax polynomial for |r| <= ln 2 / 2: 1 + p * r is within 2^-28 of the exponential of r.
     constexpr float kFactors[] = {0.008368686f, 0.041668274f, 0.16666521f, 0.49999994f, 1.0f};
@@ -28,7 +28,7 @@ struct Exponential {
   }
 
   typename V::Float value() const {
-    // Times 2^n in two steps, either of which is a normal number.
+    // Multiplies by 2^n in two factors, both of which are normal numbers.
     const typename V::Int half = n >> 1;
     return V::fma(p, r, V::broadcast(1.0f)) * V::as_float((half + 127) << 23) * V::as_float((n - half + 127) << 23);
   }
@@ -39,7 +39,7 @@ inline typename V::Float exponential(typename V::Float v) {
   return Exponential<V>(v).value();
 }
 
-// e^v - 1 for v <= 0, without the loss of digits near 0.
+// e^v - 1 for v <= 0, without cancellation near 0.
 template <class V>
 inline typename V::Float exponential_minus_one(typename V::Float v) {
   v = v < V::broadcast(-30.0f) ? V::broadcast(-30.0f) : v;  // -1
@@ -67,8 +67,8 @@ inline typename V::Float hyperbolic_tangent(typename V::Float v) {
   return V::as_float(V::as_int(magnitude<V>(less / (2.0f + less))) | (V::as_int(v) & INT32_MIN));
 }
 
-// v times the normal distribution's share below v. The logarithm of that share's odds is v times an even function, of
-// which this is the polynomial with the least error of the product.
+// v times the cumulative normal distribution at v. The logit of the latter is v times an even function, which this
+// polynomial approximates with the least error of the product.
 template <class V>
 inline typename V::Float gelu(typename V::Float v) {
   constexpr float kFactors[] = {-2.674956e-7f, 7.94975e-6f, -1.1058257e-4f, -6.582739e-5f, 0.07266777f, 1.5957689f};
@@ -90,7 +90,7 @@ inline typename V::Float softplus(typename V::Float v) {
   return V::fma(s, p, v < zero ? zero : v);
 }
 
-// Activations that few networks have: one function for all epilogues.
+// Rare activations: one function for all epilogues.
 template <class V>
 [[gnu::noinline]] typename V::Float rarely_activated(typename V::Float v, const ActivationSettings& settings) {
   const typename V::Float zero{};
@@ -125,7 +125,7 @@ inline typename V::Float activated(typename V::Float v, const ActivationSettings
     v = v < low ? low : v;
     v = v > high ? high : v;
   }
-  if constexpr (A == Activation::leaky_relu) v = v > zero ? v : v * settings.alpha;  // a zero too: its sign follows the slope
+  if constexpr (A == Activation::leaky_relu) v = v > zero ? v : v * settings.alpha;  // also for zeros: their sign follows the slope
   if constexpr (A == Activation::hardswish) {
     auto gate = v + 3.0f;
     gate = gate < zero ? zero : gate;
@@ -136,7 +136,7 @@ inline typename V::Float activated(typename V::Float v, const ActivationSettings
   return v;
 }
 
-// Calls function with the activation as a template argument; kRareActivation stands for all that are rare.
+// Calls function with the activation as a template argument; kRareActivation stands for all rare ones.
 template <class Function>
 inline void with_activation(const ActivationSettings& settings, Function function) {
   switch (settings.kind) {

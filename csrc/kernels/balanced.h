@@ -1,6 +1,6 @@
-// Rounds weights by rule `balanced`, a row in each lane. Lanes never meet, and every operation rounds as it is written,
-// so that results are the same for all numbers of lanes. Functions of the standard library stay outside: compiled here
-// for one processor, they must not serve others.
+// Rounds weights by rule `balanced`, one row per lane. Lanes are independent, and every operation rounds as written, so
+// that results do not depend on the number of lanes. Functions of the standard library are not used here: an inline
+// function compiled for one instruction set could be linked into code for another.
 #pragma once
 
 #include "../rounding/balanced.h"
@@ -21,12 +21,12 @@ struct BalancedVectors {
   static Float to_float(const Double& v) { return __builtin_convertvector(v, Float); }
   static Double to_double(const Float& v) { return __builtin_convertvector(v, Double); }
 
-  // Integers (taps, n) of a row in each lane, and scale and shift (taps) of its blocks.
+  // Integers (taps, n) of one row per lane, and scale and shift (taps) of its blocks.
   struct Rounded {
     Double *q, *scale, *shift;
   };
 
-  // Hands out memory; without any, counts how much it takes.
+  // Allocates from a buffer; without a buffer, it counts the bytes.
   struct Memory {
     std::byte* start;
     std::int64_t taken = 0;
@@ -39,7 +39,7 @@ struct BalancedVectors {
     }
   };
 
-  // Returns the integer nearest to v, ties to even, within [-half, half - 1]. Sums with the constant have no fraction.
+  // Returns the integer nearest to v, ties to even, within [-half, half - 1]. Adding the constant removes the fraction.
   static Float level(Float v, float half) {
     constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23
     v = v < -half ? widen(-half) : v;
@@ -59,7 +59,7 @@ struct Line {
   T scale, shift;
 };
 
-// The same as dsconv/numerics/scales.py, of n values in each lane, and with the names that it has there.
+// The computation of dsconv/numerics/scales.py, for n values per lane, with the same names.
 template <class V>
 class Refined : BalancedVectors<V> {
   using Vectors = BalancedVectors<V>;
@@ -69,7 +69,7 @@ class Refined : BalancedVectors<V> {
  public:
   explicit Refined(const BalancedRule& rule) : half_(static_cast<float>(1 << (rule.bits - 1))), shift_(rule.shift) {}
 
-  // Integers go to q, as floats; ratio has room for n values.
+  // Writes the integers to q, as floats; ratio has room for n values.
   Line<Double> round(const Float* w, std::int64_t n, Float* ratio, Float* q) const {
     Float low = w[0], high = w[0], largest{}, side{};
     for (std::int64_t i = 0; i < n; ++i) {
@@ -142,7 +142,7 @@ class Refined : BalancedVectors<V> {
   bool shift_;
 };
 
-// Rounds kLanes rows of one kind, by the steps of dsconv/numerics/balanced.py and with the names that they have there.
+// Rounds kLanes rows of one kind, with the steps and the names of dsconv/numerics/balanced.py.
 template <class V>
 class Solver : BalancedVectors<V> {
   using Vectors = BalancedVectors<V>;
@@ -175,7 +175,7 @@ class Solver : BalancedVectors<V> {
         target_[tap * n_ + c] = to_double(w);
       }
     }
-    // Next to the largest float, squares would overflow.
+    // Near the largest float, squares would overflow.
     unit = unit == 0 ? widen(1.0f) : unit;
     const Double whole = to_double(unit), inverse = 1 / whole;
     for (std::int64_t i = 0; i < taps_ * n_; ++i) target_[i] *= inverse;
@@ -191,7 +191,7 @@ class Solver : BalancedVectors<V> {
       plain_.scale[tap] = to_double(to_float(line.scale)) / whole, plain_.shift[tap] = to_double(to_float(line.shift)) / whole;
     }
     WideMask better = value(found_) <= value(plain_);
-    for (std::int64_t tap = 0; tap < taps_; ++tap) {  // a float does not hold every scale of a huge weight
+    for (std::int64_t tap = 0; tap < taps_; ++tap) {  // the scale of a huge weight can overflow a float
       const Double a = to_double(to_float(found_.scale[tap] * whole)), b = to_double(to_float(found_.shift[tap] * whole));
       better &= a - a + (b - b) == 0;
     }
@@ -249,7 +249,7 @@ class Solver : BalancedVectors<V> {
     }
   }
 
-  // Sets the weights of channels at this tap, and returns the pull of the taps behind it.
+  // Sets the weights of channels at this tap, and returns the pull of the later taps.
   Double prepare(std::int64_t tap) {
     const auto& [own, shared, mean] = held_;
     const auto behind = static_cast<double>(tap);
@@ -363,8 +363,8 @@ class Solver : BalancedVectors<V> {
     solve_held();
   }
 
-  // Solves the normal equations, of which the lower half is given, by an LDL' factorization. Solutions are lightly held
-  // where they were.
+  // Solves the normal equations, given by their lower half, by an LDL' factorization. A small regularization holds the
+  // solutions near their previous values.
   void solve_held() {
     const auto before = [&](std::int64_t i) -> Double& { return i < taps_ ? found_.scale[i] : found_.shift[i - taps_]; };
     for (std::int64_t i = 0; i < unknowns_; ++i) {
@@ -376,7 +376,7 @@ class Solver : BalancedVectors<V> {
       Double* const row = normal_ + i * unknowns_;
       for (std::int64_t j = 0; j < i; ++j) {
         const Double* const upper = normal_ + j * unknowns_;
-        // own_part_ keeps values that are divided by the diagonal only later.
+        // own_part_ holds values that are divided by the diagonal later.
         Double sum = row[j];
         for (std::int64_t k = 0; k < j; ++k) sum -= own_part_[k] * upper[k];
         own_part_[j] = sum;

@@ -1,11 +1,11 @@
-// Depthwise convolutions. Filters share nothing: activations stay float, or windows are quantized where they are used.
+// Depthwise convolutions. Filters share no inputs: activations stay float, or windows are quantized when they are used.
 #pragma once
 
 #include "epilogue.h"
 
 namespace dsconv {
 
-// Unless Taps is 0, a filter is one block of so many, and its inputs stay in registers.
+// Unless Taps is 0, a filter is one block of that many taps, and its inputs stay in registers.
 template <class V, int Taps, bool ByChannel, bool Shift>
 void depthwise_taps(const DepthwiseArgs& args) {
   using Float = typename V::Float;
@@ -45,7 +45,7 @@ void depthwise_taps(const DepthwiseArgs& args) {
   }
 }
 
-// Of one filter and float activations: products are added tap by tap, from 0 on, each rounded once.
+// One filter and float activations: products are added tap by tap, starting from 0, with one rounding each.
 template <class V>
 void depthwise_floats(const DepthwiseArgs& args) {
   const DepthwiseArgs a = args;  // a local copy, which no store of outputs can alias
@@ -76,8 +76,8 @@ void depthwise(const DepthwiseArgs& a) {
   a.by_channel ? with_shift.template operator()<true>() : with_shift.template operator()<false>();
 }
 
-// The sums of some neighbouring outputs of a vector of channels. Outside the image all read zeros, which changes nothing: a sum
-// that starts with 0 is never -0. With Width, the kernel's, and the stride known, an input is loaded once for all taps.
+// The sums of some neighbouring outputs of a vector of channels. Outside the image all read zeros, which changes nothing: a
+// sum that starts with 0 is never -0. If Width, the kernel's, and the stride are known, an input is loaded once for all taps.
 template <class V, int Width, int Stride, bool Whole>
 inline void depthwise_sums(const DepthwiseLineArgs& a, const float* const* pixel, std::int64_t c, typename V::Float* sums) {
   constexpr int kOutputs = DepthwiseLineArgs::kOutputs;
@@ -115,7 +115,7 @@ inline void depthwise_sums(const DepthwiseLineArgs& a, const float* const* pixel
   for (int i = 0; i < kOutputs; ++i) sums[i] = sum[i];
 }
 
-// Sums all channels of some neighbouring outputs, and finishes the first `count` of these.
+// Sums all channels of some neighbouring outputs, and applies the epilogue to the first `count` of them.
 template <class V, Activation A, int Width, int Stride>
 inline void depthwise_outputs(const DepthwiseLineArgs& args, std::int64_t x, int count) {
   constexpr int kOutputs = DepthwiseLineArgs::kOutputs;

@@ -1,4 +1,4 @@
-// The driver of dot products: cuts output pixels into tiles of MR x NR.
+// The driver of dot products: divides output pixels into tiles of MR x NR.
 #pragma once
 
 #include "kernels.h"
@@ -20,7 +20,7 @@ template <class Tile, int Panels, Weights W, bool Shift>
 void dot_tiles(const DotArgs& a) {
   constexpr int M = Tile::template kMR<Panels>;
   int m = 0;
-  // Two tiles of nearly the same height are faster than a full one and a low one.
+  // Two tiles of similar height are faster than a full one and a small one.
   for (int left = a.pixels; left > 0;) {
     const int height = left >= 2 * M || left == M ? M : left > M ? (left + 1) / 2 : left;
     for (int i = m; a.prefetch && i < m + height; ++i)

@@ -1,4 +1,4 @@
-// Dot products on 256 bits.
+// Dot products with 256-bit vectors.
 #pragma once
 
 #include <bit>
@@ -13,7 +13,7 @@ namespace dsconv {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
-// Broadcasts four bytes straight from memory.
+// Broadcasts four bytes from memory.
 [[gnu::always_inline]] inline __m256i broadcast_four(const std::int8_t* from) {
   std::int32_t four;
   __builtin_memcpy(&four, from, 4);
@@ -41,8 +41,8 @@ template <class DotProduct, int M, bool Wide>
       }
 }
 
-// The same in pairs: two products of a nibble and a mantissa stay so small that 16 bits hold the sum of many such pairs
-// before they have to be widened.
+// The same with pairs: the sum of two products of a nibble and a mantissa is so small that 16 bits hold the sum of many
+// pairs before it has to be widened.
 template <class DotProduct, int M>
 [[gnu::always_inline]] inline void add_octets_in_pairs(const std::uint8_t* w, const std::int8_t* const (&x)[M], int octets,
                                                        int together, simd::X86_256::Int (&acc)[M][kTileVectors]) {
@@ -122,7 +122,7 @@ struct Dot256 {
   template <Weights W>
   static Vector::Int acc_init(const DotArgs& a, const BlockScale& scale, std::int64_t at) {
     if constexpr (W != Weights::signed_bytes) return Vector::broadcast(scale.acc_init);
-    const std::uint32_t start = a.rows.int_acc ? 0 : std::bit_cast<std::uint32_t>(scale.scale);  // which a NaN's sum exceeds
+    const std::uint32_t start = a.rows.int_acc ? 0 : std::bit_cast<std::uint32_t>(scale.scale);  // the sum with a NaN exceeds it
     return Vector::as_int(Vector::as_word(Vector::load(a.flip_sums + at)) + start);
   }
   template <Weights W, int M>

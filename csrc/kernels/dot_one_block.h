@@ -1,11 +1,11 @@
-// Layers of one tap and block: so few products that their sums are finished where they are made.
+// Layers of one tap and one block: they have few products, so that the epilogue is fused with the dot products.
 #pragma once
 
 #include "epilogue.h"
 
 namespace dsconv {
 
-// What all outputs of a pixel share.
+// Data that all outputs of a pixel share.
 struct OneBlockPixel {
   const std::int8_t* x;
   BlockScale scale;
@@ -21,7 +21,7 @@ inline void one_block_pixels(const DotArgs& a, const EpilogueArgs& to, OneBlockP
   }
 }
 
-// KDS and what comes after the sums, of the outputs of a tile; absent ones are numbers that change nothing.
+// KDS and post-ops of the outputs of a tile; absent ones are replaced by neutral values.
 template <class V, int Vectors>
 struct OneBlockTerms {
   typename V::Float kds[Vectors], shift[Vectors];
@@ -57,7 +57,7 @@ template <class Tile, int M, Weights W, bool Shift>
     }
 }
 
-// The outputs of a tile from `first` on, of all pixels.
+// The outputs of a tile, from `first` on, of all pixels.
 template <class Tile, Weights W, bool Shift>
 [[gnu::noinline]] void one_block_outputs(const DotArgs& args, const EpilogueArgs& to, const OneBlockPixel* pixels, int first) {
   const DotArgs a = args;  // a local copy, which no store of outputs can alias

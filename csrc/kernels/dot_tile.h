@@ -1,4 +1,4 @@
-// A tile of dot products for instruction sets with few registers: two vectors of outputs side by side.
+// A tile of dot products for instruction sets with few registers: two adjacent vectors of outputs.
 #pragma once
 
 #include "dot.h"

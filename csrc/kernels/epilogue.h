@@ -1,4 +1,4 @@
-// Turns sums into outputs, and quantizes these where the next layer reads them so.
+// The epilogue: turns sums into outputs, and quantizes these if the next layer reads them quantized.
 #pragma once
 
 #include "activation.h"
@@ -6,7 +6,7 @@
 
 namespace dsconv {
 
-// The post-ops of a vector of outputs. Absent ones are numbers that change nothing: adding -0 keeps every value.
+// The post-ops of a vector of outputs. Absent ones are replaced by neutral values: adding -0 keeps every value.
 template <class V>
 struct PostOpVectors {
   typename V::Float bias, gain, offset;
@@ -18,7 +18,7 @@ struct PostOpVectors {
         offset(p.offset ? load(p.offset) : V::broadcast(-0.0f)) {}
 };
 
-// Finishes and stores the first `count` of a vector of contiguous outputs, and returns them.
+// Applies the epilogue to the first `count` of a vector of contiguous outputs, stores and returns them.
 template <class V, Activation A>
 inline typename V::Float finish(typename V::Float v, const PostOpVectors<V>& post, float* output, const float* residual, int count,
                                 const ActivationSettings& activation) {
@@ -30,7 +30,7 @@ inline typename V::Float finish(typename V::Float v, const PostOpVectors<V>& pos
   return v;
 }
 
-// Whole vectors of outputs of each pixel, which are contiguous.
+// Whole vectors of contiguous outputs of each pixel.
 template <class V, Activation A, int Vectors, bool Residual>
 inline void epilogue_nhwc_vectors(const EpilogueArgs& args, int first) {
   const EpilogueArgs a = args;  // a local copy, which no store of outputs can alias
@@ -62,7 +62,7 @@ void epilogue_nhwc(const EpilogueArgs& a) {
                  a.residual ? a.residual + a.residual_place[p] + n : nullptr, left, a.post.activation);
 }
 
-// The same output of neighbouring pixels is contiguous.
+// Outputs in NCHW: neighbouring pixels of a channel are contiguous.
 template <class V, Activation A>
 void epilogue_nchw(const EpilogueArgs& args) {
   constexpr int kLanes = V::kLanes;
@@ -95,7 +95,7 @@ void epilogue(const EpilogueArgs& a) {
                   [&]<Activation A>() { a.channel_stride == 1 ? epilogue_nhwc<V, A>(a) : epilogue_nchw<V, A>(a); });
 }
 
-// Finishes blocks of whole vectors where their ranges are taken.
+// Applies the epilogue to blocks of whole vectors while it determines their ranges.
 template <class V, Activation A, bool Residual, int Vectors>
 void epilogue_quantize_block(const EpilogueArgs& args, std::int64_t sums_stride, const QuantizeArgs& block, std::int64_t stride) {
   const EpilogueArgs a = args;  // a local copy, which no store of outputs can alias
@@ -110,7 +110,7 @@ void epilogue_quantize_block(const EpilogueArgs& args, std::int64_t sums_stride,
       });
 }
 
-// Covers the settings of most networks, since each costs a function.
+// Covers the settings of most networks only, since each combination is a function of its own.
 template <class V>
 bool epilogue_quantize(const EpilogueArgs& a, std::int64_t sums_stride, const QuantizeArgs& block, std::int64_t stride) {
   const auto finish_block = [&]<Activation A, int Channels>() {

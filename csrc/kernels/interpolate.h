@@ -1,4 +1,4 @@
-// Pixels between four others.
+// Bilinear interpolation.
 #pragma once
 
 #include <utility>
@@ -7,7 +7,7 @@
 
 namespace dsconv {
 
-// Every product but the first is rounded together with its sum.
+// Every product except the first is fused with its addition.
 template <class V>
 inline typename V::Float interpolated(const InterpolateArgs& a, Interpolation how, const typename V::Float (&v)[4]) {
   const auto weight = [&](int i) { return V::broadcast(a.weight_y[i / 2] * a.weight_x[i % 2]); };

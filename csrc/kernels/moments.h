@@ -1,4 +1,4 @@
-// Sums, means and deviations.
+// Sums, means and standard deviations.
 #pragma once
 
 #include <cmath>
@@ -7,13 +7,13 @@
 
 namespace dsconv {
 
-// Sums in kMaxLanes parts, whatever the width of vectors, so that every instruction set adds up in the same order.
+// Sums in kMaxLanes parts for any vector width, so that every instruction set adds in the same order.
 template <class V>
 class LaneSums {
  public:
   using Float = typename V::Float;
 
-  // Adds what function(c, count) returns for `count` values from c on, zeros behind them, for all of so many values.
+  // Adds the results of function(c, count) for `count` values from c on, padded with zeros, over all values.
   template <class Function>
   void add(std::int64_t values, Function function) {
     for (std::int64_t first = 0; first < values; first += kMaxLanes)
@@ -37,7 +37,7 @@ class LaneSums {
   Float parts_[kVectors]{};
 };
 
-// Writes the differences to the mean, and returns the reciprocal of the deviation.
+// Writes the differences from the mean, and returns the reciprocal of the standard deviation.
 template <class V>
 inline float centre(const float* from, std::int64_t channels, float epsilon, float* to) {
   LaneSums<V> sum, squares;
@@ -51,7 +51,7 @@ inline float centre(const float* from, std::int64_t channels, float epsilon, flo
   return 1.0f / std::sqrt(squares.total() / static_cast<float>(channels) + epsilon);
 }
 
-// Sums over pixels are of single channels, and long ones of shorter ones; those of a group's channels are in double.
+// Pixels are summed per channel, with long sums as sums of shorter ones; the channels of a group are summed in double.
 template <class V>
 void moments(const MomentsArgs& a) {
   using Float = typename V::Float;

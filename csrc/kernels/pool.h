@@ -1,4 +1,4 @@
-// Poolings over windows, and averages of whole images.
+// Pooling over windows, and global averages.
 #pragma once
 
 #include "kernels.h"
@@ -7,8 +7,8 @@ namespace dsconv {
 
 enum class Pooling { average, maximum, maximum_or_nan };
 
-// Pools vectors of channels from c on, the last of `count` lanes; more vectors wait less for their last maximum. A
-// maximum turns lanes of `doubt` into NaN where a value is infinite or a NaN, which it may have passed over.
+// Pools vectors of channels from c on, the last one with `count` lanes; several vectors hide the latency of the maximum. A
+// maximum sets lanes of `doubt` to NaN if a value is infinite or NaN, since it may have dropped a NaN.
 template <class V, int Vectors, Pooling P>
 inline void pool_channels(const PoolArgs& a, std::int64_t c, int count, typename V::Float& doubt) {
   using Float = typename V::Float;
@@ -57,7 +57,7 @@ void pool(const PoolArgs& a) {
   if (sum != sum) pool_pixel<V, Pooling::maximum_or_nan>(a);
 }
 
-// After "cascade_sum" of PyTorch's aten/src/ATen/native/cpu/SumKernel.cpp.
+// Follows "cascade_sum" of PyTorch's aten/src/ATen/native/cpu/SumKernel.cpp.
 template <class V>
 void average(const AverageArgs& a) {
   using Float = typename V::Float;

@@ -1,12 +1,12 @@
-// Quantizes blocks of activations: mantissas share the power of two of the largest magnitude.
+// Quantization of blocks of activations: mantissas share the power of two of the largest magnitude.
 #pragma once
 
 #include "kernels.h"
 
 namespace dsconv {
 
-// The largest bits among a block's values, in each lane. Magnitudes are ordered as their bits are, with infinity and
-// NaN on top. As unsigned words, negative values are above all others; as signed integers, below.
+// The largest bit pattern among a block's values, per lane. Magnitudes are ordered like their bits, with infinity and
+// NaN at the top. As unsigned words, negative values are above all others; as signed integers, below.
 template <class V>
 struct BlockRange {
   typename V::Word words{};
@@ -51,8 +51,7 @@ struct BlockQuantizer {
     limits = limit * 0x01010101;
   }
 
-  // The quantizers of single lanes, broadcast: of pixels whose channels are contiguous. They support clamp_bytes and
-  // integer.
+  // The quantizers of single lanes, broadcast, for pixels in NHWC. They support clamp_bytes and integer.
   struct Broadcasts {
     float factor[V::kLanes];
     std::int32_t limits[V::kLanes], nonzero[V::kLanes];
@@ -72,9 +71,9 @@ struct BlockQuantizer {
 
   // The nearest integer plus kMagicWord. It may exceed the mantissas by one.
   Int round(Float v) const { return V::as_int(V::fma(v, factor, Float{} + kMagic)); }
-  // The nearest integer; anything where the block is not finite.
+  // The nearest integer; undefined if the block is not finite.
   Int integer(Float v) const { return V::as_int(V::as_word(round(v)) - static_cast<std::uint32_t>(kMagicWord)); }
-  // A mantissa plus kMagicWord, in lanes that are nonzero. Rounding passes the least mantissa only where the sign is
+  // A mantissa plus kMagicWord, in lanes that are nonzero. Rounding can go below the least mantissa only if the sign is
   // `extra`.
   template <bool Extra>
   Int quantize(Float v) const {
@@ -90,7 +89,7 @@ struct BlockQuantizer {
   }
 };
 
-// Scales of blocks and their accumulators' starts, as they lie in memory; `total` are the sums of mantissas.
+// Scales of blocks and initial accumulators, in their memory layout; `total` holds the sums of mantissas.
 template <class V>
 class PairedScales {
  public:
@@ -100,17 +99,17 @@ class PairedScales {
     if (!rows.int_acc) {
       const Word finite = V::as_word(scales != kNanBits);
       if (V::any(finite & V::as_word(scales > kOneBits + (static_cast<std::uint32_t>(kMaxMagicExponent) << 23))))
-        __atomic_store_n(rows.overflow + block, 1, __ATOMIC_RELAXED);  // other threads may store it, too
+        __atomic_store_n(rows.overflow + block, 1, __ATOMIC_RELAXED);  // other threads may store it concurrently
       scales += finite & (kMagicBits - kOneBits);
       inits += scales;
     }
     pairs_[0] = V::template interleave_values<0>(inits, scales);
     pairs_[1] = V::template interleave_values<1>(inits, scales);
-    asm("" : "+m"(pairs_));  // copied from memory: taking lanes from a register costs more
+    asm("" : "+m"(pairs_));  // copied through memory: extracting lanes from a register is slower
   }
 
   void store(int lane, BlockScale* to) const {
-    // Pairs of the first two lanes of every four, then of the last two.
+    // Pairs of the first two of every four lanes, then of the last two.
     __builtin_memcpy(to, reinterpret_cast<const char*>(&pairs_[lane / 2 % 2]) + 8 * (lane / 4 * 2 + lane % 2), sizeof *to);
   }
 
@@ -118,7 +117,7 @@ class PairedScales {
   typename V::Word pairs_[2];
 };
 
-// Stores scales and accumulator starts. Lanes are pixels from `first` on, `total` the sums of their mantissas.
+// Stores scales and initial accumulators. Lanes are pixels from `first` on; `total` holds the sums of their mantissas.
 template <class V>
 inline void store_scales(const QuantizeArgs& a, int first, int pixels, typename V::Float scale, typename V::Int total) {
   const QuantizedRows& rows = a.rows;
@@ -135,7 +134,7 @@ inline void store_scales(const QuantizeArgs& a, int first, int pixels, typename 
   }
 }
 
-// Stores octets of mantissas, all of a vector or some in pieces of 32, 16 and 8 bytes.
+// Stores octets of mantissas: a whole vector, or pieces of 32, 16 and 8 bytes.
 template <class V>
 inline void store_octets(std::int8_t* to, const typename V::Int& from, int octets) {
   constexpr int kAll = sizeof from / 8;
@@ -150,14 +149,14 @@ inline void store_octets(std::int8_t* to, const typename V::Int& from, int octet
   piece.template operator()<1>();
 }
 
-// Quantizes a vector of pixels. Narrow: a mantissa of so few bits is a signed byte even before it is clamped.
+// Quantizes a vector of pixels. Narrow: a mantissa has so few bits that it is a signed byte even before clamping.
 template <class V, bool Extra, bool Narrow>
 inline void quantize_nchw_vector(const QuantizeArgs& args, int first, int pixels, const float* const* channel, std::int64_t at) {
   constexpr int kLanes = V::kLanes;
   using Int = typename V::Int;
   const QuantizeArgs a = args;  // a local copy, which no store of mantissas can alias
   const std::int64_t* row = a.row + first;
-  BlockRange<V> range, other;  // in turns, so that one does not wait for the other
+  BlockRange<V> range, other;  // used alternately, to break the dependency chain
   const auto add = [&](BlockRange<V>& range, int c) { range.add(V::load(channel[c] + at)); };
   int c = 0;
   for (; c + 4 <= a.channels; c += 4) add(range, c), add(other, c + 1), add(range, c + 2), add(other, c + 3);
@@ -170,7 +169,7 @@ inline void quantize_nchw_vector(const QuantizeArgs& args, int first, int pixels
     const auto value = [&](int i) {
       if (i >= left) return Int{};
       const float* from = channel[k + i] + at;
-      __builtin_prefetch(from + 2 * kLanes);  // for a later call: there are more streams than the processor follows
+      __builtin_prefetch(from + 2 * kLanes);  // for a later call: there are more streams than the hardware prefetcher tracks
       const auto v = V::load(from);
       return Narrow ? quantizer.round(v) : quantizer.template quantize<Extra>(v);
     };
@@ -189,7 +188,7 @@ inline void quantize_nchw_vector(const QuantizeArgs& args, int first, int pixels
       for (int i = 0; i < kLanes; ++i) packed[i] = pack(c + 4 * i, channels - 4 * i);
     }
     V::transpose(packed);
-    const int octets = (channels + 7) / 8;  // zeros fill the last one
+    const int octets = (channels + 7) / 8;  // the last one is padded with zeros
     for (int i = 0; i < pixels; ++i)
       store_octets<V>(a.rows.mantissa + row[i] * a.rows.row_bytes + a.first_byte + c, packed[i], octets);
   }
@@ -199,7 +198,7 @@ inline void quantize_nchw_vector(const QuantizeArgs& args, int first, int pixels
 template <class V, bool Extra, bool Narrow>
 void quantize_nchw_vectors(const QuantizeArgs& a, const float* const* channel, std::int64_t at) {
   for (int done = 0; done < a.pixels; done += V::kLanes) {
-    // The last vector overlaps the one before, where there are enough pixels.
+    // The last vector overlaps the previous one if there are enough pixels.
     const int first = V::max(0, V::min(done, a.pixels - V::kLanes));
     quantize_nchw_vector<V, Extra, Narrow>(a, first, V::min(a.pixels, V::kLanes), channel, at + first);
   }
@@ -214,15 +213,15 @@ void quantize_nchw(const QuantizeArgs& a, const float* const* channel, std::int6
   a.sign == Sign::extra ? with_sign.template operator()<true>() : with_sign.template operator()<false>();
 }
 
-// Quantizes blocks of `Vectors` whole vectors, or of any size where that is 0. first_read(pixel, channel, vector)
-// returns vector(values + pixel * stride, channel), and may compute and store it before.
+// Quantizes blocks of `Vectors` whole vectors, or of any size if that is 0. first_read(pixel, channel, vector)
+// returns vector(values + pixel * stride, channel), and may compute and store it first.
 template <class V, bool Extra, int Vectors, class FirstRead>
 inline void quantize_nhwc_block(const QuantizeArgs& args, const float* values, std::int64_t stride, FirstRead first_read) {
   constexpr int kLanes = V::kLanes;
   using Int = typename V::Int;
   const QuantizeArgs a = args;  // a local copy, which no store of mantissas can alias
   const int count = Vectors ? Vectors * kLanes : a.channels;
-  // Loads the vector from channel c on, filled up with zeros.
+  // Loads the vector from channel c on, padded with zeros.
   const auto vector = [&](const float* from, int c) {
     return c + kLanes <= count ? V::load(from + c) : c < count ? V::load_some(from + c, count - c) : typename V::Float{};
   };

@@ -1,4 +1,4 @@
-// All operators over vectors of one type. Their instantiation takes long to compile: instruction sets with the same
+// All operators over one vector type. Their instantiation takes long to compile, so instruction sets with the same
 // vectors share it.
 #pragma once
 

@@ -1,12 +1,12 @@
-// The transforms of Winograd's F(2x2, 3x3): of tiles of the input, which are quantized at each of 16 positions, and of
-// the sums at these. dsconv/numerics/winograd.py has the formulas.
+// The transforms of Winograd's F(2x2, 3x3): of input tiles, which are quantized at each of 16 positions, and of the sums
+// at these positions. dsconv/numerics/winograd.py has the formulas.
 #pragma once
 
 #include "quantize.h"
 
 namespace dsconv {
 
-// Rows of a tile, then its columns: each of four values becomes a sum or a difference of two.
+// Transforms the rows of a tile, then its columns: each of four values becomes a sum or a difference of two.
 template <class V>
 [[gnu::always_inline]] inline void winograd_input_side(typename V::Float& a, typename V::Float& b, typename V::Float& c,
                                                        typename V::Float& d) {
@@ -14,7 +14,7 @@ template <class V>
   a = first, b = second, c = third, d = fourth;
 }
 
-// Transforms channels of a block, those of a vector from channel c on.
+// Transforms a vector of channels of a block, from channel c on.
 template <class V>
 [[gnu::always_inline]] inline void winograd_transform_input(const float* const* pixel, int c, auto load, auto take) {
   typename V::Float d[4][4];
@@ -32,13 +32,13 @@ template <class V>
   }
 }
 
-// How the values of each position are quantized. Lanes are positions from `first` on.
+// Quantization of the values of each position. Lanes are positions from `first` on.
 template <class V>
 struct WinogradQuantizer {
   typename V::Float factor, scale;  // 2^(1 - e) and 2^e
-  typename V::Int zero;             // the word of a mantissa of 0 before it is one of a byte
+  typename V::Int zero;             // the word of mantissa 0 before narrowing to a byte
   typename V::Int nonzero;          // mask of lanes with mantissas other than 0
-  bool shifted;                     // whether mantissas of the centre are stored less kWinogradShift
+  bool shifted;                     // whether mantissas of the centre are stored minus kWinogradShift
 
   WinogradQuantizer(typename V::Int magnitude, int first, bool negative_centre) {
     using Int = typename V::Int;
@@ -57,14 +57,14 @@ struct WinogradQuantizer {
 };
 
 struct WinogradByteMask {
-  std::int8_t bytes[8 * kMaxLanes] = {};  // ones, then as many zeros
+  std::int8_t bytes[8 * kMaxLanes] = {};  // ones, then the same number of zeros
 
   constexpr WinogradByteMask() {
     for (int i = 0; i < 4 * kMaxLanes; ++i) bytes[i] = -1;
   }
 };
 
-// Returns ones in the first bytes of a vector, as many as are left.
+// Returns a vector with ones in the bytes that are left.
 template <class V>
 inline typename V::Int winograd_bytes_left(int left) {
   static constexpr WinogradByteMask kMask;
@@ -73,7 +73,7 @@ inline typename V::Int winograd_bytes_left(int left) {
   return ones;
 }
 
-// Quantizes blocks of `Vectors` whole vectors, or of any size where that is 0.
+// Quantizes blocks of `Vectors` whole vectors, or of any size if that is 0.
 template <class V, int Vectors>
 void winograd_input_block(const WinogradInputArgs& args) {
   using Int = typename V::Int;

@@ -1,5 +1,5 @@
-// Rounds the transformed weights of Winograd to the integers that dsconv/numerics/winograd.py defines, with the names that
-// things have there. Every operation rounds as it is written, so that all bits are the same.
+// Rounds the transformed weights of Winograd to the integers that dsconv/numerics/winograd.py defines, with the same names.
+// Every operation rounds as written, so that all bits agree.
 #pragma once
 
 #include "../rounding/winograd.h"
@@ -7,8 +7,8 @@
 
 namespace dsconv {
 
-// Works on an output, block by block, with a row of values for each position. Four of eight channels meet in a lane of 16
-// bits. A row has a part for each of the four, so that these lanes are lanes of vectors.
+// Processes an output, block by block, with a row of values for each position. Four of eight channels share a lane of 16
+// bits. A row has a part for each of the four, so that these lanes are vector lanes.
 template <class V>
 class WinogradRounder {
   using Float = typename V::Float;
@@ -34,7 +34,7 @@ class WinogradRounder {
         const std::int64_t at = product * of.outputs + a_.output;
         a_.to.scale[at * of.blocks() + block] = scale;
         store(channels, a_.to.q + at * of.channels + first);
-        if (product == kWinogradCentre)  // the last product makes up for what this one leaves
+        if (product == kWinogradCentre)  // the last product compensates the residual of this one
           for (std::int64_t i = 0; i < 4 * part_; i += V::kLanes) V::store(u + i, V::load(u + i) - V::load(q_ + i) * scale);
       }
     }
@@ -42,7 +42,8 @@ class WinogradRounder {
 
  private:
   static constexpr float kMost = 127.0f, kMostOfLane = 128.0f, kCoarser = 1.01f;
-  static constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: sums with it have no fraction, and end in the integer's bits
+  static constexpr float kWhole =
+      12582912.0f;  // 1.5 * 2^23: adding it removes the fraction, and leaves the integer in the lowest bits
 
   static std::int64_t part_of(const WinogradWeights& of) {
     return ((of.block_size + 7) / 8 * 2 + V::kLanes - 1) / V::kLanes * V::kLanes;
@@ -50,7 +51,7 @@ class WinogradRounder {
 
   float* row(int position) const { return u_ + position * 4 * part_; }
 
-  // Sums of the transform are float64, and rounded once. Behind the channels there are zeros.
+  // Sums of the transform are float64 and rounded once. Zeros follow the channels.
   void transform(const float* w, std::int64_t channels) const {
     const auto side = [](double first, double middle, double last, double (&to)[4]) {
       const double outer = first + last;
@@ -68,7 +69,7 @@ class WinogradRounder {
     }
   }
 
-  // Leaves the integers of a row in q_, and returns their scale; zeros and a NaN where a value is not finite.
+  // Writes the integers of a row to q_, and returns their scale; zeros and a NaN if a value is not finite.
   float round_for_lanes(const float* u) const {
     Float least{};  // scale, lane by lane
     Int strange{};
@@ -96,7 +97,7 @@ class WinogradRounder {
     return scale;
   }
 
-  // Rounds a row to q_; returns whether a lane of its integers is too full.
+  // Rounds a row to q_; returns whether the integers of a lane exceed its bound.
   bool too_full(const float* u, float scale) const {
     Float most{};
     for (std::int64_t i = 0; i < part_; i += V::kLanes) {
@@ -111,7 +112,7 @@ class WinogradRounder {
     return V::any(V::as_word(most > kMostOfLane));
   }
 
-  // Returns the larger one of the sums of positive and of negative values, without the signs of these.
+  // Returns the larger of the sum of positive values and the magnitude of the sum of negative values.
   static Float fullest(const Float (&v)[4]) {
     const auto positive = [](const Float& a) { return V::max(a, Float{}); };
     const auto negative = [](const Float& a) { return V::max(-a, Float{}); };
@@ -119,11 +120,11 @@ class WinogradRounder {
     return V::max(sum(positive), sum(negative));
   }
 
-  // Stores the integers of so many channels in order.
+  // Stores the integers of `channels` channels in order.
   void store(std::int64_t channels, std::int8_t* to) const {
     for (std::int64_t i = 0; 4 * i < channels; i += V::kLanes) {
       const auto word = [&](int k) { return V::as_int(V::load(q_ + k * part_ + i) + kWhole); };
-      // Two words hold channels 0, 1, 4, 5 and 2, 3, 6, 7: the middle of the eight changes places.
+      // Two words hold channels 0, 1, 4, 5 and 2, 3, 6, 7: the middle four of the eight change places.
       const auto words = reinterpret_cast<typename V::Pairs>(V::low_bytes(word(0), word(1), word(2), word(3)));
       const typename V::Pairs middle = (words >> 16 & 0xffff0000) | (words & 0xffff0000) << 16;
       const typename V::Pairs eights = (words & ~0xffffffff0000) | middle;

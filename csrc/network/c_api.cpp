@@ -1,4 +1,4 @@
-// The C interface: no exception and no C++ type crosses it.
+// The C interface: it exposes no exceptions and no C++ types.
 #include <dsconv.h>
 
 #include <algorithm>
@@ -45,7 +45,7 @@ dsconv_status failed(dsconv_status status, const char* what) noexcept {
   return status;
 }
 
-// Runs a function, and returns what became of it.
+// Runs a function, and returns its status.
 template <class Function>
 dsconv_status guarded(Function function) noexcept {
   try {
@@ -108,7 +108,7 @@ dsconv_status open_file(std::shared_ptr<const File> (*file_of)(const void*, std:
     *network = new dsconv_network{Network(file, kernels())};
     file->forget();
 #if defined(__GLIBC__)
-    malloc_trim(0);  // what was needed to pack weights
+    malloc_trim(0);  // frees the memory that packing needed
 #endif
   });
 }
@@ -120,7 +120,7 @@ void set_shape(dsconv_tensor* to, std::int64_t samples, const Shape& shape) {
   std::copy(shape.begin(), shape.end(), to->shape + 1);
 }
 
-// Returns the strides of a tensor in values, checked against its memory.
+// Returns the strides of a tensor in values, after a check against its memory.
 Shape strides_of(const dsconv_tensor& tensor, const std::string& what) {
   Shape strides(tensor.rank);
   double values = 1, last = 0;

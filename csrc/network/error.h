@@ -5,7 +5,7 @@
 
 namespace dsconv {
 
-// The file is not what it should be; `newer`: it was written for a newer library.
+// The file is invalid; `newer`: it was written for a newer library.
 class FileError : public std::runtime_error {
  public:
   explicit FileError(const std::string& what, bool newer = false) : std::runtime_error(what), newer(newer) {}

@@ -33,7 +33,7 @@ struct Prefix {
 };
 static_assert(sizeof(Prefix) == 64);
 
-// Eight bytes at a time, by a table for each ("slicing by 8").
+// Processes eight bytes at a time, with one table per byte ("slicing by 8").
 using Tables = std::array<std::array<std::uint32_t, 256>, 8>;
 constexpr Tables kTables = [] {
   Tables t{};

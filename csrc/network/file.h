@@ -1,4 +1,4 @@
-// A compiled network as bytes: a prefix, a header of FlatBuffers (network.fbs), and data.
+// A compiled network as bytes: a prefix, a FlatBuffers header (network.fbs), and data.
 #pragma once
 
 #include <cstddef>
@@ -12,18 +12,18 @@ namespace dsconv {
 class File {
  public:
   static constexpr std::size_t kAlignment = 64;
-  // Data ends with so many bytes that belong to nothing, which kernels may read.
+  // Padding bytes at the end of the data, which kernels may read.
   static constexpr std::size_t kReadPastEnd = 64;
 
   // Maps a file. Throws SystemError, or FileError as check() does.
   explicit File(const std::string& path);
-  // Takes bytes of the caller's, aligned to 64.
+  // Uses memory of the caller, aligned to 64 bytes.
   explicit File(std::span<const std::byte> bytes) : bytes_(bytes) { check(); }
   ~File();
   File(const File&) = delete;
   File& operator=(const File&) = delete;
 
-  // Gives mapped memory back, of which most was read just once. What is used comes back from the file.
+  // Releases mapped pages, most of which are read only once. Pages in use are loaded from the file again.
   void forget() const;
   std::span<const std::byte> header() const { return header_; }
   std::span<const std::byte> data() const { return data_; }

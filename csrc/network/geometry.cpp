@@ -11,21 +11,21 @@ namespace dsconv {
 namespace {
 
 constexpr std::int64_t kMaxSide = std::int64_t{1} << 31;
-constexpr std::int64_t kMaxListed = std::int64_t{1} << 22;  // rows and columns of all steps that list them
+constexpr std::int64_t kMaxListed = std::int64_t{1} << 22;  // limit of rows and columns over all steps that list them
 constexpr std::int64_t kMaxValues = std::int64_t{1} << 40;
 
-// What may be wrong with the size of an input, not only with a file.
+// Reports errors that the size of an input can cause, not only a file.
 void fits(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
-// Returns a number of rows or columns that a step makes.
+// Checks and returns the number of rows or columns of a step's result.
 std::int64_t side(std::int64_t size) {
   fits(size > 0 && size < kMaxSide, "a step would make an image without pixels, or one that is too large");
   return size;
 }
 
-// Returns a number of a window, small enough that no product of two overflows.
+// Checks and returns a parameter of a window, small enough that no product of two overflows.
 std::int64_t small(std::int64_t number) {
   require(number >= 0 && number < kMaxSide, "a window is too large");
   return number;
@@ -45,7 +45,7 @@ struct Window {
 std::int64_t convolved(std::int64_t in, const Window& w) {
   const std::int64_t room = in + 2 * w.pad - w.reach();
   fits(room >= 0, "an image is smaller than the kernel of a convolution");
-  constexpr std::int64_t kMostBeyond = 64;  // layers copy lines in so many parts as a stride has pixels
+  constexpr std::int64_t kMostBeyond = 64;  // layers split lines into one part per pixel of the stride
   fits(w.stride <= in + 2 * w.pad + kMostBeyond, "the stride of a convolution is too large for its input");
   return side(room / w.stride + 1);
 }
@@ -58,11 +58,11 @@ std::int64_t pooled_size(std::int64_t in, const Window& w, bool ceil) {
   const std::int64_t room = in + 2 * w.pad - w.reach() + (ceil ? w.stride - 1 : 0);
   fits(room >= 0, "an image is smaller than the window of a pooling");
   std::int64_t out = room / w.stride + 1;
-  if (ceil && (out - 1) * w.stride >= in + w.pad) --out;  // a window that begins behind the image and its padding
+  if (ceil && (out - 1) * w.stride >= in + w.pad) --out;  // a window that begins beyond the image and its padding
   return side(out);
 }
 
-// Returns how many rows or columns a loop runs over.
+// Returns the number of iterations of a loop over rows or columns.
 std::int64_t turns(std::int64_t size, std::int64_t rows, std::int64_t columns, const file::Loop& loop) {
   if (size >= 0) return size;
   require(size >= -2, "a loop over something unknown");
@@ -81,7 +81,7 @@ std::vector<Loop> loops_of(const file::Rearrange& r, const Grid& in) {
   return loops;
 }
 
-// Returns a coordinate behind the last one that loops write.
+// Returns the end of the coordinates that loops write.
 std::int64_t written(const std::vector<Loop>& loops, std::size_t dimension) {
   double end = 1;
   for (const Loop& loop : loops) end += static_cast<double>(loop.size - 1) * static_cast<double>(loop.written[dimension]);
@@ -89,7 +89,7 @@ std::int64_t written(const std::vector<Loop>& loops, std::size_t dimension) {
   return static_cast<std::int64_t>(end);
 }
 
-// How many numbers a range has from `begin` on, `step` by `step`, below `end`.
+// Returns the number of elements of a range from `begin` to before `end` with a step.
 std::int64_t range_size(std::int64_t begin, std::int64_t end, std::int64_t step) {
   return step && end > begin ? ceil_div(end - begin, step) : 0;
 }
@@ -125,7 +125,7 @@ std::int64_t stretched(const file::Stretch* of, std::int64_t in) {
   return static_cast<std::int64_t>(size);
 }
 
-// Computes as dsconv/compilation/operators/bilinear.py does.
+// The same computation as in dsconv/compilation/operators/bilinear.py.
 std::vector<Between> betweens(const file::Stretch* of, std::int64_t in) {
   const std::int64_t out = stretched(of, in);
   std::vector<Between> all(out);
@@ -161,7 +161,7 @@ std::vector<Span> spans(int count, std::int64_t in) {
   return all;
 }
 
-// Calls functions with the float tensors and the quantized ones that a step reads or writes; -1 is none.
+// Calls functions with the float tensors and the quantized ones that a step reads or writes; -1 means none.
 template <class OnFloat, class OnQuantized>
 void visit(const file::Step& step, OnFloat on_float, OnQuantized on_quantized) {
   if (const file::Uses* uses = step.uses()) {
@@ -239,7 +239,7 @@ Grid Geometry::grid(int tensor) const {
   return memory_[memory].grid;
 }
 
-// Finds the sizes of what a step makes.
+// Determines the sizes of a step's results.
 void Geometry::derive(const file::Step& step) {
   needed(step.operation());
   const auto listed = [&](std::int64_t rows, std::int64_t columns) {
@@ -322,8 +322,8 @@ void Geometry::lifetimes() {
   for (const file::Port* port : items(of_.outputs())) use_float(port->tensor());
 }
 
-// The largest come first, each at the lowest offset at which it overlaps none that is needed at the same time, as in
-// dsconv/compilation/memory.py.
+// Places the largest buffers first, each at the lowest offset where it overlaps no buffer that is live at the same time, as
+// in dsconv/compilation/memory.py.
 void Geometry::place() {
   constexpr std::int64_t kAlignment = 64;
   std::vector<Buffer*> all;
@@ -429,7 +429,7 @@ ConvSizes Geometry::conv_sizes(const file::Convolve& of) const {
   g.out_height = out(g.height, {g.kernel_h, g.stride_h, g.pad_h, g.dilation_h}, s.more_h());
   g.out_width = out(g.width, {g.kernel_w, g.stride_w, g.pad_w, g.dilation_w}, s.more_w());
   fits(g.valid(), "the sizes of a convolution do not agree");
-  // Layers copy lines with their padding to memory of their own.
+  // Layers copy lines with their padding to scratch memory.
   constexpr double kSmall = 1 << 24, kMostTimes = 64;
   const auto values = [&](std::int64_t d, std::int64_t h, std::int64_t w) {
     return static_cast<double>(g.channels) * static_cast<double>(d) * static_cast<double>(h) * static_cast<double>(w);

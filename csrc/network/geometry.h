@@ -1,4 +1,4 @@
-// Sizes and places of all tensors of a program, which follow from the sizes of its inputs.
+// Sizes and memory offsets of all tensors of a program, derived from the sizes of its inputs.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct Step;
 struct Stretch;
 }  // namespace file
 
-// Pixels of an image; the frames of a 3-D one lie one below the other.
+// Pixels of an image; the frames of a 3-D image are stacked vertically.
 struct Grid {
   std::int64_t frames = 0, height = 0, width = 0;
 
@@ -34,20 +34,20 @@ struct Grid {
 
 class Geometry {
  public:
-  // Takes the pixels of each input; those of one that nothing reads are ignored. Throws FileError, or std::invalid_argument
-  // where the steps cannot take such inputs.
+  // Takes the pixels of each input; unused inputs are ignored. Throws FileError, or std::invalid_argument if the steps do not
+  // accept these inputs.
   Geometry(const file::Program&, std::span<const Grid> inputs);
 
-  // Tensors as a Program takes them.
+  // Tensors in the form that Program expects.
   FloatTensor float_tensor(int id) const;
   ActivationFormat format(int id) const;
   PaddedGrid quantized_grid(int id) const;
   std::int64_t quantized_offset(int id) const { return quantized_[id].place.offset; }
   Grid grid(int id) const;  // of a float tensor
-  // Values of an image at each base; base 0 has none.
+  // Number of values per image at each base; base 0 has none.
   std::vector<std::int64_t> bases() const;
 
-  // What steps do, for the sizes that they have here.
+  // Parameters of steps, for the sizes of this geometry.
   ConvSizes conv_sizes(const file::Convolve&) const;
   Grid pooled(const file::Pool&) const;
   std::vector<Loop> loops(const file::Rearrange&) const;
@@ -58,11 +58,11 @@ class Geometry {
   const file::Order& order(const file::Interpolate&) const;
   std::vector<Span> rows(const file::AverageWindows&) const;
   std::vector<Span> columns(const file::AverageWindows&) const;
-  // Whether a step that is marked so is computed together with the one before.
+  // Whether a step that is marked as joined is fused with the previous one.
   bool joined(const file::Step& before) const;
 
  private:
-  // Bytes that are needed from step `first` to step `last`, both included.
+  // Bytes that are live from step `first` to step `last`, inclusive.
   struct Buffer {
     std::int64_t size = 0, offset = 0;
     int first = -1, last = -1;

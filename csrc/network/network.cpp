@@ -14,7 +14,7 @@ namespace dsconv {
 namespace {
 
 constexpr std::size_t kMaxRank = 8;
-constexpr std::size_t kSpare = 4;  // workspaces that are kept for the next runs
+constexpr std::size_t kSpare = 4;  // workspaces that are cached for the next runs
 constexpr std::size_t kSizesKept = 16;
 constexpr std::int64_t kMaxValues = std::int64_t{1} << 40, kMaxSide = std::int64_t{1} << 31;
 constexpr flatbuffers::uoffset_t kMaxTables = 1 << 22;
@@ -49,16 +49,16 @@ StepOutputs outputs_of(const file::Uses* uses) {
   return to;
 }
 
-// Returns the float32 of the bits of a float16.
+// Converts the bits of a float16 to float32.
 float of_half(std::uint16_t half) {
   const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000) << 16, rest = half & 0x7fff;
   if (rest >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // infinity and NaN
-  // The exponent of a float16 counts from 112 less. A product with 2^112, which is exact, also reaches numbers below the
-  // normal ones.
+  // The exponent bias of float16 is smaller by 112. A product with 2^112, which is exact, also converts subnormal
+  // numbers.
   return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(std::bit_cast<float>(rest << 13) * 0x1p112f));
 }
 
-// Returns integers from the one at `first` on, of so many bits that lie side by side, the lowest bits first, less the smallest.
+// Unpacks integers from index `first` on from a dense bit stream, lowest bits first, and subtracts the zero point.
 std::vector<std::int8_t> integers_of(const std::byte* stored, std::int64_t first, std::int64_t count, int width) {
   constexpr std::int64_t kTogether = 8192;
   std::vector<std::int8_t> all(count);
@@ -80,7 +80,7 @@ struct WinogradPart {
   std::vector<float> shift;    // (outputs, blocks), of the centre
 };
 
-// Takes vqk (outputs, channels, 9), kds and perhaps a shift (outputs, blocks, 9).
+// Takes vqk (outputs, channels, 9), kds and an optional shift (outputs, blocks, 9).
 WinogradPart winograd_part(const ConvSizes& g, const std::vector<std::int8_t>& vqk, const float* kds, const float* shift,
                            std::int64_t block_size, const Kernels& kernels) {
   constexpr std::int64_t kTaps = 9, kProducts = kWinogradProducts;
@@ -138,7 +138,7 @@ void copy_samples(std::int64_t samples, const Shape& shape, const float* from, c
   });
 }
 
-// Whether tensors of a shape lie alike in memory.
+// Whether tensors of one shape have the same memory layout.
 bool alike(std::int64_t samples, const Shape& shape, const Shape& strides, const Shape& other) {
   if (samples > 1 && strides[0] != other[0]) return false;
   for (std::size_t i = 0; i < shape.size(); ++i)
@@ -192,7 +192,7 @@ Network::Network(std::shared_ptr<const File> file, const Kernels& kernels) : fil
   require(!free_one_ == !free_several_, "expected programs for one sample and for several");
 }
 
-// The shapes of all inputs that a program was recorded for.
+// Returns the shapes of all inputs that a program was recorded for.
 std::vector<Shape> Network::shapes_of(const file::Size& size) const {
   std::vector<Shape> shapes;
   for (const file::Shape* shape : items(size.inputs())) {
@@ -273,7 +273,7 @@ std::vector<float> Network::scales(const file::Bytes* place, std::int64_t count,
   return all;
 }
 
-// Packs a layer as dsconv/ops/packing.py does.
+// Packs a layer like dsconv/ops/packing.py.
 void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const Kernels& kernels, PackedWeights& to) const {
   const int width = checked_bits(of.bits());
   require(of.winograd() == g.winograd && of.block_size() > 0 && (g.winograd || width == bits), "weights of another layer");
@@ -304,7 +304,7 @@ void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const 
     if (!packed) pack_weight(g, integers_of(stored, 0, count, width).data(), wide ? 8 : bits, weight);
     return;
   }
-  // Pairs of panels one after another: all at once, the floats would be larger than anything that is kept.
+  // Packs one pair of panels at a time: for all at once, the floats would need more memory than the whole network.
   const std::int64_t pair_scales = g.taps() * blocks * kNR;
   for (std::int64_t pair = 0; pair < g.panel_pairs(); ++pair) {
     ConvSizes part = g;
@@ -323,7 +323,7 @@ void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const 
   }
 }
 
-// Returns the pixels of an input of a shape, and checks it.
+// Checks the shape of an input, and returns its pixels.
 Grid Network::grid_of(const file::Program& of, std::size_t input, const Shape& shape) const {
   const file::Port& port = *needed(items(of.inputs()).Get(static_cast<flatbuffers::uoffset_t>(input)));
   const auto& axes = items(port.axes());
@@ -504,7 +504,7 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
   for (const file::Port* p : *of.inputs()) made->inputs.push_back(port(*p, geometry, *made));
   for (const file::Port* p : *of.outputs()) made->outputs.push_back(port(*p, geometry, *made));
   for (const Port& p : made->outputs) require(p.base >= 0, "an output has no place");
-  // Inputs may be the user's memory, which no step writes to.
+  // Inputs may be the user's memory, so no step writes to them.
   std::vector<bool> taken = written;
   taken.resize(made->bases.size());
   for (const Port& p : made->inputs) {
@@ -514,7 +514,7 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
   return made;
 }
 
-// Returns the shapes of samples of inputs (samples, ...), which all have as many samples.
+// Returns the shapes of single samples of inputs (samples, ...), and checks that all have the same number of samples.
 std::vector<Shape> Network::samples_of(std::span<const Shape> given) const {
   std::vector<Shape> shapes;
   for (std::size_t i = 0; i < given.size(); ++i) {
@@ -546,7 +546,7 @@ std::shared_ptr<const Network::Compiled> Network::compiled_for(std::span<const S
   return made;
 }
 
-// Whether inputs of these shapes differ from one that is listed by whole steps only.
+// Whether inputs of these shapes differ from a listed size only by whole size steps.
 bool Network::may_be(const std::vector<Shape>& shapes) const {
   if (!free_one_) return false;
   const std::int64_t step = size_step();
@@ -561,7 +561,7 @@ bool Network::may_be(const std::vector<Shape>& shapes) const {
 
 std::int64_t Network::size_step() const { return free_one_ ? std::max(free_one_->size_step(), free_several_->size_step()) : 0; }
 
-// Returns the message for inputs of a size that the network does not take.
+// Returns the message for inputs of a size that the network does not accept.
 std::string Network::expected_for(std::span<const Shape> given) const {
   std::string expected, got;
   for (std::size_t i = 0; i < given.size(); ++i) got += (i ? " and " : "") + text_of(given[i]);
@@ -626,7 +626,7 @@ void Network::run_part(const Compiled& compiled, Workspace& memory, std::int64_t
     all.insert(all.end(), p.strides.begin(), p.strides.end());
     return all;
   };
-  // A tensor of the user's is read or written where it is, if it lies as steps have it.
+  // A tensor of the user is read or written in place if it has the layout that steps expect.
   const auto direct = [&](const Port& p, const UserTensor& of) {
     return p.whole && !bases[p.base] && of.values && alike(count, p.shape, strides_of(p), of.strides);
   };

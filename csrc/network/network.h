@@ -1,4 +1,4 @@
-// A compiled network of a file, ready to run.
+// A compiled network from a file, ready to run.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ using Shape = std::vector<std::int64_t>;
 // Memory of float32 values.
 class Memory {
  public:
-  // Returns memory of so many bytes, aligned to 64, whose contents are lost if there was too little.
+  // Returns memory of this size, aligned to 64 bytes; if it has to grow, its contents are lost.
   std::byte* of(std::int64_t bytes);
   std::int64_t bytes() const { return bytes_; }
 
@@ -43,7 +43,7 @@ class Memory {
   std::int64_t bytes_ = 0;
 };
 
-// An input or output of the user's, (samples, ...): values that lie `strides` apart. An output may have none.
+// An input or output of the user, (samples, ...), with strides in values. An output may have no memory.
 struct UserTensor {
   float* values;
   Shape shape, strides;
@@ -66,15 +66,15 @@ class Network {
   const std::vector<Size>& sizes() const { return sizes_; }
   std::int64_t weight_bytes() const { return weight_bytes_; }
 
-  // Returns the multiples by which heights and widths of further sizes may differ from those that are listed; 0: there are none.
+  // Returns the step by whose multiples heights and widths of further sizes may differ from listed ones; 0: no further sizes.
   std::int64_t size_step() const;
 
-  // Where an input or output lies in a run, in values but for the offset, which is in bytes.
+  // The location of an input or output in a run, in values, except the offset, which is in bytes.
   struct Port {
     int base;
     std::int64_t offset, first, sample_stride;
     Shape shape, strides;
-    bool whole = false;  // it is all that lies there, from the first value to the last
+    bool whole = false;  // it fills its memory, from the first value to the last
   };
   // A program for inputs of one size.
   struct Compiled {
@@ -83,14 +83,13 @@ class Network {
     int steps = 0;
     std::int64_t samples_at_once = 0;  // 0: all
     std::int64_t at_once(std::int64_t samples) const;
-    // Returns the bytes of what lies between steps, and of inputs and outputs that are copied.
+    // Returns the bytes of tensors between steps, and of inputs and outputs that are copied.
     double run_bytes(std::int64_t samples) const;
     std::vector<Port> inputs, outputs;
-    std::vector<std::int64_t> bases;  // values of a sample that lie there, but for base 0
+    std::vector<std::int64_t> bases;  // values per sample at each base, except base 0
   };
 
-  // Returns the program for inputs of these shapes, (samples, ...), of which the last 16 are kept. Throws
-  // std::invalid_argument.
+  // Returns the program for inputs of these shapes, (samples, ...); the last 16 are cached. Throws std::invalid_argument.
   std::shared_ptr<const Compiled> compiled_for(std::span<const Shape> inputs) const;
   // Runs a program on inputs of its size. Throws std::invalid_argument, NoMemory.
   void run(const Compiled&, std::span<const UserTensor> inputs, std::span<const UserTensor> outputs) const;
@@ -126,7 +125,7 @@ class Network {
                 std::span<const UserTensor> outputs) const;
   std::unique_ptr<Workspace> workspace() const;
 
-  // A program that was made when inputs of a size came that the file does not list.
+  // A program that was built for an input size that the file does not list.
   struct Free {
     bool one;
     std::vector<Shape> inputs;
@@ -141,7 +140,7 @@ class Network {
   std::vector<Size> sizes_;
   std::vector<Programs> programs_;
   const file::Program *free_one_ = nullptr, *free_several_ = nullptr;  // for sizes that are not listed
-  // Packed for the first program that reads them, when the file is opened.
+  // Packed when the file is opened, for the first program that reads them.
   mutable std::vector<std::unique_ptr<PackedWeights>> weights_;
   mutable std::int64_t weight_bytes_ = 0;
   mutable std::mutex mutex_;

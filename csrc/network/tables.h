@@ -20,7 +20,7 @@ const T* needed(const T* field) {
   return field;
 }
 
-// The verifier of FlatBuffers leaves open whether items of vectors are aligned.
+// The verifier of FlatBuffers does not check the alignment of vector elements.
 template <class T>
 const flatbuffers::Vector<T>& items(const flatbuffers::Vector<T>* vector) {
   needed(vector);

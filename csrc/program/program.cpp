@@ -21,10 +21,10 @@ void require(bool holds, const char* what) {
 
 bool is_size(std::int64_t n) { return n > 0 && n < (std::int64_t{1} << 31); }
 
-// Copies to (images, channels, pixels), from pixels and images that lie so many values apart.
+// Copies to (images, channels, pixels) from pixels and images with these strides.
 void to_nchw(const float* from, std::int64_t image_stride, std::int64_t pixel_stride, std::int64_t images, std::int64_t channels,
              std::int64_t pixels, float* to) {
-  constexpr std::int64_t kTogether = 64;  // a few cache lines of every pixel: the output stays in the first cache
+  constexpr std::int64_t kTogether = 64;  // a few cache lines of every pixel: the output stays in the L1 cache
   const std::int64_t parts = ceil_div(channels, kTogether);
   parallel(images * parts, [&](std::int64_t task) {
     const std::int64_t first = task % parts * kTogether, end = std::min(channels, first + kTogether);
@@ -43,7 +43,7 @@ int Program::add_float(const FloatTensor& v) {
           "values: sizes and places are not negative");
   const Strides& s = v.strides;
   require(s.image >= 0 && s.channel >= 0 && s.y >= 0 && s.x >= 0, "values: strides are not negative");
-  // In floating point, where no product overflows; accepted sizes are small enough to be exact.
+  // In floating point, so that no product overflows; accepted sizes are small enough to be exact.
   const auto far = [](std::int64_t size, std::int64_t stride) {
     return static_cast<double>(size - 1) * static_cast<double>(stride);
   };
@@ -116,7 +116,7 @@ QuantizedTensor Program::quantized(const Run& run, int id) const {
   return {t.format, grid, reinterpret_cast<std::byte*>(base(run, 0) + t.offset * run.images)};
 }
 
-// Returns the targets, ready for so many channels.
+// Returns the targets, prepared for this number of channels.
 std::vector<QuantizedTarget> Program::targets(const Run& run, const StepOutputs& to, std::int64_t channels) const {
   std::vector<QuantizedTarget> all;
   for (const auto& [id, first] : to.targets) {
@@ -206,7 +206,7 @@ void Program::join() {
   };
 }
 
-// An input as it comes, channel by channel, which is quantized alone.
+// Quantizes an input in NCHW without other operations.
 void Program::quantize_whole(const FloatTensor& v, const StepOutputs& to) {
   require(std::all_of(to.targets.begin(), to.targets.end(),
                       [&](const auto& target) {
@@ -223,7 +223,7 @@ void Program::quantize_whole(const FloatTensor& v, const StepOutputs& to) {
 void Program::map(int from, const std::vector<MapOperation>& given, const StepOutputs& to) {
   const FloatTensor v = float_tensor(from);
   std::vector<MapOperation> all = given;
-  bool by_image = false;  // an operand is that of an image
+  bool by_image = false;  // an operand is a tensor of the image
   for (const MapOperation& o : all) {
     const bool of_pixel = o.operation == Operation::normalize || o.operation == Operation::softmax;
     require(o.tensor < 0 || !(of_pixel || o.operation == Operation::activate), "map: expected an operation that has an operand");
@@ -247,7 +247,7 @@ void Program::map(int from, const std::vector<MapOperation>& given, const StepOu
     const std::vector<QuantizedTarget> into = targets(run, to, v.channels);
     const float* values = address(run, v);
     const Input output = input(run, to.values);
-    const std::int64_t pixels = by_image ? v.pixels() : run.images * v.pixels();  // in a row, with the same operands
+    const std::int64_t pixels = by_image ? v.pixels() : run.images * v.pixels();  // consecutive pixels with the same operands
     const std::int64_t tasks = ceil_div(pixels, kTaskPixels);
     parallel((by_image ? run.images : 1) * tasks, [&](std::int64_t task) {
       const std::int64_t image = task / tasks, begin = task % tasks * kTaskPixels;
@@ -260,7 +260,7 @@ void Program::map(int from, const std::vector<MapOperation>& given, const StepOu
         float* const written =
             output.values ? const_cast<float*>(output.values) + first * output.strides.x : scratch.take<float>(0);
         stride = output.values ? output.strides.x : v.channels;
-        // Several operations take turns while values are in the first cache.
+        // Several operations are applied to values while these are in the L1 cache.
         constexpr std::int64_t kCachedValues = 4096;
         const std::int64_t part = all.size() == 1 ? count : std::max<std::int64_t>(1, kCachedValues / v.channels);
         for (std::int64_t p = 0; p < count; p += part) {
@@ -291,7 +291,7 @@ void Program::map(int from, const std::vector<MapOperation>& given, const StepOu
 
 namespace {
 
-// Returns which taps of a window that begins at `start` are inside the image: those from `begin` to before `end`.
+// Returns the taps, from `begin` to before `end`, of a window at `start` that are inside the image.
 Span inside(std::int64_t start, std::int64_t kernel, std::int64_t dilation, std::int64_t size) {
   const std::int64_t begin = start < 0 ? ceil_div(-start, dilation) : 0;
   return {begin, start < size ? std::min(kernel, (size - 1 - start) / dilation + 1) : begin};
@@ -303,7 +303,7 @@ class PoolLine {
   PoolLine(const Kernels& kernels, const FloatTensor& v, const PoolWindow& w, bool by_line, const float** tap, float* maxima)
       : pool_(kernels.vector.pool), v_(v), w_(w), by_line_(by_line), tap_(tap), maxima_(maxima) {}
 
-  // Reads lines of an image, which begin where line_at(y) says, and writes outputs `stride` apart.
+  // Reads the lines of an image at line_at(y), and writes outputs with stride `stride`.
   template <class LineAt>
   void run(LineAt line_at, std::int64_t y, std::int64_t out_width, float* to, std::int64_t stride) const {
     const std::int64_t top = y * w_.stride_h - w_.pad_h;
@@ -328,7 +328,7 @@ class PoolLine {
 
  private:
   float divisor(std::int64_t top, std::int64_t left, int taps) const {
-    // The padding counts as far as the window would go without the rounding up of the output's size.
+    // Padding counts up to the end that the window would have if the output's size were not rounded up.
     const std::int64_t counted =
         (std::min(top + w_.kernel_h, v_.height + w_.pad_h) - top) * (std::min(left + w_.kernel_w, v_.width + w_.pad_w) - left);
     return static_cast<float>(w_.divisor ? w_.divisor : w_.count_padding ? counted : taps);
@@ -355,7 +355,7 @@ void Program::pool(int from, const PoolWindow& w, std::int64_t out_height, std::
               to.activation.kind == Activation::none,
           "pool: expected a padding smaller than the kernel, windows that begin within the image, and nothing else to do");
   check(to, v.channels, out_height, out_width, true);
-  // A line of outputs, of the image whose lines begin where line_at(y) says.
+  // A line of outputs, of the image with lines at line_at(y).
   const auto line_of = [=, this](const FloatTensor& v, const Input& output, std::span<const QuantizedTarget> into,
                                  std::int64_t line, auto line_at) {
     const bool by_line = !w.average && w.kernel_h > 1 && w.kernel_w > w.stride_w && v.strides.x == v.channels;
@@ -447,7 +447,7 @@ void Program::moments(int from, std::int64_t groups, const float* weight, float 
 
 namespace {
 
-// A loop in values.
+// A loop, with strides in values.
 struct Turns {
   std::int64_t size, read, written;
 };
@@ -463,7 +463,7 @@ void copy_in(std::span<const Turns> loops, const float* from, float* to) {
   }
 }
 
-// Whether loops, whose turns are `at`, stay within a tensor.
+// Whether loops with the strides `at` stay within a tensor.
 bool within(const FloatTensor& v, const std::vector<Loop>& loops, std::array<std::int64_t, 3> Loop::* at) {
   const std::int64_t sizes[] = {v.channels, v.height, v.width};
   for (int dim = 0; dim < 3; ++dim) {
@@ -591,7 +591,7 @@ void Program::average_windows(int from, const std::vector<Span>& rows, const std
             });
 }
 
-// The step does no last operations besides.
+// The step has no other operations.
 void Program::add_lines(const FloatTensor& v, std::int64_t out_height, std::int64_t out_width, const StepOutputs& to, Line line) {
   require(to.residual < 0 && to.activation.kind == Activation::none, "outputs: expected nothing else to do");
   check(to, v.channels, out_height, out_width, true);

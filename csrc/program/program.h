@@ -1,4 +1,4 @@
-// A network as a list of steps over tensors in one piece of memory.
+// A network as a list of steps on tensors in one memory block.
 #pragma once
 
 #include <array>
@@ -12,8 +12,8 @@
 
 namespace dsconv {
 
-// A float tensor: of images that lie `strides.image` apart, from base address number `base` plus `offset` bytes an
-// image plus `first` values on. The frames of a 3-D one lie one below the other.
+// A float tensor: its address is base address number `base` plus `offset` bytes per image plus `first` values, and
+// `strides.image` separates images. The frames of a 3-D tensor are stacked vertically.
 struct FloatTensor {
   int base;
   std::int64_t offset, first;
@@ -26,16 +26,16 @@ struct FloatTensor {
   }
 };
 
-// The destinations of a step's outputs, and its last operations; -1 is no tensor.
+// The destinations of a step's outputs, and its post-ops; -1 means no tensor.
 struct StepOutputs {
   int values;
   int residual;                                       // added before the activation
-  std::vector<std::pair<int, std::int64_t>> targets;  // quantized tensors, and where the first channel goes there
+  std::vector<std::pair<int, std::int64_t>> targets;  // quantized tensors, and the index of the first channel in each
   ActivationSettings activation;
 };
 
-// An operation of a map. Its operand is a tensor of all channels or of one, for all pixels or for the image; or constants
-// of each channel; or the alpha of `activation`, which also is the epsilon of layer norm.
+// An operation of a map. Its operand is a tensor with all channels or with one, per pixel or per image; or constants per
+// channel; or the alpha of `activation`, which is also the epsilon of layer norm.
 struct MapOperation {
   Operation operation;
   ActivationSettings activation;
@@ -47,11 +47,11 @@ struct MapOperation {
 struct PoolWindow {
   std::int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   bool average, count_padding;
-  std::int64_t divisor;  // of an average; 0: the number of values, with those of the padding if they count
+  std::int64_t divisor;  // of an average; 0: the number of values, including counted padding
 };
 
-// A loop over values of an image that go to another place: its size, and how far a turn goes in the tensor that is read
-// and the one that is written, in channels, rows and columns each.
+// A loop that moves values of an image: its size, and its strides in the tensors that are read and written, each in
+// channels, rows and columns.
 struct Loop {
   std::int64_t size;
   std::array<std::int64_t, 3> read, written;
@@ -62,14 +62,14 @@ struct Span {
   std::int64_t begin, end;
 };
 
-// A place between two rows or columns, and their weights.
+// A position between two rows or columns, and their weights.
 struct Between {
   std::int64_t one, other;
   float weight, other_weight;
 };
 
-// Tensors are named by numbers. Base 0 is memory of bytes(images) bytes, aligned to 64, that nobody else uses during a
-// run; steps are fixed before the first run, and runs may overlap.
+// Tensors are identified by numbers. Base 0 is memory of bytes(images) bytes, aligned to 64 bytes and exclusive to a run;
+// steps are fixed before the first run, and runs may be concurrent.
 class Program {
   struct Run {
     std::int64_t images;
@@ -86,37 +86,37 @@ class Program {
   std::int64_t bytes(std::int64_t images) const;
   const Kernels& kernels() const { return kernels_; }
 
-  // Reads quantized tensor `input`, or with flattened blocks float tensor `from`.
+  // Reads quantized tensor `input`, or float tensor `from` for flattened blocks.
   void convolve(const ConvSizes&, const Layer&, int from, int input, const StepOutputs&);
-  // Computes the last step, a depthwise layer of float activations or a pooling, together with the layer before it, whose
-  // outputs nobody else reads: these are not written.
+  // Fuses the last step, a depthwise layer of float activations or a pooling, with the layer before it, whose outputs no
+  // other step reads: these are not written to memory.
   void join();
   // Applies operations one after another.
   void map(int from, const std::vector<MapOperation>&, const StepOutputs&);
-  // Averages every channel of an image, in the order of PyTorch's vectors of `lanes`.
+  // Averages every channel of an image, in the summation order of PyTorch's vectors of `lanes`.
   void average(int from, int lanes, int to);
-  // Finds the means and scales of group norm (MomentsArgs), each a tensor of one pixel.
+  // Computes the means and scales of group norm (MomentsArgs), each a tensor of one pixel.
   void moments(int from, std::int64_t groups, const float* weight, float epsilon, int mean, int scale);
-  // Turns all values of an image into channels of one pixel, those of a channel one after another.
+  // Flattens all values of an image to channels of one pixel, channel by channel.
   void flatten(int from, int to);
-  // Copies every value of an image to its place in the result, in nested loops, the outermost first.
+  // Copies every value of an image to its position in the result, by nested loops, the outermost first.
   void rearrange(int from, const std::vector<Loop>&, int to);
-  // Copies pixels: one of the result is that of this row and column of the input, or `fill` where either is -1.
+  // Copies pixels: a pixel of the result is that of this row and column of the input, or `fill` if either is -1.
   void pick(int from, const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& columns, float fill,
             const StepOutputs&);
-  // Computes pixels between rows and columns of the input: channels before `split` in one order of sums, others in another.
+  // Interpolates between rows and columns of the input: channels before `split` use one order of sums, others another.
   void interpolate(int from, const std::vector<Between>& rows, const std::vector<Between>& columns, std::int64_t split,
                    Interpolation first, Interpolation rest, const StepOutputs&);
-  // Averages windows of rows and columns. A sum is divided by the number of pixels `at_once`, or by that of rows and then
-  // by that of columns.
+  // Averages windows of rows and columns. A sum is divided by the number of pixels if `at_once`, otherwise by the number
+  // of rows and then by the number of columns.
   void average_windows(int from, const std::vector<Span>& rows, const std::vector<Span>& columns, bool at_once, const StepOutputs&);
   void pool(int from, const PoolWindow&, std::int64_t out_height, std::int64_t out_width, const StepOutputs&);
-  // Adds a step that the caller takes.
+  // Adds a step that the caller executes.
   void skip() {
     steps_.push_back([](const Run&) {});
   }
 
-  // Adds the time of each step to seconds[step], unless that is null.
+  // Adds the time of each step to seconds[step] unless `seconds` is null.
   void run(std::int64_t images, std::span<const std::uintptr_t> bases, int first, int last, double* seconds) const;
 
  private:
@@ -133,14 +133,14 @@ class Program {
     StepOutputs to;
     std::size_t step;
   };
-  // A step that can be computed together with the layer that makes what it reads.
+  // A step that can be fused with the layer that computes its input.
   struct Joinable {
     int from;
     std::size_t step;
     std::function<void(const Run&, const FirstLayer&)> together;
   };
 
-  // Writes the pixels of one line of outputs, `stride` apart, from the image at `values`.
+  // Writes the pixels of one line of outputs, with stride `stride`, from the image at `values`.
   using Line = std::function<void(const float* values, std::int64_t y, float* to, std::int64_t stride)>;
   void add_lines(const FloatTensor&, std::int64_t out_height, std::int64_t out_width, const StepOutputs&, Line);
   const FloatTensor& float_tensor(int id) const;
@@ -161,7 +161,7 @@ class Program {
   std::vector<LayerStep> layers_;
   std::vector<Joinable> joinable_;
   std::int64_t bytes_ = 0;
-  std::int64_t largest_ = 1;  // bytes an image of the largest of all memories
+  std::int64_t largest_ = 1;  // bytes per image of the largest memory
   int bases_ = 1;
 };
 

@@ -1,4 +1,4 @@
-// Rounds weights by rule `balanced`, as dsconv/numerics/balanced.py defines it, some rows at a time in cache.
+// Rounds weights by rule `balanced`, as defined in dsconv/numerics/balanced.py, a few rows at a time in cache.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@ namespace dsconv {
 inline constexpr std::int64_t kMostTaps = 128;
 
 struct WeightRows {
-  const float* w;  // (taps, n, rows), rows of one kind of inputs side by side
+  const float* w;  // (taps, n, rows), with rows of one kind of inputs adjacent
   std::int64_t taps, n, rows, kinds;
 };
 
@@ -24,7 +24,7 @@ struct InputModel {
 struct BalancedRule {
   int bits;
   bool shift;
-  double held;  // weight that holds a scale where it is, as a fraction of its part of the normal equations
+  double held;  // regularization that holds a scale at its value, as a fraction of its part of the normal equations
 };
 
 struct BalancedResults {
@@ -32,7 +32,7 @@ struct BalancedResults {
   float *scale, *shift;  // (taps, rows)
 };
 
-// Some rows of one kind, at most as many as VectorKernels::balanced_rows.
+// Rows of one kind, at most VectorKernels::balanced_rows.
 struct BalancedArgs {
   WeightRows rows;
   InputModel model, regularized;
@@ -43,7 +43,7 @@ struct BalancedArgs {
   std::byte* memory;
 };
 
-// Rounds rows for `regularized`; a row that is worse by `model` than by rule `refined` is rounded by that.
+// Rounds rows for `regularized`; a row that is worse according to `model` than with rule `refined` uses that rule.
 void round_balanced(const Kernels&, const WeightRows&, const InputModel& model, const InputModel& regularized, const BalancedRule&,
                     const BalancedResults&);
 

@@ -1,4 +1,4 @@
-// Vectors in the extensions of GCC and Clang, and the operations that need no instruction of their own.
+// Vectors in the extensions of GCC and Clang, and operations that need no special instruction.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,10 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(Bytes)));
 };
 
-// Types of vectors of N lanes of 32 bits, and functions of them. The vector types of simd/<isa>.h derive from it and
-// replace functions for which the instruction set has something better. Each is a type of an unnamed namespace, which
-// gives internal linkage to all templates over it: the linker must never take a function that was compiled for one
-// instruction set for that of another.
+// Types of vectors of N lanes of 32 bits, and their functions. The vector types of simd/<isa>.h derive from it and
+// replace functions for which the instruction set has a better instruction. Each is in an unnamed namespace, which
+// gives internal linkage to all templates over it: the linker must never merge functions that were compiled for
+// different instruction sets.
 template <int N, class Vector>
 struct Lanes {
   static_assert(N == 4 || N == 8 || N == 16);
@@ -24,7 +24,7 @@ struct Lanes {
   using Bytes = typename VectorOf<std::int8_t, 4 * N>::type;
   using Pairs = typename VectorOf<std::int64_t, 4 * N>::type;
 
-  // Casts of all bits, and conversion.
+  // Bit casts, and conversion.
   static Float as_float(auto v) { return reinterpret_cast<Float>(v); }
   static Int as_int(auto v) { return reinterpret_cast<Int>(v); }
   static Word as_word(auto v) { return reinterpret_cast<Word>(v); }
@@ -36,7 +36,7 @@ struct Lanes {
   static Float load(const float* from) { return load_as<Float>(from); }
   static Int load(const std::int32_t* from) { return load_as<Int>(from); }
   static void store(float* to, Float v) { __builtin_memcpy(to, &v, sizeof v); }
-  // The first `count` lanes; load_some fills the others with zeros.
+  // Access to the first `count` lanes; load_some fills the others with zeros.
   static Float load_some(const float* from, int count) {
     Float v{};
     for (int i = 0; i < count; ++i) v[i] = from[i];
@@ -48,7 +48,7 @@ struct Lanes {
   static Float load(const float* from, int count) { return count == N ? load(from) : Vector::load_some(from, count); }
   static void store(float* to, Float v, int count) { count == N ? store(to, v) : Vector::store_some(to, v, count); }
 
-  // For vectors and scalars; both return b where either is a NaN.
+  // For vectors and scalars; both return b if either is NaN.
   static constexpr auto max = [](auto a, auto b) { return a > b ? a : b; };
   static constexpr auto min = [](auto a, auto b) { return a < b ? a : b; };
 
@@ -58,17 +58,17 @@ struct Lanes {
     return all != 0;
   }
 
-  // Puts the lowest bytes of a lane of each side by side.
+  // Combines the lowest bytes of corresponding lanes.
   static Int low_bytes(Int a, Int b, Int c, Int d) { return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24; }
-  // Adds the four signed bytes of a lane to its sum.
+  // Adds the four signed bytes of each lane to its sum.
   static Int add_bytes(Int sum, Int four) {
     return sum + (four << 24 >> 24) + (four << 16 >> 24) + (four << 8 >> 24) + (four >> 24);
   }
   // Adds the product of the low 16 bits, signed; b has zeros above them.
   static Int add_product(Int sum, Int a, Int b) { return sum + (a << 16 >> 16) * (b << 16 >> 16); }
 
-  // Interleaves values, or pairs of values, of the first (Half 0) or the second halves of every 128 bits. Processors
-  // shuffle fastest within 128 bits.
+  // Interleaves values, or pairs of values, of the first (Half 0) or the second halves of every 128 bits. Shuffles within
+  // 128 bits are the fastest.
   template <int Half, class T>
   static T interleave_values(T a, T b) {
     constexpr int h = 2 * Half;
@@ -97,7 +97,7 @@ struct Lanes {
                                      h + 24, h + 25, h + 26, h + 27);
   }
 
-  // Swaps rows and columns: first within every four by four values, then between these.
+  // Transposes: first within every 4x4 values, then between these.
   template <class T>
   static void transpose(T (&v)[N]) {
 #pragma GCC unroll 4
@@ -126,7 +126,7 @@ struct Lanes {
   static T reduce(T (&v)[N], Combine combine) {
     return reduce([&](int i) { return v[i]; }, combine);
   }
-  // The same of vectors of integers that make(i) returns, in fours, so that few are held at once.
+  // The same for integer vectors that make(i) returns, four at a time, so that few registers are live.
   template <class Make, class Combine>
   static auto reduce(Make make, Combine combine) {
     decltype(make(0)) v[N / 4];

@@ -1,4 +1,4 @@
-// Four lanes in plain C++, for every processor.
+// Four lanes in portable C++.
 #pragma once
 
 #include "lanes.h"
@@ -9,7 +9,7 @@ namespace {
 struct Scalar : Lanes<4, Scalar> {
   static constexpr int kDoubles = 4;
 
-  // Converts all lanes of a, then those of b, c and d, to bytes within -128 to 127.
+  // Converts all lanes of a, then those of b, c and d, to bytes, saturated to -128 .. 127.
   static Int saturate_to_bytes(Int a, Int b, Int c, Int d) {
     const Int from[] = {a, b, c, d};
     Bytes to;

@@ -17,7 +17,7 @@ struct X86_512 : Lanes<16, X86_512> {
   static void store_some(float* to, Float v, int count) { _mm512_mask_storeu_ps(to, first_lanes(count), v); }
 
   static Int low_bytes(Int a, Int b, Int c, Int d) {
-    // 0xca selects a bit of the second where the mask's is set, else of the third.
+    // 0xca selects bits of the second operand where the mask is set, otherwise of the third.
     const __m512i ab = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xff), bits(a), bits(b << 8), 0xca);
     const __m512i cd = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xff0000), bits(c << 16), bits(d << 24), 0xca);
     return as_int(_mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff), ab, cd, 0xca));

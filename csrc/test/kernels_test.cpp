@@ -1,5 +1,5 @@
-// Every instruction set of this processor against exact sums and, bit for bit, against the scalar kernels, over random
-// convolutions. Built with sanitizers and for other processors, where no Python is at hand.
+// Compares every instruction set of this processor with exact sums and, bit for bit, with the scalar kernels, on random
+// convolutions. It is built with sanitizers, and for other processors, without Python.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -57,7 +57,7 @@ struct Case {
   std::vector<std::int8_t> vqk;
 };
 
-// Chooses a size of a dimension, up to `more` above the least that has outputs, and of a transposed one how many.
+// Chooses the size of a dimension, up to `more` above the smallest with outputs, and the outputs of a transposed one.
 void choose_size(Axis a, std::int64_t more, std::int64_t& size, std::int64_t& out) {
   const auto outputs = [&a](std::int64_t n) {
     const std::int64_t span = a.dilation * (a.kernel - 1) + 1, room = n + 2 * a.pad - span;
@@ -107,7 +107,7 @@ Case random_case() {
   c.channels_last = pick(0, 1) && (!g.depthwise() || g.outputs == g.channels);
   c.activation = static_cast<Activation>(pick(0, pick(0, 1) ? 1 : kActivations - 1));
   if (one_block && pick(0, 3)) c.weight_bits = static_cast<int>(pick(2, 4)), c.add = false, c.channels_last = true;
-  // Sometimes beyond the exponents that are usually met.
+  // Sometimes exceeds usual exponents.
   const float magnitude = std::exp2(static_cast<float>(pick(0, 9) ? pick(-90, 90) : pick(104, 110)));
   const bool rectified = pick(0, 1);
   for (std::int64_t i = 0; i < g.images * g.channels * g.depth * g.height * g.width; ++i) {
@@ -115,7 +115,7 @@ Case random_case() {
     c.input.push_back(rectified ? std::fmax(v, 0.0f) : v);
   }
   if (!c.input.empty() && pick(0, 4) == 0) c.input[pick(0, c.input.size() - 1)] = pick(0, 1) ? NAN : INFINITY;
-  // Weights of Winograd keep the bound of lanes, which four channels of one sign reach.
+  // Winograd weights respect the bound of lanes, which four channels of one sign reach.
   const int least = g.winograd ? -32 : -(1 << (c.weight_bits - 1)), most = g.winograd ? 32 : -least - 1;
   for (std::int64_t i = 0; i < g.outputs * g.taps() * g.layout().depth; ++i)
     c.vqk.push_back(static_cast<std::int8_t>(pick(least, most)));
@@ -141,7 +141,7 @@ struct Made {
   std::vector<std::byte> quantized;
 };
 
-// How the outputs are quantized for layers that read them.
+// The format in which later layers read the outputs.
 ActivationFormat format_of(const Case& c) {
   return {{c.g.outputs, c.block_size}, 1, c.target_bits, static_cast<Sign>(c.sign), c.target_bits % 2 == 0, c.shift};
 }
@@ -151,7 +151,7 @@ std::byte* aligned(std::vector<std::byte>& memory) {
   return memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64) % 64;
 }
 
-// A quantized tensor's rows one after another, so that two of them can be compared.
+// The rows of a quantized tensor as consecutive bytes, for comparison.
 std::vector<std::byte> rows_of(const QuantizedTensor& q) {
   const QuantizedRows r = q.of_group(0);
   const std::size_t rows = q.grid().rows(), blocks = rows * r.blocks;
@@ -192,7 +192,7 @@ Made run(const Case& c, const Kernels& kernels) {
       residual{c.add ? c.residual.data() : nullptr, to};
   convolve(g, layer, kernels, input, {output.data(), to, residual, {}});
   if (!c.channels_last || (g.groups > 1 && !g.depthwise())) return {output, {}};
-  // The epilogue quantizes outputs, with and without the floats, to the same as quantizing the floats.
+  // The epilogue, with and without float outputs, quantizes to the same values as quantizing the floats.
   std::vector<std::byte> memory(QuantizedTensor::bytes(format_of(c), grid_of(c)) + 64);
   const QuantizedTensor q(format_of(c), grid_of(c), aligned(memory));
   quantize(q, kernels, output.data(), to, g.out_depth);
@@ -208,7 +208,7 @@ Made run(const Case& c, const Kernels& kernels) {
   return {output, expected};
 }
 
-// Maxima, averages and other work on pixels, of every instruction set and of the reference.
+// Pooling and other operations on pixels, compared with the reference.
 bool pixels_alike(const Kernels& kernels) {
   const std::int64_t channels = pick(1, 150), pixels = pick(1, 5), taps = pick(1, 9);
   std::vector<float> input(channels * taps * pixels), scale(channels), shift(channels), made[2];
@@ -260,7 +260,7 @@ bool pixels_alike(const Kernels& kernels) {
   return true;
 }
 
-// A convolution and the depthwise layer that reads it: together by an instruction set, and one after the other by the reference.
+// A convolution and the depthwise layer that reads it: fused by an instruction set, and separate by the reference.
 bool joined_alike(const Kernels& kernels) {
   ConvSizes first{}, g{};
   first.images = g.images = pick(1, 2), first.groups = 1, first.block_size = 32;
@@ -364,15 +364,15 @@ double activated(const Case& c, double v) {
   return v;
 }
 
-// First place where `output` is further from the exact sums than float32 allows, or -1. Winograd has another definition,
-// and an exponential makes errors as large as it is.
+// First index where `output` deviates from the exact sums by more than float32 allows, or -1. Winograd has another
+// definition, and an exponential amplifies errors.
 std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
   const ConvSizes& g = c.g;
   if (g.winograd || c.activation == Activation::exp) return -1;
   const std::int64_t cg = g.channels / g.groups, og = g.outputs / g.groups, taps = g.kernel_size(),
                      down = g.out_depth * g.out_height;
   const Strides in = strides_of(c, g.channels, g.depth * g.height, g.width), out = strides_of(c, g.outputs, down, g.out_width);
-  // Returns the place that an output reads through a tap, or -1.
+  // Returns the index that an output reads at a tap, or -1.
   const auto read = [](const Axis& a, std::int64_t output, std::int64_t tap) {
     const std::int64_t at = a.transposed ? output + a.pad - tap * a.dilation : output * a.stride - a.pad + tap * a.dilation;
     const std::int64_t place = a.transposed ? at / a.stride : at;
@@ -421,9 +421,9 @@ std::int64_t first_wrong(const Case& c, const std::vector<float>& output) {
           if (c.norm) sum = sum * c.gains[o] + c.offsets[o], size = size * std::fabs(c.gains[o]) + std::fabs(c.offsets[o]), ++terms;
           if (c.add) sum += c.residual[at], size += std::fabs(c.residual[at]), ++terms;
           sum = activated(c, sum);
-          // Activated once more, and an exponential has a few roundings of its own.
+          // The activation is applied again, and an exponential adds a few roundings.
           const double bound = 1.5 * (static_cast<double>(terms + 1) * std::ldexp(size, -24) + std::ldexp(std::fabs(sum), -22));
-          const bool same = output[at] == sum;  // an infinity too
+          const bool same = output[at] == sum;  // also for infinity
           if (std::isnan(sum) ? !std::isnan(output[at]) : !same && !(std::fabs(output[at] - sum) <= bound)) return at;
         }
   return -1;
@@ -498,7 +498,7 @@ int main(int count, char** arguments) {
   const int cases = count > 1 ? std::atoi(arguments[1]) : 300;
   if (count > 2) random_bits.seed(std::atoi(arguments[2]));
   std::vector<const Kernels*> tested;
-  // The tiles of AMX are emulated here, the rest needs the vectors of AVX-512.
+  // AMX tiles are emulated here; the rest needs the vectors of AVX-512.
   for (const Kernels* const kernels : kBuiltKernels)
     for (const std::string_view found : isa_found())
       if (found == (std::string_view(kernels->isa) == "amx" ? "avx512vnni" : kernels->isa)) tested.push_back(kernels);

@@ -1,7 +1,7 @@
-// Damaged files of compiled networks: whatever they say, the library reads, writes and allocates nothing that is not there.
-// Built with sanitizers. By itself: network_test ITERATIONS SEED FILE..., which runs each file as it is by every instruction
-// set and prints a checksum of its outputs, and then so many damaged ones. With DSCONV_LIBFUZZER: a target of libFuzzer, whose
-// corpus are files.
+// Runs damaged files of compiled networks: for any contents, the library must not access memory out of bounds or allocate
+// too much. Built with sanitizers. Usage: network_test ITERATIONS SEED FILE...; it runs each undamaged file with every
+// instruction set and prints a checksum of its outputs, and then ITERATIONS damaged ones. With DSCONV_LIBFUZZER it is a
+// target of libFuzzer, with files as the corpus.
 #include <dsconv.h>
 
 #include <algorithm>
@@ -25,8 +25,8 @@ namespace {
 using Bytes = std::vector<std::uint8_t>;
 
 constexpr std::size_t kPrefix = 64;
-constexpr double kMaxValues = 1 << 16;    // of an input or output that is tried
-constexpr std::size_t kMaxRun = 1 << 20;  // bytes of a run that is tried
+constexpr double kMaxValues = 1 << 16;    // limit for an input or output of a run
+constexpr std::size_t kMaxRun = 1 << 20;  // limit for the bytes of a run
 
 template <class T>
 T read(const Bytes& bytes, std::size_t at) {
@@ -39,7 +39,7 @@ void write(Bytes& bytes, std::size_t at, T value) {
   std::memcpy(bytes.data() + at, &value, sizeof value);
 }
 
-// Makes sizes and checksums agree, so that damage is found by what comes behind them.
+// Corrects sizes and checksums, so that damage reaches the later checks.
 void repair(Bytes& bytes) {
   if (bytes.size() < 2 * kPrefix) return;
   const std::size_t room = bytes.size() - kPrefix;
@@ -73,8 +73,8 @@ std::size_t values_of(const dsconv_tensor& tensor) {
   return values <= kMaxValues ? static_cast<std::size_t>(values) : 0;
 }
 
-// Runs so many samples of a size with `more` rows and columns; returns the values of all outputs, none where it is too large
-// or fails.
+// Runs samples of a size with `more` rows and columns; returns the values of all outputs, or none if it is too large or
+// fails.
 std::vector<float> run(const dsconv_network* network, std::size_t size, std::int64_t samples, std::int64_t more) {
   std::vector<dsconv_tensor> inputs(dsconv_input_count(network)), outputs(dsconv_output_count(network));
   std::vector<std::vector<float>> memory;

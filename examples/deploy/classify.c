@@ -2,7 +2,7 @@
 
    cc -std=c11 -O2 classify.c -ldsconv -lm -o classify
 
-   The picture is a binary PPM (P6, or P5 where the network takes gray images) of 8 bits, and of the network's size. */
+   The picture is a binary 8-bit PPM (P6, or P5 for a network with gray images) of the network's size. */
 #include <dsconv.h>
 #include <math.h>
 #include <stdbool.h>
@@ -14,7 +14,7 @@ enum { BEST = 5, CHANNELS = 3 };
 
 typedef struct {
   int channels, height, width;
-  unsigned char* pixels; /* of one pixel after another */
+  unsigned char* pixels; /* pixel by pixel */
 } picture;
 
 static void fail(const char* what) {
@@ -26,7 +26,7 @@ static void check(dsconv_status status) {
   if (status != DSCONV_OK) fail(dsconv_error());
 }
 
-/* A whole number of a header, in which a comment may stand before each. */
+/* Reads a whole number of the header, which a comment may precede. */
 static int header_number(FILE* file) {
   int number, next;
   while ((next = fgetc(file)) == '#' || next == ' ' || next == '\t' || next == '\r' || next == '\n') {
@@ -49,7 +49,7 @@ static picture read_picture(const char* path) {
   read.width = header_number(file);
   read.height = header_number(file);
   if (header_number(file) != 255) fail("the picture has not 8 bits a channel");
-  fgetc(file); /* the one blank that ends the header */
+  fgetc(file); /* the single blank that ends the header */
   const size_t bytes = (size_t)read.channels * (size_t)read.height * (size_t)read.width;
   read.pixels = malloc(bytes);
   if (read.pixels == NULL) fail("out of memory");
@@ -58,7 +58,7 @@ static picture read_picture(const char* path) {
   return read;
 }
 
-/* Numbers of a setting, at most CHANNELS of them: the settings are JSON without blanks, as {"mean":[0.5],"scale":1.0}. */
+/* Reads the numbers of a setting, at most CHANNELS: the settings are JSON without blanks, such as {"mean":[0.5],"scale":1.0}. */
 static int setting(const char* json, const char* name, double numbers[CHANNELS]) {
   char key[32];
   snprintf(key, sizeof key, "\"%s\":", name);
@@ -75,7 +75,7 @@ static int setting(const char* json, const char* name, double numbers[CHANNELS])
   return count;
 }
 
-/* The network's input: (value / (255 / scale) - mean) / std, a channel after another. */
+/* Computes the network's input: (value / (255 / scale) - mean) / std, channel by channel. */
 static float* prepared(const picture* image, const char* json) {
   double scale[CHANNELS] = {1}, mean[CHANNELS] = {0}, std[CHANNELS] = {1};
   setting(json, "scale", scale);
@@ -126,7 +126,7 @@ int main(int argc, char** argv) {
                          .rank = 4,
                          .shape = {1, image.channels, image.height, image.width}};
   dsconv_tensor output = {0};
-  check(dsconv_run(network, &input, 1, &output, 1)); /* without memory: asks for the shape of the output */
+  check(dsconv_run(network, &input, 1, &output, 1)); /* without memory, this returns the shape of the output */
   if (output.rank != 2) fail("the network is no classifier of images");
   const size_t classes = (size_t)output.shape[1];
   output.bytes = classes * sizeof(float);

@@ -1,4 +1,4 @@
-"""Extension of griffe: docstrings, which are written for ``help()`` and doctest, as Markdown."""
+"""Extension of griffe that converts docstrings, which are written for ``help()`` and doctest, to Markdown."""
 
 import re
 from typing import Any

@@ -97,7 +97,8 @@ class LayerConfig(Strict):
         if self.algorithm == "winograd" and not self.allows_winograd:
             what = "blocks='flat'" if self.blocks == "flat" else "activation_bits=None"
             raise ValueError(
-                f"algorithm='winograd' sums up integers of blocks of channels: {what} cannot go with it: use 'auto'"
+                f"algorithm='winograd' adds integers within blocks of channels and cannot be combined with {what}: "
+                "use 'auto'"
             )
         return self
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-_PARALLEL = {"torch": "PyTorch's pool", "pool": "a pool of their own", "serial": "serial"}
+_PARALLEL = {"torch": "PyTorch's thread pool", "pool": "their own thread pool", "serial": "serial"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def cpu_info() -> CpuInfo:
         isa_reason=(
             "the best of these that has kernels"
             if used == best
-            else f"DSCONV_MAX_ISA={os.environ.get('DSCONV_MAX_ISA')} keeps it from {best}"
+            else f"DSCONV_MAX_ISA={os.environ.get('DSCONV_MAX_ISA')} excludes {best}"
         ),
         parallel=_PARALLEL[threads.parallel()],
         torch_threads=torch.get_num_threads(),

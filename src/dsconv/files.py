@@ -49,7 +49,7 @@ def check_place(path: Path) -> Path:
     if found is not None and not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         error_type = IsADirectoryError if stat.S_ISDIR(found.st_mode) else FileExistsError
-        raise error_type(f"{path}: expected the name of a file to write, it is {kind}: choose another name")
+        raise error_type(f"{path}: expected the name of a file to write, got {kind}: choose another name")
     if not place.parent.exists():
         what = f"{place.parent} does not exist and is not a folder that can be written to"
         raise FileNotFoundError(f"{path}: {what}: create it, or choose another")

@@ -193,7 +193,7 @@ class DSConvModel(
 def _figures(found: Summary, evaluation: Evaluation | None) -> Iterator[tuple[str, str, str]]:
     """Yield the rows of the card's first table: label, value of the float network, value of the quantized one."""
     yield "size in MB", f"{found.bytes_before / 1e6:.2f}", f"{found.bytes_after / 1e6:.2f}"
-    yield "bits a weight", "32", f"{found.effective_bits:.2f}"
+    yield "bits per weight", "32", f"{found.effective_bits:.2f}"
     if evaluation is None:
         return
     reference = evaluation.reference if isinstance(evaluation, Comparison) else None

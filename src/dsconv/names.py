@@ -105,7 +105,7 @@ def check_not_compiled(path: Path) -> None:
         begin = file.read(len(COMPILED_MAGIC))
     if begin == COMPILED_MAGIC:
         raise FileFormatError(
-            f"{path}: a compiled network, written by dsconv compile: dsconv_runtime (Python) and libdsconv (C) run it; "
+            f"{path}: is a compiled network of dsconv compile: dsconv_runtime (Python) and libdsconv (C) run it; "
             "here, give the file of dsconv quantize, or the model, that it was compiled from"
         )
 

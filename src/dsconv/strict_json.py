@@ -34,7 +34,7 @@ def loads(text: str | bytes, *, finite: bool = True) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("it holds half a character (a lone surrogate)") from None
+            raise ValueError("it contains half a character (a lone surrogate)") from None
     return value
 
 
@@ -55,13 +55,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the name {name[:80]!r} is there twice")
+            raise ValueError(f"the name {name[:80]!r} occurs twice")
         found[name] = value
     return found
 
 
 def _refused(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number that JSON has")
+    raise ValueError(f"{constant} is not a number in JSON")
 
 
 def _finite(text: str) -> float:

@@ -35,9 +35,9 @@ def loads(text: str | bytes) -> Any:
             if depth > _DEEPEST:
                 raise _wrong(event, f"it is nested deeper than {_DEEPEST} levels")
             if isinstance(event, yaml.AliasEvent):
-                raise _wrong(event, f"*{event.anchor} is an alias, which is not read: put a text with * in quotes")
+                raise _wrong(event, f"*{event.anchor} is an alias, which is not supported: put a text with * in quotes")
             if getattr(event, "tag", None) is not None:
-                raise _wrong(event, f"the tag {event.tag} is not read: leave it out")
+                raise _wrong(event, f"the tag {event.tag} is not supported: leave it out")
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         return None if node is None else _value(loader, node)
@@ -59,14 +59,14 @@ def _value(loader: Any, node: Any) -> Any:
                 shown = key.value if key.id == "scalar" else f"a {key.id}"
                 raise _wrong(key, f"expected a name, got {shown}: put it in quotes")
             if name in found:
-                raise _wrong(key, f"the name {name[:80]!r} is there twice")
+                raise _wrong(key, f"the name {name[:80]!r} occurs twice")
             found[name] = _value(loader, value)
         return found
     value = loader.construct_object(node)
     if not isinstance(value, _PLAIN):
         raise _wrong(node, f"{node.value} is a {type(value).__name__}, which JSON does not have: put it in quotes")
     if isinstance(value, float) and not math.isfinite(value):
-        raise _wrong(node, f"{node.value} is no number that JSON has")
+        raise _wrong(node, f"{node.value} is not a number in JSON")
     return value
 
 

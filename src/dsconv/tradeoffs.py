@@ -200,7 +200,7 @@ class Tradeoff(Printed):
             yield "Interrupted: the figures cover fewer images or turns, or times are missing."
         if found is not None:
             measure = self.candidates[0].measure.removesuffix(" in percent").removesuffix(" in dB")
-            yield f"{found.images:,} images. front: no other is as cheap and as good in {measure}."
+            yield f"{found.images:,} images. front: no other network is as cheap and as good in {measure}."
             if found.missing:
                 yield found.missing
             if found.broken:
@@ -261,9 +261,11 @@ def tradeoff(
     if not networks or FLOAT in networks:
         raise ConfigError(f"networks: expected one or more, none called {FLOAT!r}, got {', '.join(networks) or 'none'}")
     if images is not None and reference is None:
-        raise ConfigError("reference: images need the float network that the quantized ones are compared with")
+        raise ConfigError(
+            "reference: expected the float network that the quantized ones are compared with on images, got None"
+        )
     if not 1 <= threads <= cores() or seconds <= 0:
-        limits = f"threads from 1 to the {cores()} cores there are and seconds above 0"
+        limits = f"threads from 1 to {cores()}, the number of cores, and seconds above 0"
         raise ConfigError(f"expected {limits}, got {threads} and {seconds}")
     reference, networks = unwrapped(reference), {name: unwrapped(network) for name, network in networks.items()}
     if reference is not None:
@@ -369,7 +371,7 @@ def _check_one_original(summaries: Mapping[str, Summary]) -> None:
         for layer in sorted(expected.keys() | got.keys(), key=list({**expected, **got}).index):
             if expected.get(layer) != got.get(layer):
                 counts = f"{expected.get(layer, 0):,} weights in {first} and {got.get(layer, 0):,} in {other}"
-                raise ModelError(f"{first} and {other} are not of one network: its layer {layer!r} has {counts}")
+                raise ModelError(f"{first} and {other} are of different networks: layer {layer!r} has {counts}")
 
 
 def time_each(

@@ -76,7 +76,7 @@ def build(name: str, *, weights: str | os.PathLike[str] = "default") -> nn.Modul
     except Exception as error:
         if trained and isinstance(error, OSError | RuntimeError):
             raise ModelError(
-                f"model {name!r}: its trained weights cannot be had ({error}): pass a file of weights, or 'random'"
+                f"model {name!r}: its trained weights are not available ({error}): pass a file of weights, or 'random'"
             ) from None
         raise ModelError(f"model {name!r}: its arguments do not fit: {error}") from error
     if path is not None:
@@ -91,7 +91,7 @@ def _arguments(name: str, query: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key in arguments:
-            raise ModelError(f"model {name!r}: its argument {key!r} is there twice: name it once")
+            raise ModelError(f"model {name!r}: its argument {key!r} is given twice: give it once")
         try:
             arguments[key] = strict_json.loads(value)
         except ValueError as error:
@@ -183,7 +183,9 @@ def _from_file(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, Preproc
     except Exception as error:
         raise ModelError(f"model {name!r}: {factory_name}() failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"model {name!r}: expected a torch.nn.Module, {factory_name}() made a {type(model).__name__}")
+        raise ModelError(
+            f"model {name!r}: expected a torch.nn.Module, {factory_name}() returned a {type(model).__name__}"
+        )
     try:
         return model, preprocess_of(model) or offered(getattr(module, "preprocess", None))
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The page of a report in headless Chromium: it opens alone, shows the right figures, and suits every reader."""
+"""The page of a report in headless Chromium: it needs no network, shows the right figures, and is accessible."""
 
 import base64
 import functools
@@ -51,7 +51,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """Of the digits network, its last layer in float, with everything that a report can hold."""
+    """Report of the digits network, with its last layer in float, that contains every part of a report."""
     network = load_network()
     qmodel = dsconv.quantize(network, {"weight_bits": 3, "activation_bits": 4, "last_layer": "float"})
     images, labels = (values[:64] for values in load_digits("test"))
@@ -67,7 +67,7 @@ def file(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def show(browser: Any, file: Path) -> Any:
-    """Opens the page; returns what evaluates JavaScript in it."""
+    """Open the page; return a function that evaluates JavaScript in it."""
 
     def opened(width: int = LAPTOP, scheme: str = "light", path: Path = file) -> Any:
         metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width == PHONE}
@@ -81,13 +81,13 @@ def show(browser: Any, file: Path) -> Any:
 
 
 def rows(js: Any, selector: str) -> list[list[str]]:
-    """Text of the cells of a table's body."""
+    """Return the text of the cells of a table's body."""
     script = "[...document.querySelectorAll(arguments[0] + ' tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
     return [[cell.strip() for cell in row] for row in js(script, selector)]
 
 
 def bars(js: Any, selector: str, column: int) -> list[float]:
-    """Lengths of the bars in a column, as parts of their track, as they are drawn."""
+    """Return the drawn lengths of the bars in a column, relative to their track."""
     script = (
         "[...document.querySelectorAll(arguments[0] + ' tbody tr')].map(r => {const b = r.cells[arguments[1]]"
         ".querySelectorAll('rect'); return b[1].getBoundingClientRect().width / b[0].getBoundingClientRect().width})"
@@ -172,7 +172,7 @@ def test_errors_by_layer(show: Any, report: Report) -> None:
 
 
 def test_histograms_have_the_right_columns(show: Any) -> None:
-    """Heights read back from the paths are the counts of weights that numpy finds."""
+    """Compare heights in the paths with the counts of weights by numpy."""
     js, network = show(), load_network()
     qmodel = dsconv.quantize(network, {"weight_bits": 3, "activation_bits": 4, "last_layer": "float"})
     names = js("[...document.querySelectorAll('.layer .name')].map(name => name.innerText)")
@@ -188,7 +188,7 @@ def test_histograms_have_the_right_columns(show: Any) -> None:
             assert [(120 - top) / 120 * np.max(counts) for top in tops] == pytest.approx(
                 expected, abs=0.01 * np.max(counts)
             )
-    # The small picture and the large one are one path.
+    # The small picture and the large one use the same path.
     box = js("document.querySelector('use[href=\"#layer-2-weights-after\"]').getBBox().width")
     assert box == pytest.approx(320)
 
@@ -244,13 +244,13 @@ def test_nothing_is_wider_than_the_window(width: int, opened: bool, show: Any) -
         width,
     )
     assert beyond == []
-    # A table that scrolls by itself can be reached and scrolled with the keyboard.
+    # A scrollable table can be focused and scrolled with the keyboard.
     assert js("[...document.querySelectorAll('.scroll')].every(e => e.tabIndex === 0 && e.getAttribute('aria-label'))")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(scheme: str, show: Any) -> None:
-    """4.5 to 1 for text, 3 to 1 for what charts are read by (WCAG 2.2, 1.4.3 and 1.4.11)."""
+    """Require 4.5 to 1 for text, 3 to 1 for graphical elements of charts (WCAG 2.2, 1.4.3 and 1.4.11)."""
     js = show(scheme=scheme)
     name = "getComputedStyle(document.documentElement).getPropertyValue(arguments[0])"
     colours = {
@@ -324,7 +324,7 @@ def test_print_shows_what_is_folded_up(browser: Any, show: Any) -> None:
 
 
 def test_charts_are_drawn_in_both_schemes(browser: Any, show: Any) -> None:
-    """The pixels of a histogram hold the colours of before and after that the scheme gives them."""
+    """Check that the pixels of a histogram have the colours of the scheme for before and after."""
     for scheme in ("light", "dark"):
         js = show(scheme=scheme)
         js("document.querySelector('.layer').open = true")

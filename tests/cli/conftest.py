@@ -17,7 +17,7 @@ IMAGES = 60
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 60 of the held-out digits as PNG files, and their labels."""
+    """Return a folder with 60 of the held-out digits as PNG files, and their labels."""
     folder = tmp_path_factory.mktemp("digits")
     images, labels = load_digits("test")
     rows = ["file,class_index"]
@@ -31,14 +31,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def quantized_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits network under the preset ``paper``."""
+    """Return a file of the digits network with the preset ``paper``."""
     network = dsconv.quantize(zoo.build("dsconv/digits_resnet"), "paper")
     return dsconv.save(network, tmp_path_factory.mktemp("files") / "digits.safetensors")
 
 
 @pytest.fixture(scope="session")
 def factory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's file of models, good and bad."""
+    """Return a user's file of models, valid and invalid ones."""
     file = tmp_path_factory.mktemp("factory") / "mine.py"
     file.write_text(
         "import sys, time\n"
@@ -77,7 +77,7 @@ class Done(NamedTuple):
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Runs the command line in this process, which is faster than ``dsconv_cli``, for the many ways to call it."""
+    """Run the command line in this process, which is faster than ``dsconv_cli``."""
 
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["dsconv", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""The order of class folders is said, can be given, and is the same for every command that evaluates."""
+"""The order of class folders is printed, can be given, and is the same for every command that evaluates."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def folders(path: Path, names: list[str] | tuple[str, ...]) -> Path:
-    """Held-out digits in folders of these names."""
+    """Write held-out digits to folders with these names."""
     images, labels = load_digits("test")
     for label, name in enumerate(names):
         (path / name).mkdir(parents=True)
@@ -81,10 +81,10 @@ def test_a_file_of_classes_gives_the_order(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "classes.txt: expected names of classes, one a line, it is empty"),
-        ("zero\n\none\n", "classes.txt, line 2: expected the name of a class, the line is blank"),
-        ("zero\none\n\n", "classes.txt, line 3: expected the name of a class, the line is blank"),
-        ("zero\none\n zero\n", "classes.txt, line 3: 'zero' is the name of line 1 already"),
+        ("", "classes.txt: expected names of classes, one per line, got an empty file"),
+        ("zero\n\none\n", "classes.txt, line 2: expected the name of a class, got a blank line"),
+        ("zero\none\n\n", "classes.txt, line 3: expected the name of a class, got a blank line"),
+        ("zero\none\n zero\n", "classes.txt, line 3: 'zero' is already on line 1"),
         ("\n".join(NAMES[:9]), "sub-folder nine of"),
         ("\udcff", "expected names of classes as UTF-8 text"),
     ],

@@ -1,4 +1,4 @@
-"""What the commands do for a user who does everything right."""
+"""Commands, used correctly."""
 
 import json
 import os
@@ -44,7 +44,7 @@ COMMANDS = (
 
 
 def strict_json(text: str) -> Any:
-    """As most languages read it: NaN and Infinity are no JSON."""
+    """Parse strict JSON, as most languages do: without NaN and Infinity."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -96,7 +96,7 @@ def test_quantize_inspect_and_evaluate_in_processes_of_their_own(
         "config",
     ):
         assert seen[figure] == made[figure], figure
-    # Of a layer in float (here the last) the file does not say of which class it was; SQNR are rounded.
+    # The file does not store the class of a layer in float (here the last one); SQNR are rounded.
     assert [layer | {"kind": "", "weight_sqnr_db": 0} for layer in seen["layers"]] == [
         layer | {"kind": "", "weight_sqnr_db": 0} for layer in made["layers"]
     ]
@@ -107,7 +107,7 @@ def test_quantize_inspect_and_evaluate_in_processes_of_their_own(
     images, labels = load_digits("test")
     expected = dsconv.compare(load_network(), dsconv.load(file), [(images[:60], labels[:60])])
     assert figures["images"] == 60
-    # The PNG files hold the images in steps of 1/255.
+    # The PNG files store the images in steps of 1/255.
     assert figures["quantized"]["top1"] == pytest.approx(expected.top1, abs=2)
     assert figures["agreement"] == pytest.approx(expected.agreement, abs=2)
     assert figures["logit_sqnr_db"] == pytest.approx(expected.logit_sqnr_db, abs=1)
@@ -226,7 +226,7 @@ def test_a_file_of_a_users_own_model(cli: Callable[..., Any], tmp_path: Path, fa
     done = cli("evaluate", file, "--data", digits, "--model", model, "--limit", 7, *GREY, "--json")
     assert done.code == 0, done.stderr
     assert strict_json(done.stdout)["images"] == 7
-    # The file can be looked at without its model.
+    # The file can be inspected without its model.
     assert cli("inspect", file).code == 0
 
 
@@ -263,7 +263,7 @@ def test_ctrl_c_prints_the_figures_so_far(digits: Path, factory: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests run in the background, the shell makes their processes ignore it.
+        # If the tests run in the background, the shell makes their processes ignore it.
         preexec_fn=interrupts.heeded,
     )
     assert process.stderr is not None
@@ -309,12 +309,12 @@ def test_ctrl_c_in_a_search_which_is_then_resumed(
     monkeypatch.setattr("dsconv.mixed.measure.compare", stop)
     done = cli(*search, "--effective-bits", "4.5")
     assert done.code == 130 and not done.stdout and "Traceback" not in done.stderr
-    assert f"what is done is in {state}; the same command with --resume" in done.stderr
+    assert f"progress is saved in {state}; run the same command with --resume" in done.stderr
     assert os.listdir(tmp_path) == [state.name]
     done = cli(*search, "--effective-bits", "4.5")
     assert done.code == 1 and f"error: {state}: there is a search to resume: add --resume" in done.stderr
 
-    # A budget that cannot be kept costs no trial that was made.
+    # An infeasible budget does not lose the finished trials.
     done = cli(*search, "--effective-bits", "1", "--resume")
     assert done.code == 1 and "error: budget: effective_bits of 1 is less" in done.stderr and state.exists()
     trials = calls - 1
@@ -356,7 +356,7 @@ def test_calibrate_a_model_and_a_file(
     done = cli("calibrate", quantized_file, "--data", digits, "--out", file, "--force", "--seed", "3")
     assert done.code == 0, done.stderr
     assert "Calibrated on 60 images, seed 3." in done.stdout and f"Wrote {file}: " in done.stdout
-    assert "7 images held back" in " ".join(done.stdout.split())
+    assert "7 held-back images" in " ".join(done.stdout.split())
     assert os.listdir(tmp_path) == [file.name]
     done = cli("calibrate", file, "--reference", NET, "--data", digits, "--out", tmp_path / "twice", "--memory", "0.01")
     assert done.code == 0, done.stderr
@@ -406,7 +406,7 @@ def test_ctrl_c_in_a_calibration_which_is_then_resumed(cli: Callable[..., Any], 
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and not stdout and "Traceback" not in stderr
-    assert f"what is done is in {state}; the same command with --resume" in " ".join(stderr.split())
+    assert f"progress is saved in {state}; run the same command with --resume" in " ".join(stderr.split())
     assert sorted(os.listdir(tmp_path)) == [state.name, "slow.py"]
 
     done = cli(*arguments)

@@ -1,4 +1,4 @@
-"""The demo computes what it shows, writes what it says, and does without matplotlib."""
+"""The demo computes the figures that it shows, writes the files that it names, and works without matplotlib."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def test_demo_writes_a_file_and_a_picture_and_its_figures(dsconv_cli: Callable[.
     assert figures["reloaded_equal"] is True
     qmodel = dsconv.load(figures["file"])
     with torch.inference_mode():
-        # How images are prepared is known, and so what noise looks like.
+        # The preprocessing is known, and therefore also the noise.
         network = dsconv.zoo.build("dsconv/digits_resnet")
         assert torch.equal(qmodel(images), dsconv.quantize(network)(images))
 
@@ -50,7 +50,7 @@ def test_demo_writes_a_file_and_a_picture_and_its_figures(dsconv_cli: Callable[.
 
 @pytest.fixture
 def one_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The paper's preset takes the least time."""
+    """Use only the preset ``paper``, which takes the least time."""
     for name in ("paper W4A4", "default W3A8", "default W2A8"):
         monkeypatch.delitem(demo_run.SETTINGS, name)
     monkeypatch.setitem(demo_run.SETTINGS, "default W4A8", dsconv.QuantConfig.preset("paper"))

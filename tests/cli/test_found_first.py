@@ -20,7 +20,7 @@ from dsconv.names import COMPILED_MAGIC
 
 Cli = Callable[..., Any]
 
-# Runs the command line on each list of arguments, and prints what came of it and whether PyTorch was imported.
+# Runs the command line on each list of arguments, and prints the result and whether PyTorch was imported.
 RUNNER = """
 import contextlib, io, json, sys
 for package in {missing}:
@@ -42,7 +42,7 @@ print(json.dumps(found))
 
 
 def run(*commands: list[Any], missing: tuple[str, ...] = ()) -> list[tuple[int, str, str, bool]]:
-    """Exit code, stdout, stderr and whether PyTorch was imported, of each command, one after the other."""
+    """Return exit code, stdout, stderr and whether PyTorch was imported, for each command."""
     done = subprocess.run(
         [sys.executable, "-c", RUNNER.format(missing=missing)],
         input=json.dumps([[str(word) for word in words] for words in commands]),
@@ -57,14 +57,19 @@ def run(*commands: list[Any], missing: tuple[str, ...] = ()) -> list[tuple[int, 
 
 @pytest.fixture(scope="module")
 def unstated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quantized file that names no float model and says nothing of images."""
+    """Return a quantized file that names no float model and states no preprocessing."""
     from torch import nn
 
     qnet = dsconv.quantize(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 3)), "paper")
     return dsconv.save(qnet, tmp_path_factory.mktemp("files") / "unstated.safetensors")
 
 
-PREPARATION, NO_DATA, NO_FILE, EXISTS = "how its images are prepared", "does not exist", "there is none", "add --force"
+PREPARATION, NO_DATA, NO_FILE, EXISTS = (
+    "the preprocessing of its images",
+    "does not exist",
+    "there is none",
+    "add --force",
+)
 WRONG = {
     "quantize torchvision/resnet18 --weights none.pt --preset best --crop big --out {there}": (
         "torchvision is not installed: pip install 'dsconv[zoo]'",
@@ -179,7 +184,7 @@ def test_help_and_version_do_not_import_pytorch() -> None:
 
 
 def modules_after(*arguments: str, **environment: str) -> tuple[str, set[str]]:
-    """Stdout of ``dsconv`` on ``arguments`` in a process of its own, and the modules that it imported."""
+    """Return stdout of ``dsconv`` with ``arguments`` in a new process, and the modules that it imported."""
     code = (
         "import json, sys\n"
         "from dsconv.__main__ import main\n"
@@ -299,7 +304,7 @@ def test_the_reference_serves_as_the_model(cli: Cli, tmp_path: Path, digits: Pat
 
 
 NO_IMAGES = "reads no folder of images"
-# Options that every command has, but for these.
+# Options that all commands have, except these.
 LACKING = {
     "threads": {"inspect": "runs no network"},
     "device": {
@@ -352,7 +357,7 @@ def test_options_of_one_name_are_alike_in_every_command(option: str) -> None:
 def test_a_quiet_command_prints_its_figures_alone(
     words: str, cli: Cli, tmp_path: Path, quantized_file: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsconv.progress._FIRST_SECONDS", 0.0)  # of lines of progress, in place of a terminal's bar
+    monkeypatch.setattr("dsconv.progress._FIRST_SECONDS", 0.0)  # for progress lines, which replace a terminal's bar
     arguments = words.format(file=quantized_file, digits=digits, out=tmp_path).split()
     done = cli(*arguments, "--quiet")
     assert done.code == 0 and done.stdout
@@ -367,8 +372,8 @@ def test_a_quiet_command_still_warns(cli: Cli, tmp_path: Path, factory: Path, di
     assert done.code == 0
     assert (
         done.stderr
-        == f"note: {factory}:net does not say how its images are prepared: give --resize, --crop, --mean, "
-        + ("--std, --scale or --channels, as it was trained; what is left out of them has its default\n")
+        == f"note: {factory}:net does not state the preprocessing of its images: give --resize, --crop, --mean, "
+        + ("--std, --scale or --channels as in its training; options left out keep their defaults\n")
     )
     done = cli("evaluate", tmp_path / "none.safetensors", "--data", digits, "--quiet", "--mean", "0")
     assert done.code == 1 and "none.safetensors" in done.stderr
@@ -405,9 +410,9 @@ def test_a_compiled_file_is_recognized(tmp_path: Path, digits: Path, quantized_f
     for words, (code, stdout, stderr, torch) in zip(commands, found, strict=True):
         text = " ".join(stderr.split())
         assert code == 1 and not stdout and not torch, (words, text)
-        assert f"{file}: a compiled network, written by dsconv compile" in text and "dsconv_runtime" in text, words
+        assert f"{file}: is a compiled network of dsconv compile" in text and "dsconv_runtime" in text, words
         assert "libdsconv" in text and text.count("a compiled network") == 1, words
-    with pytest.raises(dsconv.errors.FileFormatError, match="a compiled network, written by dsconv compile"):
+    with pytest.raises(dsconv.errors.FileFormatError, match="is a compiled network of dsconv compile"):
         dsconv.load(file)
 
 

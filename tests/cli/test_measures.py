@@ -1,4 +1,4 @@
-"""Measures of networks that are no classifiers, and metrics of a user's own, in commands."""
+"""Measures of networks that are not classifiers, and custom metrics, in commands."""
 
 import json
 from collections.abc import Callable

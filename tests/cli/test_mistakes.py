@@ -1,4 +1,4 @@
-"""A user's mistake ends in one paragraph on stderr that says what to do, a non-zero exit code and no traceback."""
+"""A user's mistake gives one paragraph on stderr that states what to do, a non-zero exit code and no traceback."""
 
 import os
 from collections.abc import Callable
@@ -83,7 +83,7 @@ def test_wrong_usage_is_told_apart(options: str, cli: Cli, tmp_path: Path) -> No
         ("--out {here}/list.json", ["list.json", "--force"]),
         ("--out {here}", ["is a folder"]),
         ("--out {here}/no/such/a", ["no/such", "written to"]),
-        # A folder cannot be below a file, not even for root, who may write anywhere else.
+        # A folder cannot be below a file, even for root, who may write anywhere else.
         ("--out {here}/list.json/a", ["list.json", "written to"]),
     ],
 )
@@ -101,7 +101,7 @@ def test_settings_weights_and_places(options: str, expected: list[str], cli: Cli
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Folders of images that cannot be used, each in its own way."""
+    """Return folders of images that are invalid in different ways."""
     for name in ("empty", "beyond", "all_broken"):
         (tmp_path / name).mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "beyond" / "1.png")
@@ -241,7 +241,7 @@ def test_a_bug_still_shows_where_it_is(dsconv_cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("search {net} --out {tmp}/a", "say what to keep to"),
+        ("search {net} --out {tmp}/a", "expected a budget, got none"),
         ("search {net} --out {tmp}/a --effective-bits few", "--effective-bits"),
         (
             "search {net} --out {tmp}/a --effective-bits 4 --preset paper --config x.json",
@@ -273,7 +273,10 @@ def test_wrong_usage_of_sensitivity_and_search(
         ),
         ("search {net} --out {tmp}/a --effective-bits 4 --data {tmp}/none", ["does not exist"]),
         ("search {net} --out {tmp}/a --effective-bits 4 --config {tmp}/none.json", ["none.json"]),
-        ("search {factory}:net --out {tmp}/a --effective-bits 4", ["does not say how its images", "--crop"]),
+        (
+            "search {factory}:net --out {tmp}/a --effective-bits 4",
+            ["does not state the preprocessing of its images", "--crop"],
+        ),
         ("search {factory}:net --out {tmp}/a --effective-bits 4 --crop 8", ["cannot run on images", "3, 8, 8"]),
         ("sensitivity {factory}:net --channels gray", ["a crop or a size to resize to"]),
         ("sensitivity {factory}:no_layers --crop 8", ["no convolution"]),
@@ -286,8 +289,8 @@ def test_mistakes_with_sensitivity_and_search(
     done = cli(*options.format(net=NET, tmp=tmp_path, factory=factory).split())
     assert done.code == 1 and not done.stdout
     check_paragraph(done.stderr, *expected)
-    # The measurements for an impossible budget serve for another one, as the message says.
-    assert os.listdir(tmp_path) == (["a.state"] if "a.state; the same command with --resume" in done.stderr else [])
+    # The measurements for an impossible budget can be reused for another one, as the message states.
+    assert os.listdir(tmp_path) == (["a.state"] if "a.state; run the same command with --resume" in done.stderr else [])
 
 
 @pytest.mark.parametrize(
@@ -319,7 +322,7 @@ def test_wrong_usage_of_calibrate(
         ("{net} --data {digits} --out {tmp}/no/such/a", ["no/such", "written to"]),
         ("{net} --data {digits} --channels rgb", ["cannot run on images", "3, 8, 8"]),
         ("{net} --data {digits} --device tpu9", ["'tpu9'"]),
-        ("{factory}:net --data {digits}", ["does not say how its images", "--crop"]),
+        ("{factory}:net --data {digits}", ["does not state the preprocessing of its images", "--crop"]),
         ("{factory}:no_layers --data {digits} --crop 8", ["no convolution"]),
         ("{tmp}/there --data {digits}", ["there", "safetensors"]),
         (

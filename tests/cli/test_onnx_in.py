@@ -1,4 +1,4 @@
-"""An ONNX file is a MODEL of the commands, and what was made of it needs it no more."""
+"""An ONNX file is a MODEL of the commands, and files made from it do not need it."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ PREPARATION = ("--channels", "gray", "--resize", 8)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits network in float, as an ONNX file that does not say how its images are prepared."""
+    """Return the digits network in float, as an ONNX file that does not state its preprocessing."""
     import onnx
 
     qnet = dsconv.quantize(zoo.build("dsconv/digits_resnet"))
@@ -38,15 +38,15 @@ def test_an_onnx_file_is_quantized_and_evaluated(
     done = cli("quantize", model, "--out", file)
     assert done.code == 0, done.stderr
     assert "layer3.downsample.0" in done.stdout
-    # How images are prepared stays with the user.
+    # The user still has to give the preprocessing.
     done = cli("evaluate", file, "--data", digits)
-    assert done.code == 1 and "does not say how its images are prepared: give --resize" in done.stderr
+    assert done.code == 1 and "does not state the preprocessing of its images: give --resize" in done.stderr
     moved = model.rename(model.with_name("moved.onnx"))
     try:
         done = cli("evaluate", file, "--data", digits, *PREPARATION)
         assert done.code == 0, done.stderr
         done = cli("calibrate", file, "--data", digits, "--out", tmp_path / "c.safetensors", *PREPARATION)
-        assert done.code == 1 and "which is not there: name it with --reference" in done.stderr
+        assert done.code == 1 and "which does not exist: name it with --reference" in done.stderr
         done = cli("evaluate", file, "--reference", moved, "--data", digits, *PREPARATION)
         assert done.code == 0, done.stderr
     finally:
@@ -54,7 +54,7 @@ def test_an_onnx_file_is_quantized_and_evaluated(
 
 
 class Captioned(torch.nn.Module):
-    """Looks at an image and at tokens beside it, by a table that belongs to all samples."""
+    """Network of an image and tokens, with a table that all samples share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def captioned() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network of three inputs, as an ONNX file."""
+    """Return a network with three inputs, as an ONNX file."""
     example = (torch.zeros(2, 3, 8, 8), torch.zeros(2, 6, dtype=torch.int64), torch.zeros(6, 64))
     path = tmp_path_factory.mktemp("several") / "captioned.onnx"
     return dsconv.export_onnx(dsconv.quantize(captioned()), example, path, "float")
@@ -96,7 +96,7 @@ def test_an_onnx_file_says_what_bench_runs_it_on(cli: Callable[..., Any], severa
     onnx.save(model, tmp_path / "text.onnx")
     done = cli("bench", tmp_path / "text.onnx", *options)
     assert done.code == 1 and "its input 'text' is of object, which PyTorch does not have" in done.stderr
-    # Free sizes are told.
+    # Free sizes are named.
     model = onnx.load(several)
     for given, places in zip(model.graph.input, ((2, 3), (1,), (0,)), strict=True):
         for place in places:
@@ -123,7 +123,7 @@ def test_bench_of_another_network_of_several_inputs_names_the_python_function(
     cli: Callable[..., Any], several: Path, digits: Path
 ) -> None:
     done = cli("bench", f"{Path(__file__)}:captioned", "--size", 8)
-    assert done.code == 1 and "takes more than images, image, tokens, places: an ONNX file says" in done.stderr
+    assert done.code == 1 and "takes more than images, image, tokens, places: an ONNX file describes" in done.stderr
     assert "call dsconv.bench in Python on dsconv.Inputs(image, tokens, places)" in " ".join(done.stderr.split())
     done = cli("bench", several, "--data", digits, "--resize", 8)
     assert done.code == 1 and "leave out --data" in done.stderr

@@ -1,4 +1,4 @@
-"""``dsconv optimize``: what it prints and writes, and how it answers mistakes."""
+"""``dsconv optimize``: its output, its files, and its errors."""
 
 import importlib
 import json
@@ -19,13 +19,13 @@ PREPARED = ("--resize", "8x8", "--channels", "gray")
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time networks for moments only."""
+    """Shorten the timing of networks."""
     monkeypatch.setattr(steps, "_TIMED_SECONDS", 0.001)
 
 
 @pytest.fixture
 def model(factory: Path, tmp_path: Path) -> tuple[str, ...]:
-    """A small network of a user's, with weights that stay the same, and how its images are prepared."""
+    """Return the options for a small network of the user, with fixed weights, and for its preprocessing."""
     weights = tmp_path / "weights.pt"
     name = f"{factory}:net"
     if not weights.exists():
@@ -56,9 +56,9 @@ def test_file_settings_and_report_are_written(cli: Cli, model: tuple[str, ...], 
     page = (tmp_path / "net.html").read_text()
     assert "agreement" in page and all(f"<td>{row['name']}</td>" in page for row in found["attempts"])
     assert all(row["name"] in done.stderr for row in found["attempts"])
-    # The file is there: it is replaced with --force alone.
+    # The file exists: it is replaced only with --force.
     done = cli("optimize", *model, "--data", digits, "--effective-bits", 6, "--out", out)
-    assert done.code == 1 and done.stderr.count("there is such a file already") == 3
+    assert done.code == 1 and done.stderr.count("the file exists") == 3
 
 
 def test_without_images(cli: Cli, model: tuple[str, ...], tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_what_was_stopped_is_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(steps, "calibrate", stop)
         done = cli(*command)
-    assert done.code == 130 and f"stopped: what is done is in {out}.state" in done.stderr
+    assert done.code == 130 and f"stopped: progress is saved in {out}.state" in done.stderr
     assert written(tmp_path) == {"net.safetensors.state"}
     done = cli(*command)
     assert done.code == 1 and "add --resume" in done.stderr
@@ -136,7 +136,7 @@ def test_without_the_extra_there_is_no_report_and_that_is_told(
 @pytest.mark.parametrize(
     ("options", "code", "expected"),
     [
-        ("--kl 0.1", 2, "name a folder of them, with --data"),
+        ("--kl 0.1", 2, "give a folder of them, with --data"),
         ("--classes names.txt", 2, "--classes are those of the images"),
         ("--time-limit soon", 2, "--time-limit: expected a time above 0 as 90s, 10m or 2h, or none, got 'soon'"),
         ("--time-limit 0m", 2, "--time-limit: expected"),

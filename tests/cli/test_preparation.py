@@ -1,4 +1,4 @@
-"""How images are prepared, on the command line: stated once, carried by files, overridden, refused where unknown."""
+"""Preprocessing on the command line: stated once, stored in files, overridden, and an error if it is unknown."""
 
 import json
 import sys
@@ -13,15 +13,15 @@ from dsconv import zoo
 from dsconv.data import Preprocess
 
 Cli = Callable[..., Any]
-# The digits are read as the network of the demo reads them: white is 1.
+# The digits are read as the demo network expects them: white is 1.
 STATED = Preprocess(resize=(8, 8), channels="gray")
 OPTIONS = ("--resize", "8x8", "--channels", "gray")
-UNKNOWN = "does not say how its images are prepared: give --resize, --crop, --mean, --std, --scale or --channels"
+UNKNOWN = "does not state the preprocessing of its images: give --resize, --crop, --mean, --std, --scale or --channels"
 
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's file of models, of which one offers a preparation."""
+    """Return a user's file of models, one of which states its preprocessing."""
     file = tmp_path_factory.mktemp("mine") / "mine.py"
     file.write_text(
         "import dsconv\n"
@@ -39,7 +39,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unstated(tmp_path_factory: pytest.TempPathFactory, mine: Path) -> Path:
-    """A quantized file that says nothing of images."""
+    """Return a quantized file that states no preprocessing."""
     qnet = dsconv.quantize(zoo.build(f"{mine}:silent"), "paper")
     return dsconv.save(qnet, tmp_path_factory.mktemp("files") / "unstated.safetensors")
 
@@ -50,9 +50,9 @@ def test_what_quantize_is_told_is_in_the_file_and_in_all_that_is_made_from_it(
     model = ("--model", f"{mine}:silent")
     file, calibrated, adapted = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "c"))
     done = cli("quantize", f"{mine}:silent", *OPTIONS, "--out", file, "--json")
-    assert done.code == 0 and f"images are to be prepared by: {STATED}" in done.stderr
+    assert done.code == 0 and f"preprocessing of images: {STATED}" in done.stderr
     assert json.loads(done.stdout)["preprocess"] == STATED.model_dump(mode="json")
-    assert f"preparation of images: {STATED}" in cli("inspect", file).stdout
+    assert f"preprocessing of images: {STATED}" in cli("inspect", file).stdout
 
     evaluated = cli("evaluate", file, *model, "--data", digits, "--json")
     assert evaluated.code == 0 and f"images of {digits}: {STATED}\n" in evaluated.stderr
@@ -139,7 +139,7 @@ def test_where_it_is_unknown_every_command_refuses_in_the_same_words(
     assert done.code == 1 and not done.stdout
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     name = words[1]
-    assert error == (f"error: {name} {UNKNOWN}, as it was trained; what is left out of them has its default"), error
+    assert error == (f"error: {name} {UNKNOWN} as in its training; options left out keep their defaults"), error
     assert not list(tmp_path.iterdir())
 
 
@@ -202,7 +202,7 @@ def test_the_report_says_how_images_were_prepared(cli: Cli, quantized_file: Path
     options = ("--data", digits, "--mean", "0.125", "--runs", 0, "--sensitivity-images", 0)
     assert cli("report", quantized_file, *options, "--out", tmp_path / "a.html").code == 0
     assert (
-        f"Images are prepared by: {Preprocess(**{**STATED.model_dump(), 'mean': 0.125})}."
+        f"Preprocessing of images: {Preprocess(**{**STATED.model_dump(), 'mean': 0.125})}."
         in (tmp_path / "a.html").read_text()
     )
 
@@ -219,14 +219,14 @@ def test_files_that_say_different_things_are_not_compared_on_the_same_images(
     assert cli("quantize", "dsconv/digits_resnet", "--preset", "paper", "--mean", "0.5", "--out", other).code == 0
     tradeoff = ("tradeoff", quantized_file, other, "--data", digits, "--limit", 2)
     done = cli(*tradeoff)
-    assert done.code == 1 and str(other) in done.stderr and "prepared differently" in done.stderr
+    assert done.code == 1 and str(other) in done.stderr and "different preprocessing" in done.stderr
     assert "mean 0, " in done.stderr and "mean 0.5, " in done.stderr
     assert cli(*tradeoff, "--mean", "0.5").code == 0
 
 
 @pytest.mark.slow
 def test_an_int8_file_of_a_real_network_keeps_its_accuracy(cli: Cli, shared: Path, nets: Any, tmp_path: Path) -> None:
-    """SqueezeNet of Caffe reads BGR of 0 to 255: prepared as plain RGB, its int8 file had no accuracy at all."""
+    """Check SqueezeNet of Caffe, which reads BGR of 0 to 255: with plain RGB, its int8 file would have no accuracy."""
     for package in ("onnx", "onnxruntime", "onnxscript", "torchvision"):
         pytest.importorskip(package, reason="needs the extras 'onnx' and 'zoo'")
     from dsconv.onnx import OnnxNetwork

@@ -1,4 +1,4 @@
-"""``dsconv report``: the page it writes, and what it says to mistakes."""
+"""``dsconv report``: the page that it writes, and its errors."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_a_page_of_everything(cli: Cli, tmp_path: Path, quantized_file: Path, di
     assert f"The reference is {NET}" in text and "PyTorch float32" in text
     assert sorted(os.listdir(tmp_path)) == ["bench.json", "classes.txt", "page.html"]
 
-    marked = "measured on a network of other settings"
+    marked = "measured on a network with other settings"
     found = json.loads(bench.read_text())
     found["networks"][0]["config"]["weight_bits"] = 2
     bench.write_text(json.dumps(found))
@@ -64,7 +64,7 @@ def test_a_page_of_the_file_alone(cli: Cli, tmp_path: Path, quantized_file: Path
     assert done.code == 0, done.stderr
     text = (tmp_path / "page.html").read_text()
     assert f"<code>--reference {NET}</code>" in text and "<code>--data DIR</code>" in text
-    assert "Each step of the compiled network</h3>\n<p>Batch of 1" in text  # the file says of which size its images are
+    assert "Each step of the compiled network</h3>\n<p>Batch of 1" in text  # the file states the size of its images
 
 
 def test_broken_images_are_left_out_and_named(cli: Cli, tmp_path: Path, quantized_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command at any time: with their exit code, no traceback, and nothing half written."""
+"""Ctrl-C and SIGTERM end a command at any time: with their exit code, no traceback, and no partial files."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals to send to one process")
 
-# Stops the process when it imports the module that is in the environment, once, and then fails as C extensions do.
+# Stops the process once, when it imports the module in the environment, and then fails as C extensions do.
 WHILE_IMPORTING = """\
 import os, signal, sys
 class Stop:
@@ -80,7 +80,7 @@ def test_a_training_that_is_ended_leaves_its_state_and_no_partial_file(
         assert process.stderr is not None
         rest = process.stderr.read()
     assert process.returncode == code and "Traceback" not in rest, rest
-    assert f"stopped: what is done is in {out}.state" in rest
+    assert f"stopped: progress is saved in {out}.state" in rest
     assert sorted(os.listdir(tmp_path)) == ["log.csv", "out.safetensors.state"]
 
 
@@ -90,14 +90,14 @@ def test_no_command_replaces_what_is_no_file(command: str, cli: Callable[..., An
     os.mkfifo(pipe)
     given = [*command.split(), tmp_path] if "demo" in command else [*command.split(), pipe, "--force"]
     done = cli(*given)
-    assert done.code == 1 and "expected the name of a file to write, it is a pipe" in done.stderr
+    assert done.code == 1 and "expected the name of a file to write, got a pipe" in done.stderr
     assert pipe.is_fifo() and os.listdir(tmp_path) == [pipe.name]
 
 
 def test_a_bug_says_that_it_is_one(tmp_path: Path, quantized_file: Path) -> None:
     done = run(tmp_path, "import dsconv.io\ndsconv.io.describe = lambda path: 1 / 0\n", "inspect", quantized_file)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
-    assert done.stderr.rstrip().endswith("error: this is a bug of dsconv: please report it, with the lines above")
+    assert done.stderr.rstrip().endswith("error: this is a bug in dsconv: please report it with the lines above")
 
 
 def test_names_that_the_terminal_cannot_show_are_printed_as_escapes(tmp_path: Path, quantized_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""``dsconv tradeoff``: what it prints and writes, and how it answers mistakes."""
+"""``dsconv tradeoff``: its output, its files, and its errors."""
 
 import csv
 import json
@@ -95,7 +95,7 @@ def test_files_of_different_networks_and_broken_ones(
 ) -> None:
     reference = f"{factory}:net?width=4"
     done = cli("tradeoff", *files, "--data", digits, "--reference", reference)
-    assert done.code == 1 and "not of one network" in done.stderr
+    assert done.code == 1 and "of different networks" in done.stderr
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(files[0].read_bytes()[:-9])
     done = cli("tradeoff", files[0], broken)

@@ -1,4 +1,4 @@
-"""Files of compiled networks, and the library as CMake installs it."""
+"""Files of compiled networks, and the library installed by CMake."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ BUILD = REPOSITORY / "build" / "runtime"
 
 @pytest.fixture(scope="session")
 def fast_digits() -> CompiledModel:
-    """The network of digits, compiled."""
+    """Return the compiled digits network."""
     if native.extension() is None:
         pytest.skip("the extension dsconv._C is not built")
     images, _ = dsconv.demo.load_digits()
@@ -28,14 +28,14 @@ def fast_digits() -> CompiledModel:
 
 @pytest.fixture(scope="session")
 def digits(fast_digits: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its file, ``digits.dsconv``, in a folder of its own."""
+    """Return its file, ``digits.dsconv``, in a separate folder."""
     path = tmp_path_factory.mktemp("digits") / "digits.dsconv"
     fast_digits.save(path, classes=[f"digit {i}" for i in range(10)])
     return path
 
 
 class Fork(nn.Module):
-    """Two inputs, of which it makes two outputs."""
+    """Network with two inputs and two outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def fork(fast_fork: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the library's header, both libraries and package of CMake, from the build of dsconv-runtime."""
+    """Return a folder with header, both libraries and CMake package, from the build of dsconv-runtime."""
     if (cmake := shutil.which("cmake")) is None:
         pytest.skip("there is no cmake")
     if not (BUILD / "CMakeCache.txt").is_file():
@@ -81,7 +81,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def compiler() -> str:
-    """A compiler of C."""
+    """Return a C compiler."""
     names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
     found = [path for name in names if name and (path := shutil.which(name))]
     if not found:

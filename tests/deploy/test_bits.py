@@ -1,4 +1,4 @@
-"""Networks without PyTorch have the bits of ``dsconv.compile``: steps of all kinds, tensors of all shapes."""
+"""The runtime without PyTorch has the bits of ``dsconv.compile``: steps of all kinds, tensors of all shapes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extensio
 
 
 class Of(nn.Module):
-    """Layers by name, and what is done with them."""
+    """Network of named layers with a given forward function."""
 
     def __init__(self, forward: Callable[..., Any], **layers: nn.Module):
         super().__init__()
@@ -59,7 +59,7 @@ def spatial(m: Any, x: Tensor, other: Tensor) -> Any:
 
 
 def rooms(m: Any, x: Tensor) -> Any:
-    """What has sizes of its own: windows beyond the end, strides, pads, crops, scales, transposed layers."""
+    """Operators that change sizes: windows beyond the end, strides, pads, crops, scales, transposed layers."""
     y = F.max_pool2d(torch.relu(m["first"](x)), 3, 2, ceil_mode=True)
     pads = F.pad(y, (2, 1, 0, 3), mode="replicate") + F.pad(y, (1, 2, 2, 1), value=0.5)
     parts = pads[:, :, ::2, 1::2]

@@ -34,7 +34,7 @@ def classify(installed: Path, compiler: str, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def digit(tmp_path: Path) -> tuple[Path, np.ndarray]:
-    """A picture of the size of the network, and its pixels."""
+    """Return a picture of the network's size, and its pixels."""
     pixels = np.random.default_rng(1).integers(0, 256, (8, 8), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "digit.pgm")
     return tmp_path / "digit.pgm", pixels
@@ -78,7 +78,7 @@ def test_cmake_finds_the_package(installed: Path, digits: Path, fork: Path, tmp_
 
 
 class Running:
-    """A service that runs."""
+    """A running service."""
 
     def __init__(self, process: subprocess.Popen[str], url: str):
         self.process, self.url = process, url
@@ -99,7 +99,7 @@ Start = Callable[..., AbstractContextManager[Running]]
 
 @pytest.fixture
 def service(digits: Path) -> Start:
-    """Starts the service with options, and kills it in the end if it is still there."""
+    """Return a function that starts the service with options; it is killed at the end if it still runs."""
     for package in ("dsconv_runtime", "starlette", "uvicorn"):
         pytest.importorskip(package)
 

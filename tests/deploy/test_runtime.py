@@ -1,4 +1,4 @@
-"""dsconv_runtime gives the bits of dsconv.compile, and refuses what it cannot use."""
+"""dsconv_runtime has the bits of dsconv.compile, and refuses invalid inputs."""
 
 import copy
 import doctest
@@ -123,8 +123,12 @@ def test_arrays_are_read_whatever_their_strides(digits: Path) -> None:
         (lambda net, x: net(x[:, :, :0]), DataError, r"expected \(N, 1, 8, 8\), or other .*, got \(2, 1, 0, 8\)"),
         (lambda net, x: net(np.zeros((), np.float32)), DataError, "'x': expected"),
         (lambda net, x: net(x.reshape(2, 1, 8, 8, *[1] * 5)), DataError, "'x': expected at most 8 dimensions"),
-        (lambda net, x: net.run_bytes(), DataError, "shapes: expected one of input 'x', of at most 8 sizes, got None"),
-        (lambda net, x: net.run_bytes((1 << 63, 1, 8, 8)), DataError, "shapes: expected one of input 'x'"),
+        (
+            lambda net, x: net.run_bytes(),
+            DataError,
+            "shapes: expected a shape of at most 8 sizes for input 'x', got None",
+        ),
+        (lambda net, x: net.run_bytes((1 << 63, 1, 8, 8)), DataError, "shapes: expected a shape of at most 8 sizes"),
         (lambda net, x: net.run_bytes((1, 2, 8, 8)), DataError, r"expected \(N, 1, 8, 8\), .* got \(1, 2, 8, 8\)"),
         (lambda net, x: net.run_bytes((1, 1, 8, 8), (1, 1, 8, 8)), DataError, "expected 1 input, got 2"),
         (lambda net, x: pickle.dumps(net), TypeError, "cannot be pickled"),
@@ -269,7 +273,7 @@ def test_images_are_prepared_as_by_dsconv(
     )
     try:
         expected = preprocess(Image.fromarray(pixels)).numpy()
-    except ValueError:  # a side of no pixels, of a very long picture
+    except ValueError:  # a very long picture would get a side of 0 pixels
         return
     prepared = dsconv_runtime.prepare(pixels, preprocess.model_dump(mode="json"))
     assert prepared.dtype == np.float32 and prepared.flags.c_contiguous

@@ -1,4 +1,4 @@
-"""Rule ``balanced`` by the extension: what numerics defines, on every instruction set."""
+"""Rule ``balanced`` in the extension: the definition of numerics, on every instruction set."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extensio
 
 @st.composite
 def roundings(draw: st.DrawFn) -> tuple[Tensor, tuple[Tensor, Tensor] | None, int, bool]:
-    """Weights ``(T, n, R)``, what is known of their inputs, bits and whether there is a shift."""
+    """Draw weights ``(T, n, R)``, moments of their inputs if known, bits and whether there is a shift."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     kinds = draw(st.integers(1, 3))
     taps, n, rows = draw(st.sampled_from([1, 2, 9, 25])), draw(st.integers(1, 70)), kinds * draw(st.integers(1, 21))
@@ -61,7 +61,7 @@ def test_rounds_as_it_is_defined_and_alike_on_every_instruction_set(case: Any) -
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), by_name.keys()
     for a, b in zip(first, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-    # Sums of another order decide otherwise where two choices are as good; the results are those of the choice.
+    # Another order of sums can decide differently between equally good choices; the results follow the choice.
     alike = (first[0] == expected[0]).all(0).all(0)
     for a, b in zip(first[1:], expected[1:], strict=True):
         largest = b.abs().amax(0, keepdim=True)
@@ -139,7 +139,7 @@ def test_takes_every_dtype_layout_and_moments_for_all_kinds() -> None:
 
 
 def test_the_number_of_threads_of_later_threads_stays_what_it_is() -> None:
-    """Threads that start later take the number that any thread set last: that of one on its own must not be it."""
+    """Check that new threads, which use the number that any thread set last, do not use that of a single task."""
 
     def on_thread(function: Any) -> Any:
         with ThreadPoolExecutor(1) as pool:

@@ -1,4 +1,4 @@
-"""Transposed and 3-D convolutions in integers: what ``torch.ops.dsconv.convolution`` computes."""
+"""Transposed and 3-D convolutions in integers: results of ``torch.ops.dsconv.convolution``."""
 
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_transposed_convolutions_equal_those_of_pytorch(name: str, groups: int) 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_frames_are_lines_of_another_dimension(transposed: bool) -> None:
-    """A convolution of 3-D whose kernel has one frame is that of 2-D of each frame."""
+    """Compare a 3-D convolution whose kernel has one frame with the 2-D convolution of each frame."""
     torch.manual_seed(0)
     x, config = torch.randn(2, 40, 3, 5, 6), LayerConfig(block_size=16)
     deep = Case(
@@ -125,7 +125,7 @@ def test_large_images_are_what_their_parts_are(stride: int) -> None:
     y = case.run()
     for top in (0, 35):
         part = case.run(x=x[:, :, top : top + 35])
-        # Lines that no other part adds to.
+        # Lines that no other part contributes to.
         inner = slice(2, part.shape[2] - 2)
         assert same_bits(part[:, :, inner], y[:, :, top * stride : top * stride + part.shape[2]][:, :, inner])
 

@@ -1,4 +1,4 @@
-"""How the integer kernels are called as PyTorch operators: compilers, arguments, memory. Results: test_cpu_ops.py."""
+"""Calls of the integer kernels as PyTorch operators: compilers, arguments, memory. Results: test_cpu_ops.py."""
 
 import gc
 import shutil
@@ -27,7 +27,7 @@ SHIFT = LayerConfig(block_size=16, weight_shift=True)
 
 
 def conv(groups: int = 1, filters: int = 1) -> dict[str, Any]:
-    """All arguments of a convolution of 24 channels; depthwise where there are as many groups."""
+    """Return all arguments of a convolution of 24 channels; depthwise if there are 24 groups."""
     torch.manual_seed(0)
     outputs = 24 * filters
     case = Case(torch.randn(2, 24, 9, 8), outputs, (3, 3), SHIFT, groups, padding=(1, 1), bias=torch.randn(outputs))
@@ -160,7 +160,7 @@ def test_a_bound_call_reads_what_its_tensors_hold_by_then(
         x.copy_(torch.randn_like(x))
         assert call() is out
         assert same_bits(out, operator(**given))
-    with pytest.raises(ValueError, match="one had to be copied"):
+    with pytest.raises(ValueError, match="got one that needs a copy"):
         cpu.bind("conv2d" if x.dim() == 4 else "linear", **given | {"x": torch.stack([x, x], -1)[..., 0]}, out=out)
     for wrong in (x.to("meta"), x.double(), x[None]):
         with pytest.raises(ValueError, match="expected float32 x of"):
@@ -252,7 +252,7 @@ BAD_CONV = [
     ("groups", 48, ""),
 ]
 BAD = [("convolution", *bad) for bad in BAD_ANYWHERE + BAD_CONV]
-# A depthwise weight is packed alike whatever its bits and blocks are.
+# The packing of a depthwise weight does not depend on its bits and blocks.
 BAD += [
     ("depthwise", *bad) for bad in BAD_ANYWHERE + BAD_CONV if bad[0] != "block_size" and bad[:2] != ("weight_bits", 8)
 ]
@@ -338,7 +338,7 @@ def test_cap_of_the_instruction_set_is_obeyed_and_checked(monkeypatch: pytest.Mo
 
 
 def growth_in_kilobytes(warm_up: int, calls: int, call: Callable[[int], object]) -> int:
-    """How much more memory the process holds after so many calls."""
+    """Return the growth of the memory of the process over a number of calls."""
 
     def resident() -> int:
         gc.collect()
@@ -347,7 +347,7 @@ def growth_in_kilobytes(warm_up: int, calls: int, call: Callable[[int], object])
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("/proc/self/status is Linux's own")
-    with threads(1):  # others have nothing of their own, but wait for each other
+    with threads(1):  # more threads need no additional memory, but wait for each other
         for i in range(warm_up):
             call(i)
         before = resident()
@@ -362,7 +362,7 @@ def test_ten_thousand_calls_take_no_memory(operator: Any, arguments: Callable[[]
     given = arguments()
     if operator is CONV:
         given |= {"x": given["x"][:1, :, :2, :2].clone(), "residual": None}
-    # An output is 240 bytes at least: kept, they would be 2.4 MB.
+    # An output is at least 240 bytes: a leak of all would be 2.4 MB.
     assert growth_in_kilobytes(1000, 10_000, lambda _: operator(**given)) < 1_500
 
 

@@ -1,4 +1,4 @@
-"""What the integer kernels compute. How their operators are called: test_cpu_calls.py."""
+"""Results of the integer kernels. Calls of their operators: test_cpu_calls.py."""
 
 from collections.abc import Callable
 from functools import partial
@@ -77,7 +77,7 @@ def test_depthwise_is_exact_and_the_same_everywhere(
     y = case.run()
     assert near(y, case.reference())
     assert_same_everywhere(case, y)
-    # No other channel or image sees the NaN.
+    # The NaN does not affect other channels and images.
     assert y[0, filters : 2 * filters].isnan().any()
     y[0, filters : 2 * filters] = 0
     assert not y.isnan().any()
@@ -95,7 +95,7 @@ def test_depthwise_of_float_activations_is_exact_and_the_same_everywhere(
     y = case.run()
     assert near(y, case.reference())
     assert_same_everywhere(case, y)
-    # Only windows that read the NaN are one, or the infinity where VQK is zero.
+    # Only windows that read the NaN are NaN, or those that read the infinity where VQK is zero.
     assert y[0, filters : 2 * filters].isnan().any()
     y[0, filters : 2 * filters] = y[1, :filters] = 0
     assert y.isfinite().all()
@@ -105,7 +105,7 @@ def test_float_activations_are_for_depthwise_layers_of_one_block_without_a_shift
     config = LayerConfig(block_size=16, blocks="flat", weight_bits=8, activation_bits=None)
     case = Case(torch.randn(1, 8, 5, 5), 8, (3, 3), config, 8)
     assert case.run().isfinite().all()
-    # Where tensors have values, those of other layers have other sizes.
+    # For tensors with values, the sizes differ between layers.
     meta = {name: value.to("meta") for name, value in case.arguments().items() if isinstance(value, Tensor)}
     for changed in ({"groups": 1}, {"block_size": 8}, {"flat": False}):
         with pytest.raises(ValueError, match="activation_bits: float activations"):
@@ -135,7 +135,7 @@ def test_every_channel_of_a_depthwise_layer_has_terms_and_a_residual_of_its_own(
 @pytest.mark.parametrize("x_scale", [1e38, 1e35, 1.8 * 2.0**111, 1.8 * 2.0**110, 1e-28, 1e-30])
 def test_numbers_near_both_ends_of_float32_are_within_the_bound(groups: int, x_scale: float) -> None:
     torch.manual_seed(0)
-    # VQK times x has to be a float32: VQK of two bits are -2..1, and a pixel is large in one channel alone.
+    # VQK times x must be exact in float32: VQK of two bits are -2..1, and a pixel is large in only one channel.
     x = (torch.rand(2, 24, 7, 9) + 0.1) * x_scale
     keep = torch.randint(24, (2, 1, 7, 9))
     x = torch.where(torch.arange(24).view(1, -1, 1, 1) == keep, x, -0.0) if groups == 1 else x
@@ -209,7 +209,7 @@ def test_what_follows_a_layer_is_what_pytorch_makes_of_the_plain_output(
     plain = case.run(bias=None)
     expected = plain if case.bias is None else plain + case.bias[:, None, None]
     norm: dict[str, Tensor] = {}
-    # Without AVX2 a BatchNorm of PyTorch is rounded twice.
+    # Without AVX2, PyTorch's BatchNorm rounds twice.
     if torch.backends.cpu.get_cpu_capability() != "DEFAULT" and expected.numel() and data.draw(st.booleans()):
         gain, offset = torch.randn(2, case.outputs)
         zeros, ones = torch.zeros(case.outputs), torch.ones(case.outputs)
@@ -239,14 +239,14 @@ def test_exponentials_are_near_and_the_same_everywhere(activation: str, groups: 
     torch.manual_seed(0)
     ends = torch.tensor([0.0, -0.0, 1e-30, 1e-45, 80.0, 87.5, 88.8, 104.0, 1e3, 1e30, 3e38, torch.inf])
     x = torch.cat([torch.randn(1000), torch.randn(1000) * 30, torch.arange(-110, 110), ends, -ends])
-    # What a layer adds to nothing is its bias.
+    # The output of a layer for zeros is its bias.
     case = Case(torch.zeros(1, 40, 1, 64), 40, (1, 1), LayerConfig(), groups)
     for bias in x[: len(x) // 40 * 40].view(-1, 40).unbind():
         found = by_isa(lambda bias=bias: case.run(bias=bias, activation=activation, alpha=0.75))
         first = next(iter(found.values()))
         assert all(same_bits(y, first) for y in found.values())
         exact = WITH_EXPONENTIAL[activation](bias.double()).float()[:, None].expand(40, 64)
-        # A silu of -infinity is not a number, and below -88.7 it is 0, both as in PyTorch.
+        # silu(-infinity) is NaN, and silu is 0 below -88.7, both as in PyTorch.
         tolerance = 2e-7 if "gelu" in activation else 1e-36
         torch.testing.assert_close(first[0, :, 0], exact, rtol=4e-7, atol=tolerance, equal_nan=True)
 
@@ -311,7 +311,7 @@ def test_quantizing_gives_the_integers_of_the_reference(data: st.DataObject) -> 
         "groups": groups,
     }
     expected = quantize_activation(x, **settings)
-    # One short block is filled up to a multiple of 8, others are as they are; a single channel has no kernel.
+    # A single short block is padded to a multiple of 8, others are not; a single channel has no kernel.
     one, size = channels // groups <= settings["block_size"], settings["block_size"]
     covered = channels // groups > 1 and (channels // groups <= 512 if one else size % 8 == 0 and size <= 512)
     for isa, quantized in by_isa(lambda: torch.ops.dsconv.quantize_activation(x, **settings), covered=covered).items():

@@ -1,4 +1,4 @@
-"""Kernels for GPUs: on one where there is one, and in Triton's interpreter on the CPU elsewhere."""
+"""Kernels for GPUs: on a GPU if there is one, otherwise in Triton's interpreter on the CPU."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ with torch.random.fork_rng(devices=[]):
     CASES: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = [
         (nn.Conv2d(64, 40, 3, padding=1), (2, 64, 6, 5), {"weight_shift": True, "kds_dtype": "float16"}),
         (nn.Conv2d(128, 64, 3, 2, dilation=2, padding=2), (1, 128, 7, 6), {"block_size": 32, "activation_bits": 4}),
-        (nn.Conv2d(96, 24, 1), (1, 96, 4, 5), {"weight_shift": True}),  # ragged blocks
+        (nn.Conv2d(96, 24, 1), (1, 96, 4, 5), {"weight_shift": True}),  # incomplete blocks
         (nn.Conv2d(64, 40, (1, 3), groups=2), (2, 64, 3, 5), {"block_size": 16, **_EXTRA}),
         (nn.Conv2d(64, 130, 1, 2), (1, 64, 5, 5), {"block_size": 48, "weight_bits": 5, "weight_shift": True}),
         (nn.Conv2d(24, 16, 2, padding=1), (1, 24, 4, 4), {"block_size": 8, **_INCLUDED}),
@@ -53,7 +53,7 @@ with torch.random.fork_rng(devices=[]):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The device of the kernels. In the interpreter that is the CPU, whose own kernels stand back."""
+    """Return the device of the kernels. In the interpreter it is the CPU, whose own kernels are disabled."""
     if GPU:
         yield "cuda"
         return
@@ -73,7 +73,7 @@ def quantized(layer: Any, settings: dict[str, Any]) -> Any:
 
 
 def moved(model: Any, device: str) -> Any:
-    """A model whose weights are packed for the device anew."""
+    """Return the model with its weights packed again for the device."""
     model = model.to(device)
     for module in model.modules():
         if hasattr(module, "pack_"):
@@ -92,7 +92,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def values(shape: tuple[int, ...]) -> Tensor:
-    """Values of several magnitudes, a NaN, an infinity, and a block of zeros."""
+    """Return values of several magnitudes, a NaN, an infinity, and a block of zeros."""
     x = torch.randn(shape) * torch.randint(-3, 4, shape).float().exp2()
     x.flatten(1)[:, 0] = torch.nan
     x.flatten(1)[-1, -1] = torch.inf
@@ -102,14 +102,14 @@ def values(shape: tuple[int, ...]) -> Tensor:
 
 
 def layouts_of(x: Tensor) -> list[Tensor]:
-    """The same values in other layouts, and none at all."""
+    """Return the same values in other layouts, and an empty batch."""
     pixels = {4: torch.channels_last}.get(x.dim(), torch.contiguous_format)
     return [x, x.contiguous(memory_format=pixels), torch.cat([x, x], 1)[:, : x.shape[1]], x[:0]]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def of_the_cpu() -> dict[str, Any]:
-    """Outputs of the cases by the kernels for CPUs; of their simulation without the extension."""
+    """Return the outputs of the cases by the CPU kernels; by the simulation without the extension."""
     torch.manual_seed(0)
     outputs = {}
     with torch.inference_mode():
@@ -190,7 +190,7 @@ def close(a: Any, b: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def network() -> tuple[Any, Tensor, Any]:
-    """A network, an input, and what the program of the CPU makes of it."""
+    """Return a network, an input, and the output of the CPU program."""
     torch.manual_seed(1)
     net = Net().eval()
     net.first[1].running_mean.normal_()
@@ -207,7 +207,7 @@ def test_a_compiled_network_is_that_of_the_cpu(network: Any, gpu: str) -> None:
         fast = dsconv.compile(qnet, x)
         logits, shuffled = fast(x)
         assert same(shuffled, expected[1]) or cpu.lower() is None
-        assert close((logits, shuffled), expected)  # averages are summed up in another order
+        assert close((logits, shuffled), expected)  # averages are summed in another order
         assert close(fast(x[:1]), qnet(x[:1]))
         assert close(fast(x.contiguous(memory_format=torch.channels_last)), expected)
         assert same(fast(x)[0], logits)
@@ -216,7 +216,7 @@ def test_a_compiled_network_is_that_of_the_cpu(network: Any, gpu: str) -> None:
 
 
 class Sum(nn.Module):
-    """Operations on an input that lies in lines, which a layer alone reads, and a flattened image."""
+    """Operations on an input in NCHW, which only a layer reads, and a flattened image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ def test_weights_that_were_packed_otherwise_are_refused(gpu: str) -> None:
         call(x, weights.weight[:, :, :32], weights.kds, None, None, *where, *settings)
     settled = (*weights, None, *where, *settings)
     for given, message in (
-        ({"gain": torch.ones(8, dtype=torch.float32, device=gpu)}, "offset: expected one"),
+        ({"gain": torch.ones(8, dtype=torch.float32, device=gpu)}, "offset: expected a tensor with a gain"),
         (
             {
                 "gain": torch.ones(7, dtype=torch.float32, device=gpu),
@@ -366,9 +366,9 @@ def test_tiles_are_kept_in_a_file_and_tried_again_where_it_cannot_be_read(
     (tmp_path / "folder" / "tiles.json").write_text(json.dumps([["other GPU", [1, 64, 1, 1, 64, 0], [16, 64, 4, 3]]]))
     monkeypatch.setattr(tuning, "_found", dict(found))
     tuning._save()
-    assert len(json.loads((tmp_path / "folder" / "tiles.json").read_text())) == 2  # of another process, too
+    assert len(json.loads((tmp_path / "folder" / "tiles.json").read_text())) == 2  # including that of another process
     monkeypatch.setenv("DSCONV_CACHE", "/proc/no/place")
-    tuning._save()  # no more than a file that is not there
+    tuning._save()  # the same as a missing file
     tuning._load.cache_clear()
 
 
@@ -402,7 +402,7 @@ def test_only_the_first_run_makes_constants(gpu: str, monkeypatch: pytest.Monkey
         corner = x[..., :2, :2] * torch.tensor([0.25, 0.75], device=gpu) * torch.tensor([[0.25], [0.75]], device=gpu)
         assert close([resized[0, 0, 0]], [corner.sum((2, 3))[0]])
         launch._windows.cache_clear()
-        # Nothing can be copied to the GPU while a graph is captured.
+        # Copies to the GPU are not possible while a graph is captured.
         given, make = list[Any](), torch.tensor
         monkeypatch.setattr(torch, "tensor", lambda data, **named: given.append(data) or make(data, **named))
         assert same(fast(x), expected)
@@ -424,7 +424,7 @@ def test_places_beyond_32_bits_are_counted_in_64(gpu: str, monkeypatch: pytest.M
     for image in (1 << 28, 1 << 30):  # four images, far apart
         launch.quantize(x, (image, 1, 64, 64), (64, 1, 1), launch.Target(rows[4]))
     pixels, post, weights = launch.Pixels(x, 64), launch.PostOps(), launch.Weights(x, x, None, 4)
-    for n in (many - 1, many):  # what is written is larger than what is read
+    for n in (many - 1, many):  # the output is larger than the input
         sizes = Sizes(1, 64, 1, n, 64, 1, n, *[1] * 4, 0, 0, 1, 1, 64, 1, True)
         launch.depthwise(pixels, weights, sizes, n, post, None, launch.Target(rows[n]))
         launch.pool(pixels, (64, 1, n), (1, n), (1, 1, 1, 1, 0, 0, 1, 1), None, n, post, None, launch.Target(rows[n]))
@@ -454,13 +454,13 @@ def test_sizes_used_last_are_kept_as_graphs_and_what_cannot_be_captured_runs(mon
         assert graphs([sizes[n]])[1] == 7
     assert runs == [n for n in range(1, 10) for _ in range(4)]  # each is captured once
     graphs([sizes[2]])
-    assert runs[36:] == [2] * 4  # it was used the longest ago when there were 9
-    assert same(graphs([sizes[0]])[0], torch.zeros(0, 2))  # no images are no graph
+    assert runs[36:] == [2] * 4  # it was the least recently used of 9
+    assert same(graphs([sizes[0]])[0], torch.zeros(0, 2))  # an empty batch has no graph
     runs.clear()
     cuda_of_torch.graph.side_effect = RuntimeError("operation not permitted when stream is capturing\nmore")
-    with pytest.warns(UserWarning, match=r"not captured as a CUDA graph for \(11, 2\).*stream is capturing$"):
+    with pytest.warns(UserWarning, match=r"cannot be captured as a CUDA graph for \(11, 2\).*stream is capturing$"):
         assert same(graphs([sizes[11]])[0], torch.ones(11, 2))
-    assert same(graphs([sizes[11]])[0], torch.ones(11, 2)) and runs == [11] * 5  # it is not tried again
+    assert same(graphs([sizes[11]])[0], torch.ones(11, 2)) and runs == [11] * 5  # the capture is not tried again
 
 
 def test_programs_leave_memory_to_pytorch(network: Any, gpu: str) -> None:
@@ -468,7 +468,7 @@ def test_programs_leave_memory_to_pytorch(network: Any, gpu: str) -> None:
     with torch.inference_mode():
         fast = dsconv.compile(moved(copy.deepcopy(qnet), gpu), x.to(gpu))
         fast(x.to(gpu))
-        # A graph reads and writes where its memory was: it must not be another run's, nor go when a larger batch comes.
+        # A graph has fixed addresses: no other run may use its memory, and a larger batch must not free it.
         assert not fast.program_for(x.to(gpu)).program._spare
 
 
@@ -505,7 +505,7 @@ def test_kernels_compile_to_integer_tensor_instructions_and_spill_nothing() -> N
     for row in rows:
         instruction = large.get(row["capability"], "mma.sync") if row["size"] == "large" else "mma.sync"
         if row["capability"] == 100 and triton.__version__.startswith("3.6."):
-            instruction = "mma.sync"  # that version has no other one for integers there
+            instruction = "mma.sync"  # that version has no other integer instruction there
         assert row["instructions"] == [instruction], row
         assert (row["integers"], row["stack"]) == (True, 0), row
 
@@ -522,7 +522,7 @@ def test_networks_are_replayed_compiled_by_pytorch_and_exported() -> None:
         for some in (x, x, x[:3], larger, x, x.contiguous(memory_format=torch.channels_last)):
             assert torch.equal(fast(some), qnet(some))
         first, second = fast(x), fast(x + 1)
-        assert torch.equal(first, expected) and not torch.equal(first, second)  # outputs are the caller's own
+        assert torch.equal(first, expected) and not torch.equal(first, second)  # the caller owns the outputs
         assert torch.equal(torch.compile(qnet)(x), expected)
         assert torch.equal(torch.export.export(qnet, (x,)).module()(x), expected)
     with pytest.raises(ValueError, match="expected float32 on cuda"):

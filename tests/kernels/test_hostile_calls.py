@@ -1,4 +1,4 @@
-"""Whatever the operators and the extension are called with: they compute or raise one sentence."""
+"""Operators and extension with arbitrary arguments: they compute a result or raise an error of one sentence."""
 
 import subprocess
 import sys
@@ -69,7 +69,7 @@ def test_tensors_without_plain_memory_are_refused(name: str, kind: str) -> None:
 def test_a_lazily_negated_tensor_is_read_as_what_it_stands_for() -> None:
     given = arguments()
     assert same_bits(CONV(**given | {"x": torch._neg_view(given["x"])}), CONV(**given | {"x": -given["x"]}))
-    with pytest.raises(ValueError, match="expected tensors that hold their values"):
+    with pytest.raises(ValueError, match="expected tensors without a pending negation"):
         cpu.bind("conv2d", **given | {"x": torch._neg_view(given["x"])}, out=CONV(**given))
 
 
@@ -83,7 +83,7 @@ def test_an_output_that_is_read_as_well_is_refused() -> None:
     assert same_bits(CONV.out(**given | {"x": x}, out=beside), CONV(**given))
     residual = torch.randn_like(x)
     expected = CONV(**given, residual=residual)
-    assert same_bits(CONV.out(**given, residual=residual, out=residual), expected)  # a sum may take its place
+    assert same_bits(CONV.out(**given, residual=residual, out=residual), expected)  # the sum may replace it in place
     moved = shared[8:][: x.numel()].view(x.shape)
     with pytest.raises(ValueError, match="out: expected memory of its own"):
         CONV.out(**given, residual=moved, out=shared[: x.numel()].view(x.shape))

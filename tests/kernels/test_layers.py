@@ -78,7 +78,7 @@ def run_simulated(model: tnn.Module, *inputs: Tensor) -> Tensor:
 
 
 def assert_near(a: Tensor, b: Tensor) -> None:
-    """What the integers and the simulation of one layer may differ by."""
+    """Check that integers and simulation of one layer agree within the tolerance."""
     assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
@@ -281,11 +281,11 @@ def test_a_file_is_said_to_be_executed_as_its_model_is(tmp_path: Path) -> None:
         assert torch.equal(loaded[:3](x), quantized[:3](x))
 
 
-# How far a layer may be from the reference
+# Distance of a layer from the reference
 
 
 def bounds(layer: nn.DSConv2d | nn.DSLinear, x: Tensor) -> tuple[Reference, Tensor]:
-    """The exact output with the bound of the kernels, and that of the simulation."""
+    """Return the exact output with the error bound of the kernels, and the bound of the simulation."""
     config, vqk, kds, shift = layer.config, layer.vqk, layer.kds, layer.kds_shift
     where: dict[str, Any] = {}
     if isinstance(layer, nn.DSConv2d):
@@ -308,7 +308,7 @@ def bounds(layer: nn.DSConv2d | nn.DSLinear, x: Tensor) -> tuple[Reference, Tens
     m, e = quantize_activation(*quantized, sign=config.activation_sign, groups=groups)
     bias = None if layer.bias is None else layer.bias.detach()
     exact = reference_conv(m, e, vqk, kds, size, kds_shift=shift, bias=bias, **where)
-    # The simulation rounds each weight and adds value by value.
+    # The simulation rounds each weight and adds the products one by one.
     weight = dequantize_weight(vqk.float().abs(), kds.abs(), size, None if shift is None else shift.abs()).double()
     x_q = fake_quantize_activation(*quantized, sign=config.activation_sign, groups=groups).abs().double()
     operator = F.conv2d if where else F.linear
@@ -331,10 +331,10 @@ def assert_every_layer_within_its_bound(model: tnn.Module, x: Tensor) -> None:
 
 
 def assert_nearly_the_same_logits(model: tnn.Module, x: Tensor) -> None:
-    """A difference in the last bit of one layer turns, now and then, a mantissa of the next to its neighbour."""
+    """Compare logits with a tolerance: a different last bit can change the rounding of a mantissa in the next layer."""
     y, simulated = run(model, x), run_simulated(model, x)
     assert torch.equal(y.argmax(1), simulated.argmax(1))
-    # Winograd has more mantissas, of four pixels each.
+    # Winograd has more mantissas, each from four pixels.
     least = 35 if any(layer.algorithm == "winograd" for layer in dsconv.summary(model).layers) else 50
     assert sqnr_db(float(simulated.square().sum()), float((simulated - y).square().sum())) > least
 
@@ -518,7 +518,7 @@ def test_fake_tensors_pass_through() -> None:
 
 
 def network() -> tnn.Module:
-    """Fresh, and never run."""
+    """Return a new network that has not run yet."""
     torch.manual_seed(0)
     model = tnn.Sequential(
         tnn.Conv2d(3, 20, 3, padding=1),
@@ -591,7 +591,7 @@ def test_exported_network_holds_the_operators_and_takes_any_batch(strict: bool) 
     x = torch.randn(3, 3, 9, 9)
     program = torch.export.export(network(), (x,), dynamic_shapes=({0: batch},), strict=strict)
     assert graph_calls(program.graph) == OPERATORS
-    # PyTorch takes every parameter, the empty ones that stand for float weights, too.
+    # PyTorch takes every parameter, including the empty ones that replace float weights.
     held = {name for name, value in program.state_dict.items() if value.numel() or not name.endswith("weight_like")}
     assert held == set(network().state_dict())
     file = io.BytesIO()
@@ -653,5 +653,5 @@ def test_ten_thousand_calls_take_no_memory() -> None:
     for _ in range(10_000):
         run(layer, x)
     gc.collect()
-    # The output of one call is 4 kB: kept, they would be 40 MB.
+    # The output of one call is 4 kB: a leak of all would be 40 MB.
     assert resident_kilobytes() - before < 4_000

@@ -1,4 +1,4 @@
-"""What runs the tasks of the integer kernels: ``DSCONV_PARALLEL``. Each test is a process of its own."""
+"""Execution of the tasks of the integer kernels, by ``DSCONV_PARALLEL``. Each test starts its own process."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def eight_at_once(work):
 
 @cache
 def outcome(script: str = "", parallel: str = "pool") -> str:
-    """What a script that begins with LAYERS prints, and the digest of the output."""
+    """Return the output of a script that begins with LAYERS, and the digest of the network's output."""
     done = subprocess.run(
         [sys.executable, "-c", f"{LAYERS}{script}\nprint(dsconv.threads.parallel(), expected)"],
         capture_output=True,
@@ -114,7 +114,7 @@ def child(generations):
     for count in (2, 3, 1, 2):
         torch.set_num_threads(count)
         assert outputs() == wanted and digest() == expected and torch.get_num_threads() == count
-        assert dsconv.cpu_info().parallel == "a pool of their own"
+        assert dsconv.cpu_info().parallel == "their own thread pool"
     if os.path.exists("/proc/self/task"):
         assert len(os.listdir("/proc/self/task")) > 1
     found = []

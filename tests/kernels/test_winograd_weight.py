@@ -1,4 +1,4 @@
-"""The weights of Winograd by the extension: the bits that numerics defines, on every instruction set."""
+"""Winograd weights in the extension: the bits that numerics defines, on every instruction set."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ SPECIAL = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-45, -1e-45, 1e-38, -0.
 
 @st.composite
 def weights(draw: st.DrawFn) -> Tensor:
-    """Weights ``(O, C, 3, 3)``, as they may be and as they should not be."""
+    """Draw weights ``(O, C, 3, 3)``, usual and unusual ones."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     w = torch.randn(draw(st.integers(1, 5)), draw(st.integers(1, 140)), 3, 3, generator=generator)
     kind = draw(st.sampled_from(["plain", "positive", "apart", "outliers", "few", "rows of zeros", "quantized"]))

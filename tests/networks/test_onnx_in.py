@@ -1,4 +1,4 @@
-"""Real ONNX files: those of the onnx package with random weights, and those of packages that happen to be installed."""
+"""Real ONNX files: those of the onnx package with random weights, and those of other installed packages."""
 
 import importlib.util
 import os
@@ -27,7 +27,7 @@ PACKAGED = {
 
 
 def agrees(path: Path, shape: tuple[int, ...]) -> Any:
-    """Assert that outputs are those of ONNX Runtime up to rounding, for a batch of two as well; return the network."""
+    """Check that outputs match ONNX Runtime up to rounding, also for a batch of two; return the network."""
     net = dsconv.from_onnx(path)
     x = torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(0))
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -40,7 +40,7 @@ def agrees(path: Path, shape: tuple[int, ...]) -> Any:
 
 
 def with_random_weights(path: Path, folder: Path) -> Path:
-    """The model with weights of chance: those of the light models are all alike."""
+    """Return the model with random weights: those of the light models are constant."""
     model, chance = onnx.load(path), np.random.default_rng(0)
     shapes = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     kept = []

@@ -1,4 +1,4 @@
-"""ONNX files of whole networks in three runtimes, beside the networks they were made of."""
+"""ONNX files of whole networks in three runtimes, compared with the original networks."""
 
 import os
 from collections.abc import Callable
@@ -20,13 +20,13 @@ pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
 
 pytestmark = pytest.mark.slow
 
-# The last bit of a sum, which runtimes add up in their own order, may tip the rounding of a mantissa, and that others
-# in turn. What that costs stays far below the error of the rounding itself, of some per cent.
+# Runtimes have different orders of sums: a different last bit can change the rounding of a mantissa, then of others.
+# The effect is far below the rounding error itself, which is a few percent.
 TIPPED = 0.02
 REAL = ("cifar_resnet20", "cifar_resnet44", "resnet18_tiny", "tiny_darknet", "squeezenet1_1")
 
 
-# Layers that go by Winograd are written as direct ones, which other tests look at.
+# Winograd layers are written as direct ones, which other tests cover.
 DIRECT = dsconv.QuantConfig.preset("default", algorithm="direct")
 
 
@@ -42,7 +42,7 @@ def by_onnxruntime(path: Path, x: Tensor) -> Tensor:
 
 def by_openvino(path: Path, x: Tensor) -> Tensor:
     openvino = pytest.importorskip("openvino", reason="needs the extra 'bench'")
-    # With 8-bit weights it would round the inputs of layers once more.
+    # With 8-bit weights it would round the inputs of layers again.
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     settings["INFERENCE_NUM_THREADS"] = 1
     return torch.from_numpy(openvino.Core().compile_model(path, "CPU", settings)(x.numpy())[0].copy())
@@ -66,7 +66,7 @@ def check(qnet: nn.Module, x: Tensor, path: Path, style: Any, runtimes: list[str
 
 
 def packed_bytes(qnet: nn.Module) -> int:
-    """Of integers at the widths that ONNX has for them, their scales and shifts."""
+    """Return the size of integers at the widths that ONNX has for them, with their scales and shifts."""
     layers = [layer for layer in qnet.modules() if isinstance(layer, DSLayer)]
     bits = sum(layer.vqk.numel() * (4 if layer.config.weight_bits <= 4 else 8) for layer in layers)
     return bits // 8 + sum(s.nbytes for layer in layers for s in (layer.kds, layer.kds_shift) if s is not None)
@@ -80,7 +80,7 @@ def test_networks_of_torchvision(name: str, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
     path = dsconv.export_onnx(qnet, x, tmp_path / "a.onnx")
     check(qnet, x, path, "qdq", ["onnxruntime", "openvino"])
-    check(qnet, x[:1], path, "qdq", ["reference"])  # which takes its time
+    check(qnet, x[:1], path, "qdq", ["reference"])  # which is slow
     model = onnx.load(path)
     tensors = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     assert path.stat().st_size - tensors <= 0.05 * packed_bytes(qnet)
@@ -92,7 +92,7 @@ def test_networks_of_torchvision(name: str, tmp_path: Path) -> None:
 
 
 def check_float(qnet: nn.Module, net: nn.Module, x: Tensor, path: Path, runtimes: list[str]) -> None:
-    """The file in float32 against ``net`` with the weights that VQK and KDS stand for."""
+    """Compare the file in float32 with ``net`` with dequantized weights."""
     weights = {f"{name}.weight": layer.weight for name, layer in qnet.named_modules() if isinstance(layer, DSLayer)}
     net.load_state_dict(qnet.state_dict() | weights, strict=False)
     with torch.inference_mode():
@@ -116,7 +116,7 @@ def test_real_networks_in_other_styles(name: str, nets: ModuleType, tmp_path: Pa
 def test_real_networks(name: str, preset: str, nets: ModuleType, tmp_path: Path) -> None:
     qnet = dsconv.quantize(nets.load(name), dsconv.QuantConfig.preset(preset, algorithm="direct"))
     x = nets.preprocess(name, nets.images(nets.NETS[name][1])[0][:4])
-    # At 4 bits a tipped mantissa weighs sixteen times as much.
+    # At 4 bits a differently rounded mantissa has sixteen times the effect.
     within = TIPPED if preset == "default" else 0.1
     check(qnet, x, dsconv.export_onnx(qnet, x, tmp_path / "a.onnx"), "qdq", ["onnxruntime", "openvino"], within)
 

@@ -1,4 +1,4 @@
-"""Networks that people use: quantized, saved, loaded and run; and the accuracy of trained ones."""
+"""Common networks: quantized, saved, loaded and run; and the accuracy of trained ones."""
 
 import copy
 import gc
@@ -19,7 +19,7 @@ from dsconv.nn import DSLayer
 pytest.importorskip("torchvision", reason="needs the extra dsconv[zoo]")
 pytest.importorskip("timm", reason="needs the extra dsconv[zoo]")
 
-# Name and side of the images.
+# Name and image size.
 NETWORKS = [
     ("torchvision/resnet18", 64),
     ("torchvision/resnet34", 64),
@@ -41,7 +41,7 @@ NETWORKS = [
     ("timm/vit_tiny_patch16_224", 224),
 ]
 QUICK = ("resnet18", "squeezenet1_1", "mobilenet_v2", "mobilenetv3_small_100", "minimal_100")
-# Above this many parameters `balanced` rounding takes its time, and a file with float classifiers is large.
+# Above these numbers of parameters, `balanced` rounding is slow, and a file with float classifiers is large.
 LARGE, HUGE = 4e6, 50e6
 
 
@@ -78,7 +78,7 @@ def test_network_is_quantized_saved_loaded_and_run(name: str, side: int, tmp_pat
     for config, count in ((paper, len(layers) - linear), (default, len(layers))):
         quantized = dsconv.quantize(model, config)
         summary = dsconv.summary(quantized)
-        # What is left in float, and why, is stated.
+        # The summary states the layers in float and the reasons.
         kept = {row.name: row.reason for row in summary.layers if not row.quantized and row.kind != "Parameter"}
         left = {row for row, reason in kept.items() if reason != "neither a convolution nor a linear layer"}
         assert sum(isinstance(module, DSLayer) for module in quantized.modules()) == len(layers) - len(left)
@@ -158,7 +158,7 @@ def test_a_network_that_pads_as_tensorflow_does_is_quantized_whole(nets: ModuleT
 
 
 SEARCHED = [
-    # Network, how its images are prepared, bars of KL divergence (nats) and agreement (percent).
+    # Network, preprocessing, limits of KL divergence (nats) and agreement (percent).
     ("squeezenet1_1", Preprocess(crop=224, mean=(104, 117, 123), scale=255, channels="bgr"), 0.17, 87),
     ("tiny_darknet", Preprocess(crop=224), 0.45, 72),
     ("cifar_resnet20", Preprocess(crop=32, mean=IMAGENET_MEAN, std=IMAGENET_STD), 0.06, 95),
@@ -202,7 +202,7 @@ def test_compiled_networks_return_the_bits_of_the_model_and_of_the_folded_one(
     x = nets.preprocess(name, nets.images(images)[0][:100])
     for model in (qmodel, dsconv.fold_batchnorm(qmodel)):
         fast = dsconv.compile(model, x[:1])
-        # The last step of these two averages all pixels, in an order of its own: bits are compared up to there.
+        # The last step of these two averages all pixels in another order: bits are compared up to that step.
         averaged = name in ("squeezenet1_1", "tiny_darknet")
         same = without_its_average(model) if averaged else model
         program = dsconv.compile(same, x[:1]) if averaged else fast
@@ -217,7 +217,7 @@ def test_compiled_networks_return_the_bits_of_the_model_and_of_the_folded_one(
 
 
 def without_its_average(model: nn.Module) -> nn.Module:
-    """Return a copy that puts out all pixels in the place of their average."""
+    """Return a copy that outputs all pixels instead of their average."""
     model = copy.deepcopy(model)
     (average,) = (name for name, module in model.named_modules() if isinstance(module, nn.AdaptiveAvgPool2d))
     model.set_submodule(average, nn.Identity())
@@ -234,9 +234,9 @@ def test_folded_networks_return_nearly_what_the_unfolded_do(
     x = nets.preprocess(name, nets.images(images)[0][:200])
     folded, unfolded = (dsconv.compile(model, x[:1])(x) for model in (dsconv.fold_batchnorm(qmodel), qmodel))
     noise = (folded - unfolded).square().sum().item()
-    # Float32 rounds differently, which tips mantissas, and integers of transformed weights.
+    # Float32 rounding differs, which changes the rounding of mantissas and of transformed weights.
     assert dsconv.numerics.sqnr_db(unfolded.square().sum().item(), noise) > least
-    # Tiny Darknet, quantized, is torn between two classes more often than others.
+    # The quantized Tiny Darknet has two nearly equal classes more often than others.
     others = int((folded.argmax(1) != unfolded.argmax(1)).sum())
     assert others <= (8 if name == "tiny_darknet" else 4)
 

@@ -1,4 +1,4 @@
-"""Compiles the convolution for GPUs that need not be there, and prints a line of JSON for each: no argument."""
+"""Compile the convolution for GPUs that need not be present, and print a line of JSON for each; no arguments."""
 
 import itertools
 import json

@@ -1,6 +1,6 @@
-"""Calls of the operators, or of the extension, with arguments that make no sense: ``hostile_calls.py KIND SEED COUNT``.
+"""Call the operators, or the extension, with invalid arguments: ``hostile_calls.py KIND SEED COUNT``.
 
-Prints how many calls ended how; anything but a result, a ValueError or a lack of memory ends it with a traceback.
+Prints the counts of outcomes; anything except a result, a ValueError or a lack of memory ends it with a traceback.
 """
 
 import random
@@ -26,7 +26,7 @@ MEMORY = 1 << 20  # values
 
 
 def limit_memory() -> None:
-    """Have allocations of gigabytes fail at once."""
+    """Make allocations of gigabytes fail immediately."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), used + (1 << 30)))
 
@@ -62,7 +62,7 @@ OPERATORS: tuple[tuple[str, Callable[[], dict[str, Any]]], ...] = (
 
 
 def another(t: Tensor) -> Tensor | None:
-    """A tensor like ``t``, of another kind."""
+    """Return a tensor like ``t``, but of another kind."""
     kinds: tuple[Callable[[], Tensor | None], ...] = (
         lambda: None,
         lambda: t.to("meta"),
@@ -134,7 +134,7 @@ def numbers(count: int) -> list[int]:
 
 
 def sizes() -> Any:
-    """Sizes of a convolution; most agree."""
+    """Return the sizes of a convolution; most are consistent."""
     n, c, o, k, s, p = (random.choice(v) for v in ((1, 2), (8, 16, 24), (8, 24), (1, 3), (1, 2), (0, 1)))
     height, width, groups, flat = random.choice(((9, 8), (3, 3), (1, 12))), None, 1, 0
     (height, width), depthwise = height, random.random() < 0.3
@@ -158,7 +158,7 @@ KEPT: list[Tensor] = []
 
 
 def weights(of: Any, bits: int) -> tuple[int, int, int]:
-    """Addresses of a packed weight, KDS and terms of these sizes."""
+    """Return the addresses of a packed weight, KDS and terms of these sizes."""
     size, count = MODULE.packed_sizes(of, bits)
     if max(size, count) > MEMORY:
         raise ValueError("too large to be tried")
@@ -191,7 +191,7 @@ def call_extension() -> None:
 
 
 def run_program() -> None:
-    """A program of random steps, in memory of the size that it asks for."""
+    """Run a program of random steps, in memory of the size that it requests."""
     program = MODULE.Program(random.choice(MODULE.isa_with_kernels()))
     ends: dict[int, int] = {}
     KEPT.clear()
@@ -312,7 +312,7 @@ def main(kind: str, seed: str, count: str) -> None:
         except TypeError:
             if kind == "operators":
                 raise
-            ENDED["TypeError"] += 1  # no number of the type that the extension takes
+            ENDED["TypeError"] += 1  # not a number of the type that the extension expects
     print(dict(ENDED))
 
 

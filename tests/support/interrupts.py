@@ -4,6 +4,6 @@ import signal
 
 
 def heeded() -> None:
-    """To be called in a new process: jobs in the background inherit that they ignore SIGINT, those of nohup SIGHUP."""
+    """Restore the handlers in a new process: background jobs inherit that SIGINT is ignored, those of nohup SIGHUP."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

@@ -31,7 +31,7 @@ LAYOUTS = ("contiguous", "channels last", "every second", "transposed")
 
 @dataclass
 class Case:
-    """A layer and its input ``x``: ``run()`` is what the operator returns, ``reference()`` what it has to."""
+    """A layer and its input ``x``: ``run()`` returns the operator's result, ``reference()`` the expected one."""
 
     x: Tensor
     outputs: int
@@ -137,7 +137,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any layer that the kernels cover, small; the kernel may be larger than the image, the batch empty."""
+    """Draw any small layer that the kernels cover; the kernel may be larger than the image, and the batch empty."""
 
     def pick(low: int, high: int) -> int:
         return draw(st.integers(low, high))
@@ -174,7 +174,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @st.composite
 def general_cases(draw: st.DrawFn) -> Case:
-    """Any transposed or 3-D convolution that the kernels cover, small; the batch may be empty."""
+    """Draw any small transposed or 3-D convolution that the kernels cover; the batch may be empty."""
 
     def pick(low: int, high: int) -> int:
         return draw(st.integers(low, high))
@@ -215,7 +215,7 @@ def general_cases(draw: st.DrawFn) -> Case:
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The values of ``x`` in another place."""
+    """Return the values of ``x`` in another memory layout."""
     if layout == "channels last":
         return x.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
     if layout == "every second":
@@ -228,20 +228,20 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two float32 tensors agree in every bit, but for those of a NaN."""
+    """Return whether two float32 tensors have the same bits, except those of NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
 
 
 def near(y: Tensor, reference: Reference) -> bool:
-    """Whether an output is within the bound of the reference, and NaN where it is."""
-    inside = ((y - reference.output).abs() <= reference.bound) | (y == reference.output)  # infinities too
+    """Return whether an output is within the bound of the reference, and NaN in the same places."""
+    inside = ((y - reference.output).abs() <= reference.bound) | (y == reference.output)  # also for infinities
     return y.shape == reference.output.shape and bool((inside | (y.isnan() & reference.output.isnan())).all())
 
 
 def conv_sizes(module: Any, *, flat: bool = False, **changed: int) -> Any:
-    """Sizes for the extension of a 3x3 convolution of 16 channels on 4x4 pixels, but for some."""
+    """Return sizes for the extension: a 3x3 convolution of 16 channels on 4x4 pixels, with some changed."""
     given = {"images": 1, "channels": 16, "outputs": 16, "groups": 1, "block_size": 16}
     given |= dict.fromkeys(("height", "width", "out_height", "out_width"), 4)
     given |= dict.fromkeys(("kernel_h", "kernel_w"), 3)
@@ -250,11 +250,11 @@ def conv_sizes(module: Any, *, flat: bool = False, **changed: int) -> Any:
 
 
 def by_isa(call: Callable[[], Any], *, covered: bool = True) -> dict[str, Any]:
-    """Return what a call returns with each instruction set, having checked that its kernels ran and no others.
+    """Return the results of a call by instruction set, and check that only the kernels of that set ran.
 
     Args:
-        call: what to call.
-        covered: whether the kernels do all of it, unless there is nothing to compute.
+        call: function to call.
+        covered: whether the kernels compute all of it, unless there is nothing to compute.
     """
     module = native.extension()
     assert module is not None
@@ -271,13 +271,13 @@ def by_isa(call: Callable[[], Any], *, covered: bool = True) -> dict[str, Any]:
 
 
 def is_empty(returned: Any) -> bool:
-    """Whether there was nothing to compute."""
+    """Return whether there was nothing to compute."""
     return not any(t.numel() for t in (returned if isinstance(returned, tuple | list) else (returned,)))
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many threads within it."""
+    """Use ``count`` threads within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -287,7 +287,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def assert_same_everywhere(case: Case, expected: Tensor) -> None:
-    """Check that every instruction set, number of threads, layout and split of the batch returns the bits expected."""
+    """Check that every instruction set, number of threads, layout and split of the batch gives the expected bits."""
     for isa, y in by_isa(case.run).items():
         assert same_bits(y, expected), isa
     for count in (1, 2, 3, 8):

@@ -1,4 +1,4 @@
-"""Small ONNX graphs: a case is nodes, constants and an input; ONNX Runtime says what they compute."""
+"""Small ONNX graphs: a case is nodes, constants and an input; ONNX Runtime computes the expected output."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,12 +26,12 @@ class Case(NamedTuple):
 
 
 def model_of(case: Case, *, fixed: bool = False, outputs: Sequence[str] = ("y",)) -> onnx.ModelProto:
-    """Return the model of a case, of a free batch and image size, or of those of ``shape``."""
+    """Return the model of a case, with free batch and image sizes, or with those of ``shape``."""
     nodes = [
         helper.make_node(kind, inputs.split(), made.split(), name=f"{kind}_{place}", **attributes)
         for place, (kind, inputs, made, attributes) in enumerate(case.nodes)
     ]
-    # A blank stands for an input that is left out.
+    # An empty name stands for an omitted input.
     for node in nodes:
         node.input[:] = ["" if name == "_" else name for name in node.input]
     free = [size if fixed or dim == 1 else f"n{dim}" for dim, size in enumerate(case.shape)]
@@ -55,7 +55,7 @@ def input_of(case: Case, seed: int = 0) -> Tensor:
 
 
 def expected(model: onnx.ModelProto, **inputs: Tensor) -> list[np.ndarray]:
-    """Return what ONNX Runtime makes of a model."""
+    """Return the outputs of ONNX Runtime for a model."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -64,13 +64,13 @@ def expected(model: onnx.ModelProto, **inputs: Tensor) -> list[np.ndarray]:
 
 
 def imported(model: onnx.ModelProto, folder: Path) -> Any:
-    """Return what :func:`dsconv.from_onnx` makes of a model."""
+    """Return the network of :func:`dsconv.from_onnx` for a model."""
     onnx.save(model, folder / "model.onnx")
     return dsconv.from_onnx(folder / "model.onnx")
 
 
 def same(found: Any, wanted: Sequence[np.ndarray], tolerance: float = 2e-5) -> None:
-    """Assert that outputs are those of ONNX Runtime up to rounding."""
+    """Check that outputs match ONNX Runtime up to rounding."""
     outputs = found if isinstance(found, tuple) else (found,)
     assert len(outputs) == len(wanted)
     for got, right in zip(outputs, wanted, strict=True):

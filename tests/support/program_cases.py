@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 import dsconv
 
-# By Winograd, layers neither read mantissas nor have their inputs quantized by the step before.
+# Winograd layers do not read mantissas, and the step before does not quantize their inputs.
 CONFIG = dsconv.QuantConfig.preset("w4a4", algorithm="direct", weight_rule="paper")
 
 
 class Net(nn.Module):
-    """Layers by name, and what is done with them."""
+    """Network of named layers with a given forward function."""
 
     def __init__(self, run: Callable[[Any, Tensor], Any], **layers: nn.Module):
         super().__init__()
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 def conv(inputs: int, outputs: int, size: int = 3, **settings: Any) -> nn.Conv2d:
-    """A convolution whose result has the size of its input."""
+    """Return a convolution whose output has the size of its input."""
     return nn.Conv2d(inputs, outputs, size, padding=size // 2, **settings)
 
 
@@ -41,8 +41,8 @@ def steps_of(
 ) -> list[str]:
     """Compile a network for images of a size, and return the operators of its steps.
 
-    A step that quantizes has ``+`` behind its name. Bits, or values within ``near``, and strides are checked for
-    batches and layouts; on request, on each instruction set as well.
+    A step that quantizes has ``+`` after its name. Bits, or values within ``near``, and strides are checked for
+    batches and layouts; on request, also on each instruction set.
     """
     qmodel = dsconv.quantize(Net(run, **layers), CONFIG)
     x = torch.randn(3, *size)

@@ -1,4 +1,4 @@
-"""Python imports this by itself at start-up: the tests put this folder on a subprocess's PYTHONPATH."""
+"""Python imports this module at start-up: the tests put this folder on a subprocess's PYTHONPATH."""
 
 import torchvision_shim
 

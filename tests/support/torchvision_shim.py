@@ -1,7 +1,7 @@
-"""Lets a torchvision without its compiled operators be imported, as a wheel made for another build of torch is.
+"""Make torchvision importable without its compiled operators, as for a wheel made for another build of torch.
 
-Its module of meta registrations describes just those operators and fails where they are absent. No network in
-these tests uses one, so an empty module takes its place.
+Its module of meta registrations describes just those operators and fails if they are absent. No network in
+these tests uses them, so an empty module replaces it.
 """
 
 import sys

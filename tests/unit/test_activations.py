@@ -1,4 +1,4 @@
-"""Activations to block floating point: the table of conventions, against an oracle in exact rational numbers."""
+"""Activations in block floating point: the table of conventions, against an oracle in exact rational numbers."""
 
 import math
 from fractions import Fraction
@@ -54,7 +54,7 @@ values = st.one_of(
 
 
 def oracle(block: list[float], bits: int, sign: str) -> tuple[list[int], int]:
-    """Mantissas and exponent of one block, as the table of the arithmetic says."""
+    """Return mantissas and exponent of one block according to the table of the arithmetic."""
     if not all(map(math.isfinite, block)):
         return [0] * len(block), NONFINITE
     largest = max(map(abs, block))
@@ -69,7 +69,7 @@ def oracle(block: list[float], bits: int, sign: str) -> tuple[list[int], int]:
 
 
 def ldexp32(mantissa: int, exponent: int) -> float:
-    """``mantissa * 2^exponent`` as float32 holds it."""
+    """Return ``mantissa * 2^exponent`` in float32."""
     with np.errstate(over="ignore"):
         return float(np.float32(np.ldexp(np.float64(mantissa), exponent)))
 
@@ -233,7 +233,7 @@ def test_quantizing_twice_changes_nothing(sign: str) -> None:
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     for bits in range(2, 9):
         once = fake_quantize_activation(x, bits, 32, sign=sign)
-        if sign == "extra":  # elsewhere -2^m may round up into the next octave, whose grid is coarser
+        if sign == "extra":  # otherwise -2^m may round up into the next octave, whose grid is coarser
             assert torch.equal(fake_quantize_activation(once, bits, 32, sign=sign), once)
         assert (once - x).abs().max() <= x.abs().max() * 2.0 ** (2 - bits)
 

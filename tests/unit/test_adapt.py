@@ -1,4 +1,4 @@
-"""Adaptation: what is trained, what is kept, and what becomes of a training that is stopped."""
+"""Adaptation: the trained parameters, the selected state, and resuming a stopped training."""
 
 import csv
 import os
@@ -24,7 +24,7 @@ from dsconv.demo import load_digits
 from dsconv.errors import ConfigError, DataError, FileFormatError, ModelError
 from dsconv.nn import DSConv2d, DSConvTranspose2d, DSLayer, DSLinear
 
-# Two bits, so that there is something to win within seconds.
+# Two bits, so that a few seconds bring an improvement.
 CONFIG = dsconv.QuantConfig.preset("w4a4", weight_bits=2)
 QUICK: dict[str, Any] = {"steps": 12, "every": 4, "batch_size": 16}
 LAYERS: list[tuple[DSLayer, Tensor]] = [
@@ -78,7 +78,7 @@ def test_learning_starts_from_the_integers_and_scales_of_the_layer(case: Case, s
     layer, original = case
     vqk = layer.vqk.clone()
     if shift_integers:
-        # As after a calibration, they are not the nearest to the weight.
+        # As after a calibration, they are not the nearest integers.
         vqk = (vqk + torch.randint_like(vqk, -1, 2)).clamp(-4, 3)
     weight = layer.conv_layout(original.weight.detach())
     moved = type(layer).from_float(original, layer.config)
@@ -102,7 +102,7 @@ def test_gradients_pass_straight_through_the_rounding(case: Case) -> None:
     shadow().backward(g)
     expected_level = g * (DSLayer.dequantized_weight(layer) * 0 + _spread(layer, layer.kds.float()))
     torch.testing.assert_close(shadow.level.grad, layer.blockwise(expected_level))
-    # What a scale multiplies, summed over its block.
+    # The factors of a scale, summed over its block.
     gain = _sums(layer, g * layer.vqk) * layer.kds.float()
     torch.testing.assert_close(shadow.gain.grad, gain, rtol=1e-4, atol=1e-6)
     if shadow.offset is not None:
@@ -163,14 +163,14 @@ def test_it_comes_closer_to_the_teacher(
     flags = {name: p.requires_grad for name, p in start.named_parameters()}
     assert flags.items() <= {name: p.requires_grad for name, p in better.named_parameters()}.items()
     assert dsconv.summary(better).effective_bits == pytest.approx(dsconv.summary(start).effective_bits, abs=0.3)
-    # The file holds all of it, and the integers compute what was trained.
+    # The file contains all of it, and the integers give the trained outputs.
     again = dsconv.load(dsconv.save(better, tmp_path / "a.safetensors"))
     assert model_info(again).adapted_on == 128
     with torch.inference_mode():
         logits = again(held_out)
         with dsconv.ops.simulated():
             far = (logits - better(held_out)).abs().amax(1) > 0.1
-    # Sums in another order tip a mantissa here and there.
+    # Sums in another order change the rounding of a few mantissas.
     winograd = any(layer.algorithm == "winograd" for layer in dsconv.summary(again).layers)
     assert far.float().mean() < (0.03 if winograd else 0.01)
     assert "KL held back" in str(info.adaptation) and info.adaptation.to_dict()["recipe"]["steps"] == 60
@@ -184,26 +184,28 @@ def test_recomputed_weights_keep_to_the_rule(teacher: tnn.Module, images: Tensor
     assert adaptation.best_step > 0 and adaptation.best.held_back_kl < adaptation.looks[0].held_back_kl
     for module in better.modules():
         if isinstance(module, DSLayer):
-            # Rule `paper`: the largest value of each block has the first level.
+            # Rule `paper`: the largest value of each block gets the first level.
             assert all((block.amin(1) == -2).all() for block in _blocks(module, module.vqk))
     calibrated = dsconv.calibrate(start, teacher, images[:32])
-    with pytest.raises(ModelError, match="recipe default"):
+    with pytest.raises(ModelError, match="recipe 'default'"):
         dsconv.adapt(calibrated, teacher, images, recipe="paper")
 
 
 def test_a_state_no_better_is_not_kept(teacher: tnn.Module, images: Tensor) -> None:
     start = dsconv.quantize(teacher, "w8a8")
-    # Far too fast: the network is lost at once.
+    # A far too large learning rate: the network diverges immediately.
     better = dsconv.adapt(start, teacher, images, recipe={**QUICK, "steps": 40, "lr": 0.3, "patience": 2})
     adaptation = model_info(better).adaptation
     assert adaptation.best_step == 0 and [look.step for look in adaptation.looks] == [0, 4, 8]
-    assert adaptation.stopped == "no better for 2 looks"
+    assert adaptation.stopped == "no improvement for 2 looks"
     layers = [(a, b) for a, b in zip(start.modules(), better.modules(), strict=True) if isinstance(a, DSLayer)]
     assert all(torch.equal(a.vqk, b.vqk) and torch.equal(a.kds, b.kds) for a, b in layers)
 
 
 def test_a_nan_ends_it_and_says_where(teacher: tnn.Module, student: tnn.Module, images: Tensor) -> None:
-    with pytest.warns(UserWarning, match=r"at step \d+, NaN or infinities began in .*'.*: the state of step 0 is kept"):
+    with pytest.warns(
+        UserWarning, match=r"at step \d+, NaN or infinities appeared in .*'.*: the state of step 0 is kept"
+    ):
         better = dsconv.adapt(student, teacher, images, recipe={**QUICK, "lr": 1e30})
     assert model_info(better).adaptation.best_step == 0
     with torch.inference_mode():
@@ -252,7 +254,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs a training in a process of its own."""
+    """Return a function that runs a training in a new process."""
     file = tmp_path_factory.mktemp("script") / "script.py"
     file.write_text(SCRIPT)
 
@@ -266,7 +268,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def undisturbed(script: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], list[float]]:
-    """State and looks of a training that ran through."""
+    """Return the state and the looks of a training without interruption."""
     folder = tmp_path_factory.mktemp("undisturbed")
     done = script("", folder / "state", folder / "out")
     assert done.returncode == 0, done.stderr
@@ -296,7 +298,7 @@ def test_two_processes_do_what_one_does(script: Run, undisturbed: Any, tmp_path:
     done = script("", tmp_path / "state", out, launcher=launcher)
     assert done.returncode == 0, done.stderr
     (expected, kl), (got, again) = undisturbed, torch.load(out)
-    # Sums are rounded in another order: here and there that tips a mantissa or a level.
+    # Sums are rounded in another order, which changes the rounding of a few mantissas or levels.
     assert again == pytest.approx(kl, rel=0.02)
     for name, value in expected.items():
         if name.endswith("vqk"):

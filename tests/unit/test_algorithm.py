@@ -1,4 +1,4 @@
-"""The algorithm of a layer: what it may be, how it is chosen, and that everything else knows it."""
+"""The algorithm of a layer: allowed values, selection, and support in the rest of the package."""
 
 import copy
 import math
@@ -58,7 +58,7 @@ def test_layers_that_cannot_have_winograd_say_so(make: Any) -> None:
 
 @pytest.mark.parametrize("settings", [{"blocks": "flat"}, {"activation_bits": None}])
 def test_settings_that_cannot_go_with_winograd_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="cannot go with it"):
+    with pytest.raises(ConfigError, match="cannot be combined with"):
         LayerConfig(algorithm="winograd", **settings)
     assert not LayerConfig(algorithm="auto", **settings).allows_winograd
 
@@ -159,7 +159,7 @@ def test_the_simulation_rounds_a_weight_once_and_again_after_a_change(monkeypatc
     made.config = made.config.model_copy(update={"algorithm": "direct"})
     simulated(made, x)
     assert len(rounded) == 5
-    # Gradients can use the weights that inference mode kept.
+    # Gradients can use the weights that inference mode cached.
     made.config = WINOGRAD
     made(x.requires_grad_()).square().sum().backward()
     assert x.grad is not None and len(rounded) == 5
@@ -254,7 +254,7 @@ def test_a_file_that_has_not_chosen_is_refused(tmp_path: Path, monkeypatch: pyte
     qnet = dsconv.quantize(network(), QuantConfig.preset("default", algorithm="auto"))
     qnet[3].config = qnet[3].config.model_copy(update={"algorithm": "auto"})
     path = dsconv.save(qnet, tmp_path / "net.safetensors")
-    with pytest.raises(FileFormatError, match="algorithm: it is still to be chosen"):
+    with pytest.raises(FileFormatError, match="algorithm is 'auto'"):
         dsconv.load(path, network())
 
 
@@ -275,11 +275,11 @@ def test_calibration_chooses_again_by_images(reloaded: bool, monkeypatch: pytest
 
     monkeypatch.setattr(layer, "added_noise_db", look)
     assert algorithms(dsconv.calibrate(qnet, net, images)) == algorithms(qnet)
-    # One layer has the choice, and looks at four images.
+    # One layer has the choice, and is measured on four images.
     assert seen == [(4, 24, 8, 8)]
     monkeypatch.setattr(layer, "added_noise_db", lambda *_: 2.0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where the network is kept as it was given
+        warnings.simplefilter("ignore")  # if the given network is kept
         calibrated = dsconv.calibrate(qnet, net, images)
     kept = model_info(calibrated).calibration.kept
     assert algorithms(calibrated)["3"] == {"calibrated": "direct", "given": "winograd"}[kept]
@@ -348,4 +348,4 @@ def test_weights_that_two_steps_read_count_once() -> None:
         for net in (once, twice)
     ]
     assert len(plans[1].steps) == 2 and plans[0].weight_bytes == plans[0].steps[0].weight_bytes
-    assert plans[1].weight_bytes <= plans[0].weight_bytes + 4 * 16  # each step has a bias of its own
+    assert plans[1].weight_bytes <= plans[0].weight_bytes + 4 * 16  # each step has its own bias

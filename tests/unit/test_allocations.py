@@ -1,4 +1,4 @@
-"""Every tensor that the package makes says of which dtype it is and where: neither follows the process's defaults."""
+"""Every tensor that the package allocates states its dtype and device, independent of the process's defaults."""
 
 import ast
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 import dsconv
 
 SOURCES = Path(dsconv.__file__).parent
-# Of torch and torch.fft: what takes the default dtype or device where none is given.
+# Functions of torch and torch.fft that use the default dtype or device if none is given.
 FACTORIES = {
     *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal"),
     *("ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices"),
@@ -16,7 +16,7 @@ FACTORIES = {
 
 
 def incomplete(source: str) -> Iterator[tuple[int, str]]:
-    """Line and text of the calls of factories that leave the dtype or the device to the process."""
+    """Yield line and text of calls of factories without a dtype or a device."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue

@@ -1,4 +1,4 @@
-"""Arguments of another kind than expected: an error of dsconv in one short paragraph that names the argument."""
+"""Arguments of an unexpected type: an error of dsconv in one short paragraph that names the argument."""
 
 import os
 from collections.abc import Callable
@@ -95,7 +95,7 @@ def test_what_is_no_network_is_refused_where_none_is_needed(optional: str, tmp_p
     [
         ("[" * 100_000, "nested deeper"),
         ('{"a": ' * 90 + "1" + "}" * 90, "nested deeper"),
-        ('{"weight_bits": 3, "weight_bits": 4}', "'weight_bits' is there twice"),
+        ('{"weight_bits": 3, "weight_bits": 4}', "'weight_bits' occurs twice"),
         ('{"block_size": NaN}', "NaN"),
         ('{"block_size": -Infinity}', "Infinity"),
         ('{"block_size": 1e999}', "too large"),

@@ -1,4 +1,4 @@
-"""Which backend executes a layer, and a backend that a test adds to the list."""
+"""Selection of the backend of a layer, and a backend that a test adds to the list."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from dsconv.ops import native
 
 
 class Negated:
-    """A backend for linear layers of four bits that computes as the simulation does, and changes the sign."""
+    """A backend for linear layers of four bits that computes like the simulation and changes the sign."""
 
     device: str | None = "cpu"
     keeps_memory = True
@@ -44,7 +44,7 @@ class Negated:
 
 
 class Recorded:
-    """An executable that does what another does, and notes what is asked of it."""
+    """An executable that forwards calls to another one and records them."""
 
     def __init__(self, executable: Executable) -> None:
         self.executable, self.asked = executable, list[str]()
@@ -75,7 +75,7 @@ class Recorder(Negated):
 
 @pytest.fixture
 def negated(monkeypatch: pytest.MonkeyPatch) -> Negated:
-    """Have another backend, which is preferred."""
+    """Register another backend with the highest preference."""
     backend = Negated()
     monkeypatch.setattr(backends, "BACKENDS", [backend, *backends.BACKENDS])
     return backend

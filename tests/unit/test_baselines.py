@@ -34,7 +34,7 @@ def test_e2m1_takes_the_nearest_level(baselines: ModuleType) -> None:
 
 @pytest.mark.parametrize(("name", "worst"), [("MXINT8", 2**-6), ("MXINT4", 2**-2), ("MXFP4", 2**-1), ("NVFP4", 0.24)])
 def test_error_of_a_block_is_within_its_largest_step(baselines: ModuleType, name: str, worst: float) -> None:
-    """As a part of the block's power of two, or of its largest value: half a step, or what saturates."""
+    """Check errors relative to the block's power of two, or to its largest value: half a step, or saturation."""
     torch.manual_seed(0)
     layer = nn.Linear(64, 8, bias=False)
     baseline = next(b for b in baselines.baselines() if b.name == name)

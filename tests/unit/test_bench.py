@@ -1,4 +1,4 @@
-"""Benchmarks of networks: turns on a clock of the test's own, what is made of times, and the runtimes there are."""
+"""Benchmarks of networks: turns on a fake clock, statistics of times, and the available runtimes."""
 
 import ctypes
 import gc
@@ -31,7 +31,7 @@ OURS = ["dsconv", "dsconv, not compiled"]
 
 
 class FakeTime:
-    """A clock that only calls and sleeping move; threads that still spin use as much of the processor."""
+    """A clock that only calls and sleeping advance; threads that still spin use as much processor time."""
 
     def __init__(self) -> None:
         self.now, self.used, self.spinning = 0.0, 0.0, 0.0
@@ -62,7 +62,7 @@ def test_a_turn_is_of_many_short_calls_or_of_one_long_one() -> None:
     assert warm == (4, 4)
     assert list(race.rounds(turns=3)) == pytest.approx([1 / 3, 2 / 3, 1])
     assert race.times[0] == pytest.approx([0.0003] * 3) and race.times[1] == pytest.approx([0.5] * 3)
-    # 7 of 0.3 ms are the first to fill 2 ms, after one that is not counted; a long one needs none.
+    # 7 calls of 0.3 ms are the fewest that fill 2 ms, after one for warm-up; a long call needs no more.
     assert (len(short) - warm[0], len(long) - warm[1]) == (3 * 8, 3)
 
 
@@ -102,7 +102,7 @@ def test_a_turn_waits_for_the_threads_of_the_last_one(spins: float, unsettled: i
     list(race.rounds(turns=3))
     waited = fake.now - start - 6 * 0.5
     assert race.unsettled == unsettled
-    # Until they rest, or for a tenth of a second, and by a millisecond more than that at most.
+    # Until they are idle, or for a tenth of a second, and at most a millisecond longer.
     assert 6 * min(spins, 0.1) <= waited + 1e-9 <= 6 * (min(spins, 0.1) + 0.0021)
     assert race.times == [pytest.approx([0.5] * 3)] * 2
 
@@ -195,7 +195,7 @@ def test_the_text_says_who_did_not_run_and_what_else_to_know(monkeypatch: pytest
 
 def test_the_text_says_who_made_a_model_of_mnn() -> None:
     text = str(made_up(timing("dsconv", 4.0), timing("MNN int8 Winograd", 4.0)))
-    assert "int8: models of MNN's own tool, per channel, calibrated on 4 images." in text
+    assert "int8: models of MNN's converter, per channel, calibrated on 4 images." in text
     assert "onnxruntime.quantization" not in text
 
 
@@ -422,7 +422,7 @@ def made_case(models: peers.OnnxModels, x: Inputs, threads: int = 1) -> peers.Ca
 
 
 def relative_error(case: peers.Case, contestant: peers.Contestant) -> float:
-    """The largest of its outputs of floats."""
+    """Return the largest relative error of its floating-point outputs."""
     with torch.inference_mode():
         pairs = list(zip(contestant.outputs(), case.outputs, strict=True))
     assert all(found.shape == y.shape and found.dtype == y.dtype for found, y in pairs)
@@ -453,7 +453,7 @@ def test_a_runtime_computes_the_network_in_the_precision_it_is_named_after(
     assert contestant.name == name
     contestant.call()
     assert relative_error(case, contestant) <= most_error
-    # Two convolutions and a linear layer, as the runtime calls them.
+    # Two convolutions and a linear layer, as the runtime names them.
     counts = [int(number) for number in re.findall(r"(\d+) \w", contestant.executed)]
     assert contestant.executed == "eager" or sum(counts) == 3
     weights = 3 * 16 * 9 + 16 * 32 * 9 + 32 * 10
@@ -464,7 +464,7 @@ def test_a_runtime_computes_the_network_in_the_precision_it_is_named_after(
 def test_an_int8_model_that_runs_in_float_is_not_called_int8(
     case: peers.Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Between Q and DQ, but without the operators that a runtime computes in integers.
+    # Between Q and DQ, but without operators that a runtime computes in integers.
     monkeypatch.setattr(case.onnx, "int8", case.onnx._quantized("relu.onnx", ["Relu"]), raising=False)
     assert peers.CONTESTANTS["onnxruntime"]["ONNX Runtime int8"](case).name == "ONNX Runtime int8 model (3 float32)"
     pytest.importorskip("openvino", reason="needs the extra 'bench'")
@@ -484,7 +484,7 @@ def test_a_network_without_layers_to_look_at_does_not_run(case: peers.Case, tmp_
     plain = tnn.Sequential(tnn.ReLU(), tnn.Flatten()).eval()
     models = peers.OnnxModels(plain, case.x, tmp_path)
     empty = made_case(models, case.x)
-    with pytest.raises(peers.NotRun, match="no convolution or product"):
+    with pytest.raises(peers.NotRun, match="no convolution or matrix product"):
         peers.CONTESTANTS["onnxruntime"]["ONNX Runtime float32"](empty)
 
 
@@ -527,7 +527,7 @@ class Found:
 
 
 class Captioned(tnn.Module):
-    """Looks at an image and at tokens beside it, by a table that belongs to all samples."""
+    """Network of an image and tokens, with a table that all samples share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -583,7 +583,7 @@ class SignalStack(ctypes.Structure):
 
 
 def signal_stack() -> tuple[Any, ...]:
-    """Address, flags and size of the stack on which this thread handles signals."""
+    """Return address, flags and size of the stack on which this thread handles signals."""
     found = SignalStack()
     assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
     return found.address, found.flags, found.size
@@ -613,13 +613,13 @@ def test_a_network_of_several_inputs_and_outputs_is_timed() -> None:
     assert json.loads(found.to_json())["input_shapes"]["extra_tokens"] == [6]
     for name, reason in found.not_run.items():
         if name.startswith("MNN") and "not installed" not in reason:
-            assert reason == "it is run with one float32 tensor as input, and one as output"
+            assert reason == "it runs networks with one float32 tensor as input and one as output only"
         else:
             assert "not installed" in reason or "bf16" in reason, (name, reason)
 
 
 class Detector(tnn.Module):
-    """Takes a list of images, and returns a dictionary for each."""
+    """Network that takes a list of images and returns a dictionary for each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -642,7 +642,7 @@ def test_a_list_of_images_is_no_onnx_file() -> None:
 
 
 class Unread(tnn.Module):
-    """Does not look at its second tensor, and returns one that no sample is in."""
+    """Network that ignores its second tensor and returns one that does not depend on the samples."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""``dsconv.calibrate`` from end to end, on networks that hold every kind of layer."""
+"""``dsconv.calibrate`` from end to end, on networks with every kind of layer."""
 
 import copy
 import importlib
@@ -32,12 +32,12 @@ from dsconv.nn import DSLayer
 from dsconv.numerics.rounding import Rounded
 
 IMAGES = 20
-# One image at a time, several, or all: what the largest activation of Varied takes.
+# Memory of the largest activation of Varied, for all images or for several at a time.
 ALL, SEVEN = 4 << 30, 4 * 7 * 16 * 12 * 12 * 4
 
 
 class Varied(tnn.Module):
-    """Layers in groups, depthwise, transposed, 1-D, linear, weight-normalised, called twice, and one never called."""
+    """Layers with groups, depthwise, transposed, 1-D, linear, weight-normalized, called twice, and one never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def varied() -> tnn.Module:
 
 
 def pictures(count: int = IMAGES, side: int = 12, channels: int = 3, seed: int = 0) -> Tensor:
-    """Smooth noise, whose pixels and channels resemble their neighbours."""
+    """Return smooth noise, whose pixels and channels are correlated."""
     torch.manual_seed(seed)
     coarse = torch.randn(count, channels, side // 3, side // 3)
     x = F.interpolate(coarse, (side, side), mode="bilinear") + 0.2 * torch.randn(count, channels, side, side)
@@ -91,7 +91,7 @@ def chain() -> tnn.Sequential:
 
 
 def decided() -> tnn.Sequential:
-    """A chain whose logits tell classes from one another."""
+    """Return a chain whose logits separate classes."""
     net = chain()
     net[6].weight.data *= 100
     return net
@@ -115,7 +115,7 @@ def records(model: tnn.Module) -> dict[str, CalibratedLayer]:
 
 
 def outputs(model: tnn.Module, names: dict[str, str], x: Tensor) -> dict[str, Tensor]:
-    """What modules put out, channels first, all calls together; ``names`` of what, by module."""
+    """Return the outputs of modules, channels first, with all calls concatenated; ``names`` by module."""
     found: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -135,7 +135,7 @@ def outputs(model: tnn.Module, names: dict[str, str], x: Tensor) -> dict[str, Te
     "preset", ["w4a4", "paper", {"activation_bits": None, "linear": "same", "first_layer": {"blocks": "flat"}}]
 )
 def test_errors_in_the_report_are_those_of_the_network(preset: Any, folded: bool, memory_bytes: int) -> None:
-    """So what a layer was fitted to is what the network computes, for every kind of layer."""
+    """Check that a layer is fitted to the values that the network computes, for every kind of layer."""
     net, x = varied(), pictures()
     qnet = dsconv.quantize(
         net, preset if isinstance(preset, str) else {k: v if v != "same" else None for k, v in preset.items()}
@@ -156,7 +156,7 @@ def test_errors_in_the_report_are_those_of_the_network(preset: Any, folded: bool
     fitted, held_back = split(IMAGES)
     assert info.calibration.held_back == len(held_back) == 4 and info.calibration.kept == "calibrated"
     x = x[fitted]
-    # Its second call read what the first one made when it was not calibrated yet.
+    # The input of its second call was computed by the first one before calibration.
     done.remove("twice")
     float_outputs = outputs(net, {watched.get(name, name): name for name in done}, x)
     got = outputs(better, {name: name for name in done}, x)
@@ -164,7 +164,7 @@ def test_errors_in_the_report_are_those_of_the_network(preset: Any, folded: bool
         y = float_outputs[name]
         error = (got[name] - y).square().mean(1).sum() / y.var(1, correction=0).sum()
         assert table[name].samples == y.shape[1]
-        # Integers and their simulation differ in the last digits of float32.
+        # Integers and simulation differ in the last digits of float32.
         assert table[name].error_after == pytest.approx(float(error), rel=1e-2, abs=1e-6), name
         assert table[name].error_after <= table[name].error_before * 1.01, name
         torch.testing.assert_close(got[name].mean(1), y.mean(1), rtol=1e-3, atol=1e-3)
@@ -231,7 +231,7 @@ def test_a_calibrated_network_is_saved_loaded_compiled_and_calibrated_again(tmp_
 
 
 def test_scales_keep_their_size() -> None:
-    """Next to these shifts the steps are so fine that ``quantize`` would take float32."""
+    """Use shifts with so fine steps that ``quantize`` would select float32."""
     torch.manual_seed(0)
     net = tnn.Sequential(tnn.Conv2d(3, 8, 12), tnn.Flatten()).eval()
     net[0].weight.data.mul_(1e-3).add_(1)
@@ -248,7 +248,7 @@ def test_scales_keep_their_size() -> None:
     assert better[0].config.kds_dtype == "float16" and better[0].kds_shift.dtype == torch.float16
     before, after = (dsconv.compare(net, q, x, per_layer=False).logit_sqnr_db for q in (qnet, better))
     assert after > before
-    # Beyond the largest float16 there is no choice.
+    # Beyond the largest float16, float32 is the only choice.
     layer.store_(layer.vqk, layer.kds.float(), layer.kds_shift.float() + 1e5, net[0].weight, keep_size=True)
     assert layer.config.kds_dtype == "float32"
 
@@ -287,7 +287,7 @@ def test_a_batchnorm_may_run_later_than_the_layer_it_is_folded_into() -> None:
 
 
 class Stopped(Exception):
-    """Like Ctrl-C."""
+    """Exception that replaces Ctrl-C."""
 
 
 def stop_after(count: int) -> Callable[[CalibratedLayer], None]:
@@ -312,7 +312,7 @@ def test_what_is_resumed_ends_as_if_it_had_never_stopped(
     whole = dsconv.calibrate(qnet, net, x, **run | {"state": None})
     assert calibration(whole).kept == "calibrated"
     layers = [layer for layer in records(whole).values() if layer.reason is None]
-    # Once and again: every layer is one where it stops.
+    # Stops at every layer in turn.
     for index in range(len(layers)):
         with pytest.raises(Stopped):
             dsconv.calibrate(qnet, net, x, **run, resume=index > 0, on_layer=stop_after(1))
@@ -364,7 +364,7 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="were changed"):
         resume()
     dsconv.save(qnet, file)
-    with pytest.raises(FileFormatError, match="another file"):
+    with pytest.raises(FileFormatError, match="a safetensors file of another kind"):
         resume()
     file.write_bytes(good)
     resume()
@@ -481,7 +481,7 @@ def test_where_a_nan_begins_is_told() -> None:
     qnet = dsconv.quantize(net)
     qnet[0].bias.data[:] = torch.nan
     for memory_bytes in (ALL, SEVEN):
-        better = dsconv.calibrate(qnet, net, x, memory_bytes=memory_bytes)  # has a bias of its own now
+        better = dsconv.calibrate(qnet, net, x, memory_bytes=memory_bytes)  # has its own bias now
         assert all(bool(value.isfinite().all()) for value in better.state_dict().values())
     qnet = dsconv.quantize(net, {"overrides": {"0": "float"}})
     qnet[0].bias.data[:] = torch.inf
@@ -575,7 +575,7 @@ def test_images_of_another_preparation_are_told_with_their_figures() -> None:
     assert told[0].filename == __file__
     text = str(told[0].message)
     assert f"mean is {float(seen.mean()):.3g} and their deviation {float(seen.std()):.3g}" in text
-    assert "network's preparation makes them have 0.45 and 0.25" in text and "first BatchNorm, 'bn1'" in text
+    assert "preprocessed for this network have 0.45 and 0.25" in text and "first BatchNorm, 'bn1'" in text
     with pytest.warns(UserWarning, match=r"they are 16x16, the network's preparation makes them 8x8"):
         dsconv.calibrate(qnet, net, F.interpolate(images[:32], (16, 16)))
 
@@ -596,15 +596,15 @@ def test_a_batchnorm_tells_the_range_of_a_network_that_says_nothing_of_images() 
     trained.bn.running_mean[:] = 40
     with pytest.raises(DataError, match="first BatchNorm, 'bn', reads"):
         dsconv.calibrate(dsconv.quantize(trained), trained, pictures())
-    trained.bn.reset_running_stats()  # it was never trained, and remembers nothing
+    trained.bn.reset_running_stats()  # it was never trained and has no statistics
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dsconv.calibrate(dsconv.quantize(trained, "w4a4"), trained, pictures() * 100)
 
 
 def worse(x: Tensor, qnet: tnn.Module, net: tnn.Module, monkeypatch: pytest.MonkeyPatch) -> tnn.Module:
-    """Calibrate with scales that are all off."""
-    module = importlib.import_module("dsconv.calibration.calibrate")  # the package has a function of that name
+    """Calibrate with wrong scales."""
+    module = importlib.import_module("dsconv.calibration.calibrate")  # the package has a function with that name
     rounded = module.round_to
 
     def off(*args: Any, **given: Any) -> Rounded:
@@ -612,7 +612,7 @@ def worse(x: Tensor, qnet: tnn.Module, net: tnn.Module, monkeypatch: pytest.Monk
         return found._replace(scale=found.scale * 10)
 
     monkeypatch.setattr(module, "round_to", off)
-    with pytest.warns(UserWarning, match="kept is the network as it was given: on 4 images held back"):
+    with pytest.warns(UserWarning, match="the given network is kept: on 4 held-back images"):
         return dsconv.calibrate(qnet, net, x)
 
 
@@ -620,7 +620,7 @@ def worse(x: Tensor, qnet: tnn.Module, net: tnn.Module, monkeypatch: pytest.Monk
 def test_the_ridge_is_the_numbers_that_are_fitted_for_each_sample(
     positions: int, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of an image, no more than 16 places count as samples."""
+    """Limit the samples to 16 positions per image."""
     module = importlib.import_module("dsconv.calibration.calibrate")
     regularized, ridges = module.regularized, []
 
@@ -647,9 +647,7 @@ def test_a_network_that_calibration_makes_worse_is_returned_as_it_was(monkeypatc
     with torch.inference_mode():
         f, q = net(held_out).double(), qnet(held_out).double()
     assert table.before == pytest.approx(float(divergence(f, q, 4.0).mean()), rel=1e-2)
-    assert "Kept is the network as it was given" in str(table) and f"{table.before:.4g} as given" in " ".join(
-        str(table).split()
-    )
+    assert "The given network is kept" in str(table) and f"{table.before:.4g} before" in " ".join(str(table).split())
     made = table.to_dict()
     assert (made["kept"], made["held_back"], made["before"]) == ("given", 4, table.before)
 
@@ -678,7 +676,7 @@ def test_a_difference_within_chance_is_no_reason_to_drop_a_calibration() -> None
     table = Calibration((), 128, 0, 16, "KL divergence", before=0.02, after=0.021, chance=0.002)
     assert table.kept == "calibrated" and replace(table, after=0.0221).kept == "given"
     assert replace(table, after=math.inf).kept == "given" and replace(table, chance=0.0).kept == "given"
-    assert "0.02 as given and 0.021 calibrated, give or take 0.002" in table.verdict
+    assert "0.02 before and 0.021 after calibration (standard error 0.002)" in table.verdict
     before, after = torch.rand(2, 16, dtype=torch.float64)
     expected = float((after - before).std()) / 4
     assert chance(before, after) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""What calibration collects of a layer, against what the layer computes."""
+"""Statistics that calibration collects for a layer, against the outputs of the layer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Models that keep a state, or look at their constants, are captured as they are."""
+"""Models with state, or whose code depends on constants, are captured unchanged."""
 
 import functools
 from pathlib import Path
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 class Caches(Net):
-    """Anchors for the last shape, grids by size, and flags."""
+    """Model that caches anchors for the last shape, grids by size, and flags."""
 
     shape: Any = None
     first = True
@@ -55,7 +55,7 @@ class Caches(Net):
 
 
 class Constants(Net):
-    """Branches and sizes of what buffers and parameters hold, as converters from ONNX write them."""
+    """Model with branches and sizes that depend on values of buffers and parameters, as converters from ONNX write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,13 +71,13 @@ class Constants(Net):
         y = y * float(self.gain.max()) + torch.arange(self.count).sum()
         z = y[:, self.keep.nonzero()[:, 0]][:, : self.count]
         total = torch.zeros_like(self.gain)
-        total += x.mean()  # a constant no longer
+        total += x.mean()  # not constant any more
         same = torch.reshape(y, torch.Size(self.size)) + torch.reshape(y, [int(n) for n in self.size])
         return same.flatten(1) + (z.sum((1, 2, 3)) + total[0] + self.count.item())[:, None] + self.size.tolist()[1]
 
 
 class ByBatch(Net):
-    """The batch size is a number, and one batch is treated in another way."""
+    """Model that uses the batch size as a number and treats one size differently."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def test_compiled_for_one_shape_it_is_right_for_others(net: Any, sizes: tuple[in
     qmodel = dsconv.quantize(net())
     with torch.inference_mode():
         if images_before:
-            with torch.inference_mode(False):  # what is kept has a history
+            with torch.inference_mode(False):  # the cached tensor has a gradient history
                 qmodel(torch.randn(images_before, 3, 8, 8))
         before = state_of(qmodel)
         fast = dsconv.compile(qmodel, torch.zeros(1, 3, 8, 8))
@@ -155,7 +155,7 @@ def test_a_graph_for_all_batches_is_not_made_of_a_branch_on_one(tmp_path: Path) 
 
 @needs_extension
 def test_a_batch_that_was_cached_before_is_no_constant() -> None:
-    """Whatever its size: captures learn from one of another size what follows from it."""
+    """Check any cached size: a capture compares two batch sizes to find values that depend on the size."""
     for count in (2, 3, 4):
         model = dsconv.quantize(Caches().eval(), "w4a4")
         with torch.inference_mode():
@@ -166,7 +166,7 @@ def test_a_batch_that_was_cached_before_is_no_constant() -> None:
 
 
 class Head(Net):
-    """Boxes from the grid of a detector, in two parts of the batch."""
+    """Detector head that computes boxes from a grid, in two parts of the batch."""
 
     shape: Any = None
 

@@ -1,4 +1,4 @@
-"""Files: what is loaded computes what was saved, bit for bit; and nothing that is broken or crafted is ever loaded."""
+"""Files: a loaded network has the bits of the saved one, and damaged or crafted files are never loaded."""
 
 import base64
 import json
@@ -31,7 +31,7 @@ X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Net(tnn.Module):
-    """Small, with a shared layer, tied parameters, BatchNorm, odd sizes and a buffer that is empty."""
+    """Small network with a shared layer, tied parameters, BatchNorm, odd sizes and an empty buffer."""
 
     def __init__(self, width: int = 9):
         super().__init__()
@@ -118,7 +118,7 @@ def test_a_file_loads_into_a_model_of_another_precision(saved: Path) -> None:
 
 
 class AsksForVersion(torch.nn.Module):
-    """Refuses tensors that do not say the version of their module, as torchvision's MNASNet does."""
+    """Module that refuses tensors without the version of their module, as torchvision's MNASNet does."""
 
     _version = 2
 
@@ -230,7 +230,7 @@ class Twice(tnn.Module):
         return self.last(self.again(self.conv(x)))
 
 
-# Of a Twice: 3-bit weights, one shift per block of 4.
+# File of a Twice: 3-bit weights, one shift per block of 4.
 OF_VERSION_1 = r"""
 c-q}nJ#W)M7!C_!VrD|oEeOd(_Stcqw2g#7NEC^sR7k|Zob7XRs$-|VOG=3%2E+!46)GX|1Na4?`~X(|01G<<0|Nu^o!!Q*)$$>P1dfN?^Z0$<d)|BR?)j
 OTdS=M;MpTfH2;zCDGee^^q_G#ogmctEE=s82jaxe`pe{lhB2mN=3QVsLBTj{2$v}SDo4II*vcXVzJ`>zUow}pdT|@%GrbMtbIgI;p8f<x-J)jaYvBZk_Y
@@ -318,7 +318,7 @@ def test_a_file_says_that_the_signs_of_activations_were_chosen_and_which(tmp_pat
         header["settings"][0]["activation_sign"] = "auto"
 
     craft(path, unchosen)
-    with pytest.raises(FileFormatError, match="activation_sign: it is still to be chosen"):
+    with pytest.raises(FileFormatError, match="activation_sign is 'auto'"):
         dsconv.load(path, net)
 
 
@@ -361,7 +361,7 @@ def test_saving_what_was_loaded_gives_the_same_contents(saved: Path, tmp_path: P
     assert again.stat().st_size == saved.stat().st_size
 
 
-# What is broken
+# Damaged files
 
 
 def refused(path: Path, model: tnn.Module | None = None, match: str | None = None) -> str:
@@ -390,7 +390,7 @@ def test_bytes_at_the_end_are_refused(saved: Path) -> None:
 
 
 def check_changed(path: Path, data: bytes, changed: bytes, model: tnn.Module) -> None:
-    """A changed file is refused, unless only blanks between the parts of its JSON have changed."""
+    """Check that a changed file is refused, unless only blanks between the parts of its JSON have changed."""
     path.write_bytes(changed)
     (size,) = struct.unpack("<Q", data[:8])
     if changed[:8] == data[:8] and changed[8 + size :] == data[8 + size :]:
@@ -452,7 +452,7 @@ def test_random_bytes_are_refused(tmp_path: Path, data: bytes) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.zeros(3)}, path)
-    refused(path, match="a safetensors file, but not one written by dsconv")
+    refused(path, match="got a safetensors file of another kind")
     torch.save({"a": torch.zeros(3)}, path)
     refused(path, match="not a complete safetensors file")
     path.write_text("import os")
@@ -465,7 +465,7 @@ def test_a_path_without_a_file_is_an_error_that_names_it(tmp_path: Path) -> None
             dsconv.load(path, other())
 
 
-# What is crafted: a valid checksum over contents that make no sense
+# Crafted files: a valid checksum over invalid contents
 
 
 def craft(
@@ -473,7 +473,7 @@ def craft(
     change: Callable[[dict[str, Any], dict[str, Tensor]], None] = lambda header, tensors: None,
     entries: dict[str, str] | None = None,
 ) -> None:
-    """Rewrite a file with a changed header and tensors, and a checksum that is right again."""
+    """Rewrite a file with a changed header and tensors, and a valid checksum."""
     with safe_open(path, "pt") as file:
         texts = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -683,13 +683,13 @@ def test_a_header_that_is_no_json_of_the_kind_is_refused(entry: str, text: str, 
 
 def test_a_name_that_is_there_twice_is_refused(saved: Path) -> None:
     craft(saved, entries={"folded": '{"norm": "conv", "norm": "fc"}'})
-    refused(saved, match="'norm' is there twice")
+    refused(saved, match="'norm' occurs twice")
     craft(saved, entries={"folded": "{}"})
     data = saved.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     (more,) = (data[8 : 8 + size].rstrip()[:-1] + b',"fc.bias":{"dtype":"F32","shape":[5],"data_offsets":[0,20]}}',)
     saved.write_bytes(struct.pack("<Q", len(more)) + more + data[8 + size :])
-    refused(saved, match="'fc.bias' is there twice")
+    refused(saved, match="'fc.bias' occurs twice")
 
 
 def test_preprocessing_that_makes_no_sense_never_loads_silently(saved: Path) -> None:
@@ -734,7 +734,7 @@ def test_no_pickle_that_a_file_names_is_read(saved: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are neither fetched nor read."""
+    """Make downloading or reading weights an error."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were asked for")

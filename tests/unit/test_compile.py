@@ -1,4 +1,4 @@
-"""dsconv.compile: the same bits as the folded model, in fewer steps."""
+"""dsconv.compile: the bits of the folded model, in fewer steps."""
 
 import copy
 import threading
@@ -29,7 +29,7 @@ def randomized(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-# By Winograd, layers neither read mantissas nor have their inputs quantized by the step before.
+# Winograd layers do not read mantissas, and the step before does not quantize their inputs.
 W4A4 = dsconv.QuantConfig.preset("w4a4", algorithm="direct")
 
 
@@ -47,7 +47,7 @@ def conv(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """A residual block that ends as ``after`` says, of the two orders of an addition one."""
+    """A residual block that ends with ``after``, with one of the two orders of the addition."""
 
     def __init__(self, after: Callable[[Tensor], Tensor], swapped: bool = False, downsample: bool = False):
         super().__init__()
@@ -85,7 +85,7 @@ def test_addition_and_activation_go_into_the_convolution(
     taken = [set(fused) <= set(step) or set(fused) - {"bias"} <= set(step) for step in steps.values()]
     assert any(taken), steps
     assert steps["first"] == ("relu", "quantize") if algorithm == "direct" else ("relu",)
-    if after is F.silu:  # which is rounded in another way than PyTorch's
+    if after is F.silu:  # which rounds differently than PyTorch's
         torch.testing.assert_close(fast(x), fast.model(x))
     else:
         assert_same_bits(fast, x)
@@ -107,7 +107,7 @@ def normed(*layers: nn.Module) -> nn.Sequential:
         ((nn.Conv1d(16, 40, 3), nn.BatchNorm1d(40), nn.ReLU()), (16, 9), ("bias", "batch_norm", "relu")),
         ((nn.Linear(20, 40), nn.BatchNorm1d(40), nn.ReLU6()), (20,), ("bias", "batch_norm", "clamp")),
         ((nn.Conv2d(40, 40, 3, groups=40), nn.BatchNorm2d(40)), (40, 9, 7), ("bias", "batch_norm")),
-        ((nn.Conv2d(24, 48, 3, groups=24), nn.BatchNorm2d(48)), (24, 9, 7), ("batch_norm",)),  # by its operator
+        ((nn.Conv2d(24, 48, 3, groups=24), nn.BatchNorm2d(48)), (24, 9, 7), ("batch_norm",)),  # as its operator
     ],
 )
 def test_batchnorm_goes_into_the_layer_in_front(
@@ -130,7 +130,7 @@ def test_a_batchnorm_that_learns_is_left_to_pytorch() -> None:
     fast = dsconv.compile(qmodel, x)
     assert [step.fused for step in fast.plan.steps if step.backend.startswith("integers")] == [()]
     with torch.inference_mode():
-        # Its sums over the batch are in another order.
+        # Its sums over the batch have another order.
         torch.testing.assert_close(fast(x), qmodel(x))
 
 
@@ -171,7 +171,7 @@ def test_a_sum_that_broadcasts_or_scales_is_not_fused() -> None:
 
 
 class Joined(nn.Module):
-    """What each of ``JOINED`` makes of the output of a convolution of its own, of its input and of the constants."""
+    """Apply each of ``JOINED`` to the output of its own convolution, to its input and to the constants."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Joined(nn.Module):
         return {name: F.relu(join(self, layer, x)) for (name, join), layer in named}
 
 
-# ``f(x)`` is the convolution; what stands to the left of it is there before it.
+# ``f(x)`` is the convolution; operands to the left of it are computed before it.
 JOINED: dict[str, Callable[[Joined, Callable[[Tensor], Tensor], Tensor], Tensor]] = {
     "the second twice": lambda m, f, x: torch.add(f(x), x, alpha=2),
     "the convolution twice": lambda m, f, x: torch.add(x, f(x), alpha=2),
@@ -335,7 +335,7 @@ def test_plan_prints_what_runs_and_by_what() -> None:
         and "1 by PyTorch" in text
         and f"integers ({native.isa()})" in text
     )
-    assert "MB between steps for an image" in text and fast.plan.memory_bytes > 0
+    assert "MB between steps per image" in text and fast.plan.memory_bytes > 0
     assert fast.plan.weight_bytes > 0
 
 
@@ -379,7 +379,7 @@ def test_networks_of_torchvision_have_all_layers_in_kernels(name: str) -> None:
     # How weights are rounded makes no difference here, but for the time that it takes.
     fast = compiled(getattr(models, name)(**settings), x, dsconv.QuantConfig.preset("w4a4", weight_rule="paper"))
     layers = [module for module in fast.model.modules() if isinstance(module, dsconv.nn.DSLayer)]
-    skipped = 6 if name == "googlenet" else 0  # the auxiliary heads, which only training runs
+    skipped = 6 if name == "googlenet" else 0  # the auxiliary heads, which run only in training
     depthwise = [layer for layer in layers if layer.config.activation_bits is None]
     assert all(layer.groups == layer.in_channels > 1 for layer in depthwise)
     ours = [step for step in fast.plan.steps if step.operator.startswith(("dsconv.conv2d", "dsconv.linear"))]

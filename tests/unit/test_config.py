@@ -1,4 +1,4 @@
-"""Settings: what is accepted, how they merge, and what the presets mean."""
+"""Settings: accepted values, merging, and the presets."""
 
 import json
 import sys
@@ -198,19 +198,19 @@ def test_yaml_says_what_json_says(tmp_path: Path) -> None:
     configs.append(QuantConfig(overrides={"layer4.*": {"weight_bits": 2}, "fc": "float", "0": None}))
     for config in configs:
         assert QuantConfig.from_yaml(yaml.safe_dump(config.to_dict())) == config
-        assert QuantConfig.from_yaml(config.to_json()) == config  # which is YAML, too
+        assert QuantConfig.from_yaml(config.to_json()) == config  # JSON is also YAML
         for name, text in {"a.json": config.to_json(), "a.yaml": yaml.dump(config.to_dict())}.items():
             (tmp_path / name).write_text(text)
             assert QuantConfig.from_file(tmp_path / name) == config
 
 
 WRONG_YAML = {
-    "weight_bits: 3\nblock_size: 16\nweight_bits: 4": "line 3: the name 'weight_bits' is there twice",
-    "overrides:\n  fc: float\n  fc: float": "line 3: the name 'fc' is there twice",
+    "weight_bits: 3\nblock_size: 16\nweight_bits: 4": "line 3: the name 'weight_bits' occurs twice",
+    "overrides:\n  fc: float\n  fc: float": "line 3: the name 'fc' occurs twice",
     "weight_bit: 3": "weight_bit: unknown setting; known are weight_bits",
     "first_layer: {weight_bit: 3}": "first_layer: weight_bit: unknown setting",
     "weight_bits: nine": "weight_bits: ",
-    "weight_bits: .nan": "line 1: .nan is no number that JSON has",
+    "weight_bits: .nan": "line 1: .nan is not a number in JSON",
     "overrides:\n  0: float": "line 2: expected a name, got 0: put it in quotes",
     "overrides:\n  [a, b]: float": "line 2: expected a name, got a sequence",
     "overrides: {on: float}": "line 1: expected a name, got on: put it in quotes",

@@ -1,4 +1,4 @@
-"""Conversion: every layer is found, swapped wherever it is used, or left in float with its reason."""
+"""Conversion: every layer is found, replaced everywhere it is used, or left in float with a reason."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ CONFIG = dsconv.QuantConfig(block_size=8)
 
 
 class Net(tnn.Module):
-    """An image layer, a depthwise one, a shared one, one in a plain list and a classifier."""
+    """Network with a first layer, a depthwise one, a shared one, one in a plain list and a classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def test_layers_of_few_weights_follow_their_settings(normalize: Any) -> None:
     large, at_most, above = tnn.Linear(508, 100), normalize(tnn.Linear(10, 10)), normalize(tnn.Linear(10, 11))
     unknown = tnn.LazyLinear(7)
     model = tnn.ModuleList([tnn.Linear(30, 10, bias=False), large, at_most, above, unknown])
-    # 51,310 weights, of which the 512th part is 100.2.
+    # A 512th of 51,310 weights is 100.2.
     config = dsconv.QuantConfig(small_layers={"weight_bits": 7})
     for quantized in (dsconv.quantize(model, config), dsconv.quantize(dsconv.quantize(model, config), config)):
         assert [layer.config.weight_bits for layer in quantized[:4]] == [4, 4, 7, 4]
@@ -170,7 +170,7 @@ def test_a_pruned_weight_is_resolved() -> None:
 
 
 class Standardized(tnn.Conv2d):
-    """Computes its weight when it is called."""
+    """Layer that computes its weight when it is called."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
@@ -178,7 +178,7 @@ class Standardized(tnn.Conv2d):
 
 
 class Counting(Standardized):
-    """Changes its state whenever it runs."""
+    """Layer that changes its state at every run."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -190,7 +190,7 @@ class Counting(Standardized):
 
 
 class Scaling(tnn.Conv2d):
-    """Does more than a convolution."""
+    """Layer that computes more than a convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2
@@ -288,7 +288,7 @@ def test_a_model_with_nothing_to_quantize_is_an_error() -> None:
     for model in (tnn.ReLU(), tnn.Sequential(tnn.BatchNorm2d(3)), tnn.Sequential()):
         with pytest.raises(ModelError, match="has no convolution or linear layer to quantize"):
             dsconv.quantize(model)
-    with pytest.raises(ModelError, match=r"no layer is left to quantize \(0: the config leaves it in float\)"):
+    with pytest.raises(ModelError, match=r"no layer can be quantized \(0: the config leaves it in float\)"):
         dsconv.quantize(tnn.Sequential(tnn.Linear(4, 4)), "paper")
 
 
@@ -353,7 +353,7 @@ def test_hooks_of_the_user_go_on_being_called() -> None:
 
 
 class Recording(tnn.Module):
-    """Keeps what a layer of its own put out, by hooks that are bound to it."""
+    """Module that stores the output of its own layer, by hooks that are bound to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -398,7 +398,7 @@ def test_models_of_other_precision(dtype: torch.dtype) -> None:
 
 
 class Everything(tnn.Module):
-    """Weights of all kinds, at top level and deep down."""
+    """Weights of all kinds, at all levels of nesting."""
 
     def __init__(self) -> None:
         super().__init__()

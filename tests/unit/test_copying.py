@@ -1,4 +1,4 @@
-"""Copies run their own modules: whatever a module's call was replaced by, and whatever its hooks hold."""
+"""Copies run their own modules: with replaced calls of any kind, and with hooks that hold modules."""
 
 import functools
 import types
@@ -19,7 +19,7 @@ from dsconv.conversion.copying import copied
 from dsconv.errors import ModelError
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-# Global variables that functions of the tests read, as those of a script or a notebook do.
+# Global variables that functions of the tests read, as in a script or a notebook.
 held: Any = None
 old_forward: Any = None
 
@@ -143,7 +143,7 @@ PATCHES = (
 
 
 def runs_of(model: tnn.Module, call: Callable[[], object]) -> list[tnn.Module]:
-    """The layers of ``model`` whose functions run within ``call``, which may run other networks."""
+    """Return the layers of ``model`` whose functions run within ``call``, which may run other networks."""
     found: list[tnn.Module] = []
     weights = {p.data_ptr(): module for module in model.modules() for p in module.parameters(recurse=False)}
 

@@ -20,7 +20,7 @@ needs_extension = pytest.mark.skipif(
 
 
 def linux_flags() -> set[str]:
-    """The processor's features as the kernel names them: an account that our detection had no part in."""
+    """Return the processor's features from the Linux kernel, independent of our detection."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -40,7 +40,7 @@ def test_instruction_sets_on_x86_agree_with_the_kernels_list() -> None:
     }
     found = cpu_info().isa_found
     assert [name for name in found if name != "amx"] == [name for name, has in expected.items() if has]
-    # The kernel may refuse the tiles to this process although the processor has them, never the other way round.
+    # The kernel may refuse tiles that the processor has, but not the other way round.
     assert "amx" not in found or {"amx_tile", "amx_int8"} <= flags
 
 
@@ -108,7 +108,7 @@ def test_instruction_set_in_use_is_reported_with_the_reason(monkeypatch: pytest.
 
 
 @needs_extension
-@pytest.mark.parametrize(("name", "shown"), [("pool", "a pool of their own"), ("serial", "serial")])
+@pytest.mark.parametrize(("name", "shown"), [("pool", "their own thread pool"), ("serial", "serial")])
 def test_kind_of_threads_in_use_is_reported(name: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "parallel", lambda: name)
     assert cpu_info().parallel == shown and f"threads of the kernels  {shown}" in str(cpu_info())

@@ -1,4 +1,4 @@
-"""Preprocessing equals torchvision's and timm's; folders and labels are read completely or refused clearly."""
+"""Preprocessing equals torchvision's and timm's; folders and labels are read completely or give a clear error."""
 
 import importlib.util
 import io
@@ -142,10 +142,10 @@ class TestPreprocess:
     def test_pictures_are_turned_as_their_exif_orientation_says(
         self, kind: str, options: dict[str, object], orientation: int
     ) -> None:
-        # Shades that tell the corners apart through any compression.
+        # Grey levels that distinguish the corners after compression.
         corners = torch.tensor([[0, 80], [160, 240]], dtype=torch.uint8)
         upright = corners.repeat_interleave(16, 0).repeat_interleave(32, 1)
-        # What each orientation stores in the first row and column of the file, by the standard.
+        # The pixels that each orientation stores in the file, by the sides in its first row and column in the standard.
         stored = {
             1: upright,
             2: upright.flip(1),
@@ -426,9 +426,9 @@ class TestImageFolder:
         folder = ImageFolder(root, PLAIN)
         assert [str(file.relative_to(root)) for file in folder.files] == ["a/1.png", "b/3.png", "b/more/2.png"]
         assert folder.classes == ["a", "b"] and folder.labels.tolist() == [0, 1, 1]
-        # Folders that two classes share are told, links back are not.
+        # Folders that two classes share are reported, links back are not.
         assert [(Path(path).name, reason) for path, reason in folder.left_out] == [
-            (name, f"it is the same as {root}/b/more, and counts there") for name in ("more", "more too")
+            (name, f"it is the same as {root}/b/more and counts as part of it") for name in ("more", "more too")
         ]
 
     def test_an_image_counts_for_its_own_folder_before_that_of_a_link(self, tmp_path: Path) -> None:
@@ -480,14 +480,14 @@ class TestImageFolder:
                 "gone.png": "the link cannot be followed: No such file or directory",
                 "gone": "the link cannot be followed: No such file or directory",
                 "loop.png": "the link cannot be followed: Too many levels of symbolic links",
-                "2.HEIC": "this format is not read: convert it to PNG or JPEG",
+                "2.HEIC": "this format is not supported: convert it to PNG or JPEG",
                 "pipe.png": "it is not a regular file",
             }
 
     def test_a_class_folder_behind_a_broken_link_is_an_error(self, tmp_path: Path) -> None:
         save(tmp_path / "b/1.png")
         (tmp_path / "a").symlink_to("nowhere")
-        with pytest.raises(DataError, match=r"The link .*/a beside the class folders leads nowhere: restore"):
+        with pytest.raises(DataError, match=r"The link .*/a beside the class folders is broken: restore"):
             ImageFolder(tmp_path, PLAIN)
 
     def test_a_folder_of_broken_links_alone_says_so(self, tmp_path: Path) -> None:
@@ -654,7 +654,7 @@ def test_equals_the_preprocessing_of_the_shared_networks(shared: Path, tmp_path:
     }
     if name == "cifar_resnet20":
         x = nets.images("cifar10", labelled=False)[0][:4]
-    else:  # 256 pixels: a centre crop to 224 needs no rounding, in which conventions differ
+    else:  # 256 pixels: a centre crop to 224 needs no rounding, whose conventions differ
         files = sorted((shared / "data/imagenet_unlabelled").glob("*.JPEG"))[:4]
         x = torch.stack([torch.tensor(list(Image.open(f).convert("RGB").tobytes())).view(256, 256, 3) for f in files])
         x = x.to(torch.uint8).numpy()

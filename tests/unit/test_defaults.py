@@ -1,4 +1,4 @@
-"""Nothing depends on the dtype and the device that the process gives to new tensors."""
+"""Results do not depend on the process's default dtype and default device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from dsconv.ops import native
 
 @contextmanager
 def defaults(dtype: torch.dtype = torch.float32, device: str | None = None) -> Iterator[None]:
-    """New tensors are of this dtype and on this device within it, where nothing else is said."""
+    """Set the default dtype and device of new tensors within the context."""
     torch.set_default_dtype(dtype)
     torch.set_default_device(device)
     try:
@@ -62,7 +62,7 @@ def compiled() -> list[Tensor]:
 
 
 def loaded(folder: Path) -> list[Tensor]:
-    """From a file, with a model and by the name of an architecture."""
+    """Return tensors loaded from a file, with a model and by the name of an architecture."""
     file = dsconv.save(dsconv.quantize(NET, "paper"), folder / "net.safetensors")
     digits = dsconv.save(
         dsconv.quantize(dsconv.zoo.build("dsconv/digits_resnet"), "paper"), folder / "digits.safetensors"

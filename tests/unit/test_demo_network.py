@@ -1,4 +1,4 @@
-"""The demo's assets: small, honest about their accuracy, free of leaks and made by the script in the repository."""
+"""The demo's assets: small, with the stated accuracy and disjoint data splits, made by the script in the repository."""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Networks in float16, bfloat16 and float64: images follow their dtype, figures are computed in float32 and float64."""
+"""Networks in float16, bfloat16 and float64: images get their dtype, figures are computed in float32 and float64."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from dsconv.conversion import model_info
 from dsconv.errors import DSConvError, ModelError
 from dsconv.layers.inputs import as_input_of, dtype_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*images are few", "ignore:kept is the network")
+pytestmark = pytest.mark.filterwarnings("ignore:.*images are few", "ignore:the given network is kept")
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 _generator = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(16, 3, 12, 12, generator=_generator) + torch.randn(16, 3, 1, 1, generator=_generator)
@@ -28,7 +28,7 @@ def network() -> tnn.Sequential:
 
 
 class Mixed(tnn.Module):
-    """A half body and a float head, which casts what it reads."""
+    """Network with a half-precision body and a float head, which casts its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Mixed(tnn.Module):
 
 
 class Counting(tnn.Module):
-    """Its first parameter is of integers."""
+    """Network whose first parameter has integers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def test_programs_and_files_for_runtimes_ask_for_float32(dtype: torch.dtype, tmp
 
 
 def test_biases_are_trained_in_float32() -> None:
-    """In float16, steps of this size would be lost, and Adam's epsilon is zero."""
+    """Check that small steps are not lost, as they would be in float16, where Adam's epsilon is also zero."""
     net = network().half()
     qnet = dsconv.quantize(net, COARSE)
     trained = dsconv.adapt(qnet, net, IMAGES, recipe={"steps": 6, "every": 2, "batch_size": 8, "lr": 1e-3})
@@ -105,7 +105,7 @@ def test_mixed_networks(make: Callable[[], tnn.Module]) -> None:
 
 def test_what_a_network_of_two_dtypes_cannot_run_on_is_told() -> None:
     net = network()
-    net[7].half()  # nothing casts its input
+    net[7].half()  # its input is not cast
     for call in (lambda: dsconv.evaluate(net, IMAGES), lambda: dsconv.calibrate(dsconv.quantize(net), net, IMAGES)):
         with pytest.raises(DSConvError, match=r"cannot run on images"):
             call()
@@ -123,7 +123,7 @@ def test_under_autocast_layers_are_fitted_in_float32() -> None:
 
 def test_the_dtype_is_that_of_what_is_in_float() -> None:
     qnet = dsconv.quantize(tnn.Sequential(tnn.Conv2d(3, 8, 3)).half(), "w4a4")
-    assert dtype_of(qnet) is None and as_input_of(qnet, IMAGES) is IMAGES  # its KDS are float16, and say nothing
+    assert dtype_of(qnet) is None and as_input_of(qnet, IMAGES) is IMAGES  # its KDS are float16, which does not matter
     for dtype in (*DTYPES, torch.float32):
         assert as_input_of(tnn.Sequential(qnet, tnn.BatchNorm2d(8, affine=False)).to(dtype), IMAGES).dtype == dtype
         assert qnet(IMAGES.to(dtype)).dtype == dtype

@@ -1,4 +1,4 @@
-"""Figures of `evaluate` and `compare` against direct computation, and what becomes of models, labels and Ctrl-C."""
+"""Figures of `evaluate` and `compare` against direct computation; errors of models and labels, and Ctrl-C."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from dsconv.evaluation import Comparison, compare, evaluate
 
 
 class Net(nn.Module):
-    """Two convolutions, the second called twice, each followed by a ReLU in place."""
+    """Two convolutions, the second one called twice, each followed by an in-place ReLU."""
 
     def __init__(self, classes: int = 8):
         super().__init__()
@@ -52,7 +52,7 @@ def images(count: int = 10) -> Tensor:
 
 
 class Logits(nn.Module):
-    """The images are the logits."""
+    """Network that returns its images as logits."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1)
@@ -198,7 +198,7 @@ class TestEvaluate:
                 evaluate(Net(), names)
 
     def test_numbered_class_folders_are_the_outputs_in_their_order(self, tmp_path: Path) -> None:
-        # Each image shows its class, which a network that copies pixels recognises.
+        # Each image encodes its class, which a network that copies pixels recognizes.
         for i in range(12):
             (tmp_path / str(i)).mkdir()
             pixels = torch.zeros(1, 12, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Files that are replaced: whole or not at all, regular files alone, and nothing is left beside them."""
+"""Files are replaced atomically; only regular files are replaced, and no temporary files remain."""
 
 import os
 import resource
@@ -37,7 +37,7 @@ def umask() -> Iterator[None]:
 
 
 def special(kind: str, folder: Path) -> Path:
-    """Something at a path that is no regular file."""
+    """Create something that is not a regular file, and return its path."""
     path = folder / kind
     match kind:
         case "folder":
@@ -179,7 +179,7 @@ def test_nothing_is_left_of_what_failed(error: BaseException, tmp_path: Path) ->
 
 @contextmanager
 def no_space(size: int) -> Iterator[None]:
-    """Files cannot become larger than ``size`` bytes; the error is another than that of a full disk."""
+    """Limit files to ``size`` bytes within the context; the error differs from that of a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""BatchNorm folded into quantized layers: the same outputs, only where that is right, and in files too."""
+"""BatchNorm folded into quantized layers: the same outputs, only where folding is correct, and also in files."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ CONFIG = dsconv.QuantConfig(activation_bits=8, block_size=8)
 
 
 def randomize(model: tnn.Module, x: Tensor) -> tnn.Module:
-    """Statistics near those of ``x``, and factors of both signs, none and far from one among them."""
+    """Set statistics near those of ``x``, and factors of both signs, including zero and values far from one."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(t: Tensor) -> Tensor:
@@ -54,13 +54,13 @@ def info(model: tnn.Module) -> Any:
 
 
 def check_layers(quantized: tnn.Module, folded: tnn.Module, x: Tensor) -> None:
-    """Every folded layer computes from the same input what it and its BatchNorm did, simulated and in integers."""
+    """Compare every folded layer with the layer and its BatchNorm on the same input, simulated and in integers."""
     inputs: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
         return lambda module, args: inputs.__setitem__(name, args[0])
 
-    # Hooks stand on a copy, since a model is compared as it was folded.
+    # Hooks are added to a copy, since the folded model must not change.
     watched = copy.deepcopy(quantized)
     for name in info(folded).folded.values():
         watched.get_submodule(name).register_forward_pre_hook(note(name))
@@ -183,7 +183,7 @@ def test_numbers_that_float32_does_not_hold_are_not_folded() -> None:
             model[0].weight.mul_(1e5)
             getattr(model[1], name).fill_(value)
         folded = dsconv.fold_batchnorm(dsconv.quantize(model, CONFIG))
-        assert info(folded).not_folded == {"1": "folding it makes numbers that float32 does not hold"}
+        assert info(folded).not_folded == {"1": "folding it gives values that are not finite in float32"}
         assert not isinstance(folded[1], tnn.Identity)
 
 
@@ -231,8 +231,8 @@ def test_networks_compute_the_same(name: str) -> None:
     with torch.inference_mode():
         y = exact(x)
         assert quality(y, dsconv.fold_batchnorm(exact)(x)) > 100
-        # Float32 rounding tips mantissas now and then, and these tip others: the kernels and the simulation of one
-        # model differ as much. It stays within what two independent roundings of all activations would make.
+        # Float32 rounding occasionally changes the rounding of a mantissa, and then of others: the kernels and the
+        # simulation of one model differ as much. The error stays below two independent roundings of all activations.
         for simulated in (False, True):
             with ops.simulated() if simulated else nullcontext():
                 before = quantized(x)
@@ -251,11 +251,11 @@ def test_the_digits_keep_their_classes() -> None:
     assert dsconv.summary(folded).other_bytes < dsconv.summary(quantized).other_bytes
 
 
-# What is folded and what is not
+# Which BatchNorms are folded
 
 
 class Net(tnn.Module):
-    """A convolution and a BatchNorm that ``run`` calls, and others for it to use."""
+    """A convolution, a BatchNorm and other modules, which ``run`` calls."""
 
     def __init__(self, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(2))
 
 
 def fold(run: Callable[..., Any], change: Callable[[Any], Any] = lambda model: None) -> tuple[dict[str, str], str]:
-    """What was folded of a :class:`Net`, and why ``norm`` was not, after a check that its outputs stay the same."""
+    """Return what was folded of a :class:`Net`, and why ``norm`` was not; check that the outputs stay the same."""
     torch.manual_seed(0)
     model = Net(lambda m, x: m.another(m.other(m.norm(m.conv(x)))))
     quantized = dsconv.quantize(randomize(model, X), CONFIG)
@@ -375,7 +375,7 @@ def test_what_a_hook_or_the_model_reads_directly_is_not_folded() -> None:
         lambda model: model.norm.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
         lambda model: model.norm.register_forward_hook(lambda module, args, y: y + args[0]),
     ):
-        assert fold(run, hook)[1] == "a hook reads what passes between conv and it"
+        assert fold(run, hook)[1] == "a hook reads the tensor between conv and it"
     assert fold(lambda m, x: m.norm(m.conv(x)) * m.norm.weight.sum())[1] == "forward reads the tensors of norm directly"
     assert fold(lambda m, x: m.norm(m.conv(x)) * m.conv.weight.sum())[1] == "forward reads the tensors of conv directly"
 
@@ -391,7 +391,7 @@ def test_folding_again_changes_nothing() -> None:
 
 
 class Optional(tnn.Module):
-    """Where its argument is given, another module reads the convolution."""
+    """Module that feeds the convolution to another module if its argument is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -431,7 +431,7 @@ class Decides(tnn.Module):
         self.part = tnn.Sequential(tnn.Conv2d(8, 8, 1, bias=False), tnn.BatchNorm2d(8))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:  # a decision
+        if x.sum() > 0:  # a data-dependent branch
             x = -x
         return self.part(x)
 
@@ -449,7 +449,9 @@ def test_a_model_that_cannot_be_followed_is_an_error_that_names_the_line() -> No
 def test_a_forward_of_the_instance_is_an_error() -> None:
     quantized = dsconv.quantize(tnn.Sequential(tnn.Conv2d(8, 8, 1), tnn.BatchNorm2d(8)).eval(), CONFIG)
     quantized.forward = quantized[0].forward
-    with pytest.raises(ModelError, match=r"in the place of its class's.*fold the model that it was made from"):
+    with pytest.raises(
+        ModelError, match=r"the forward of its class was replaced.*fold the model before the replacement"
+    ):
         dsconv.fold_batchnorm(quantized)
 
 
@@ -471,7 +473,7 @@ def test_a_model_that_is_not_quantized_is_an_error() -> None:
 
 
 def saved_twice(folded: tnn.Module, float_model: tnn.Module | None, x: Tensor, folder: Path) -> Path:
-    """A file of ``folded`` after a check that it loads, and loads again when what was loaded is saved."""
+    """Return a file of ``folded``; check that it loads, and that the loaded network can be saved and loaded again."""
     path = folder / "folded.safetensors"
     model = folded
     for _ in range(2):
@@ -523,7 +525,7 @@ def test_a_file_that_folds_what_the_model_does_not_have_is_refused(tmp_path: Pat
 
 
 class NormAndAct(tnn.BatchNorm2d):
-    """Goes on to modules of its own, as timm's BatchNormAct2d."""
+    """BatchNorm that calls further modules of its own, like timm's BatchNormAct2d."""
 
     def __init__(self, channels: int, act: tnn.Module):
         super().__init__(channels)

@@ -1,4 +1,4 @@
-"""Networks from ONNX files: names, batch, patterns, and what becomes of them in all other parts of the package."""
+"""Networks from ONNX files: names, batch, patterns, and their use in all other parts of the package."""
 
 import contextlib
 import json
@@ -133,9 +133,7 @@ def test_a_network_that_was_changed_is_saved_as_it_is(net: Any, x: torch.Tensor,
     changed.head = nn.Linear(16, 3)
     with torch.inference_mode():
         assert torch.equal(dsconv.load(dsconv.save(changed, tmp_path / "n.safetensors"))(x), changed(x))
-    changed.head = nn.Sequential(
-        nn.Linear(16, 3)
-    )  # no module of imported networks: the file cannot tell how to make it
+    changed.head = nn.Sequential(nn.Linear(16, 3))  # not a module of imported networks: the file cannot describe it
     with pytest.raises(ModelError, match="pass the float model"):
         dsconv.load(dsconv.save(changed, tmp_path / "n.safetensors"))
 
@@ -192,10 +190,10 @@ def test_the_batch_is_free_also_where_the_file_fixes_it(nodes: Any, fixed: bool,
     }
     constants = {name: np.array(shape, np.int64) for name, shape in shapes.items()}
     if not fixed:
-        # What does not name the batch.
+        # Shapes without the batch size.
         constants |= {name: np.array([-1, *shape[1:]], np.int64) for name, shape in shapes.items()}
         if any(inputs in ("c u", "f places") for _, inputs, *_ in nodes):
-            return  # a free batch is exported to other operators
+            return  # a free batch size gives other operators
     case = Case(
         "batch", nodes, (1, 4, 6, 6), {**constants, "c": floats(1, 1, 4), "places": np.arange(144).reshape(1, 4, 36)}
     )
@@ -211,7 +209,7 @@ def test_a_file_that_takes_images_of_its_batch_by_number_runs_with_that_batch(tm
     case = Case("first image", [("Gather", "x i", "y", {"axis": 0})], (1, 4, 6, 6), {"i": np.array(0, np.int64)})
     net, x = imported(model_of(case, fixed=True), tmp_path), torch.randn(2, 4, 6, 6)
     assert torch.equal(net(x[:1]), x[0])
-    with pytest.raises(ValueError, match="run the network with the batch of the file"):
+    with pytest.raises(ValueError, match="run the network with the batch size of the file"):
         net(x)
 
 
@@ -413,7 +411,7 @@ def test_a_model_with_pairs_of_quantizers_gives_its_float_network(tmp_path: Path
     net, x = imported(model_of(case), tmp_path), input_of(case)
     weights = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d)]
     assert torch.allclose(weights[0], torch.from_numpy(integers * constants["ws"].reshape(-1, 1, 1, 1)))
-    # The quantizer after the layer stands for a ReLU.
+    # The quantizer after the layer represents a ReLU.
     assert functions(net) == {"F.relu"}
     with torch.no_grad():
         (wanted,) = expected(model_of(case), x=x)
@@ -535,16 +533,16 @@ def test_weights_outside_of_the_folder_of_the_model_are_not_read(tmp_path: Path)
     (folder / "up").symlink_to(tmp_path)
     for location in (str(outside), "../w.bin", "a/../../w.bin", "link.bin", "up/w.bin", "", "w\0.bin"):
         with pytest.raises(
-            FileFormatError, match=r"in the folder of the model or below|out of the folder of the model"
+            FileFormatError, match=r"in the folder of the model or below|a link to outside the folder of the model"
         ):
             dsconv.from_onnx(external(folder, location))
 
 
 def test_weights_that_are_missing_or_too_short_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match=r"'w' are in 'none.bin', and there is no such file"):
+    with pytest.raises(FileFormatError, match=r"'w' are in 'none.bin', which does not exist"):
         dsconv.from_onnx(external(tmp_path, "none.bin"))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FileFormatError, match="there is no such file"):
+    with pytest.raises(FileFormatError, match="which does not exist"):
         dsconv.from_onnx(external(tmp_path, "pipe"))
     (tmp_path / "w.bin").write_bytes(b"1234")
     for more in ({}, {"length": 1152}, {"offset": -4}, {"offset": "x"}, {"offset": 8}):
@@ -663,5 +661,5 @@ def test_a_quantized_export_of_our_own_computes_the_same(style: Any, tmp_path: P
     path = dsconv.export_onnx(qnet, x, tmp_path / "net.onnx", style)
     again, wanted = dsconv.from_onnx(path), dsconv.onnx.OnnxNetwork(path)(x)
     with torch.inference_mode():
-        # A rounding may tip where sums differ in their last bits.
+        # If sums differ in their last bits, a rounding may change.
         assert (again(x) - wanted).norm() < 0.02 * wanted.norm()

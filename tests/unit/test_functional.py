@@ -1,4 +1,4 @@
-"""Convolutions and linears that modules call as functions are quantized as layers are, or listed with the reason."""
+"""Convolution and linear functions in modules are quantized like layers, or listed with the reason."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ def numbers(*shape: int) -> nn.Parameter:
 
 
 class Scaled(nn.Module):
-    """An equalized learning rate."""
+    """Layer with an equalized learning rate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Standardized(nn.Module):
 
 
 class WithNorm(nn.Conv2d):
-    """As detectors have it: a convolution, what normalizes it and an activation in one."""
+    """Convolution, normalization and activation in one module, as in detectors."""
 
     def __init__(self) -> None:
         super().__init__(CHANNELS, CHANNELS, 3, padding=1, bias=False)
@@ -126,7 +126,7 @@ def test_in_float_the_layers_do_what_the_functions_did(net: Net, x: Tensor) -> N
 
 
 def plain(first: nn.Module, scaled: Any) -> nn.Module:
-    """The layers that these two amount to."""
+    """Return the equivalent plain layers of these two."""
     layer = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
     layer.weight, layer.bias = nn.Parameter(scaled.weight * 0.5), nn.Parameter(scaled.bias * 2)
     return nn.Sequential(first, layer)
@@ -308,5 +308,5 @@ def test_parameters_of_no_layer_have_a_line_and_a_layer_one_row() -> None:
     assert [row.name for row in found.layers] == ["0", "1.linear", "1.table.weight"]
     assert [row.name for row in found.parameters] == ["1.token", "1.scales.0"]
     assert found.layers[1].shape == (5, 6) and found.layers[1].bytes_after == 4 * (5 + 30)
-    assert "Parameters of no layer, in float: 1.token 1x1x6, 1.scales.0 8x1x1." in " ".join(str(found).split())
+    assert "Parameters outside layers, in float: 1.token 1x1x6, 1.scales.0 8x1x1." in " ".join(str(found).split())
     assert found.bytes_before == 4 * sum(p.numel() for p in net.parameters())

@@ -1,4 +1,4 @@
-"""Hooks that write weights: what they make of a weight is quantized, or the layer stays in float with the reason."""
+"""Hooks that write weights: the written weight is quantized, or the layer stays in float with a reason."""
 
 import copy
 import re
@@ -58,7 +58,7 @@ def with_kwargs(layer: Any) -> None:
 
 
 class Equalized:
-    """As StyleGAN's learning rates: the layer has no weight before it has run."""
+    """Hook like StyleGAN's learning rates: the layer has no weight before its first run."""
 
     def __init__(self, layer: Any):
         weight = layer.weight.detach()
@@ -71,7 +71,7 @@ class Equalized:
 
 
 class Standardizing(tnn.Module):
-    """Writes the weight of a layer of its own, by a hook that is bound to it."""
+    """Module that writes the weight of its own layer, by a hook that is bound to it."""
 
     def __init__(self, layer: tnn.Module):
         super().__init__()
@@ -83,7 +83,7 @@ class Standardizing(tnn.Module):
 
 
 def written_twice(layer: Any) -> None:
-    """Has the masked weight already."""
+    """Register a hook, and run it once, so that the weight is already masked."""
     in_place(layer)
     layer(X)
 
@@ -220,7 +220,7 @@ def test_hooks_keep_their_flags() -> None:
 
 
 class WritesInForward(tnn.Module):
-    """Normalizes weights before it calls the layers, as classifiers by cosine and constrained networks do."""
+    """Module that normalizes weights before it calls the layers, like cosine classifiers and constrained networks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ def test_a_weight_that_the_forward_of_a_model_only_reads_is_quantized() -> None:
 
 
 class Masker:
-    """As tools for pruning have it: one object masks all layers, by a hook of one of them or of any module."""
+    """Mask all layers with one object, by a hook of one of them or of any module, as pruning tools do."""
 
     def __init__(self, model: tnn.Module):
         generator = torch.Generator().manual_seed(2)
@@ -318,7 +318,7 @@ def test_a_mask_that_a_call_has_applied_already_is_known_for_one(install: Callab
 
 
 class Writing(tnn.Module):
-    """A forward that writes the weight of a part of it, as ``how`` says."""
+    """Module whose forward writes the weight of a child, in the way given by ``how``."""
 
     def __init__(self, how: Callable[[Any], object]):
         super().__init__()
@@ -350,7 +350,7 @@ def test_what_writes_the_weight_of_a_quantized_layer_is_told_so(how: Callable[[A
 
 
 class OverAll(tnn.Module):
-    """A forward that writes all that its parameters are."""
+    """Module whose forward writes all its parameters."""
 
     def __init__(self) -> None:
         super().__init__()

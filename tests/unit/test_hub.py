@@ -1,4 +1,4 @@
-"""Folders as the Hugging Face Hub has them: written, pushed and fetched. Nothing here reaches the network."""
+"""Folders in the format of the Hugging Face Hub: written, pushed and fetched. No test uses the internet."""
 
 import json
 import re
@@ -98,7 +98,7 @@ def test_the_card_states_size_accuracy_and_what_stayed_in_float(network: nn.Modu
     found, evaluation = dsconv.summary(quantized), dsconv.compare(network, quantized, [(IMAGES, LABELS)])
     cells = rows(card_of(quantized, evaluation))
     assert ["size in MB", f"{found.bytes_before / 1e6:.2f}", f"{found.bytes_after / 1e6:.2f}"] in cells
-    assert ["bits a weight", "32", f"{found.effective_bits:.2f}"] in cells
+    assert ["bits per weight", "32", f"{found.effective_bits:.2f}"] in cells
     top1 = [f"top-1 in %, {len(IMAGES)} images", f"{evaluation.reference.top1:.2f}", f"{evaluation.top1:.2f}"]
     assert top1 in cells
     assert ["KL divergence of the logits in nats", "", f"{evaluation.kl:.3g}"] in cells

@@ -1,4 +1,4 @@
-"""Models that take and return anything: several tensors, lists, dictionaries and dataclasses."""
+"""Models with inputs and outputs of several tensors, lists, dictionaries and dataclasses."""
 
 import copy
 from collections.abc import Callable
@@ -77,7 +77,7 @@ class OfPair(Body):
 
 
 class Shared(Body):
-    """One of its tensors is no batch."""
+    """Network with one tensor that is not a batch."""
 
     def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         return self.body(x) + table, table * 2
@@ -124,7 +124,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two outputs are of one structure and the same bits."""
+    """Return whether two outputs have the same structure and the same bits."""
     one, other = tensors_in(a), tensors_in(b)
     alike = mapped(lambda _: 0, a) == mapped(lambda _: 0, b) and type(a) is type(b)
     return alike and all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(one, other, strict=True))
@@ -187,7 +187,7 @@ def test_networks_are_calibrated_on_any_inputs(case: str) -> None:
 
 
 class Detector(Body):
-    """Its post-processing depends on what it found."""
+    """Network whose post-processing depends on its detections."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Depthwise layers and poolings that are computed together with the layer before, some lines at a time."""
+"""Depthwise layers and poolings that are fused with the layer before, some lines at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ def depthwise(channels: int, size: Any = 3, padding: Any = 1, **settings: Any) -
 
 
 def joined(run: Callable[[Any, Tensor], Any], size: tuple[int, int, int] = (3, 9, 9), **layers: nn.Module) -> int:
-    """Check the bits of a network, and return how many of its steps are computed in the next one."""
+    """Check the bits of a network, and return the number of its steps that are fused into the next one."""
     steps_of(run, size, each_isa=True, **layers)
     fast = dsconv.compile(dsconv.quantize(Net(run, **layers), CONFIG), torch.randn(1, *size))
     return sum("in the next step" in step.fused for step in fast.plan.steps)
@@ -111,7 +111,7 @@ def test_what_others_read_as_well_is_written() -> None:
 
 
 def test_the_input_of_the_first_is_kept_until_the_second_is_done() -> None:
-    """Two triples in a row: every buffer would be free to be written to otherwise."""
+    """Run two consecutive triples: without the rule, every buffer would be free to be overwritten."""
 
     def run(net: Any, x: Tensor) -> Tensor:
         x = net.first(x)

@@ -1,4 +1,4 @@
-"""The registry of kinds of layers: what it says of each, and a kind that a test adds in one place."""
+"""The registry of kinds of layers: its entries, and a kind that a test adds in one place."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from dsconv.onnx import OnnxNetwork
 
 
 class Pointwise(tnn.Module):
-    """A layer of its own kind: the same linear map at each place of ``x (N, C, L)``."""
+    """A layer of a new kind: the same linear map at each position of ``x (N, C, L)``."""
 
     def __init__(self, inputs: int, outputs: int, device: Any = None, dtype: Any = None):
         super().__init__()
@@ -32,7 +32,7 @@ class Pointwise(tnn.Module):
 
 @pytest.fixture
 def pointwise() -> Iterator[None]:
-    """Have a kind of layers for :class:`Pointwise`."""
+    """Register a kind of layers for :class:`Pointwise`."""
 
     @register
     class DSPointwise(DSConv1d):
@@ -93,7 +93,7 @@ def test_a_new_kind_is_quantized_saved_loaded_and_summarized(tmp_path: Path) -> 
 
 
 class Mixer(tnn.Module):
-    """A layer of its own kind, with attributes and arguments of its own: a linear map at each pixel, without a bias."""
+    """A layer of a new kind, with its own attributes and arguments: a linear map at each pixel, without a bias."""
 
     bias = None
 
@@ -108,7 +108,7 @@ class Mixer(tnn.Module):
 
 @pytest.fixture
 def mixer() -> Iterator[None]:
-    """Have a kind of layers for :class:`Mixer`."""
+    """Register a kind of layers for :class:`Mixer`."""
 
     @register
     class DSMixer(DSConv2d):
@@ -147,7 +147,7 @@ def test_a_kind_needs_no_attribute_of_pytorchs_layers() -> None:
     net = mixers()
     net[0].place = 7
     tnn.init.uniform_(net[1].weight, 0.1, 10)
-    qnet = dsconv.quantize(net, "default")  # whose rule asks for the statistics of each input
+    qnet = dsconv.quantize(net, "default")  # whose rule needs the statistics of each input
     assert qnet[3].config.weight_rule == "balanced" and qnet[0].place == 7
     blind = dsconv.quantize(net, dsconv.QuantConfig.preset("default", batchnorm_statistics=False))
     assert not torch.equal(qnet[3].vqk, blind[3].vqk)

@@ -1,4 +1,4 @@
-"""Imports go down the list in CONTRIBUTING.md: between packages, and without a circle between files."""
+"""Imports go down the list in CONTRIBUTING.md: between packages, and without cycles between files."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ def module_of(path: Path) -> str:
 
 
 def imported(tree: ast.AST, modules: Mapping[str, object]) -> Iterator[str]:
-    """Names of modules of dsconv that a file imports, in functions too, or names for a later import."""
+    """Yield the names of modules of dsconv that a file imports, also in functions, or names for a later import."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -36,12 +36,12 @@ def graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def room(module: str) -> str:
-    """The package or file directly under dsconv."""
+    """Return the package or file directly under dsconv."""
     return [*module.split("."), "__init__"][1]
 
 
 def levels() -> dict[str, int]:
-    """Rooms of the list in CONTRIBUTING.md; 0 is the lowest."""
+    """Return the levels of packages in the list in CONTRIBUTING.md; 0 is the lowest."""
     lines = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("src/dsconv/\n")[2].splitlines()
     found: dict[str, int] = {}
     level = 0
@@ -58,7 +58,7 @@ def levels() -> dict[str, int]:
 
 
 def faults(sources: Mapping[str, str]) -> list[str]:
-    """Imports that go up or along, and circles of files."""
+    """Return imports that go up or stay on a level, and cycles of files."""
     height, arrows = levels(), graph(sources)
     wrong = [
         f"{importer} imports {name}"

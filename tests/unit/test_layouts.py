@@ -30,7 +30,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 class Chain(nn.Module):
-    """Layers and functions, one after another; a function is given the layers too."""
+    """A sequence of layers and functions; functions also get the layers."""
 
     def __init__(self, *steps: Any, **layers: nn.Module):
         super().__init__()
@@ -61,7 +61,7 @@ def compile_(net: nn.Module, size: tuple[int, ...], overrides: dict[str, Any] | 
     return dsconv.compile(dsconv.quantize(net, config), torch.zeros(1, *size))
 
 
-# What programs round in a way of their own.
+# Operators that programs round differently than PyTorch.
 OWN = {"silu", "sigmoid", "gelu", "tanh", "softmax", "group_norm", "instance_norm", "layer_norm"}
 
 
@@ -70,7 +70,7 @@ def assert_as_model(fast: CompiledModel, x: Tensor) -> None:
         expected, found = fast.model(x), fast(x)
     steps = fast.program_for(x).plan.steps
     if any(step.operator == "dsconv.average" or OWN & set(step.fused) for step in steps):
-        # Here and there a mantissa of four bits is its neighbour.
+        # A few mantissas of four bits may be rounded differently.
         noise, signal = (found - expected).square().sum().item(), expected.square().sum().item()
         assert sqnr_db(signal, noise) > 15
     else:

@@ -1,4 +1,4 @@
-"""Measures of outputs of any kind, against direct computation: maps, images, detections, and a metric of one's own."""
+"""Measures of outputs of any kind, against direct computation: maps, images, detections, and a custom metric."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from dsconv.tables import as_text
 
 
 class Of(nn.Module):
-    """Returns what a function makes of the images."""
+    """Network that applies a function to the images."""
 
     def __init__(self, make: Callable[[Tensor], Any]):
         super().__init__()
@@ -30,7 +30,7 @@ class Of(nn.Module):
 
 
 def noisy(x: Tensor) -> Tensor:
-    """The same noise for an image in any batch."""
+    """Add noise, the same for an image in any batch."""
     return x + 0.3 * (40 * x).sin()
 
 
@@ -104,7 +104,7 @@ class TestMaps:
         x = maps(channels=1)
         both = [closeness(f, q, x, task="segmentation") for f, q in ((as_is, noisy), (two(as_is), two(noisy)))]
         assert both[0].kl == pytest.approx(both[1].kl) and both[0].agreement == both[1].agreement < 100
-        # Without a word it would be an image.
+        # Without the argument it would be an image.
         assert closeness(as_is, noisy, x).task == "images"
 
     def test_sequences_are_logits_where_the_user_says_so(self) -> None:
@@ -191,7 +191,7 @@ class TestSeveralOutputs:
         assert (size.agreement, size.sqnr_db, size.kl) == (100, None, None)
         assert found.to_dict()["outputs"]["out"]["kl"] == out.kl
         text = " ".join(as_text(found).split())
-        assert "aux.depth" in text and "task: segmentation; told apart by: KL divergence and relative error" in text
+        assert "aux.depth" in text and "task: segmentation; distance: KL divergence and relative error" in text
 
     def test_features_of_a_classifier_do_not_count(self) -> None:
         def make(one: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
@@ -231,10 +231,10 @@ class TestDetections:
         found = closeness(self.detect(0.0), self.detect(0.5), x, batch_size=2)
         boxes, labels = found.outputs["boxes"], found.outputs["labels"]
         assert (boxes.images, boxes.differing, labels.differing, labels.agreement) == (1, 4, 0, 100)
-        # An image that finds something else is as wrong as one that finds nothing.
+        # An image with other detections is as wrong as one without detections.
         assert boxes.relative_error == found.distance == 1
         text = " ".join(as_text(found).split())
-        assert "boxes for 4 of 5 images" in text and "a metric of your own" in text
+        assert "boxes for 4 of 5 images" in text and "a custom metric" in text
         same = closeness(self.detect(0.0), self.detect(0.0), x)
         assert same.distance == 0 and same.missing is None and same.outputs["boxes"].images == 5
 
@@ -259,8 +259,8 @@ class TestDetections:
         result = evaluate(Of(self.detect(0.0)), x)
         assert (result.task, result.images, result.nonfinite, result.top1) == ("other", 5, 1, None)
         text = " ".join(as_text(result).split())
-        assert "No accuracy: these outputs are no logits and no images" in text and "top-1" not in text
-        assert evaluate(Of(as_is), maps()).missing.startswith("No accuracy: labels that are maps")
+        assert "No accuracy: these outputs are neither logits nor images" in text and "top-1" not in text
+        assert evaluate(Of(as_is), maps()).missing.startswith("No accuracy: pass labels as maps")
         assert evaluate(Of(lambda x: x[:, :, 0, 0]), maps()).missing is None
 
 
@@ -428,13 +428,13 @@ def test_layers_of_a_network_that_returns_whole_numbers_are_ranked_by_a_metric_a
     net, x = Largest().eval(), photographs(4)
     assert dsconv.compare(net, dsconv.quantize(net), x).outputs["output"].agreement > 50
     with pytest.raises(
-        ModelError, match="expected outputs of floats, by which layers are ranked, got none: pass metric="
+        ModelError, match="expected floating-point outputs, by which layers are ranked, got none: pass metric="
     ):
         dsconv.sensitivity(net, images=x)
     found = dsconv.sensitivity(net, {"weight_bits": 2}, images=x, metric=lambda f, q, _: (f != q).float().mean((1, 2)))
     assert max(trial.distance for trial in found.trials) > 0
     assert all(trial.kl is None and trial.distance == trial.metric for trial in found.trials)
-    with pytest.raises(ModelError, match="expected outputs of floats, by which networks are told apart, got output"):
+    with pytest.raises(ModelError, match="expected floating-point outputs, by which networks are compared, got output"):
         dsconv.calibrate(dsconv.quantize(net), net, photographs())
 
 

@@ -44,7 +44,7 @@ def images(count: int = 8) -> Tensor:
 
 
 def table_of(costs: list[list[tuple[int, float]]]) -> tuple[list[list[Trial]], Sensitivity]:
-    """Layers of 8 weights whose trials have these bytes and divergences."""
+    """Return layers of 8 weights whose trials have these bytes and divergences."""
     layers = [
         [
             Trial(str(i), {"weight_bits": 2 + j}, 2 + j, 4, 8, 8, size, kl, float(size))
@@ -66,7 +66,7 @@ class TestSyntheticImages:
 
     def test_neighbouring_pixels_are_alike_and_pictures_differ(self) -> None:
         x = synthetic_images(2, Preprocess(crop=64))
-        assert (x[..., 1:] - x[..., :-1]).std() < 0.9 * x.std()  # of white noise 1.4
+        assert (x[..., 1:] - x[..., :-1]).std() < 0.9 * x.std()  # it is 1.4 for white noise
         assert not torch.equal(x[0], x[1])
 
     def test_the_seed_alone_decides(self) -> None:
@@ -179,7 +179,7 @@ class TestSensitivity:
             ({"choices": [{"weight_bits": 9}]}, ConfigError, "choices: weight_bits.*9"),
             ({"choices": [{"bits": 4}]}, ConfigError, "choices: bits: unknown setting"),
             ({"config": "w5"}, ConfigError, "preset: expected one of"),
-            ({"images": None}, ConfigError, "noise takes their place.*preprocess"),
+            ({"images": None}, ConfigError, "images: got none.*preprocess"),
             ({"images": None, "preprocess": PREPROCESS, "limit": 0}, ConfigError, "limit"),
             ({"images": torch.zeros(0, 3, 8, 8)}, DataError, "no images"),
             ({"images": images()[:, :2]}, ModelError, "cannot run on images"),
@@ -194,7 +194,7 @@ class TestSensitivity:
     def test_a_quantized_network_of_another_kind_is_refused(self) -> None:
         model, x = net(), images()
         quantized = dsconv.quantize(model)
-        with pytest.raises(ConfigError, match="choices: a quantized network has made its own"):
+        with pytest.raises(ConfigError, match="choices: the settings of a quantized network are already chosen"):
             sensitivity(model, quantized, images=x, choices=FEW)
         with pytest.raises(ModelError, match=r"model: expected a Conv2d '2' .*, got a ReLU"):
             sensitivity(nn.Sequential(model[0], nn.Flatten(), nn.ReLU()), quantized, images=x)
@@ -269,7 +269,7 @@ class TestResume:
         whole = search(model, "w4a4", **run)
         count = len(whole.sensitivity.trials)
         seen: list[Trial] = []
-        # Once and again: every trial is one where it stops.
+        # Stops at every trial in turn.
         for index in range(count):
             with pytest.raises(Stopped):
                 search(model, "w4a4", **run, state=file, resume=index > 0, on_trial=stop_after(1))
@@ -365,7 +365,7 @@ class TestSearch:
                 return (30 * self.loud(x) + 0.3 * self.quiet(x)).flatten(1)
 
         torch.manual_seed(0)
-        # With a shift, 3 bits for blocks of three weights are as good as 8 beside activations of 4.
+        # With a shift, 3 bits for blocks of three weights are as good as 8 bits, with 4-bit activations.
         config = QuantConfig.preset("w4a4", first_layer=None, weight_shift=False)
         model = Sum()
         even = dsconv.summary(dsconv.quantize(model, config)).effective_bits
@@ -413,7 +413,7 @@ class TestSearch:
         layers = found.sensitivity.layers()
         for trials in layers.values():
             assert [trial.settings["algorithm"] for trial in trials] == ["direct"] * 7 + ["auto"] * 7
-        # A linear layer has but one, and is measured once; the second convolution has both.
+        # A linear layer has only one, and is measured once; the second convolution has both.
         assert all((a.kl, a.ms) == (b.kl, b.ms) for a, b in zip(layers["6"][:7], layers["6"][7:], strict=True))
         assert any(a.kl != b.kl for a, b in zip(layers["2"][:7], layers["2"][7:], strict=True))
         assert search(net(), "w4a4", budget=5, images=images()).sensitivity.trials[0].settings == {"weight_bits": 2}
@@ -432,7 +432,7 @@ class TestSearch:
     def test_as_text_and_data(self) -> None:
         found = search(net(), "w4a4", budget={"ms": 1e3}, images=images(), choices=FEW)
         text = " ".join(as_text(found.table).split())
-        assert str(found) == as_text(found.table) and "ms in these layers" in text and "bits a weight" in text
+        assert str(found) == as_text(found.table) and "ms in these layers" in text and "bits per weight" in text
         assert found.to_dict()["config"] == found.config.to_dict() and found.to_dict()["point"]["ms"] > 0
 
     @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ class TestSearch:
     def test_limits_that_contradict_one_another(self) -> None:
         layers, measured = table_of([[(1, 0.1), (9, 0.1)]])
         swapped = [replace(trial, ms=10.0 - trial.ms) for trial in layers[0]]
-        with pytest.raises(ConfigError, match="no choice keeps all of bytes 40, ms 2"):
+        with pytest.raises(ConfigError, match="no selection is within all of bytes 40, ms 2"):
             select([swapped], measured, {"bytes": 40, "ms": 2})
 
     def test_a_choice_that_makes_nan_is_not_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:

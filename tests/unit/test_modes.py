@@ -1,4 +1,4 @@
-"""Training mode: what is measured is measured as in evaluation mode, and nothing of a network's state is changed."""
+"""Training mode: measurements are those of evaluation mode, and the state of a network does not change."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Run = Callable[[nn.Module, nn.Module], Any]
 
 
 def networks() -> tuple[nn.Module, nn.Module]:
-    """A network whose training mode differs from its evaluation mode, and its quantized copy, both in the latter."""
+    """Return a network whose training and evaluation modes differ, and its quantized copy, both in evaluation mode."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Conv2d(8, 10, 3), nn.AdaptiveAvgPool2d(1)

@@ -1,6 +1,6 @@
-"""The quantized layers: against the float layer of the dequantized weights, in every geometry of PyTorch.
+"""Quantized layers against the float layer with the dequantized weights, in every geometry of PyTorch.
 
-Where the integer kernels cover a layer, they and the float simulation are both checked.
+If the integer kernels cover a layer, they and the float simulation are both checked.
 """
 
 import copy
@@ -54,7 +54,7 @@ def input_for(layer: nn.DSLayer, batch: int = 2, size: int = 9) -> Tensor:
 
 
 def in_float(layer: tnn.Module, quantized: nn.DSLayer) -> tnn.Module:
-    """The float layer with the weights that the quantized one stands for."""
+    """Return the float layer with the dequantized weights of the quantized one."""
     twin = copy.deepcopy(layer)
     with torch.no_grad():
         assert quantized.dequantized_weight().shape == twin.weight.shape
@@ -120,7 +120,7 @@ def test_convolution_of_any_geometry(
 def test_transposed_convolution_of_any_geometry(
     quantized: type[nn.DSLayer], option: dict, padding: int, output_padding: int, config: LayerConfig
 ) -> None:
-    # An output of no size is an error in PyTorch already.
+    # An empty output is already an error in PyTorch.
     assume(option["kernel_size"] > 1 or option["stride"] > 1 or padding < 2)
     output_padding = min(output_padding, max(option["stride"], option["dilation"]) - 1)
     layer, made = make(quantized, config, **option, padding=padding, output_padding=output_padding)
@@ -186,7 +186,7 @@ def test_flat_blocks_quantize_the_values_that_one_output_reads(
     with torch.no_grad():
         twin = in_float(layer, made)
         exact, y = twin(x), made(x)
-        # Reads of every output: the columns of a convolution whose filters pick one value each.
+        # Inputs of every output: the columns of a convolution whose filters select one value each.
         each = rows.shape[1]
         picker = FLOAT[quantized](**option | {"out_channels": layer.groups * each, "bias": False})
         picker.weight.copy_(torch.eye(each).repeat(layer.groups, 1).view_as(picker.weight))
@@ -457,7 +457,7 @@ def test_exported_model_computes_the_same_for_any_batch(config: LayerConfig) -> 
 
 
 class AsksDtype(tnn.Module):
-    """Asks its parameters and a layer for dtype and device, as models do that cast their inputs."""
+    """Module that reads dtype and device of its parameters and of a layer, like models that cast their inputs."""
 
     def __init__(self) -> None:
         super().__init__()

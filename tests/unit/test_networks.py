@@ -1,4 +1,4 @@
-"""benchmarks/networks.py: what a network does and does not is a row of its page."""
+"""benchmarks/networks.py: the results of a network are a row of its page."""
 
 import importlib.util
 import math

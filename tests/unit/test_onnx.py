@@ -1,4 +1,4 @@
-"""ONNX files: what a layer becomes, value for value, and whole networks in three runtimes."""
+"""ONNX files: the nodes of a layer, value for value, and whole networks in three runtimes."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def by_onnxruntime(model: Any, x: Tensor) -> Tensor:
 def by_openvino(model: Any, x: Tensor) -> Tensor:
     openvino = pytest.importorskip("openvino", reason="needs the extra 'bench'")
     core = openvino.Core()
-    # On processors that have it, its default is bfloat16.
+    # Its default is bfloat16 on processors that support it.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)
     return torch.from_numpy(compiled(x.numpy())[0].copy())
@@ -63,7 +63,7 @@ RUNTIMES = [pytest.param(run, id=run.__name__[3:]) for run in (by_reference, by_
 
 
 def model_of(x: Tensor, lowering: Integers | Nodes, make: Callable[[Any], Any], y_shape: torch.Size) -> Any:
-    """A model of what ``make`` makes of an input ``x`` of any batch size."""
+    """Return a model that applies ``make`` to an input ``x`` of any batch size."""
     op = lowering if isinstance(lowering, Nodes) else lowering.op
     given = ir.val("x", ir.DataType.FLOAT, ["batch", *x.shape[1:]])
     y = make(given)
@@ -77,7 +77,7 @@ def model_of(x: Tensor, lowering: Integers | Nodes, make: Callable[[Any], Any], 
 
 
 def every_kind_of_value(channels: int, block: int) -> Tensor:
-    """Blocks whose largest magnitudes are all powers of two, their neighbours, subnormal, zero and huge."""
+    """Return blocks whose largest magnitudes are all powers of two, their neighbours, subnormal, zero and huge."""
     exact = np.ldexp(np.float32(1), np.arange(-126, 128)).astype(np.float32)
     beside = [np.nextafter(exact, np.float32(0)), np.nextafter(exact, np.float32(np.inf)), exact * np.float32(1.5)]
     edges = np.array([0, 1e-45, 1e-40, np.finfo(np.float32).max, np.nextafter(np.float32(2**-100), 0)], np.float32)
@@ -165,7 +165,7 @@ def test_a_layer_returns_what_it_did(name: str, style: str, run: Run) -> None:
     lowering = {"qdq": Integers, "function": Functions, "float": Floats}[style]({"layer": layer})
     padding = getattr(layer, "output_padding", None)
     y = run(model_of(x, lowering, lambda given: lowering.layer("layer", given, padding), expected.shape), x)
-    # Operands are the same; runtimes differ in the order in which they add up products in float32.
+    # Operands are the same; runtimes add float32 products in different orders.
     assert (y - expected).abs().max() <= 2e-6 * expected.abs().max() * math.sqrt(x[0].numel())
 
 
@@ -195,7 +195,7 @@ def test_layers_that_read_one_tensor_round_it_each_by_its_own_settings(style: ty
         )
         for name, (given, settings) in READERS.items()
     }
-    # Of every block, the first value is negative in some places and none in others, and some are large.
+    # The first value of every block is negative at some positions, no value at others, and some are large.
     x = torch.randn(2, 24, 7, 6).abs() * torch.logspace(-2, 2, 24).view(24, 1, 1)
     x[1] *= torch.randn(24, 7, 6).sign()
     with torch.no_grad(), dsconv.ops.simulated():
@@ -244,7 +244,7 @@ def test_a_network_returns_what_it_did(
         with torch.inference_mode():
             expected = qnet(x)
         y = run(files[style], x)
-        # The last bit of a sum may tip a rounding; float and int8 round in other places.
+        # The last bit of a sum may change a rounding; float and int8 round at other points.
         within = {"qdq": 0.01, "function": 0.01, "float": 0.05, "int8": 0.1}[style]
         assert y.shape == expected.shape
         assert (y - expected).norm() <= within * expected.norm()
@@ -272,7 +272,7 @@ def test_the_scales_of_blocks_are_kds_through_a_cast_at_most(files: dict[str, An
     blocked = [node for node in files["qdq"].graph.node if node.op_type == "DequantizeLinear"]
     for node in blocked:
         scale = node.input[1]
-        while scale in made_by:  # as float32, and without the blocks of another part of the integers
+        while scale in made_by:  # in float32, and without the blocks of another part of the integers
             assert made_by[scale].op_type in ("Cast", "Split")
             scale = made_by[scale].input[0]
         assert scale == node.input[0].partition(".vqk")[0] + ".kds"
@@ -321,7 +321,7 @@ def test_ranges_of_images_are_closer_than_those_of_noise(
 
 
 def int8_filters(model: Any) -> dict[str, np.ndarray]:
-    """The int8 weights of layers, a row for each scale."""
+    """Return the int8 weights of layers, a row for each scale."""
     made_by = {output: node for node in model.graph.node for output in node.output}
     filters = {}
     for node in model.graph.node:
@@ -338,7 +338,7 @@ def int8_filters(model: Any) -> dict[str, np.ndarray]:
 
 
 def pair_sums(filters: dict[str, np.ndarray]) -> tuple[int, int]:
-    """The largest and the smallest sum of two products of a filter with activations of 0 to 255."""
+    """Return the largest and the smallest sum of two products of a filter with activations of 0 to 255."""
     highest, lowest = 0, 0
     for rows in filters.values():
         for row in np.sort(rows.astype(np.int64), axis=1):
@@ -355,7 +355,7 @@ def test_no_pair_of_products_of_an_int8_file_saturates_in_16_bits(
         filters = int8_filters(model)
         highest, lowest = pair_sums(filters)
         assert len(filters) == 10 and lowest >= -(1 << 15) and highest < 1 << 15
-        # Nor is more given away than that: a filter's largest weight or pair is the largest that there may be.
+        # The range is fully used: a filter's largest weight or pair is the largest that is allowed.
         for rows in filters.values():
             top, bottom = (np.sort(np.maximum(r.astype(int), 0))[:, -2:].sum(1) for r in (rows, -rows.astype(int)))
             largest = np.abs(rows.astype(int)).max(1)
@@ -364,7 +364,7 @@ def test_no_pair_of_products_of_an_int8_file_saturates_in_16_bits(
 
 
 def saturating(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Products ``(N, O)`` of uint8 ``(N, K)`` and int8 ``(O, K)`` as processors without VNNI add them up."""
+    """Return products ``(N, O)`` of uint8 ``(N, K)`` and int8 ``(O, K)`` as processors without VNNI add them."""
     products = x[:, None, :].astype(np.int64) * w[None].astype(np.int64)
     return np.clip(products[..., ::2] + products[..., 1::2], -(1 << 15), (1 << 15) - 1).sum(-1)
 
@@ -414,7 +414,7 @@ def test_full_range_takes_all_of_int8(qnet: tnn.Module, digits: Tensor, files: d
 
 
 class OtherKinds(tnn.Module):
-    """Layers of other kinds: transposed, depthwise, of constants that are not 2-D."""
+    """Layers of other kinds: transposed, depthwise, with constants that are not 2-D."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -446,8 +446,8 @@ def test_layers_of_other_kinds_are_right_in_int8_too(tmp_path: Path) -> None:
         ({"opset": 20}, "opset: expected 21 to"),
         ({"opset": 99}, "opset: expected 21 to"),
         ({"style": "float", "opset": 17}, "opset: expected 18 to"),
-        ({"images": torch.zeros(2, 1, 8, 8)}, "style 'int8' alone"),
-        ({"full_range": True}, "full_range: weights are rounded to int8 for style 'int8' alone, got style 'qdq'"),
+        ({"images": torch.zeros(2, 1, 8, 8)}, "only style 'int8' takes the ranges"),
+        ({"full_range": True}, "full_range: only style 'int8' rounds weights to int8, got style 'qdq'"),
         ({"style": "int8", "full_range": 1}, "full_range: expected True or False, got 1"),
         (
             {"style": "int8", "images": torch.zeros(2, 3, 8, 8, dtype=torch.float32)},
@@ -551,7 +551,7 @@ def test_a_maximum_over_padding_by_zeros_is_zero_at_least(style: Any, run: Run, 
 
 
 class Noted(tnn.Module):
-    """Layers of a list, each with a note of which output it reads."""
+    """A list of layers, each with the index of the output that it reads."""
 
     def __init__(self) -> None:
         super().__init__()

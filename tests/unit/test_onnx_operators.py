@@ -1,4 +1,4 @@
-"""Each operator that ``from_onnx`` takes computes what it computes in ONNX Runtime."""
+"""Each operator that ``from_onnx`` supports has the results of ONNX Runtime."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def one(
     inputs: str = "",
     **attributes: Any,
 ) -> Case:
-    """A case of one node, whose inputs are ``x`` and the constants."""
+    """Return a case of one node, whose inputs are ``x`` and the constants."""
     constants = constants or {}
     names = inputs or " ".join(["x", *constants])
     return Case(f"{kind}{label}", [(kind, names, "y", attributes)], shape, constants, opset, dtype)

@@ -1,4 +1,4 @@
-"""``dsconv.optimize``: what it tries, what it keeps, and how it answers mistakes."""
+"""``dsconv.optimize``: attempts, the selected network, and errors."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from dsconv.optimization.saved import remove_state
 
 @pytest.fixture(autouse=True, scope="module")
 def short() -> Iterator[None]:
-    """Time networks for moments only."""
+    """Shorten the timing of networks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "_TIMED_SECONDS", 0.001)
         yield
@@ -39,14 +39,14 @@ def images(count: int = 64, seed: int = 1) -> Tensor:
 
 
 def figures(found: Optimization) -> list[dict[str, Any]]:
-    """Return what attempts came to, but for times."""
+    """Return the figures of attempts without times."""
     timed = ("seconds", "first_quartile_ms", "median_ms", "third_quartile_ms")
     return [{k: v for k, v in attempt.to_dict().items() if k not in timed} for attempt in found.attempts]
 
 
 @pytest.fixture(scope="module")
 def small() -> Optimization:
-    """The network within 5 bits a weight."""
+    """Optimize a network within 5 bits per weight."""
     return dsconv.optimize(net(), images(), budget=5)
 
 
@@ -77,8 +77,8 @@ def test_figures_are_those_of_images_that_no_step_has_used(small: Optimization) 
 def test_what_it_did_is_a_table_and_json(small: Optimization) -> None:
     text = str(small)
     assert all(attempt.name in " ".join(text.split()) for attempt in small.attempts)
-    assert "float32" in text and "kept" in text and "Asked for: effective_bits 5." in text
-    assert "a training does not pay" in " ".join(text.split())
+    assert "float32" in text and "kept" in text and "Goal: effective_bits 5." in text
+    assert "the distance from float is already within" in " ".join(text.split())
     data = json.loads(small.to_json())
     assert data["best"] == small.best.name and data["met"] is True and data["budget"] == {"effective_bits": 5.0}
     assert [QuantConfig(**row["config"]) for row in data["attempts"]] == [a.config for a in small.attempts]
@@ -101,7 +101,7 @@ def test_of_networks_that_meet_a_target_the_smallest_is_kept(small: Optimization
     meet = [attempt for attempt in found.attempts if attempt.evaluation.kl <= target["kl"]]
     assert found.met and found.best is min(meet, key=lambda attempt: attempt.bytes)
     assert {attempt.verdict for attempt in meet} == {"meets target"}
-    # Some were tried on either side.
+    # Attempts exist on both sides of the target.
     assert len(meet) > 1 and any(attempt.verdict == "misses target" for attempt in found.attempts)
 
 
@@ -133,7 +133,7 @@ def test_networks_on_another_device_are_not_timed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(steps, "device_of", lambda _: torch.device("cuda"))
     found = dsconv.optimize(net(), images(), budget=5, time_limit=1e-9)
     assert found.best.ms is None and found.machine is None and "the network is on cuda" in found.left_out["timing"]
-    with pytest.raises(ModelError, match="times are of the CPU"):
+    with pytest.raises(ModelError, match="times are measured on the CPU"):
         dsconv.optimize(net(), images(), budget={"ms": 3}, time_limit=1e-9)
 
 
@@ -151,7 +151,7 @@ def test_labels_and_the_drop_of_top1() -> None:
 
 
 class Regression(nn.Module):
-    """A network of two inputs, whose outputs are no logits."""
+    """A network of two inputs, whose outputs are not logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ def test_a_metric_of_ones_own_is_the_distance() -> None:
 
 
 def interrupting(after: int) -> Callable[[Attempt], None]:
-    """Return what stops the work once so many attempts are done."""
+    """Return a callback that interrupts the work after a number of attempts."""
     left: Iterator[int] = iter(range(after - 1))
 
     def stop(_: Attempt) -> None:
@@ -202,7 +202,7 @@ def test_what_was_stopped_is_resumed_and_ends_in_the_same(
     measured: list[Any] = []
     monkeypatch.setattr(steps, "compare", lambda *args, **options: measured.append(args) or compare(*args, **options))
     again = dsconv.optimize(net(), images(), budget=5, state=state, resume=True)
-    assert len(measured) == 1  # the one that was left
+    assert len(measured) == 1  # the remaining one
     assert figures(again) == figures(small) and again.best.name == small.best.name
     for name, value in small.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
@@ -221,7 +221,7 @@ def test_what_there_is_no_time_for_is_left_out_and_listed(monkeypatch: pytest.Mo
     found = dsconv.optimize(net(), images(), budget=5, time_limit=1e-9)
     (only,) = found.attempts
     assert found.best is only and not only.calibrated
-    assert set(found.left_out.values()) >= {"the time limit was over"} and "Not tried: " in str(found)
+    assert set(found.left_out.values()) >= {"the time limit was reached"} and "Not tried: " in str(found)
     monkeypatch.setattr(steps, "_SEARCH_SHARE", 0.0)
     found = dsconv.optimize(net(), images(), budget=5)
     assert [attempt.calibrated for attempt in found.attempts] == [False, True]
@@ -235,10 +235,10 @@ def test_a_network_far_from_float_is_adapted_where_images_suffice(monkeypatch: p
     assert adapted.name.endswith(", calibrated, adapted") and adapted.calibrated
     few = dsconv.optimize(net(), images(), target={"kl": 1e-12}, budget=3.0)
     assert not any(attempt.adapted for attempt in few.attempts)
-    assert "a training needs 64 images or more, there are 32" in few.left_out.values()
+    assert "training needs at least 64 images, got 32" in few.left_out.values()
     monkeypatch.setattr(steps, "_FEWEST_STEPS", 10**9)
     slow = dsconv.optimize(net(), images(160), target={"kl": 1e-12}, budget=3.0)
-    assert any("would be needed" in reason for reason in slow.left_out.values())
+    assert any("it needs about" in reason for reason in slow.left_out.values())
 
 
 def test_images_are_split_at_random_with_their_labels_and_without_copies() -> None:
@@ -271,7 +271,7 @@ def test_images_are_split_at_random_with_their_labels_and_without_copies() -> No
         ({"task": "depth"}, "task: expected one of"),
         ({"metric": 3}, "metric: expected a function"),
         ({"images": None, "target": {"kl": 1}}, "target: kl is measured on images, got none"),
-        ({"images": None}, "without any, noise takes their place"),
+        ({"images": None}, "images: got none"),
         ({"resume": True}, "resume: there is no state file"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Models that return dataclasses: every function takes them, or says in one sentence what to do."""
+"""Models that return dataclasses: every function accepts them, or states in one sentence what to do."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ class Named:
 
 @dataclass
 class First:
-    """The logits are the first tensor, behind a field that is none."""
+    """The logits are the first tensor, after a field that is not a tensor."""
 
     loss: Any
     scores: Any
@@ -39,7 +39,7 @@ class Registered:
 
 
 class Opaque:
-    """Holds its tensors where nobody sees them."""
+    """Class that hides its tensors."""
 
     def __init__(self, logits: Tensor):
         self.held = logits
@@ -81,10 +81,10 @@ def test_dataclasses_of_logits_are_taken_as_the_logits(kind: type) -> None:
 
 def test_classes_that_hide_their_tensors_are_named_with_what_to_do(tmp_path: Path) -> None:
     quantized = dsconv.quantize(net(Opaque), "w8a8")
-    with pytest.raises(ModelError, match=r"returns Opaque, and what tensors that holds is not known: return tensors"):
+    with pytest.raises(ModelError, match=r"returns Opaque, whose tensors cannot be determined: return tensors"):
         dsconv.compile(quantized, X[:1])
     pytest.importorskip("onnxscript", reason="needs the extra dsconv[onnx]")
-    with pytest.raises(ModelError, match=r"returns Opaque, and what tensors that holds is not known: return tensors"):
+    with pytest.raises(ModelError, match=r"returns Opaque, whose tensors cannot be determined: return tensors"):
         dsconv.export_onnx(quantized, X[:1], tmp_path / "net.onnx")
 
 

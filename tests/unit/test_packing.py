@@ -18,7 +18,7 @@ def integers(draw: st.DrawFn) -> tuple[int, list[int]]:
 
 
 def stream(values: list[int], bits: int) -> list[int]:
-    """Bytes of the stream: value i + 2^(bits-1) in bits i * bits and up, the least significant bit of a byte first."""
+    """Return the bytes of the stream: value i + 2^(bits-1) from bit i * bits on, least significant bit first."""
     ones = [((value + (1 << (bits - 1))) >> j) & 1 for value in values for j in range(bits)]
     ones += [0] * (-len(ones) % 8)
     return [sum(bit << j for j, bit in enumerate(ones[at : at + 8])) for at in range(0, len(ones), 8)]

@@ -22,7 +22,7 @@ SIZES = [(9, 9), (9, 12), (10, 11), (12, 16), (31, 18)]
 
 
 class Same(tnn.Conv2d):
-    """TensorFlow's SAME: the padding follows from the size of the input."""
+    """TensorFlow's SAME: the padding depends on the size of the input."""
 
     def pads(self, x: Tensor) -> list[int]:
         border: list[int] = []
@@ -37,7 +37,7 @@ class Same(tnn.Conv2d):
 
 
 class Static(tnn.Conv2d):
-    """Has a layer that pads, and what the convolution adds to that."""
+    """Convolution with a layer that pads, and with padding of its own."""
 
     def __init__(self, *args: Any, border: tuple[int, ...], **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -48,7 +48,7 @@ class Static(tnn.Conv2d):
 
 
 class StandardizedSame(Same):
-    """Computes its weight, too."""
+    """Convolution that also computes its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
@@ -56,7 +56,7 @@ class StandardizedSame(Same):
 
 
 def layers() -> dict[str, tuple[Any, Any]]:
-    """Layers of 8 channels, and the padding that they amount to; None where it is their attribute."""
+    """Return layers of 8 channels, and their total padding; None if it is their attribute."""
     return {
         "dynamic": (Same(8, 8, 3, 2), "same_upper"),
         "dynamic, sides that differ": (Same(8, 8, (3, 5), (2, 3), dilation=(2, 1), bias=False), "same_upper"),
@@ -97,7 +97,7 @@ def test_a_layer_that_pads_is_quantized_as_padding_and_the_plain_layer(name: str
 
 
 def test_padding_follows_tensorflow() -> None:
-    """ceil(input / stride) outputs, the odd zero after; what tf.nn.conv2d documents."""
+    """Check ceil(input / stride) outputs, with the odd zero at the end, as documented for tf.nn.conv2d."""
     for n in range(1, 12):
         for k, s, d in ((1, 1, 1), (3, 1, 1), (3, 2, 1), (2, 3, 1), (4, 2, 2), (1, 4, 1)):
             ((before, after),) = same_upper((n,), (k,), (s,), (d,))
@@ -123,7 +123,7 @@ class Cropping(Same):
 
 
 class Lower(Same):
-    """The odd zero comes before."""
+    """SAME with the odd zero at the beginning."""
 
     def forward(self, x: Tensor) -> Tensor:
         left, right, top, bottom = self.pads(x)
@@ -131,7 +131,7 @@ class Lower(Same):
 
 
 class Remembering(Same):
-    """Pads all inputs as the first one."""
+    """Convolution that pads all inputs like the first one."""
 
     kept: list[int] | None = None
 
@@ -146,7 +146,7 @@ class Twice(Same):
 
 
 class Drifting(Same):
-    """Another weight at each call."""
+    """Convolution with another weight at each call."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.weight.data *= 1.1

@@ -1,4 +1,4 @@
-"""How images are prepared is an attribute of the network, which travels with all that is made from it."""
+"""Preprocessing is an attribute of the network, which is copied to all networks and files made from it."""
 
 import json
 import warnings
@@ -24,7 +24,7 @@ def plain() -> nn.Module:
     torch.manual_seed(0)
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(), nn.Conv2d(8, 10, 3), *head)
-    net(torch.randn(32, 3, 8, 8))  # for the statistics of images that are prepared as STATED says
+    net(torch.randn(32, 3, 8, 8))  # for the statistics of images with the preprocessing STATED
     return net.eval()
 
 
@@ -63,7 +63,7 @@ def test_the_preparation_of_the_images_of_a_calibration_goes_with_the_result(pho
     for images, given in ((photos, STATED), (ImageFolder(photos, STATED), None)):
         assert zoo.preprocess_of(dsconv.calibrate(qnet, plain(), images, preprocess=given)) == STATED
     assert zoo.preprocess_of(dsconv.calibrate(qnet, plain(), torch.randn(16, 3, 8, 8))) is None
-    assert zoo.preprocess_of(qnet) is None  # its argument is left as it is
+    assert zoo.preprocess_of(qnet) is None  # its argument does not change
 
 
 def test_a_network_in_a_folder_of_the_hub_keeps_it(tmp_path: Path) -> None:
@@ -93,11 +93,11 @@ def test_ranges_of_noise_are_not_guessed_in_silence(tmp_path: Path) -> None:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="needs the extra 'onnx'")
     qnet = dsconv.quantize(plain())
-    with pytest.warns(UserWarning, match=r"does not say how its images are prepared.*Pass images"):
+    with pytest.warns(UserWarning, match=r"does not state its preprocessing.*Pass images"):
         dsconv.export_onnx(qnet, torch.zeros(1, 3, 8, 8), tmp_path / "a.onnx", "int8")
     zoo.set_preprocess(qnet, STATED)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*how its images are prepared")
+        warnings.filterwarnings("error", message=".*does not state its preprocessing")
         dsconv.export_onnx(qnet, torch.zeros(1, 3, 8, 8), tmp_path / "a.onnx", "int8")
 
 
@@ -115,7 +115,7 @@ def test_a_report_says_how_its_images_were_prepared(photos: Path) -> None:
 
     found = gather(dsconv.quantize(plain(), preprocess=STATED), images=photos, runs=0)
     assert found.preprocess == STATED and found.to_dict()["preprocess"] == STATED.model_dump(mode="json")
-    assert f"Images are prepared by: {STATED}." in page(found)
+    assert f"Preprocessing of images: {STATED}." in page(found)
 
 
 @pytest.mark.parametrize("own", [STATED, STATED.model_dump()])

@@ -1,4 +1,4 @@
-"""The program of a compiled network: what its steps write and where, in any batch, order and number of threads."""
+"""The program of a compiled network: results and memory of its steps, for any batch, order and number of threads."""
 
 import copy
 import threading
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extensio
 
 
 class Net(nn.Module):
-    """Layers by name, and what is done with them."""
+    """Network of named layers with a given forward function."""
 
     def __init__(self, run: Callable[["Net", Tensor], Tensor], **layers: nn.Module):
         super().__init__()
@@ -53,7 +53,7 @@ def conv(inputs: int, outputs: int, size: int = 3, **settings: int) -> nn.Conv2d
     return nn.Conv2d(inputs, outputs, size, padding=size // 2, **settings)
 
 
-# By Winograd, layers neither read mantissas nor have their inputs quantized by the step before.
+# Winograd layers do not read mantissas, and the step before does not quantize their inputs.
 W4A4 = dsconv.QuantConfig.preset("w4a4", algorithm="direct")
 
 
@@ -99,7 +99,7 @@ def test_branches_are_written_where_they_are_concatenated(channels: int) -> None
         ),
         W4A4_64,
     )
-    # Whole blocks are quantized by the layer that makes them, others once all are there.
+    # The layer that computes whole blocks quantizes them; others are quantized when all are complete.
     assert steps(fast, Map).count(("quantize",)) == (0 if channels == 64 else 1)
     assert not steps(fast, Call)
     same_bits(fast)
@@ -138,12 +138,18 @@ def test_growing_concatenations_are_one_piece_of_memory() -> None:
     "run",
     [
         lambda m, x: torch.cat([m.a(x), m.a(x)], 1),  # the same piece twice
-        lambda m, x: m.b(torch.cat([F.silu(m.a(x)), m.a(x)], 1)),  # a piece that PyTorch makes
-        lambda m, x: (lambda y: m.b(torch.cat([y, m.c(y)], 1)) + m.b(torch.cat([m.c(y), y], 1)))(m.a(x)),  # two homes
+        lambda m, x: m.b(torch.cat([F.silu(m.a(x)), m.a(x)], 1)),  # a piece that PyTorch computes
+        lambda m, x: (lambda y: m.b(torch.cat([y, m.c(y)], 1)) + m.b(torch.cat([m.c(y), y], 1)))(
+            m.a(x)
+        ),  # two destinations
         lambda m, x: (lambda y: torch.cat([torch.cat([y, m.c(y)], 1), m.c(y)], 1))(m.a(x)),  # one in another
-        lambda m, x: (lambda y: torch.cat([m.b(torch.cat([y, y], 1)), torch.cat([y, y, y], 1)], 1))(m.a(x)),  # thrice
+        lambda m, x: (lambda y: torch.cat([m.b(torch.cat([y, y], 1)), torch.cat([y, y, y], 1)], 1))(
+            m.a(x)
+        ),  # three times
         lambda m, x: (lambda y: (m.b(torch.cat([y, y], 1)), torch.cat([y, x], 1)))(m.a(x))[1],  # with the input
-        lambda m, x: m.a(x).reshape(x.shape[0], -1) * 2,  # a view of the program's memory, and what is made of it
+        lambda m, x: (
+            m.a(x).reshape(x.shape[0], -1) * 2
+        ),  # a view of the program's memory, and a result computed from it
         lambda m, x: (lambda y: m.c(F.relu(m.c(y))) + y.flatten(1)[:, :1, None, None])(m.a(x)),  # read much later
         lambda m, x: m.a(x).permute(0, 2, 3, 1),  # a view that is returned
         lambda m, x: m.a(x),
@@ -152,7 +158,7 @@ def test_growing_concatenations_are_one_piece_of_memory() -> None:
         lambda m, x: F.leaky_relu(F.relu(m.a(x)) - 0.1, 0.2),
     ],
 )
-@pytest.mark.parametrize("channels", [48, 256])  # of 256, pixels have gaps between them where no step minds
+@pytest.mark.parametrize("channels", [48, 256])  # with 256, pixels have gaps if all steps allow it
 def test_whatever_is_done_with_tensors_gives_the_same_bits(run: Callable[[Net, Tensor], Tensor], channels: int) -> None:
     same_bits(compiled(Net(run, a=conv(3, channels), b=conv(2 * channels, 16, 1), c=conv(channels, channels))))
 
@@ -256,7 +262,7 @@ def test_exponents_beyond_those_of_narrow_weights_give_the_same_bits_and_are_for
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
 @pytest.mark.parametrize("average", [False, True])
-@settings(max_examples=12)  # each captures a network
+@settings(max_examples=12)  # each example captures a network
 @given(data=st.data())
 def test_pooling_is_pytorchs(average: bool, ceil_mode: bool, data: st.DataObject) -> None:
     kernel = data.draw(st.tuples(*[st.integers(1, 4)] * 2))
@@ -280,7 +286,7 @@ def test_pooling_is_pytorchs(average: bool, ceil_mode: bool, data: st.DataObject
 
 
 def excited(m: Net, x: Tensor) -> Tensor:
-    """Squeeze and excitation, as in EfficientNet."""
+    """Apply squeeze and excitation, as in EfficientNet."""
     y = F.silu(m.norm(m.deep(F.silu(m.stem(x)))))
     gate = torch.sigmoid(m.up(F.silu(m.down(F.adaptive_avg_pool2d(y, 1)))))
     return m.last((m.project(gate * y) * m.project(y)).mean((2, 3)))
@@ -308,7 +314,7 @@ def test_gates_and_exponentials_are_steps_of_the_program() -> None:
     y = fast(x)
     with torch.inference_mode():
         assert (y - qmodel(x)).abs().max() < 0.02 * y.abs().max()
-    # The same bits whatever runs beside them.
+    # The bits do not depend on the other images of the batch.
     assert torch.equal(y, torch.cat([fast(one) for one in x.split([1, 4, 2])]))
     assert torch.equal(copy.deepcopy(fast)(x), y)
 
@@ -319,7 +325,7 @@ def test_gates_of_large_images_are_those_of_the_image() -> None:
         return m.last(y * F.hardsigmoid(m.gate(F.adaptive_avg_pool2d(y, 1))))
 
     net = Net(gated, stem=conv(3, 48), gate=conv(48, 48, 1), last=conv(48, 8, 1))
-    same_bits(compiled(net, size=21), size=21)  # several tasks an image
+    same_bits(compiled(net, size=21), size=21)  # several tasks per image
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["found", "own"])
@@ -328,7 +334,7 @@ def test_gates_of_large_images_are_those_of_the_image() -> None:
 def test_averages_have_the_bits_of_pytorchs(
     size: tuple[int, int], channels: int, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not known:  # another order of sums than any that we know
+    if not known:  # an unknown order of sums
         monkeypatch.setattr(average, "lanes_of_pytorch", lambda _: None)
     net = Net(
         lambda m, x: m.last(F.adaptive_avg_pool2d(m.a(x), 1)).flatten(1) + m.head(m.b(x).mean((2, 3))),
@@ -349,7 +355,9 @@ def test_averages_have_the_bits_of_pytorchs(
                     found, expected = fast(images), fast.model(images)
                     if known and channels > 1:
                         assert torch.equal(found, expected)
-                    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)  # a mantissa may be its neighbour
+                    torch.testing.assert_close(
+                        found, expected, rtol=0.02, atol=0.02
+                    )  # a mantissa may be rounded differently
     finally:
         torch.set_num_threads(before)
 
@@ -360,7 +368,7 @@ def test_an_average_may_be_what_a_network_returns() -> None:
         fast, x = dsconv.compile(dsconv.quantize(net), torch.randn(1, 3, 9, 7)), torch.randn(3, 3, 9, 7)
         with torch.inference_mode():
             assert torch.equal(fast(x), fast.model(x))
-            pixels = x.to(memory_format=torch.channels_last)  # of which PyTorch sums up in another order
+            pixels = x.to(memory_format=torch.channels_last)  # which PyTorch sums in another order
             torch.testing.assert_close(fast(pixels), fast.model(pixels))
 
 
@@ -373,7 +381,7 @@ def test_averages_are_near_those_in_float64(size: int) -> None:
     with torch.inference_mode():
         pixels = qmodel.a(x).double()
     averages = [step for step in fast.plan.steps if step.operator == "dsconv.average"]
-    assert len(averages) == (size > 1)  # of one value, it does nothing
+    assert len(averages) == (size > 1)  # of one value, it has no effect
     error = (fast(x) - pixels.mean((2, 3), keepdim=True)).abs()
     assert (error <= 5e-7 * pixels.abs().mean((2, 3), keepdim=True)).all()
 
@@ -387,7 +395,7 @@ def test_an_average_over_channels_is_not_one_over_images() -> None:
 
 
 def of_all_kinds(m: Net, x: Tensor) -> Tensor:
-    """Every kind of step that the extension takes, and every kind of layer."""
+    """Run every kind of step that the extension supports, and every kind of layer."""
     x = F.max_pool2d(F.relu(m.norm(m.stem(x))), 3, 1, 1)
     y = F.hardswish(m.line(x)) + F.leaky_relu(m.wide(F.avg_pool2d(x, 3, 1, 1)), 0.2)
     y = torch.cat([F.silu(m.grouped(y)), F.relu6(m.plain(y) + x)], 1)
@@ -470,7 +478,7 @@ def test_a_sum_takes_the_place_of_its_residual() -> None:
     layers = {"stem": conv(3, 64), "a": conv(64, 64), "b": conv(64, 64)}
     fast = compiled(Net(lambda m, x: m.b(sums(m, x)), **layers), W4A4_64)
     one = fast.program_for(torch.zeros(1, 3, 9, 9))[0]
-    # The residual in float32, and the input of a layer with its border twice: nothing else is needed at a time.
+    # Live at the same time are only the residual in float32 and two inputs of layers with borders.
     assert one.memory_bytes < 4 * 64 * 81 + 2 * (64 + 8 + 8) * 11 * 11 + 1024
     same_bits(fast)
 
@@ -515,7 +523,10 @@ def test_a_batch_too_large_for_memory_is_run_in_parts(monkeypatch: pytest.Monkey
             if alone:
                 assert torch.equal(fast(x), fast.model(x))
                 assert sizes == [11, 5, 2, 2, 2, 2, 2, 1]
-                assert torch.equal(fast(x[:3]), fast.model(x[:3])) and sizes[8:] == [2, 1]  # it is not tried again
+                assert torch.equal(fast(x[:3]), fast.model(x[:3])) and sizes[8:] == [
+                    2,
+                    1,
+                ]  # the capture is not tried again
             else:
                 with pytest.raises(torch.OutOfMemoryError):
                     fast(x)
@@ -654,7 +665,7 @@ def test_the_extension_refuses_steps_that_do_not_fit() -> None:
 
 
 def of_fitting_steps(module: Any) -> dict[str, Any]:
-    """A program, and the numbers of its tensors."""
+    """Return a program, and the numbers of its tensors."""
     one = module.Program("scalar")
     grid, dense = (4, 4, 1, 1), (256, 1, 64, 16)
     return {
@@ -801,7 +812,7 @@ def test_a_program_keeps_its_constants_when_the_model_moves_to_shared_memory() -
     qnet, x = dsconv.fold_batchnorm(dsconv.quantize(net)), torch.randn(2, 3, 8, 8)
     fast = dsconv.compile(qnet, x)
     expected, before = fast(x), {name: value.data_ptr() for name, value in fast.state_dict().items()}
-    fast.share_memory()  # which is what a process that is spawned with it does
+    fast.share_memory()  # as a process does that is spawned with it
     assert {name for name, value in fast.state_dict().items() if value.data_ptr() != before[name]} > {"model.b.bias"}
     reused = [torch.full((count,), 1e9, dtype=torch.float32) for count in (8, 16) for _ in range(100)]
     assert torch.equal(fast(x), expected) and len(reused) == 200

@@ -1,4 +1,4 @@
-"""Long work says how far it is: in a terminal by a bar, elsewhere by a line now and then."""
+"""Long work shows its progress: with a bar in a terminal, otherwise with occasional lines."""
 
 import io
 import sys
@@ -18,7 +18,7 @@ Clock = Callable[[float], None]
 
 @pytest.fixture
 def sleep(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Moves the clock that progress goes by."""
+    """Return a function that advances the clock of the progress display."""
     now = 1000.0
 
     def sleep(seconds: float) -> None:

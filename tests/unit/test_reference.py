@@ -1,4 +1,4 @@
-"""The exact reference convolution, against loops over exact rational numbers; and what is promised against it."""
+"""The exact reference convolution, against loops over exact rational numbers; and error bounds against it."""
 
 import itertools
 from fractions import Fraction
@@ -36,7 +36,7 @@ def loops(
     dilation: tuple[int, ...],
     groups: int,
 ) -> dict[tuple[int, ...], tuple[Fraction, Fraction]]:
-    """Value and sum of magnitudes of each output, one multiplication at a time."""
+    """Return value and sum of magnitudes of each output, one multiplication at a time."""
     images, size = len(m), m.shape[2:]
     outputs, channels, *kernel = vqk.shape
     count = -(-channels // block_size)
@@ -183,7 +183,7 @@ def test_modules_stay_within_the_float_bound_of_the_reference(case: dict, sign: 
     quantized = quantized_type.from_float(layer, config)
     x = torch.randn(2, inputs, *case["size"])
     expected = reference_of(quantized, x, **where)
-    # The simulation rounds the weight, multiplies and adds value by value: the usual bound of a sum of that many terms.
+    # The simulation rounds the weight, multiplies and adds one by one: the usual bound of a sum of that many terms.
     magnitude = float_type(inputs, case["outputs"], *([case["kernel"]] if dims else []), bias=case["bias"], **where)
     magnitude.double()
     m, e = quantize_activation(x, case["a_bits"], case["block_size"], sign=sign, groups=where.get("groups", 1))

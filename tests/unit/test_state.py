@@ -1,4 +1,4 @@
-"""State files: what is resumed from is what was written, or an error in one short line."""
+"""State files: work resumes from exactly the written state, or gives an error in one short line."""
 
 import json
 import random
@@ -42,14 +42,14 @@ WORK: dict[str, Callable[[Path, bool], nn.Module]] = {"calibrate": calibrate, "a
 
 @pytest.fixture(scope="module", params=WORK)
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A kind of work, and the state that it left at its end."""
+    """Return a kind of work, and its final state."""
     path = tmp_path_factory.mktemp("state") / "state"
     WORK[request.param](path, False)
     return request.param, path
 
 
 def crafted(finished: Path, path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> Path:
-    """A state with changed contents, and a checksum that is right again."""
+    """Write a state with changed contents and a valid checksum."""
     with safe_open(finished, "pt") as file:
         entries, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     parts = {"data": json.loads(entries["data"]), "made_of": json.loads(entries["made_of"])}

@@ -1,4 +1,4 @@
-"""What BatchNorms tell of the inputs of layers, and what quantization makes of it."""
+"""Statistics of layer inputs, derived from BatchNorms, and their use in quantization."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from dsconv.conversion.statistics import input_moments, signed_inputs
 
 
 def batchnorm(channels: int) -> nn.BatchNorm2d:
-    """One that was trained, on inputs of other moments than noise has."""
+    """Return a BatchNorm trained on inputs with other moments than noise."""
     layer = nn.BatchNorm2d(channels)
     layer.running_mean.normal_(3)
     layer.running_var.uniform_(4, 9)
@@ -30,7 +30,7 @@ def network(*between: nn.Module) -> nn.Sequential:
 def test_scale_and_shift_are_deviation_and_mean() -> None:
     net = network()
     found = input_moments(net)
-    assert list(found) == [net[2]]  # nothing stands before the first layer
+    assert list(found) == [net[2]]  # nothing precedes the first layer
     torch.testing.assert_close(found[net[2]].mean, net[1].bias.detach()[None], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(found[net[2]].variance, net[1].weight.detach().square()[None], atol=0.01, rtol=1e-2)
 
@@ -43,7 +43,7 @@ def test_behind_a_relu_they_are_those_of_a_cut_normal_variable() -> None:
     mean = m * inside + s * density
     variance = (m * m + s * s) * inside + m * s * density - mean * mean
     found = input_moments(net)[net[3]]
-    # The noise behind a convolution is nearly normal.
+    # The noise after a convolution is nearly normal.
     torch.testing.assert_close(found.mean[0], mean, atol=0.05, rtol=0.05)
     torch.testing.assert_close(found.variance[0], variance, atol=0.1, rtol=0.1)
 
@@ -71,7 +71,7 @@ def test_the_network_stays_as_it_was() -> None:
 
 
 class Particular(nn.Module):
-    """Runs on nothing but inputs of one size."""
+    """Network that accepts inputs of only one size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_integers_and_scales_are_the_same_bits_on_any_number_of_threads() -> Non
 
 
 class Residual(nn.Module):
-    """Blocks whose inputs are of all kinds: sums of what was rectified, and sums before."""
+    """Blocks with inputs of all kinds: sums of rectified values, and of values before the ReLU."""
 
     def __init__(self) -> None:
         super().__init__()

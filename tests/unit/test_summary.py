@@ -1,4 +1,4 @@
-"""The summary: sizes and bits against what the layers hold, and how it is shown."""
+"""The summary: sizes and bits against the tensors of the layers, and its printed form."""
 
 import json
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def row(name: str, config: dsconv.QuantConfig) -> LayerSummary:
 
 @pytest.fixture
 def scalar(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process that uses the one instruction set that every machine has."""
+    """Use only the instruction set that every machine has."""
     monkeypatch.setenv("DSCONV_MAX_ISA", "scalar")
     native.isa.cache_clear()
     yield

@@ -1,4 +1,4 @@
-"""Results print as one table, as text and as HTML."""
+"""Results are shown as the same table in text and in HTML."""
 
 import re
 from dataclasses import replace
@@ -19,7 +19,7 @@ HOSTILE = "<script>alert(1)</script> & [red]x[/red] [/]"
 
 
 class Page(HTMLParser):
-    """Elements of a page, and rows of its tables; raises where elements are not closed in order."""
+    """Parser for the elements of a page and the rows of its tables; it raises if elements are not closed in order."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -82,7 +82,7 @@ def test_a_notebook_shows_the_words_of_the_text_in_a_table(name: str, results: d
     page = Page(result._repr_html_())
     assert {"table", "td", "th"} <= page.elements <= {"table", "thead", "tbody", "tr", "th", "td", "p", "strong", "br"}
     assert len({len(row) for row in page.rows if row}) >= 1 and len(page.rows) > 1
-    # A terminal wraps words; their letters are the same.
+    # A terminal breaks words, but their letters are the same.
     letters = [sorted(re.sub(r"[^\w.%/,<>-]|_", "", text)) for text in (page.words, re.sub("[─-╿]", "", str(result)))]
     assert letters[0] == letters[1]
 

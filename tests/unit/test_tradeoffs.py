@@ -1,4 +1,4 @@
-"""Networks side by side: the figures are those of the functions that measure one, and the front is the Pareto front."""
+"""Comparison of networks: figures are those of the functions for one network, and the front is the Pareto front."""
 
 import csv
 import io
@@ -147,10 +147,10 @@ def test_networks_of_different_originals_are_refused(networks: dict[str, nn.Modu
     other = dsconv.quantize(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3)))
     with pytest.raises(
         ModelError,
-        match="paper and other are not of one network: its layer 'conv1' has 288 weights in paper and 0 in other",
+        match="paper and other are of different networks: layer 'conv1' has 288 weights in paper and 0 in other",
     ):
         tradeoff({"paper": networks["paper"], "other": other})
-    with pytest.raises(ModelError, match="float32 and other are not of one network"):
+    with pytest.raises(ModelError, match="float32 and other are of different networks"):
         tradeoff({"other": other}, network, IMAGES)
 
 
@@ -159,7 +159,7 @@ def test_mistakes_are_told_before_anything_runs(networks: dict[str, nn.Module], 
         tradeoff({})
     with pytest.raises(ConfigError, match="none called 'float32', got paper, float32"):
         tradeoff({"paper": networks["paper"], "float32": networks["w8a8"]})
-    with pytest.raises(ConfigError, match="reference: images need the float network"):
+    with pytest.raises(ConfigError, match="reference: expected the float network"):
         tradeoff(networks, images=IMAGES)
     with pytest.raises(ConfigError, match="threads from 1"):
         tradeoff(networks, network, time_shape=(1, 8, 8), threads=0)

@@ -82,7 +82,7 @@ def video() -> nn.Sequential:
 
 
 def separable() -> nn.Sequential:
-    """Layers of X3D (Feichtenhofer, CVPR 2020): depthwise ones between those of one pixel."""
+    """Return layers of X3D (Feichtenhofer, CVPR 2020): depthwise ones between pointwise ones."""
     return nn.Sequential(
         *(nn.Conv3d(3, 24, (1, 3, 3), (1, 2, 2), (0, 1, 1)), nn.Conv3d(24, 24, (3, 1, 1), 1, (1, 0, 0), groups=24)),
         *(nn.ReLU(), nn.Conv3d(24, 48, 1), nn.ReLU(), nn.Conv3d(48, 48, 3, 1, 1, groups=48), nn.ReLU()),
@@ -91,7 +91,7 @@ def separable() -> nn.Sequential:
 
 
 class VNet(nn.Module):
-    """A segmenter of volumes (Milletari et al., 3DV 2016) of two levels."""
+    """Segmentation of volumes (Milletari et al., 3DV 2016) with two levels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def test_compiled_they_return_the_same_bits(name: str, config: str) -> None:
     model, x = network(name, config)
     fast = dsconv.compile(model, x)
     left = [step.operator for step in fast.plan.in_pytorch]
-    if name != "waveforms":  # which are no images
+    if name != "waveforms":  # which are not images
         assert left == []
     layouts = [torch.contiguous_format]
     layouts += [torch.channels_last] * (x.dim() == 4) + [torch.channels_last_3d] * (x.dim() == 5)

@@ -1,4 +1,4 @@
-"""Weights to VQK and KDS: the promises of the arithmetic, checked against float64 numpy."""
+"""Weights to VQK and KDS: the guarantees of the arithmetic, checked against float64 numpy."""
 
 import itertools
 import math
@@ -33,7 +33,7 @@ rules = st.sampled_from(WEIGHT_RULES)
 
 @st.composite
 def float_weights(draw: st.DrawFn, *, moderate: bool = False) -> Tensor:
-    """Weights of 0 to 3 kernel dimensions: Gaussian, full of ties, with outliers, zeros, tiny and huge values."""
+    """Draw weights of 0 to 3 kernel dimensions: Gaussian, with ties, outliers, zeros, tiny and huge values."""
     kernel = draw(st.lists(st.integers(1, 3), max_size=3))
     shape = (draw(st.integers(1, 5)), draw(st.integers(1, 37)), *kernel)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -52,7 +52,7 @@ def float_weights(draw: st.DrawFn, *, moderate: bool = False) -> Tensor:
 
 
 def blocks(w: Tensor, block_size: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Index into KDS and values (O, n) of every block and tap."""
+    """Yield the index into KDS and the values (O, n) of every block and tap."""
     for tap in itertools.product(*map(range, w.shape[2:])):
         for block in range(block_count(w.shape[1], block_size)):
             part = w[(slice(None), slice(block * block_size, (block + 1) * block_size), *tap)]
@@ -60,7 +60,7 @@ def blocks(w: Tensor, block_size: int) -> Iterator[tuple[tuple[int, ...], Tensor
 
 
 def squared_errors(w: Tensor, vqk: Tensor, kds: Tensor, block_size: int, shift: Tensor | None = None) -> Tensor:
-    """Squared error of each block in float64."""
+    """Return the squared error of each block in float64."""
     found = []
     for (index, part), (_, q) in zip(blocks(w, block_size), blocks(vqk, block_size), strict=True):
         approximation = q.double() * kds[(slice(None), *index)].double()[:, None]
@@ -209,7 +209,7 @@ def test_folding_batchnorm_gives_the_same_integers() -> None:
     folded_vqk, folded_kds = quantize_weight(w * factor.view(-1, 1, 1, 1), 4, 32)
     live = torch.arange(32) != 5
     assert not folded_kds[5].any()
-    # The products are rounded to float32, which can turn what lies that close to the middle of two levels.
+    # The products are rounded to float32, which can change the rounding of values so close to the middle of two levels.
     near_tie = torch.zeros_like(w, dtype=torch.bool)
     for tap in itertools.product(range(3), range(3)):
         for block in range(2):
@@ -257,7 +257,7 @@ def test_refined_is_never_worse_than_paper(w: Tensor, bits: int, block_size: int
 
 
 def refined_error(w: np.ndarray, bits: int, shift: bool) -> float:
-    """Squared error of one block by rule ``refined``, in float64: of each start, all steps written out."""
+    """Return the squared error of one block by rule ``refined``, in float64, with all steps of each start."""
     half = 2 ** (bits - 1)
     extreme, low, high = w[np.abs(w).argmax()], w.min(), w.max()
     columns = np.ones((2 if shift else 1, len(w)))
@@ -294,7 +294,7 @@ def test_refined_rounds_from_the_best_of_three_ranges_and_either_sign(bits: int,
 
 
 def objective(w: Tensor, vqk: Tensor, kds: Tensor, block_size: int, shift: Tensor) -> Tensor:
-    """``e' H e`` of each output and block, ``H = (1 - r) I + r [same input channel] + k 1 1'``, built in full."""
+    """Return ``e' H e`` of each output and block, with the full ``H = (1 - r) I + r [same input channel] + k 1 1'``."""
     found = []
     error = (w.double() - dequantize_weight(vqk, kds, block_size, shift).double()).reshape(*w.shape[:2], -1)
     taps = error.shape[2]
@@ -336,7 +336,7 @@ def test_balanced_has_finite_scales_of_the_largest_floats(seed: int, solver: Any
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("shift", [False, True])
 def test_balanced_expects_the_inputs_that_are_known(groups: int, shift: bool) -> None:
-    """Of outputs on inputs of such moments, the error is less than without knowing them."""
+    """Check that the output error on inputs of these moments is smaller than without knowing them."""
     generator = torch.Generator().manual_seed(0)
     channels = 24 // groups
     w = torch.randn(48, channels, generator=generator)
@@ -434,7 +434,7 @@ def test_huge_and_subnormal_weights(rule: str, bits: int, size: float) -> None:
             assert torch.isfinite(result[2]).all()
             back = back + result[2].double().repeat_interleave(16, 1)[:, :24]
         error = (w.double() - back).abs().max()
-        # A KDS that is subnormal itself has few digits.
+        # A subnormal KDS has few digits.
         assert error <= size * 2.0 ** (2 - bits) + 2.0**-149 * 2 ** (bits - 1)
 
 
@@ -529,7 +529,7 @@ def test_results_do_not_depend_on_the_chunks_worked_on(rule: str, chunk: int, mo
 
 @pytest.mark.parametrize("slab", [1, 16, 64, 100, 200, 400])
 def test_each_output_is_rounded_for_its_own_inputs_in_any_part(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of a block's outputs, several blocks, or several groups; each as it is by itself."""
+    """Compare parts of a block's outputs, several blocks, or several groups with each one alone."""
     generator = torch.Generator().manual_seed(5)
     w = torch.randn(12, 20, 3, generator=generator)
     mean, variance = torch.rand(2, 3, 20, generator=generator)

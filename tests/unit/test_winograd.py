@@ -1,4 +1,4 @@
-"""3x3 convolutions by Winograd in integers, as dsconv.numerics defines them."""
+"""3x3 Winograd convolutions in integers, as dsconv.numerics defines them."""
 
 import math
 
@@ -29,7 +29,7 @@ sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
 def transformed(w: Tensor) -> Tensor:
-    """``G g G'`` in float64, ``(16, O, C)``."""
+    """Return ``G g G'`` in float64, ``(16, O, C)``."""
     g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
     return torch.einsum("ik,ockl,jl->ijoc", g, w.double(), g).flatten(0, 1)
 
@@ -56,7 +56,7 @@ def test_integers_of_the_weight_fit_bytes_and_lanes(o: int, c: int, size: int, p
         for eight in F.pad(block, (0, -block.shape[2] % 8)).split(8, 2):
             for lane in (eight[..., [0, 1, 4, 5]], eight[..., [2, 3, 6, 7]]):
                 assert max(lane.clamp(min=0).sum(2).max(), -lane.clamp(max=0).sum(2).min()) <= MOST_OF_LANE
-    # Half a step, and what the rounding of the transform to float32 and that of the product leave.
+    # Half a step, and the rounding of the transform to float32 and of the product.
     u, near = transformed(w), dequantize_winograd_weight(winograd_weight(w, size), size).double()
     step = scale.double().repeat_interleave(size, 2)[:, :, :c]
     step = torch.cat([step[:5], step[16:], step[6:16]])
@@ -68,7 +68,7 @@ def test_a_scale_is_no_larger_than_it_must_be() -> None:
     integers, _ = winograd_weight(w, 64)
     u = transformed(w)
     error = (dequantize_winograd_weight(winograd_weight(w, 64), 64) - u).square().sum() / u.square().sum()
-    assert 10 * math.log10(error) < -36  # 7 bits to the largest value leave -35
+    assert 10 * math.log10(error) < -36  # 7 bits up to the largest value give -35
     eights = integers.int().unflatten(2, (-1, 8))
     lanes = torch.stack([eights[..., [0, 1, 4, 5]], eights[..., [2, 3, 6, 7]]]).clamp(min=0).sum(-1)
     assert (lanes.amax((0, 3)) > 0.85 * MOST_OF_LANE).float().mean() > 0.5
@@ -202,7 +202,7 @@ def test_weights_that_are_not_finite_make_their_outputs_nan_by_kernels_and_simul
         with ops.simulated():
             simulated = layer(x)
     assert y[:, [0, 2]].isfinite().all() and torch.allclose(y[:, [0, 2]], simulated[:, [0, 2]])
-    # 1e38 times 7 is infinite, too.
+    # 1e38 times 7 is also infinite.
     assert y[:, 1].isnan().all() and simulated[:, 1].isnan().all()
     weight = ops.round_winograd(layer.dequantized_weight(), 8)
     assert weight.scale[:, 1, 1].isnan().any() and (weight.integers[weight.scale.isnan().any(2)][..., 8:] == 0).all()

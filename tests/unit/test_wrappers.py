@@ -1,4 +1,4 @@
-"""Networks in wrappers: every function takes the network that is wrapped, under its own names."""
+"""Networks in wrappers: every function uses the wrapped network, under its own names."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ def net() -> Net:
 
 
 class Varargs(tnn.Module):
-    """A wrapper of the user, of which nothing is known."""
+    """An unknown wrapper of the user."""
 
     def __init__(self, model: tnn.Module):
         super().__init__()
@@ -129,7 +129,7 @@ def test_every_function_takes_the_network_in_a_wrapper(wrap: Callable[[Any], Any
     measured = [dsconv.sensitivity(m, "w4a4", images=X[:4]).trials for m in (model, plain)]
     assert measured[0] == measured[1]
     bench = dsconv.bench(model, again, X[:2], against=["torch"], turns=2, seconds=0.01)
-    assert set(bench.not_run) <= {"PyTorch bf16"} and bench.timings  # not every processor has bf16
+    assert set(bench.not_run) <= {"PyTorch bf16"} and bench.timings  # not every processor supports bf16
 
 
 def test_networks_in_wrappers_are_left_as_they_are() -> None:

@@ -1,4 +1,4 @@
-"""Models by name: where they come from, their weights, and what is said of a name that does not work."""
+"""Models by name: sources, weights, and errors for invalid names."""
 
 import importlib
 import sys

@@ -1,5 +1,5 @@
-// Runs a network on noise and prints how long that takes: latency NETWORK.dsconv [THREADS [RUNS]]
-// With several threads, all share one network and each computes alone, so that as many requests are served at once.
+// Runs a network on noise and prints its latency: latency NETWORK.dsconv [THREADS [RUNS]]
+// Several threads share one network, and each runs it independently, as in a server with parallel requests.
 #include <dsconv.h>
 
 #include <algorithm>
@@ -51,7 +51,7 @@ struct Array {
   }
 };
 
-// One sample of noise for each input, in the first size that the network takes.
+// Returns one sample of noise for each input, in the first size that the network accepts.
 std::vector<Array> noise(const dsconv_network* network, unsigned seed) {
   std::mt19937 generator(seed);
   std::normal_distribution<float> normal;
@@ -71,12 +71,12 @@ std::vector<dsconv_tensor> tensors(const std::vector<Array>& arrays) {
   return result;
 }
 
-// Milliseconds of each of some runs.
+// Returns the milliseconds of each run.
 std::vector<double> run(const dsconv_network* network, unsigned seed, int runs) {
   const auto arrays = noise(network, seed);
   const auto inputs = tensors(arrays);
   std::vector<dsconv_tensor> outputs(dsconv_output_count(network));
-  check(dsconv_run(network, inputs.data(), inputs.size(), outputs.data(), outputs.size()));  // for the shapes
+  check(dsconv_run(network, inputs.data(), inputs.size(), outputs.data(), outputs.size()));  // sets the shapes
   std::vector<Array> results;
   for (const auto& output : outputs) {
     results.push_back({output, {}});

@@ -1,8 +1,8 @@
-"""Sends images to service.py from many clients at once, and compares each answer with that of the network itself.
+"""Send images to service.py from many concurrent clients, and compare each answer with that of the network itself.
 
 python examples/deploy/service/load_test.py digits.dsconv http://127.0.0.1:8000 --requests 1000 --clients 16
 
-It ends with an error where an answer is wrong, or where a request that was sent is neither answered nor refused.
+It ends with an error if an answer is wrong, or if a request is neither answered nor refused.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SIDE = 40
 
 
 def image(seed: int, mode: str) -> Image.Image:
-    """A smooth picture of random colours."""
+    """Return a smooth picture of random colours."""
     bands = len(Image.new(mode, (1, 1)).getbands())
     noise = np.random.default_rng(seed).integers(0, 256, (4, 4, bands), np.uint8)
     return Image.fromarray(noise[..., 0] if bands == 1 else noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC)

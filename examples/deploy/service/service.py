@@ -1,11 +1,11 @@
-"""A network as an HTTP service: images come by POST /classify, the best five classes go back as JSON.
+"""A network as an HTTP service: POST /classify takes an image and returns the best five classes as JSON.
 
 python examples/deploy/service/service.py digits.dsconv --port 8000 --workers 2
 curl --data-binary @digit.png http://127.0.0.1:8000/classify
 
-It needs dsconv-runtime, pillow, starlette and uvicorn. Requests that meet are computed together, at most --batch of
-them, and the first one waits for others at most --wait milliseconds. Where --queue requests are in work, further ones
-are answered 503 at once. SIGTERM ends it when all requests that were accepted are answered.
+It needs dsconv-runtime, pillow, starlette and uvicorn. Concurrent requests are batched, at most --batch of them; the
+first one waits for others at most --wait milliseconds. If --queue requests are in progress, further ones get status 503
+at once. After SIGTERM it answers all accepted requests and exits.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Waiting(NamedTuple):
 
 
 class Batches:
-    """Threads that run a network on inputs which arrive one by one, together where they have one shape."""
+    """Threads that run a network on batches of single inputs with the same shape."""
 
     def __init__(self, network: dsconv_runtime.Network, workers: int, most: int, wait_s: float):
         self._network, self._most, self._wait_s = network, most, wait_s
@@ -56,7 +56,7 @@ class Batches:
             thread.start()
 
     def submit(self, x: np.ndarray) -> Future[np.ndarray]:
-        """Give the output for ``x``, a sample without the dimension of the batch."""
+        """Return the future output for ``x``, a sample without the batch dimension."""
         waiting = Waiting(x, time.monotonic(), Future())
         with self._changed:
             self._waiting.append(waiting)
@@ -64,7 +64,7 @@ class Batches:
         return waiting.answer
 
     def close(self) -> None:
-        """Compute what waits, and end the threads."""
+        """Process the waiting inputs, and end the threads."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -107,7 +107,7 @@ class Batches:
 
 
 class Service:
-    """The application: what it answers to requests."""
+    """The application: its answers to requests."""
 
     def __init__(self, options: argparse.Namespace):
         self.network = dsconv_runtime.Network(options.network)
@@ -132,7 +132,7 @@ class Service:
             self.network.close()
 
     async def health(self, _: Request) -> JSONResponse:
-        """Numbers to watch: it is overloaded where refusals grow, and where runs have nearly --batch samples each."""
+        """Return figures to monitor: it is overloaded if refusals grow, or if runs have nearly --batch samples each."""
         return JSONResponse(
             {
                 "status": "ok",

@@ -69,9 +69,7 @@ def _resize(image: NDArray[np.uint8], size: tuple[int, int], interpolation: str)
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError(
-            "Pillow is not installed, which resizes images: pip install 'dsconv-runtime[images]'"
-        ) from error
+        raise ImportError("Pillow resizes images and is not installed: pip install 'dsconv-runtime[images]'") from error
     height, width = size
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[interpolation.upper()]))
 

@@ -88,7 +88,7 @@ class Network:
         found = ctypes.c_void_p()
         name = os.fsdecode(path)
         if "\0" in name:
-            raise ValueError(f"path: expected the path of a file, got {name!r}, in which is a null character")
+            raise ValueError(f"path: expected the path of a file, got {name!r}, which contains a null character")
         status = library.dsconv_open(os.fsencode(name), ctypes.byref(found))
         if status == Status.IO_ERROR:
             with open(name, "rb") as file:  # says more precisely what is wrong
@@ -222,7 +222,7 @@ class Network:
         inputs = (Tensor * max(1, len(shapes)))()
         for tensor, (name, shape) in zip(inputs, zip_longest((i.name for i in self.inputs), shapes), strict=False):
             if shape is None or len(shape) > MAX_RANK or not all(0 <= n < 1 << 63 for n in shape):
-                raise DataError(f"shapes: expected one of input {name!r}, of at most {MAX_RANK} sizes, got {shape}")
+                raise DataError(f"shapes: expected a shape of at most {MAX_RANK} sizes for input {name!r}, got {shape}")
             tensor.type, tensor.rank, tensor.shape[: len(shape)] = FLOAT32, len(shape), list(shape)
         found = ctypes.c_size_t()
         check(library.dsconv_run_bytes(self._open().pointer, inputs, len(shapes), ctypes.byref(found)))
@@ -255,7 +255,7 @@ class Network:
         return f"Network({self._name!r}, inputs=[{inputs}], outputs=[{outputs}]{closed})"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a Network cannot be pickled or copied: pass its path on, and open it there")
+        raise TypeError("a Network cannot be pickled or copied: pass its path, and open the file again")
 
 
 def _info(handle: int, size: int, index: int, name: Any, shape: Any) -> TensorInfo:

@@ -255,17 +255,17 @@ class _Training:
                 look(0)
                 if not math.isfinite(self.looks[0].held_back_kl):
                     lost = _where_nonfinite(self.model, held[0][0])
-                    raise ModelError(f"student: {lost}: check the images, or quantize it anew")
+                    raise ModelError(f"student: {lost}: check the images, or quantize it again")
             stopped = "all steps are done"
             schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay, last_epoch=first - 1)
             network = self.processes.parallel(self.student)
             for step in range(first, recipe.steps):
                 if self.looks[-1].step == step and self._has_stalled():
-                    stopped = f"no better for {recipe.patience} looks"
+                    stopped = f"no improvement for {recipe.patience} looks"
                     break
                 terms, where = self._gradients(network, step)
                 if where is not None:
-                    stopped = f"at step {step + 1}, NaN or infinities began in {where}"
+                    stopped = f"at step {step + 1}, NaN or infinities appeared in {where}"
                     if chief:
                         warnings.warn(f"{stopped}: the state of step {self._best_step()} is kept", stacklevel=3)
                     break
@@ -391,6 +391,6 @@ def _where_nonfinite(model: nn.Module, x: Batch) -> str:
     """Describe where values of ``model`` on the images ``x`` become non-finite."""
     layer = nonfinite_layer(model, x)
     if layer is not None:
-        return f"NaN or infinities begin in layer {layer!r}"
+        return f"NaN or infinities first appear in layer {layer!r}"
     largest = float(by_sample(x).abs().max())
-    return f"its outputs are too large for float32 to hold their squares, for images with values up to {largest:.3g}"
+    return f"the squares of its outputs overflow float32, for images with values up to {largest:.3g}"

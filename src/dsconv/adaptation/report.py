@@ -77,7 +77,7 @@ class Adaptation(Printed):
         name = "KL" if self.measure == "KL divergence" else "distance"
         caption = (
             f"Adapted on {self.images} images, seed {self.seed}; {self.held_back} more are held back. "
-            f"Kept: step {self.best_step}. Ended: {self.stopped}."
+            f"Kept: step {self.best_step}. Stopped: {self.stopped}."
             + f"\ndistance: {self.measure} of the outputs."
             * (name != "KL")
         )

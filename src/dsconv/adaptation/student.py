@@ -89,8 +89,8 @@ class Student(nn.Module):
             held, shadowed = pair.layer.conv_weight(), cast(Shadow, shadow)()
             if (held - shadowed).square().sum() > _SAME * held.square().sum():
                 raise ModelError(
-                    f"layer {pair.name!r}: its integers are not those of its rule, as after a calibration, and weights "
-                    "that are recomputed would lose them: use the recipe default, or a network as quantize made it"
+                    f"layer {pair.name!r}: its integers differ from those of its weight rule, as after a calibration, "
+                    "and this recipe computes them again: use the recipe 'default', or a network from quantize"
                 )
 
     @torch.no_grad()

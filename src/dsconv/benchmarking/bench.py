@@ -145,15 +145,17 @@ def _check(
     if not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"batch_sizes: expected whole numbers from 1, got {batch_sizes}")
     if not threads or min(threads) < 1 or max(threads) > cores():
-        raise ConfigError(f"threads: expected whole numbers from 1 to the {cores()} cores there are, got {threads}")
+        raise ConfigError(f"threads: expected whole numbers from 1 to {cores()}, the number of cores, got {threads}")
     if (turns is not None and turns < 2) or seconds <= 0:
-        raise ConfigError(f"expected turns of at least 2 and seconds above 0, got {turns} and {seconds}")
+        raise ConfigError(
+            f"turns, seconds: expected at least 2 turns and more than 0 seconds, got {turns} and {seconds}"
+        )
     check_on_interrupt(on_interrupt)
     check_module("reference", reference)
     check_evaluation_mode(reference, "timing it")
     if (dtype := dtype_of(reference)) not in (None, torch.float32):
         raise ModelError(
-            f"the reference is in {dtype}, and runtimes are compared in float32: call float() on it before"
+            f"reference: expected float32, in which runtimes are compared, got {dtype}: call float() on it first"
         )
 
 

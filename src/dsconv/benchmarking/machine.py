@@ -41,7 +41,7 @@ def machine_notes(machine: dict[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
     yield f"{machine['processor']}, {machine['cores']} cores, {machine['isa'] or 'no extension'}; {versions}."
     if machine["load_average"] is not None:
-        yield f"Load average of the minute before: {machine['load_average']:.2f}."
+        yield f"Load average over the minute before: {machine['load_average']:.2f}."
     caps = {name: value for name, value in machine["caps"].items() if value}
     if caps:
         binds = {"DSCONV_MAX_ISA": "dsconv", "ONEDNN_MAX_CPU_ISA": "oneDNN in PyTorch and OpenVINO"}

@@ -384,7 +384,7 @@ def _mnn(case: Case, kind: str) -> Contestant:
         runtime = import_extra("mnn", "MNN")
     taken, returned = case.x.tensors, list(case.outputs)
     if case.x.of_images or any([tensor.dtype for tensor in found] != [torch.float32] for found in (taken, returned)):
-        raise NotRun("it is run with one float32 tensor as input, and one as output")
+        raise NotRun("it runs networks with one float32 tensor as input and one as output only")
     (given,) = taken
     path, (precision, *how) = case.onnx.mnn(kind), kind.split()
     layers, computed = Counter[str](), Counter[str]()
@@ -430,7 +430,7 @@ def _executed(layers: Mapping[str, int], wanted: int) -> str:
 def _named(runtime: str, kind: str, computed: Counter[str]) -> str:
     """Return the name of a contestant by the precision of its convolutions and products, if it is not ``kind``."""
     if not computed:
-        raise NotRun("no convolution or product was found in what it runs, so its precision is not known")
+        raise NotRun("no convolution or matrix product was found among its operators, so its precision is unknown")
     if set(computed) == {kind}:
         return f"{runtime} {kind}"
     mixed = ", ".join(f"{count} {precision}" for precision, count in computed.most_common())

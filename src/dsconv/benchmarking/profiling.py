@@ -108,7 +108,7 @@ class Profile(Printed):
             f"Batch {self.batch_size}, {plural(self.threads)}: {digits(self.median_ms)} ms, of which steps take "
             f"{digits(whole)}; medians of {self.runs} runs.",
             f"{macs / 1e9:.3g} GMAC at {rate:.0f} GMAC/s, {share:.0f} % of the {self.peak_gmac_per_s:.0f} that "
-            f"{plural(self.threads)} reached in dot products with everything in the first cache.",
+            f"{plural(self.threads)} reached in dot products on data in the L1 cache.",
             *machine_notes(self.machine),
         ]
 

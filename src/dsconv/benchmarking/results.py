@@ -19,7 +19,7 @@ OURS = "dsconv"
 # Tools that make int8 models, and the contestants that use them.
 _INT8 = {
     "Q/DQ models of onnxruntime.quantization": ("ONNX Runtime int8", "OpenVINO int8"),
-    "models of MNN's own tool": ("MNN int8",),
+    "models of MNN's converter": ("MNN int8",),
 }
 
 
@@ -131,13 +131,13 @@ class Bench(Printed):
         columns: dict[str, Callable[[Timing], str]] = {
             "ms": lambda timing: digits(timing.median_ms),
             "quartiles": lambda timing: f"{digits(timing.first_quartile_ms)} .. {digits(timing.third_quartile_ms)}",
-            "ms an\nimage": lambda timing: digits(timing.ms_per_image),
+            "ms per\nimage": lambda timing: digits(timing.ms_per_image),
             "ours /\ntheirs": lambda timing: "" if timing.contestant == OURS else _cell(self.ratio(timing)),
             "speed-\nup": lambda timing: _cell(self.speedup(timing)),
             "weights\nMB": lambda timing: f"{timing.weight_bytes / 1e6:.2f}",
         }
         if all(timing.batch_size == 1 for timing in self.timings):
-            del columns["ms an\nimage"]
+            del columns["ms per\nimage"]
         if not self._scales():
             del columns["speed-\nup"]
         table.add_column("", overflow="fold")
@@ -171,7 +171,7 @@ class Bench(Printed):
                 yield f"int8: {maker}, per channel, calibrated on {self.calibration}."
         yield from machine_notes(self.machine)
         if self.unsettled_turns:
-            yield f"{self.unsettled_turns} turns began while another contestant's threads may still have been spinning."
+            yield f"{self.unsettled_turns} turns began while another contestant's threads were possibly still spinning."
 
 
 def read_benches(path: str | os.PathLike[str]) -> list[Bench]:
@@ -186,7 +186,7 @@ def read_benches(path: str | os.PathLike[str]) -> list[Bench]:
     try:
         return TypeAdapter(dict[str, list[Bench]]).validate_json(Path(path).read_bytes())["networks"]
     except (ValidationError, KeyError, RecursionError):
-        raise FileFormatError(f"{os.fspath(path)}: expected JSON that dsconv bench --out wrote") from None
+        raise FileFormatError(f"{os.fspath(path)}: expected JSON written by dsconv bench --out") from None
 
 
 def plural(threads: int) -> str:

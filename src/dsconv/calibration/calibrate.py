@@ -159,7 +159,7 @@ def calibrate(
     compared = float(before.mean()), float(after.mean()), chance(before, after)
     table = Calibration(tuple(records), len(x), seed, len(held_back), distance.measure, *compared)
     if table.kept == "given":
-        warnings.warn(f"{table.verdict}: calibrate on more images like those to come", stacklevel=2)
+        warnings.warn(f"{table.verdict}: calibrate on more images that resemble those of the application", stacklevel=2)
         note(given, calibration=table)
         return given
     added = (p.name for p in pairs if p.reason is None and qmodel.get_submodule(p.name).bias is None)
@@ -171,7 +171,9 @@ def check_models(qmodel: nn.Module, reference: nn.Module, names: tuple[str, str]
     """Raise ModelError unless one is a quantized network that can be changed, and the other a network."""
     check_module(names[1], reference)
     if isinstance(qmodel, CompiledModel):
-        raise ModelError(f"{names[0]}: it is compiled: pass its .model, and compile the result")
+        raise ModelError(
+            f"{names[0]}: expected a network that is not compiled: pass its .model, and compile the result"
+        )
     quantized_layers(qmodel, names[0])
 
 

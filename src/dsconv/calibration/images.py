@@ -68,16 +68,18 @@ def read_labelled(
     x = joined(parts) if parts else torch.empty((0, 1), dtype=torch.float32, device="cpu")
     values = by_sample(x)
     if not (finite := values.isfinite().all(1)).all():
-        raise DataError(f"images: image {int((~finite).nonzero()[0])} holds a NaN or an infinity")
+        raise DataError(f"images: image {int((~finite).nonzero()[0])} contains NaN or infinity")
     kept = ~(copies := _copies(values))
     x = x[kept]
     different = f"{len(x)} different ones, the other {count - len(x)} are copies of these" if copies.any() else count
     if len(x) < fewest:
-        raise DataError(f"images: expected {enough} or more (at least {fewest}), got {different}: {good} are good")
+        raise DataError(
+            f"images: expected {enough} or more (at least {fewest}), got {different}: {good} are recommended"
+        )
     if copies.any():
         warnings.warn(f"{count - len(x)} of {count} images are copies of others and are left out", stacklevel=4)
     if len(x) < enough:
-        warnings.warn(f"{len(x)} images are few: expected {enough} or more, {good} are good", stacklevel=4)
+        warnings.warn(f"{len(x)} images are few: expected {enough} or more; {good} are recommended", stacklevel=4)
     return x, labels_at(_one(labels), kept.nonzero().flatten()) if labels else None
 
 
@@ -144,9 +146,7 @@ def check_images(x: Batch, reference: nn.Module, qmodel: nn.Module, *, any_range
         width, offset = float(x.std()) / expected[1], (float(x.mean()) - expected[0]) / expected[1]
         far = far or _is_odd(width, offset, _FAR)
         if _is_odd(width, offset):
-            said.append(
-                f"photographs as the network's preparation makes them have {expected[0]:.3g} and {expected[1]:.3g}"
-            )
+            said.append(f"photographs preprocessed for this network have {expected[0]:.3g} and {expected[1]:.3g}")
     batchnorm = next((name for name, module in reference.named_modules() if isinstance(module, _BatchNorm)), None)
     read = None if batchnorm is None else _read_by(reference, batchnorm, x[:ENOUGH])
     if read is not None:
@@ -154,8 +154,8 @@ def check_images(x: Batch, reference: nn.Module, qmodel: nn.Module, *, any_range
         far = far or _is_odd(width, offset, _FAR)
         if _is_odd(width, offset):
             said.append(
-                f"the first BatchNorm, {batchnorm!r}, reads values of {width:.3g} times the deviation, and means "
-                f"{offset:.3g} deviations off those, that it was trained on"
+                f"the standard deviation at the first BatchNorm, {batchnorm!r}, is {width:.3g} times that of its "
+                f"training, and the mean is off by {offset:.3g} standard deviations"
             )
     if said:
         text = f"images: {seen}, but {'; '.join(said)}: prepare them as for evaluation"

@@ -166,13 +166,13 @@ def trace(
     if shapes[0] != shapes[1]:
         warnings.warn(
             f"{said}: networks are compared by their outputs, and an image whose shapes differ counts as wholly wrong: "
-            "pass the part of the network in front of what decides how many things it finds",
+            "pass the part of the network before the step that selects a variable number of results",
             stacklevel=3,
         )
     for pair in pairs:
         if calls[pair.name] != len(pair.outputs):
             counts = f"{calls[pair.name]} times in {names[0]}, {len(pair.outputs)} times in {names[1]}"
-            raise ModelError(f"layer {pair.name!r}: it runs {counts}: give the original that the other was made from")
+            raise ModelError(f"layer {pair.name!r}: it runs {counts}: pass the float network that was quantized")
         if not pair.outputs:
             pair.reason = "forward does not call it"
     ordered = [*order.values(), *(pair for pair in pairs if pair.name not in order)]

@@ -58,17 +58,17 @@ class Calibration(Printed):
 
     @property
     def kept(self) -> Literal["calibrated", "given"]:
-        """Which network is the result: the calibrated one, unless it is further away by more than chance."""
+        """Resulting network: the calibrated one, unless it is further from float by more than the standard error."""
         # If both are infinite, neither is worse.
         return "calibrated" if self.after <= self.before + self.chance else "given"
 
     @property
     def verdict(self) -> str:
         """Statement which network was kept and by how much it is better, in one sentence without its full stop."""
-        what = "the calibrated network" if self.kept == "calibrated" else "the network as it was given"
+        what = "the calibrated network" if self.kept == "calibrated" else "the given network"
         return (
-            f"kept is {what}: on {self.held_back} images held back, {self.measure} from the float network is "
-            f"{self.before:.4g} as given and {self.after:.4g} calibrated, give or take {self.chance:.2g}"
+            f"{what} is kept: on {self.held_back} held-back images, {self.measure} from the float network is "
+            f"{self.before:.4g} before and {self.after:.4g} after calibration (standard error {self.chance:.2g})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,10 +89,10 @@ class Calibration(Printed):
             if layer.reason is not None:
                 left.setdefault(layer.reason, []).append(layer.name)
         notes = [
-            f"Calibrated on {self.images} images, seed {self.seed}. Errors: of a layer's output on these images, in "
-            "percent of its variance, those of the layers before it included.",
+            f"Calibrated on {self.images} images, seed {self.seed}. Errors of layer outputs on these images are in "
+            "percent of the output variance and include the errors of the layers before.",
             f"{self.verdict[0].upper()}{self.verdict[1:]}.",
-            *(f"Left as it was, {reason}: {', '.join(names)}." for reason, names in left.items()),
+            *(f"Not calibrated, {reason}: {', '.join(names)}." for reason, names in left.items()),
         ]
         table = Table(
             box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=escape("\n".join(notes)), caption_justify="left"

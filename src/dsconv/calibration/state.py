@@ -42,7 +42,7 @@ class State:
             layers = [] if data == [] else self._file.records(CalibratedLayer, data)
             self.done = {layer.name: layer for layer in layers}
             if len(self.done) < len(layers):
-                raise self._file.refusal("it has a layer twice")
+                raise self._file.refusal("it lists a layer twice")
 
     def check(self, layers: Mapping[str, DSLayer]) -> None:
         """Raise FileFormatError unless the file contains some of ``layers``, by name.
@@ -53,7 +53,7 @@ class State:
         expected: dict[str, Tensor] = {}
         for name in self.done:
             if name not in layers:
-                raise self._file.refusal(f"layer {name!r} is none that is calibrated")
+                raise self._file.refusal(f"layer {name!r} is not one of those to calibrate")
             layer = layers[name]
             parts = {"vqk": layer.vqk, "kds": layer.kds, "kds_shift": layer.kds_shift}
             parts["bias"] = layer.kds.new_empty(len(layer.vqk))
@@ -63,9 +63,9 @@ class State:
             name, _, part = key.rpartition(".")
             half = 1 << (layers[name].config.weight_bits - 1)
             if part == "vqk" and not -half <= int(value.min()) <= int(value.max()) < half:
-                raise self._file.refusal(f"tensor {key!r} holds integers of more than the layer's bits")
+                raise self._file.refusal(f"tensor {key!r} holds integers outside the range of the layer's bits")
             if part in ("kds", "kds_shift") and not value.isfinite().all():
-                raise self._file.refusal(f"tensor {key!r} holds a NaN or an infinity")
+                raise self._file.refusal(f"tensor {key!r} contains NaN or infinity")
 
     def add(self, record: CalibratedLayer, **tensors: Tensor | None) -> None:
         """Record a finished layer, and its ``tensors``."""

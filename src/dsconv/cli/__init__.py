@@ -104,7 +104,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="See it work: dsconv demo. Help on a command: dsconv quantize --help.")
+@app.callback(epilog="Try it: dsconv demo. Help on a command: dsconv quantize --help.")
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
@@ -139,8 +139,8 @@ def _exit(error: BaseException) -> int | str | None:
         case DSConvError() | OSError():
             return f"error: {one_paragraph(error)}"
         case MemoryError():
-            return "error: there is not enough memory: use fewer images at a time, smaller ones, or a smaller network"
+            return "error: there is not enough memory: use a smaller batch, smaller images, or a smaller network"
         case KeyboardInterrupt():
             return 130
     traceback.print_exception(error)
-    return "error: this is a bug of dsconv: please report it, with the lines above"
+    return "error: this is a bug in dsconv: please report it with the lines above"

@@ -15,26 +15,28 @@ from dsconv.cli.preparation import preparation_of, read_preparation, say_prepara
 from dsconv.names import RECIPES, check_task, check_weights
 
 _OUT_HELP = "File to write: *.safetensors."
-_RESUME_HELP = "Continue a training that was stopped, from the file beside OUT that it left."
-_AUTOCAST_HELP = "Multiply in bfloat16, which GPUs do faster."
+_RESUME_HELP = "Continue a stopped training from its state file beside OUT."
+_AUTOCAST_HELP = "Multiply in bfloat16, which is faster on GPUs."
 
 
 def adapt(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Of dsconv quantize or calibrate.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file written by dsconv quantize or calibrate.", show_default=False)
+    ],
     data: Annotated[Path, typer.Option(metavar="DIR", help=opt.UNLABELLED_HELP, show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help=_OUT_HELP, show_default=False)],
     reference: opt.Reference = None,
     weights: opt.Weights = "default",
     model: opt.ModelOfFile = None,
-    recipe: Annotated[str, opt.choice(RECIPES, help="What is done, by name.")] = "default",
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps at most, in place of the recipe's.")] = None,
+    recipe: Annotated[str, opt.choice(RECIPES, help="Preset of the training.")] = "default",
+    steps: Annotated[int | None, typer.Option(min=1, help="Maximum number of steps, in place of the recipe's.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, metavar="IMAGES", help="Images of a step, over all processes.")
+        int | None, typer.Option(min=1, metavar="IMAGES", help="Images per step, over all processes.")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     limit: opt.LimitOrAll = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
-    log: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Write how far it comes.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
+    log: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Write the progress of the training.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
     threads: opt.Threads = None,
     device: opt.Device = "cpu",

@@ -45,22 +45,22 @@ if TYPE_CHECKING:
 
 _RANDOM = 8
 
-_DATA_HELP = "Images to run, and to calibrate the int8 models of other runtimes on, in place of random ones."
-_SECONDS_HELP = "Seconds for each network, batch size and number of threads, once all are warm (10); at least 5 turns."
+_DATA_HELP = "Images to run, and for calibrating the int8 models of other runtimes, in place of random ones."
+_SECONDS_HELP = "Seconds per network, batch size and number of threads, after warm-up (10); at least 5 turns."
 
 
 def bench(
     models_or_files: Annotated[
         list[str], typer.Argument(metavar="MODEL_OR_FILE...", help=opt.FILE_HELP, show_default=False)
     ],
-    against: Annotated[str, typer.Option(metavar="NAME,...", help="Runtimes to measure beside dsconv.")] = ",".join(
+    against: Annotated[str, typer.Option(metavar="NAME,...", help="Runtimes to compare with dsconv.")] = ",".join(
         PEERS
     ),
     batch_size: Annotated[
         str, typer.Option(metavar="IMAGES,...", help="Images per batch: one number or several.")
     ] = "1",
     threads: Annotated[
-        str, typer.Option(metavar="THREADS,...", help="Threads of the CPU for each runtime: one number or several.")
+        str, typer.Option(metavar="THREADS,...", help="CPU threads of each runtime: one number or several.")
     ] = "1",
     size: opt.Size = None,
     data: Annotated[Path | None, typer.Option(metavar="DIR", help=_DATA_HELP)] = None,
@@ -70,7 +70,9 @@ def bench(
     config: opt.Config = None,
     model: opt.ModelOrReference = None,
     seconds: Annotated[float | None, typer.Option(min=0.001, help=_SECONDS_HELP)] = None,
-    turns: Annotated[int | None, typer.Option(min=2, help="Turns of each runtime, in place of --seconds.")] = None,
+    turns: Annotated[
+        int | None, typer.Option(min=2, help="Number of turns of each runtime, in place of --seconds.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write all figures here.")
     ] = None,
@@ -211,7 +213,7 @@ def _inputs(
     if is_onnx(float_name) and unstated and (several or (not size and zoo.preprocess_of(qmodel) is None)):
         return random_inputs(Path(float_name), size, _RANDOM)
     if several:
-        todo = "leave out --data and what prepares it" if is_onnx(float_name) else "an ONNX file says what they are"
+        todo = "leave out --data and its preprocessing" if is_onnx(float_name) else "an ONNX file describes its inputs"
         raise DataError(
             f"{name} takes more than images, {', '.join(several)}: {todo}, or call dsconv.bench in Python on "
             f"dsconv.Inputs({', '.join(several)})"
@@ -237,6 +239,6 @@ def _numbers(option: str, text: str, most: int | None = None) -> list[int]:
     """Return ``1,8`` as numbers of 1 to ``most``."""
     numbers = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
     if min(numbers) < 1 or (most is not None and max(numbers) > most):
-        limit = "whole numbers from 1" if most is None else f"numbers from 1 to {most}, the cores that there are"
+        limit = "whole numbers from 1" if most is None else f"numbers from 1 to {most}, the number of cores"
         raise typer.BadParameter(f"{option}: expected {limit}, separated by commas, got {text!r}.")
     return numbers

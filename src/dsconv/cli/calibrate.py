@@ -25,7 +25,7 @@ from dsconv.cli.preparation import preparation_of, read_preparation, say_prepara
 from dsconv.names import check_task, check_weights
 
 _OUT_HELP = "File to write: *.safetensors."
-_RESUME_HELP = "Continue a calibration that was stopped, from the file beside OUT that it left."
+_RESUME_HELP = "Continue a stopped calibration from its state file beside OUT."
 
 
 def calibrate(
@@ -38,9 +38,11 @@ def calibrate(
     preset: opt.Preset = "default",
     config: opt.Config = None,
     limit: opt.Limit = 128,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of places in the images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of output positions.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
-    memory: Annotated[float, typer.Option(min=0.01, metavar="GIB", help="Rough bound of what activations take.")] = 4.0,
+    memory: Annotated[
+        float, typer.Option(min=0.01, metavar="GIB", help="Approximate limit of memory for activations.")
+    ] = 4.0,
     threads: opt.Threads = None,
     device: opt.Device = "cpu",
     any_range: opt.AnyRange = False,
@@ -58,8 +60,8 @@ def calibrate(
 ) -> None:
     """Round the weights of a quantized network again so that its layer outputs match the float model on your images.
 
-    The network is FILE, or MODEL quantized according to --preset or --config. The images need no labels, and there is
-    no training. Some of them are held back; if calibration makes the network worse on these, OUT is the uncalibrated
+    The network is FILE, or MODEL quantized according to --preset or --config. Labels are not needed, and there is no
+    training. Some images are held back; if calibration makes the network worse on these, OUT is the uncalibrated
     network.
     """
     mistakes = Mistakes()

@@ -41,7 +41,7 @@ def check_file(path: Path, *models: str | None) -> None:
         return
     if header and not any(models) and not (architecture and is_registered(architecture)):
         raise ModelError(
-            f"{path}: does not say how to build the float model that it is loaded into, a {header['model_class']}: "
+            f"{path}: does not state how to build its float model, a {header['model_class']}: "
             "name it with --model, as path/to/file.py:factory or path/to/model.onnx"
         )
     for name in models if any(models) else [architecture]:
@@ -96,7 +96,7 @@ def check_out(force: bool, **paths: Path | None) -> None:
             wrong.append(one_paragraph(error))
             continue
         if path.exists() and not force:
-            wrong.append(f"{path}: there is such a file already: add --force to replace it, or choose another")
+            wrong.append(f"{path}: the file exists: add --force to replace it, or choose another")
     if wrong:
         raise OSError("; ".join(wrong))
 
@@ -136,13 +136,13 @@ def read_classes(path: Path | None) -> list[str] | None:
     except ValueError as error:
         raise DataError(f"{path}: expected names of classes as UTF-8 text: {error}") from None
     if not names:
-        raise DataError(f"{path}: expected names of classes, one a line, it is empty")
+        raise DataError(f"{path}: expected names of classes, one per line, got an empty file")
     first: dict[str, int] = {}
     for line, name in enumerate(names, 1):
         if not name:
-            raise DataError(f"{path}, line {line}: expected the name of a class, the line is blank: delete it")
+            raise DataError(f"{path}, line {line}: expected the name of a class, got a blank line: delete it")
         if (other := first.setdefault(name, line)) != line:
-            raise DataError(f"{path}, line {line}: {name!r} is the name of line {other} already: name each class once")
+            raise DataError(f"{path}, line {line}: {name!r} is already on line {other}: name each class once")
     return names
 
 

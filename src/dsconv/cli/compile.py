@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from dsconv.compilation.saving.writing import Saved
 
 _SIZES_HELP = (
-    "Height and width of images, in pixels: the file takes them, and all others whose steps follow from these. Give it "
-    "several times where the steps depend on the size. Without it, those of the network's preparation of images."
+    "Height and width of images, in pixels: the file accepts these, and other sizes that need the same steps. Repeat "
+    "the option if the steps depend on the size. Without it, the size of the network's preprocessing is used."
 )
-_CLASSES_HELP = "Names of the classes, one a line, in the order of the network's outputs: they are written to the file."
+_CLASSES_HELP = "Names of the classes, one per line, in the order of the network's outputs, to store in the file."
 _OTHER_SIZES_HELP = (
-    "Whether the file may take images of other sizes, where its steps are the same for these. To find out takes time."
+    "Whether the file accepts images of other sizes, if these need the same steps. The check takes time."
 )
 _FAST_START_HELP = (
-    "Write weights as the kernels read them: the file is larger, opened several times faster, and shared by processes."
+    "Write weights in the layout of the kernels: a larger file, which opens several times faster and which processes "
+    "share."
 )
 
 

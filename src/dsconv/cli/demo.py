@@ -35,7 +35,7 @@ def demo(
     from dsconv.demo_run import run
 
     done = run(out, lambda name: say(f"quantizing and measuring: {name}"))
-    picture, remark = None, "the weights before and after, and the SQNR of each layer."
+    picture, remark = None, "weights before and after quantization, and the SQNR of each layer."
     try:
         sqnr = {name: figures["layer_sqnr_db"] for name, figures in done.figures["settings"].items()}
         picture = str(report.draw(out / "demo.png", done.network, done.quantized, sqnr, layers=_PICTURED))
@@ -44,10 +44,10 @@ def demo(
     if as_json:
         print_json({**done.figures, "picture": picture})
         return
-    print(f"A small ResNet on {done.figures['images']} handwritten digits that it has never seen:")
+    print(f"A small ResNet on {done.figures['images']} handwritten digits that it was not trained on:")
     print_table(_table(done))
     print(
-        "Agreement, KL divergence and logit SQNR are against float32. "
+        "Agreement, KL divergence and logit SQNR are relative to float32. "
         f"The default preset was executed by: {done.figures['backend']}.",
         f"{done.figures['file']}: the default preset; read back, its outputs are bitwise "
         f"{'the same' if done.figures['reloaded_equal'] else 'DIFFERENT'}.",

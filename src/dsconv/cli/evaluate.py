@@ -52,8 +52,8 @@ def evaluate(
 ) -> None:
     """Measure a quantized file, or a float model, on a folder of images.
 
-    With --reference, agreement, KL divergence and SQNR of each output are also shown. Ctrl-C ends the command with the
-    figures so far.
+    With --reference, the command also shows agreement, KL divergence and SQNR of each output. Ctrl-C ends the command
+    with the figures so far.
     """
     mistakes = Mistakes()
     given = mistakes.check(read_preparation, locals(), file_or_model, model, reference)
@@ -66,7 +66,7 @@ def evaluate(
     names = mistakes.check(read_classes, classes)
     kind = mistakes.check(check_task, task)
     mistakes.check(check_metric_name, metric)
-    mistakes.usage(metric is not None and reference is None, "--metric compares with --reference: name that, too.")
+    mistakes.usage(metric is not None and reference is None, "--metric compares with a reference: give --reference.")
     mistakes.end()
 
     begin(threads, device)

@@ -23,18 +23,20 @@ from dsconv.cli.preparation import (
 from dsconv.names import OPSET, Style
 
 _STYLE_HELP = (
-    "qdq: integers of 4 bits with scales of blocks, for a small file; function: the same as calls of functions; "
+    "qdq: 4-bit integers with block scales, for a small file; function: the same as function calls; "
     "int8: plain 8 bits, for speed on today's runtimes; float."
 )
 _FULL_RANGE_HELP = (
-    "int8: let weights take all 8 bits, which is more accurate; right only on processors that add products of bytes in "
-    "32 bits (x86 with VNNI, Arm)."
+    "int8: let weights use all 8 bits, which is more accurate; correct only on processors with 32-bit accumulators for "
+    "products of bytes (x86 with VNNI, Arm)."
 )
-_DATA_HELP = "Images, which need no labels: ranges for int8, and a comparison of what was written."
+_DATA_HELP = "Folder of images, without labels, for the ranges of int8 and a comparison of the written file."
 
 
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Written by dsconv quantize.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file written by dsconv quantize.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.onnx", help="File to write.", show_default=False)],
     style: Annotated[Style, typer.Option(help=_STYLE_HELP)] = "qdq",
     data: Annotated[Path | None, typer.Option(metavar="DIR", help=_DATA_HELP)] = None,
@@ -43,7 +45,7 @@ def export(
     limit: opt.Limit = 32,
     batch_size: opt.BatchSize = 32,
     size: opt.Size = None,
-    opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = OPSET,
+    opset: Annotated[int, typer.Option(help="ONNX opset version.")] = OPSET,
     model: opt.ModelOrReference = None,
     threads: opt.Threads = None,
     force: opt.Force = False,
@@ -59,8 +61,8 @@ def export(
 ) -> None:
     """Write a quantized network as an ONNX file, with any batch size.
 
-    With --data, the distance of ONNX Runtime's outputs for the file from those of dsconv, and the time of both, are
-    shown.
+    With --data, the command also shows how far ONNX Runtime's outputs for the file are from those of dsconv, and the
+    times of both.
     """
     options = locals()
     # Without images, ranges for int8 are those of noise with the preprocessing of images.
@@ -70,8 +72,8 @@ def export(
     shape = mistakes.check(read_size, size)
     mistakes.check(check_one_size, size, resize, crop)
     names = mistakes.check(read_classes, classes)
-    mistakes.usage(classes is not None and data is None, "--classes are of the images of --data.")
-    mistakes.usage(full_range and style != "int8", "--full-range is of --style int8.")
+    mistakes.usage(classes is not None and data is None, "--classes are those of the images: give these, with --data.")
+    mistakes.usage(full_range and style != "int8", "--full-range applies to --style int8 only.")
     mistakes.check(check_file, file, model)
     mistakes.check(check_size, options, str(file), shape)
     mistakes.check(check_data, data)

@@ -13,7 +13,7 @@ from dsconv.errors import one_line
 
 def inspect(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A file that dsconv quantize wrote.", show_default=False)
+        Path, typer.Argument(metavar="FILE", help="A file written by dsconv quantize.", show_default=False)
     ],
     as_json: opt.Json = False,
 ) -> None:
@@ -35,7 +35,7 @@ def inspect(
         f"architecture: {header.architecture or ('in the file' if header.network else 'not named')}, a "
         f"{header.model_class}",
         f"config: {header.config}",
-        f"preparation of images: {Preprocess(**header.preprocess) if header.preprocess else 'not stated'}",
+        f"preprocessing of images: {Preprocess(**header.preprocess) if header.preprocess else 'not stated'}",
         f"calibrated on: {header.calibrated_on or 'no'} images; adapted on: {header.adapted_on or 'no'} images",
     )
     # A file may contain anything, including control sequences for the terminal.

@@ -83,7 +83,7 @@ def original_of(qmodel: "nn.Module", file: str) -> str:
     if info is None or info.architecture is None:
         raise ModelError(f"{file} does not name the float model it was made from: name it with --reference")
     if is_onnx(info.architecture) and not Path(info.architecture).is_file():
-        raise ModelError(f"{file} was made from {info.architecture}, which is not there: name it with --reference")
+        raise ModelError(f"{file} was made from {info.architecture}, which does not exist: name it with --reference")
     return info.architecture
 
 
@@ -128,7 +128,7 @@ def random_inputs(path: Path, size: list[int], count: int) -> "Inputs":
         for place, number in reversed(list(enumerate(shape))[own:]):
             if isinstance(number, str) and not remaining:
                 raise DataError(
-                    f"{path}: dimension {place} of its input {name!r} is free: give --size, or, where that cannot say "
+                    f"{path}: dimension {place} of its input {name!r} is free: give --size, or, if that cannot set "
                     "it, call dsconv.bench in Python on dsconv.Inputs"
                 )
             sizes.insert(0, remaining.pop() if isinstance(number, str) else number)
@@ -136,7 +136,7 @@ def random_inputs(path: Path, size: list[int], count: int) -> "Inputs":
         try:
             kind = torch.from_numpy(np.empty(0, dtype)).dtype
         except TypeError:
-            raise DataError(f"{path}: its input {name!r} is of {dtype}, which PyTorch does not have") from None
+            raise DataError(f"{path}: its input {name!r} has dtype {dtype}, which PyTorch does not support") from None
         return made if kind.is_floating_point else torch.ones_like(made, dtype=kind)
 
     return Inputs(*map(tensor, types))
@@ -159,5 +159,5 @@ def resumable(state: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, OSError, ConfigError):
         if state.exists():
-            warn(f"stopped: what is done is in {state}; the same command with --resume goes on from there")
+            warn(f"stopped: progress is saved in {state}; run the same command with --resume to continue")
         raise

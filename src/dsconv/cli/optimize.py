@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from dsconv.data.preprocess import Preprocess
     from dsconv.optimization import Attempt, Optimization
 
-_BUDGET = "Budget: the most that the network may take; several all hold. Without any, and any target: 4.7 bits"
-_TARGET = "Target: what the network is to reach on images that no step uses; several all hold. Needs --data"
-_OUT_HELP = "File to write: *.safetensors. Its settings go beside it as *.json, a report as *.html."
-_DATA_HELP = f"{opt.DATA_HELP} Half of them are measured on. Without it: a search on noise."
-_TIME_HELP = "Time for all of it, as 90s, 10m, 2h, or none. What does not fit into it is left out, and listed."
-_RESUME_HELP = "Continue a run that was stopped, from the folder beside OUT that it left."
+_BUDGET = "Budget: upper limits, which all hold. Without a budget and a target: 4.7 effective bits"
+_TARGET = "Target: required accuracy on held-back images; all given ones hold. Needs --data"
+_OUT_HELP = "File to write: *.safetensors. The settings (*.json) and a report (*.html) are written beside it."
+_DATA_HELP = f"{opt.DATA_HELP} Half of the images are for measurements. Without it, the search uses noise."
+_TIME_HELP = "Limit of the total time: 90s, 10m, 2h or none. Steps that exceed it are left out, and listed."
+_RESUME_HELP = "Continue a stopped run from its state folder beside OUT."
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -36,36 +36,46 @@ def optimize(
     data: Annotated[Path | None, typer.Option(metavar="DIR", help=_DATA_HELP)] = None,
     effective_bits: Annotated[
         float | None,
-        typer.Option(min=0, help="Bits a weight, KDS and layers in float included.", rich_help_panel=_BUDGET),
+        typer.Option(min=0, help="Bits per weight, including KDS and float layers.", rich_help_panel=_BUDGET),
     ] = None,
     max_bytes: Annotated[
         float | None,
-        typer.Option("--bytes", min=0, help="Bytes of the quantized file, its header apart.", rich_help_panel=_BUDGET),
+        typer.Option("--bytes", min=0, help="Bytes of the quantized file without its header.", rich_help_panel=_BUDGET),
     ] = None,
     ms: Annotated[
         float | None,
-        typer.Option(min=0, help="Milliseconds of one image, compiled and timed here.", rich_help_panel=_BUDGET),
+        typer.Option(
+            min=0, help="Milliseconds per image, compiled and timed on this machine.", rich_help_panel=_BUDGET
+        ),
     ] = None,
     agreement: Annotated[
         float | None,
         typer.Option(
-            min=0, max=100, help="Least percent of images with the class of the float model.", rich_help_panel=_TARGET
+            min=0,
+            max=100,
+            help="Minimum percentage of images with the class of the float model.",
+            rich_help_panel=_TARGET,
         ),
     ] = None,
     kl: Annotated[
         float | None,
-        typer.Option(min=0, help="Largest mean KL divergence from the float model, in nats.", rich_help_panel=_TARGET),
+        typer.Option(min=0, help="Maximum mean KL divergence from the float model, in nats.", rich_help_panel=_TARGET),
     ] = None,
     top1_drop: Annotated[
         float | None,
         typer.Option(
-            min=0, max=100, help="Largest loss of top-1 in percent points; needs labels.", rich_help_panel=_TARGET
+            min=0,
+            max=100,
+            help="Maximum loss of top-1 accuracy in percentage points; needs labels.",
+            rich_help_panel=_TARGET,
         ),
     ] = None,
     distance: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Largest relative error of outputs that are no logits, or --metric.", rich_help_panel=_TARGET
+            min=0,
+            help="Maximum relative error of outputs that are not logits, or of --metric.",
+            rich_help_panel=_TARGET,
         ),
     ] = None,
     time_limit: Annotated[str, typer.Option(metavar="TIME", help=_TIME_HELP)] = "10m",
@@ -73,7 +83,7 @@ def optimize(
     classes: opt.Classes = None,
     limit: opt.Limit = 1000,
     batch_size: opt.BatchSize = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help=_RESUME_HELP)] = False,
     threads: opt.Threads = None,
     device: opt.Device = "cpu",
@@ -104,9 +114,9 @@ def optimize(
     budget, target = ({n: v for n, v in each.items() if v is not None} for each in (limits, figures))
     mistakes.usage(
         bool(target) and data is None,
-        "--agreement, --kl, --top1-drop and --distance are measured on images: name a folder of them, with --data.",
+        "--agreement, --kl, --top1-drop and --distance are measured on images: give a folder of them, with --data.",
     )
-    mistakes.usage(classes is not None and data is None, "--classes are those of the images: name these, with --data.")
+    mistakes.usage(classes is not None and data is None, "--classes are those of the images: give these, with --data.")
     seconds = mistakes.check(_seconds, time_limit)
     settings, page = out.with_suffix(".json"), out.with_suffix(".html")
     mistakes.usage(out in (settings, page), f"--out: expected a name as net.safetensors, got {out.name!r}.")
@@ -163,7 +173,7 @@ def optimize(
         files = [f"{out}: {out.stat().st_size:,} bytes", str(settings), *([str(page)] if reported else [])]
         print(f"Wrote {', '.join(files)}. The same settings without the search: {' && '.join(again)}")
     if found.shortfall is not None:
-        raise DSConvError(f"budget or target is not met: {found.shortfall}; {out} is the network that comes closest")
+        raise DSConvError(f"budget or target is not met: {found.shortfall}; {out} holds the network that comes closest")
 
 
 def _seconds(text: str) -> float | None:

@@ -16,12 +16,12 @@ MODEL_HELP = (
     "arguments of the factory may follow as ?key=value&key=value."
 )
 WEIGHTS_HELP = (
-    "Of the float model: a state dictionary (safetensors or torch.save), those that come with it, or none; "
-    "an ONNX file has its own then."
+    "Weights of the float model: a state dictionary (safetensors or torch.save), its pretrained ones, or random ones; "
+    "an ONNX file keeps its own."
 )
-FILE_HELP = f"A file that dsconv quantize wrote, or a float model: {MODEL_HELP}"
-DATA_HELP = "Images in class folders, or listed in a labels.csv (file,class_index), or unlabelled."
-UNLABELLED_HELP = "Folder of images, which need no labels."
+FILE_HELP = f"A file written by dsconv quantize, or a float model: {MODEL_HELP}"
+DATA_HELP = "Folder of images: in class folders, listed in a labels.csv (file,class_index), or unlabelled."
+UNLABELLED_HELP = "Folder of images; labels are not needed."
 
 
 def choice(names: Sequence[str], **options: Any) -> Any:
@@ -36,10 +36,10 @@ Config = Annotated[
     Path | None,
     typer.Option(metavar="FILE.json|FILE.yaml", help="Settings as JSON or YAML, in place of a preset."),
 ]
-_MODEL_OF_FILE_HELP = "Float model to load FILE into, where FILE cannot name it: path/to/file.py:factory."
+_MODEL_OF_FILE_HELP = "Float model to load FILE into, if FILE does not name it: path/to/file.py:factory."
 ModelOfFile = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help=f"{_MODEL_OF_FILE_HELP} --reference serves as well."),
+    typer.Option("--model", metavar="MODEL", help=f"{_MODEL_OF_FILE_HELP} --reference does the same."),
 ]
 ModelOrReference = Annotated[
     str | None, typer.Option("--model", "--reference", metavar="MODEL", help=_MODEL_OF_FILE_HELP)
@@ -48,66 +48,69 @@ Reference = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Float model that FILE was made from, where FILE does not name it; FILE is loaded into it, too.",
+        help="Float model that FILE was made from, if FILE does not name it; FILE is loaded into it.",
     ),
 ]
 ReferenceToCompare = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="Float model that FILE was made from, to compare with. Serves as --model."),
+    typer.Option(
+        metavar="MODEL", help="Float model that FILE was made from, to compare with. It also serves as --model."
+    ),
 ]
-_SIZE_HELP = "Height and width of an image in pixels (one number: of both), in place of what the network says."
+_SIZE_HELP = "Height and width of an image in pixels (one number sets both), in place of the network's own."
 Size = Annotated[str | None, typer.Option(metavar="PIXELS|[CHANNELSx]HEIGHTxWIDTH", help=_SIZE_HELP)]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 AnyRange = Annotated[
-    bool, typer.Option("--any-range", help="Take images that are far outside the range that the network expects.")
+    bool,
+    typer.Option("--any-range", help="Accept images whose values are far outside the range that the network expects."),
 ]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", callback=hush, help="Print nothing on stderr but warnings and errors."),
+    typer.Option("--quiet", "-q", callback=hush, help="Print only warnings and errors on stderr."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-Data = Annotated[Path | None, typer.Option(metavar="DIR", help=f"{UNLABELLED_HELP} Without it: noise.")]
+Data = Annotated[Path | None, typer.Option(metavar="DIR", help=f"{UNLABELLED_HELP} Without it, noise is used.")]
 _CLASSES_HELP = (
-    "Names of the classes, one a line, in the order of the network's outputs; without it, class folders are sorted by "
-    "their numbers if all names are whole numbers, and else as text."
+    "Names of the classes, one per line, in the order of the network's outputs; without it, class folders are sorted "
+    "as numbers if all names are whole numbers, otherwise as text."
 )
 Classes = Annotated[Path | None, typer.Option(metavar="FILE.txt", help=_CLASSES_HELP)]
-_limit = typer.Option(min=1, metavar="IMAGES", help="Use this many images at most, evenly spaced over the folder.")
+_limit = typer.Option(min=1, metavar="IMAGES", help="Use at most this many images, evenly spaced over the folder.")
 Limit = Annotated[int, _limit]
 LimitOrAll = Annotated[int | None, _limit]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="IMAGES", help="Images per batch.")]
-Workers = Annotated[int, typer.Option(min=0, metavar="PROCESSES", help="Processes that read images beside this one.")]
-Seed = Annotated[int, typer.Option(help="Seed of the noise that takes the place of images.")]
+Workers = Annotated[int, typer.Option(min=0, metavar="PROCESSES", help="Additional processes that read images.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise that replaces images.")]
 Threads = Annotated[
     int | None,
     typer.Option(
         min=1,
         max=cores(),
         metavar="THREADS",
-        show_default="as many as PyTorch takes",
-        help="Threads of the CPU that networks run on.",
+        show_default="PyTorch's default",
+        help="Number of CPU threads.",
     ),
 ]
 Device = Annotated[
-    str, typer.Option(metavar="NAME", help="Where networks run, as PyTorch names it: cpu, cuda, cuda:1.")
+    str, typer.Option(metavar="NAME", help="Device that runs the networks, as PyTorch names it: cpu, cuda, cuda:1.")
 ]
 _MEASURES = "Measures of outputs"
 Task = Annotated[
     str | None,
     choice(
         TASKS,
-        show_default="told by the shape of the main output",
+        show_default="from the shape of the main output",
         rich_help_panel=_MEASURES,
-        help="Kind of the outputs: logits of an image, logits of each pixel, images, or others.",
+        help="Kind of outputs: logits per image, logits per pixel, images, or others.",
     ),
 ]
 DataRange = Annotated[
     float | None,
     typer.Option(
         metavar="NUMBER",
-        show_default="that of each image",
+        show_default="range of each image",
         rich_help_panel=_MEASURES,
-        help="Of images that a network makes: their largest value less their least, for PSNR and SSIM.",
+        help="Value range (maximum minus minimum) of the images that a network outputs, for PSNR and SSIM.",
     ),
 ]
 Metric = Annotated[
@@ -115,39 +118,42 @@ Metric = Annotated[
     typer.Option(
         metavar="path/to/file.py:function",
         rich_help_panel=_MEASURES,
-        help="A distance of your own, of the outputs of the float network, those of the quantized one, and labels; "
+        help="Custom distance, a function of the float network's outputs, the quantized network's and the labels; "
         "smaller is better.",
     ),
 ]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw a picture as well: *.png, *.svg, *.pdf.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw a picture: *.png, *.svg, *.pdf.")]
 
 _image = partial(
     typer.Option,
     metavar="NUMBER[,NUMBER,NUMBER]",
-    rich_help_panel="Preparation of images: each in place of what the network says; the default where it says nothing",
+    rich_help_panel="Preprocessing of images: each replaces the network's setting; the default applies if it has none",
 )
 _SIZE = "PIXELS|HEIGHTxWIDTH|none"
 Resize = Annotated[
     str | None,
     _image(
-        metavar=_SIZE, help="First, in pixels: the shorter side, its ratio kept; or height and width. Default none."
+        metavar=_SIZE,
+        help="First step, in pixels: the shorter side, with the aspect ratio kept; or height and width. Default none.",
     ),
 ]
 Crop = Annotated[
-    str | None, _image(metavar=_SIZE, help="Then, in pixels: the centre, a square or height and width. Default none.")
+    str | None,
+    _image(metavar=_SIZE, help="Second step, in pixels: centre crop, a square or height and width. Default none."),
 ]
 Mean = Annotated[
     str | None,
     _image(
-        help="Subtracted, in units of --scale: one for all channels, or each in the order of --channels. Default 0."
+        help="Subtracted, in units of --scale: one for all channels, or one each in the order of --channels. Default 0."
     ),
 ]
-Std = Annotated[str | None, _image(help="Divided by after that, in the same units and order. Default 1.")]
+Std = Annotated[str | None, _image(help="Divisor after the subtraction, in the same units and order. Default 1.")]
 Scale = Annotated[
-    str | None, _image(metavar="NUMBER", help="Value of white (black is 0) before --mean: 1 or 255. Default 1.")
+    str | None,
+    _image(metavar="NUMBER", help="Value of white before --mean is subtracted (black is 0): 1 or 255. Default 1."),
 ]
 Channels = Annotated[
-    str | None, _image(metavar="rgb|bgr|gray", help="Channels that the network reads, in this order. Default rgb.")
+    str | None, _image(metavar="rgb|bgr|gray", help="Channels that the network expects, in this order. Default rgb.")
 ]
 Interpolation = Annotated[
     str | None,

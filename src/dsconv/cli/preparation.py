@@ -68,8 +68,8 @@ def check_one_preparation(files: list[Path], given: dict[str, Any] | None) -> No
     for name, got in others:
         if got != expected:
             raise DataError(
-                f"{first} and {name} say that their images are prepared differently ({expected}; {got}): give the "
-                "options that are meant for both, or evaluate each by itself"
+                f"{first} and {name} state different preprocessing of images ({expected}; {got}): give the options "
+                "that apply to both, or evaluate each separately"
             )
 
 
@@ -114,7 +114,7 @@ def image_shape(preprocess: "Preprocess | None", name: str, size: list[int]) -> 
     gray = size[:-2] == [1] or (preprocess is not None and preprocess.channels == "gray")
     pixels = size[-2:] or (preprocess and (preprocess.crop or preprocess.resize))
     if not isinstance(pixels, list | tuple):
-        raise DataError(f"{name} does not say of which size its images are: give --size")
+        raise DataError(f"{name} does not state the size of its images: give --size")
     height, width = pixels
     return (size[:-2] or [1 if gray else 3])[0], height, width
 
@@ -122,8 +122,8 @@ def image_shape(preprocess: "Preprocess | None", name: str, size: list[int]) -> 
 def unknown_preparation(name: str) -> DataError:
     """Return the common error of all commands for a preprocessing that is needed but not stated."""
     return DataError(
-        f"{name} does not say how its images are prepared: give --resize, --crop, --mean, --std, --scale or "
-        "--channels, as it was trained; what is left out of them has its default"
+        f"{name} does not state the preprocessing of its images: give --resize, --crop, --mean, --std, --scale or "
+        "--channels as in its training; options left out keep their defaults"
     )
 
 

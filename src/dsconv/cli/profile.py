@@ -18,7 +18,7 @@ def profile(
     model_or_file: Annotated[str, typer.Argument(metavar="MODEL_OR_FILE", help=opt.FILE_HELP, show_default=False)],
     batch_size: opt.BatchSize = 1,
     threads: opt.Threads = 1,
-    runs: Annotated[int, typer.Option(min=2, help="Runs that are timed.")] = 20,
+    runs: Annotated[int, typer.Option(min=2, help="Number of timed runs.")] = 20,
     size: opt.Size = None,
     weights: opt.Weights = "default",
     preset: opt.Preset = "default",

@@ -30,11 +30,11 @@ from dsconv.names import (
 if TYPE_CHECKING:
     from dsconv.config import QuantConfig, Settings
 
-_every = partial(typer.Option, show_default=False, rich_help_panel="Settings of every layer, in place of the preset's")
+_every = partial(typer.Option, show_default=False, rich_help_panel="Settings of all layers, in place of the preset's")
 _some = partial(
     typer.Option,
     metavar="SETTINGS",
-    rich_help_panel='Settings of some layers: "float", "same" (as every layer), weight_bits:8,blocks:flat or JSON',
+    rich_help_panel='Settings of some layers: "float", "same" (as all layers), weight_bits:8,blocks:flat or JSON',
 )
 
 
@@ -50,21 +50,25 @@ def quantize(
     force: opt.Force = False,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
-    weight_bits: Annotated[int | None, _every(min=2, max=8, help="Bits of a weight's integer.")] = None,
-    activation_bits: Annotated[int | None, _every(min=2, max=8, help="Bits of an activation's mantissa.")] = None,
+    weight_bits: Annotated[int | None, _every(min=2, max=8, help="Bits of the integer weights.")] = None,
+    activation_bits: Annotated[int | None, _every(min=2, max=8, help="Bits of the activation mantissas.")] = None,
     weights_only: Annotated[bool, _every("--weights-only", help="Leave activations in float.")] = False,
-    block_size: Annotated[int | None, _every(min=1, help="Values that share a scale and an exponent.")] = None,
-    algorithm: Annotated[
-        AlgorithmChoice | None, _every(help="How 3x3 convolutions are computed; auto is winograd where it is as exact.")
+    block_size: Annotated[
+        int | None, _every(min=1, help="Number of values that share a scale and an exponent.")
     ] = None,
-    weight_rule: Annotated[WeightRule | None, _every(help="How weights are rounded.")] = None,
-    weight_scale: Annotated[WeightScale | None, _every(help="What a scale minimises; kl takes no shift.")] = None,
-    weight_shift: Annotated[bool | None, _every(help="A shift per block, beside the scale.")] = None,
+    algorithm: Annotated[
+        AlgorithmChoice | None, _every(help="Algorithm of 3x3 convolutions; auto selects winograd if it is as exact.")
+    ] = None,
+    weight_rule: Annotated[WeightRule | None, _every(help="Rounding rule of the weights.")] = None,
+    weight_scale: Annotated[
+        WeightScale | None, _every(help="Criterion that scales minimize; kl excludes a shift.")
+    ] = None,
+    weight_shift: Annotated[bool | None, _every(help="Store a shift per block in addition to the scale.")] = None,
     activation_sign: Annotated[
         ActivationSignChoice | None,
-        _every(help="Where the sign of a mantissa goes; auto is extra where inputs can be negative, else adaptive."),
+        _every(help="Sign bit of the mantissas; auto is extra if inputs can be negative, otherwise adaptive."),
     ] = None,
-    kds_dtype: Annotated[KdsDtype | None, _every(help="In which scales and shifts are kept.")] = None,
+    kds_dtype: Annotated[KdsDtype | None, _every(help="Dtype of stored scales and shifts.")] = None,
     first_layer: Annotated[str | None, _some(help="The first convolution.")] = None,
     last_layer: Annotated[str | None, _some(help="The last convolution or linear layer.")] = None,
     depthwise: Annotated[str | None, _some(help="Convolutions of one channel per group.")] = None,
@@ -105,7 +109,7 @@ def quantize(
     if preprocess is None:
         warn(f"note: {unknown_preparation(model)}")
     else:
-        say(f"images are to be prepared by: {preprocess}")
+        say(f"preprocessing of images: {preprocess}")
     dsconv.save(qmodel, out)
     summary, file_bytes = dsconv.summary(qmodel), out.stat().st_size
     if as_json:
@@ -150,7 +154,7 @@ def _settings(name: str, text: str) -> "Settings":
         pairs = [pair.split(":") for pair in text.split(",")]
         found = {key.strip(): _value(value) for key, value in pairs}
         if len(found) < len(pairs):
-            raise ValueError("a setting is there twice")
+            raise ValueError("a setting is given twice")
         return found
     except ValueError as error:
         raise ConfigError(

@@ -15,12 +15,12 @@ from dsconv.cli.preparation import image_shape, preparation_of, read_preparation
 from dsconv.errors import DataError, FileFormatError
 from dsconv.names import check_metric_name, check_task, check_weights
 
-_SENSITIVITY_HELP = "Quantize each layer alone on this many images; 0: do not."
+_SENSITIVITY_HELP = "Number of images for quantizing each layer alone; 0 skips this part."
 
 
 def report(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A file that dsconv quantize wrote.", show_default=False)
+        Path, typer.Argument(metavar="FILE", help="A file written by dsconv quantize.", show_default=False)
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="Page to write.", show_default=False)],
     reference: opt.ReferenceToCompare = None,
@@ -33,8 +33,10 @@ def report(
     threads: opt.Threads = None,
     classes: opt.Classes = None,
     sensitivity_images: Annotated[int, typer.Option(min=0, help=_SENSITIVITY_HELP)] = 16,
-    runs: Annotated[int, typer.Option(min=0, help="Runs that are timed, at least 2; 0: none.")] = 20,
-    bench: Annotated[Path | None, typer.Option(metavar="FILE.json", help="What dsconv bench --out wrote.")] = None,
+    runs: Annotated[int, typer.Option(min=0, help="Number of timed runs, at least 2; 0 skips the timing.")] = 20,
+    bench: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="A file written by dsconv bench --out.")
+    ] = None,
     size: opt.Size = None,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
@@ -131,4 +133,4 @@ def _check_bench(path: Path | None) -> None:
     except (ValueError, TypeError, KeyError, RecursionError):
         networks = None
     if not isinstance(networks, list):
-        raise FileFormatError(f"{path}: expected JSON that dsconv bench --out wrote")
+        raise FileFormatError(f"{path}: expected JSON written by dsconv bench --out")

@@ -15,8 +15,8 @@ from dsconv.cli.preparation import preparation_of, read_preparation, say_prepara
 from dsconv.files import replacing
 from dsconv.names import check_metric_name, check_model_name, check_task, check_weights
 
-_LIMITS = "The budget: one of these, or several that all hold"
-_RESUME_HELP = "Continue a search that was stopped, from the file beside OUT that it left; the budget may be another."
+_LIMITS = "Budget: one limit, or several, which all hold"
+_RESUME_HELP = "Continue a stopped search from its state file beside OUT; the budget may differ."
 _OUT_HELP = "File to write: settings for dsconv quantize --config."
 
 
@@ -25,18 +25,21 @@ def search(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.json", help=_OUT_HELP, show_default=False)],
     effective_bits: Annotated[
         float | None,
-        typer.Option(min=0, help="Bits a weight, KDS and layers in float included.", rich_help_panel=_LIMITS),
+        typer.Option(min=0, help="Bits per weight, including KDS and float layers.", rich_help_panel=_LIMITS),
     ] = None,
     max_bytes: Annotated[
         float | None,
-        typer.Option("--bytes", min=0, help="Bytes of the quantized file, its header apart.", rich_help_panel=_LIMITS),
+        typer.Option("--bytes", min=0, help="Bytes of the quantized file without its header.", rich_help_panel=_LIMITS),
     ] = None,
     ms: Annotated[
         float | None,
-        typer.Option(min=0, help="Milliseconds of the layers on one image, timed here.", rich_help_panel=_LIMITS),
+        typer.Option(
+            min=0, help="Milliseconds of the layers per image, timed on this machine.", rich_help_panel=_LIMITS
+        ),
     ] = None,
     activation_bits: Annotated[
-        float | None, typer.Option(min=0, help="Bits of activations, mean over the weights.", rich_help_panel=_LIMITS)
+        float | None,
+        typer.Option(min=0, help="Bits of activations, averaged over the weights.", rich_help_panel=_LIMITS),
     ] = None,
     data: opt.Data = None,
     weights: opt.Weights = "default",
@@ -70,7 +73,9 @@ def search(
     given = mistakes.check(read_preparation, locals(), model)
     limits = {"effective_bits": effective_bits, "bytes": max_bytes, "ms": ms, "activation_bits": activation_bits}
     budget = {name: value for name, value in limits.items() if value is not None}
-    mistakes.usage(not budget, "say what to keep to: --effective-bits, --bytes, --ms or --activation-bits.")
+    mistakes.usage(
+        not budget, "expected a budget, got none: give --effective-bits, --bytes, --ms or --activation-bits."
+    )
     settings = mistakes.check(read_config, preset, config)
     mistakes.check(check_model_name, model)
     mistakes.check(check_weights, weights)

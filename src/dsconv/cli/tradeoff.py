@@ -23,19 +23,19 @@ from dsconv.cli.preparation import (
 from dsconv.files import replacing
 from dsconv.names import check_metric_name, check_task, check_weights
 
-_FILES_HELP = "Files that dsconv quantize wrote, all of one float model."
+_FILES_HELP = "Files written by dsconv quantize, all from one float model."
 _OUT_SUFFIXES = (".json", ".csv")
 
 
 def tradeoff(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=_FILES_HELP, show_default=False)],
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help=f"{opt.DATA_HELP} For the accuracy.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help=f"{opt.DATA_HELP} It is for the accuracy.")] = None,
     reference: opt.Reference = None,
     weights: opt.Weights = "default",
     model: opt.ModelOfFile = None,
-    time: Annotated[bool, typer.Option("--time", help="Time them as well, on one image and in turns.")] = False,
+    time: Annotated[bool, typer.Option("--time", help="Also time the networks, on one image and in turns.")] = False,
     threads: opt.Threads = None,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Seconds that --time takes, once all are warm.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Duration of --time in seconds, after warm-up.")] = 10.0,
     size: opt.Size = None,
     classes: opt.Classes = None,
     limit: opt.LimitOrAll = None,
@@ -46,7 +46,7 @@ def tradeoff(
         Path | None, typer.Option("--out", "-o", metavar="FILE.json|FILE.csv", help="Write all figures here.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw accuracy over size, and over time with --time.")
+        Path | None, typer.Option(metavar="FILE.png", help="Draw accuracy over size, and with --time over time.")
     ] = None,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
@@ -77,14 +77,14 @@ def tradeoff(
     mistakes.usage(len(set(files)) < len(files), "a FILE is given twice: name each once.")
     mistakes.usage(
         data is None and bool(plot or given or classes or weights != "default" or (reference and not time)),
-        "--plot, --reference, --weights, --classes and the preparation of images are about accuracy: say on which "
-        "images, with --data.",
+        "--plot, --reference, --weights, --classes and the preprocessing of images concern accuracy: give the images, "
+        "with --data.",
     )
     mistakes.usage(
         data is None and bool(task or data_range or metric),
-        "--task, --data-range and --metric are about accuracy: say on which images, with --data.",
+        "--task, --data-range and --metric concern accuracy: give the images, with --data.",
     )
-    mistakes.usage(size is not None and not time, "--size is of the image of --time.")
+    mistakes.usage(size is not None and not time, "--size is the size of the image of --time: add --time.")
     mistakes.usage(
         out is not None and out.suffix not in _OUT_SUFFIXES,
         f"--out: expected a name that ends in {' or '.join(_OUT_SUFFIXES)}, got {out and out.name!r}.",

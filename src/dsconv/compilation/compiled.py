@@ -110,7 +110,7 @@ class CompiledModel(nn.Module):
             raise error from error.__cause__
         self._in_parts, self.parts = in_parts, tuple(names)
         warnings.warn(
-            f"{type(self.model).__name__} is compiled in parts, {', '.join(names)}, and PyTorch runs the rest: {error}",
+            f"{type(self.model).__name__} is compiled in parts ({', '.join(names)}), PyTorch runs the rest: {error}",
             stacklevel=4,
         )
         return plan_of_parts(in_parts, names)
@@ -302,7 +302,7 @@ class CompiledModel(nn.Module):
         zeros = (torch.zeros((count, *x.shape[1:]), dtype=torch.float32, device="cpu") for x, _ in both)
         captured = self.program_for(example.filled(zeros))
         if not captured.any_batch:
-            raise ModelError("the network cannot be saved: it takes the batch size as a number")
+            raise ModelError("the network cannot be saved: it contains the batch size as a constant")
         return captured.program
 
     # Graphs contain objects that cannot be copied or pickled everywhere: a copy captures again when it is called.
@@ -389,7 +389,7 @@ def _examples(sizes: Any) -> list[Inputs]:
         except DataError:
             raise ConfigError(f"{told}{one_line(repr(size), 100)} in it") from None
         if not all(x.numel() for x in examples[-1].tensors):
-            raise ConfigError(f"{told}one without values: {examples[-1]}")
+            raise ConfigError(f"{told}an empty one: {examples[-1]}")
     return examples
 
 

@@ -64,9 +64,7 @@ class Plan(Printed):
 
         backends = sorted({step.backend for step in self.steps})
         counts = [f"{sum(step.backend == name for step in self.steps)} by {name}" for name in backends]
-        sizes = (
-            f"{self.weight_bytes / 1e6:.2f} MB of weights, {self.memory_bytes / 1e6:.2f} MB between steps for an image"
-        )
+        sizes = f"{self.weight_bytes / 1e6:.2f} MB of weights, {self.memory_bytes / 1e6:.2f} MB between steps per image"
         note = f"{len(self.steps)} steps: {', '.join(counts)}; {sizes}."
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=escape(note), caption_justify="left")
         for column in ("layer", "operator", "executed by", "fused", "output", "kB"):

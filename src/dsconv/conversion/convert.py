@@ -141,7 +141,7 @@ def quantize_for(
         if not layers and not functions:
             raise ModelError(f"model {type(model).__name__} has no convolution or linear layer to quantize")
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(info.in_float.items())[:5])
-        raise ModelError(f"model {type(model).__name__}: no layer is left to quantize ({reasons})")
+        raise ModelError(f"model {type(model).__name__}: no layer can be quantized ({reasons})")
     return swapped(model, swaps, info)
 
 

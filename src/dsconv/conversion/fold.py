@@ -95,7 +95,7 @@ def fold_batchnorm(qmodel: nn.Module) -> nn.Module:
         if layer is not None and folded is not None:
             folds[batchnorm] = layer, folded
         else:
-            not_folded[names[batchnorm]] = reason or "folding it makes numbers that float32 does not hold"
+            not_folded[names[batchnorm]] = reason or "folding it gives values that are not finite in float32"
             if uses.is_plain(batchnorm):
                 made = Affine.from_batchnorm(batchnorm)
                 if made.scale.isfinite().all() and made.shift.isfinite().all():
@@ -180,7 +180,7 @@ class _Uses:
             fed = f"{name}, a {type(layer).__name__} of {len(layer.vqk)}"
             return None, f"a {kind} of {batchnorm.num_features} channels does not belong to the output of {fed}"
         if layer._forward_hooks or batchnorm._forward_hooks or batchnorm._forward_pre_hooks:
-            return None, f"a hook reads what passes between {name} and it"
+            return None, f"a hook reads the tensor between {name} and it"
         for module in (layer, batchnorm):
             if any(id(t) in self.read for t in (*module.parameters(), *module.buffers())):
                 return None, f"forward reads the tensors of {self.names[module]} directly"
@@ -249,12 +249,12 @@ def _uses(qmodel: nn.Module, names: Mapping[nn.Module, str]) -> _Uses:
     except Exception as error:
         if replaced(qmodel):
             raise ModelError(
-                f"model {kind}: it has a forward in the place of its class's, which torch.fx cannot follow"
-                f"{line_of(error)}: fold the model that it was made from"
+                f"model {kind}: the forward of its class was replaced, and torch.fx cannot trace the replacement"
+                f"{line_of(error)}: fold the model before the replacement"
             ) from error
         raise ModelError(
-            f"model {kind}: torch.fx cannot follow its forward{line_of(error)} ({reason_of(error)}), so "
-            "what reads each layer is not known: take decisions that depend on tensors out of it or into a function "
+            f"model {kind}: torch.fx cannot trace its forward{line_of(error)} ({reason_of(error)}), so the consumers "
+            "of each layer are unknown: move branches that depend on tensors out of it or into a function "
             "marked by torch.fx.wrap, or fold parts: model.part = dsconv.fold_batchnorm(model.part)"
         ) from error
     return _Uses(found.graph, names, found.read)

@@ -144,13 +144,13 @@ class Summary(Printed):
                 explained.setdefault(f"By {layer.backend}, {layer.backend_reason}", []).append(layer.name)
         notes = [
             f"{len(quantized)} layers quantized, {len(self.layers) - len(quantized)} in float; "
-            f"{self.effective_bits:.2f} bits a weight ({self.effective_bits_quantized:.2f} in quantized layers); "
+            f"{self.effective_bits:.2f} bits per weight ({self.effective_bits_quantized:.2f} in quantized layers); "
             f"{self.bytes_before / 1e6:.2f} -> {self.bytes_after / 1e6:.2f} MB, "
-            f"{self.other_bytes / 1e6:.2f} of it biases, BatchNorm and buffers.",
-            "dB: signal to quantization noise of the weight. "
+            f"{self.other_bytes / 1e6:.2f} of these for biases, BatchNorm and buffers.",
+            "dB: SQNR (signal-to-quantization-noise ratio) of the weight. "
             f"Executed in inference by: {', '.join(self.backends) or 'none'}.",
             *(one_line(f"{reason}: {', '.join(names)}.", 10_000) for reason, names in explained.items()),
-            *([one_line(f"Parameters of no layer, in float: {parameters}.", 10_000)] if self.parameters else []),
+            *([one_line(f"Parameters outside layers, in float: {parameters}.", 10_000)] if self.parameters else []),
         ]
         table = Table(
             box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=escape("\n".join(notes)), caption_justify="left"
@@ -232,7 +232,7 @@ def summary(model: nn.Module) -> Summary:
     return Summary(tuple(rows), total - unpacked - in_float, tuple(parameters))
 
 
-_NO_LAYER = "a parameter of no layer"
+_NO_LAYER = "a parameter outside layers"
 
 
 def _weights(name: str, module: nn.Module, is_layer: bool) -> dict[str, list[nn.Parameter]]:

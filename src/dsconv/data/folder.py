@@ -118,8 +118,8 @@ class ImageFolder(Dataset[Tensor | tuple[Tensor, int]]):
             )
         if tree.lost:
             raise DataError(
-                f"The link {tree.lost[0]} beside the class folders leads nowhere: restore what it leads to or, if it "
-                "is none of the classes, delete it. Left out, it could change the class indices of the other folders."
+                f"The link {tree.lost[0]} beside the class folders is broken: restore its target or, if it is not a "
+                "class, delete it. Leaving it out could change the class indices of the other folders."
             )
         self.left_out += tree.twice
         if self.classes is None:
@@ -258,7 +258,7 @@ class _Tree:
                         if not entry.name.startswith("."):
                             (self._links if entry.is_symlink() else pending).append((entry, top))
             elif path.suffix.lower() in _NOT_READ:
-                self.left_out.append(BrokenImage(str(path), "this format is not read: convert it to PNG or JPEG"))
+                self.left_out.append(BrokenImage(str(path), "this format is not supported: convert it to PNG or JPEG"))
             elif _named_as_image(path) and not stat.S_ISREG(status.st_mode):
                 self.left_out.append(BrokenImage(str(path), "it is not a regular file"))
             elif _named_as_image(path) and self._is_new(path, top, status):
@@ -271,7 +271,7 @@ class _Tree:
             return True
         first = self._seen[identity]
         if first is not None and first[1] != top:
-            self.twice.append(BrokenImage(str(path), f"it is the same as {first[0]}, and counts there"))
+            self.twice.append(BrokenImage(str(path), f"it is the same as {first[0]} and counts as part of it"))
         return False
 
 

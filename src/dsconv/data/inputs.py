@@ -58,7 +58,7 @@ class Inputs:
         others = [value for _, value in leaves((args, kwargs)) if not isinstance(value, (Tensor, *PLAIN))]
         if others:
             array = isinstance(others[0], np.ndarray)
-            hint = ": pass torch.from_numpy(it)" if array else ", and what tensors that holds is not known"
+            hint = ": pass torch.from_numpy(it)" if array else ", whose tensors cannot be determined"
             raise DataError(
                 "inputs: expected tensors, numbers and texts, or lists, tuples, dictionaries and dataclasses of them, "
                 f"got {type(others[0]).__name__}{hint}"

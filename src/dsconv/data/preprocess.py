@@ -220,7 +220,7 @@ std 0.229,0.224,0.225'
         timm_data = import_extra("zoo", "timm.data")
         if not getattr(model, "pretrained_cfg", None):
             raise ConfigError(
-                f"{type(model).__name__} carries no timm configuration (pretrained_cfg). "
+                f"{type(model).__name__} has no timm configuration (pretrained_cfg). "
                 "Give the settings one by one instead: Preprocess(resize=, crop=, mean=, std=)."
             )
         config = timm_data.resolve_model_data_config(model)

@@ -28,8 +28,8 @@ def synthetic_images(count: int, preprocess: Preprocess, *, seed: int = 0) -> Te
             pass
         case _:
             raise ConfigError(
-                "preprocess: expected a crop or a size to resize to, from which the size of synthetic images is taken, "
-                "got neither: Preprocess(crop=224, ...), or pass images"
+                "preprocess: expected a crop or a size to resize to, which sets the size of synthetic images, "
+                "got neither: use Preprocess(crop=224, ...), or pass images"
             )
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.fft.rfft2(

@@ -253,7 +253,7 @@ def _layer_errors(reference: nn.Module, qmodel: nn.Module, wanted: bool) -> Iter
         for name, layer in qmodel.named_modules() if wanted else ():
             if isinstance(layer, DSLayer):
                 if name not in originals:
-                    raise ModelError(f"The reference has no layer {name!r}: give the network that was quantized.")
+                    raise ModelError(f"The reference has no layer {name!r}: pass the network that was quantized.")
                 hooks.append(originals[name].register_forward_hook(lambda _, __, out, name=name: remember(name, out)))
                 hooks.append(layer.register_forward_hook(lambda _, __, out, name=name: compare_outputs(name, out)))
         yield take

@@ -209,7 +209,7 @@ def powers(outputs: Mapping[str, Output], kinds: Kinds) -> dict[str, float]:
         ModelError: there are no floating-point outputs.
     """
     if not kinds.counted:
-        raise ModelError(f"expected outputs of floats, by which networks are told apart, got {', '.join(outputs)}")
+        raise ModelError(f"expected floating-point outputs, by which networks are compared, got {', '.join(outputs)}")
     relative = [name for name in kinds.counted if not is_logits(kinds.of[name])]
     return {
         name: sum(float(f[f.isfinite()].double().square().sum()) for f in _tensors(outputs[name])) for name in relative

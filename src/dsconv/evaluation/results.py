@@ -74,10 +74,10 @@ class Evaluation(Printed):
 _ACCURACIES = ("miou", "psnr_db", "ssim")
 _OTHERS = ("nonfinite", "seconds", "images_per_second")
 _MISSING: dict[Task, str] = {
-    "segmentation": "No accuracy: labels that are maps of classes (N, H, W) would give a mean intersection over union.",
-    "images": "No accuracy: labels that are images (N, C, H, W), the targets, would give PSNR and SSIM.",
-    "other": "No accuracy: these outputs are no logits and no images. Name the task if they are, or compare the "
-    "network with its reference, by a metric of your own where outputs have one.",
+    "segmentation": "No accuracy: pass labels as maps of classes (N, H, W) for the mean intersection over union.",
+    "images": "No accuracy: pass labels as target images (N, C, H, W) for PSNR and SSIM.",
+    "other": "No accuracy: these outputs are neither logits nor images. Name the task if they are, or compare the "
+    "network with its reference, with a custom metric if the outputs have one.",
 }
 
 
@@ -178,8 +178,8 @@ class Comparison(Evaluation):
             return None
         said = ", ".join(f"{name} for {count} of {self.images} images" for name, count in differing.items())
         return (
-            f"Outputs differ in shape between the two networks: {said}, as where a network decides how many things it "
-            "finds. They are compared where the shapes are the same: a metric of your own compares what was found."
+            f"Outputs differ in shape between the two networks: {said}, for example because a network returns a "
+            "variable number of results. They are compared where the shapes match: pass a custom metric for the rest."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -230,13 +230,13 @@ def _by_output(result: Comparison) -> Any:
     rows = result.outputs
     shown = [name for name in _MEASURES if any(getattr(found, name) is not None for found in rows.values())]
     differs = any(found.differing for found in rows.values())
-    headings = [_MEASURES[name][0] for name in shown] + ["of another shape"] * differs
+    headings = [_MEASURES[name][0] for name in shown] + ["other shapes"] * differs
     table = Table("output", "kind", *(Column(heading, justify="right") for heading in headings))
     for output, found in rows.items():
         values = [(getattr(found, name), _MEASURES[name][1]) for name in shown]
         cells = ["-" if value is None or math.isnan(value) else text.format(value) for value, text in values]
         table.add_row(escape(output), found.kind, *cells, *([f"{found.differing:,}"] if differs else []))
-    table.caption = f"quantized against reference; task: {result.task}; told apart by: {result.measure}"
+    table.caption = f"quantized against reference; task: {result.task}; distance: {result.measure}"
     return table
 
 

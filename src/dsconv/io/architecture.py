@@ -73,8 +73,8 @@ def _check_arguments(name: str, largest: int) -> None:
         if not _describes_a_shape(value, max(largest, _LARGEST)):
             raise _refusal(
                 name,
-                f"its argument {key!r} is none of a word, a truth value, a number that the shapes in the file allow, "
-                f"and a short list of these",
+                f"its argument {key!r} is not a word, a Boolean, a number that the shapes in the file allow, or a "
+                f"short list of these",
             )
 
 

@@ -368,7 +368,9 @@ def _stored_tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise ModelError(f"state {name!r}: its name holds half a character, rename the module") from None
+            raise ModelError(
+                f"state {name!r}: its name contains half a character (a lone surrogate): rename the module"
+            ) from None
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and key in seen:
             aliases[name] = seen[key]
@@ -398,7 +400,9 @@ def _with_own_names(path: Path, header: Header, tensors: dict[str, Tensor]) -> t
     own_names = {name: own for own, name in _file_names({*header.layers, *twice}).items()}
     renamed = {own_names.get(name, name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors):
-        raise FileFormatError(f"{path}: it has a tensor under the names of two versions: get or write it again")
+        raise FileFormatError(
+            f"{path}: it has one tensor under the names of two format versions: get or write it again"
+        )
     aliases = {own_names.get(alias, alias): own_names.get(name, name) for alias, name in header.aliases.items()}
     return header.model_copy(update={"aliases": aliases}), renamed
 
@@ -469,7 +473,7 @@ def _check_name(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise OSError(f"{str(path)!r}: expected a path in UTF-8, safetensors takes no other: choose another") from None
+        raise OSError(f"{str(path)!r}: expected a path in UTF-8, which safetensors requires: choose another") from None
 
 
 def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
@@ -525,7 +529,7 @@ def read_tensors(path: Path, magic: str, kind: str, mend: str) -> tuple[dict[str
         with safe_open(path, framework="pt") as opened:
             entries: dict[str, str] = opened.metadata() or {}
             if entries.get("format") != magic:
-                what = "it is another file: a safetensors file, but not one written by dsconv for this"
+                what = "got a safetensors file of another kind"
                 raise FileFormatError(f"{path}: expected a {kind} of format {magic!r}, {what}")
             version = entries.get("format_version", "")
             if not (version.isascii() and version.isdecimal()) or len(version) > 9 or int(version) > FORMAT_VERSION:
@@ -539,7 +543,7 @@ def read_tensors(path: Path, magic: str, kind: str, mend: str) -> tuple[dict[str
         reason = one_line(str(error), 400)
         raise FileFormatError(f"{path}: not a complete {kind} ({reason}): {mend}") from None
     if not whole:
-        raise FileFormatError(f"{path}: its contents were changed, they do not match its checksum: {mend}")
+        raise FileFormatError(f"{path}: its contents were changed and do not match its checksum: {mend}")
     return entries, tensors
 
 
@@ -566,7 +570,9 @@ def _layer_settings(path: Path, data: dict[str, Any]) -> LayerConfig:
         raise FileFormatError(f"{path}: the settings of its layers are not valid: {error}") from None
     for name in ("algorithm", "activation_sign"):
         if getattr(settings, name) == "auto":
-            raise FileFormatError(f"{path}: the settings of its layers are not valid: {name}: it is still to be chosen")
+            raise FileFormatError(
+                f"{path}: the settings of its layers are not valid: {name} is 'auto', which a file cannot hold"
+            )
     return settings
 
 
@@ -652,7 +658,7 @@ def _check_values(path: Path, model: nn.Module) -> None:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise _NoValuesError(
             f"{path}: the model is on the meta device, and the file does not hold {', '.join(found[:_SHOWN])}{more}, "
-            "which are no part of a state dictionary: build the model on the CPU"
+            "which are not part of a state dictionary: build the model on the CPU"
         )
 
 

@@ -72,10 +72,10 @@ class StateFile:
         except (KeyError, ValueError) as error:
             raise self.refusal(str(error)) from None
         if not isinstance(made_of, dict):
-            raise self.refusal("it does not say what it was made of")
+            raise self.refusal("it does not state its inputs")
         if other := [name for name, value in self._made_of.items() if made_of.get(name) != value]:
             raise FileFormatError(
-                f"{self._path}: was made with other {', '.join(other)}: resume with what it was started with, or "
+                f"{self._path}: was written with other {', '.join(other)}: resume with the same arguments, or "
                 "delete it and start again"
             )
         return data, {name: value.clone() for name, value in tensors.items()}

@@ -138,12 +138,12 @@ class Sensitivity(Printed):
         layers = self.layers()
         first = {name: trials[0].distance / trials[0].weights for name, trials in layers.items()}
         order = sorted(first, key=lambda name: -math.inf if math.isnan(first[name]) else -first[name])
-        kind = "of noise, in want of any" if self.synthetic else "without labels"
+        kind = "of noise" if self.synthetic else "without labels"
         table = Table(
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             caption=f"{in_words(self.measure)} with one layer quantized, on {self.images} images {kind}.\n"
-            f"rank: by {short(self.measure)} per weight, of the first choice.",
+            f"rank: by {short(self.measure)} per weight of the first choice.",
             caption_justify="left",
         )
         table.add_column("layer", overflow="fold")
@@ -294,7 +294,9 @@ def measure(
     model, config = as_layers(model)[0], unwrapped(config)
     if isinstance(config, nn.Module):
         if not isinstance(choices, Sequence) or list(choices) != [{}]:
-            raise ConfigError("choices: a quantized network has made its own: pass a config to try others")
+            raise ConfigError(
+                "choices: the settings of a quantized network are already chosen: pass a config to try others"
+            )
         quantized = config
     else:
         config = as_config(config)
@@ -314,7 +316,7 @@ def measure(
         model = normalized(model, torch.cat([x for x, _ in kept if isinstance(x, Tensor)]))
     reference = Recorded(model, [x for x, _ in kept], device, task)
     if metric is None and not reference.has_distance:
-        raise ModelError("model: expected outputs of floats, by which layers are ranked, got none: pass metric=")
+        raise ModelError("model: expected floating-point outputs, by which layers are ranked, got none: pass metric=")
     arguments = {
         "settings": "of a quantized network" if isinstance(config, nn.Module) else config.to_json(),
         "choices": choices,
@@ -448,8 +450,8 @@ class Recorded(nn.Module):
             hook.remove()
         if found.nonfinite:
             raise ModelError(
-                f"model: its float outputs are NaN or infinite for {found.nonfinite} of {found.images} images, so that "
-                "there is nothing to compare with: check its weights and how the images are prepared"
+                f"model: its float outputs are NaN or infinite for {found.nonfinite} of {found.images} images, so "
+                "nothing can be compared with them: check its weights and the preprocessing of the images"
             )
         kinds = Kinds.told_by(outputs_by_image(outputs[0], len(batches[0])), len(batches[0]), task)
         self.measure, self.has_distance = kinds.measure, bool(kinds.counted)
@@ -473,7 +475,7 @@ def noise(limit: int, preprocess: Preprocess | None, seed: int) -> Tensor:
     """
     if preprocess is None:
         raise ConfigError(
-            "images: without any, noise takes their place, and the model does not say how images are prepared: "
+            "images: got none, and the noise that replaces them needs the model's preprocessing, which is unknown: "
             "pass preprocess=Preprocess(crop=224, mean=..., std=...), or images"
         )
     check_whole("limit", limit, 1)
@@ -494,7 +496,9 @@ def _as_they_are(
     """Yield the float ``model`` with one layer of ``quantized`` at a time."""
     info = info_of(quantized)
     if info.folded or info.affine:
-        raise ModelError("config: BatchNorm is folded into the layers of this quantized network: pass it as it was")
+        raise ModelError(
+            "config: BatchNorm is folded into the layers of this quantized network: pass the network before folding"
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, choice in pairs:
         layer: Any = quantized.get_submodule(name)

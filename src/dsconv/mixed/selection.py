@@ -90,9 +90,9 @@ class SearchResult(Printed):
         table = Table(
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
-            caption=f"{point.effective_bits:.2f} bits a weight, activations of {point.activation_bits:.2f} bits on "
+            caption=f"{point.effective_bits:.2f} bits per weight, activations of {point.activation_bits:.2f} bits on "
             f"average over the weights, {point.bytes / 1e6:.2f} MB{times}.\n"
-            f"{short(measure)}: {in_words(measure)} with that layer alone quantized, on {images}; the sum is "
+            f"{short(measure)}: {in_words(measure)} with only that layer quantized, on {images}; the sum is "
             f"{shown(point.distance, measure)}.",
             caption_justify="left",
         )
@@ -316,7 +316,9 @@ def _why_not(measured: Sensitivity, limits: Mapping[str, float]) -> str:
                 f"{name} of {limit:g} is less than the {least:.6g} of the smallest choices: allow more, or "
                 "pass choices of fewer bits or larger blocks"
             )
-    return f"no choice keeps all of {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: allow more"
+    return (
+        f"no selection is within all of {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}: allow more"
+    )
 
 
 def _pareto(layers: Sequence[Sequence[Trial]], measured: Sensitivity, limits: Mapping[str, float]) -> tuple[Point, ...]:
@@ -362,7 +364,7 @@ def limits_of(budget: float | Mapping[str, float] | Budget) -> dict[str, float]:
             found = error.errors()[0]
             known = ", ".join(Budget.model_fields)
             raise ConfigError(
-                f"budget: {'.'.join(map(str, found['loc']))}: {found['msg']}, got {found['input']!r}; it takes a "
+                f"budget: {'.'.join(map(str, found['loc']))}: {found['msg']}, got {found['input']!r}; expected a "
                 f"number of effective bits, or a dictionary of {known}"
             ) from None
     if not budget.limits:

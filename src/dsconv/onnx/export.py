@@ -149,13 +149,13 @@ def _check(qmodel: nn.Module, inputs: Inputs, style: str, images: Batch | None, 
         what = f"parameter {half[0]!r}" if half else "the example_input"
         raise ModelError(f"model {kind}: {what} is not float32: call float() on model and input before the export")
     if images is not None and style != "int8":
-        raise ConfigError(f"images: ranges of activations are taken from them for style 'int8' alone, got {style!r}")
+        raise ConfigError(f"images: only style 'int8' takes the ranges of activations from them, got {style!r}")
     if images is not None and not isinstance(images, Tensor | Inputs):
         raise ConfigError(f"images: expected a tensor, dsconv.Inputs or None, got {type(images).__name__}")
     if not isinstance(full_range, bool):
         raise ConfigError(f"full_range: expected True or False, got {full_range!r}")
     if full_range and style != "int8":
-        raise ConfigError(f"full_range: weights are rounded to int8 for style 'int8' alone, got style {style!r}")
+        raise ConfigError(f"full_range: only style 'int8' rounds weights to int8, got style {style!r}")
     if images is not None and (not len(images) or _kinds(as_inputs(images)) != _kinds(inputs)):
         raise ConfigError(
             f"images: expected at least one of the shape of the example_input, {inputs}, got {as_inputs(images)}"
@@ -196,15 +196,15 @@ def _write_int8(
         if images is None:
             if not with_statistics(qmodel):
                 raise ModelError(
-                    f"images: expected some for style 'int8', since {type(qmodel).__name__} has no BatchNorm that "
-                    "tells the ranges of activations (any more, if it was folded): pass images, which need no labels"
+                    f"images: expected some for style 'int8', since {type(qmodel).__name__} has no BatchNorm (or one "
+                    "that was folded) to take the ranges of activations from: pass images, which need no labels"
                 )
             preprocess = preprocess_of(qmodel)
             if preprocess is None:
                 warnings.warn(
-                    f"images: none are given for style 'int8', and {type(qmodel).__name__} does not say how its images "
-                    "are prepared: the range of its input is that of values of mean 0 and variance 1. Pass images, "
-                    "which need no labels, or state the preparation (dsconv.zoo.set_preprocess)",
+                    f"images: got none for style 'int8', and {type(qmodel).__name__} does not state its preprocessing: "
+                    "its input is assumed to have mean 0 and variance 1. Pass images, which need no labels, or set "
+                    "the preprocessing (dsconv.zoo.set_preprocess)",
                     stacklevel=3,
                 )
             if len(inputs.tensors) > 1:

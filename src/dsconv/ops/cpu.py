@@ -100,7 +100,9 @@ def _residual(name: str, residual: Tensor, y: Tensor) -> Tensor:
         return torch.empty_like(y).copy_(residual)
     # The sum may replace the residual in place, but not overlap it partially.
     if residual.data_ptr() != y.data_ptr() and _meet(residual, y):
-        raise ValueError(f"dsconv::{name}: out: expected memory of its own, or that of the residual, it shares a part")
+        raise ValueError(
+            f"dsconv::{name}: out: expected memory of its own, or exactly that of the residual, got a partial overlap"
+        )
     return residual
 
 
@@ -126,7 +128,7 @@ def _check_out(name: str, out: Tensor, shape: tuple[int, ...], read: Sequence[Te
             f"got {out.dtype} {tuple(out.shape)} on {out.device}"
         )
     if any(t is not None and _meet(t, out) for t in read):
-        raise ValueError(f"dsconv::{name}: out: expected memory of its own, it shares some with what is read")
+        raise ValueError(f"dsconv::{name}: out: expected memory of its own, got an overlap with an input")
 
 
 def empty_output(x: Tensor, outputs: int, size: Sequence[int], groups: int = 1) -> Tensor:
@@ -305,10 +307,10 @@ def bind(
     ready = prepare(x, *args, out=out, **named)
     given = {id(value) for value in (x, *args, out, *named.values())}
     if any(taken is not None and taken.is_neg() for taken in (*ready.tensors, ready.y)):
-        raise ValueError(f"dsconv::{operator}: expected tensors that hold their values, got one that PyTorch negates")
+        raise ValueError(f"dsconv::{operator}: expected tensors without a pending negation (is_neg()), got one with it")
     if any(taken is not None and id(taken) not in given for taken in (*ready.tensors, ready.y)):
         raise ValueError(
-            f"dsconv::{operator}: expected x and the residual dense and in the layout of out: one had to be copied"
+            f"dsconv::{operator}: expected x and the residual dense and in the layout of out, got one that needs a copy"
         )
     return ready.__call__
 

@@ -65,7 +65,7 @@ class Goal:
         wanted = _target_of(target)
         limits = {} if budget is None else limits_of(budget)
         if other := limits.keys() - set(LIMITS):
-            raise ConfigError(f"budget: {min(other)} cannot be limited here; it takes {', '.join(LIMITS)}")
+            raise ConfigError(f"budget: {min(other)} cannot be limited here: use {', '.join(LIMITS)}")
         if wanted and not images:
             raise ConfigError(
                 f"target: {min(wanted)} is measured on images, got none: pass images (--data), which need labels for "
@@ -86,8 +86,8 @@ class Goal:
         for name in self.target:
             if _figure(name, found) is None:
                 raise ConfigError(
-                    f"target: {name}: the outputs of this network have none ({found.task}): pass a target of distance, "
-                    f"which is their {found.measure}"
+                    f"target: {name} is not defined for the outputs of this network ({found.task}): pass a target of "
+                    f"distance, which is their {found.measure}"
                 )
 
     @property
@@ -155,7 +155,7 @@ class Goal:
 
 
 _WORDS = {
-    "effective_bits": ("size", " bits a weight"),
+    "effective_bits": ("size", " bits per weight"),
     "bytes": ("size", " bytes"),
     "ms": ("time", " ms"),
     "agreement": ("agreement", " %"),

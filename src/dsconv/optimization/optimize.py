@@ -242,9 +242,9 @@ class _Recipes:
             return
         name, images = f"{chosen.name}, adapted", self.steps.parts.counts["steps"]
         if chosen.evaluation.distance <= _CLOSE_ALREADY and not self.goal.short(chosen):
-            self.left_out[name] = f"within {_CLOSE_ALREADY} of float, a training does not pay"
+            self.left_out[name] = f"the distance from float is already within {_CLOSE_ALREADY}"
         elif images < _FEWEST_IMAGES:
-            self.left_out[name] = f"a training needs {_FEWEST_IMAGES} images or more, there are {images}"
+            self.left_out[name] = f"training needs at least {_FEWEST_IMAGES} images, got {images}"
         else:
             self._try(chosen.name, lambda: chosen.config, calibrated=chosen.calibrated, adapted=chosen)
 
@@ -403,6 +403,6 @@ def _check_numbers(time_limit: float | None, limit: int, batch_size: int, seed: 
         check_whole(name, value, least)
     check_whole("threads", threads, 1)
     if threads > cores():
-        raise ConfigError(f"threads: expected at most the {cores()} cores there are, got {threads}")
+        raise ConfigError(f"threads: expected at most {cores()}, the number of cores, got {threads}")
     if time_limit is not None and not time_limit > 0:
         raise ConfigError(f"time_limit: expected seconds above 0, or None, got {time_limit}")

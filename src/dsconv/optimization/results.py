@@ -130,17 +130,17 @@ class Optimization(Printed):
 
     def _notes(self) -> Iterator[str]:
         wanted = [f"{name} {value:g}" for goal in (self.budget, self.target) for name, value in goal.items()]
-        yield f"Asked for: {', '.join(wanted)}. Kept: {self.best.name}, of {len(self.attempts)} tried."
+        yield f"Goal: {', '.join(wanted)}. Kept: {self.best.name}, one of {len(self.attempts)} tried."
         if self.shortfall is not None:
             yield f"Not met: {self.shortfall}."
         if self.synthetic:
             yield (
-                f"Figures are of {self.images['measured']} images of noise: they rank the networks, and do not tell "
-                "their accuracy on images."
+                f"Figures are of {self.images['measured']} images of noise: they rank the networks, but are not "
+                "their accuracy on real images."
             )
         else:
             yield (
-                f"{self.images['steps']} images for search, calibration and adaptation; figures are of "
+                f"{self.images['steps']} images are used for search, calibration and adaptation; figures are of "
                 f"{self.images['measured']} others."
             )
         if self.best.evaluation.missing:
@@ -148,5 +148,5 @@ class Optimization(Printed):
         for reason in dict.fromkeys(self.left_out.values()):
             yield f"Not tried: {'; '.join(n for n, why in self.left_out.items() if why == reason)}: {reason}."
         if self.machine is not None:
-            yield f"ms: one image, compiled, in turns, on {plural(self.threads)}; float32 in PyTorch. s: of the steps."
+            yield f"ms: one image, compiled, in turns, on {plural(self.threads)}; float32 in PyTorch. s: time of steps."
             yield from machine_notes(self.machine)

@@ -66,8 +66,8 @@ class Clock:
     def check(self, seconds: float = 0.0) -> None:
         """Raise OutOfTime unless more time than ``seconds``, and than none, is left."""
         if self.left <= seconds:
-            more = f"about {seconds:.0f} s would be needed and {max(0.0, self.left):.0f} s were left" if seconds else ""
-            raise OutOfTime(more or "the time limit was over")
+            more = f"it needs about {seconds:.0f} s, and {max(0.0, self.left):.0f} s were left" if seconds else ""
+            raise OutOfTime(more or "the time limit was reached")
 
 
 @dataclass(kw_only=True)
@@ -224,7 +224,8 @@ class Steps:
         """
         if (place := device_of(self.model)).type != "cpu":
             raise ModelError(
-                f"times are of the CPU, and the network is on {place}: pass it on the CPU, with device='{place}'"
+                f"times are measured on the CPU, and the network is on {place}: move it to the CPU and pass "
+                f"device='{place}'"
             )
         times: dict[str, Quartiles] = {}
         example, seconds = self.parts.measured[0][0][:1], _TIMED_SECONDS * len(networks)

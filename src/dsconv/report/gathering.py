@@ -83,7 +83,9 @@ def gather(
         check_module("reference", reference)
     layers = quantized_layers(qmodel)
     if sensitivity_images < 0 or (runs < 2 and runs != 0):
-        raise ConfigError(f"expected sensitivity_images from 0 and runs 0 or from 2, got {sensitivity_images}, {runs}")
+        raise ConfigError(
+            f"sensitivity_images, runs: expected at least 0, and 0 or at least 2, got {sensitivity_images}, {runs}"
+        )
     info, known = model_info(qmodel), summary(qmodel)
     if reference is not None:
         modules = dict(reference.named_modules(remove_duplicate=False))
@@ -105,8 +107,8 @@ def gather(
         differing = [layer for layer in layers if differ(measured[layer]["weights"], layers[layer])]
         if differing:
             warnings.append(
-                f"The weights of the reference are not those that this network was made from: {len(differing)} of "
-                f"{len(layers)} layers differ, {differing[0]} first. What compares the two networks means nothing."
+                f"This network was not made from the weights of the reference: {len(differing)} of "
+                f"{len(layers)} layers differ, {differing[0]} first. Comparisons of the two networks are meaningless."
             )
     accuracy: Evaluation | None = None
     worst = Worst()
@@ -159,7 +161,7 @@ def gather(
     if isinstance(times, str):
         missing["time"] = times
     if not benches:
-        missing["benches"] = "Pass `--bench FILE.json`, which `dsconv bench --out` writes (in Python `benches=`)."
+        missing["benches"] = "Pass `--bench FILE.json`, written by `dsconv bench --out` (in Python `benches=`)."
     return Report(
         name=name or _name(qmodel, info),
         reference=None if reference is None else _name(reference, info),
@@ -225,9 +227,7 @@ def _profile(qmodel: nn.Module, example: Batch | None, runs: int) -> Profile | s
     if not runs:
         return "Pass `--runs 20` (in Python `runs=20`)."
     if example is None:
-        return (
-            "The size of an image is not known: pass `--size` or `--data DIR` (in Python `input_shape=` or `images=`)."
-        )
+        return "The image size is unknown: pass `--size` or `--data DIR` (in Python `input_shape=` or `images=`)."
     try:
         with evaluation_mode([qmodel]):
             return profile(compile(qmodel, example), example, runs=runs)

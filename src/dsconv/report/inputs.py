@@ -63,7 +63,9 @@ def sampled(layers: Mapping[str, DSLayer], reference: nn.Module | None) -> Itera
         after, generator = draw(name, False, args, kwargs)
         before = after if reference is None else expected[name].popleft() if expected[name] else None
         if before is None or before.shape != after.shape:
-            raise ModelError(f"reference: its layer {name!r} does not run as that of the quantized network does")
+            raise ModelError(
+                f"reference: its layer {name!r} has other calls or input shapes than that of the quantized network"
+            )
         keys = torch.rand(len(after), generator=generator, dtype=torch.float32, device="cpu")
         if name in samples:
             samples[name].add(keys, before, after)

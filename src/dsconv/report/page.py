@@ -22,10 +22,10 @@ from dsconv.report.contents import Report
 from dsconv.report.gathering import gather
 
 _SIGNS = {
-    "adaptive": "a sign bit only in blocks that hold a negative value",
-    "extra": "a sign beside the bits",
+    "adaptive": "a sign bit only in blocks with a negative value",
+    "extra": "a sign in addition to the bits",
     "included": "two's complement",
-    "auto": "a sign beside the bits in layers whose input can be negative",
+    "auto": "a sign in addition to the bits in layers whose input can be negative",
 }
 
 # Figures of a single network: title, field and unit.

@@ -112,8 +112,8 @@ def draw_pareto(
     axis = figure.subplots()
     axis.plot(*zip(*curve, strict=True), "o-", color=COLOURS[0], markersize=4, label="least distance")
     axis.plot(*chosen, "D", color=COLOURS[5], markersize=8, label="chosen")
-    axis.set_xlabel("bits a weight, over the whole network")
-    axis.set_title("Sum of what the layers cost alone", fontsize=11)
+    axis.set_xlabel("bits per weight of the whole network")
+    axis.set_title("Sum of the distances of single layers", fontsize=11)
     _distance(axis, [distance for _, distance in curve], measure)
     axis.legend(frameon=False)
     return _written(figure, path)
@@ -137,7 +137,7 @@ def draw_tradeoff(path: str | os.PathLike[str], found: Tradeoff) -> Path:
     if first is None:
         raise ConfigError("found: expected a Tradeoff with accuracies, which needs images and a reference")
     figure = _figure(5.2 * len(found.costs) + 1, 5.0)
-    units = {"bytes": "size in MB", "ms": f"ms for an image, {plural(found.threads)}"}
+    units = {"bytes": "size in MB", "ms": f"ms per image, {plural(found.threads)}"}
     axes = figure.subplots(1, len(found.costs), squeeze=False, sharey=True)[0]
     for axis, cost in zip(axes, found.costs, strict=True):
         front = found.front(cost)
@@ -227,7 +227,7 @@ def _bars(axis: Any, layer_sqnr_db: Mapping[str, Mapping[str, float]]) -> None:
                 axis.text(x, 0.5, "exact", rotation=90, ha="center", va="bottom", fontsize=9, color="white")
     axis.set_xticks(range(len(layers)), layers, rotation=20, ha="right", rotation_mode="anchor")
     axis.set_ylabel("SQNR of the output in dB\n(higher is better)")
-    axis.set_title("Each layer's output against float32, errors of the layers before it included", fontsize=11)
+    axis.set_title("Output of each layer against float32, including errors of the layers before", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlim(-0.6, len(layers) - 0.4)
     axis.legend(frameon=False, ncols=len(layer_sqnr_db), loc="upper right")

@@ -1,4 +1,4 @@
-"""Averages over as many windows as are asked for are steps of compiled networks, with PyTorch's bits."""
+"""Adaptive average pooling is a step of compiled networks, with PyTorch's bits."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def test_one_window_is_an_average_of_the_image_and_one_for_each_pixel_nothing() 
         y = m.a(x)
         return F.adaptive_avg_pool2d(y, (9, 9)) * F.adaptive_avg_pool2d(y, 1)
 
-    # An average of another layout has an order of its own.
+    # An average in another layout has another order of sums.
     assert steps_of(run, near=1e-6, a=conv(3, 8))[:2] == ["conv2d", "average"]
 
 

@@ -1,4 +1,4 @@
-"""Activations with an exponential, norms and softmax: how far they are from float64, in every layout the same bits."""
+"""Activations with an exponential, norms and softmax: error against float64, and the same bits in every layout."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ CHANNELS = 1024
 
 
 def mapped(x: Tensor, activation: str, alpha: float = 0.0, beta: float = 0.0, operation: str = "activate") -> Tensor:
-    """The map of ``x (N, C)``, by the best instruction set."""
+    """Return the map of ``x (N, C)``, by the best instruction set."""
     module = native.extension()
     assert module is not None
     one, y, (rows, channels) = module.Program(native.isa()), torch.empty_like(x), x.shape
@@ -30,14 +30,14 @@ def mapped(x: Tensor, activation: str, alpha: float = 0.0, beta: float = 0.0, op
 
 
 def all_sizes() -> Tensor:
-    """Two million finite numbers, evenly spread over the bit patterns of float32."""
+    """Return two million finite numbers, evenly spread over the bit patterns of float32."""
     x = torch.arange(-(1 << 31), 1 << 31, 2039, dtype=torch.int64).to(torch.int32).view(torch.float32)
     x = x[x.isfinite()]
     return x[: len(x) // CHANNELS * CHANNELS].view(-1, CHANNELS)
 
 
 def units(exact: Tensor) -> Tensor:
-    """The distance of neighbouring float32 numbers of that size."""
+    """Return the distance of neighbouring float32 numbers of that size."""
     return torch.exp2(exact.abs().clamp(min=2.0**-126).log2().floor() - 23)
 
 
@@ -45,7 +45,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-# The definition in float64, the most units in the last place (docs/kernels.md), and from where on these are counted.
+# The definition in float64, the largest error in units in the last place (docs/kernels.md), and the start of its range.
 IN_UNITS: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
     "silu": (lambda x: x / (1 + torch.exp(-x)), 3, -87.0),
     "sigmoid": (torch.sigmoid, 3, -87.0),
@@ -55,7 +55,7 @@ IN_UNITS: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
     "mish": (lambda x: torch.where(x > 30, x, x * torch.tanh(torch.log1p(torch.exp(x.clamp(max=30))))), 5, -80.0),
     "softplus": (lambda x: torch.where(x > 30, x, torch.log1p(torch.exp(x.clamp(max=30)))), 4, -80.0),
 }
-# Those whose error is measured by the larger of 1 and the number.
+# Activations whose error is relative to the larger of 1 and the number.
 BY_ONE: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "gelu": (lambda x: x * torch.special.erfc(-x / math.sqrt(2)) / 2, 2e-7),
     "gelu_tanh": (_gelu_tanh, 2e-7),
@@ -96,7 +96,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
     "sigmoid": (torch.sigmoid, 0.0, 0.0),
     "elu": (F.elu, 1.0, 0.0),
     "exp": (torch.exp, 0.0, 0.0),
-    "gelu": (lambda x: F.gelu(x.double()).float(), 0.0, 0.0),  # oneDNN's of infinity is no number
+    "gelu": (lambda x: F.gelu(x.double()).float(), 0.0, 0.0),  # oneDNN's result for infinity is NaN
     "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), 0.0, 0.0),
     "mish": (F.mish, 0.0, 0.0),
     "softplus": (F.softplus, 0.0, 0.0),
@@ -109,7 +109,7 @@ def test_what_is_no_number_infinite_or_zero_is_treated_as_pytorch_does(name: str
     assert set(FUNCTIONS) == set(ACTIVATIONS) - {"none"}
     function, alpha, beta = FUNCTIONS[name]
     special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e38, -1e38, -300.0, 300.0])
-    x = special.repeat(16)[:, None].contiguous()  # PyTorch computes all of them on vectors
+    x = special.repeat(16)[:, None].contiguous()  # PyTorch computes all of them with vectors
     for isa, y in by_isa(lambda: mapped(x, name, alpha, beta)).items():
         assert same_bits(y, function(x)), (isa, y[:9].tolist(), function(x)[:9].tolist())
 

@@ -1,4 +1,4 @@
-"""Sums, products and other maps of compiled networks: with PyTorch's bits, and as few steps as can be."""
+"""Sums, products and other maps of compiled networks: with PyTorch's bits, and with the fewest steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ CONFIG = dsconv.QuantConfig.preset("default", algorithm="direct")
 
 
 def compiled(run: Callable[[Any, Tensor], Tensor], x: Tensor, dims: int = 2) -> list[tuple[str, ...]]:
-    """Check the bits of a network, and return what its maps do."""
+    """Check the bits of a network, and return the operations of its maps."""
     qnet = dsconv.quantize(Net(run, dims), CONFIG)
     fast = dsconv.compile(qnet, x)
     with torch.inference_mode():
@@ -76,7 +76,7 @@ def test_operations_that_follow_one_another_are_one_map(
         (lambda m, x: 3 * m.a(x), ("bias", "mul")),
         (lambda m, x: m.a(x) + m.gain, ("bias", "add")),
         (lambda m, x: (lambda z: F.relu(m.a(x) * m.gain + z))(m.b(x)), ("bias", "mul", "add", "relu")),
-        (lambda m, x: m.a(x) * m.gain + m.one, ("bias", "mul")),  # a layer would round both at once
+        (lambda m, x: m.a(x) * m.gain + m.one, ("bias", "mul")),  # a layer would round both together
     ],
 )
 def test_constants_behind_a_layer_are_its_own(run: Callable[[Net, Tensor], Tensor], fused: tuple[str, ...]) -> None:

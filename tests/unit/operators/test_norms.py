@@ -34,7 +34,7 @@ def of(run: Callable[[Any, Tensor], Tensor], x: Tensor, **layers: nn.Module) -> 
 
 
 class Rows(nn.LayerNorm):
-    """A layer norm over the channels of images, as timm has it."""
+    """A layer norm over the channels of images, as in timm."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)

@@ -1,4 +1,4 @@
-"""PReLU in compiled networks: fused where a layer can compute it, and the same bits."""
+"""PReLU in compiled networks: fused if a layer can compute it, with the same bits."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extensio
 
 
 def compiled(net: nn.Module, x: torch.Tensor) -> list[tuple[str, tuple[str, ...]]]:
-    """Compile a network, check its bits, and return operator and fused ones of each step."""
+    """Compile a network, check its bits, and return operator and fused operators of each step."""
     qnet = dsconv.quantize(net.eval(), dsconv.QuantConfig.preset("default", algorithm="direct"))
     fast = dsconv.compile(qnet, x)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Tensors whose last dimension is that of the channels, whoever makes them: tokens, and images (N, H, W, C)."""
+"""Tensors whose last dimension is the channels: tokens, and images (N, H, W, C)."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extensio
 
 
 class Transformer(nn.Module):
-    """One block with a token for the class and positions, and attention."""
+    """One block with a class token, positions, and attention."""
 
     def __init__(self, channels: int = 32):
         super().__init__()
@@ -33,7 +33,7 @@ class Transformer(nn.Module):
 
 
 class Gated(nn.Module):
-    """Channels that are cut into a gate and what goes through a convolution, in images (N, H, W, C)."""
+    """Channels that are split into a gate and the input of a convolution, in images (N, H, W, C)."""
 
     def __init__(self) -> None:
         super().__init__()

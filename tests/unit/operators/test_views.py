@@ -1,4 +1,4 @@
-"""Some channels of a tensor cost no step, and neither does what changes nothing."""
+"""Slices of channels need no step, and operators without effect need none."""
 
 from collections.abc import Callable
 from typing import Any

@@ -80,8 +80,8 @@ class Graphs:
                 outputs = self._run(held)
         except RuntimeError as error:
             warnings.warn(
-                f"a network is not captured as a CUDA graph for {tuple(xs[0].shape)}, and runs step by step, "
-                f"which takes longer: {str(error).splitlines()[0]}",
+                f"a network cannot be captured as a CUDA graph for {tuple(xs[0].shape)}, and runs step by step, "
+                f"which is slower: {str(error).splitlines()[0]}",
                 stacklevel=2,
             )
             return None

@@ -136,6 +136,6 @@ def _check_weights(name: str, c: Call, s: Sizes) -> None:
         if other.dtype != torch.float32 and not (together and argument == "kds_shift"):
             raise ValueError(f"dsconv::{name}: {argument}: expected float32, got {other.dtype}")
     if (c.gain is None) != (c.offset is None):
-        raise ValueError(f"dsconv::{name}: offset: expected one where there is a gain, and none elsewhere")
+        raise ValueError(f"dsconv::{name}: offset: expected a tensor with a gain, and None without one")
     if c.residual is not None and c.residual.device != c.x.device:
         raise ValueError(f"dsconv::{name}: residual: expected it on {c.x.device}, as x is, got {c.residual.device}")

@@ -48,7 +48,7 @@ def structure_of(output: Any) -> _Structure:
     if others or not returned_in(output):
         kind = type(others[0] if others else output).__name__
         raise ModelError(
-            f"the model returns {kind}, and what tensors that holds is not known: return tensors, or lists, tuples, "
+            f"the model returns {kind}, whose tensors cannot be determined: return tensors, or lists, tuples, "
             "dictionaries or dataclasses of them"
         )
     empty = mapped(lambda _: _Place(), output, RETURNED)

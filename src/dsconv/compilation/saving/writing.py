@@ -255,14 +255,14 @@ def check_saved(program: Program, names: Sequence[str]) -> None:
     if calls:
         listed = [f"{step.name or 'the model'}: {step.operator}" for step in plan_of(program).in_pytorch]
         raise ModelError(
-            f"the network cannot be saved for a runtime without PyTorch, which computes {len(calls)} of its "
+            f"the network cannot be saved for a runtime without PyTorch: PyTorch computes {len(calls)} of its "
             f"{len(program.steps)} steps: {', '.join(dict.fromkeys(listed))}"
         )
     for name, port in zip(names, program.ports()[1], strict=True):
         if port is None:
             raise ModelError(
-                f"output {name!r} is no tensor that the network's steps make of the samples: leave it out of what the "
-                "model returns"
+                f"output {name!r} is not a tensor that the network's steps compute from the samples: remove it from "
+                "the outputs of the model"
             )
 
 

@@ -104,7 +104,7 @@ def from_onnx(path: str | os.PathLike[str]) -> ImportedNetwork:
     except (DSConvError, OSError):
         raise
     except MemoryError:
-        raise ModelError(f"{place}: it asks for more memory than there is") from None
+        raise ModelError(f"{place}: it needs more memory than is available") from None
     except Exception as error:  # inconsistent names, attributes and tensors may raise anything
         raise broken(place, f"{type(error).__name__}: {first_line(error)}") from error
     return network

@@ -63,7 +63,7 @@ class Builder:
         if name not in self.values and name in self.source.tensors:
             self.values[name] = self.source.array(self.source.tensors[name])
         if name not in self.values:
-            raise broken(self.source.path, f"node {self.node.name!r} reads {name!r}, which nothing before it makes")
+            raise broken(self.source.path, f"node {self.node.name!r} reads {name!r}, which no earlier node computes")
         return self.values[name]
 
     def remember(self, name: str, value: Value) -> None:
@@ -84,7 +84,7 @@ class Builder:
             whole = all(isinstance(v, int) or v.target is not torch.sym_float for v in value.values)  # type: ignore[union-attr]
             return self.call(tensor_of, list(value.values), value.scalar, torch.int64 if whole else torch.float32)
         if isinstance(value, Rounded):
-            raise Unsupported("it computes with quantized values: the model is quantized already, take the float model")
+            raise Unsupported("it computes with quantized values: the model is already quantized; use the float model")
         raise Unsupported("an input is missing")
 
     def operand(self, value: Value, other: Value) -> "fx.Node | Number":
@@ -113,7 +113,7 @@ class Builder:
             Unsupported: it is computed when the network runs.
         """
         if not isinstance(value, np.ndarray):
-            raise Unsupported(f"its {what} is computed when the network runs")
+            raise Unsupported(f"its {what} is computed at run time")
         return value
 
     def numbers(self, value: Value) -> list[Number | fx.Node]:
@@ -126,7 +126,7 @@ class Builder:
             return list(value.values)
         if isinstance(value, np.ndarray):
             return list(value.reshape(-1).tolist())
-        raise Unsupported("a size or place is computed from what a tensor holds")
+        raise Unsupported("a size or index is computed from the values of a tensor")
 
     def ints(self, value: Value, what: str) -> list[int]:
         """Return the values of an integer constant."""
@@ -162,7 +162,7 @@ class Builder:
         """
         rank = self.rank(value)
         if rank is None:
-            raise Unsupported("the file does not tell how many dimensions its input has")
+            raise Unsupported("the file does not state how many dimensions its input has")
         return rank
 
     def axis(self, value: Value, dim: int) -> int:

@@ -33,8 +33,8 @@ def of_batch(x: Tensor, count: int) -> Tensor:
     """
     if x.size(0) != count:
         raise ValueError(
-            f"the ONNX file takes places of its fixed batch by number: expected {count} where {x.size(0)} came "
-            "of the batch: run the network with the batch of the file, or export it with a free one"
+            f"the ONNX file has a fixed batch size and indexes the batch: expected a first size of {count}, got "
+            f"{x.size(0)}: run the network with the batch size of the file, or export it with a free one"
         )
     return x
 

@@ -67,7 +67,7 @@ def conv(op: Builder, a: Attributes, x: Value, weight: Value, bias: Value = None
     place = len(kernel) - 1
     if not isinstance(weight, np.ndarray) or not isinstance(bias, np.ndarray | None):
         if isinstance(pads, str) or any(before != after for before, after in pads):
-            raise Unsupported("uneven padding beside a weight that is computed when the network runs")
+            raise Unsupported("asymmetric padding with a weight that is computed at run time")
         function = (F.conv1d, F.conv2d, F.conv3d)[place]
         tensors = [None if t is None else op.tensor(t) for t in (x, weight, bias)]
         return op.call(function, *tensors, stride, [before for before, _ in pads], dilation, groups)
@@ -217,7 +217,7 @@ def group_norm(op: Builder, a: Attributes, x: Value, weight: Value, bias: Value)
     dims = op.dims(x)
     channels = dims[1] if dims else None
     if channels is None:
-        raise Unsupported("the file does not tell how many channels its input has")
+        raise Unsupported("the file does not state how many channels its input has")
     if op.opset < 21:
         if w.size != groups or b.size != groups or channels % groups:
             raise Unsupported(f"{w.size} scales for {groups} groups of {channels} channels")

@@ -98,7 +98,7 @@ def build(described: dict[str, Any]) -> ImportedNetwork:
             match op:
                 case "placeholder":
                     if not target.isidentifier():
-                        raise ValueError(f"{target!r} is no name of an input")
+                        raise ValueError(f"{target!r} is not the name of an input")
                     target = _checked(target)
                 case "call_function":
                     target = FUNCTIONS[target]
@@ -139,7 +139,7 @@ def _checked(name: str) -> str:
     """Return a valid name from a file; PyTorch writes such names into code."""
     parts = name.split(".")
     if not all(_PART.fullmatch(part) and not keyword.iskeyword(part) for part in parts):
-        raise ValueError(f"{name!r} is no name")
+        raise ValueError(f"{name!r} is not a valid name")
     return name
 
 
@@ -162,7 +162,7 @@ def _plain(value: Any) -> Any:
             return [_plain(part) for part in value]
         case None | bool() | int() | float() | str():
             return value
-    raise TypeError(f"{type(value).__name__} is no argument of a node in a file")
+    raise TypeError(f"{type(value).__name__} cannot be an argument of a node in a file")
 
 
 def _values(value: Any, known: dict[str, fx.Node]) -> Any:
@@ -177,4 +177,4 @@ def _values(value: Any, known: dict[str, fx.Node]) -> Any:
             return [_values(part, known) for part in value]
         case None | bool() | int() | float() | str():
             return value
-    raise ValueError(f"{one_line(repr(value), 80)} is no argument of a node")
+    raise ValueError(f"{one_line(repr(value), 80)} is not a valid argument of a node")

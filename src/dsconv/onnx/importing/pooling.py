@@ -39,7 +39,7 @@ def _overhangs(op: Builder, x: Value, kernel: list[int], stride: list[int], pads
 def max_pool(op: Builder, a: Attributes, x: Value) -> fx.Node:
     """Take the largest value of each window."""
     if op.more_outputs() or a.get("storage_order", 0):
-        raise Unsupported("places of the largest values as an output")
+        raise Unsupported("indices of the largest values as an output")
     kernel, source = a.ints("kernel_shape") or [], op.tensor(x)
     stride, dilation, pads = window(a, kernel)
     ceil, lowest = bool(a.get("ceil_mode", 0)), float("-inf")

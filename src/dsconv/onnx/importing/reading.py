@@ -68,15 +68,17 @@ class Source:
         if not name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise FileFormatError(f"{what}: expected a file in the folder of the model or below")
         if not place.resolve().is_relative_to(folder):
-            raise FileFormatError(f"{what}, a link that leads out of the folder of the model: copy that file there")
+            raise FileFormatError(f"{what}, a link to outside the folder of the model: copy that file there")
         if not place.is_file():
-            raise FileFormatError(f"{what}, and there is no such file: put it beside the model")
+            raise FileFormatError(f"{what}, which does not exist: put it beside the model")
         size = place.stat().st_size
         try:
             offset = int(entries.get("offset", 0))
             length = int(entries.get("length", size - offset))
         except ValueError:
-            raise broken(self.path, f"tensor {tensor.name!r}: its place in {name!r} is no number") from None
+            raise broken(
+                self.path, f"tensor {tensor.name!r}: its offset or length in {name!r} is not a number"
+            ) from None
         if offset < 0 or length < 0 or offset + length > size:
             there = f"bytes {offset} to {offset + length} of {name!r}, which has {size}"
             raise broken(self.path, f"tensor {tensor.name!r}: its values are {there}")
@@ -142,7 +144,7 @@ def input_types(path: Path) -> dict[str, tuple[np.dtype[Any], list[int | str]]]:
     for given in source.inputs:
         kind = given.type.tensor_type
         if not kind.HasField("shape"):
-            raise ModelError(f"{path}: it does not say of which shape its input {given.name!r} is")
+            raise ModelError(f"{path}: it does not state the shape of its input {given.name!r}")
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
         types[given.name] = dtype, [d.dim_value if d.dim_value > 0 else d.dim_param for d in kind.shape.dim]
     return types
@@ -151,7 +153,7 @@ def input_types(path: Path) -> dict[str, tuple[np.dtype[Any], list[int | str]]]:
 def _opset(path: Path, model: Any, newest: int) -> int:
     versions = [entry.version for entry in model.opset_import if entry.domain in _DOMAINS]
     if not versions:
-        raise FileFormatError(f"{path}: it does not say which version of ONNX's operators it uses: {_GET_AGAIN}")
+        raise FileFormatError(f"{path}: it does not state its version of ONNX's operators: {_GET_AGAIN}")
     if not OLDEST_OPSET <= versions[0] <= newest:
         todo = "export it again with a newer one" if versions[0] < OLDEST_OPSET else "install a newer onnx"
         raise ModelError(f"{path}: opset: expected {OLDEST_OPSET} to {newest}, got {versions[0]}: {todo}")

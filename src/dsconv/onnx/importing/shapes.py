@@ -38,7 +38,7 @@ def constant(op: Builder, a: Attributes) -> Any:
         if name in a:
             return np.array(a.get(name), dtype=dtype)
     if "value" not in a:
-        raise Unsupported("a constant that is no tensor of numbers")
+        raise Unsupported("a constant that is not a tensor of numbers")
     return op.source.array(a.get("value"))
 
 
@@ -148,7 +148,7 @@ def squeeze(op: Builder, a: Attributes, x: Value, axes: Value = None) -> fx.Node
     if places is None:
         dims = op.dims(x)
         if dims is None or None in dims:
-            raise Unsupported("the file does not tell which dimensions have size one")
+            raise Unsupported("the file does not state which dimensions have size one")
         places = [dim for dim, size in enumerate(dims) if size == 1 and not (dim == 0 and op.fixes_batch(x))]
     places = [op.axis(x, place) for place in places]
     y, leads = (op.batch_of_file(x) if 0 in places else op.tensor(x)), op.leads(x) and 0 not in places
@@ -185,7 +185,7 @@ def split(op: Builder, a: Attributes, x: Value, sizes: Value = None) -> Any:
         dims = op.dims(x)
         size = dims[axis] if dims else None
         if size is None:
-            raise Unsupported("the file does not tell the size that it divides")
+            raise Unsupported("the file does not state the size that it divides")
         step = -(-size // a.get("num_outputs", count))
         known = [min(step, size - start) for start in range(0, size, step)]
     parts = op.call(torch.split, source, known, axis)
