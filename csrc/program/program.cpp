@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <stdexcept>
 
 #include "../parallel.h"
@@ -317,12 +318,13 @@ class PoolLine {
       int taps = 0;
       const std::int64_t left = x * w_.stride_w - w_.pad_w;
       const Span columns = inside(left, w_.kernel_w, w_.dilation_w, v_.width);
-      for (std::int64_t ky = by_line_ ? 0 : rows.begin; ky < (by_line_ ? 1 : rows.end); ++ky) {
+      for (std::int64_t ky = rows.begin; ky < (by_line_ ? std::min(rows.begin + 1, rows.end) : rows.end); ++ky) {
         const float* from = by_line_ ? maxima_ : line_at(top + ky * w_.dilation_h);
         for (std::int64_t kx = columns.begin; kx < columns.end; ++kx)
           tap_[taps++] = from + (left + kx * w_.dilation_w) * v_.strides.x;
       }
-      pool_({tap_, taps, v_.channels, w_.average ? divisor(top, left, taps) : 0.0f, to + x * stride});
+      if (taps || w_.average) pool_({tap_, taps, v_.channels, w_.average ? divisor(top, left, taps) : 0.0f, to + x * stride});
+      else std::fill_n(to + x * stride, v_.channels, -std::numeric_limits<float>::infinity());  // a window of padding alone
     }
   }
 
