@@ -114,7 +114,10 @@ std::vector<std::int64_t> places(const file::Places* of, std::int64_t in) {
   const std::int64_t count = range_size(of->begin(), in - of->end(), of->step());
   for (std::int64_t i = 0; i < count; ++i) all.insert(all.end(), of->repeat(), of->begin() + i * of->step());
   if (of->after())
-    for (const std::int32_t place : items(of->after())) all.push_back(place > 0 ? in - place : -1);
+    for (const std::int32_t place : items(of->after())) {
+      fits(place <= in, "an image is smaller than what a step reads of its end");
+      all.push_back(place > 0 ? in - place : -1);
+    }
   return all;
 }
 

@@ -238,6 +238,17 @@ def test_sizes_that_the_steps_cannot_take_are_refused(tmp_path: Path) -> None:
         net(np.zeros((1, 8, 40, 12), np.float32), np.zeros((1, 8, 8, 12), np.float32))
 
 
+def test_a_reflection_beyond_the_image_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Of(lambda m, x: m["a"](F.pad(x, (0, 2, 0, 0), mode="reflect")), a=conv(3, 8, 1)).eval()
+    fast = dsconv.compile(dsconv.quantize(model), torch.zeros(1, 3, 8, 8, dtype=torch.float32))
+    fast.save(tmp_path / "net.dsconv")
+    net = runtime.Network(tmp_path / "net.dsconv")
+    check_sizes(fast, net, [[(3, 2, 3)]])
+    with pytest.raises(runtime.DataError, match=r"got \(1, 3, 8, 2\): an image is smaller than what a step reads"):
+        net(np.zeros((1, 3, 8, 2), np.float32))
+
+
 def test_a_large_batch_is_computed_in_parts(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(conv(3, 64, 3, padding=1), nn.ReLU(), conv(64, 64, 3, padding=1)).eval()
