@@ -22,6 +22,7 @@
 
 #include "../isa/choice.h"
 #include "../parallel.h"
+#include "../scratch.h"
 #include "error.h"
 #include "network.h"
 
@@ -57,8 +58,10 @@ dsconv_status guarded(Function function) noexcept {
     return failed(DSCONV_IO_ERROR, error.what());
   } catch (const std::invalid_argument& error) {
     return failed(DSCONV_INVALID_ARGUMENT, error.what());
-  } catch (const std::bad_alloc& error) {
+  } catch (const NoMemory& error) {
     return failed(DSCONV_NO_MEMORY, error.what());
+  } catch (const std::bad_alloc&) {
+    return failed(DSCONV_NO_MEMORY, "there is not enough memory");
   } catch (const std::length_error&) {
     return failed(DSCONV_NO_MEMORY, "more memory is needed than a process can have");
   } catch (const std::exception& error) {

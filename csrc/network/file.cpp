@@ -66,12 +66,13 @@ std::uint32_t crc32(std::span<const std::byte> bytes) {
 
 File::File(const std::string& path) {
   const auto fail = [&](const char* what) { return SystemError(path + ": " + what + ": " + std::strerror(errno)); };
-  const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe would wait for a writer
   if (file < 0) throw fail("cannot be opened");
   struct stat found{};
   const bool known = ::fstat(file, &found) == 0;
   if (!known || !S_ISREG(found.st_mode) || found.st_size <= 0) {
-    const SystemError error = known ? SystemError(path + ": expected a file that is not empty") : fail("cannot be read");
+    const char* const expected = S_ISREG(found.st_mode) ? ": expected a file that is not empty" : ": expected a regular file";
+    const SystemError error = known ? SystemError(path + expected) : fail("cannot be read");
     ::close(file);
     throw error;
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +14,7 @@ namespace {
 constexpr std::int64_t kMaxSide = std::int64_t{1} << 31;
 constexpr std::int64_t kMaxListed = std::int64_t{1} << 22;  // limit of rows and columns over all steps that list them
 constexpr std::int64_t kMaxValues = std::int64_t{1} << 40;
+constexpr std::size_t kMaxTensors = 1 << 15, kMaxSteps = 1 << 15;  // of a program, which takes the square of them to place
 
 // Reports errors that the size of an input can cause, not only a file.
 void fits(bool holds, const char* what) {
@@ -51,6 +53,7 @@ std::int64_t convolved(std::int64_t in, const Window& w) {
 }
 
 std::int64_t transposed(std::int64_t in, const Window& w, std::int64_t more) {
+  fits(in < kMaxSide, "an image is too large");  // before a product of two sizes
   return side((in - 1) * w.stride - 2 * w.pad + w.reach() + small(more));
 }
 
@@ -111,7 +114,10 @@ std::vector<std::int64_t> places(const file::Places* of, std::int64_t in) {
   const std::int64_t count = range_size(of->begin(), in - of->end(), of->step());
   for (std::int64_t i = 0; i < count; ++i) all.insert(all.end(), of->repeat(), of->begin() + i * of->step());
   if (of->after())
-    for (const std::int32_t place : items(of->after())) all.push_back(place > 0 ? in - place : -1);
+    for (const std::int32_t place : items(of->after())) {
+      fits(place <= in, "an image is smaller than what a step reads of its end");
+      all.push_back(place > 0 ? in - place : -1);
+    }
   return all;
 }
 
@@ -161,41 +167,46 @@ std::vector<Span> spans(int count, std::int64_t in) {
   return all;
 }
 
-// Calls functions with the float tensors and the quantized ones that a step reads or writes; -1 means none.
-template <class OnFloat, class OnQuantized>
-void visit(const file::Step& step, OnFloat on_float, OnQuantized on_quantized) {
+// The two kinds of tensors; each kind has numbers of its own.
+enum class Tensors { floats, quantized };
+
+// Calls functions with the tensors that a step reads, and with those that it writes; number -1 means none.
+template <class Reads, class Writes>
+void visit(const file::Step& step, Reads reads, Writes writes) {
   if (const file::Uses* uses = step.uses()) {
-    on_float(uses->values()), on_float(uses->residual());
+    reads(Tensors::floats, uses->residual()), writes(Tensors::floats, uses->values());
     if (uses->targets())
-      for (const file::Target* target : items(uses->targets())) on_quantized(target->tensor());
+      for (const file::Target* target : items(uses->targets())) writes(Tensors::quantized, target->tensor());
   }
   needed(step.operation());
   switch (step.operation_type()) {
     case file::Operation::Convolve:
-      on_float(step.operation_as_Convolve()->source()), on_quantized(step.operation_as_Convolve()->quantized());
+      reads(Tensors::floats, step.operation_as_Convolve()->source());
+      reads(Tensors::quantized, step.operation_as_Convolve()->quantized());
       break;
     case file::Operation::Map:
-      on_float(step.operation_as_Map()->source());
+      reads(Tensors::floats, step.operation_as_Map()->source());
       if (step.operation_as_Map()->operations())
-        for (const file::MapOperation* o : items(step.operation_as_Map()->operations())) on_float(o->tensor());
+        for (const file::MapOperation* o : items(step.operation_as_Map()->operations())) reads(Tensors::floats, o->tensor());
       break;
     case file::Operation::Average:
-      on_float(step.operation_as_Average()->source()), on_float(step.operation_as_Average()->result());
+      reads(Tensors::floats, step.operation_as_Average()->source()), writes(Tensors::floats, step.operation_as_Average()->result());
       break;
     case file::Operation::Moments:
-      on_float(step.operation_as_Moments()->source());
-      on_float(step.operation_as_Moments()->mean()), on_float(step.operation_as_Moments()->scale());
+      reads(Tensors::floats, step.operation_as_Moments()->source());
+      writes(Tensors::floats, step.operation_as_Moments()->mean()), writes(Tensors::floats, step.operation_as_Moments()->scale());
       break;
     case file::Operation::Flatten:
-      on_float(step.operation_as_Flatten()->source()), on_float(step.operation_as_Flatten()->result());
+      reads(Tensors::floats, step.operation_as_Flatten()->source()), writes(Tensors::floats, step.operation_as_Flatten()->result());
       break;
     case file::Operation::Rearrange:
-      on_float(step.operation_as_Rearrange()->source()), on_float(step.operation_as_Rearrange()->result());
+      reads(Tensors::floats, step.operation_as_Rearrange()->source());
+      writes(Tensors::floats, step.operation_as_Rearrange()->result());
       break;
-    case file::Operation::Pick: on_float(step.operation_as_Pick()->source()); break;
-    case file::Operation::Pool: on_float(step.operation_as_Pool()->source()); break;
-    case file::Operation::Interpolate: on_float(step.operation_as_Interpolate()->source()); break;
-    case file::Operation::AverageWindows: on_float(step.operation_as_AverageWindows()->source()); break;
+    case file::Operation::Pick: reads(Tensors::floats, step.operation_as_Pick()->source()); break;
+    case file::Operation::Pool: reads(Tensors::floats, step.operation_as_Pool()->source()); break;
+    case file::Operation::Interpolate: reads(Tensors::floats, step.operation_as_Interpolate()->source()); break;
+    case file::Operation::AverageWindows: reads(Tensors::floats, step.operation_as_AverageWindows()->source()); break;
     default: throw FileError("a step is not known: install a newer dsconv runtime", true);
   }
 }
@@ -205,38 +216,94 @@ void visit(const file::Step& step, OnFloat on_float, OnQuantized on_quantized) {
 Geometry::Geometry(const file::Program& of, std::span<const Grid> inputs) : of_(of) {
   memory_.resize(items(of.memory()).size());
   quantized_.resize(of.quantized_tensors() ? items(of.quantized_tensors()).size() : 0);
-  if (of.float_tensors()) items(of.float_tensors());
+  const std::size_t floats = of.float_tensors() ? items(of.float_tensors()).size() : 0;
+  require(memory_.size() + quantized_.size() + floats <= kMaxTensors && items(of.steps()).size() <= kMaxSteps,
+          "a program has too many steps or tensors");
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     const int tensor = items(of.inputs()).Get(i)->tensor();
     if (tensor != -1) set(tensor, inputs[i]);
   }
-  for (const file::Step* step : items(of.steps())) derive(*step);
+  const auto made = [this](Tensors kind, int tensor) {
+    if (tensor >= 0)
+      require(kind == Tensors::floats ? is_made(tensor) : is_made_quantized(tensor), "a tensor is read before a step makes it");
+  };
+  for (const file::Step* step : items(of.steps())) {
+    visit(*step, made, [](Tensors, int) {});
+    derive(*step);
+  }
+  for (const file::Port* port : items(of.outputs())) made(Tensors::floats, port->tensor());
   lifetimes();
   place();
 }
 
-void Geometry::set(int tensor, const Grid& grid) {
-  require(tensor >= 0 && of_.float_tensors() && tensor < static_cast<int>(of_.float_tensors()->size()), "no such tensor");
-  const int memory = of_.float_tensors()->Get(tensor)->memory();
-  require(memory >= 0 && memory < static_cast<int>(memory_.size()), "no such memory");
-  Grid& there = memory_[memory].grid;
-  fits(!there.frames || there == grid, "the sizes of tensors that are added or lie side by side do not agree");
-  there = grid;
+void Geometry::Channels::add(std::int64_t first, std::int64_t count) {
+  std::int64_t end = first + count;
+  auto next = ends_.lower_bound(first);
+  if (next != ends_.begin() && std::prev(next)->second >= first) first = (--next)->first;
+  while (next != ends_.end() && next->first <= end) end = std::max(end, next->second), next = ends_.erase(next);
+  ends_[first] = end;
 }
 
-void Geometry::set_quantized(int tensor, const Grid& grid) {
+bool Geometry::Channels::has(std::int64_t first, std::int64_t count) const {
+  const auto next = ends_.upper_bound(first);
+  return next != ends_.begin() && std::prev(next)->second >= first + count;
+}
+
+// Returns the table of a tensor, whose numbers are such that it lies within its memory.
+const file::FloatTensor& Geometry::table(int tensor) const {
+  require(tensor >= 0 && of_.float_tensors() && tensor < static_cast<int>(of_.float_tensors()->size()), "no such tensor");
+  const file::FloatTensor& t = *of_.float_tensors()->Get(tensor);
+  require(t.memory() >= 0 && t.memory() < static_cast<int>(memory_.size()), "no such memory");
+  const file::Memory& m = *of_.memory()->Get(t.memory());
+  require(m.base() >= 0 && m.pixel() > 0 && m.pixel() < kMaxSide && t.channels() > 0 && t.first() >= 0 && t.first() < kMaxSide &&
+              t.channels() <= m.pixel() - t.first(),
+          "a tensor goes beyond its memory");
+  return t;
+}
+
+const file::QuantizedTensor& Geometry::quantized_table(int tensor) const {
   require(tensor >= 0 && tensor < static_cast<int>(quantized_.size()), "no such quantized tensor");
-  Grid& there = quantized_[tensor].grid;
-  fits(!there.frames || there == grid, "the sizes of tensors that lie side by side do not agree");
-  there = grid;
+  const file::QuantizedTensor& t = *of_.quantized_tensors()->Get(tensor);
+  require(t.depth() > 0 && t.depth() < kMaxSide && t.groups() > 0 && t.groups() < kMaxSide, "a quantized tensor without channels");
+  return t;
+}
+
+// Says that a step or the user makes a tensor.
+void Geometry::set(int tensor, const Grid& grid) {
+  const file::FloatTensor& t = table(tensor);
+  Place& there = memory_[t.memory()];
+  fits(static_cast<double>(grid.rows()) * static_cast<double>(grid.width) < static_cast<double>(kMaxValues),
+       "an image is too large");
+  fits(!there.grid.frames || there.grid == grid, "the sizes of tensors that are added or lie side by side do not agree");
+  there.grid = grid;
+  there.made.add(t.first(), t.channels());
+}
+
+// Says that a step makes some channels of a quantized tensor.
+void Geometry::set_quantized(const file::Target& target, std::int64_t channels, const Grid& grid) {
+  const file::QuantizedTensor& t = quantized_table(target.tensor());
+  Place& there = quantized_[target.tensor()];
+  fits(!there.grid.frames || there.grid == grid, "the sizes of tensors that lie side by side do not agree");
+  require(target.first_channel() >= 0 && target.first_channel() <= t.depth() * t.groups() - channels,
+          "a target without room for all channels");
+  there.grid = grid;
+  there.made.add(target.first_channel(), channels);
+}
+
+bool Geometry::is_made(int tensor) const {
+  const file::FloatTensor& t = table(tensor);
+  return memory_[t.memory()].made.has(t.first(), t.channels());
+}
+
+bool Geometry::is_made_quantized(int tensor) const {
+  const file::QuantizedTensor& t = quantized_table(tensor);
+  return quantized_[tensor].made.has(0, t.depth() * t.groups());
 }
 
 Grid Geometry::grid(int tensor) const {
-  require(tensor >= 0 && of_.float_tensors() && tensor < static_cast<int>(of_.float_tensors()->size()), "no such tensor");
-  const int memory = of_.float_tensors()->Get(tensor)->memory();
-  require(memory >= 0 && memory < static_cast<int>(memory_.size()), "no such memory");
-  require(memory_[memory].grid.frames, "a tensor is read that nothing makes");
-  return memory_[memory].grid;
+  const Grid& found = memory_[table(tensor).memory()].grid;
+  require(found.frames, "a tensor is read that nothing makes");
+  return found;
 }
 
 // Determines the sizes of a step's results.
@@ -247,23 +314,25 @@ void Geometry::derive(const file::Step& step) {
     fits(listed_ <= kMaxListed, "steps would make images that are too large");
     return Grid{1, rows, columns};
   };
-  const auto made = [&](const Grid& grid) {
+  const auto made = [&](std::int64_t channels, const Grid& grid) {
     const file::Uses& uses = *needed(step.uses());
     if (uses.values() != -1) set(uses.values(), grid);
     if (uses.targets())
-      for (const file::Target* target : items(uses.targets())) set_quantized(target->tensor(), grid);
+      for (const file::Target* target : items(uses.targets())) set_quantized(*target, channels, grid);
   };
+  const auto made_of = [&](int source, const Grid& grid) { made(table(source).channels(), grid); };
   switch (step.operation_type()) {
     case file::Operation::Convolve: {
       const ConvSizes g = conv_sizes(*step.operation_as_Convolve());
-      made({g.out_depth, g.out_height, g.out_width});
+      made(g.outputs, {g.out_depth, g.out_height, g.out_width});
       break;
     }
-    case file::Operation::Map: made(grid(step.operation_as_Map()->source())); break;
-    case file::Operation::Average:
-      grid(step.operation_as_Average()->source());
-      set(step.operation_as_Average()->result(), {1, 1, 1});
+    case file::Operation::Map: {
+      const int source = step.operation_as_Map()->source();
+      made_of(source, grid(source));
       break;
+    }
+    case file::Operation::Average: set(step.operation_as_Average()->result(), {1, 1, 1}); break;
     case file::Operation::Moments:
       set(step.operation_as_Moments()->mean(), {1, 1, 1}), set(step.operation_as_Moments()->scale(), {1, 1, 1});
       break;
@@ -276,19 +345,23 @@ void Geometry::derive(const file::Step& step) {
     case file::Operation::Pick: {
       const file::Pick& p = *step.operation_as_Pick();
       const Grid in = grid(p.source());
-      made(listed(places_size(p.rows(), in.rows()), places_size(p.columns(), in.width)));
+      made_of(p.source(), listed(places_size(p.rows(), in.rows()), places_size(p.columns(), in.width)));
       break;
     }
-    case file::Operation::Pool: made(pooled(*step.operation_as_Pool())); break;
+    case file::Operation::Pool: {
+      const file::Pool& p = *step.operation_as_Pool();
+      made_of(p.source(), pooled(p));
+      break;
+    }
     case file::Operation::Interpolate: {
       const file::Interpolate& i = *step.operation_as_Interpolate();
       const Grid in = grid(i.source());
-      made(listed(stretched(i.rows(), in.rows()), stretched(i.columns(), in.width)));
+      made_of(i.source(), listed(stretched(i.rows(), in.rows()), stretched(i.columns(), in.width)));
       break;
     }
     case file::Operation::AverageWindows: {
       const file::AverageWindows& a = *step.operation_as_AverageWindows();
-      made(listed(windows(a.rows()), windows(a.columns())));
+      made_of(a.source(), listed(windows(a.rows()), windows(a.columns())));
       break;
     }
     default: throw FileError("a step is not known: install a newer dsconv runtime", true);
@@ -302,24 +375,17 @@ void Geometry::Buffer::use(int step) {
 
 void Geometry::lifetimes() {
   int number = 0;
-  const auto use_float = [&](int tensor) {
-    if (tensor < 0) return;
-    grid(tensor);  // checks the number
-    memory_[of_.float_tensors()->Get(tensor)->memory()].place.use(number);
-  };
-  const auto use_quantized = [&](int tensor) {
-    if (tensor < 0) return;
-    require(tensor < static_cast<int>(quantized_.size()), "no such quantized tensor");
-    quantized_[tensor].place.use(number);
+  const auto use = [&](Tensors kind, int tensor) {
+    if (tensor >= 0) (kind == Tensors::floats ? memory_[table(tensor).memory()] : quantized_[tensor]).place.use(number);
   };
   const file::Step* before = nullptr;
   for (const file::Step* step : *of_.steps()) {
-    visit(*step, use_float, use_quantized);
-    if (step->joined() && before) visit(*before, [](int) {}, use_quantized);
+    visit(*step, use, use);
+    if (step->joined() && before) visit(*before, use, use);
     before = step;
     ++number;
   }
-  for (const file::Port* port : items(of_.outputs())) use_float(port->tensor());
+  for (const file::Port* port : *of_.outputs()) use(Tensors::floats, port->tensor());
 }
 
 // Places the largest buffers first, each at the lowest offset where it overlaps no buffer that is live at the same time, as
@@ -363,11 +429,8 @@ void Geometry::place() {
 
 FloatTensor Geometry::float_tensor(int tensor) const {
   const Grid g = grid(tensor);
-  const file::FloatTensor& t = *of_.float_tensors()->Get(tensor);
+  const file::FloatTensor& t = table(tensor);
   const file::Memory& m = *of_.memory()->Get(t.memory());
-  require(m.base() >= 0 && m.pixel() > 0 && m.pixel() < kMaxSide && t.channels() > 0 && t.first() >= 0 && t.first() < kMaxSide &&
-              t.channels() <= m.pixel() - t.first(),
-          "a tensor goes beyond its memory");
   fits(static_cast<double>(m.pixel()) * static_cast<double>(g.rows()) * static_cast<double>(g.width) <
            static_cast<double>(kMaxValues) / 4,
        "a tensor is too large");
@@ -435,16 +498,19 @@ ConvSizes Geometry::conv_sizes(const file::Convolve& of) const {
     return static_cast<double>(g.channels) * static_cast<double>(d) * static_cast<double>(h) * static_cast<double>(w);
   };
   const double padded = values(g.depth + 2 * g.pad_d, g.height + 2 * g.pad_h, g.width + 2 * g.pad_w);
-  fits(g.transposed || padded <= kSmall + kMostTimes * values(g.depth, g.height, g.width),
-       "the padding of a convolution is too large for its input");
+  const double most = kSmall + kMostTimes * values(g.depth, g.height, g.width);
+  fits(g.transposed || padded <= most, "the padding of a convolution is too large for its input");
+  // So are frames, once for each that reads them.
+  fits(!g.volume || !g.flat || values(g.out_depth, g.height, g.width) * static_cast<double>(g.kernel_d) <= most,
+       "the kernel of a convolution has too many frames");
   return g;
 }
 
 // Returns the pixels that a layer reads, quantized or not.
 const Grid& Geometry::source_of(const file::Convolve& of) const {
   if (of.source() >= 0) {
-    grid(of.source());  // checks the number
-    return memory_[of_.float_tensors()->Get(of.source())->memory()].grid;
+    grid(of.source());  // checks it
+    return memory_[table(of.source()).memory()].grid;
   }
   const int tensor = of.quantized();
   require(tensor >= 0 && tensor < static_cast<int>(quantized_.size()) && quantized_[tensor].grid.frames,
@@ -482,7 +548,10 @@ bool Geometry::joined(const file::Step& before) const {
   const int between = before.uses() ? before.uses()->values() : -1;
   if (between < 0) return false;
   const FloatTensor t = float_tensor(between);
-  return 4 * t.channels * t.pixels() >= of_.joined_bytes();
+  if (4 * t.channels * t.pixels() < of_.joined_bytes()) return false;
+  const Buffer& place = memory_[table(between).memory()].place;
+  require(place.first + 1 == place.last, "other steps use what lies between two that are joined");
+  return true;
 }
 
 }  // namespace dsconv

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <span>
 #include <vector>
 
@@ -13,15 +14,18 @@ namespace file {
 struct Average;
 struct AverageWindows;
 struct Convolve;
+struct FloatTensor;
 struct Interpolate;
 struct Order;
 struct Pick;
 struct Places;
 struct Pool;
 struct Program;
+struct QuantizedTensor;
 struct Rearrange;
 struct Step;
 struct Stretch;
+struct Target;
 }  // namespace file
 
 // Pixels of an image; the frames of a 3-D image are stacked vertically.
@@ -58,6 +62,8 @@ class Geometry {
   const file::Order& order(const file::Interpolate&) const;
   std::vector<Span> rows(const file::AverageWindows&) const;
   std::vector<Span> columns(const file::AverageWindows&) const;
+  std::int64_t listed() const { return listed_; }  // rows and columns over all steps that list them
+
   // Whether a step that is marked as joined is fused with the previous one.
   bool joined(const file::Step& before) const;
 
@@ -70,20 +76,35 @@ class Geometry {
     void use(int step);
     bool meets(const Buffer& other) const { return first <= other.last && other.first <= last; }
   };
-  struct MemoryPlace {
+  // Channels, as ranges that do not touch.
+  class Channels {
+   public:
+    void add(std::int64_t first, std::int64_t count);
+    bool has(std::int64_t first, std::int64_t count) const;
+
+   private:
+    std::map<std::int64_t, std::int64_t> ends_;  // of ranges, by where they begin
+  };
+  // Of a memory or of a quantized tensor.
+  struct Place {
     Grid grid;
     Buffer place;
+    Channels made;  // by the steps so far
   };
 
   void derive(const file::Step&);
   void lifetimes();
   void place();
+  const file::FloatTensor& table(int float_tensor) const;
+  const file::QuantizedTensor& quantized_table(int tensor) const;
   void set(int float_tensor, const Grid&);
-  void set_quantized(int tensor, const Grid&);
+  void set_quantized(const file::Target&, std::int64_t channels, const Grid&);
+  bool is_made(int float_tensor) const;
+  bool is_made_quantized(int tensor) const;
   const Grid& source_of(const file::Convolve&) const;
 
   const file::Program& of_;
-  std::vector<MemoryPlace> memory_, quantized_;
+  std::vector<Place> memory_, quantized_;
   std::int64_t listed_ = 0;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <set>
 
 #include "../parallel.h"
 #include "../rounding/winograd.h"
@@ -17,7 +18,15 @@ constexpr std::size_t kMaxRank = 8;
 constexpr std::size_t kSpare = 4;  // workspaces that are cached for the next runs
 constexpr std::size_t kSizesKept = 16;
 constexpr std::int64_t kMaxValues = std::int64_t{1} << 40, kMaxSide = std::int64_t{1} << 31;
+// Of all programs for all sizes of a file, which are made when it is opened.
+constexpr std::size_t kMaxSizes = 1 << 12;
+constexpr std::int64_t kMaxSteps = 1 << 18, kMaxListed = 1 << 23;
 constexpr flatbuffers::uoffset_t kMaxTables = 1 << 22;
+
+// What may be wrong with an input, not only with a file.
+void fits(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
 
 int checked_bits(int bits) {
   require(bits >= 2 && bits <= 8, "bits are 2 to 8");
@@ -27,6 +36,14 @@ int checked_bits(int bits) {
 std::vector<std::string> texts(const flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>* from) {
   std::vector<std::string> all;
   for (const flatbuffers::String* text : items(from)) all.push_back(text->str());
+  return all;
+}
+
+// Returns names of inputs or outputs.
+std::vector<std::string> names(const flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>* from) {
+  std::vector<std::string> all = texts(from);
+  require(!all.empty(), "expected inputs and outputs");
+  require(std::set(all.begin(), all.end()).size() == all.size(), "two inputs or two outputs have one name");
   return all;
 }
 
@@ -173,8 +190,7 @@ Network::Network(std::shared_ptr<const File> file, const Kernels& kernels) : fil
   flatbuffers::Verifier verifier(bytes, header.size(), options);
   require(file::VerifyNetworkBuffer(verifier), "its tables do not hold together");
   tables_ = file::GetNetwork(bytes);
-  inputs_ = texts(tables_->inputs()), outputs_ = texts(tables_->outputs());
-  require(!inputs_.empty() && !outputs_.empty(), "expected inputs and outputs");
+  inputs_ = names(tables_->inputs()), outputs_ = names(tables_->outputs());
   if (tables_->classes()) classes_ = texts(tables_->classes());
   if (tables_->preprocess()) preprocess_ = tables_->preprocess()->str();
   weights_.resize(items(tables_->weights()).size());
@@ -212,6 +228,8 @@ void Network::add(const file::Program& of, const std::vector<Shape>& shapes, con
   } catch (const std::invalid_argument& error) {
     throw FileError(std::string("the file is damaged: ") + error.what());
   }
+  steps_ += made->steps, listed_ += made->listed;
+  require(sizes_.size() < kMaxSizes && steps_ <= kMaxSteps && listed_ <= kMaxListed, "it has programs for too many sizes");
   Size size{shapes, {}};
   for (const Port& p : made->outputs) size.outputs.push_back(p.shape);
   std::size_t at = 0;
@@ -327,10 +345,8 @@ void Network::pack(const file::Weights& of, const ConvSizes& g, int bits, const 
 Grid Network::grid_of(const file::Program& of, std::size_t input, const Shape& shape) const {
   const file::Port& port = *needed(items(of.inputs()).Get(static_cast<flatbuffers::uoffset_t>(input)));
   const auto& axes = items(port.axes());
-  const auto fits = [&](bool holds) {
-    if (!holds) throw std::invalid_argument("the number of channels or of dimensions is another one");
-  };
-  fits(axes.size() == shape.size());
+  constexpr const char* kOther = "the number of channels or of dimensions is another one";
+  fits(axes.size() == shape.size(), kOther);
   Grid grid{1, 1, 1};
   if (port.tensor() == -1) return grid;
   require(of.float_tensors() && port.tensor() >= 0 &&
@@ -338,9 +354,9 @@ Grid Network::grid_of(const file::Program& of, std::size_t input, const Shape& s
           "no such tensor");
   std::int64_t channels = 1;
   for (std::size_t i = 0; i < shape.size(); ++i) {
-    require(shape[i] > 0 && shape[i] < kMaxSide, "an input is too large");
+    fits(shape[i] > 0 && shape[i] < kMaxSide, "an input is too large");
     switch (axes.Get(static_cast<flatbuffers::uoffset_t>(i))) {
-      case file::Axis::one: fits(shape[i] == 1); break;
+      case file::Axis::one: fits(shape[i] == 1, kOther); break;
       case file::Axis::channels: channels = shape[i]; break;
       case file::Axis::frames: grid.frames = shape[i]; break;
       case file::Axis::rows: grid.height = shape[i]; break;
@@ -348,7 +364,7 @@ Grid Network::grid_of(const file::Program& of, std::size_t input, const Shape& s
       default: require(false, "an input has an unknown dimension");
     }
   }
-  fits(channels == of.float_tensors()->Get(port.tensor())->channels());
+  fits(channels == of.float_tensors()->Get(port.tensor())->channels(), kOther);
   return grid;
 }
 
@@ -360,9 +376,12 @@ Network::Port Network::port(const file::Port& of, const Geometry& geometry, cons
   const Grid grid = geometry.grid(of.tensor());
   Port p{t.base, t.offset, t.first, t.strides.image, {}, {}};
   std::int64_t values = 1;
+  std::set<file::Axis> run_over;
   for (flatbuffers::uoffset_t i = 0; i < axes.size(); ++i) {
     std::int64_t size = 1, stride = 0;
-    switch (axes.Get(i)) {
+    const file::Axis axis = axes.Get(i);
+    require(axis == file::Axis::one || run_over.insert(axis).second, "an input or output has a dimension twice");
+    switch (axis) {
       case file::Axis::one: break;
       case file::Axis::channels: size = t.channels, stride = t.strides.channel; break;
       case file::Axis::frames: size = grid.frames, stride = grid.height * t.strides.y; break;
@@ -371,10 +390,10 @@ Network::Port Network::port(const file::Port& of, const Geometry& geometry, cons
       default: require(false, "an input or output has an unknown dimension");
     }
     p.shape.push_back(size), p.strides.push_back(stride);
-    require(size <= kMaxValues / values, "an input or output is too large");
+    fits(size <= kMaxValues / values, "an input or output is too large");
     values *= size;
   }
-  require(values == t.channels * t.pixels(), "an input or output has other values than its tensor");
+  fits(values == t.channels * t.pixels(), "an input or output has other values than its tensor");
   p.whole = p.base > 0 && p.first == 0 && values == made.bases[p.base];
   return p;
 }
@@ -388,7 +407,7 @@ std::shared_ptr<const Network::Compiled> Network::compiled(const file::Program& 
   const Geometry geometry(of, grids);
   const auto made = std::make_shared<Compiled>(kernels);
   Program& program = made->program;
-  made->bases = geometry.bases();
+  made->bases = geometry.bases(), made->listed = geometry.listed();
   std::vector<std::int64_t> channels;
   const int floats = of.float_tensors() ? static_cast<int>(of.float_tensors()->size()) : 0;
   const int quantized = of.quantized_tensors() ? static_cast<int>(of.quantized_tensors()->size()) : 0;
@@ -615,10 +634,11 @@ void Network::run(const Compiled& compiled, std::span<const UserTensor> inputs, 
 
 void Network::run_part(const Compiled& compiled, Workspace& memory, std::int64_t first, std::int64_t count,
                        std::span<const UserTensor> inputs, std::span<const UserTensor> outputs) const {
+  const std::int64_t between = compiled.program.bytes(count);  // first of all: no number of bytes below overflows then
   if (memory.size() < compiled.bases.size()) memory.resize(compiled.bases.size());
   std::vector<std::uintptr_t> bases(compiled.bases.size(), 0);
   const auto own = [&](int base) {
-    const std::int64_t bytes = base ? 4 * count * compiled.bases[base] : compiled.program.bytes(count);
+    const std::int64_t bytes = base ? 4 * count * compiled.bases[base] : between;
     return reinterpret_cast<std::uintptr_t>(memory[base].of(std::max<std::int64_t>(bytes, 64)));
   };
   const auto strides_of = [](const Port& p) {

@@ -81,6 +81,7 @@ class Network {
     explicit Compiled(const Kernels& kernels) : program(kernels) {}
     Program program;
     int steps = 0;
+    std::int64_t listed = 0;           // rows and columns, by all steps
     std::int64_t samples_at_once = 0;  // 0: all
     std::int64_t at_once(std::int64_t samples) const;
     // Returns the bytes of tensors between steps, and of inputs and outputs that are copied.
@@ -139,6 +140,7 @@ class Network {
   std::optional<std::string> preprocess_;
   std::vector<Size> sizes_;
   std::vector<Programs> programs_;
+  std::int64_t steps_ = 0, listed_ = 0;                                // of all programs
   const file::Program *free_one_ = nullptr, *free_several_ = nullptr;  // for sizes that are not listed
   // Packed when the file is opened, for the first program that reads them.
   mutable std::vector<std::unique_ptr<PackedWeights>> weights_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <stdexcept>
 
 #include "../parallel.h"
@@ -317,12 +318,13 @@ class PoolLine {
       int taps = 0;
       const std::int64_t left = x * w_.stride_w - w_.pad_w;
       const Span columns = inside(left, w_.kernel_w, w_.dilation_w, v_.width);
-      for (std::int64_t ky = by_line_ ? 0 : rows.begin; ky < (by_line_ ? 1 : rows.end); ++ky) {
+      for (std::int64_t ky = rows.begin; ky < (by_line_ ? std::min(rows.begin + 1, rows.end) : rows.end); ++ky) {
         const float* from = by_line_ ? maxima_ : line_at(top + ky * w_.dilation_h);
         for (std::int64_t kx = columns.begin; kx < columns.end; ++kx)
           tap_[taps++] = from + (left + kx * w_.dilation_w) * v_.strides.x;
       }
-      pool_({tap_, taps, v_.channels, w_.average ? divisor(top, left, taps) : 0.0f, to + x * stride});
+      if (taps || w_.average) pool_({tap_, taps, v_.channels, w_.average ? divisor(top, left, taps) : 0.0f, to + x * stride});
+      else std::fill_n(to + x * stride, v_.channels, -std::numeric_limits<float>::infinity());  // a window of padding alone
     }
   }
 
@@ -478,6 +480,17 @@ bool within(const FloatTensor& v, const std::vector<Loop>& loops, std::array<std
   return true;
 }
 
+// Whether loops write to a place at most once: a turn of each goes further than all that are shorter.
+bool write_once(std::vector<Turns> loops) {
+  std::sort(loops.begin(), loops.end(), [](const Turns& a, const Turns& b) { return a.written < b.written; });
+  std::int64_t reach = 0;
+  for (const Turns& loop : loops) {
+    if (loop.size > 1 && loop.written <= reach) return false;
+    reach += (loop.size - 1) * loop.written;
+  }
+  return true;
+}
+
 }  // namespace
 
 void Program::rearrange(int from, const std::vector<Loop>& loops, int to) {
@@ -495,11 +508,12 @@ void Program::rearrange(int from, const std::vector<Loop>& loops, int to) {
           "rearrange: expected loops over the values of two tensors, the second of them dense");
   const auto turns = [&loops](const Strides& s, std::array<std::int64_t, 3> Loop::* at, std::size_t i) {
     const auto& turn = loops[i].*at;
-    return turn[0] * s.channel + turn[1] * s.y + turn[2] * s.x;
+    return loops[i].size == 1 ? 0 : turn[0] * s.channel + turn[1] * s.y + turn[2] * s.x;
   };
   std::vector<Turns> in_values;
   for (std::size_t i = 0; i < loops.size(); ++i)
     in_values.push_back({loops[i].size, turns(v.strides, &Loop::read, i), turns(made.strides, &Loop::written, i)});
+  require(write_once(in_values), "rearrange: expected loops that write every value of the result");
   in_values.push_back({1, 1, 1});
   steps_.push_back([=, this](const Run& run) {
     const auto [tasks, read, written] = in_values.front();
@@ -569,15 +583,21 @@ void Program::average_windows(int from, const std::vector<Span>& rows, const std
     return !all.empty() &&
            std::all_of(all.begin(), all.end(), [=](const Span& s) { return s.begin >= 0 && s.begin < s.end && s.end <= size; });
   };
+  const auto largest = [](const std::vector<Span>& all) {
+    std::int64_t most = 0;
+    for (const Span& s : all) most = std::max(most, s.end - s.begin);
+    return most;
+  };
   require(of(rows, v.height) && of(columns, v.width) && v.strides.channel == 1 && is_size(v.pixels()),
           "average_windows: expected rows and columns of an input whose channels lie side by side");
+  const std::int64_t taps_of_largest = largest(rows) * largest(columns);
   const std::int64_t out_width = static_cast<std::int64_t>(columns.size());
   add_lines(v, static_cast<std::int64_t>(rows.size()), out_width, to,
             [=, this](const float* values, std::int64_t y, float* pixel, std::int64_t stride) {
               struct User;
               using Mine = Scratch<User>;
-              Mine scratch(Mine::size<const float*>(v.pixels()));
-              const float** const tap = scratch.take<const float*>(v.pixels());
+              Mine scratch(Mine::size<const float*>(taps_of_largest));
+              const float** const tap = scratch.take<const float*>(taps_of_largest);
               for (std::int64_t x = 0; x < out_width; ++x, pixel += stride) {
                 int taps = 0;
                 for (std::int64_t in_y = rows[y].begin; in_y < rows[y].end; ++in_y)

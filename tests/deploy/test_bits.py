@@ -73,6 +73,12 @@ def rooms(m: Any, x: Tensor) -> Any:
     }
 
 
+def scaled(m: Any, x: Tensor) -> Any:
+    """Scales that are no whole numbers; PyTorch has one kernel for small results, and another for large ones."""
+    y = m["a"](x)
+    return [F.interpolate(y, scale_factor=by, mode="bilinear") for by in (1.7, 0.5)]
+
+
 conv = nn.Conv2d
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "views": (lambda: Of(views, a=conv(3, 16, 3, padding=1), b=conv(16, 16, 3, padding=1)), ((3, 9, 7),)),
@@ -108,6 +114,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = 
         ),
         ((3, 20, 20),),
     ),
+    "scaled": (lambda: Of(scaled, a=conv(3, 24, 3, padding=1)), ((3, 20, 20),)),
     "sound": (
         lambda: nn.Sequential(nn.Conv1d(2, 16, 5, padding=2), nn.ReLU(), nn.Conv1d(16, 4, 3, stride=2)),
         ((2, 31),),
@@ -185,6 +192,7 @@ SIZES: dict[str, list[tuple[int, ...]]] = {
     "spatial": [(8, 40, 76), (8, 8, 44), (8, 72, 12)],
     "sound": [(2, 32), (2, 100), (2, 7)],
     "rooms": [(3, 20, 20), (3, 33, 18), (3, 21, 47)],
+    "scaled": [(3, 52, 20), (3, 21, 51), (3, 116, 148), (3, 2, 3)],
 }
 
 
@@ -228,6 +236,17 @@ def test_sizes_that_the_steps_cannot_take_are_refused(tmp_path: Path) -> None:
         net(given, given)
     with pytest.raises(runtime.DataError, match="do not agree"):
         net(np.zeros((1, 8, 40, 12), np.float32), np.zeros((1, 8, 8, 12), np.float32))
+
+
+def test_a_reflection_beyond_the_image_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Of(lambda m, x: m["a"](F.pad(x, (0, 2, 0, 0), mode="reflect")), a=conv(3, 8, 1)).eval()
+    fast = dsconv.compile(dsconv.quantize(model), torch.zeros(1, 3, 8, 8, dtype=torch.float32))
+    fast.save(tmp_path / "net.dsconv")
+    net = runtime.Network(tmp_path / "net.dsconv")
+    check_sizes(fast, net, [[(3, 2, 3)]])
+    with pytest.raises(runtime.DataError, match=r"got \(1, 3, 8, 2\): an image is smaller than what a step reads"):
+        net(np.zeros((1, 3, 8, 2), np.float32))
 
 
 def test_a_large_batch_is_computed_in_parts(tmp_path: Path) -> None:

@@ -261,6 +261,14 @@ def test_layers_that_read_one_tensor_round_it_each_by_its_own_settings() -> None
     assert [name for name in READERS if not torch.equal(found[name], expected[name])] == []
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1)])
+def test_a_window_of_padding_alone_has_the_maximum_of_pytorch(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *size, dtype=torch.float32)
+    fast = compiled(nn.Sequential(nn.Conv2d(3, 16, 1), nn.MaxPool2d(2, 1, 1, dilation=2)), x)
+    assert_same_bits(fast, x)
+    assert fast(x).isneginf().all()
+
+
 def test_batch_and_image_size_may_vary() -> None:
     fast = compiled(Block(F.relu), torch.randn(1, 3, 9, 7))
     for shape in ((1, 3, 9, 7), (5, 3, 9, 7), (2, 3, 16, 16), (0, 3, 9, 7), (1, 3, 16, 16)):

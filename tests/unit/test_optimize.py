@@ -1,6 +1,7 @@
 """``dsconv.optimize``: attempts, the selected network, and errors."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import dsconv
 from dsconv import QuantConfig
-from dsconv.data import Preprocess
+from dsconv.data import ImageFolder, Preprocess
 from dsconv.errors import ConfigError, DataError, FileFormatError, ModelError
 from dsconv.evaluation import compare
 from dsconv.optimization import Attempt, Optimization, Target, steps
@@ -286,6 +287,13 @@ def test_too_few_images_and_a_place_that_cannot_be_written(tmp_path: Path) -> No
         dsconv.optimize(net(), images(7))
     with pytest.raises(OSError, match="does not exist"):
         dsconv.optimize(net(), images(), state=tmp_path / "none" / "state")
+
+
+def test_of_no_image_that_can_be_read_only_that_is_told(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    with warnings.catch_warnings(record=True) as told, pytest.raises(DataError, match="at least 8"):
+        dsconv.optimize(net(), ImageFolder(tmp_path, Preprocess()))
+    assert len(told) == 1 and "1 files could not be read" in str(told[0].message)
 
 
 def test_a_goal_may_be_given_as_objects() -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import numpy as np
@@ -90,7 +91,7 @@ class Network:
         if "\0" in name:
             raise ValueError(f"path: expected the path of a file, got {name!r}, which contains a null character")
         status = library.dsconv_open(os.fsencode(name), ctypes.byref(found))
-        if status == Status.IO_ERROR:
+        if status == Status.IO_ERROR and not Path(name).is_fifo():  # a pipe would wait for a writer
             with open(name, "rb") as file:  # says more precisely what is wrong
                 if not file.read(1):
                     raise FileFormatError(f"{name}: expected a compiled network, got an empty file")
@@ -131,21 +132,26 @@ class Network:
             (library.dsconv_input_name, library.dsconv_input_shape),
             (library.dsconv_output_name, library.dsconv_output_shape),
         )
-        self.sizes: tuple[Size, ...] = tuple(
-            Size(
-                *(
-                    tuple(_info(handle, size, i, *both) for i in range(count))
-                    for count, both in zip(counts, functions, strict=True)
-                )
-            )
-            for size in range(library.dsconv_size_count(handle))
-        )
         self.size_step: int = library.dsconv_size_step(handle)
-        self.inputs, self.outputs = self.sizes[0].inputs, self.sizes[0].outputs
         preprocess = library.dsconv_preprocess(handle)
-        self.preprocess: dict[str, Any] | None = None if preprocess is None else json.loads(preprocess)
         classes = range(library.dsconv_class_count(handle))
-        self.classes: tuple[str, ...] = tuple(library.dsconv_class_name(handle, i).decode() for i in classes)
+        try:
+            self.sizes: tuple[Size, ...] = tuple(
+                Size(
+                    *(
+                        tuple(_info(handle, size, i, *both) for i in range(count))
+                        for count, both in zip(counts, functions, strict=True)
+                    )
+                )
+                for size in range(library.dsconv_size_count(handle))
+            )
+            self.preprocess: dict[str, Any] | None = None if preprocess is None else _object(preprocess)
+            self.classes: tuple[str, ...] = tuple(library.dsconv_class_name(handle, i).decode() for i in classes)
+        except (ValueError, RecursionError) as error:
+            self.close()
+            what = "its names are no UTF-8, or its preprocessing is no JSON"
+            raise FileFormatError(f"{name}: the file is damaged: {what}: {error}") from None
+        self.inputs, self.outputs = self.sizes[0].inputs, self.sizes[0].outputs
 
     def __call__(
         self, *arrays: NDArray[np.float32], **named: NDArray[np.float32]
@@ -264,6 +270,13 @@ def _info(handle: int, size: int, index: int, name: Any, shape: Any) -> TensorIn
     assert tensor.type == FLOAT32
     sizes = tuple(None if n < 0 else n for n in tensor.shape[: tensor.rank])
     return TensorInfo(name(handle, index).decode(), _FLOAT32, sizes)
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object of JSON, got {found!r:.99}")
+    return found
 
 
 def _checked(name: str, x: Any) -> NDArray[np.float32]:

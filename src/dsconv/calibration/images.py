@@ -107,7 +107,7 @@ def _copies(values: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     some = torch.randperm(values.shape[1], generator=generator, dtype=torch.int64, device="cpu")[:_COMPARED]
     values = values[:, some].double()
-    spread = values.var(1, correction=0) * values.shape[1]
+    spread = (values - values.mean(1, keepdim=True)).square().sum(1)
     values = values - values.mean(0)  # so that products lose few digits
     squares = values.square().sum(1)
     found = torch.zeros(len(values), dtype=torch.bool, device="cpu")

@@ -23,6 +23,8 @@ Order = tuple[int, int, int]
 _LINES, _ABOVE_FIRST, _BELOW_FIRST = range(3)
 _OWN_ORDER: Order = (0, _LINES, _LINES)
 MOST_OF_SMALL = 128
+# Rows and columns for trials of the other kernel: the first whose results are above or below that limit.
+_ABOVE, _BELOW = ((48, 48), (512, 16), (2048, 32)), ((5, 5), (2, 2), (1, 1))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -53,14 +55,22 @@ class Bilinear(OfOne):
         PyTorch has a separate kernel for the former. None: no order is bitwise equal.
         """
         assert self.result is not None
-        times = [made / have for made, have in zip(self.result.size[1:], self.source.size[1:], strict=True)]
-        small = sum(self.result.size[1:]) <= MOST_OF_SMALL
-        other = (self.source.size[0], 48, 48) if small else (self.source.size[0], 5, 5)
-        out = [int(size * by) for size, by in zip(other[1:], times, strict=True)]
-        if (sum(out) <= MOST_OF_SMALL) == small or any(by % 1 for by in times):
-            return self.order, self.order
-        there = _order(other, (out[0], out[1]), self.corners, self.scales, self.pixels, backend())
-        return (self.order, there) if small else (there, self.order)
+        small, channels = sum(self.result.size[1:]) <= MOST_OF_SMALL, self.source.size[0]
+        for size in _ABOVE if small else _BELOW:
+            out = self._made_of(size)
+            if min(out) > 0 and (sum(out) <= MOST_OF_SMALL) != small:
+                there = _order((channels, *size), out, self.corners, self.scales, self.pixels, backend())
+                return (self.order, there) if small else (there, self.order)
+        return (self.order, None) if small else (None, self.order)
+
+    def _made_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns made of so many: by the scales, or as many times as many, or always the same."""
+        assert self.result is not None
+        each = zip(size, self.source.size[1:], self.result.size[1:], self.scales, strict=True)
+        rows, columns = (
+            int(n * scale) if scale else made if made % have else n * (made // have) for n, have, made, scale in each
+        )
+        return rows, columns
 
 
 def places(size: int, result: int, corners: bool, scale: float | None) -> list[Between]:
