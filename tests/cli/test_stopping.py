@@ -108,3 +108,14 @@ def test_names_that_the_terminal_cannot_show_are_printed_as_escapes(tmp_path: Pa
     name = name.rename(tmp_path / os.fsdecode(b"\xff"))
     done = run(tmp_path, "", "inspect", name)
     assert done.returncode == 1 and "UTF-8" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_error_in_the_forward_of_a_network_is_no_bug_of_dsconv(
+    cli: Callable[..., Any], factory: Path, digits: Path
+) -> None:
+    done = cli(
+        "evaluate", f"{factory}:Fails", "--data", digits, "--resize", "8x8", "--crop", "none", "--channels", "gray"
+    )
+    assert done.code == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: the network itself failed, in {factory}:") and "no attribute 'missing'" in last

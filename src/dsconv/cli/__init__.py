@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -143,4 +144,17 @@ def _exit(error: BaseException) -> int | str | None:
         case KeyboardInterrupt():
             return 130
     traceback.print_exception(error)
+    if place := _failed_forward(error):
+        reason = one_paragraph(error) or type(error).__name__
+        return f"error: the network itself failed, in {place}: {reason}: check that it runs on these inputs"
     return "error: this is a bug in dsconv: please report it with the lines above"
+
+
+def _failed_forward(error: BaseException) -> str | None:
+    """Return the file and line of a network's own ``forward`` in which an error was raised; None outside of one."""
+    own = tuple(
+        str(Path(module.__file__ or "").parent) for name in ("dsconv", "torch") if (module := sys.modules.get(name))
+    )
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    place = next((f for f in frames if f.name == "forward" and not f.filename.startswith(own)), None)
+    return place and f"{place.filename}:{place.lineno}"

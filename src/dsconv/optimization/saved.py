@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def remove_state(path: Path) -> None:
     """Remove the state folder of :func:`dsconv.optimize` once its result is saved."""
     for file in path.glob(f"*{_SUFFIX}"):
         file.unlink()
-    path.rmdir()
+    with suppress(OSError):  # files of others keep it
+        path.rmdir()
 
 
 _ATTEMPTS, _TIMES, _STEPS = TypeAdapter(list[Attempt]), TypeAdapter(dict[str, Quartiles]), TypeAdapter(dict[str, int])
