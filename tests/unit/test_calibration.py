@@ -594,7 +594,7 @@ def test_images_far_out_of_range_are_refused(change: Callable[[Tensor], Tensor])
 def test_a_batchnorm_tells_the_range_of_a_network_that_says_nothing_of_images() -> None:
     trained = varied()
     trained.bn.running_mean[:] = 40
-    with pytest.raises(DataError, match="first BatchNorm, 'bn', reads"):
+    with pytest.raises(DataError, match="first BatchNorm, 'bn', is"):
         dsconv.calibrate(dsconv.quantize(trained), trained, pictures())
     trained.bn.reset_running_stats()  # it was never trained and has no statistics
     with warnings.catch_warnings():

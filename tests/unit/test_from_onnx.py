@@ -421,7 +421,7 @@ def test_a_model_with_pairs_of_quantizers_gives_its_float_network(tmp_path: Path
 def test_a_model_of_integer_operators_is_said_to_be_quantized(tmp_path: Path) -> None:
     nodes = [("DynamicQuantizeLinear", "x", "q s z", {}), ("ConvInteger", "q w z", "y", {})]
     case = Case("integers", nodes, constants={"w": np.ones((8, 4, 3, 3), np.uint8)})
-    with pytest.raises(ModelError, match=r"the model is quantized already.*take the float model"):
+    with pytest.raises(ModelError, match=r"the model is already quantized.*use the float model"):
         imported(model_of(case), tmp_path)
 
 

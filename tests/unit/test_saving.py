@@ -221,7 +221,7 @@ def test_models_for_one_batch_and_of_other_inputs_are_refused(tmp_path: Path) ->
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * float(len(x))
 
-    with pytest.raises(ModelError, match="batch size as a number"):
+    with pytest.raises(ModelError, match="batch size as a constant"):
         compiled(Counted()).save(tmp_path / "net.dsconv")
 
     class OfTokens(Network):

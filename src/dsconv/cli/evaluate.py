@@ -66,7 +66,9 @@ def evaluate(
     names = mistakes.check(read_classes, classes)
     kind = mistakes.check(check_task, task)
     mistakes.check(check_metric_name, metric)
-    mistakes.usage(metric is not None and reference is None, "--metric compares with a reference: give --reference.")
+    mistakes.usage(
+        metric is not None and reference is None, "--metric compares with --reference: give --reference, too."
+    )
     mistakes.end()
 
     begin(threads, device)
