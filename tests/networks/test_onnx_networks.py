@@ -80,7 +80,8 @@ def test_networks_of_torchvision(name: str, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
     path = dsconv.export_onnx(qnet, x, tmp_path / "a.onnx")
     check(qnet, x, path, "qdq", ["onnxruntime", "openvino"])
-    check(qnet, x[:1], path, "qdq", ["reference"])  # which is slow
+    if name == "resnet18":  # minutes for each of the others
+        check(qnet, x[:1], path, "qdq", ["reference"])
     model = onnx.load(path)
     tensors = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     assert path.stat().st_size - tensors <= 0.05 * packed_bytes(qnet)
