@@ -51,8 +51,7 @@ def check_place(path: Path) -> Path:
         error_type = IsADirectoryError if stat.S_ISDIR(found.st_mode) else FileExistsError
         raise error_type(f"{path}: expected the name of a file to write, got {kind}: choose another name")
     if not place.parent.exists():
-        what = f"{place.parent} does not exist and is not a folder that can be written to"
-        raise FileNotFoundError(f"{path}: {what}: create it, or choose another")
+        raise FileNotFoundError(f"{path}: the folder {place.parent} does not exist: create it, or choose another")
     if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
         raise PermissionError(f"{path}: {place.parent} is not a folder that can be written to: choose another")
     if found is not None and not os.access(place, os.W_OK):

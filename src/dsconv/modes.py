@@ -20,8 +20,9 @@ def check_module(name: str, model: object) -> None:
         ModelError: it is not a ``torch.nn.Module``.
     """
     if not isinstance(model, nn.Module):
-        got = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise ModelError(f"{name}: expected a torch.nn.Module, got {got}: pass a network")
+        if isinstance(model, type):
+            raise ModelError(f"{name}: expected a torch.nn.Module, got the class {model.__name__}: pass an instance")
+        raise ModelError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}: pass a network")
 
 
 @contextmanager

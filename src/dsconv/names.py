@@ -89,9 +89,14 @@ def check_model_name(name: str) -> None:
         check_extra("onnx", "onnx")
     elif ".py:" not in base:
         check_not_compiled(Path(name))
+        hint = ""
+        if base.endswith(".py"):
+            hint = f": name the function of the file that returns the model, as in {base}:make"
+        elif Path(name).is_file():
+            hint = ": a file of weights is passed as weights (--weights) with the model that it belongs to"
         raise ModelError(
             f"model {name!r}: expected torchvision/NAME, timm/NAME, dsconv/NAME, path/to/file.py:factory or "
-            "path/to/model.onnx"
+            f"path/to/model.onnx{hint}"
         )
     elif not (path := Path(base.rpartition(":")[0])).is_file():
         raise FileNotFoundError(f"model {name!r}: there is no file {path}")

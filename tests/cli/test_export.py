@@ -56,7 +56,7 @@ def test_images_tell_ranges_and_how_close_the_file_is(
         ("{file} --out {tmp}/a.onnx --style int4", 2, "int4"),
         ("{file} --out {tmp}/a.onnx --opset 20", 1, "opset: expected 21 to"),
         ("{file} --out {tmp}/a.onnx --full-range", 2, "--full-range applies to --style int8 only"),
-        ("{file} --out {tmp}/no/a.onnx", 1, "not a folder that can be written to"),
+        ("{file} --out {tmp}/no/a.onnx", 1, "no does not exist: create it"),
         ("{file} --out {tmp}", 1, "got a folder"),
         ("{file} --out {file}", 1, "add --force"),
         ("{tmp}/none.safetensors --out {tmp}/a.onnx", 1, "there is none"),

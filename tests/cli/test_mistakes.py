@@ -28,10 +28,11 @@ def check_paragraph(stderr: str, *expected: str) -> None:
         ("timm/resnet5O", ["no model 'resnet5O'", "resnet50"]),
         ("dsconv/digits", ["digits_resnet"]),
         ("resnet50", ["torchvision/NAME", "path/to/file.py:factory"]),
+        ("net.py", ["name the function of the file", "net.py:make"]),
         ("no/such/file.py:net", ["there is no file no/such/file.py"]),
         ("{factory}:ne", ["no model 'ne'", "net"]),
         ("{factory}:fails", ["fails() failed", "no such checkpoint"]),
-        ("{factory}:not_a_model", ["not_a_model() made a int"]),
+        ("{factory}:not_a_model", ["not_a_model() returned a int"]),
         ("{factory}:net?wide=3", ["net() failed", "wide"]),
         ("{factory}:no_layers", ["no convolution"]),
         ("{factory}:nan", ["'2'", "NaN"]),
@@ -81,8 +82,8 @@ def test_wrong_usage_is_told_apart(options: str, cli: Cli, tmp_path: Path) -> No
         ("--weights {here}/binary.json", ["binary.json", "state dictionary"]),
         ("--weights {here}/other.pt", ["do not fit DigitsResNet", "layer1.conv1.weight"]),
         ("--out {here}/list.json", ["list.json", "--force"]),
-        ("--out {here}", ["is a folder"]),
-        ("--out {here}/no/such/a", ["no/such", "written to"]),
+        ("--out {here}", ["got a folder"]),
+        ("--out {here}/no/such/a", ["no/such", "does not exist: create it"]),
         # A folder cannot be below a file, even for root, who may write anywhere else.
         ("--out {here}/list.json/a", ["list.json", "written to"]),
     ],
@@ -169,7 +170,7 @@ def test_bench_settings_beside_a_file_that_has_its_own(options: str, cli: Cli, q
         ("{net} --data {here}/empty", ["holds no images"]),
         ("{net} --data {here}/all_broken", ["none of the", "all_broken"]),
         ("{net} --out {here}/beyond/labels.csv", ["labels.csv", "--force"]),
-        ("{net} --plot {here}/no/such.png", ["written to"]),
+        ("{net} --plot {here}/no/such.png", ["does not exist: create it"]),
         ("{net} --size 3x8x8", ["cannot run on images of shape (1, 3, 8, 8)"]),
         ("none.safetensors", ["none.safetensors", "there is none"]),
     ],
@@ -269,7 +270,7 @@ def test_wrong_usage_of_sensitivity_and_search(
         ("search {net} --out {tmp} --effective-bits 4", ["expected the name of a file"]),
         (
             "search {net} --out {tmp}/a --effective-bits 4 --plot {tmp}/no/b.png",
-            ["not a folder that can be written to"],
+            ["no does not exist: create it"],
         ),
         ("search {net} --out {tmp}/a --effective-bits 4 --data {tmp}/none", ["does not exist"]),
         ("search {net} --out {tmp}/a --effective-bits 4 --config {tmp}/none.json", ["none.json"]),
@@ -319,7 +320,7 @@ def test_wrong_usage_of_calibrate(
         ("{net} --data {digits} --limit 3", ["at least 4", "got 3"]),
         ("{net} --data {digits} --resume", ["there is no calibration to resume", "leave out --resume"]),
         ("{net} --data {digits} --out {tmp}/there", ["there", "--force"]),
-        ("{net} --data {digits} --out {tmp}/no/such/a", ["no/such", "written to"]),
+        ("{net} --data {digits} --out {tmp}/no/such/a", ["no/such", "does not exist: create it"]),
         ("{net} --data {digits} --channels rgb", ["cannot run on images", "3, 8, 8"]),
         ("{net} --data {digits} --device tpu9", ["'tpu9'"]),
         ("{factory}:net --data {digits}", ["does not state the preprocessing of its images", "--crop"]),
@@ -369,3 +370,11 @@ def test_mistakes_with_adapt(
     assert done.code == 1 and not done.stdout
     check_paragraph(done.stderr, *expected)
     assert os.listdir(tmp_path) == ["there"]
+
+
+def test_an_option_of_other_commands_names_them(cli: Cli, tmp_path: Path) -> None:
+    done = cli("quantize", NET, "--data", "photos", "--out", tmp_path / "a")
+    said = " ".join(done.stderr.replace("│", " ").split())
+    assert done.code == 2
+    assert "No such option: --data It is an option of" in said
+    assert "calibrate" in said

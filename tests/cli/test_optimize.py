@@ -142,7 +142,7 @@ def test_without_the_extra_there_is_no_report_and_that_is_told(
         ("--time-limit 0m", 2, "--time-limit: expected"),
         ("--agreement 101", 2, "--agreement"),
         ("--data none", 1, "the image folder none does not exist"),
-        ("--out none/net.safetensors", 1, "none does not exist and is not a folder"),
+        ("--out none/net.safetensors", 1, "the folder none does not exist: create it"),
         ("--out net.json", 2, "--out: expected a name as net.safetensors"),
         ("--resume", 1, "there is no previous run to resume"),
         ("--effective-bits 0", 1, "budget: effective_bits"),

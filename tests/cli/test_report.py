@@ -85,8 +85,8 @@ def test_broken_images_are_left_out_and_named(cli: Cli, tmp_path: Path, quantize
     ("options", "expected"),
     [
         ("--out {here}/there.html", ["there.html", "--force"]),
-        ("--out {here}", ["is a folder"]),
-        ("--out {here}/no/such/a.html", ["no/such", "written to"]),
+        ("--out {here}", ["got a folder"]),
+        ("--out {here}/no/such/a.html", ["no/such", "does not exist: create it"]),
         ("--out {here}/a.html --reference {factory}:net", ["no such layer", "'conv1'", "that was quantized"]),
         ("--out {here}/a.html --reference torchvision/resnet5", ["did you mean"]),
         ("--out {here}/a.html --data {here}/none", ["does not exist"]),

@@ -137,7 +137,7 @@ def test_a_file_that_does_not_work_says_why(file: Path) -> None:
         zoo.build("none.py:tiny")
     assert "has no model 'tini': did you mean tiny" in fails(f"{file}:tini")
     assert "has no model 'constant'" in fails(f"{file}:constant")
-    assert "expected a torch.nn.Module, number() made a int" in fails(f"{file}:number")
+    assert "expected a torch.nn.Module, number() returned a int" in fails(f"{file}:number")
     assert "broken() failed: KeyError" in fails(f"{file}:broken")
     assert "tiny() failed: TypeError" in fails(f"{file}:tiny?depth=3")
     file.write_text("import nothing_of_this_name")

@@ -75,12 +75,28 @@ class Command(TyperCommand):
 
         for parameter in self.params:
             parameter.handle_parse_result = collecting(type(parameter).handle_parse_result.__get__(parameter))  # type: ignore[method-assign]
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except Exception as error:
+            option = getattr(error, "option_name", None)  # of an unknown option; typer does not export the class
+            if isinstance(option, str) and (others := _commands_with(option, ctx)):
+                error.message += f" It is an option of {', '.join(others)}."  # type: ignore[attr-defined]
+            raise
         if len(wrong) == 1:
             raise wrong[0]
         if wrong:
             raise typer.BadParameter(numbered([error.format_message() for error in wrong]), ctx)
         return rest
+
+
+def _commands_with(option: str, ctx: Any) -> list[str]:
+    """Return the names of the other commands that have ``option``."""
+    commands = getattr(ctx.parent and ctx.parent.command, "commands", {})
+    return [
+        name
+        for name, command in commands.items()
+        if not command.hidden and any(option in [*one.opts, *one.secondary_opts] for one in command.params)
+    ]
 
 
 def numbered(errors: list[Any]) -> str:

@@ -430,8 +430,8 @@ def _check(item: Any) -> Labelled:
         got = f"a {images.dtype} tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise DataError(
             "images must be preprocessed batches (N, ...), such as (N, C, H, W), or dsconv.Inputs, alone or as pairs "
-            f"(batch, labels); got {got}. A single image needs .unsqueeze(0), one pair a list around it, a Dataset a "
-            "DataLoader; a model that takes a list of images or a dictionary needs dsconv.Inputs around it."
+            f"(batch, labels); got {got}. A NumPy array needs torch.from_numpy, a single image .unsqueeze(0), one pair a "
+            "list around it, a Dataset a DataLoader; a model that takes a list of images or a dictionary needs dsconv.Inputs around it."
         )
     if labels is None:
         return images, None
@@ -495,7 +495,8 @@ def batches(
         if preprocess is None:
             raise DataError(
                 f"images is a folder ({os.fspath(images)}), so preprocess must say how to read it: "
-                "Preprocess.from_torchvision(...), Preprocess.from_timm(...), Preprocess.imagenet() or your own."
+                "pass dsconv.data.Preprocess(resize=..., crop=..., mean=..., std=..., channels=...), or one of its "
+                "from_torchvision(...), from_timm(...) and imagenet()"
             )
         images = ImageFolder(images, preprocess)
     elif preprocess is not None:

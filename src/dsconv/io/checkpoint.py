@@ -53,6 +53,8 @@ _SHAPE = "weight_shape"
 _SHOWN = 5
 _OLDER = "the file is of an older version, which did not record the groups of layers: load and save it to know"
 _MOST_DIMENSIONS = 5
+# The first bytes of a file of torch.save.
+_ZIP_MAGIC = b"PK\x03\x04"
 # The largest header that safetensors reads.
 _LONGEST_HEADER = 100_000_000
 
@@ -521,8 +523,12 @@ def read_tensors(path: Path, magic: str, kind: str, mend: str) -> tuple[dict[str
     check_not_compiled(path)
     # Reading first distinguishes an unreadable file from a damaged one.
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
+        begin = file.read(8)
+        size = int.from_bytes(begin, "little")
         described = file.read(min(size, _LONGEST_HEADER))
+    if begin.startswith(_ZIP_MAGIC):
+        what = "got a file of torch.save: pass weights with their float network (--weights, load_state_dict)"
+        raise FileFormatError(f"{path}: expected a {kind} written by dsconv, {what}")
     try:
         # safetensors accepts duplicate names and uses one of them.
         strict_json.loads(described)
