@@ -376,5 +376,5 @@ def test_an_option_of_other_commands_names_them(cli: Cli, tmp_path: Path) -> Non
     done = cli("quantize", NET, "--data", "photos", "--out", tmp_path / "a")
     said = " ".join(done.stderr.replace("│", " ").split())
     assert done.code == 2
-    assert "No such option: --data It is an option of" in said
+    assert "No such option: --data (an option of" in said
     assert "calibrate" in said

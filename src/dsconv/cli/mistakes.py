@@ -80,7 +80,7 @@ class Command(TyperCommand):
         except Exception as error:
             option = getattr(error, "option_name", None)  # of an unknown option; typer does not export the class
             if isinstance(option, str) and (others := _commands_with(option, ctx)):
-                error.message += f" It is an option of {', '.join(others)}."  # type: ignore[attr-defined]
+                error.message += f" (an option of {', '.join(others)})"  # type: ignore[attr-defined]
             raise
         if len(wrong) == 1:
             raise wrong[0]
