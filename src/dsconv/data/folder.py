@@ -430,8 +430,8 @@ def _check(item: Any) -> Labelled:
         got = f"a {images.dtype} tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise DataError(
             "images must be preprocessed batches (N, ...), such as (N, C, H, W), or dsconv.Inputs, alone or as pairs "
-            f"(batch, labels); got {got}. A NumPy array needs torch.from_numpy, a single image .unsqueeze(0), one pair a "
-            "list around it, a Dataset a DataLoader; a list of images or a dictionary that the model takes as one input "
+            f"(batch, labels); got {got}. A NumPy array needs torch.from_numpy, a single image .unsqueeze(0), one pair "
+            "a list around it, a Dataset a DataLoader; a list of images or a dictionary that a model takes as one input "
             "needs dsconv.Inputs around it."
         )
     if labels is None:
