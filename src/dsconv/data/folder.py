@@ -431,7 +431,7 @@ def _check(item: Any) -> Labelled:
         raise DataError(
             "images must be preprocessed batches (N, ...), such as (N, C, H, W), or dsconv.Inputs, alone or as pairs "
             f"(batch, labels); got {got}. A NumPy array needs torch.from_numpy, a single image .unsqueeze(0), one pair "
-            "a list around it, a Dataset a DataLoader; a list of images or a dictionary that a model takes as one input "
+            "a list around it, a Dataset a DataLoader; a list or a dictionary that a model takes as one input "
             "needs dsconv.Inputs around it."
         )
     if labels is None:
