@@ -85,7 +85,7 @@ class Geometry {
    private:
     std::map<std::int64_t, std::int64_t> ends_;  // of ranges, by where they begin
   };
-  // Of a memory or of a quantized tensor.
+  // State of a memory or of a quantized tensor.
   struct Place {
     Grid grid;
     Buffer place;

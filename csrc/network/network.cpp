@@ -18,12 +18,12 @@ constexpr std::size_t kMaxRank = 8;
 constexpr std::size_t kSpare = 4;  // workspaces that are cached for the next runs
 constexpr std::size_t kSizesKept = 16;
 constexpr std::int64_t kMaxValues = std::int64_t{1} << 40, kMaxSide = std::int64_t{1} << 31;
-// Of all programs for all sizes of a file, which are made when it is opened.
+// Limits over all programs for all sizes of a file, which are made when it is opened.
 constexpr std::size_t kMaxSizes = 1 << 12;
 constexpr std::int64_t kMaxSteps = 1 << 18, kMaxListed = 1 << 23;
 constexpr flatbuffers::uoffset_t kMaxTables = 1 << 22;
 
-// What may be wrong with an input, not only with a file.
+// Reports errors that an input can cause, not only a file.
 void fits(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }

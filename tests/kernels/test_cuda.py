@@ -455,12 +455,14 @@ def test_sizes_used_last_are_kept_as_graphs_and_what_cannot_be_captured_runs(mon
     assert runs == [n for n in range(1, 10) for _ in range(4)]  # each is captured once
     graphs([sizes[2]])
     assert runs[36:] == [2] * 4  # it was the least recently used of 9
-    assert same(graphs([sizes[0]])[0], torch.zeros(0, 2))  # an empty batch has no graph
+    assert same(graphs([sizes[0]])[0], torch.zeros(0, 2, dtype=torch.float32))  # an empty batch has no graph
     runs.clear()
     cuda_of_torch.graph.side_effect = RuntimeError("operation not permitted when stream is capturing\nmore")
     with pytest.warns(UserWarning, match=r"cannot be captured as a CUDA graph for \(11, 2\).*stream is capturing$"):
-        assert same(graphs([sizes[11]])[0], torch.ones(11, 2))
-    assert same(graphs([sizes[11]])[0], torch.ones(11, 2)) and runs == [11] * 5  # the capture is not tried again
+        assert same(graphs([sizes[11]])[0], torch.ones(11, 2, dtype=torch.float32))
+    assert (
+        same(graphs([sizes[11]])[0], torch.ones(11, 2, dtype=torch.float32)) and runs == [11] * 5
+    )  # the capture is not tried again
 
 
 def test_programs_leave_memory_to_pytorch(network: Any, gpu: str) -> None:

@@ -446,7 +446,7 @@ def test_layers_of_other_kinds_are_right_in_int8_too(tmp_path: Path) -> None:
         ({"opset": 20}, "opset: expected 21 to"),
         ({"opset": 99}, "opset: expected 21 to"),
         ({"style": "float", "opset": 17}, "opset: expected 18 to"),
-        ({"images": torch.zeros(2, 1, 8, 8)}, "only style 'int8' takes the ranges"),
+        ({"images": torch.zeros(2, 1, 8, 8, dtype=torch.float32)}, "only style 'int8' takes the ranges"),
         ({"full_range": True}, "full_range: only style 'int8' rounds weights to int8, got style 'qdq'"),
         ({"style": "int8", "full_range": 1}, "full_range: expected True or False, got 1"),
         (
