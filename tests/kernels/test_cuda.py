@@ -460,9 +460,8 @@ def test_sizes_used_last_are_kept_as_graphs_and_what_cannot_be_captured_runs(mon
     cuda_of_torch.graph.side_effect = RuntimeError("operation not permitted when stream is capturing\nmore")
     with pytest.warns(UserWarning, match=r"cannot be captured as a CUDA graph for \(11, 2\).*stream is capturing$"):
         assert same(graphs([sizes[11]])[0], torch.ones(11, 2, dtype=torch.float32))
-    assert (
-        same(graphs([sizes[11]])[0], torch.ones(11, 2, dtype=torch.float32)) and runs == [11] * 5
-    )  # the capture is not tried again
+    assert same(graphs([sizes[11]])[0], torch.ones(11, 2, dtype=torch.float32))
+    assert runs == [11] * 5  # the capture is not tried again
 
 
 def test_programs_leave_memory_to_pytorch(network: Any, gpu: str) -> None:
