@@ -22,7 +22,7 @@ def loads(text: str | bytes, *, finite: bool = True) -> Any:
     >>> loads('{"a": 1, "a": 2}')
     Traceback (most recent call last):
     ...
-    ValueError: the name 'a' is there twice
+    ValueError: the name 'a' occurs twice
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")

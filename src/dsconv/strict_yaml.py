@@ -22,7 +22,7 @@ def loads(text: str | bytes) -> Any:
     >>> loads("weight_bits: 3\\nweight_bits: 4")
     Traceback (most recent call last):
     ...
-    ValueError: line 2: the name 'weight_bits' is there twice
+    ValueError: line 2: the name 'weight_bits' occurs twice
     """
     yaml = import_extra("yaml", "yaml")
     if isinstance(text, bytes):

@@ -95,7 +95,7 @@ def test_an_onnx_file_says_what_bench_runs_it_on(cli: Callable[..., Any], severa
     model.graph.input.append(onnx.helper.make_tensor_value_info("text", onnx.TensorProto.STRING, [1]))
     onnx.save(model, tmp_path / "text.onnx")
     done = cli("bench", tmp_path / "text.onnx", *options)
-    assert done.code == 1 and "its input 'text' is of object, which PyTorch does not have" in done.stderr
+    assert done.code == 1 and "its input 'text' has dtype object, which PyTorch does not support" in done.stderr
     # Free sizes are named.
     model = onnx.load(several)
     for given, places in zip(model.graph.input, ((2, 3), (1,), (0,)), strict=True):

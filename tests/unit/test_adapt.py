@@ -350,7 +350,7 @@ def test_a_teacher_of_nan(teacher: tnn.Module, student: tnn.Module, images: Tens
     broken = dsconv.zoo.build("dsconv/digits_resnet")
     with torch.no_grad():
         broken.layer2.conv1.weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match=r"teacher: NaN or infinities begin in layer 'layer2\.conv1'"):
+    with pytest.raises(ModelError, match=r"teacher: NaN or infinities first appear in layer 'layer2\.conv1'"):
         dsconv.adapt(student, broken, images)
 
 

@@ -302,7 +302,7 @@ def test_networks_that_cannot_be_run(net: tnn.Sequential, qnet: tnn.Module) -> N
         dsconv.bench(net, qnet, (1, 12, 12))
     with pytest.raises(ModelError, match=r"eval\(\)"):
         dsconv.bench(network().train(), qnet, SHAPE)
-    with pytest.raises(ModelError, match=r"is in torch\.float16, .*call float\(\)"):
+    with pytest.raises(ModelError, match=r"got torch\.float16: call float\(\)"):
         dsconv.bench(network().eval().half(), qnet, SHAPE)
     with pytest.raises(ModelError, match="as output, got str"):
         dsconv.bench(tnn.Sequential(net, Says()).eval(), qnet, SHAPE)

@@ -226,7 +226,7 @@ def test_a_calibrated_network_is_saved_loaded_compiled_and_calibrated_again(tmp_
     better = dsconv.calibrate(dsconv.quantize(sequence), sequence, x)
     with torch.inference_mode():
         assert torch.equal(dsconv.compile(better, x)(x), better(x))
-    with pytest.raises(ModelError, match=r"qmodel: it is compiled.*\.model"):
+    with pytest.raises(ModelError, match=r"qmodel: expected a network that is not compiled: pass its \.model"):
         dsconv.calibrate(dsconv.compile(better, x), sequence, x)
 
 
@@ -475,7 +475,7 @@ def test_where_a_nan_begins_is_told() -> None:
     net = chain()
     net[2].weight.data[3] = torch.nan
     qnet = dsconv.quantize(net, {"overrides": {"2": "float"}})
-    with pytest.raises(ModelError, match="reference: NaN or infinities begin in layer '2'"):
+    with pytest.raises(ModelError, match="reference: NaN or infinities first appear in layer '2'"):
         dsconv.calibrate(qnet, net, x)
     net = chain()
     qnet = dsconv.quantize(net)
@@ -485,7 +485,7 @@ def test_where_a_nan_begins_is_told() -> None:
         assert all(bool(value.isfinite().all()) for value in better.state_dict().values())
     qnet = dsconv.quantize(net, {"overrides": {"0": "float"}})
     qnet[0].bias.data[:] = torch.inf
-    with pytest.raises(ModelError, match="qmodel: NaN or infinities begin in layer '0'"):
+    with pytest.raises(ModelError, match="qmodel: NaN or infinities first appear in layer '0'"):
         dsconv.calibrate(qnet, net, x)
     for layer in (net[0], qnet[0]):
         layer.bias.data[:] = 1e30
@@ -533,7 +533,7 @@ def test_unusable_images() -> None:
     x[3, 1, 2] = torch.nan
     mixed = [pictures(6), pictures(6, side=15)]
     for images, expected in (
-        (x, "image 3 holds a NaN"),
+        (x, "image 3 contains NaN"),
         (x[:3], r"expected 16 or more \(at least 4\), got 3"),
         (mixed, r"all of one shape, got \(3, 12, 12\) and \(3, 15, 15\)"),
         (x[0], "expected|must be"),

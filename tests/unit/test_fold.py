@@ -442,7 +442,7 @@ def test_a_model_that_cannot_be_followed_is_an_error_that_names_the_line() -> No
         dsconv.fold_batchnorm(quantized)
     message = str(caught.value)
     line = Decides.forward.__code__.co_firstlineno + 1
-    assert f"torch.fx cannot follow its forward at {__file__}:{line}, `if x.sum() > 0:" in message
+    assert f"torch.fx cannot trace its forward at {__file__}:{line}, `if x.sum() > 0:" in message
     assert "Decides" in message and "torch.fx.wrap" in message and "\n" not in message
 
 

@@ -465,7 +465,7 @@ def test_nodes_that_are_not_supported_are_named_with_the_reason(tmp_path: Path) 
         ("MaxPool", "x", "p i", {"kernel_shape": [2, 2]}),
     ]
     model = model_of(Case("bad", nodes, constants={"f": np.float32([1, 1, 2, 2])}), outputs=("b", "p", "i"))
-    with pytest.raises(ModelError, match=r"LRN: an even number.*'LRN_0'.*MaxPool: places.*'MaxPool_2'"):
+    with pytest.raises(ModelError, match=r"LRN: an even number.*'LRN_0'.*MaxPool: indices.*'MaxPool_2'"):
         imported(model, tmp_path)
 
 

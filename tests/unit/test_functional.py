@@ -252,7 +252,7 @@ def branching(m: Any, x: Tensor) -> Tensor:
         (sized, "1.weight", "its padding or another size depends on the input"),
         (biased, "1.weight", "its bias depends on the input"),
         (noisy, "1.weight", "its weight depends on the input, or on chance"),
-        (branching, "1.weight", "torch.fx cannot follow its forward"),
+        (branching, "1.weight", "torch.fx cannot trace its forward"),
     ],
 )
 def test_what_stays_is_listed_with_the_reason_and_the_line(

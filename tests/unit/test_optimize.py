@@ -167,7 +167,7 @@ def test_inputs_and_outputs_of_any_kind(tmp_path: Path) -> None:
     inputs = dsconv.Inputs(images(40), torch.rand(40, 1, generator=torch.Generator().manual_seed(2)))
     found = dsconv.optimize(Regression(), inputs, target={"distance": 0.5}, budget=8)
     assert found.met and found.best.evaluation.measure == "relative error" and found.best.evaluation.distance <= 0.5
-    with pytest.raises(ConfigError, match=r"target: kl: .* pass a target of distance"):
+    with pytest.raises(ConfigError, match=r"target: kl .*: pass a target of distance"):
         dsconv.optimize(Regression(), inputs, target={"kl": 0.1}, state=tmp_path / "state")
     assert not (tmp_path / "state").exists()  # there is nothing to resume yet
 

@@ -225,7 +225,7 @@ def _functions(name: str, module: nn.Module) -> tuple[list[FunctionInFloat], lis
     except Exception as error:  # it may raise anything for symbols
         if not own:
             return [], []
-        why = f"torch.fx cannot follow its forward{line_of(error)} ({reason_of(error)}), so its functions are not known"
+        why = f"torch.fx cannot trace its forward{line_of(error)} ({reason_of(error)}), so its functions are not known"
         return [refused(own, why)], []
     graph = _Graph(traced)
     groups: dict[str, _Group] = {}
