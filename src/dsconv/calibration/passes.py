@@ -154,5 +154,6 @@ class Passes:
         for name, model in (("reference", self.reference), ("qmodel", self.qmodel)):
             for x in self.batches:
                 if (layer := nonfinite_layer(model, x)) is not None:
-                    return f"{name}: NaN or infinities first appear in layer {layer!r}: check its weights and the images"
+                    where = f"NaN or infinities first appear in layer {layer!r}"
+                    return f"{name}: {where}: check its weights and the images"
         return f"layer {pair.name!r}: the squares of its inputs or outputs are too large for float32"

@@ -9,7 +9,7 @@ from dsconv.onnx.importing.builder import Builder
 from dsconv.onnx.importing.table import operator
 from dsconv.onnx.importing.values import Attributes, Rounded, Unsupported, Value
 
-_ALREADY = "the model is already quantized, and its weights cannot be distinguished from its activations: use the float model"
+_ALREADY = "the model is already quantized, and weights cannot be distinguished from activations: use the float model"
 # Functions without negative outputs, for which clipping at zero has no effect.
 _NOT_NEGATIVE = (F.relu, F.relu6, F.hardsigmoid)
 # Unsigned types of ONNX, with 8, 16 and 4 bits.
