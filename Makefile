@@ -45,7 +45,7 @@ lint: $(VENV)/dev.stamp  ## check style, formatting, types, spelling and prose
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix csrc/,*.h *.cpp */*.h */*.cpp) examples/deploy/*.c examples/deploy/cpp/*.cpp)
 	$(BIN)/mypy
-	$(BIN)/codespell $(shell git ls-files '*.py' '*.md' '*.cpp' '*.h' '*.c' '*.j2' '*.toml' '*.yml' '*.cff' Makefile)
+	@git ls-files '*.py' '*.md' '*.cpp' '*.h' '*.c' '*.j2' '*.toml' '*.yml' '*.cff' Makefile | xargs $(BIN)/codespell
 	$(BIN)/python scripts/check_prose.py
 
 bench: $(VENV)/dev.stamp  ## measure the accuracy of real networks; ARGS goes to the script
