@@ -152,9 +152,8 @@ def _exit(error: BaseException) -> int | str | None:
 
 def _failed_forward(error: BaseException) -> str | None:
     """Return the file and line of a network's own ``forward`` in which an error was raised; None outside of one."""
-    own = tuple(
-        str(Path(module.__file__ or "").parent) for name in ("dsconv", "torch") if (module := sys.modules.get(name))
-    )
+    own = [Path(module.__file__ or "").parent for name in ("dsconv", "torch") if (module := sys.modules.get(name))]
     frames = reversed(traceback.extract_tb(error.__traceback__))
-    place = next((f for f in frames if f.name == "forward" and not f.filename.startswith(own)), None)
+    others = (f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in own))
+    place = next((f for f in others if f.name == "forward"), None)
     return place and f"{place.filename}:{place.lineno}"
