@@ -58,7 +58,7 @@ def factory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "def fails_in_torchvision():\n"
         "    from torchvision.models import alexnet\n"
         "    model = alexnet()\n"
-        "    model.features = None\n"
+        "    del model.features\n"
         "    return model\n"
         "class Fails(nn.Module):\n"
         "    def __init__(self):\n"

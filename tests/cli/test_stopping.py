@@ -114,7 +114,7 @@ def test_names_that_the_terminal_cannot_show_are_printed_as_escapes(tmp_path: Pa
     ("name", "where", "what"),
     [
         ("Fails", "mine.py", "no attribute 'missing'"),
-        ("fails_in_torchvision", "alexnet.py", "'NoneType' object is not callable"),
+        ("fails_in_torchvision", "alexnet.py", "no attribute 'features'"),
     ],
 )
 def test_an_error_in_the_forward_of_a_network_is_no_bug_of_dsconv(
